@@ -1,0 +1,1 @@
+"""Calibration: corpora, layer streaming, expert ledger, scale search."""

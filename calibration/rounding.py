@@ -1,0 +1,188 @@
+"""Round a chunk of GLU units to integers: ranges by second moments, and the w3 -> w2 scale per expert where it is
+exact.
+
+Weights are returned as they act on *unfolded* inputs, q(W s) / s, so that the source's inputs and routing serve every
+variant.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from m3quant.calibration.glu import Glu, GluBlock
+from m3quant.calibration.ops import gated
+from m3quant.calibration.ranges import blend, fake_quantize, search_range, weighted_error
+from m3quant.calibration.scales import candidate, ratios, relative_magnitude
+from m3quant.calibration.settings import AwqSettings
+
+from m3quant.schemes import Scheme
+
+# A second moment from n rows is blended with a prior worth this many rows: for w1/w3 the layer's mean over all
+# tokens; for w2, whose channels mean something else in every expert, its own mean over channels.
+PRIOR_ROWS = 32.0
+
+
+@dataclass
+class Rounded:
+    """weights: as they act. shrink: per role (gate, up, down) [e, N, G], or None. pair: t [e, I]; 1 where not
+    accepted.
+    """
+
+    weights: Glu
+    shrink: list[torch.Tensor | None]
+    pair: torch.Tensor | None
+    error_before: float  # sum of activation-weighted squared rounding errors at full range
+    error_after: float  # and at the chosen ranges
+
+
+class Rounder:
+    """How a block is rounded in one variant. effective [H]: scale folded into the norm; moment [H]: layer mean of
+    h^2.
+    """
+
+    def __init__(
+        self,
+        block: GluBlock,
+        settings: AwqSettings,
+        effective: torch.Tensor,
+        moment: torch.Tensor,
+        ranges: bool,
+        pair: bool,
+    ) -> None:
+        self.block, self.settings, self.effective, self.moment = block, settings, effective, moment
+        self.ranges, self.pair = ranges, pair
+        self._errors = [0.0, 0.0]
+
+    def __call__(self, indices: list[int], source: Glu) -> Rounded:
+        self._errors = [0.0, 0.0]
+        schemes = self.block.units[indices[0]].schemes
+        inputs = self._input_moment(indices) / self.effective.square() if self.ranges else None
+        gate, gate_shrink = self._round(source.gate, schemes[0], self.effective, inputs)
+        up, up_shrink = self._round(source.up, schemes[1], self.effective, inputs)
+        hidden = self._down_moment(indices, gate, up) if self.ranges else None
+        ones = torch.ones_like(source.down[:, 0, :])
+        down, down_shrink = self._round(source.down, schemes[2], ones, hidden)
+        shrink = [gate_shrink, up_shrink, down_shrink]
+        result = Rounded(Glu(gate, up, down), shrink, None, *self._errors)
+        return self._try_pair(indices, source, result, hidden) if self.pair else result
+
+    def _input_moment(self, indices: list[int]) -> torch.Tensor:
+        own = torch.stack([self.block.input_moment(i) for i in indices])
+        return blend(own, self.moment, self._rows(indices), PRIOR_ROWS)
+
+    def _down_moment(self, indices: list[int], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        own = torch.stack([self.block.down_moment(i, gate[slot], up[slot]) for slot, i in enumerate(indices)])
+        return blend(own, _flat_prior(own), self._rows(indices), PRIOR_ROWS)
+
+    def _rows(self, indices: list[int]) -> torch.Tensor:
+        return torch.tensor([[float(len(self.block.units[i].tokens))] for i in indices], device=self.block.h.device)
+
+    def _round(
+        self, weight: torch.Tensor, scheme: Scheme, column: torch.Tensor, moment: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(q(W * column) / column, shrink) for weight [e, N, K], column [K] or [e, K], moment [e, K] of the folded
+        input.
+        """
+        if scheme.kind != "int":
+            return weight, None
+        column = column[..., None, :]
+        folded = weight * column
+        if moment is None:
+            return fake_quantize(folded, scheme, scale_dtype=self.settings.scale_dtype) / column, None
+        shrink = search_range(folded, scheme, moment, scale_dtype=self.settings.scale_dtype)
+        rounded = fake_quantize(folded, scheme, shrink, self.settings.scale_dtype)
+        full = fake_quantize(folded, scheme, scale_dtype=self.settings.scale_dtype)
+        for place, value in enumerate((full, rounded)):
+            error = weighted_error(folded, value, moment[:, None, :], scheme)
+            self._errors[place] += float(error.sum(dtype=torch.float64))
+        return rounded / column, shrink
+
+    def _try_pair(self, indices: list[int], source: Glu, plain: Rounded, hidden: torch.Tensor | None) -> Rounded:
+        """Scale up's rows by 1/t and down's columns by t, per expert, where that lowers the expert's own output
+        error.
+        """
+        up_scheme, down_scheme = self.block.units[indices[0]].schemes[1:]
+        h, gates = self._padded_rows(indices)
+        activations = self._hidden(h, plain.weights) * gates[..., None]
+        t = self._best_pair(activations, gates, source.down, down_scheme, indices)
+        before = list(self._errors)
+        down, down_shrink = self._round(source.down, down_scheme, t, None if hidden is None else hidden / t.square())
+        self._errors = before  # the gain is reported for the plain folds; the pair is judged on outputs
+        up = source.up
+        if up_scheme.kind == "int":
+            shrink = 1.0 if plain.shrink[1] is None else plain.shrink[1]
+            folded = source.up * self.effective / t[..., None]
+            up = fake_quantize(folded, up_scheme, shrink, self.settings.scale_dtype) * t[..., None] / self.effective
+        paired = Glu(plain.weights.gate, up, down)
+        target = self._unit_output(h, gates, source)
+        better = self._loss(h, gates, paired, target) < self._loss(h, gates, plain.weights, target)
+        pick = better[:, None, None]
+        weights = Glu(
+            plain.weights.gate,
+            torch.where(pick, paired.up, plain.weights.up),
+            torch.where(pick, paired.down, plain.weights.down),
+        )
+        shrink_of_down = plain.shrink[2]
+        if shrink_of_down is not None and down_shrink is not None:
+            shrink_of_down = torch.where(pick, down_shrink, shrink_of_down)
+        t = torch.where(better[:, None], t, 1.0)
+        return Rounded(weights, [*plain.shrink[:2], shrink_of_down], t, *self._errors)
+
+    def _best_pair(
+        self, activations: torch.Tensor, gates: torch.Tensor, down: torch.Tensor, scheme: Scheme, indices: list[int]
+    ) -> torch.Tensor:
+        """The t [e, I] of the ratio whose rounded down-projection changes the expert's output least; 1 if none helps.
+
+        activations: [e, n, I], what down reads, times the gate weights [e, n] (zero in padding); down: [e, H, I].
+        """
+        mean = activations.abs().sum(1) / gates.sum(1).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        mean = blend(mean, _flat_prior(mean), self._rows(indices), PRIOR_ROWS)
+        w_mean = relative_magnitude(down, scheme).mean(-2)
+        best_t = torch.ones_like(mean)
+        best = self._down_loss(activations, down, best_t, scheme)
+        for ratio in ratios(self.settings.n_grid):
+            t = candidate(mean, w_mean, ratio, self.settings.duo_scaling)
+            loss = self._down_loss(activations, down, t, scheme)
+            better = loss < best
+            best = torch.where(better, loss, best)
+            best_t = torch.where(better[:, None], t, best_t)
+        return best_t
+
+    def _down_loss(
+        self, activations: torch.Tensor, down: torch.Tensor, t: torch.Tensor, scheme: Scheme
+    ) -> torch.Tensor:
+        column = t[:, None, :]
+        error = fake_quantize(down * column, scheme, scale_dtype=self.settings.scale_dtype) / column - down
+        return torch.bmm(activations, error.transpose(1, 2)).square().sum((1, 2), dtype=torch.float64)
+
+    def _padded_rows(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Up to pair_tokens rows of every unit, evenly spread over its tokens: h [e, n, H] float32, gates [e, n], 0 =
+        padding.
+        """
+        cap = self.settings.pair_tokens
+        units = [self.block.units[i] for i in indices]
+        most = max(1, min(cap, max(len(unit.tokens) for unit in units)))
+        h = self.block.h.new_zeros(len(units), most, self.block.h.shape[1], dtype=torch.float32)
+        gates = torch.zeros(len(units), most, device=h.device)
+        for slot, unit in enumerate(units):
+            count = min(most, len(unit.tokens))
+            if count:
+                pick = torch.arange(count, device=h.device) * len(unit.tokens) // count
+                h[slot, :count] = self.block.h[unit.tokens[pick]].float()
+                gates[slot, :count] = unit.weights[pick]
+        return h, gates
+
+    def _hidden(self, h: torch.Tensor, weights: Glu) -> torch.Tensor:
+        gate, up = (torch.bmm(h, weight.transpose(1, 2)) for weight in (weights.gate, weights.up))
+        return gated(gate, up, self.block.activation)
+
+    def _unit_output(self, h: torch.Tensor, gates: torch.Tensor, weights: Glu) -> torch.Tensor:
+        return torch.bmm(self._hidden(h, weights), weights.down.transpose(1, 2)) * gates[..., None]
+
+    def _loss(self, h: torch.Tensor, gates: torch.Tensor, weights: Glu, target: torch.Tensor) -> torch.Tensor:
+        return (self._unit_output(h, gates, weights) - target).square().sum((1, 2), dtype=torch.float64)
+
+
+def _flat_prior(own: torch.Tensor) -> torch.Tensor:
+    """The mean over channels, [e, K] -> [e, 1]; 1 for a unit without data, where every channel then counts alike."""
+    mean = own.mean(-1, keepdim=True)
+    return torch.where(mean > 0, mean, 1.0)

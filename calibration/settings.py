@@ -1,0 +1,45 @@
+"""What a user may set about the scale and range search, and what each number means."""
+
+from dataclasses import dataclass
+
+import torch
+from m3quant.calibration.experts import DEFAULT_MIN_EXPERT_TOKENS
+
+
+@dataclass(frozen=True)
+class AwqSettings:
+    """Settings of `awq.calibrate_layer`.
+
+    scale_search: search a fold scale per norm (and per expert w3 -> w2 where that is exact). n_grid: ratios tried
+    besides identity, evenly from 0 to 1. duo_scaling: divide by the weights' own mean magnitude, as AutoAWQ does.
+    range_search: search the rounding range of every group. strict_coverage: fail instead of topping starved experts
+    up. search_tokens: tokens (a seeded sample) on which candidates are compared; as many others, as far as there are,
+    decide whether the winner is accepted. pair_tokens: tokens per expert for the w3 -> w2 search. second moments use
+    all tokens. attention_tokens: the same cap for attention, which needs whole windows. batch_tokens: tokens per
+    forward pass. scale_dtype: dtype in which integer scales will be stored (BF16 in compressed-tensors, F16 in
+    AutoAWQ).
+    """
+
+    scale_search: bool = True
+    n_grid: int = 20
+    duo_scaling: bool = True
+    range_search: bool = True
+    min_expert_tokens: int = DEFAULT_MIN_EXPERT_TOKENS
+    strict_coverage: bool = False
+    search_tokens: int = 8192
+    attention_tokens: int = 8192
+    pair_tokens: int = 512
+    batch_tokens: int = 8192
+    scale_dtype: torch.dtype = torch.bfloat16
+    seed: int = 0
+
+    def generator(self, layer: int, purpose: int) -> torch.Generator:
+        """A CPU generator that depends on seed, layer and purpose only, so that a resumed run draws the same tokens."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + layer) * 16 + purpose)
+
+    def split(self, total: int, cap: int, layer: int, purpose: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two sorted samples of range(total), at most `cap` each, disjoint once total >= 2 * cap: to search, to
+        accept.
+        """
+        order = torch.randperm(total, generator=self.generator(layer, purpose))
+        return order[:cap].sort().values, order[-cap:].sort().values

@@ -1,0 +1,264 @@
+"""From documents to token windows: the checkpoint's tokenizer and chat template, cutting, hashing, holding out.
+
+All windows of a run have one length. transformers is imported only when a tokenizer is loaded, torch never.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from m3quant.calibration.documents import Document, corpus_sha256, interleave
+from m3quant.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows for calibration, and what a run records about them."""
+
+    ids: npt.NDArray[np.int64]
+    """[S, L] int64 token ids."""
+    window_kind_tokens: npt.NDArray[np.int64]
+    """[S, kinds] int64: how many tokens of each kind a window has; columns as in `kinds`."""
+    kinds: tuple[str, ...]
+    sha256: str
+    """Over the documents, the tokenizer, the parameters and the ids."""
+    corpus_sha256: str
+    tokenizer_sha256: str
+    seed: int
+    source: str
+    """Where the documents came from, and how many of them were used."""
+    notes: tuple[str, ...] = ()
+    """What a person should know, e.g. that there was no chat template."""
+
+    @property
+    def kind_tokens(self) -> dict[str, int]:
+        """Tokens of each kind in all windows together; they add up to S * L."""
+        return dict(zip(self.kinds, self.window_kind_tokens.sum(axis=0).tolist(), strict=True))
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able description for a run's journal, without the ids."""
+        return {
+            "windows": self.ids.shape[0],
+            "window_tokens": self.ids.shape[1],
+            "kind_tokens": self.kind_tokens,
+            "seed": self.seed,
+            "source": self.source,
+            "notes": list(self.notes),
+            "sha256": self.sha256,
+            "corpus_sha256": self.corpus_sha256,
+            "tokenizer_sha256": self.tokenizer_sha256,
+        }
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint folder or Hub repository. Code from the repository runs only if asked for.
+
+    Raises:
+        CalibrationError: there is no tokenizer, or transformers cannot read it.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise CalibrationError(
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files into it, "
+            f"or convert without calibration (--to int4)."
+        )
+    if not folder.exists() and str(path).count("/") != 1:
+        raise CalibrationError(f"{path} does not exist, so its tokenizer cannot be read; check the path.")
+    from transformers import AutoTokenizer
+
+    # Broken tokenizer files surface as OSError, ValueError, KeyError or an exception of the Rust library.
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CalibrationError(
+            f"The tokenizer of {path} cannot be read ({reason}); compare its tokenizer files with the model's own."
+        ) from error
+
+
+def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """SHA-256 over what decides the ids: the tokenizer proper, the chat template and the end-of-text token."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # A serialised backend carries merges and normalizer; a Python tokenizer is known by its class and vocabulary.
+    core = backend.to_str() if backend is not None else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    fields = [core, tokenizer.chat_template, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def render(document: Document, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The document as one string: its text, or its messages through the tokenizer's chat template.
+
+    Without a template, messages become "role: content" paragraphs; `tokenize_windows` says so in its notes.
+
+    Raises:
+        CalibrationError: the template refuses the messages.
+    """
+    if document.messages is None:
+        assert document.text is not None
+        return document.text
+    if not tokenizer.chat_template:
+        return _render_plainly(document)
+    tools: Any = list(document.tools) or None
+    # A template is a program of the model's authors; what it raises is theirs to choose.
+    try:
+        rendered = tokenizer.apply_chat_template(list(document.messages), tools=tools, tokenize=False)
+    except Exception as error:
+        raise CalibrationError(
+            f"{document.source}: the tokenizer's chat template refuses these messages ({error}); change or remove the "
+            f"record, or give it as plain text."
+        ) from error
+    assert isinstance(rendered, str)
+    return rendered
+
+
+def _render_plainly(document: Document) -> str:
+    parts = [f"tools: {json.dumps(document.tools, ensure_ascii=False)}"] if document.tools else []
+    for message in document.messages or ():
+        if message.get("reasoning_content"):
+            parts.append(f"{message['role']} thinks: {message['reasoning_content']}")
+        content = message.get("content") or ""
+        if isinstance(content, list):
+            content = "\n".join(part.get("text", "") for part in content)
+        if content:
+            parts.append(f"{message['role']}: {content}")
+        for call in message.get("tool_calls", ()):
+            arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            parts.append(f"{message['role']} calls {call['function']['name']}: {arguments}")
+    return "\n\n".join(parts)
+
+
+def tokenize_windows(
+    documents: Sequence[Document],
+    tokenizer: "PreTrainedTokenizerBase",
+    n_windows: int,
+    window_length: int,
+    *,
+    seed: int,
+    source: str = "documents",
+) -> Windows:
+    """Non-overlapping windows cut from the documents, joined with the tokenizer's end-of-text token between them.
+
+    The documents are interleaved by kind and language under `seed` and read until there is enough, so that few windows
+    have the mixture of the whole. No token is added at a window's start.
+
+    Args:
+        n_windows: S.
+        window_length: L, in tokens.
+        source: what `Windows.source` calls the documents.
+
+    Raises:
+        CalibrationError: too little text, no end-of-text token, or a chat record that the template refuses.
+    """
+    if n_windows < 1 or window_length < 1:
+        raise CalibrationError(f"{n_windows} windows of {window_length} tokens: both numbers must be at least 1.")
+    if not documents:
+        raise CalibrationError("There is no calibration document; give a file, folder or dataset with text.")
+    if tokenizer.eos_token_id is None:
+        raise CalibrationError('The tokenizer has no end-of-text token; set "eos_token" in tokenizer_config.json.')
+    kinds = tuple(sorted({document.kind for document in documents}))
+    needed = n_windows * window_length
+    ids: list[int] = []
+    kind_of_token: list[int] = []
+    used: list[Document] = []
+    for document in interleave(documents, seed=seed):
+        tokens = tokenizer(render(document, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
+        if not tokens or tokens[-1] != tokenizer.eos_token_id:  # a chat template may have closed with it already
+            tokens = [*tokens, tokenizer.eos_token_id]
+        ids += tokens
+        kind_of_token += [kinds.index(document.kind)] * len(tokens)
+        used.append(document)
+        if len(ids) >= needed:
+            break
+    if len(ids) < needed:
+        raise CalibrationError(_too_little(len(ids), len(documents), n_windows, window_length))
+    grid = np.array(ids[:needed], dtype=np.int64).reshape(n_windows, window_length)
+    labels = np.array(kind_of_token[:needed]).reshape(n_windows, window_length)
+    corpus, tokenizer_hash = corpus_sha256(documents), tokenizer_sha256(tokenizer)
+    parameters = json.dumps([corpus, tokenizer_hash, n_windows, window_length, seed]).encode()
+    return Windows(
+        ids=grid,
+        window_kind_tokens=np.stack([(labels == kind).sum(axis=1) for kind in range(len(kinds))], axis=1),
+        kinds=kinds,
+        sha256=hashlib.sha256(parameters + grid.astype("<i8").tobytes()).hexdigest(),
+        corpus_sha256=corpus,
+        tokenizer_sha256=tokenizer_hash,
+        seed=seed,
+        source=_describe(source, used, len(documents)),
+        notes=_notes(used, tokenizer),
+    )
+
+
+def _too_little(tokens: int, documents: int, n_windows: int, window_length: int) -> str:
+    fits = tokens // window_length
+    fewer = f"fewer windows (at most {fits})" if fits else "shorter windows"
+    return (
+        f"The calibration text is too short: {documents} documents gave {tokens:,} tokens, and {n_windows} windows of "
+        f"{window_length} tokens need {n_windows * window_length:,}; ask for {fewer}, shorter ones, or give more text."
+    )
+
+
+def _describe(source: str, used: Sequence[Document], given: int) -> str:
+    counts = Counter(document.kind for document in used)
+    mixture = ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts))
+    return f"{source}: {len(used)} of {given} documents ({mixture})"
+
+
+def _notes(used: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
+    dialogues = [document for document in used if document.messages is not None]
+    with_tools = sum(bool(document.tools) for document in dialogues)
+    if dialogues and not tokenizer.chat_template:
+        return (
+            f"The tokenizer has no chat template: {len(dialogues)} chat and tool records were rendered as plain "
+            f'"role: content" paragraphs.',
+        )
+    if with_tools and "tools" not in str(tokenizer.chat_template):
+        return (f"The chat template does not use tools: the schemas of {with_tools} records are not in the windows.",)
+    return ()
+
+
+def split_heldout(windows: Windows, held_out: int | float, *, seed: int) -> tuple[Windows, Windows]:
+    """(calibration, held-out) windows: disjoint, in their old order, and the same for the same `seed` everywhere.
+
+    Neighbouring windows can share a document, so held-out loss guards against overfitting to windows; it is no
+    measure of quality on other text.
+
+    Args:
+        held_out: a count (int), or a share of the windows between 0 and 1 (float), rounded, at least one.
+
+    Raises:
+        CalibrationError: either part would be empty.
+    """
+    total = windows.ids.shape[0]
+    count = held_out if isinstance(held_out, int) else max(1, round(total * held_out))
+    if not 0 < count < total:
+        raise CalibrationError(
+            f"Holding out {held_out} of {total} calibration windows leaves one part empty; hold out fewer or use more."
+        )
+    order = sorted(range(total), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
+    return _subset(windows, sorted(order[count:])), _subset(windows, sorted(order[:count]))
+
+
+def _subset(windows: Windows, indices: list[int]) -> Windows:
+    return Windows(
+        ids=windows.ids[indices],
+        window_kind_tokens=windows.window_kind_tokens[indices],
+        kinds=windows.kinds,
+        sha256=hashlib.sha256(f"{windows.sha256}:{indices}".encode()).hexdigest(),
+        corpus_sha256=windows.corpus_sha256,
+        tokenizer_sha256=windows.tokenizer_sha256,
+        seed=windows.seed,
+        source=windows.source,
+        notes=windows.notes,
+    )

@@ -1,0 +1,3 @@
+"""m3quant: MiniMax M3 and M2.x weights to FP8 and AWQ INT4 checkpoints that engines load as they are."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,44 @@
+"""Safetensors checkpoints: opened from headers alone, read on demand, written so that a kill never leaves half a file.
+
+Importing this imports neither torch nor huggingface_hub.
+"""
+
+from .header import (
+    DTYPE_BYTES,
+    Entry,
+    Header,
+    TensorInfo,
+    aligned_order,
+    entry_bytes,
+    file_size,
+    header_bytes,
+    parse_header,
+)
+from .index import INDEX_NAME
+from .listing import CONFIG_NAME
+from .reader import torch_dtype
+from .source import Checkpoint, Shard
+from .writer import ShardRecord, ShardWriter, json_bytes, sha256_file, write_bytes_atomic, write_json_atomic
+
+__all__ = [
+    "CONFIG_NAME",
+    "Checkpoint",
+    "DTYPE_BYTES",
+    "Entry",
+    "Header",
+    "INDEX_NAME",
+    "Shard",
+    "ShardRecord",
+    "ShardWriter",
+    "TensorInfo",
+    "aligned_order",
+    "entry_bytes",
+    "file_size",
+    "header_bytes",
+    "json_bytes",
+    "parse_header",
+    "sha256_file",
+    "torch_dtype",
+    "write_bytes_atomic",
+    "write_json_atomic",
+]

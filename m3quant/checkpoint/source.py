@@ -1,0 +1,242 @@
+"""A checkpoint, known from its config, its index and its shards' headers alone; tensors are read on demand."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import CheckpointError
+from .header import PREFIX_BYTES, Header, TensorInfo, parse_header
+from .index import INDEX_NAME, Index, check_numbering, check_shard_files, check_tensors, parse_index
+from .listing import CONFIG_NAME, Listing, list_folder
+from .reader import Stamp, read_file, read_header, read_raw, read_tensors
+from .strict_json import parse_object, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file. size: of the whole file; header_bytes: of everything before the first tensor's bytes."""
+
+    name: str
+    size: int
+    header_bytes: int
+    header_sha256: str
+    metadata: dict[str, str]
+
+
+class Store(Protocol):
+    """Where a checkpoint's files are: a local folder or a repo on the Hub."""
+
+    where: str
+
+    def listing(self) -> Listing: ...
+
+    def file(self, name: str) -> bytes: ...
+
+    def file_size(self, name: str) -> int: ...
+
+    def headers(self, names: list[str]) -> dict[str, tuple[bytes, bytes, int]]:
+        """Per shard: the 8-byte length, the JSON header, the file's size."""
+        ...
+
+    def path(self, name: str) -> str:
+        """How a file is named in messages."""
+        ...
+
+
+class LocalStore:
+    """A checkpoint in a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.where = str(root)
+        self.stamps: dict[str, Stamp] = {}
+
+    def listing(self) -> Listing:
+        return list_folder(self.root)
+
+    def file(self, name: str) -> bytes:
+        return read_file(self.root / name)
+
+    def file_size(self, name: str) -> int:
+        return (self.root / name).stat().st_size
+
+    def headers(self, names: list[str]) -> dict[str, tuple[bytes, bytes, int]]:
+        found = {}
+        for name in names:
+            prefix, raw, self.stamps[name] = read_header(self.root / name)
+            found[name] = (prefix, raw, self.stamps[name].size)
+        return found
+
+    def path(self, name: str) -> str:
+        return str(self.root / name)
+
+
+class Checkpoint:
+    """A safetensors checkpoint. Make one with `Checkpoint.open`.
+
+    root: the folder or repo id as text; config: config.json parsed, config_text: its bytes;
+    tensors: by name, ordered by shard and offset; shards: by file name; index_text: bytes of the index file, or None;
+    other_files: relative names of the files to carry over (all but shards, index and config.json);
+    skipped_files: name -> why it is not carried over; warnings: oddities that do no harm;
+    revision: the Hub commit that was read, or None.
+    """
+
+    def __init__(self, store: Store, revision: str | None = None) -> None:
+        """Read and check everything but the weights. Raises CheckpointError."""
+        self._store = store
+        self.root = store.where
+        self.revision = revision
+        listing = store.listing()
+        self.other_files = listing.other
+        self.skipped_files = listing.skipped
+        if not listing.has_config:
+            raise CheckpointError(
+                f"{self.root} has no {CONFIG_NAME}, so it is no checkpoint or an incomplete one. "
+                f"Give the folder that holds {CONFIG_NAME} and the *.safetensors files."
+            )
+        self.config_text = store.file(CONFIG_NAME)
+        self.config: dict[str, Any] = parse_object(
+            self.config_text, store.path(CONFIG_NAME), "Copy or download it again.", constants=True
+        )
+        self.index_text: bytes | None = store.file(INDEX_NAME) if listing.has_index else None
+        if not listing.shards and self.index_text is None:
+            raise CheckpointError(
+                f"{self.root} holds no *.safetensors file. Give a checkpoint in the safetensors format."
+            )
+        index: Index | None = None
+        if self.index_text is not None:
+            index = parse_index(self.index_text, store.path(INDEX_NAME))
+            check_shard_files(index, listing.shards, self.root, store.path(INDEX_NAME))
+        else:
+            check_numbering(listing.shards, self.root)
+
+        self.shards: dict[str, Shard] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, (prefix, raw, size) in store.headers(listing.shards).items():
+            header = parse_header(raw, size, name, store.path(name))
+            digest = hashlib.sha256(prefix + raw).hexdigest()
+            self.shards[name] = Shard(name, size, PREFIX_BYTES + len(raw), digest, header.metadata)
+            self._add(header)
+        self.warnings: list[str] = []
+        if index is not None:
+            self.warnings = check_tensors(index, self.tensors, self.root, store.path(INDEX_NAME))
+        if not self.tensors:
+            raise CheckpointError(f"The shards of {self.root} hold no tensor. Give a checkpoint with weights.")
+
+    def _add(self, header: Header) -> None:
+        for info in header.tensors:
+            other = self.tensors.get(info.name)
+            if other is not None:
+                raise CheckpointError(
+                    f"{self.root}: tensor {shown(info.name)} is in two shards, {other.shard} and {info.shard}. "
+                    f"Move the shard that does not belong to this checkpoint out of the folder."
+                )
+            self.tensors[info.name] = info
+
+    @classmethod
+    def open(cls, path_or_repo: str | Path, revision: str | None = None) -> "Checkpoint":
+        """Open a local folder, or a Hub repo "org/name" or "org/name@revision" header-only.
+
+        A folder of that name goes before a repo. Raises CheckpointError.
+        """
+        text = str(path_or_repo)
+        path = Path(path_or_repo).expanduser()
+        if path.is_dir():
+            if revision is not None:
+                raise CheckpointError(f"{path} is a local folder, which has no revision {revision!r}. Leave it out.")
+            return cls(LocalStore(path))
+        if path.exists():
+            raise CheckpointError(f"{path} is a file. Give the folder with config.json and the *.safetensors files.")
+        repo, at, inline = text.partition("@")
+        if isinstance(path_or_repo, Path) or not _REPO_ID.fullmatch(repo) or (at and not inline):
+            raise CheckpointError(
+                f"There is no folder {text}. Give a folder, or a Hub repo as org/name or org/name@revision."
+            )
+        if inline and revision is not None and inline != revision:
+            raise CheckpointError(f"Two revisions are given, {inline!r} and {revision!r}. Give one.")
+        from .hub import HubStore
+
+        store = HubStore(repo, inline or revision)
+        return cls(store, revision=store.revision)
+
+    @property
+    def local(self) -> bool:
+        """True if tensors can be read."""
+        return isinstance(self._store, LocalStore)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        facts = {
+            "config": hashlib.sha256(self.config_text).hexdigest(),
+            "index": None if self.index_text is None else hashlib.sha256(self.index_text).hexdigest(),
+            "shards": [[shard.name, shard.size, shard.header_sha256] for shard in self.shards.values()],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over config.json, the index, all headers and shard sizes; the same for a folder and its repo."""
+        return self._fingerprint
+
+    def read(self, name: str) -> "torch.Tensor":
+        """One tensor in its stored dtype, on the CPU (E8M0 as uint8). Raises CheckpointError."""
+        return self.read_many([name])[name]
+
+    def read_many(self, names: "Iterable[str]") -> dict[str, "torch.Tensor"]:
+        """Tensors by name, in the order asked; each shard is read once, in file order. Raises CheckpointError."""
+        store = self._local_store("read")
+        return read_tensors(store.root, [self._info(name) for name in dict.fromkeys(names)], store.stamps)
+
+    def read_bytes(self, name: str) -> bytes:
+        """A tensor's bytes as they lie in the file. Raises CheckpointError."""
+        store = self._local_store("read")
+        info = self._info(name)
+        return read_raw(store.root, info, store.stamps[info.shard])
+
+    def file_bytes(self, name: str) -> bytes:
+        """One of other_files, config.json or the index; of a Hub repo it is downloaded. Raises CheckpointError."""
+        if name == CONFIG_NAME:
+            return self.config_text
+        if name == INDEX_NAME and self.index_text is not None:
+            return self.index_text
+        if name not in self.other_files:
+            raise CheckpointError(f"{self.root} has no file {shown(name)} to carry over; it has: {self.other_files}.")
+        return self._store.file(name)
+
+    def file_size(self, name: str) -> int:
+        """Bytes of one of other_files, without reading it."""
+        return self._store.file_size(name)
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(
+                f"{self.root} has no tensor {shown(name)}. Check the name, and that no shard is missing."
+            )
+        return info
+
+    def _local_store(self, action: str) -> LocalStore:
+        if not isinstance(self._store, LocalStore):
+            raise CheckpointError(
+                f"{self.root} is on the Hub, where only headers are read: cannot {action} its tensors. "
+                f"Download it first (hf download {self.root} --local-dir FOLDER) and give the folder."
+            )
+        return self._store
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.root!r}, {len(self.tensors)} tensors, {len(self.shards)} shards, {self.nbytes} bytes)"

@@ -1,0 +1,56 @@
+"""The command line. One file per command, imported only when that command runs, so that `plan` stays free of torch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from .. import __version__
+from ..errors import M3QuantError
+
+# command -> (module under m3quant.cli, the line that --help shows)
+COMMANDS = {
+    "plan": ("plan", "What a checkpoint is, and what each output would weigh and need."),
+    "convert": ("convert", "Quantize a checkpoint to FP8 or AWQ INT4, streaming, resumable."),
+    "verify": ("verify", "Check that a converted checkpoint is whole, right and loadable."),
+    "perplexity": ("perplexity", "Perplexity of a source or converted checkpoint, one layer in memory at a time."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports one only when it is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"m3quant.cli.{COMMANDS[name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="m3quant")
+def cli() -> None:
+    """MiniMax M3 and M2.x weights to FP8 and AWQ INT4 checkpoints that engines load as they are.
+
+    Exit codes: 0 done, 1 a check failed, 2 bad input, 4 stopped by a full disk (the same command continues),
+    130 and 143 stopped by SIGINT and SIGTERM (the same command continues).
+    """
+
+
+def main() -> None:
+    """Entry point: refusals of ours become one line on stderr and an exit code, never a traceback."""
+    try:
+        cli(standalone_mode=True)
+    except M3QuantError as error:
+        click.echo(f"m3quant: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,108 @@
+"""m3quant convert: quantize a checkpoint, one layer in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..checkpoint import Checkpoint
+from ..errors import RecipeError
+from ..plan import Plan, make_plan
+from .options import human_bytes, load_recipe, recipe_options
+
+
+@click.command("convert")
+@click.argument("src")
+@click.argument("dst", type=click.Path(path_type=Path))
+@recipe_options("awq")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")
+@click.option("--calibration", "corpus", metavar="FILE|FOLDER|DATASET", default=None, help="Calibration text [bundled corpus].")
+@click.option("--windows", type=int, default=None, help="Calibration windows.")
+@click.option("--window-length", type=int, default=None, help="Tokens in a window.")
+@click.option("--min-expert-tokens", type=int, default=None, help="Tokens below which an expert is topped up [32].")
+@click.option("--strict-coverage", is_flag=True, help="Fail where an expert stays below --min-expert-tokens, instead of topping it up.")
+@click.option("--spill", is_flag=True, help="Keep hidden states on disk beside the output instead of in memory.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    src: str,
+    dst: Path,
+    to: str | None,
+    recipe_file: Path | None,
+    settings: tuple[str, ...],
+    format_name: str | None,
+    device: str,
+    corpus: str | None,
+    windows: int | None,
+    window_length: int | None,
+    min_expert_tokens: int | None,
+    strict_coverage: bool,
+    spill: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Quantize SRC into the folder DST. Run again after any interruption: it continues."""
+    checkpoint = Checkpoint.open(src)
+    recipe = load_recipe(checkpoint, to, recipe_file, settings, format_name)
+    given = {"windows": windows, "window_length": window_length, "min_expert_tokens": min_expert_tokens}
+    changes = {key: value for key, value in given.items() if value is not None}
+    if recipe.calibration == "none" and (changes or corpus or strict_coverage):
+        raise RecipeError(f"recipe '{recipe.name}' uses no calibration data: leave calibration options out, or use --to awq.")
+    recipe = type(recipe).model_validate({**recipe.model_dump(), "data": {**recipe.data.model_dump(), **changes}})
+    plan = make_plan(checkpoint, recipe)
+    if dry_run:
+        from .plan import plan_json, print_plan
+
+        if as_json:
+            click.echo(json.dumps(plan_json(plan), indent=2))
+        else:
+            print_plan(plan)
+        return
+    _run(plan, dst, device, corpus, strict_coverage, spill, as_json)
+
+
+def _run(plan: Plan, dst: Path, device: str, corpus: str | None, strict_coverage: bool, spill: bool, as_json: bool) -> None:
+    from ..convert.run import Settings, convert
+    from .progress import BytesProgress
+
+    settings = Settings(device=device, strict_coverage=strict_coverage, spill=spill)
+    if plan.recipe.calibration != "none":
+        settings.windows = calibration_windows(plan, corpus)
+    with BytesProgress(f"{plan.recipe.name}", quiet=as_json) as progress:
+        manifest = convert(plan, dst, settings, progress)
+    if as_json:
+        click.echo(json.dumps({"output": str(dst), **manifest}, indent=2))
+    else:
+        print_result(plan, dst, manifest)
+
+
+def calibration_windows(plan: Plan, corpus: str | None) -> Any:
+    """Tokenized calibration and held-out windows for this plan. Raises CalibrationError for too little text."""
+    from ..calibration.corpus import load_documents, load_tokenizer, tokenize_windows
+
+    data = plan.recipe.data
+    tokenizer = load_tokenizer(plan.checkpoint.root)
+    documents = load_documents(corpus)
+    return tokenize_windows(documents, tokenizer, data.windows + data.heldout_windows, data.window_length, seed=data.seed)
+
+
+def print_result(plan: Plan, dst: Path, manifest: dict[str, Any]) -> None:
+    bytes_in = manifest["source"]["bytes"]
+    share = manifest["output_bytes"] / bytes_in
+    click.echo(
+        f"{dst}: {human_bytes(manifest['output_bytes'])}, {share:.1%} of the source's {human_bytes(bytes_in)}, "
+        f"{manifest['bits_per_weight']} bits per quantized weight, {manifest['seconds']:.1f} s"
+    )
+    if quality := manifest.get("heldout"):
+        click.echo(
+            f"held-out windows ({quality['tokens']} tokens): perplexity {quality['perplexity_source']:.4f} -> "
+            f"{quality['perplexity_quantized']:.4f}, KL divergence {quality['kl_mean']:.5f}, top-1 agreement {quality['top1_agreement']:.2%}"
+        )
+    if coverage := manifest.get("coverage"):
+        click.echo(coverage["sentence"])
+    if manifest.get("report"):
+        click.echo(f"report: {dst / manifest['report']}")
+    click.echo(f"next: m3quant verify {dst} --source {plan.checkpoint.root}")

@@ -1,0 +1,69 @@
+"""Options that several commands share, and how a recipe comes out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..errors import RecipeError
+from ..recipe import FORMATS, Recipe, build_recipe, named_recipe, read_recipe_file
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def recipe_options(default: str | None) -> Callable[[F], F]:
+    """--to, --recipe, --set and --format."""
+
+    def decorate(function: F) -> F:
+        for option in reversed((
+            click.option("--to", "to", metavar="NAME", default=None, help=f"Recipe that ships with m3quant{f' [{default}]' if default else ''}."),
+            click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), default=None, help="Recipe of your own (m3quant's or llm-compressor's YAML)."),
+            click.option("--set", "settings", metavar="ROLE=SCHEME", multiple=True, help="Override one role, e.g. routed_experts=int4-g32."),
+            click.option("--format", "format_name", type=click.Choice(FORMATS), default=None, help="Override the output format."),
+        )):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def load_recipe(
+    checkpoint: Checkpoint, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None
+) -> Recipe:
+    """The recipe that these options mean for this checkpoint. Raises RecipeError."""
+    if to and recipe_file:
+        raise RecipeError("--to and --recipe are both given: a run has one recipe.")
+    if recipe_file is None:
+        return build_recipe(named_recipe(to or "awq"), settings=settings, format=format_name)
+    document = read_recipe_file(recipe_file)
+    from ..recipe_llmcompressor import is_llmcompressor, translate
+
+    if is_llmcompressor(document):
+        from ..families import family_of
+
+        document = translate(document, family_of(checkpoint.config), checkpoint.config, str(recipe_file))
+    return build_recipe(document, settings=settings, format=format_name)
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units, as disks and the Hub count: 1 GB = 10^9 bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """Columns as wide as their content, so that a pipe or a narrow terminal loses nothing. The first row is the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        if number == 0:
+            click.echo("  ".join("-" * width for width in widths))

@@ -1,0 +1,125 @@
+"""m3quant plan: from headers alone, what a conversion would write, need and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..checkpoint import Checkpoint
+from ..families import family_of
+from ..plan import Plan, bits_per_weight, make_plan, passed_through, role_table
+from ..recipe import recipe_names
+from ..resources import resources
+from .options import human_bytes, load_recipe, print_table, recipe_options
+
+
+@click.command("plan")
+@click.argument("src")
+@recipe_options(None)
+@click.option("--revision", default=None, help="Revision of a Hub repo.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(src: str, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None, revision: str | None, as_json: bool) -> None:
+    """What SRC (a folder or a Hub repo) is, and what its conversion would write.
+
+    With --to or --recipe: that conversion in detail. Without: one line for each recipe.
+    """
+    checkpoint = Checkpoint.open(src, revision)
+    if to or recipe_file or settings or format_name:
+        plan = make_plan(checkpoint, load_recipe(checkpoint, to, recipe_file, settings, format_name))
+        click.echo(json.dumps(plan_json(plan), indent=2) if as_json else "", nl=as_json)
+        if not as_json:
+            print_plan(plan)
+        return
+    plans = [make_plan(checkpoint, load_recipe(checkpoint, name, None, (), None)) for name in recipe_names()]
+    if as_json:
+        click.echo(json.dumps({plan.recipe.name: plan_json(plan) for plan in plans}, indent=2))
+        return
+    print_source(plans[0])
+    print_overview(plans)
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan for programs: every number that the table shows, and each tensor's fate."""
+    return {
+        "source": plan.checkpoint.root,
+        "revision": plan.checkpoint.revision,
+        "model_type": plan.family.model_type,
+        "recipe": plan.recipe.model_dump(),
+        "bytes_in": sum(u.bytes_in for u in plan.units),
+        "output_bytes": plan.output_bytes,
+        "bits_per_weight": bits_per_weight(plan) if plan.quantization else None,
+        "resources": {"cpu": resources(plan, False).to_json(), "gpu": resources(plan, True).to_json()},
+        "roles": role_table(plan),
+        "passed_through": passed_through(plan),
+        "copied_files": plan.copied_files,
+        "skipped_files": plan.checkpoint.skipped_files,
+        "notes": plan.notes,
+        "quantization_config": plan.quantization,
+        "shards": [{"name": u.shard, "bytes": u.bytes_out, "holds": u.label} for u in plan.units],
+        "tensors": [
+            {
+                "name": t.name,
+                "role": t.role.kind,
+                "action": t.action,
+                "scheme": t.scheme.name,
+                "outputs": [{"name": o.name, "dtype": o.dtype, "shape": list(o.shape)} for o in t.outputs],
+            }
+            for t in plan.tensors
+        ],
+    }
+
+
+def print_source(plan: Plan) -> None:
+    config, family = plan.checkpoint.config, family_of(plan.checkpoint.config)
+    text = family.text_config(config)
+    weights = sum(t.source.info.numel for t in plan.tensors)
+    bytes_in = sum(u.bytes_in for u in plan.units)
+    click.echo(
+        f"{plan.checkpoint.root}: {family.model_type}, {weights / 1e9:.3f}B parameters, {human_bytes(bytes_in)} in "
+        f"{len(plan.checkpoint.shards)} shards; {family.num_layers(config)} layers, {text['num_local_experts']} experts, "
+        f"top-{text['num_experts_per_tok']}"
+    )
+    kv = family.kv_geometry(config)
+    index = f" + {kv.bytes_per_token(0, 2):,.0f} of index keys" if kv.index_layers else ""
+    click.echo(f"KV cache per token, unsharded: {kv.bytes_per_token(2, 0):,.0f} bytes in BF16, {kv.bytes_per_token(1, 0):,.0f} in FP8{index}")
+
+
+def print_overview(plans: list[Plan]) -> None:
+    rows = [["recipe", "output", "of source", "bits/weight", "routed experts", "attention", "calibration"]]
+    for plan in plans:
+        share = plan.output_bytes / sum(u.bytes_in for u in plan.units)
+        rows.append([
+            plan.recipe.name, human_bytes(plan.output_bytes), f"{share:.1%}", f"{bits_per_weight(plan):.2f}",
+            str(plan.recipe.scheme("routed_experts")), str(plan.recipe.scheme("attention")), plan.recipe.calibration,
+        ])  # fmt: skip
+    print_table(rows)
+
+
+def print_plan(plan: Plan) -> None:
+    print_source(plan)
+    click.echo(f"recipe {plan.recipe.name}, format {plan.recipe.format}, calibration {plan.recipe.calibration}")
+    table = role_table(plan)
+    rows = [["role", "action", "scheme", "tensors", "in", "out"]]
+    for row in table:
+        rows.append([
+            row["role"], row["action"], row["scheme"], str(row["tensors"]), human_bytes(row["bytes_in"]), human_bytes(row["bytes_out"]),
+        ])  # fmt: skip
+    print_table(rows)
+    for row in table:
+        if row["action"] != "quantize":
+            click.echo(f"{row['role']}: {row['action']}, because: {row['reason']}")
+    bits = f", {bits_per_weight(plan):.3f} bits per quantized weight" if plan.quantization else ""
+    click.echo(f"output: {plan.output_bytes:,} bytes ({human_bytes(plan.output_bytes)}) in {len(plan.units)} shards{bits}")
+    for name, need in (("CPU", resources(plan, False)), ("GPU", resources(plan, True))):
+        device = f", device memory {human_bytes(need.device)}" if need.device else ""
+        click.echo(f"on a {name}: peak host memory {human_bytes(need.host)}{device}, free disk {human_bytes(need.disk)}")
+    passed = passed_through(plan)
+    if passed:
+        click.echo(f"passed through byte for byte ({len(passed)}): {', '.join(passed[:8])}{', ...' if len(passed) > 8 else ''}")
+    for name, reason in plan.checkpoint.skipped_files.items():
+        click.echo(f"not carried over: {name} ({reason})")
+    for note in plan.notes:
+        click.echo(f"note: {note}")

@@ -1,0 +1,57 @@
+"""Progress of a conversion on stderr: a bar with bytes per second and ETA on a terminal, a line a layer elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
+
+LINE_SECONDS = 10.0  # without a terminal: at most one progress line in this time
+
+
+class BytesProgress:
+    """Counts source bytes. Use as a context manager."""
+
+    def __init__(self, label: str, quiet: bool = False) -> None:
+        self.label, self.quiet = label, quiet
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._total = self._done = self._begun_at = 0
+        self._started = self._last = time.monotonic()
+
+    def __enter__(self) -> BytesProgress:
+        if self._console.is_terminal and not self.quiet:
+            self._bar = Progress(
+                TextColumn(self.label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn(),
+                TextColumn("ETA"), TimeRemainingColumn(), console=self._console,
+            )  # fmt: skip
+            self._bar.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.__exit__(kind, error, trace)
+
+    def start(self, total_bytes: int, done_bytes: int) -> None:
+        self._total, self._done, self._begun_at = total_bytes, done_bytes, done_bytes
+        self._started = time.monotonic()
+        if self._bar:
+            self._task = self._bar.add_task(self.label, total=total_bytes, completed=done_bytes)
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if self._bar:
+            self._bar.advance(self._task, count)
+        elif not self.quiet and now - self._last >= LINE_SECONDS:
+            self._last = now
+            rate = (self._done - self._begun_at) / (now - self._started)
+            eta = (self._total - self._done) / rate if rate else float("inf")
+            print(f"{self.label}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, ETA {eta:.0f} s", file=sys.stderr)
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,188 @@
+"""The calibrated conversion: layer by layer, two hidden-state streams, the next layer read while this one is searched.
+
+Per layer: the source stream passes through the source weights; scales and ranges are searched on the quantized stream's
+input; every weight is folded, rounded, written, and put back dequantized; the quantized stream passes through those.
+So the layer's error, and at the end perplexity and KL divergence on held-out windows, come out of the same pass.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from ..calibration.awq import CalibratedLayer, calibrate_layer
+from ..calibration.experts import ExpertLedger
+from ..calibration.layers import Layer, layer_spec
+from ..calibration.settings import AwqSettings
+from ..calibration.stream import HiddenStates, Prefetcher, read_head, read_layer, run_layer
+from ..errors import CalibrationError
+from ..plan import Plan, PlannedTensor, Unit
+from ..quant.formats import TORCH_DTYPES, decompress
+from ..quant.layout import scale_dtype
+from ..reading import SourceReader
+from ..schemes import Scheme
+from .boundary import Streams, WindowView, drop_saved
+from .journal import Journal
+from .quality import coverage, heldout_quality
+from .report import write_report
+from .stopping import StopFlag
+from .units import UnitWriter, convert_unit, store
+
+if TYPE_CHECKING:
+    from .run import Progress, Settings
+
+
+def convert_calibrated(
+    plan: Plan,
+    output: Path,
+    reader: SourceReader,
+    settings: Settings,
+    device: torch.device,
+    journal: Journal,
+    stop: StopFlag,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Convert all units that the journal has no record of; returns what the manifest tells of calibration.
+
+    Raises CalibrationError, CheckpointError, StoppedError or InterruptedRun; a layer in progress is then dropped whole.
+    """
+    assert settings.windows is not None, "a calibrated recipe needs windows"
+    run = _Run(plan, output, reader, settings, device, journal, stop, progress)
+    first = plan.units[0]
+    if first.index not in journal.records:
+        record = convert_unit(output, first, reader, plan.recipe.format, device, stop, progress.advance)
+        journal.finish_unit(first.index, {"shard": record.name, "size": record.size, "sha256": record.sha256})
+    todo = [u for u in plan.units if u.layer is not None and u.index not in journal.records]
+    streams = run.streams(todo[0] if todo else None)
+    try:
+        load = cast("Any", lambda unit: read_layer(reader, unit.layer))
+        with Prefetcher[Unit, dict[str, torch.Tensor]](load, todo) as layers:
+            for unit in todo:
+                run.convert_layer(unit, next(layers), streams)
+        quality = heldout_quality(read_head(reader, device), streams, run.tokens, plan.recipe.data.windows)
+    finally:
+        streams.close()
+    return _summary(plan, output, journal, settings, quality)
+
+
+class _Run:
+    """What stays the same from layer to layer."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        output: Path,
+        reader: SourceReader,
+        settings: Settings,
+        device: torch.device,
+        journal: Journal,
+        stop: StopFlag,
+        progress: Progress,
+    ) -> None:
+        self.plan, self.output, self.reader, self.journal = plan, output, reader, journal
+        self.device, self.stop, self.progress = device, stop, progress
+        assert settings.windows is not None
+        self.tokens = torch.from_numpy(settings.windows.ids)
+        self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.micro_batch = max(1, settings.micro_batch_tokens // self.tokens.shape[1])
+        self.spill = journal.folder if settings.spill else None
+        data, awq = plan.recipe.data, plan.recipe.awq
+        self.awq = AwqSettings(
+            scale_search=awq.smooth,
+            n_grid=awq.n_grid,
+            duo_scaling=awq.duo_scaling,
+            range_search=awq.range_search,
+            min_expert_tokens=data.min_expert_tokens,
+            strict_coverage=settings.strict_coverage,
+            scale_dtype=TORCH_DTYPES[scale_dtype(Scheme("int", 4), plan.recipe.format)],
+            seed=data.seed,
+        )
+
+    def streams(self, unit: Unit | None) -> Streams:
+        """Both streams as they enter `unit` (None: the head), embedded or restored from the last boundary."""
+        index = unit.index if unit else len(self.plan.units)
+        if index == 1:
+            return Streams.embedded(self.reader, self.tokens, self.dtype, self.device, self.spill)
+        hidden = int(self.plan.family.text_config(self.plan.checkpoint.config)["hidden_size"])
+        shape = (self.tokens.shape[0], self.tokens.shape[1], hidden)
+        return Streams.restored(self.journal.boundary(index), shape, self.dtype, self.device, self.spill)
+
+    def convert_layer(self, unit: Unit, tensors: dict[str, torch.Tensor], streams: Streams) -> None:
+        """Calibrate, write and journal one layer. tensors: relative name -> dense source tensor; changed in place."""
+        assert unit.layer is not None
+        self.stop.check()
+        prefix = self.plan.family.layer_prefix(unit.layer)
+        schemes = {t.name.removeprefix(prefix): t.scheme for t in unit.tensors if t.action == "quantize"}
+        spec = layer_spec(self.plan.checkpoint.config, unit.layer)
+        seen = WindowView(streams.quantized, 0, self.plan.recipe.data.windows)
+        calibrated = calibrate_layer(spec, tensors, schemes, cast(HiddenStates, seen), self.awq, self.device, self.dtype)
+        calibrated.device = self.device
+        self.stop.check()
+        run_layer(Layer(spec, tensors, self.device, self.dtype), streams.source, self.micro_batch)
+        shard = self._write(unit, prefix, tensors, calibrated)
+        error = run_layer(Layer(spec, tensors, self.device, self.dtype), streams.quantized, self.micro_batch, streams.source)
+        streams.save(self.journal.boundary(unit.index + 1))
+        ledger = calibrated.ledger.to_json() if calibrated.ledger else None
+        self.journal.finish_unit(unit.index, {**shard, "layer": unit.layer, "stream_error": error, "log": calibrated.log, "ledger": ledger})
+        drop_saved(self.journal.boundary(unit.index))
+        self.progress.say(layer_line(unit.layer, calibrated, error or 0.0))
+
+    def _write(self, unit: Unit, prefix: str, tensors: dict[str, torch.Tensor], calibrated: CalibratedLayer) -> dict[str, Any]:
+        writer = UnitWriter(self.output, unit)
+        try:
+            for planned in unit.tensors:
+                self.stop.check()
+                name = planned.name.removeprefix(prefix)
+                outputs, tensors[name] = self._one(planned, name, tensors[name], calibrated)
+                writer.add(outputs)
+                self.progress.advance(planned.source.stored_bytes)
+            record = writer.close()
+        except BaseException:
+            writer.abort()
+            raise
+        return {"shard": record.name, "size": record.size, "sha256": record.sha256}
+
+    def _one(
+        self, planned: PlannedTensor, name: str, tensor: torch.Tensor, calibrated: CalibratedLayer
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What is stored of one tensor, and the tensor that an engine computes with."""
+        if planned.action != "quantize":
+            kept = calibrated.other.get(name, tensor).cpu()
+            if kept.dtype != tensor.dtype:
+                raise CalibrationError(f"{planned.name} was folded as {kept.dtype}, but is stored as {tensor.dtype}: a defect of m3quant, please report it.")
+            return {planned.name: kept}, kept
+        weight = calibrated.weight(name)
+        scale, zero_point = calibrated.qparams(name, weight) if planned.scheme.kind == "int" else (None, None)
+        outputs = store(planned, weight, self.plan.recipe.format, scale, zero_point)
+        parts = {key.removeprefix(f"{planned.module}."): value for key, value in outputs.items()}
+        dense = decompress(parts, planned.scheme, self.plan.recipe.format, tuple(weight.shape), name=planned.name)
+        return outputs, dense.to(torch.bfloat16)
+
+
+def layer_line(layer: int, calibrated: CalibratedLayer, error: float) -> str:
+    """One line a layer while it runs: what was chosen, what it gained, who starved."""
+    parts = [f"layer {layer}"]
+    for block in calibrated.log["blocks"]:
+        if block["chosen"] != "unquantized":
+            parts.append(f"{block['block']}: {block['chosen']}")
+    parts.append(f"stream error {error:.4f}")
+    if calibrated.ledger is not None and calibrated.ledger.starved:
+        starved = calibrated.ledger.starved
+        shown = ", ".join(map(str, starved[:8])) + (", ..." if len(starved) > 8 else "")
+        parts.append(f"{len(starved)} experts below {calibrated.ledger.floor} tokens, topped up by router score: {shown}")
+    return "; ".join(parts)
+
+
+def _summary(plan: Plan, output: Path, journal: Journal, settings: Settings, quality: dict[str, Any] | None) -> dict[str, Any]:
+    records = [journal.records[u.index] for u in plan.units if u.layer is not None]
+    ledgers = [ExpertLedger.from_json(r["ledger"]) for r in records if r["ledger"]]
+    assert settings.windows is not None
+    facts = {
+        "calibration": settings.windows.record(),
+        "heldout": quality,
+        "coverage": coverage(ledgers),
+        "stream_error": {str(r["layer"]): r["stream_error"] for r in records},
+    }
+    return {**facts, "report": write_report(plan, output, records, facts)}

@@ -1,0 +1,56 @@
+"""The last steps of a conversion: index, recipe, carried files, manifest, and config.json as the very last."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..checkpoint import write_bytes_atomic, write_json_atomic
+from ..plan import INDEX_FILE, RECIPE_FILE, Plan, bits_per_weight, passed_through, role_table
+from .journal import MANIFEST, Journal
+
+SCHEMA = 1
+
+
+def finish(plan: Plan, output: Path, journal: Journal, extra: dict[str, Any]) -> dict[str, Any]:
+    """Write everything beside the shards and return the manifest. config.json comes last: a folder that has one is complete."""
+    write_bytes_atomic(output / INDEX_FILE, plan.index_bytes)
+    write_bytes_atomic(output / RECIPE_FILE, plan.recipe.dump().encode())
+    for name in plan.copied_files:
+        target = output / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes_atomic(target, plan.checkpoint.file_bytes(name))
+    manifest = make_manifest(plan, journal, extra)
+    write_json_atomic(output / MANIFEST, manifest)
+    write_bytes_atomic(output / "config.json", plan.config_bytes)
+    return manifest
+
+
+def make_manifest(plan: Plan, journal: Journal, extra: dict[str, Any]) -> dict[str, Any]:
+    """What the output was made from and of: enough to verify it without the source."""
+    shards = {journal.records[u.index]["shard"]: {k: journal.records[u.index][k] for k in ("size", "sha256")} for u in plan.units}
+    return {
+        "schema": SCHEMA,
+        "m3quant": __version__,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "fingerprint": plan.fingerprint(),
+        "source": {
+            "fingerprint": plan.checkpoint.fingerprint(),
+            "revision": plan.checkpoint.revision,
+            "bytes": sum(u.bytes_in for u in plan.units),
+            "tensors": {
+                t.name: {"dtype": t.source.info.dtype, "shape": list(t.source.info.shape), "kind": t.source.kind}
+                for t in plan.tensors
+            },
+        },
+        "recipe": plan.recipe.model_dump(),
+        "output_bytes": plan.output_bytes,
+        "bits_per_weight": round(bits_per_weight(plan), 4) if plan.quantization else None,
+        "roles": role_table(plan),
+        "passed_through": passed_through(plan),
+        "notes": plan.notes,
+        "shards": shards,
+        **extra,
+    }

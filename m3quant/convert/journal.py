@@ -1,0 +1,160 @@
+"""What has been finished: the state of a conversion, kept beside its output in DST/.m3quant/ until it is complete.
+
+    job.json      fingerprint and the facts it was made of, so that a refusal can name what differs
+    units.jsonl   one line per finished unit, appended and synced after its shard is in place
+    boundary-*-*.states      hidden states entering the next layer (calibrated conversions)
+    lock          held while a process converts
+
+Order of durability: shard renamed, boundary of the next unit renamed, record appended and synced, old boundary removed.
+Killed at any instant, the run continues at the first unit without a record, from the boundary that unit entered with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import write_json_atomic
+from ..errors import OutputError, StoppedError
+
+FOLDER = ".m3quant"
+MANIFEST = "m3quant.json"  # in a finished output: what it was made from, and the sha256 of every shard
+
+
+class Journal:
+    """The journal of one output folder. Make it with `Journal.begin`."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output / FOLDER
+        self.records: dict[int, dict[str, Any]] = {}
+        self._lock = -1
+
+    @classmethod
+    def begin(cls, output: Path, facts: Mapping[str, Any]) -> Journal:
+        """Start or continue in `output`. facts: name -> value; all must equal those the work was begun with.
+
+        Raises OutputError for a folder that is not ours, is in use, or was begun with other facts.
+        """
+        journal = cls(output)
+        check_output_folder(output)
+        try:
+            journal.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{output} cannot be created: {error.strerror}. Choose a folder that can be written.") from None
+        journal._take_lock()
+        try:
+            journal._check_facts(facts)
+        except BaseException:
+            journal.release()
+            raise
+        journal._read_records()
+        return journal
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            self._lock = -1
+            raise OutputError(f"{self.output} is being converted by another process: wait for it, or stop it first.") from None
+
+    def _check_facts(self, facts: Mapping[str, Any]) -> None:
+        path = self.folder / "job.json"
+        if not path.exists():
+            write_json_atomic(path, dict(facts))
+            return
+        try:
+            begun = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise OutputError(f"{path} is damaged: remove {self.output} and start again.") from None
+        refuse_other_facts(self.output, begun, facts)
+
+    def _read_records(self) -> None:
+        path = self.folder / "units.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        good = 0
+        for line in lines:
+            # A line without its newline was being appended when the run was killed: its unit is done again.
+            if not line.endswith("\n"):
+                break
+            try:
+                record = json.loads(line)
+            except ValueError:
+                raise OutputError(f"{path} is damaged: remove {self.output} and start again.") from None
+            self.records[record["unit"]] = record
+            good += len(line.encode())
+        if lines and good != path.stat().st_size:
+            os.truncate(path, good)
+
+    def finish_unit(self, unit: int, record: Mapping[str, Any]) -> None:
+        """Append the record of a finished unit and sync it. Raises StoppedError on a full disk."""
+        line = (json.dumps({"unit": unit, **record}, allow_nan=False) + "\n").encode()
+        path = self.folder / "units.jsonl"
+        before = path.stat().st_size if path.exists() else 0
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            if os.write(descriptor, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, before)
+            raise StoppedError(f"{path} cannot be written: {error.strerror}. Free space and run the same command again.") from None
+        finally:
+            os.close(descriptor)
+        self.records[unit] = {"unit": unit, **record}
+
+    def boundary(self, unit: int) -> Path:
+        """Stem of the files that hold the hidden states entering `unit` (see boundary.py)."""
+        return self.folder / f"boundary-{unit:05d}"
+
+    def release(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def remove(self) -> None:
+        """Remove the state of a finished conversion."""
+        for path in sorted(self.folder.iterdir()):
+            path.unlink()
+        self.folder.rmdir()
+        self.release()
+
+
+def check_output_folder(output: Path) -> None:
+    """Raise OutputError if `output` exists, is not empty, and holds no conversion of ours."""
+    if output.is_file():
+        raise OutputError(f"{output} is a file: give a folder for the output.")
+    if not output.exists() or (output / FOLDER / "job.json").exists() or (output / MANIFEST).exists():
+        return
+    names = sorted(p.name for p in output.iterdir() if p.name != FOLDER)
+    if names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise OutputError(f"{output} is not empty ({shown}) and holds no m3quant conversion: choose another folder, or empty this one.")
+
+
+def check_apart(source: Path, output: Path) -> None:
+    """Raise OutputError if one folder lies inside the other."""
+    src, dst = source.resolve(), output.resolve()
+    if src == dst or src in dst.parents or dst in src.parents:
+        raise OutputError(f"the output {output} and the source {source} lie inside one another: choose an output folder apart from the source.")
+
+
+def refuse_other_facts(output: Path, begun: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Raise OutputError naming the first facts in which `begun` and `facts` differ."""
+    differing = [key for key in sorted({*begun, *facts}) if begun.get(key) != facts.get(key)]
+    if not differing:
+        return
+    told = "; ".join(f"{key} was {begun.get(key)!r}, now {facts.get(key)!r}" for key in differing if key != "fingerprint")
+    raise OutputError(
+        f"{output} was begun with other settings ({told or 'another plan'}): repeat the first command to continue it, "
+        "or choose another folder."
+    )

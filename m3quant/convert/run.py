@@ -1,0 +1,165 @@
+"""The conversion from end to end: checks, journal, units, finish."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from .. import __version__
+from ..checkpoint import ShardRecord
+from ..errors import CheckpointError, OutputError, PlanError
+from ..plan import Plan, Unit
+from ..reading import SourceReader
+from ..resources import check_disk, resources
+from .finish import finish
+from .journal import MANIFEST, Journal, check_apart, check_output_folder, refuse_other_facts
+from .stopping import StopFlag, stop_on_signals
+from .units import convert_unit
+
+if TYPE_CHECKING:
+    from ..calibration.corpus import Windows
+
+
+class Progress(Protocol):
+    """What a conversion tells of itself while it runs."""
+
+    def start(self, total_bytes: int, done_bytes: int) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+
+@dataclass
+class Settings:
+    """How to run, as opposed to what to make. windows is None for data-free recipes."""
+
+    device: str = "cpu"
+    windows: Windows | None = None
+    strict_coverage: bool = False
+    spill: bool = False  # keep hidden states on disk instead of memory
+    micro_batch_tokens: int = 16384
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device called `name`; "auto" is the first GPU where there is one. Raises PlanError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise PlanError(f"--device {name}: no such device; use cpu, cuda, cuda:1 or auto.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PlanError(f"--device {name}: this torch sees no GPU; use --device cpu, or install torch with CUDA.")
+    return device
+
+
+def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
+    """Convert `plan` into `output` and return the manifest. Continues an interrupted run; a finished one returns at once.
+
+    Raises M3QuantError subclasses with what is wrong and what to do; nothing half-written is ever left under a final name.
+    """
+    if not plan.checkpoint.local:
+        raise CheckpointError(
+            f"{plan.checkpoint.root} is on the Hub: download it first "
+            f"(hf download {plan.checkpoint.root} --local-dir FOLDER) and convert the folder."
+        )
+    check_apart(Path(plan.checkpoint.root), output)
+    check_output_folder(output)
+    device = pick_device(settings.device)
+    facts = job_facts(plan, settings, device)
+    if (done := _finished(output, facts)) is not None:
+        progress.say(f"{output} is already complete")
+        return done
+    check_disk(plan, output, resources(plan, device.type == "cuda"))
+    journal = Journal.begin(output, facts)
+    try:
+        return _convert(plan, output, settings, device, journal, facts, progress)
+    finally:
+        journal.release()
+
+
+def job_facts(plan: Plan, settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Everything the output's bytes depend on. A resumed run must have the same."""
+    calibrated = plan.recipe.calibration != "none"
+    return {
+        "fingerprint": plan.fingerprint(),
+        "source": plan.checkpoint.fingerprint(),
+        "recipe": json.dumps(plan.recipe.model_dump(), sort_keys=True),
+        "version": __version__,
+        "calibration": settings.windows.sha256 if calibrated and settings.windows else None,
+        # searched scales depend on the order in which a device sums
+        "device": device.type if calibrated else None,
+        "micro_batch_tokens": settings.micro_batch_tokens if calibrated else None,
+    }
+
+
+def _finished(output: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a finished output made from the same facts; None if there is none. Raises OutputError if it differs."""
+    path = output / MANIFEST
+    if not path.exists() or not (output / "config.json").exists():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise OutputError(f"{path} is damaged: remove {output} and start again.") from None
+    refuse_other_facts(output, manifest.get("job", {}), facts)
+    return manifest
+
+
+def _convert(
+    plan: Plan, output: Path, settings: Settings, device: torch.device, journal: Journal, facts: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    reader = SourceReader(plan.checkpoint)
+    _drop_lost_records(plan, output, journal)
+    done = sum(plan.units[i].bytes_in for i in journal.records)
+    progress.start(sum(u.bytes_in for u in plan.units), done)
+    if journal.records:
+        progress.say(f"continuing: {len(journal.records)} of {len(plan.units)} shards are finished")
+    started = time.monotonic()
+    with stop_on_signals() as stop:
+        if plan.recipe.calibration == "none":
+            for unit in plan.units:
+                if unit.index not in journal.records:
+                    record = convert_unit(output, unit, reader, plan.recipe.format, device, stop, progress.advance)
+                    journal.finish_unit(unit.index, shard_facts(record))
+            extra: dict[str, Any] = {}
+        else:
+            from .calibrated import convert_calibrated
+
+            extra = convert_calibrated(plan, output, reader, settings, device, journal, stop, progress)
+    extra["job"] = facts
+    extra["seconds"] = round(time.monotonic() - started, 3)
+    manifest = finish(plan, output, journal, extra)
+    journal.remove()
+    return manifest
+
+
+def shard_facts(record: ShardRecord) -> dict[str, Any]:
+    return {"shard": record.name, "size": record.size, "sha256": record.sha256}
+
+
+def _drop_lost_records(plan: Plan, output: Path, journal: Journal) -> None:
+    """A recorded shard that is gone or of another size must be made again; calibrated layers can only go on from the last."""
+    lost = [u for u in plan.units if u.index in journal.records and not _intact(output, u)]
+    if not lost:
+        return
+    if plan.recipe.calibration != "none" and any(u.layer is not None for u in lost):
+        raise OutputError(
+            f"{output / lost[0].shard} was finished but is missing or has another size now: calibrated layers depend on "
+            f"one another, so remove {output} and start again."
+        )
+    for unit in lost:
+        del journal.records[unit.index]
+
+
+def _intact(output: Path, unit: Unit) -> bool:
+    path = output / unit.shard
+    return path.exists() and path.stat().st_size == unit.bytes_out
+
+

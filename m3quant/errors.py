@@ -1,0 +1,42 @@
+"""Errors meant for the person who reads them: what is wrong, where, and what to do.
+
+Every command prints `str(error)` and leaves with `error.exit_code`; a traceback means a defect of ours.
+"""
+
+
+class M3QuantError(Exception):
+    """Base of all refusals. The message is one sentence (or two) with the file, the tensor and the remedy."""
+
+    exit_code = 2
+
+
+class CheckpointError(M3QuantError):
+    """A source or output checkpoint is broken, incomplete, or of a kind we do not read."""
+
+
+class RecipeError(M3QuantError):
+    """A recipe names an unknown role, scheme or key, or does not parse."""
+
+
+class PlanError(M3QuantError):
+    """Recipe and checkpoint do not go together: an engine rule is broken or a size does not divide."""
+
+
+class CalibrationError(M3QuantError):
+    """The calibration data is unusable or too small, or a weight or activation is not finite."""
+
+
+class OutputError(M3QuantError):
+    """The output folder cannot be used: not empty, not ours, inside the source, or begun under other settings."""
+
+
+class VerifyError(M3QuantError):
+    """The output is not what the plan promised."""
+
+    exit_code = 1
+
+
+class StoppedError(M3QuantError):
+    """The run stopped early but intact (full disk): the same command continues it."""
+
+    exit_code = 4

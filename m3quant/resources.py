@@ -1,0 +1,80 @@
+"""What a conversion needs: host memory, device memory, disk. Predicted from the plan before anything is read.
+
+Estimates are upper bounds of what m3quant itself holds; the interpreter with torch adds about 0.5 GB of host memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .errors import StoppedError
+from .plan import Plan, PlannedTensor
+
+FLOAT32 = 4
+# A tensor being quantized exists as stored, as a float32 working copy, as one temporary of it, and as codes.
+WORK_COPIES = 3
+# Headroom on the disk for the journal, the report and the file system's own needs.
+DISK_MARGIN = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Bytes. host and device are peaks; disk is what must be free when nothing is written yet."""
+
+    host: int
+    device: int
+    disk: int
+    boundary: int
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def hidden_state_bytes(plan: Plan, element_bytes: int) -> int:
+    """One hidden-state stream: windows x length x hidden size."""
+    data, text = plan.recipe.data, plan.family.text_config(plan.checkpoint.config)
+    return (data.windows + data.heldout_windows) * data.window_length * int(text["hidden_size"]) * element_bytes
+
+
+def resources(plan: Plan, on_gpu: bool, workers: int | None = None) -> Resources:
+    """Peak memory and disk of converting `plan` on a GPU (bfloat16 streams) or on the CPU (float32 streams)."""
+    workers = workers or min(8, os.cpu_count() or 1)
+    largest = max(t.source.stored_bytes + _elements(t) * FLOAT32 * (WORK_COPIES if t.action == "quantize" else 0) for t in plan.tensors)
+    if plan.recipe.calibration == "none":
+        working = largest * (workers + 1)
+        return Resources(working, working if on_gpu else 0, plan.output_bytes + DISK_MARGIN, 0)
+    layer = max(sum(_elements(t) * 2 for t in unit.tensors) for unit in plan.units if unit.layer is not None)
+    written = max(unit.bytes_out for unit in plan.units if unit.layer is not None)
+    stream = hidden_state_bytes(plan, 2 if on_gpu else FLOAT32)
+    # Two boundaries exist for a moment: the next is in place before the old one goes.
+    boundary = 2 * 2 * stream
+    disk = plan.output_bytes + boundary + DISK_MARGIN
+    streams = 4 * stream  # two streams, each with the layer's output beside its input
+    if on_gpu:
+        # layer weights, searched copies of a chunk of experts, streams and activations on the device; the next layer waits on the host
+        return Resources(layer + written + largest, 2 * layer + streams + largest, disk, boundary)
+    return Resources(2 * layer + written + streams + largest, 0, disk, boundary)
+
+
+def _elements(tensor: PlannedTensor) -> int:
+    return tensor.source.info.numel
+
+
+def check_disk(plan: Plan, output: Path, need: Resources) -> None:
+    """Raise StoppedError when the disk under `output` has too little room for what is still to be written."""
+    folder = output
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    present = sum(p.stat().st_size for p in output.glob("*.safetensors")) if output.exists() else 0
+    missing = need.disk - present - free
+    if missing > 0:
+        raise StoppedError(
+            f"the disk of {folder} has {free / 1e9:.1f} GB free, but the output needs {(need.disk - present) / 1e9:.1f} GB more: "
+            f"free {missing / 1e9:.1f} GB or choose another folder. Nothing was changed."
+        )
+
+

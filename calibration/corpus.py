@@ -18,7 +18,14 @@ from m3quant.calibration.documents import (
     read_file,
     read_folder,
 )
-from m3quant.calibration.windows import Windows, load_tokenizer, render, split_heldout, tokenize_windows, tokenizer_sha256
+from m3quant.calibration.windows import (
+    Windows,
+    load_tokenizer,
+    render,
+    split_heldout,
+    tokenize_windows,
+    tokenizer_sha256,
+)
 from m3quant.errors import CalibrationError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +34,7 @@ BUNDLED_PATH = Path(__file__).parent / "data" / "corpus.jsonl"
 BUNDLED_NAME = "bundled corpus"
 # About 16 million tokens, over a hundred times what a calibration uses: a folder or dataset is read no further.
 MAX_CHARACTERS = 64 * 2**20
-HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[^:]*))?(?::(?P<split>[^:]+))?")
+HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[^:]*))?(?::(?P<split>.+))?")
 
 
 def load_documents(spec: str | None, *, max_characters: int = MAX_CHARACTERS) -> list[Document]:
@@ -44,6 +51,8 @@ def load_documents(spec: str | None, *, max_characters: int = MAX_CHARACTERS) ->
     """
     if spec is None:
         return list(read_file(BUNDLED_PATH))
+    if not spec.strip():
+        raise CalibrationError("The name of the calibration data is empty; give a file, folder or Hub dataset id.")
     path = Path(spec)
     if path.is_dir():
         return _at_most(read_folder(path), max_characters, spec)

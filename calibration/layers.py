@@ -299,4 +299,9 @@ def _rotary(
     rotary = rotary_class(_transformers_config(json.dumps(spec.config))).to(device)
     positions = torch.arange(length, device=device)[None]
     cos, sin = rotary(torch.empty(0, dtype=dtype, device=device), positions)
+    if cos.shape[-1] != spec.rotary_dim:
+        raise CheckpointError(
+            f"config.json says rotary_dim = {spec.rotary_dim}, but its other rotary settings rotate {cos.shape[-1]} "
+            "dimensions of a head; take config.json from the original model repository"
+        )
     return cos, sin

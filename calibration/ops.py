@@ -155,7 +155,9 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) 
     that have rows.
     """
     if x.is_cuda and x.dtype == weight.dtype:
-        if x.dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm"):
+        # The kernel wants rows of whole 16-byte words.
+        aligned = x.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0
+        if x.dtype == torch.bfloat16 and aligned and hasattr(torch, "_grouped_mm"):
             return torch._grouped_mm(x, weight.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
         return _padded_bmm(x, weight, counts.tolist())
     out = x.new_empty(x.shape[0], weight.shape[1])

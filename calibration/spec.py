@@ -46,6 +46,7 @@ class LayerSpec:
     head_dim: int
     qk_norm_per_head: bool
     rotary_dim: int
+    rope_theta: float
     sparse: SparseSpec | None
     moe: MoeSpec | None
     dense_intermediate_size: int
@@ -128,6 +129,7 @@ def layer_spec(config: dict[str, Any], index: int) -> LayerSpec:
         head_dim=text.get("head_dim"),
         qk_norm_per_head=m3,
         rotary_dim=text.get("rotary_dim"),
+        rope_theta=float(text.get("rope_theta")),
         sparse=_sparse(text, index) if m3 else None,
         moe=_moe(text, activation, m3) if is_moe else None,
         dense_intermediate_size=0 if is_moe else text.get("dense_intermediate_size"),

@@ -92,7 +92,9 @@ def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
     """SHA-256 over what decides the ids: the tokenizer proper, the chat template and the end-of-text token."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # A serialised backend carries merges and normalizer; a Python tokenizer is known by its class and vocabulary.
-    core = backend.to_str() if backend is not None else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    core = (
+        backend.to_str() if backend is not None else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    )
     fields = [core, tokenizer.chat_template, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

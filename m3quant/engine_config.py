@@ -17,8 +17,9 @@ from .recipe import Recipe
 from .schemes import KEEP, Scheme
 
 
-
-def quantization_config(recipe: Recipe, family: Family, modules: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
+def quantization_config(
+    recipe: Recipe, family: Family, modules: Mapping[str, Scheme], linears: Iterable[str]
+) -> dict[str, Any]:
     """The `quantization_config` for these modules.
 
     modules: on-disk module name -> scheme, for every module of a quantizable role.
@@ -111,14 +112,20 @@ def check_format(recipe: Recipe) -> None:
     if recipe.format == "fp8":
         for role, scheme in used.items():
             if not (scheme.kind == "fp8" and scheme.block):
-                raise PlanError(f"format 'fp8' holds 128x128 blocks only, but {role} is {scheme}: use fp8-block or --format compressed-tensors.")
+                raise PlanError(
+                    f"format 'fp8' holds 128x128 blocks only, but {role} is {scheme}: use fp8-block or --format compressed-tensors."
+                )
     if recipe.format == "autoawq":
         for role, scheme in used.items():
             if scheme.kind != "int" or scheme.bits != 4:
-                raise PlanError(f"format 'autoawq' holds int4 only, but {role} is {scheme}: --set {role}=keep or int4-g128.")
+                raise PlanError(
+                    f"format 'autoawq' holds int4 only, but {role} is {scheme}: --set {role}=keep or int4-g128."
+                )
         sizes = {scheme.group_size for scheme in used.values()}
         if len(sizes) > 1:
-            raise PlanError(f"format 'autoawq' holds one group size, but the recipe has {sorted(map(str, sizes))}: choose one with --set.")
+            raise PlanError(
+                f"format 'autoawq' holds one group size, but the recipe has {sorted(map(str, sizes))}: choose one with --set."
+            )
 
 
 def resolve(config: Mapping[str, Any], probe: str, expert: bool = False) -> Scheme:
@@ -138,7 +145,9 @@ def resolve(config: Mapping[str, Any], probe: str, expert: bool = False) -> Sche
         size = config["group_size"]
         return Scheme("int", config["bits"], None if size == -1 else size, symmetric=False)
     if method == "fp8":
-        skipped = any(_parent(probe) in entry for entry in ignored if "experts" in entry) if expert else probe in ignored
+        skipped = (
+            any(_parent(probe) in entry for entry in ignored if "experts" in entry) if expert else probe in ignored
+        )
         return KEEP if skipped else Scheme("fp8", bits=8, block=True)
     raise PlanError(f"quantization_config has quant_method {method!r}, which m3quant does not write.")
 
@@ -162,7 +171,9 @@ def _scheme_of_group(group: Mapping[str, Any]) -> Scheme:
     return Scheme("fp8", bits=8, block=weights["strategy"] == "block")
 
 
-def engine_problems(family: Family, config: Mapping[str, Any], qconfig: Mapping[str, Any], modules: Mapping[str, Scheme]) -> list[str]:
+def engine_problems(
+    family: Family, config: Mapping[str, Any], qconfig: Mapping[str, Any], modules: Mapping[str, Scheme]
+) -> list[str]:
     """Where the engine's view of the checkpoint differs from the schemes of `modules`; empty when it loads as meant.
 
     Checks the rules of facts/checkpoints 4 and 7: members of one fused module share a scheme, and every name under
@@ -175,14 +186,20 @@ def engine_problems(family: Family, config: Mapping[str, Any], qconfig: Mapping[
         if len(schemes) > 1:
             example = {scheme.name: next(m for m in module.members if modules.get(m) == scheme) for scheme in schemes}
             listed = ", ".join(f"{name} ({member})" for name, member in sorted(example.items()))
-            problems.append(f"{module.fused_name} is one module in the engine but has several schemes: {listed}. Give them one scheme, or keep all of them.")
+            problems.append(
+                f"{module.fused_name} is one module in the engine but has several schemes: {listed}. Give them one scheme, or keep all of them."
+            )
             continue
         if not schemes:
             continue
         planned = schemes.pop()
         for probe in module.probes:
             seen = resolve(qconfig, probe, expert=".experts." in probe and "shared" not in probe)
-            same = seen == planned or (zero_point_only and seen.quantizes and seen.group_size == planned.group_size and planned.quantizes)
+            same = seen == planned or (
+                zero_point_only and seen.quantizes and seen.group_size == planned.group_size and planned.quantizes
+            )
             if not same:
-                problems.append(f"the engine looks up {probe} and finds {seen}, but {module.fused_name} is stored as {planned}: quantization_config's targets are wrong.")
+                problems.append(
+                    f"the engine looks up {probe} and finds {seen}, but {module.fused_name} is stored as {planned}: quantization_config's targets are wrong."
+                )
     return problems

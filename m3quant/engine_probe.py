@@ -14,14 +14,13 @@ filled nothing.
 Request:  model, prompts [[token id]], max_model_len, dtype, moe_backend, block_size, tensor_parallel_size,
           gpu_memory_utilization, env {name: value}.
 Response: status "ok" | "incomplete" | "failed", vllm, torch, python, platform, device, parameters, tensors, missing, partial, unexpected,
-          skipped, engine_check, kernels, notes, seconds, logprobs, top1, error. `write_response` documents each.
+          never_read, skipped, engine_check, notes, seconds, logprobs, top1, error. `empty_response` documents each.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import re
 import struct
@@ -41,7 +40,6 @@ REPORT_FOLDER = "M3QUANT_PROBE_REPORTS"  # each engine process leaves its weight
 VISION = ("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
 # Created by vLLM attention layers and given defaults when the checkpoint has no KV-cache scales.
 KV_SCALE = re.compile(r"\.attn\.([kvq]|prob)_(scale|zero_point)$")
-KERNEL_LINES = re.compile(r"Using .*(MoE|backend|Kernel|kernel)|Selected \S+ for|selected \S+ \(")
 
 
 # ---- weight accounting, in every engine process ------------------------------------------------------------------------
@@ -112,7 +110,11 @@ def watch_writes(ledger: WeightLedger) -> Any:
             result = func(*args, **(kwargs or {}))
             if func._schema.is_mutable:
                 for argument, value in zip(func._schema.arguments, args, strict=False):
-                    if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, torch.Tensor):
+                    if (
+                        argument.alias_info is not None
+                        and argument.alias_info.is_write
+                        and isinstance(value, torch.Tensor)
+                    ):
                         ledger.record_write(value)
             return result
 
@@ -172,7 +174,9 @@ def replace_gemma_norm() -> None:
     def forward(self: Any, x: Any, residual: Any = None) -> Any:
         total = x if residual is None else x + residual
         wide = total.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * (1.0 + self.weight.float())
+        normed = (
+            wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * (1.0 + self.weight.float())
+        )
         return normed.to(x.dtype) if residual is None else (normed.to(x.dtype), total)
 
     m3.MiniMAXGemmaRMSNorm.forward = forward
@@ -295,20 +299,6 @@ def score(llm: Any, prompts: list[list[int]]) -> tuple[list[list[float]], list[l
     return logprobs, top1
 
 
-class KernelLines(logging.Handler):
-    """Keeps vLLM's own log lines that say which backend or kernel it chose."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.lines: dict[str, None] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(Exception):  # a malformed record must not end the probe
-            message = record.getMessage()
-            if KERNEL_LINES.search(message):
-                self.lines[message] = None
-
-
 def probe(request: dict[str, Any], response: dict[str, Any]) -> None:
     """Fill `response`. Raises whatever the engine raises."""
     folder = Path(request["model"])
@@ -331,15 +321,12 @@ def probe(request: dict[str, Any], response: dict[str, Any]) -> None:
     }
     load_general_plugins()
     prepare_process(str(config.get("model_type")))
-    kernels = KernelLines()
-    logging.getLogger("vllm").addHandler(kernels)
 
     started = time.monotonic()
     reports_folder = Path(os.environ[REPORT_FOLDER])
     try:
         llm = vllm.LLM(**engine_arguments(request, config))
     finally:
-        response["kernels"] = list(kernels.lines)
         if any(reports_folder.glob("weights-*.json")):
             response |= account(weight_reports(reports_folder), folder, config)
     response["seconds"]["load"] = round(time.monotonic() - started, 2)
@@ -348,7 +335,6 @@ def probe(request: dict[str, Any], response: dict[str, Any]) -> None:
     started = time.monotonic()
     response["logprobs"], response["top1"] = score(llm, request["prompts"])
     response["seconds"]["score"] = round(time.monotonic() - started, 2)
-    response["kernels"] = list(kernels.lines)
     if response["status"] == "running":
         response["status"] = "ok"
 
@@ -359,12 +345,12 @@ def empty_response() -> dict[str, Any]:
     missing: parameters that no tensor filled. partial: fused parameters filled in part (written < elements).
     unexpected: checkpoint tensors that filled nothing; never_read: those of them that vLLM did not even read.
     skipped: tensors a text-only engine leaves out on purpose, counted by reason. engine_check: what vLLM's own tracking said.
-    kernels: vLLM's log lines on the chosen backends. logprobs, top1: see `score`. error: {type, message, trace}.
+    logprobs, top1: see `score`. error: {type, message, trace}.
     """
     return {
         "status": "running", "vllm": None, "torch": None, "python": None, "platform": None, "device": None,
         "parameters": 0, "tensors": 0, "missing": [], "partial": [], "unexpected": [], "never_read": [], "skipped": {},
-        "engine_check": None, "kernels": [], "notes": [], "seconds": {}, "logprobs": [], "top1": [], "error": None,
+        "engine_check": None, "notes": [], "seconds": {}, "logprobs": [], "top1": [], "error": None,
     }  # fmt: skip
 
 

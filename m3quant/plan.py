@@ -150,7 +150,12 @@ class Plan:
     def fingerprint(self) -> str:
         """sha256 over the source's headers and config, the resolved recipe, and the layout of the output."""
         digest = hashlib.sha256()
-        for part in (self.checkpoint.fingerprint(), self.recipe.dump(), self.config_bytes.decode(), self.index_bytes.decode()):
+        for part in (
+            self.checkpoint.fingerprint(),
+            self.recipe.dump(),
+            self.config_bytes.decode(),
+            self.index_bytes.decode(),
+        ):
             digest.update(part.encode() + b"\0")
         return digest.hexdigest()
 
@@ -179,11 +184,15 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     ]
     plan = Plan(checkpoint, family, recipe, units, None, notes)
     if any(scheme.quantizes for scheme in plan.modules.values()):
-        linears = [t.module for t in plan.tensors if t.role.kind in ("vision", "projector") and len(t.source.info.shape) == 2]
+        linears = [
+            t.module for t in plan.tensors if t.role.kind in ("vision", "projector") and len(t.source.info.shape) == 2
+        ]
         plan.quantization = quantization_config(recipe, family, plan.modules, linears)
         _check_engine_rules(plan)
     elif all(t.action == "copy" for t in plan.tensors):
-        raise PlanError("the recipe quantizes nothing in this checkpoint: give at least one role a scheme, e.g. --set routed_experts=int4-g128.")
+        raise PlanError(
+            "the recipe quantizes nothing in this checkpoint: give at least one role a scheme, e.g. --set routed_experts=int4-g128."
+        )
     return plan
 
 
@@ -193,8 +202,12 @@ def _natural(name: str) -> list[Any]:
 
 
 def _check_roles(recipe: Recipe, family: Family) -> None:
-    if recipe.calibration == "awq" and not any(recipe.scheme(r).kind == "int" for r in QUANTIZABLE if r in family.targets):
-        raise PlanError("calibration 'awq' needs at least one role in INT4 or INT8: FP8 weights take no calibration; use --to fp8, or set calibration: none.")
+    if recipe.calibration == "awq" and not any(
+        recipe.scheme(r).kind == "int" for r in QUANTIZABLE if r in family.targets
+    ):
+        raise PlanError(
+            "calibration 'awq' needs at least one role in INT4 or INT8: FP8 weights take no calibration; use --to fp8, or set calibration: none."
+        )
 
 
 def _plan_tensor(source: SourceTensor, family: Family, recipe: Recipe) -> PlannedTensor:
@@ -213,9 +226,18 @@ def _plan_tensor(source: SourceTensor, family: Family, recipe: Recipe) -> Planne
         return PlannedTensor(source, role, "dequantize", KEEP, f"{reason}; stored as {source.kind} in the source", out)
     if scheme.block and recipe.format == "fp8" and source.kind == FP8_BLOCK_SOURCE and source.scale is not None:
         pair = (info, source.scale)
-        return PlannedTensor(source, role, "copy", scheme, "already in this format", tuple(OutputTensor(i.name, i.dtype, i.shape) for i in pair))
+        return PlannedTensor(
+            source,
+            role,
+            "copy",
+            scheme,
+            "already in this format",
+            tuple(OutputTensor(i.name, i.dtype, i.shape) for i in pair),
+        )
     if len(info.shape) != 2:
-        raise PlanError(f"{info.shard}: tensor '{info.name}' has shape {list(info.shape)}: only two-dimensional weights can be {scheme}; --set {role.kind}=keep.")
+        raise PlanError(
+            f"{info.shard}: tensor '{info.name}' has shape {list(info.shape)}: only two-dimensional weights can be {scheme}; --set {role.kind}=keep."
+        )
     try:
         check_divisible(info.shape, scheme, recipe.format)
     except PlanError as error:
@@ -255,7 +277,15 @@ def role_table(plan: Plan) -> list[dict[str, Any]]:
         key = (tensor.role.kind, tensor.action, tensor.scheme.name)
         row = rows.setdefault(
             key,
-            {"role": key[0], "action": key[1], "scheme": key[2], "tensors": 0, "bytes_in": 0, "bytes_out": 0, "reason": tensor.reason},
+            {
+                "role": key[0],
+                "action": key[1],
+                "scheme": key[2],
+                "tensors": 0,
+                "bytes_in": 0,
+                "bytes_out": 0,
+                "reason": tensor.reason,
+            },
         )
         row["tensors"] += 1
         row["bytes_in"] += tensor.source.stored_bytes

@@ -59,7 +59,11 @@ class ConvertedReader:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, tensors: Mapping[str, PlannedTensor], fmt: str, dtype: torch.dtype = torch.bfloat16
+        self,
+        checkpoint: Checkpoint,
+        tensors: Mapping[str, PlannedTensor],
+        fmt: str,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.checkpoint, self.tensors, self.format, self.dtype = checkpoint, dict(tensors), fmt, dtype
 

@@ -52,8 +52,8 @@ class Recipe(BaseModel):
     format: Literal["compressed-tensors", "autoawq", "fp8"] = "compressed-tensors"
     calibration: Literal["awq", "none"] = "none"
     schemes: dict[str, str] = Field(default_factory=dict)
-    awq: AwqOptions = Field(default_factory=AwqOptions)
-    data: CalibrationOptions = Field(default_factory=CalibrationOptions)
+    awq: AwqOptions = Field(default_factory=lambda: AwqOptions())
+    data: CalibrationOptions = Field(default_factory=lambda: CalibrationOptions())
 
     @field_validator("schemes")
     @classmethod
@@ -97,7 +97,9 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
     try:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"recipe {path} does not exist: give a YAML file, or --to with one of {recipe_names()}.") from None
+        raise RecipeError(
+            f"recipe {path} does not exist: give a YAML file, or --to with one of {recipe_names()}."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}.") from None
     except yaml.YAMLError as error:

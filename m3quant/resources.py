@@ -42,7 +42,10 @@ def hidden_state_bytes(plan: Plan, element_bytes: int) -> int:
 def resources(plan: Plan, on_gpu: bool, workers: int | None = None) -> Resources:
     """Peak memory and disk of converting `plan` on a GPU (bfloat16 streams) or on the CPU (float32 streams)."""
     workers = workers or min(8, os.cpu_count() or 1)
-    largest = max(t.source.stored_bytes + _elements(t) * FLOAT32 * (WORK_COPIES if t.action == "quantize" else 0) for t in plan.tensors)
+    largest = max(
+        t.source.stored_bytes + _elements(t) * FLOAT32 * (WORK_COPIES if t.action == "quantize" else 0)
+        for t in plan.tensors
+    )
     if plan.recipe.calibration == "none":
         working = largest * (workers + 1)
         return Resources(working, working if on_gpu else 0, plan.output_bytes + DISK_MARGIN, 0)
@@ -76,5 +79,3 @@ def check_disk(plan: Plan, output: Path, need: Resources) -> None:
             f"the disk of {folder} has {free / 1e9:.1f} GB free, but the output needs {(need.disk - present) / 1e9:.1f} GB more: "
             f"free {missing / 1e9:.1f} GB or choose another folder. Nothing was changed."
         )
-
-

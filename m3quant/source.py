@@ -97,11 +97,17 @@ def source_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
 def _fp8_tensor(checkpoint: Checkpoint, info: TensorInfo, scale: TensorInfo | None, kind: str) -> SourceTensor:
     where = f"{checkpoint.root}/{info.shard}: tensor '{info.name}'"
     if kind == PLAIN:
-        raise CheckpointError(f"{where} is {info.dtype} but config.json has no quantization_config: restore the release's config.json.")
+        raise CheckpointError(
+            f"{where} is {info.dtype} but config.json has no quantization_config: restore the release's config.json."
+        )
     if info.dtype != "F8_E4M3" or len(info.shape) != 2:
-        raise CheckpointError(f"{where} is {info.dtype} of shape {info.shape}: m3quant reads two-dimensional F8_E4M3 weights.")
+        raise CheckpointError(
+            f"{where} is {info.dtype} of shape {info.shape}: m3quant reads two-dimensional F8_E4M3 weights."
+        )
     if scale is None:
-        raise CheckpointError(f"{where} is FP8 without its scale '{info.name}{_SCALE}': the download is incomplete; fetch the missing shards again.")
+        raise CheckpointError(
+            f"{where} is FP8 without its scale '{info.name}{_SCALE}': the download is incomplete; fetch the missing shards again."
+        )
     rows, columns = info.shape
     if kind == FP8_BLOCK:
         shape, dtypes = (-(-rows // 128), -(-columns // 128)), ("F32", "BF16")
@@ -139,7 +145,11 @@ def check_complete(checkpoint: Checkpoint, family: Family, tensors: Mapping[str,
                 f"{list(want.shape)}: the weights and config.json are not of one model."
             )
         if tensors[name].kind == PLAIN and info.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(f"{checkpoint.root}/{info.shard}: tensor '{name}' is {info.dtype}: expected one of {', '.join(FLOAT_DTYPES)}.")
+            raise CheckpointError(
+                f"{checkpoint.root}/{info.shard}: tensor '{name}' is {info.dtype}: expected one of {', '.join(FLOAT_DTYPES)}."
+            )
         if want.float32 and info.dtype != "F32":
-            notes.append(f"{name} is {info.dtype}, the official releases store it in F32: it was rounded by an earlier tool")
+            notes.append(
+                f"{name} is {info.dtype}, the official releases store it in F32: it was rounded by an earlier tool"
+            )
     return notes

@@ -240,6 +240,12 @@ def shape_is_a_number(folder: Path) -> None:
     with_header(folder, lambda header: header["model.a"].update(shape=6))
 
 
+@case(FIRST, "'model.a'", "has the shape [[[[[", "not a list of at most 64")
+def shape_nested_deeply(folder: Path) -> None:
+    raw = json.dumps(table(PAYLOADS[FIRST])).replace("[2, 3]", "[" * 600 + "]" * 600).encode()
+    with_first(folder, pack(raw, payload_of(FIRST)))
+
+
 @case(FIRST, "'model.a'", "at most 64 sizes")
 def too_many_dimensions(folder: Path) -> None:
     with_header(folder, lambda header: header["model.a"].update(shape=[2, 3] + [1] * 100))

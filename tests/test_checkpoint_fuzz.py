@@ -124,7 +124,7 @@ def entry_field(files: Files, rng: random.Random) -> None:
     shard = rng.choice(SHARDS)
     header, payload = split(files[shard])
     entry = header[rng.choice([name for name in header if name != "__metadata__"])]
-    odd = [-1, 2**31, 2**62, 2**64, 10**30, 1.5, True, None, "3", [], {}]
+    odd: list[Any] = [-1, 2**31, 2**62, 2**64, 10**30, 1.5, True, None, "3", [], {}]
     field = rng.choice(["dtype", "shape", "data_offsets", "drop", "more"])
     if field == "dtype":
         entry["dtype"] = rng.choice(["F32", "BF16", "F16", "I16", "U8", "F8_E4M3", "BOOL", "F4", "Q8", "", 3, None])

@@ -165,12 +165,14 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Hub]:
-    handler = type("BoundHandler", (Handler,), {})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        handler.hub = Hub(f"http://127.0.0.1:{http.server_port}", {})
+    class BoundHandler(Handler):
+        pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), BoundHandler) as http:
+        BoundHandler.hub = Hub(f"http://127.0.0.1:{http.server_port}", {})
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield handler.hub
+        yield BoundHandler.hub
         http.shutdown()
         thread.join()
 
@@ -243,7 +245,9 @@ def test_a_repo_opens_like_its_folder_without_its_weights(server: Hub, tmp_path:
         assert all(f"hf download {spec['repo'].split('@')[0]}" in text for text in remote["read_errors"])
         headers = sum(shard.header_bytes for shard in local.shards.values())
         assert headers < server.shard_bytes(spec["repo"].split("@")[0]) <= headers + hub.FIRST_BYTES
-    assert specs[0]["repo"] == "org/model" and open_on(server.url, tmp_path, specs[:1])[0]["file"] == '{"a tokenizer": 1}'
+    assert (
+        specs[0]["repo"] == "org/model" and open_on(server.url, tmp_path, specs[:1])[0]["file"] == '{"a tokenizer": 1}'
+    )
 
 
 def test_a_server_that_ignores_ranges_is_not_read_to_the_end(server: Hub, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from ..errors import CheckpointError
-from .strict_json import cut, parse_object, shown
+from .strict_json import described, parse_object, shown
 
 PREFIX_BYTES = 8
 # The same limit as the safetensors library (MAX_HEADER_SIZE in safetensors/src/tensor.rs).
@@ -106,7 +106,8 @@ def parse_header(raw: bytes, file_size: int, shard: str, where: str) -> Header:
     tensors = [_tensor(name, entry, shard, data_start, where) for name, entry in parsed.items()]
     tensors.sort(key=lambda info: (info.start, info.end))
 
-    covered, previous = 0, "the header"
+    covered = 0
+    previous: TensorInfo | None = None
     for info in tensors:
         start, end = info.start - data_start, info.end - data_start
         if end > data_bytes:
@@ -116,11 +117,12 @@ def parse_header(raw: bytes, file_size: int, shard: str, where: str) -> Header:
             )
         if start != covered:
             fault = "overlaps" if start < covered else f"leaves a hole of {start - covered} bytes after"
+            before = "the header" if previous is None else f"tensor {shown(previous.name)}"
             raise CheckpointError(
-                f"{where}: tensor {shown(info.name)} begins at byte {start} of the data and {fault} {previous}, "
+                f"{where}: tensor {shown(info.name)} begins at byte {start} of the data and {fault} {before}, "
                 f"which ends at byte {covered}. {DAMAGED}"
             )
-        covered, previous = end, f"tensor {shown(info.name)}"
+        covered, previous = end, info
     if covered != data_bytes:
         raise CheckpointError(
             f"{where} is {data_bytes - covered} bytes longer than its header says ({data_bytes} bytes of data, "
@@ -137,43 +139,51 @@ def _metadata(value: Any, where: str) -> dict[str, str]:
     return value
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
+def _are_counts(values: list[Any]) -> bool:
+    # type() and not isinstance(): True is an int, but no size.
+    return not any(type(value) is not int or not 0 <= value <= MAX_COUNT for value in values)
+
+
+def _refusal(where: str, name: str, reason: str, remedy: str = DAMAGED) -> CheckpointError:
+    return CheckpointError(f"{where}: tensor {shown(name)} {reason}. {remedy}")
 
 
 def _tensor(name: str, entry: Any, shard: str, data_start: int, where: str) -> TensorInfo:
-    def refuse(reason: str, remedy: str = DAMAGED) -> CheckpointError:
-        return CheckpointError(f"{where}: tensor {shown(name)} {reason}. {remedy}")
-
     if not name.isprintable():
         # Such a name (a lone surrogate, a control character) has no place in a state dict, an index or a terminal.
-        raise refuse("has a name with unprintable characters")
+        raise _refusal(where, name, "has a name with unprintable characters")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise refuse("is not described by exactly dtype, shape and data_offsets")
+        raise _refusal(where, name, "is not described by exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if isinstance(dtype, str) and dtype in SUB_BYTE_DTYPES:
-        raise refuse(
+        raise _refusal(
+            where,
+            name,
             f"has dtype {dtype}, which has less than one byte per element and which m3quant does not read",
             "Use the BF16 or FP8 checkpoint that this one was made from.",
         )
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise refuse(
-            f"has the unknown dtype {shown(str(dtype), 40)}",
+        raise _refusal(
+            where,
+            name,
+            f"has the unknown dtype {described(dtype, 40)}",
             f"Known are {', '.join(sorted(DTYPE_BYTES))}; otherwise the file is damaged: copy or download it again.",
         )
-    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_count(size) for size in shape):
-        raise refuse(f"has the shape {cut(str(shape), 80)}, not a list of at most {MAX_RANK} sizes of 0 or more")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        raise refuse(f"has data_offsets {cut(str(offsets), 80)}, not two offsets of 0 or more")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not _are_counts(shape):
+        raise _refusal(
+            where, name, f"has the shape {described(shape)}, not a list of at most {MAX_RANK} sizes of 0 or more"
+        )
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _are_counts(offsets):
+        raise _refusal(where, name, f"has data_offsets {described(offsets)}, not two offsets of 0 or more")
     begin, end = offsets
     if begin > end:
-        raise refuse(f"begins at byte {begin} of the data, after its end at byte {end}")
+        raise _refusal(where, name, f"begins at byte {begin} of the data, after its end at byte {end}")
     # Zero sizes are left out here, because torch computes strides as if they were 1.
-    if math.prod(size or 1 for size in shape) > MAX_COUNT:
-        raise refuse(f"has the shape {cut(str(shape), 80)}, which has more elements than can be counted")
+    if math.prod([size or 1 for size in shape]) > MAX_COUNT:
+        raise _refusal(where, name, f"has the shape {described(shape)}, which has more elements than can be counted")
     needed = math.prod(shape) * DTYPE_BYTES[dtype]
     if needed != end - begin:
-        raise refuse(f"needs {needed} bytes as {dtype} {shape}, but data_offsets give it {end - begin}")
+        raise _refusal(where, name, f"needs {needed} bytes as {dtype} {shape}, but data_offsets give it {end - begin}")
     return TensorInfo(name, dtype, tuple(shape), shard, data_start + begin, data_start + end)
 
 

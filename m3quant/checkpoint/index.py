@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError
 from .header import TensorInfo
-from .strict_json import parse_object, shown
+from .strict_json import described, parse_object, shown
 
 INDEX_NAME = "model.safetensors.index.json"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})\.safetensors", re.ASCII)
@@ -34,7 +34,7 @@ def parse_index(raw: bytes, where: str) -> Index:
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_plain_file_name(shard):
             raise CheckpointError(
-                f"{where} puts tensor {shown(tensor)} into {shown(str(shard))}, which is not the plain name of a "
+                f"{where} puts tensor {shown(tensor)} into {described(shard, 160)}, which is not the plain name of a "
                 f".safetensors file beside the index. {_REMEDY}"
             )
     metadata = parsed.get("metadata")

@@ -23,11 +23,19 @@ def _no_constant(text: str) -> NoReturn:
 
 def shown(text: str, limit: int = 160) -> str:
     """`text` quoted, escaped and cut, so that a hostile name cannot garble a terminal."""
-    return cut(repr(text), limit)
+    return _cut(repr(text), limit)
 
 
-def cut(text: str, limit: int) -> str:
-    """`text`, of at most `limit` characters."""
+def described(value: Any, limit: int = 80) -> str:
+    """A parsed JSON value as Python shows it, of at most `limit` characters."""
+    try:
+        return _cut(repr(value), limit)
+    except RecursionError:
+        # The parser may have stood less deep in the stack than this.
+        return f"a deeply nested {type(value).__name__}"
+
+
+def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -18,12 +18,20 @@ from .options import human_bytes, load_recipe, recipe_options
 @click.argument("src")
 @click.argument("dst", type=click.Path(path_type=Path))
 @recipe_options("awq")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")
-@click.option("--calibration", "corpus", metavar="FILE|FOLDER|DATASET", default=None, help="Calibration text [bundled corpus].")
+@click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto: a GPU where there is one."
+)
+@click.option(
+    "--calibration", "corpus", metavar="FILE|FOLDER|DATASET", default=None, help="Calibration text [bundled corpus]."
+)
 @click.option("--windows", type=int, default=None, help="Calibration windows.")
 @click.option("--window-length", type=int, default=None, help="Tokens in a window.")
 @click.option("--min-expert-tokens", type=int, default=None, help="Tokens below which an expert is topped up [32].")
-@click.option("--strict-coverage", is_flag=True, help="Fail where an expert stays below --min-expert-tokens, instead of topping it up.")
+@click.option(
+    "--strict-coverage",
+    is_flag=True,
+    help="Fail where an expert stays below --min-expert-tokens, instead of topping it up.",
+)
 @click.option("--spill", is_flag=True, help="Keep hidden states on disk beside the output instead of in memory.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -50,7 +58,9 @@ def command(
     given = {"windows": windows, "window_length": window_length, "min_expert_tokens": min_expert_tokens}
     changes = {key: value for key, value in given.items() if value is not None}
     if recipe.calibration == "none" and (changes or corpus or strict_coverage):
-        raise RecipeError(f"recipe '{recipe.name}' uses no calibration data: leave calibration options out, or use --to awq.")
+        raise RecipeError(
+            f"recipe '{recipe.name}' uses no calibration data: leave calibration options out, or use --to awq."
+        )
     recipe = type(recipe).model_validate({**recipe.model_dump(), "data": {**recipe.data.model_dump(), **changes}})
     plan = make_plan(checkpoint, recipe)
     if dry_run:
@@ -64,7 +74,9 @@ def command(
     _run(plan, dst, device, corpus, strict_coverage, spill, as_json)
 
 
-def _run(plan: Plan, dst: Path, device: str, corpus: str | None, strict_coverage: bool, spill: bool, as_json: bool) -> None:
+def _run(
+    plan: Plan, dst: Path, device: str, corpus: str | None, strict_coverage: bool, spill: bool, as_json: bool
+) -> None:
     from ..convert.run import Settings, convert
     from .progress import BytesProgress
 
@@ -86,7 +98,9 @@ def calibration_windows(plan: Plan, corpus: str | None) -> Any:
     data = plan.recipe.data
     tokenizer = load_tokenizer(plan.checkpoint.root)
     documents = load_documents(corpus)
-    return tokenize_windows(documents, tokenizer, data.windows + data.heldout_windows, data.window_length, seed=data.seed)
+    return tokenize_windows(
+        documents, tokenizer, data.windows + data.heldout_windows, data.window_length, seed=data.seed
+    )
 
 
 def print_result(plan: Plan, dst: Path, manifest: dict[str, Any]) -> None:

@@ -21,12 +21,38 @@ def recipe_options(default: str | None) -> Callable[[F], F]:
     """--to, --recipe, --set and --format."""
 
     def decorate(function: F) -> F:
-        for option in reversed((
-            click.option("--to", "to", metavar="NAME", default=None, help=f"Recipe that ships with m3quant{f' [{default}]' if default else ''}."),
-            click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), default=None, help="Recipe of your own (m3quant's or llm-compressor's YAML)."),
-            click.option("--set", "settings", metavar="ROLE=SCHEME", multiple=True, help="Override one role, e.g. routed_experts=int4-g32."),
-            click.option("--format", "format_name", type=click.Choice(FORMATS), default=None, help="Override the output format."),
-        )):
+        for option in reversed(
+            (
+                click.option(
+                    "--to",
+                    "to",
+                    metavar="NAME",
+                    default=None,
+                    help=f"Recipe that ships with m3quant{f' [{default}]' if default else ''}.",
+                ),
+                click.option(
+                    "--recipe",
+                    "recipe_file",
+                    type=click.Path(path_type=Path),
+                    default=None,
+                    help="Recipe of your own (m3quant's or llm-compressor's YAML).",
+                ),
+                click.option(
+                    "--set",
+                    "settings",
+                    metavar="ROLE=SCHEME",
+                    multiple=True,
+                    help="Override one role, e.g. routed_experts=int4-g32.",
+                ),
+                click.option(
+                    "--format",
+                    "format_name",
+                    type=click.Choice(FORMATS),
+                    default=None,
+                    help="Override the output format.",
+                ),
+            )
+        ):
             function = option(function)
         return function
 

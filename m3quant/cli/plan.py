@@ -21,7 +21,15 @@ from .options import human_bytes, load_recipe, print_table, recipe_options
 @recipe_options(None)
 @click.option("--revision", default=None, help="Revision of a Hub repo.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(src: str, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None, revision: str | None, as_json: bool) -> None:
+def command(
+    src: str,
+    to: str | None,
+    recipe_file: Path | None,
+    settings: tuple[str, ...],
+    format_name: str | None,
+    revision: str | None,
+    as_json: bool,
+) -> None:
     """What SRC (a folder or a Hub repo) is, and what its conversion would write.
 
     With --to or --recipe: that conversion in detail. Without: one line for each recipe.
@@ -84,7 +92,9 @@ def print_source(plan: Plan) -> None:
     )
     kv = family.kv_geometry(config)
     index = f" + {kv.bytes_per_token(0, 2):,.0f} of index keys" if kv.index_layers else ""
-    click.echo(f"KV cache per token, unsharded: {kv.bytes_per_token(2, 0):,.0f} bytes in BF16, {kv.bytes_per_token(1, 0):,.0f} in FP8{index}")
+    click.echo(
+        f"KV cache per token, unsharded: {kv.bytes_per_token(2, 0):,.0f} bytes in BF16, {kv.bytes_per_token(1, 0):,.0f} in FP8{index}"
+    )
 
 
 def print_overview(plans: list[Plan]) -> None:
@@ -112,13 +122,19 @@ def print_plan(plan: Plan) -> None:
         if row["action"] != "quantize":
             click.echo(f"{row['role']}: {row['action']}, because: {row['reason']}")
     bits = f", {bits_per_weight(plan):.3f} bits per quantized weight" if plan.quantization else ""
-    click.echo(f"output: {plan.output_bytes:,} bytes ({human_bytes(plan.output_bytes)}) in {len(plan.units)} shards{bits}")
+    click.echo(
+        f"output: {plan.output_bytes:,} bytes ({human_bytes(plan.output_bytes)}) in {len(plan.units)} shards{bits}"
+    )
     for name, need in (("CPU", resources(plan, False)), ("GPU", resources(plan, True))):
         device = f", device memory {human_bytes(need.device)}" if need.device else ""
-        click.echo(f"on a {name}: peak host memory {human_bytes(need.host)}{device}, free disk {human_bytes(need.disk)}")
+        click.echo(
+            f"on a {name}: peak host memory {human_bytes(need.host)}{device}, free disk {human_bytes(need.disk)}"
+        )
     passed = passed_through(plan)
     if passed:
-        click.echo(f"passed through byte for byte ({len(passed)}): {', '.join(passed[:8])}{', ...' if len(passed) > 8 else ''}")
+        click.echo(
+            f"passed through byte for byte ({len(passed)}): {', '.join(passed[:8])}{', ...' if len(passed) > 8 else ''}"
+        )
     for name, reason in plan.checkpoint.skipped_files.items():
         click.echo(f"not carried over: {name} ({reason})")
     for note in plan.notes:

@@ -7,7 +7,15 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 LINE_SECONDS = 10.0  # without a terminal: at most one progress line in this time
 
@@ -31,7 +39,9 @@ class BytesProgress:
             self._bar.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.__exit__(kind, error, trace)
 
@@ -50,7 +60,10 @@ class BytesProgress:
             self._last = now
             rate = (self._done - self._begun_at) / (now - self._started)
             eta = (self._total - self._done) / rate if rate else float("inf")
-            print(f"{self.label}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, ETA {eta:.0f} s", file=sys.stderr)
+            print(
+                f"{self.label}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, ETA {eta:.0f} s",
+                file=sys.stderr,
+            )
 
     def say(self, line: str) -> None:
         if not self.quiet:

@@ -63,7 +63,9 @@ class Streams:
         for name in STREAMS:
             path = _saved(saved, name)
             if not path.exists():
-                raise CalibrationError(f"{path} is missing: the run cannot go on from its last layer; remove the output and start again.")
+                raise CalibrationError(
+                    f"{path} is missing: the run cannot go on from its last layer; remove the output and start again."
+                )
             with _disk_errors(), HiddenStates.opened(path, shape, dtype) as stored:
                 live = HiddenStates.empty(shape, dtype, device, _file(spill, name))
                 _copy(stored, live)

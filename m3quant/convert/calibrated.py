@@ -117,19 +117,27 @@ class _Run:
         schemes = {t.name.removeprefix(prefix): t.scheme for t in unit.tensors if t.action == "quantize"}
         spec = layer_spec(self.plan.checkpoint.config, unit.layer)
         seen = WindowView(streams.quantized, 0, self.plan.recipe.data.windows)
-        calibrated = calibrate_layer(spec, tensors, schemes, cast(HiddenStates, seen), self.awq, self.device, self.dtype)
+        calibrated = calibrate_layer(
+            spec, tensors, schemes, cast(HiddenStates, seen), self.awq, self.device, self.dtype
+        )
         calibrated.device = self.device
         self.stop.check()
         run_layer(Layer(spec, tensors, self.device, self.dtype), streams.source, self.micro_batch)
         shard = self._write(unit, prefix, tensors, calibrated)
-        error = run_layer(Layer(spec, tensors, self.device, self.dtype), streams.quantized, self.micro_batch, streams.source)
+        error = run_layer(
+            Layer(spec, tensors, self.device, self.dtype), streams.quantized, self.micro_batch, streams.source
+        )
         streams.save(self.journal.boundary(unit.index + 1))
         ledger = calibrated.ledger.to_json() if calibrated.ledger else None
-        self.journal.finish_unit(unit.index, {**shard, "layer": unit.layer, "stream_error": error, "log": calibrated.log, "ledger": ledger})
+        self.journal.finish_unit(
+            unit.index, {**shard, "layer": unit.layer, "stream_error": error, "log": calibrated.log, "ledger": ledger}
+        )
         drop_saved(self.journal.boundary(unit.index))
         self.progress.say(layer_line(unit.layer, calibrated, error or 0.0))
 
-    def _write(self, unit: Unit, prefix: str, tensors: dict[str, torch.Tensor], calibrated: CalibratedLayer) -> dict[str, Any]:
+    def _write(
+        self, unit: Unit, prefix: str, tensors: dict[str, torch.Tensor], calibrated: CalibratedLayer
+    ) -> dict[str, Any]:
         writer = UnitWriter(self.output, unit)
         try:
             for planned in unit.tensors:
@@ -151,7 +159,9 @@ class _Run:
         if planned.action != "quantize":
             kept = calibrated.other.get(name, tensor).cpu()
             if kept.dtype != tensor.dtype:
-                raise CalibrationError(f"{planned.name} was folded as {kept.dtype}, but is stored as {tensor.dtype}: a defect of m3quant, please report it.")
+                raise CalibrationError(
+                    f"{planned.name} was folded as {kept.dtype}, but is stored as {tensor.dtype}: a defect of m3quant, please report it."
+                )
             return {planned.name: kept}, kept
         weight = calibrated.weight(name)
         scale, zero_point = calibrated.qparams(name, weight) if planned.scheme.kind == "int" else (None, None)
@@ -171,11 +181,15 @@ def layer_line(layer: int, calibrated: CalibratedLayer, error: float) -> str:
     if calibrated.ledger is not None and calibrated.ledger.starved:
         starved = calibrated.ledger.starved
         shown = ", ".join(map(str, starved[:8])) + (", ..." if len(starved) > 8 else "")
-        parts.append(f"{len(starved)} experts below {calibrated.ledger.floor} tokens, topped up by router score: {shown}")
+        parts.append(
+            f"{len(starved)} experts below {calibrated.ledger.floor} tokens, topped up by router score: {shown}"
+        )
     return "; ".join(parts)
 
 
-def _summary(plan: Plan, output: Path, journal: Journal, settings: Settings, quality: dict[str, Any] | None) -> dict[str, Any]:
+def _summary(
+    plan: Plan, output: Path, journal: Journal, settings: Settings, quality: dict[str, Any] | None
+) -> dict[str, Any]:
     records = [journal.records[u.index] for u in plan.units if u.layer is not None]
     ledgers = [ExpertLedger.from_json(r["ledger"]) for r in records if r["ledger"]]
     assert settings.windows is not None

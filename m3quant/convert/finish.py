@@ -30,7 +30,10 @@ def finish(plan: Plan, output: Path, journal: Journal, extra: dict[str, Any]) ->
 
 def make_manifest(plan: Plan, journal: Journal, extra: dict[str, Any]) -> dict[str, Any]:
     """What the output was made from and of: enough to verify it without the source."""
-    shards = {journal.records[u.index]["shard"]: {k: journal.records[u.index][k] for k in ("size", "sha256")} for u in plan.units}
+    shards = {
+        journal.records[u.index]["shard"]: {k: journal.records[u.index][k] for k in ("size", "sha256")}
+        for u in plan.units
+    }
     return {
         "schema": SCHEMA,
         "m3quant": __version__,

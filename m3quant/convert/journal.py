@@ -47,7 +47,9 @@ class Journal:
         try:
             journal.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{output} cannot be created: {error.strerror}. Choose a folder that can be written.") from None
+            raise OutputError(
+                f"{output} cannot be created: {error.strerror}. Choose a folder that can be written."
+            ) from None
         journal._take_lock()
         try:
             journal._check_facts(facts)
@@ -64,7 +66,9 @@ class Journal:
         except OSError:
             os.close(self._lock)
             self._lock = -1
-            raise OutputError(f"{self.output} is being converted by another process: wait for it, or stop it first.") from None
+            raise OutputError(
+                f"{self.output} is being converted by another process: wait for it, or stop it first."
+            ) from None
 
     def _check_facts(self, facts: Mapping[str, Any]) -> None:
         path = self.folder / "job.json"
@@ -107,7 +111,9 @@ class Journal:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(descriptor, before)
-            raise StoppedError(f"{path} cannot be written: {error.strerror}. Free space and run the same command again.") from None
+            raise StoppedError(
+                f"{path} cannot be written: {error.strerror}. Free space and run the same command again."
+            ) from None
         finally:
             os.close(descriptor)
         self.records[unit] = {"unit": unit, **record}
@@ -138,14 +144,18 @@ def check_output_folder(output: Path) -> None:
     names = sorted(p.name for p in output.iterdir() if p.name != FOLDER)
     if names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise OutputError(f"{output} is not empty ({shown}) and holds no m3quant conversion: choose another folder, or empty this one.")
+        raise OutputError(
+            f"{output} is not empty ({shown}) and holds no m3quant conversion: choose another folder, or empty this one."
+        )
 
 
 def check_apart(source: Path, output: Path) -> None:
     """Raise OutputError if one folder lies inside the other."""
     src, dst = source.resolve(), output.resolve()
     if src == dst or src in dst.parents or dst in src.parents:
-        raise OutputError(f"the output {output} and the source {source} lie inside one another: choose an output folder apart from the source.")
+        raise OutputError(
+            f"the output {output} and the source {source} lie inside one another: choose an output folder apart from the source."
+        )
 
 
 def refuse_other_facts(output: Path, begun: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -153,7 +163,9 @@ def refuse_other_facts(output: Path, begun: Mapping[str, Any], facts: Mapping[st
     differing = [key for key in sorted({*begun, *facts}) if begun.get(key) != facts.get(key)]
     if not differing:
         return
-    told = "; ".join(f"{key} was {begun.get(key)!r}, now {facts.get(key)!r}" for key in differing if key != "fingerprint")
+    told = "; ".join(
+        f"{key} was {begun.get(key)!r}, now {facts.get(key)!r}" for key in differing if key != "fingerprint"
+    )
     raise OutputError(
         f"{output} was begun with other settings ({told or 'another plan'}): repeat the first command to continue it, "
         "or choose another folder."

@@ -13,7 +13,9 @@ from ..calibration.head import Head, compare_heads
 from .boundary import Streams, WindowView
 
 
-def heldout_quality(head: Head, streams: Streams, tokens: torch.Tensor, calibration_windows: int) -> dict[str, Any] | None:
+def heldout_quality(
+    head: Head, streams: Streams, tokens: torch.Tensor, calibration_windows: int
+) -> dict[str, Any] | None:
     """Perplexity of both models and KL divergence on the windows that calibration never saw; None without such windows.
 
     tokens: [S, L]. Perplexity is exp of the mean negative log-likelihood over the L - 1 predicted tokens of each window;

@@ -18,7 +18,7 @@ from ..reading import SourceReader
 from ..resources import check_disk, resources
 from .finish import finish
 from .journal import MANIFEST, Journal, check_apart, check_output_folder, refuse_other_facts
-from .stopping import StopFlag, stop_on_signals
+from .stopping import stop_on_signals
 from .units import convert_unit
 
 if TYPE_CHECKING:
@@ -113,7 +113,13 @@ def _finished(output: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _convert(
-    plan: Plan, output: Path, settings: Settings, device: torch.device, journal: Journal, facts: dict[str, Any], progress: Progress
+    plan: Plan,
+    output: Path,
+    settings: Settings,
+    device: torch.device,
+    journal: Journal,
+    facts: dict[str, Any],
+    progress: Progress,
 ) -> dict[str, Any]:
     reader = SourceReader(plan.checkpoint)
     _drop_lost_records(plan, output, journal)
@@ -161,5 +167,3 @@ def _drop_lost_records(plan: Plan, output: Path, journal: Journal) -> None:
 def _intact(output: Path, unit: Unit) -> bool:
     path = output / unit.shard
     return path.exists() and path.stat().st_size == unit.bytes_out
-
-

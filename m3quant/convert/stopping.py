@@ -28,7 +28,9 @@ class StopFlag:
         """Raise InterruptedRun if a signal came."""
         if self.number is not None:
             name = signal.Signals(self.number).name
-            raise InterruptedRun(self.number, f"stopped by {name}; finished layers are kept: run the same command to continue.")
+            raise InterruptedRun(
+                self.number, f"stopped by {name}; finished layers are kept: run the same command to continue."
+            )
 
 
 @contextmanager

@@ -131,7 +131,9 @@ class Family(ABC):
 def need(config: Mapping[str, Any], key: str, where: str = "config.json") -> Any:
     """config[key], or a CheckpointError that names the key."""
     if key not in config or config[key] is None:
-        raise CheckpointError(f"{where} has no '{key}': copy the original config.json of the release beside the weights.")
+        raise CheckpointError(
+            f"{where} has no '{key}': copy the original config.json of the release beside the weights."
+        )
     return config[key]
 
 

@@ -51,10 +51,8 @@ def test_groups_of_m3_hold_the_indexer_the_shared_expert_and_the_router() -> Non
     assert {"self_attn.index_q_proj.weight", "self_attn.index_k_proj.weight"} <= set(attention.readers)
     shared = {f"block_sparse_moe.shared_experts.{n}_proj.weight" for n in ("gate", "up")}
     assert shared <= set(mlp.readers) and mlp.compensated == (ROUTER,)
-    hidden = spec.hidden_size
-    expected = {n for n in linears(tensors) if tensors[n].shape[1] == hidden and "o_proj" not in n and "w2" not in n}
-    dense_down = {n for n in expected if "down_proj" in n}
-    assert set(attention.readers) | set(mlp.readers) == expected - dense_down
+    hidden = {n for n in linears(tensors) if tensors[n].shape[1] == spec.hidden_size}
+    assert set(attention.readers) | set(mlp.readers) == hidden
 
 
 def test_groups_of_a_dense_m3_layer() -> None:

@@ -32,8 +32,10 @@ def randn(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def sparse_layer(**sparse: int) -> tuple[Layer, dict[str, torch.Tensor], dict[str, Any]]:
-    overrides = {**SMALL, "sparse_attention_config": {**SMALL["sparse_attention_config"], **sparse}}
+def sparse_layer(kv_heads: int = 2, **sparse: int) -> tuple[Layer, dict[str, torch.Tensor], dict[str, Any]]:
+    sparse = {**SMALL["sparse_attention_config"], "sparse_num_index_heads": kv_heads, **sparse}
+    heads = {"num_attention_heads": 2 * kv_heads, "num_key_value_heads": kv_heads}
+    overrides = {**SMALL, **heads, "sparse_attention_config": sparse}
     config = m3_config(**overrides)
     prefix = "language_model.model.layers.1."
     tensors = {
@@ -65,7 +67,8 @@ def eager_attention(tensors: dict[str, torch.Tensor], config: dict[str, Any], no
 
 @pytest.mark.parametrize("length", [64, 192, 193, 300, 1000, 2500, 4096])
 def test_attention_equals_transformers_eager(length: int) -> None:
-    layer, tensors, config = sparse_layer()
+    # The reference's memory grows with the square of the window, so the long ones have one KV head.
+    layer, tensors, config = sparse_layer(kv_heads=2 if length <= 1000 else 1)
     normed = randn(1, length, 128, seed=length)
     expected = eager_attention(tensors, config, normed)
     error = (layer.attention(normed) - expected).abs().max() / expected.abs().max()
@@ -77,16 +80,12 @@ def test_other_numbers_of_blocks_equal_transformers_eager(local: int, topk: int)
     layer, tensors, config = sparse_layer(sparse_local_block=local, sparse_topk_blocks=topk)
     normed = randn(2, 500, 128, seed=5)
     expected = eager_attention(tensors, config, normed)
-    if local == 0:
-        # A query may then leave out its own block, and attends to whole earlier blocks only; skip the rows without any.
-        blocks = (expected - expected.mean()).isfinite()
-        assert blocks.all()
     error = (layer.attention(normed) - expected).abs().max() / expected.abs().max()
     assert error < 2e-6
 
 
 def test_selection_leaves_something_out_and_changes_the_result() -> None:
-    layer, tensors, _ = sparse_layer()
+    layer, _, _ = sparse_layer()
     everything, _, _ = sparse_layer(sparse_topk_blocks=64)
     normed = randn(1, 1000, 128, seed=3)
     sparse, full = layer.attention(normed), everything.attention(normed)

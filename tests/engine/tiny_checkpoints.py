@@ -463,7 +463,7 @@ def _quantization_config(experts: str | None, others: str | None) -> dict[str, A
             "group_size": 128,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": ["gate", "lm_head", "vision_tower", "multi_modal_projector", "patch_merge_mlp"],
+            "modules_to_not_convert": ["lm_head", "vision_tower", "multi_modal_projector", "patch_merge_mlp"],
         }
     if experts == others:
         groups, ignore = [_group(experts, ["Linear"])], list(IGNORED)

@@ -1,0 +1,39 @@
+# Two commands on a fresh machine: `make demo` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+VENV ?= .venv
+# The CPU build by this exact version where an index offers several; set TORCH=torch for the newest CUDA build.
+TORCH ?= torch==2.13.0
+ENGINE_VENV ?= .venv-engine
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint unit engine clean
+
+demo: $(VENV)/.ready
+	$(BIN)/python tests/demo.py
+
+test: lint unit engine
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+unit: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not engine"
+
+# The real vLLM on the CPU, in its own environment: it pins other versions than ours.
+engine: $(VENV)/.ready $(ENGINE_VENV)/.ready
+	M3QUANT_ENGINE_PYTHON=$(abspath $(ENGINE_VENV))/bin/python $(BIN)/python -m pytest -m engine
+
+# pip builds nothing here and asks only for versions that pyproject.toml names.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+$(ENGINE_VENV)/.ready: tests/engine/make_env.sh
+	tests/engine/make_env.sh $(ENGINE_VENV) $(PYTHON)
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(ENGINE_VENV) demo build *.egg-info

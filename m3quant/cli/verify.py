@@ -1,0 +1,67 @@
+"""m3quant verify: is every tensor there, right, and loadable by the engine."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import click
+
+from ..verify.run import Verification, require_converted, sqnr_by_scheme, verify
+from ..verify.values import worst
+
+
+@click.command("verify")
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--source", default=None, help="The source it was made from: every tensor is compared with it.")
+@click.option(
+    "--engine", is_flag=True, help="Load it in vLLM and compare log-probabilities with the dequantized weights."
+)
+@click.option(
+    "--engine-python",
+    default=None,
+    metavar="PATH",
+    help="Python of the environment that holds vLLM [M3QUANT_ENGINE_PYTHON, or this one].",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(dst: Path, source: str | None, engine: bool, engine_python: str | None, as_json: bool) -> None:
+    """Check the converted folder DST. Exit code 0 only if every check holds."""
+    require_converted(dst)
+
+    def say(line: str) -> None:
+        if not as_json:
+            click.echo(line, err=True)
+
+    result, plan = verify(dst, source, say)
+    if engine and result.holds:
+        from ..verify.engine import engine_check
+
+        check, result.engine = engine_check(dst, plan, engine_python, say)
+        result.checks.append(check)
+    if as_json:
+        click.echo(json.dumps(result.to_json(), indent=2))
+    else:
+        print_verification(result)
+    if not result.holds:
+        raise SystemExit(1)
+
+
+def print_verification(result: Verification) -> None:
+    for check in result.checks:
+        click.echo(f"{'ok  ' if not check.problems else 'FAIL'}  {check.name}: {check.looked_at}")
+        for problem in check.problems[:20]:
+            click.echo(f"      {problem}")
+        if len(check.problems) > 20:
+            click.echo(f"      and {len(check.problems) - 20} more")
+    for scheme, facts in sqnr_by_scheme(result.errors).items():
+        click.echo(
+            f"{scheme}: {facts['tensors']} tensors, SQNR mean {facts['mean']:.1f} dB, least {facts['least']:.1f} dB"
+        )
+    listed = worst(result.errors)
+    if listed:
+        click.echo(f"worst {len(listed)} tensors:")
+    for error in listed:
+        value = f"{error.sqnr_db:.1f} dB" if math.isfinite(error.sqnr_db) else str(error.sqnr_db)
+        click.echo(f"  {error.name}  {error.scheme}  {value}")
+    click.echo(f"{result.output}: {'verified' if result.holds else 'NOT what its plan promised'}")

@@ -1,0 +1,148 @@
+"""The plan of a finished output, rebuilt from its own files, and the checks that read no weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..checkpoint import Checkpoint, TensorInfo, sha256_file
+from ..convert.journal import FOLDER, MANIFEST
+from ..engine_config import engine_problems
+from ..errors import CheckpointError, M3QuantError, VerifyError
+from ..plan import RECIPE_FILE, Plan, make_plan
+from ..recipe import Recipe, build_recipe
+from ..source import FP8_BLOCK, PLAIN, source_kind
+
+
+def read_manifest(output: Path) -> dict[str, Any]:
+    """m3quant.json of an output. Raises VerifyError if the folder is unfinished or not ours."""
+    path = output / MANIFEST
+    if (output / FOLDER).exists() and not (output / "config.json").exists():
+        raise VerifyError(f"{output} is an unfinished conversion: run the same convert command again to finish it.")
+    if not path.exists():
+        raise VerifyError(
+            f"{output} has no {MANIFEST}: it was not written by m3quant convert, or the file was removed."
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise VerifyError(f"{path} is damaged: convert again.") from None
+    return manifest
+
+
+class RecordedSource:
+    """The source as the manifest recorded it: enough of a Checkpoint to plan again without the source's files."""
+
+    def __init__(self, output: Checkpoint, manifest: Mapping[str, Any]) -> None:
+        self.root = output.root
+        self.revision = None
+        self.local = False
+        self.warnings: list[str] = []
+        self.other_files: list[str] = []
+        self.skipped_files: dict[str, str] = {}
+        recorded = manifest["source"]["tensors"]
+        self.config = _source_config(output.config, {t["kind"] for t in recorded.values()})
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, facts in recorded.items():
+            self._add(name, facts["dtype"], tuple(facts["shape"]))
+            if facts["kind"] != PLAIN:
+                rows, columns = facts["shape"]
+                block = facts["kind"] == FP8_BLOCK
+                shape = (-(-rows // 128), -(-columns // 128)) if block else (rows, columns // 32)
+                self._add(f"{name}_scale_inv", "F32" if block else "U8", shape)
+
+    def _add(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        self.tensors[name] = TensorInfo(name, dtype, shape, "the manifest", 0, 0)
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+def _source_config(config: Mapping[str, Any], kinds: set[str]) -> dict[str, Any]:
+    """The source's config.json: the output's, with the source's own quantization in place of ours."""
+    source = {key: value for key, value in config.items() if key != "quantization_config"}
+    quantized = kinds - {PLAIN}
+    if quantized:
+        source["quantization_config"] = {"quant_method": "fp8" if FP8_BLOCK in quantized else "mxfp8"}
+    return source
+
+
+def output_plan(output: Checkpoint, manifest: Mapping[str, Any], source: Checkpoint | None) -> Plan:
+    """What the output should hold. With a source, planned from it; else from the manifest's record of it.
+
+    Raises VerifyError if the recipe beside the weights is not the one in the manifest.
+    """
+    path = Path(output.root) / RECIPE_FILE
+    try:
+        recipe: Recipe = build_recipe(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, M3QuantError) as error:
+        raise VerifyError(f"{path} cannot be read as a recipe ({error}): convert again.") from None
+    if recipe.model_dump() != manifest["recipe"]:
+        raise VerifyError(
+            f"{path} differs from the recipe recorded in {MANIFEST}: one of them was edited after the conversion."
+        )
+    stand_in: Any = source or RecordedSource(output, manifest)
+    return make_plan(stand_in, recipe)
+
+
+def structure_problems(
+    output: Checkpoint, plan: Plan, manifest: Mapping[str, Any], source: Checkpoint | None
+) -> Iterator[str]:
+    """Everything wrong that headers and config.json can tell, one sentence each."""
+    expected = {o.name: (o, unit.shard) for unit in plan.units for t in unit.tensors for o in t.outputs}
+    for name, (planned, shard) in expected.items():
+        info = output.tensors.get(name)
+        if info is None:
+            yield f"tensor '{name}' is missing: the plan puts it into {shard}"
+        elif (info.dtype, info.shape) != (planned.dtype, planned.shape):
+            yield f"{info.shard}: tensor '{name}' is {info.dtype} {list(info.shape)}, the plan says {planned.dtype} {list(planned.shape)}"
+        elif info.shard != shard:
+            yield f"tensor '{name}' is in {info.shard}, the plan puts it into {shard}"
+    for name, info in output.tensors.items():
+        if name not in expected:
+            yield f"{info.shard}: tensor '{name}' is not in the plan: an engine may skip it without a word"
+    yield from _config_problems(output, plan, source)
+    if source is not None and manifest["source"]["fingerprint"] != source.fingerprint():
+        yield f"the output was made from another source than {source.root}: its headers or config.json differ"
+    if missing := [f for f in plan.copied_files if not (Path(output.root) / f).exists()]:
+        yield f"{len(missing)} files of the source were not carried over, first {missing[0]}"
+
+
+def _config_problems(output: Checkpoint, plan: Plan, source: Checkpoint | None) -> Iterator[str]:
+    written = output.config.get("quantization_config")
+    if written != plan.quantization:
+        yield "config.json: quantization_config is not the one that the recipe gives"
+    if written:
+        for problem in engine_problems(plan.family, output.config, written, plan.modules):
+            yield f"config.json: {problem}"
+    if source is not None:
+        theirs = {k: v for k, v in source.config.items() if k != "quantization_config"}
+        ours = {k: v for k, v in output.config.items() if k != "quantization_config"}
+        if changed := sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k)):
+            yield f"config.json differs from the source's in {', '.join(changed)}: only quantization_config may"
+
+
+def hash_problems(output: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Shards whose bytes are not those that were written."""
+    for shard, facts in manifest["shards"].items():
+        path = output / shard
+        if not path.exists():
+            yield f"{shard} is missing"
+        elif path.stat().st_size != facts["size"]:
+            yield f"{shard} has {path.stat().st_size} bytes, {facts['size']} were written"
+        elif sha256_file(path) != facts["sha256"]:
+            yield f"{shard}: sha256 differs from the one recorded when it was written: the file was changed or damaged"
+
+
+def check_same_kind(output: Checkpoint, source: Checkpoint) -> None:
+    """Raise CheckpointError if the source given is quantized in a way that cannot be a source."""
+    source_kind(source.config, source.root)
+    if source.config.get("model_type") != output.config.get("model_type"):
+        raise CheckpointError(
+            f"{source.root} is a {source.config.get('model_type')}, {output.root} a {output.config.get('model_type')}: "
+            "give the source that this output was made from."
+        )

@@ -1,0 +1,561 @@
+"""The bundled corpus, every form of calibration input, and every way it can be wrong."""
+
+import gzip
+import json
+import logging
+import re
+import subprocess
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from m3quant.calibration import corpus
+from m3quant.calibration.corpus import Document, interleave, load_documents
+from m3quant.errors import CalibrationError
+
+DATA = corpus.BUNDLED_PATH.parent
+FREE_LICENCES = {"Apache-2.0", "MIT", "PSF-2.0", "public-domain"}
+# Characters a token, more than a 200k vocabulary was measured to need for any language of the kind (so tokens are
+# underestimated): 4.7 for prose, 4.4 for code, 2.0 for Chinese, Japanese and Korean.
+CJK_CHARACTERS, CODE_CHARACTERS, OTHER_CHARACTERS = 2.1, 4.6, 5.0
+
+
+@pytest.fixture(scope="module")
+def bundled() -> list[Document]:
+    return load_documents(None)
+
+
+def characters(document: Document) -> int:
+    if document.text is not None:
+        return len(document.text)
+    return sum(len(message.get("content") or "") for message in document.messages or ())
+
+
+class TestBundle:
+    def test_has_the_languages_and_kinds_it_promises(self, bundled: list[Document]) -> None:
+        assert {document.kind for document in bundled} == {"text", "code", "chat", "tools"}
+        prose = {document.lang for document in bundled if document.kind == "text"}
+        assert {"en", "zh", "ja", "ko", "ru", "ar", "hi", "de", "fr", "es"} <= prose
+        code = {document.lang for document in bundled if document.kind == "code"}
+        assert code == {"python", "c", "go", "rust", "typescript", "javascript"}
+        written = "".join(document.text or "" for document in bundled)
+        for script in ("[一-鿿]", "[ぁ-ヿ]", "[가-힣]", "[а-я]", "[ء-ي]", "[א-ת]", "[ऀ-ॿ]", "[ก-๛]", "[α-ω]"):
+            assert len(re.findall(script, written)) > 900, script
+
+    def test_is_enough_for_the_default_run_by_a_low_estimate(self, bundled: list[Document]) -> None:
+        tokens = 0.0
+        for document in bundled:
+            cjk = document.lang in ("zh", "ja", "ko")
+            rate = CJK_CHARACTERS if cjk else CODE_CHARACTERS if document.kind == "code" else OTHER_CHARACTERS
+            tokens += characters(document) / rate
+        assert tokens > 85_000
+
+    def test_is_small_utf8_without_control_or_replacement_characters(self) -> None:
+        data = corpus.BUNDLED_PATH.read_bytes()
+        assert 450_000 < len(data) < 710_000
+        assert not re.search("[\x00-\x08\x0b\x0e-\x1f\ufffd\ufeff]", data.decode("utf-8"))
+
+    def test_every_document_is_freely_licensed_and_its_source_named(self, bundled: list[Document]) -> None:
+        sources = yaml.safe_load((DATA / "sources.yaml").read_text(encoding="utf-8"))
+        readme = (DATA / "README.md").read_text(encoding="utf-8")
+        for name, spec in sources.items():
+            assert spec["licence"] in FREE_LICENCES
+            row = next(line for line in readme.splitlines() if line.startswith(f"| {name} |"))
+            assert spec["licence"] in row
+            if spec["licence"] == "MIT":
+                assert "Permission is hereby granted" in (DATA / "licences" / f"{name}.txt").read_text(encoding="utf-8")
+        for document in bundled:
+            own = re.fullmatch(r"written for m3quant; dialogues/(\w+\.yaml), item \d+", document.source)
+            taken = re.fullmatch(r".+; ([\w-]+): \S+, characters (\d+)-(\d+)", document.source)
+            if own:
+                assert document.licence == "Apache-2.0" and (DATA / "dialogues" / own[1]).is_file()
+            else:
+                assert taken and document.licence == sources[taken[1]]["licence"], document.source
+                assert int(taken[3]) - int(taken[2]) == len(document.text or "")
+
+    def test_readme_states_the_figures_of_the_file(self, bundled: list[Document]) -> None:
+        readme = (DATA / "README.md").read_text(encoding="utf-8")
+        assert f"{len(bundled)} documents, {round(corpus.BUNDLED_PATH.stat().st_size / 1000)} kB" in readme
+        for kind, count in Counter(document.kind for document in bundled).items():
+            row = next(line for line in readme.splitlines() if line.startswith(f"| {kind} |"))
+            assert row.split("|")[3].strip() == str(count)
+
+    def test_dialogues_are_sound(self, bundled: list[Document]) -> None:
+        """Calls name declared tools with their required arguments, and every call is answered before anyone speaks."""
+        for document in bundled:
+            declared = {tool["function"]["name"]: tool["function"]["parameters"] for tool in document.tools}
+            open_calls: list[str] = []
+            for message in document.messages or ():
+                if message["role"] == "tool":
+                    open_calls.remove(message["tool_call_id"])
+                    continue
+                assert not open_calls, f"{document.source}: {message['role']} speaks before {open_calls} are answered"
+                for call in message.get("tool_calls", ()):
+                    parameters = declared[call["function"]["name"]]
+                    arguments = call["function"]["arguments"]
+                    assert set(arguments) <= set(parameters["properties"]), document.source
+                    assert set(parameters.get("required", ())) <= set(arguments), document.source
+                    open_calls.append(call["id"])
+            if document.messages:
+                assert document.messages[-1]["role"] == "assistant" and not open_calls, document.source
+
+    def test_dialogues_in_the_bundle_are_those_of_the_yaml_files(self, bundled: list[Document]) -> None:
+        written = [
+            item
+            for path in sorted((DATA / "dialogues").glob("*.yaml"))
+            for item in yaml.safe_load(path.read_text("utf-8"))
+        ]
+        expected = sorted(json.dumps(item["messages"], sort_keys=True) for item in written)
+        held = sorted(json.dumps(document.messages, sort_keys=True) for document in bundled if document.messages)
+        assert held == expected
+
+    @pytest.mark.parametrize("share", [0.25, 0.5])
+    def test_any_prefix_is_mixed(self, bundled: list[Document], share: float) -> None:
+        def shares(documents: list[Document]) -> dict[str, float]:
+            sizes = Counter[str]()
+            for document in documents:
+                sizes[document.kind] += len(document.content_bytes())
+            return {kind: size / sizes.total() for kind, size in sizes.items()}
+
+        whole, prefix = shares(bundled), shares(bundled[: int(len(bundled) * share)])
+        for kind, expected in whole.items():
+            assert abs(prefix.get(kind, 0) - expected) < 0.06, (kind, expected, prefix)
+
+    def test_the_file_is_in_the_order_that_interleave_gives(self, bundled: list[Document]) -> None:
+        assert interleave(list(reversed(bundled)), seed=0) == bundled
+
+
+class TestInputs:
+    @pytest.fixture
+    def records(self) -> list[dict[str, Any]]:
+        return [
+            {"text": "Первый документ."},
+            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        ]
+
+    def check(self, documents: list[Document]) -> None:
+        assert documents[0].text == "Первый документ."
+        assert documents[1].messages == documents[2].messages
+        assert documents[2].messages is not None and documents[2].messages[0]["role"] == "user"
+        assert [document.kind for document in documents] == ["text", "chat", "chat"]
+
+    def test_json_lines(self, tmp_path: Path, records: list[dict[str, Any]]) -> None:
+        path = tmp_path / "data.jsonl"
+        path.write_text("\ufeff" + "\r\n\r\n".join(json.dumps(record) for record in records), encoding="utf-8")
+        self.check(load_documents(str(path)))
+
+    def test_json_lines_gz(self, tmp_path: Path, records: list[dict[str, Any]]) -> None:
+        path = tmp_path / "data.jsonl.gz"
+        path.write_bytes(gzip.compress("\n".join(json.dumps(record) for record in records).encode()))
+        self.check(load_documents(str(path)))
+
+    def test_json_array(self, tmp_path: Path, records: list[dict[str, Any]]) -> None:
+        path = tmp_path / "data.json"
+        path.write_text("\n" + json.dumps(records, indent=1), encoding="utf-8")
+        self.check(load_documents(str(path)))
+
+    def test_parquet(self, tmp_path: Path, records: list[dict[str, Any]]) -> None:
+        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        path = tmp_path / "data.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**records[0], "messages": None}, records[1]]), path)
+        documents = load_documents(str(path))
+        assert documents[0].text == "Первый документ."
+        assert documents[1].messages == tuple(records[1]["messages"])
+
+    @pytest.mark.parametrize(
+        ("name", "kind"), [("a.txt", "text"), ("b.md", "text"), ("c.py", "code"), ("d.rs", "code")]
+    )
+    def test_plain_text(self, tmp_path: Path, name: str, kind: str) -> None:
+        (tmp_path / name).write_text("größer\n", encoding="utf-8")
+        (document,) = load_documents(str(tmp_path / name))
+        assert (document.kind, document.text, document.source) == (kind, "größer\n", str(tmp_path / name))
+
+    def test_folder_is_read_in_order_and_says_what_it_leaves_out(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "sub").mkdir()
+        for name in ("z.txt", "sub/b.txt", "a.txt"):
+            (tmp_path / name).write_text(name)
+        (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+        (tmp_path / ".hidden.txt").write_text("not me")
+        with caplog.at_level(logging.WARNING):
+            assert [document.text for document in load_documents(str(tmp_path))] == ["a.txt", "sub/b.txt", "z.txt"]
+        assert "picture.png" in caplog.text
+
+    def test_arguments_as_a_json_string_become_an_object(self, tmp_path: Path) -> None:
+        call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+        tools = [{"type": "function", "function": {"name": "add"}}]
+        messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+        path = tmp_path / "data.jsonl"
+        path.write_text(json.dumps({"messages": messages, "tools": json.dumps(tools)}))
+        (document,) = load_documents(str(path))
+        assert document.kind == "tools" and document.tools == tuple(tools) and document.messages
+        assert document.messages[0]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+
+    def test_reading_stops_at_the_limit_and_says_so(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        path = tmp_path / "data.jsonl"
+        path.write_text("\n".join(json.dumps({"text": "x" * 100}) for _ in range(50)))
+        with caplog.at_level(logging.WARNING):
+            assert len(load_documents(str(path), max_characters=950)) == 10
+        assert "stopped after 10 documents" in caplog.text
+
+
+class TestHub:
+    def install(self, monkeypatch: pytest.MonkeyPatch, load_dataset: Any) -> None:
+        module = types.ModuleType("datasets")
+        module.load_dataset = load_dataset  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "datasets", module)
+
+    @pytest.mark.parametrize(
+        ("spec", "expected"),
+        [
+            ("org/name", ("org/name", None, "train")),
+            ("org/name:wiki-v1", ("org/name", "wiki-v1", "train")),
+            ("org/name:wiki:test", ("org/name", "wiki", "test")),
+            ("org/name::validation[:5%]", ("org/name", None, "validation[:5%]")),
+        ],
+    )
+    def test_id_config_and_split(self, monkeypatch: pytest.MonkeyPatch, spec: str, expected: tuple[Any, ...]) -> None:
+        asked: list[tuple[Any, ...]] = []
+
+        def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, str]]:
+            asked.append((name, config, split))
+            assert streaming
+            return [{"text": "one"}, {"text": "two"}]
+
+        self.install(monkeypatch, load_dataset)
+        assert [document.text for document in load_documents(spec)] == ["one", "two"]
+        assert asked == [expected]
+
+    def test_without_the_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(CalibrationError, match=r"org/name.*pip install 'm3quant\[data\]'"):
+            load_documents("org/name")
+
+    def test_offline(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def load_dataset(*args: Any, **kwargs: Any) -> None:
+            raise ConnectionError("Couldn't reach the Hub\nsecond line")
+
+        self.install(monkeypatch, load_dataset)
+        with pytest.raises(CalibrationError, match=r"'org/name', split 'train'.*Couldn't reach the Hub\).*network"):
+            load_documents("org/name")
+
+    def test_record_without_text(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.install(monkeypatch, lambda *args, **kwargs: [{"text": "fine"}, {"prompt": "x", "answer": "y"}])
+        with pytest.raises(CalibrationError, match=r"org/name, split train, record 2.*prompt, answer"):
+            load_documents("org/name")
+
+
+BAD_FILES: list[tuple[str, bytes, str]] = [
+    ("latin.txt", "gut\nschön\n".encode("latin-1"), r"latin.txt, line 2: byte 3 \(0xf6\) is not UTF-8; convert"),
+    ("latin.jsonl", b'{"text": "a"}\n{"text": "\xf6"}\n', r"latin.jsonl, line 2: byte 10 .* not UTF-8"),
+    ("empty.jsonl", b"", "empty.jsonl is empty; give"),
+    ("empty.parquet", b"", "empty.parquet is empty; give"),
+    ("blank.txt", b" \n\n", "blank.txt holds only white space"),
+    ("blank.jsonl", b"\n \n", "blank.jsonl holds no record"),
+    ("broken.jsonl", b'{"text": "a"}\n{"text": \n', r"broken.jsonl, line 2 is not JSON .*; give one object a line"),
+    ("deep.jsonl", b"[" * 100_000, "deep.jsonl is not JSON"),
+    ("number.jsonl", b"17\n", r"number.jsonl, line 1: the record is int, not an object"),
+    (
+        "fields.jsonl",
+        b'{"prompt": "a", "id": 1}\n',
+        r"fields.jsonl, line 1: .* fields prompt, id, but none .*\"messages\"",
+    ),
+    ("hollow.jsonl", b'{"text": "  "}\n', 'hollow.jsonl, line 1: "text" is empty'),
+    ("typed.jsonl", b'{"text": 5}\n', 'typed.jsonl, line 1: "text" is empty or not a string'),
+    ("none.jsonl", b'{"messages": []}\n', r'none.jsonl, line 1: "messages" must be a list .* not empty'),
+    ("string.jsonl", b'{"messages": "hi"}\n', r'string.jsonl, line 1: "messages" must be a list'),
+    ("item.jsonl", b'{"messages": ["hi"]}\n', r'item.jsonl, line 1: "messages", message 1 is not an object'),
+    ("role.jsonl", b'{"messages": [{"content": "hi"}]}\n', r'role.jsonl, line 1: .*message 1 has no "role"'),
+    ("content.jsonl", b'{"messages": [{"role": "user"}]}\n', r'message 1 has neither "content" nor "tool_calls"'),
+    ("kind.jsonl", b'{"messages": [{"role": "user", "content": 3}]}\n', r'message 1: "content" must be a string'),
+    ("call.jsonl", b'{"messages": [{"role": "a", "tool_calls": [{"id": 1}]}]}\n', 'a tool call needs "function"'),
+    (
+        "arguments.jsonl",
+        b'{"messages": [{"role": "a", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}\n',
+        "the arguments of f are not JSON",
+    ),
+    (
+        "tools.jsonl",
+        b'{"messages": [{"role": "u", "content": ""}], "tools": "["}\n',
+        '"tools" is a string, but not JSON',
+    ),
+    ("schema.jsonl", b'{"messages": [{"role": "u", "content": ""}], "tools": 4}\n', '"tools" must be a list'),
+    ("bad.parquet", b"PAR1 nothing PAR1", "bad.parquet is not a readable Parquet file"),
+    ("plain.txt.gz", b"not compressed", "plain.txt.gz cannot be read"),
+    ("cut.txt.gz", gzip.compress(b"hello" * 1000)[:-12], "cut.txt.gz cannot be read"),
+    ("flipped.txt.gz", gzip.compress(b"hello" * 1000)[:12] + b"\xff\xff\xff\xff", "flipped.txt.gz cannot be read"),
+    ("model.safetensors", b"x", "model.safetensors: this kind of file is not read; give JSONL"),
+]
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES, ids=[name for name, _, _ in BAD_FILES])
+    def test_one_sentence_with_file_line_and_remedy(
+        self, tmp_path: Path, name: str, content: bytes, message: str
+    ) -> None:
+        if name.endswith("bad.parquet"):
+            pytest.importorskip("pyarrow")
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(CalibrationError, match=message) as caught:
+            load_documents(str(path))
+        assert str(path) in str(caught.value)
+
+    @pytest.mark.parametrize("spec", ["no/such/file", "missing.jsonl", "folder/missing.txt", "/nowhere"])
+    def test_nothing_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(CalibrationError, match="no such file or folder"):
+            load_documents(spec)
+
+    def test_empty_folder_and_empty_name(self, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match="has no file that we read; put JSONL"):
+            load_documents(str(tmp_path))
+        with pytest.raises(CalibrationError, match="name of the calibration data is empty"):
+            load_documents(" ")
+
+    def test_parquet_without_our_columns_or_rows(self, tmp_path: Path) -> None:
+        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"a": [1], "b": ["x"]}), tmp_path / "a.parquet")
+        with pytest.raises(CalibrationError, match=r"a.parquet has the columns a, b; it needs"):
+            load_documents(str(tmp_path / "a.parquet"))
+        pyarrow.parquet.write_table(
+            pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "b.parquet"
+        )
+        with pytest.raises(CalibrationError, match=r"b.parquet has no rows"):
+            load_documents(str(tmp_path / "b.parquet"))
+
+    def test_parquet_without_pyarrow(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "a.parquet").write_bytes(b"PAR1")
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(CalibrationError, match=r"a.parquet: .*pip install 'm3quant\[data\]'"):
+            load_documents(str(tmp_path / "a.parquet"))
+
+
+def test_corpus_hash_sees_text_order_and_kind() -> None:
+    first, second = (Document("text", "en", "s", "l", text=text) for text in ("a", "b"))
+    hashes = {
+        corpus.corpus_sha256(documents)
+        for documents in (
+            [first, second],
+            [second, first],
+            [first],
+            [Document("code", "en", "s", "l", text="a"), second],
+            [Document("text", "en", "s", "l", text="ab")],
+        )
+    }
+    assert len(hashes) == 5
+    renamed = Document("text", "en", "elsewhere", "other", text="a")
+    assert corpus.corpus_sha256([renamed]) == corpus.corpus_sha256([first])
+
+
+def test_reading_documents_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from m3quant.calibration.corpus import load_documents; assert load_documents(None);"
+        "assert not {'torch', 'transformers', 'pyarrow', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+CHAT_TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}"
+    "{% for k, v in c.function.arguments | items %}<{{ k }}>{{ v }}{% endfor %}</call>{% endfor %}<eos>{% endfor %}"
+)
+
+
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE, eos: str | None = "<eos>") -> Any:
+    """A byte-level tokenizer without merges: one token a byte, so that tests can count."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
+    fast.chat_template = chat_template
+    return fast
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+def text_document(text: str, kind: str = "text") -> Document:
+    return Document(kind, "en", "test", "Apache-2.0", text=text)
+
+
+class TestWindows:
+    def test_documents_are_joined_with_one_eos_and_cut_without_overlap(self, tokenizer: Any) -> None:
+        documents = [text_document("abcdef"), text_document("ghi"), text_document("jklm<eos>")]
+        windows = corpus.tokenize_windows(documents, tokenizer, 4, 4, seed=1)
+        assert windows.ids.dtype == np.int64 and windows.ids.shape == (4, 4)
+        expected = "".join(
+            (document.text or "").removesuffix("<eos>") + "<eos>" for document in interleave(documents, seed=1)
+        )
+        assert tokenizer.decode(windows.ids.reshape(-1)) == expected
+        assert windows.kind_tokens == {"text": 16}
+
+    def test_kind_tokens_are_those_of_the_windows(self, tokenizer: Any) -> None:
+        documents = [text_document("a" * 40), text_document("b" * 23, kind="code")]
+        windows = corpus.tokenize_windows(documents, tokenizer, 3, 20, seed=0)
+        eos = tokenizer.eos_token_id
+        a, b = (int((windows.ids == tokenizer.convert_tokens_to_ids(letter)).sum()) for letter in "ab")
+        closings = int((windows.ids == eos).sum())
+        assert sum(windows.kind_tokens.values()) == 60 == a + b + closings
+        assert windows.kind_tokens["text"] in (a, a + 1) and windows.kind_tokens["code"] in (b, b + 1)
+        assert windows.window_kind_tokens.sum(axis=1).tolist() == [20, 20, 20]
+
+    def test_chat_goes_through_the_template_with_its_tools(self, tokenizer: Any) -> None:
+        tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+        call = {"type": "function", "function": {"name": "add", "arguments": {"x": 2}}}
+        messages = (
+            {"role": "user", "content": "2?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "4"},
+        )
+        document = Document("tools", "en", "test", "Apache-2.0", messages=messages, tools=(tool,))
+        rendered = f"<tools>[{json.dumps(tool)}]</tools><user>2?<eos><assistant><call>add<x>2</call><eos><tool>4<eos>"
+        assert corpus.render(document, tokenizer) == rendered
+        tokens = len(rendered.replace("<eos>", "."))  # one a byte, and no second <eos> at the end
+        windows = corpus.tokenize_windows([document], tokenizer, 1, tokens, seed=0)
+        assert tokenizer.decode(windows.ids[0]) == rendered
+        assert windows.notes == ()
+
+    def test_without_a_template_the_fallback_is_stated(self) -> None:
+        call = {"type": "function", "function": {"name": "add", "arguments": {"x": 2}}}
+        messages = (
+            {"role": "user", "content": [{"type": "text", "text": "2?"}]},
+            {"role": "assistant", "reasoning_content": "hm", "content": "", "tool_calls": [call]},
+        )
+        document = Document("chat", "en", "test", "Apache-2.0", messages=messages)
+        windows = corpus.tokenize_windows([document], make_tokenizer(chat_template=None), 1, 20, seed=0)
+        assert "no chat template: 1 chat" in windows.notes[0]
+        rendered = corpus.render(document, make_tokenizer(chat_template=None))
+        assert rendered == 'user: 2?\n\nassistant thinks: hm\n\nassistant calls add: {"x": 2}'
+
+    def test_a_template_that_ignores_tools_is_stated(self, bundled: list[Document]) -> None:
+        deaf = make_tokenizer("{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}")
+        windows = corpus.tokenize_windows(bundled[:40], deaf, 100, 512, seed=0)
+        assert re.match(r"The chat template does not use tools: the schemas of \d+ records", windows.notes[0])
+
+    def test_a_template_that_refuses_names_the_record(self) -> None:
+        strict = make_tokenizer("{{ raise_exception('roles must alternate') }}")
+        document = Document("chat", "en", "data.jsonl, line 7", "none", messages=({"role": "user", "content": "x"},))
+        with pytest.raises(CalibrationError, match=r"data.jsonl, line 7: .* refuses .*roles must alternate.*remove"):
+            corpus.tokenize_windows([document], strict, 1, 1, seed=0)
+
+    def test_same_input_same_windows_and_hash(self, tokenizer: Any, bundled: list[Document]) -> None:
+        first = corpus.tokenize_windows(bundled, tokenizer, 16, 128, seed=3)
+        again = corpus.tokenize_windows(list(bundled), make_tokenizer(), 16, 128, seed=3)
+        assert np.array_equal(first.ids, again.ids) and first.record() == again.record()
+        assert json.loads(json.dumps(first.record())) == first.record()
+        turned = corpus.tokenize_windows(list(reversed(bundled)), tokenizer, 16, 128, seed=3)
+        assert np.array_equal(first.ids, turned.ids)
+
+    def test_the_hash_sees_every_parameter(self, tokenizer: Any, bundled: list[Document]) -> None:
+        few = bundled[:60]
+        other_template = make_tokenizer(CHAT_TEMPLATE.replace("<call>", "<do>"))
+        hashes = {
+            windows.sha256
+            for windows in (
+                corpus.tokenize_windows(few, tokenizer, 8, 64, seed=0),
+                corpus.tokenize_windows(few, tokenizer, 8, 64, seed=1),
+                corpus.tokenize_windows(few, tokenizer, 4, 128, seed=0),
+                corpus.tokenize_windows(few, tokenizer, 9, 64, seed=0),
+                corpus.tokenize_windows(few[:-1], tokenizer, 8, 64, seed=0),
+                corpus.tokenize_windows(few, other_template, 8, 64, seed=0),
+            )
+        }
+        assert len(hashes) == 6
+
+    def test_too_little_text_says_how_much_there_is_and_what_to_do(self, tokenizer: Any) -> None:
+        message = (
+            r"1 documents gave 101 tokens, and 5 windows of 32 tokens need 160; ask for fewer windows \(at most 3\), "
+            r"shorter ones, or give more text"
+        )
+        with pytest.raises(CalibrationError, match=message):
+            corpus.tokenize_windows([text_document("x" * 100)], tokenizer, 5, 32, seed=0)
+        with pytest.raises(CalibrationError, match="ask for shorter windows"):
+            corpus.tokenize_windows([text_document("x" * 100)], tokenizer, 1, 320, seed=0)
+
+    @pytest.mark.parametrize(("count", "length"), [(0, 8), (8, 0), (-1, 4)])
+    def test_sizes_below_one(self, tokenizer: Any, count: int, length: int) -> None:
+        with pytest.raises(CalibrationError, match="both numbers must be at least 1"):
+            corpus.tokenize_windows([text_document("x")], tokenizer, count, length, seed=0)
+
+    def test_no_document_or_no_eos(self, tokenizer: Any) -> None:
+        with pytest.raises(CalibrationError, match="no calibration document"):
+            corpus.tokenize_windows([], tokenizer, 1, 1, seed=0)
+        with pytest.raises(CalibrationError, match="no end-of-text token"):
+            corpus.tokenize_windows([text_document("x")], make_tokenizer(eos=None), 1, 1, seed=0)
+
+    def test_bundle_gives_the_default_run_and_every_kind(self, tokenizer: Any, bundled: list[Document]) -> None:
+        windows = corpus.tokenize_windows(bundled, tokenizer, 128, 512, seed=0, source=corpus.BUNDLED_NAME)
+        assert windows.ids.shape == (128, 512)
+        assert min(windows.kind_tokens[kind] for kind in ("text", "code", "chat", "tools")) > 500
+        assert windows.source.startswith("bundled corpus: ") and "of 168 documents" in windows.source
+
+
+class TestHeldOut:
+    def test_parts_are_disjoint_complete_and_repeatable(self, tokenizer: Any) -> None:
+        text = "".join(chr(97 + number % 26) for number in range(400))
+        windows = corpus.tokenize_windows([text_document(text)], tokenizer, 20, 16, seed=0)
+        calibration, heldout = corpus.split_heldout(windows, 5, seed=2)
+        assert calibration.ids.shape == (15, 16) and heldout.ids.shape == (5, 16)
+        rows = [tuple(row) for row in windows.ids.tolist()]
+        parts = [tuple(row) for part in (calibration, heldout) for row in part.ids.tolist()]
+        assert Counter(parts) == Counter(rows)
+        again = corpus.split_heldout(windows, 0.25, seed=2)
+        assert np.array_equal(again[1].ids, heldout.ids) and again[1].sha256 == heldout.sha256
+        assert len({windows.sha256, calibration.sha256, heldout.sha256}) == 3
+        assert not np.array_equal(corpus.split_heldout(windows, 5, seed=3)[1].ids, heldout.ids)
+
+    @pytest.mark.parametrize("held_out", [0, 20, 25, -1, 1.0])
+    def test_no_part_may_be_empty(self, tokenizer: Any, held_out: int | float) -> None:
+        windows = corpus.tokenize_windows([text_document("x" * 400)], tokenizer, 20, 16, seed=0)
+        with pytest.raises(CalibrationError, match="leaves one part empty"):
+            corpus.split_heldout(windows, held_out, seed=0)
+
+
+class TestTokenizerFolder:
+    def test_round_trip(self, tmp_path: Path, tokenizer: Any) -> None:
+        tokenizer.save_pretrained(tmp_path)
+        loaded = corpus.load_tokenizer(tmp_path)
+        assert loaded.chat_template == CHAT_TEMPLATE and loaded.eos_token_id == tokenizer.eos_token_id
+        document = text_document("one two three")
+        ids = [corpus.tokenize_windows([document], t, 1, 12, seed=0).ids.tolist() for t in (tokenizer, loaded)]
+        assert ids[0] == ids[1]
+
+    def test_missing_or_broken(self, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match=r"has no tokenizer .*copy the model's tokenizer files"):
+            corpus.load_tokenizer(tmp_path)
+        with pytest.raises(CalibrationError, match="does not exist"):
+            corpus.load_tokenizer(tmp_path / "nowhere")
+        (tmp_path / "tokenizer.json").write_text("{")
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        with pytest.raises(CalibrationError, match=r"tokenizer of .* cannot be read"):
+            corpus.load_tokenizer(tmp_path)
+
+
+def test_build_is_what_made_the_bundle(bundled: list[Document]) -> None:
+    """Without the archives: every excerpt belongs to an entry of sources.yaml, and every entry gave one."""
+    sources = yaml.safe_load((DATA / "sources.yaml").read_text(encoding="utf-8"))
+    entries = {f"{e['title']}; {name}: {e['member']}" for name, spec in sources.items() for e in spec["excerpts"]}
+    held = {document.source.rsplit(", characters", 1)[0] for document in bundled if document.text is not None}
+    assert held == entries
+    assert all(re.fullmatch("[0-9a-f]{64}", spec["sha256"]) for spec in sources.values())

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 from m3quant.errors import CalibrationError
 
@@ -94,22 +94,20 @@ def parse_record(record: object, where: str) -> Document:
     """
     if not isinstance(record, Mapping):
         raise CalibrationError(f"{where}: the record is {type(record).__name__}, not an object with {FIELDS}.")
-    labels = {
-        "lang": str(record.get("lang") or "und"),
-        "source": str(record.get("source") or where),
-        "licence": str(record.get("licence") or record.get("license") or "not stated"),
-    }
+    lang = str(record.get("lang") or "und")
+    source = str(record.get("source") or where)
+    licence = str(record.get("licence") or record.get("license") or "not stated")
     text = record.get("text")
     if text is not None:
         if not isinstance(text, str) or not text.strip():
             raise CalibrationError(f'{where}: "text" is empty or not a string; give it text or remove the record.')
-        return Document(kind=str(record.get("kind") or "text"), text=text, **labels)
+        return Document(str(record.get("kind") or "text"), lang, source, licence, text=text)
     for field in ("messages", "conversations"):
         if record.get(field) is not None:
             messages = _messages(record[field], f'{where}: "{field}"')
             tools = _tools(record.get("tools"), where)
             kind = str(record.get("kind") or ("tools" if tools else "chat"))
-            return Document(kind=kind, messages=messages, tools=tools, **labels)
+            return Document(kind, lang, source, licence, messages=messages, tools=tools)
     present = ", ".join(map(str, record)) or "nothing"
     raise CalibrationError(f"{where}: the record has the fields {present}, but none that we read: it needs {FIELDS}.")
 
@@ -197,8 +195,8 @@ def read_file(path: Path) -> Iterator[Document]:
         raise CalibrationError(f"{path} cannot be read: {error}; check the file, or fetch it again.") from error
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -211,7 +209,7 @@ def _decode(data: bytes, where: str) -> str:
         ) from error
 
 
-def _plain(path: Path, stream: IO[bytes], kind: str) -> Iterator[Document]:
+def _plain(path: Path, stream: BinaryIO, kind: str) -> Iterator[Document]:
     lines = [_decode(line, f"{path}, line {number}") for number, line in enumerate(stream, 1)]
     text = "".join(lines).removeprefix("\ufeff")
     if not text.strip():
@@ -219,7 +217,7 @@ def _plain(path: Path, stream: IO[bytes], kind: str) -> Iterator[Document]:
     yield Document(kind=kind, lang="und", source=str(path), licence="not stated", text=text)
 
 
-def _json(path: Path, stream: IO[bytes]) -> Iterator[Document]:
+def _json(path: Path, stream: BinaryIO) -> Iterator[Document]:
     first = next((line for line in stream if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
     stream.seek(0)
     if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):

@@ -17,7 +17,7 @@ from torch import nn
 from m3quant.calibration import ops
 from m3quant.calibration.msa import SparseSpec, block_sparse_attention, select_blocks
 from m3quant.calibration.ops import Activation, Routing
-from m3quant.calibration.spec import EXPERTS, LayerSpec, MoeSpec, layer_shapes, layer_spec
+from m3quant.calibration.spec import EXPERTS, LayerSpec, MoeSpec, layer_shapes, layer_spec, text_config
 from m3quant.errors import CheckpointError
 
 __all__ = ["Layer", "LayerSpec", "MoeSpec", "SparseSpec", "layer_shapes", "layer_spec", "stack_experts"]
@@ -258,6 +258,9 @@ def _transformers_config(config_json: str) -> Any:
 
     values = json.loads(config_json)
     values.pop("quantization_config", None)
+    text = text_config(values)
+    # transformers before 5.2x ignores M2's rotary_dim and rotates whole heads; every version reads this key.
+    text.setdefault("partial_rotary_factor", text["rotary_dim"] / text["head_dim"])
     AttentionInterface.register(_ATTENTION, _attention_function)
     m2 = values["model_type"] == "minimax_m2"
     config: Any = MiniMaxM2Config.from_dict(values) if m2 else MiniMaxM3VLConfig.from_dict(values).text_config

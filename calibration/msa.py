@@ -80,9 +80,9 @@ def block_sparse_attention(
 ) -> torch.Tensor:
     """Causal attention over chosen blocks: query [B, Hq, L, D], key and value [B, Hkv, L, D] -> [B, Hq, L, D].
 
-    blocks: [B, Hkv, L, k] int64 from `select_blocks`, one choice for the Hq / Hkv query heads of a KV head, at least one
-    block each and none after the query's own. Softmax in float32; on CUDA in BF16 the scores are rounded to BF16 first,
-    as in transformers' eager attention.
+    blocks: [B, Hkv, L, k] int64 from `select_blocks`, one choice for the Hq / Hkv query heads of a KV head, at least
+    one block each and none after the query's own. Softmax in float32; on CUDA in BF16 the scores are rounded to BF16
+    first, as in transformers' eager attention.
     """
     batch, kv_heads, length, dim = key.shape
     shared = query.shape[1] // kv_heads

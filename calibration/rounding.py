@@ -16,9 +16,12 @@ from m3quant.calibration.settings import AwqSettings
 
 from m3quant.schemes import Scheme
 
-# A second moment from n rows is blended with a prior worth this many rows: for w1/w3 the layer's mean over all
-# tokens; for w2, whose channels mean something else in every expert, its own mean over channels.
-PRIOR_ROWS = 32.0
+# A second moment from n rows is blended with a prior worth so many rows. For w1/w3 that is the layer's mean over all
+# tokens; for w2, whose channels mean something else in every expert, its own mean over channels. Held-out int4 error of
+# 128 x 1024 weights, relative to 2,048 rows without a prior: from 2 rows w1/w3 15 % worse without and 9 % with this
+# prior, w2 81 % and 35 %; from 8 rows 3 % and 3 %, 25 % and 19 %; from 32 rows on the prior makes no difference.
+INPUT_PRIOR_ROWS = 8.0
+DOWN_PRIOR_ROWS = 4.0
 
 
 @dataclass
@@ -67,11 +70,11 @@ class Rounder:
 
     def _input_moment(self, indices: list[int]) -> torch.Tensor:
         own = torch.stack([self.block.input_moment(i) for i in indices])
-        return blend(own, self.moment, self._rows(indices), PRIOR_ROWS)
+        return blend(own, self.moment, self._rows(indices), INPUT_PRIOR_ROWS)
 
     def _down_moment(self, indices: list[int], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         own = torch.stack([self.block.down_moment(i, gate[slot], up[slot]) for slot, i in enumerate(indices)])
-        return blend(own, _flat_prior(own), self._rows(indices), PRIOR_ROWS)
+        return blend(own, _flat_prior(own), self._rows(indices), DOWN_PRIOR_ROWS)
 
     def _rows(self, indices: list[int]) -> torch.Tensor:
         return torch.tensor([[float(len(self.block.units[i].tokens))] for i in indices], device=self.block.h.device)
@@ -135,7 +138,7 @@ class Rounder:
         activations: [e, n, I], what down reads, times the gate weights [e, n] (zero in padding); down: [e, H, I].
         """
         mean = activations.abs().sum(1) / gates.sum(1).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        mean = blend(mean, _flat_prior(mean), self._rows(indices), PRIOR_ROWS)
+        mean = blend(mean, _flat_prior(mean), self._rows(indices), DOWN_PRIOR_ROWS)
         w_mean = relative_magnitude(down, scheme).mean(-2)
         best_t = torch.ones_like(mean)
         best = self._down_loss(activations, down, best_t, scheme)

@@ -85,7 +85,7 @@ class _Config:
             )
 
 
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of config.json that describes the language model: `text_config` if there is one, or the whole."""
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) else config

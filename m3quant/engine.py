@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,10 +243,8 @@ def _session(command: list[str], output: Any) -> Iterator[subprocess.Popen[bytes
     try:
         yield process
     finally:
-        try:
+        with suppress(ProcessLookupError):  # every process of the group has ended already
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # every process of the group has ended
         process.wait()
 
 

@@ -27,7 +27,7 @@ class AwqOptions(BaseModel):
 
     smooth: bool = True  # search per-channel scales on the exact fold set
     range_search: bool = True  # search the clipping range of every group
-    n_grid: int = Field(20, ge=1, le=200)  # ratios tried between 0 and 1, identity besides
+    n_grid: int = Field(default=20, ge=1, le=200)  # ratios tried between 0 and 1, identity besides
     duo_scaling: bool = True  # s = x^r / w^(1-r) instead of x^r
 
 
@@ -36,10 +36,10 @@ class CalibrationOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    windows: int = Field(128, ge=1)
-    window_length: int = Field(512, ge=16)
-    heldout_windows: int = Field(16, ge=0)  # more windows, never used for statistics: perplexity before and after
-    min_expert_tokens: int = Field(32, ge=0)
+    windows: int = Field(default=128, ge=1)
+    window_length: int = Field(default=512, ge=16)
+    heldout_windows: int = Field(default=16, ge=0)  # more windows, never used for statistics: perplexity before and after
+    min_expert_tokens: int = Field(default=32, ge=0)
     seed: int = 0
 
 

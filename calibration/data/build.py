@@ -149,7 +149,7 @@ def member_bytes(archive: tarfile.TarFile, name: str) -> bytes:
             continue
         if found is not None:
             return found.read()
-    raise SystemExit(f"{archive.name}: no file {name}")
+    raise SystemExit(f"the archive has no file {name}")
 
 
 def cut(text: str, size: int) -> Iterator[tuple[int, str]]:

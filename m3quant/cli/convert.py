@@ -83,7 +83,7 @@ def _run(
     settings = Settings(device=device, strict_coverage=strict_coverage, spill=spill)
     if plan.recipe.calibration != "none":
         settings.windows = calibration_windows(plan, corpus)
-    with BytesProgress(f"{plan.recipe.name}", quiet=as_json) as progress:
+    with BytesProgress(plan.recipe.name) as progress:
         manifest = convert(plan, dst, settings, progress)
     if as_json:
         click.echo(json.dumps({"output": str(dst), **manifest}, indent=2))

@@ -10,6 +10,7 @@ import click
 
 from ..checkpoint import Checkpoint
 from ..families import family_of
+from ..headers import from_config
 from ..plan import Plan, bits_per_weight, make_plan, passed_through, role_table
 from ..recipe import recipe_names
 from ..resources import resources
@@ -30,11 +31,11 @@ def command(
     revision: str | None,
     as_json: bool,
 ) -> None:
-    """What SRC (a folder or a Hub repo) is, and what its conversion would write.
+    """What SRC (a folder, a Hub repo, or a config.json alone) is, and what its conversion would write.
 
     With --to or --recipe: that conversion in detail. Without: one line for each recipe.
     """
-    checkpoint = Checkpoint.open(src, revision)
+    checkpoint = from_config(Path(src)) if src.endswith(".json") else Checkpoint.open(src, revision)
     if to or recipe_file or settings or format_name:
         plan = make_plan(checkpoint, load_recipe(checkpoint, to, recipe_file, settings, format_name))
         click.echo(json.dumps(plan_json(plan), indent=2) if as_json else "", nl=as_json)
@@ -84,10 +85,11 @@ def print_source(plan: Plan) -> None:
     config, family = plan.checkpoint.config, family_of(plan.checkpoint.config)
     text = family.text_config(config)
     weights = sum(t.source.info.numel for t in plan.tensors)
+    shards = f" in {len(plan.checkpoint.shards)} shards" if plan.checkpoint.shards else ""
     bytes_in = sum(u.bytes_in for u in plan.units)
     click.echo(
-        f"{plan.checkpoint.root}: {family.model_type}, {weights / 1e9:.3f}B parameters, {human_bytes(bytes_in)} in "
-        f"{len(plan.checkpoint.shards)} shards; {family.num_layers(config)} layers, {text['num_local_experts']} experts, "
+        f"{plan.checkpoint.root}: {family.model_type}, {weights / 1e9:.3f}B parameters, {human_bytes(bytes_in)}{shards}; "
+        f"{family.num_layers(config)} layers, {text['num_local_experts']} experts, "
         f"top-{text['num_experts_per_tok']}"
     )
     kv = family.kv_geometry(config)

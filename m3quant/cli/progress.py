@@ -23,15 +23,15 @@ LINE_SECONDS = 10.0  # without a terminal: at most one progress line in this tim
 class BytesProgress:
     """Counts source bytes. Use as a context manager."""
 
-    def __init__(self, label: str, quiet: bool = False) -> None:
-        self.label, self.quiet = label, quiet
+    def __init__(self, label: str) -> None:
+        self.label = label
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._total = self._done = self._begun_at = 0
         self._started = self._last = time.monotonic()
 
     def __enter__(self) -> BytesProgress:
-        if self._console.is_terminal and not self.quiet:
+        if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn(self.label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn(),
                 TextColumn("ETA"), TimeRemainingColumn(), console=self._console,
@@ -56,7 +56,7 @@ class BytesProgress:
         now = time.monotonic()
         if self._bar:
             self._bar.advance(self._task, count)
-        elif not self.quiet and now - self._last >= LINE_SECONDS:
+        elif now - self._last >= LINE_SECONDS:
             self._last = now
             rate = (self._done - self._begun_at) / (now - self._started)
             eta = (self._total - self._done) / rate if rate else float("inf")
@@ -66,5 +66,4 @@ class BytesProgress:
             )
 
     def say(self, line: str) -> None:
-        if not self.quiet:
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)

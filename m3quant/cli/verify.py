@@ -30,8 +30,7 @@ def command(dst: Path, source: str | None, engine: bool, engine_python: str | No
     require_converted(dst)
 
     def say(line: str) -> None:
-        if not as_json:
-            click.echo(line, err=True)
+        click.echo(line, err=True)
 
     result, plan = verify(dst, source, say)
     if engine and result.holds:

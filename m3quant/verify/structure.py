@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from ..checkpoint import Checkpoint, TensorInfo, sha256_file
+from ..checkpoint import Checkpoint, sha256_file
 from ..convert.journal import FOLDER, MANIFEST
 from ..engine_config import engine_problems
 from ..errors import CheckpointError, M3QuantError, VerifyError
+from ..headers import HeaderSource
 from ..plan import RECIPE_FILE, Plan, make_plan
 from ..recipe import Recipe, build_recipe
 from ..source import FP8_BLOCK, PLAIN, source_kind
@@ -34,32 +35,14 @@ def read_manifest(output: Path) -> dict[str, Any]:
     return manifest
 
 
-class RecordedSource:
-    """The source as the manifest recorded it: enough of a Checkpoint to plan again without the source's files."""
-
-    def __init__(self, output: Checkpoint, manifest: Mapping[str, Any]) -> None:
-        self.root = output.root
-        self.revision = None
-        self.local = False
-        self.warnings: list[str] = []
-        self.other_files: list[str] = []
-        self.skipped_files: dict[str, str] = {}
-        recorded = manifest["source"]["tensors"]
-        self.config = _source_config(output.config, {t["kind"] for t in recorded.values()})
-        self.tensors: dict[str, TensorInfo] = {}
-        for name, facts in recorded.items():
-            self._add(name, facts["dtype"], tuple(facts["shape"]))
-            if facts["kind"] != PLAIN:
-                rows, columns = facts["shape"]
-                block = facts["kind"] == FP8_BLOCK
-                shape = (-(-rows // 128), -(-columns // 128)) if block else (rows, columns // 32)
-                self._add(f"{name}_scale_inv", "F32" if block else "U8", shape)
-
-    def _add(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        self.tensors[name] = TensorInfo(name, dtype, shape, "the manifest", 0, 0)
-
-    def fingerprint(self) -> str:
-        return ""
+def recorded_source(output: Checkpoint, manifest: Mapping[str, Any]) -> HeaderSource:
+    """The source as the manifest recorded it: enough to plan again without the source's files."""
+    recorded = manifest["source"]["tensors"]
+    config = _source_config(output.config, {facts["kind"] for facts in recorded.values()})
+    source = HeaderSource(output.root, config)
+    for name, facts in recorded.items():
+        source.add(name, facts["dtype"], tuple(facts["shape"]), facts["kind"])
+    return source
 
 
 def _source_config(config: Mapping[str, Any], kinds: set[str]) -> dict[str, Any]:
@@ -85,8 +68,7 @@ def output_plan(output: Checkpoint, manifest: Mapping[str, Any], source: Checkpo
         raise VerifyError(
             f"{path} differs from the recipe recorded in {MANIFEST}: one of them was edited after the conversion."
         )
-    stand_in: Any = source or RecordedSource(output, manifest)
-    return make_plan(stand_in, recipe)
+    return make_plan(source or recorded_source(output, manifest), recipe)
 
 
 def structure_problems(

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from planted import salient
-
 from m3quant.calibration import ranges
 from m3quant.calibration.ranges import FACTORS, blend, fake_quantize, qparams, search_range, weighted_error
+from planted import salient
+
 from m3quant.quant import integer
 from m3quant.schemes import parse_scheme
 
@@ -78,9 +78,7 @@ def test_salient_channels_cut_the_output_error_on_other_tokens() -> None:
     x = salient(4096, 512)
     seen, unseen = x[:2048], x[2048:]
     shrink = search_range(weight, scheme, seen.square().mean(0))
-    errors = [
-        float((unseen @ (fake_quantize(weight, scheme, s) - weight).T).square().sum()) for s in (1.0, shrink)
-    ]
+    errors = [float((unseen @ (fake_quantize(weight, scheme, s) - weight).T).square().sum()) for s in (1.0, shrink)]
     unweighted = search_range(weight, scheme, torch.ones(512))
     by_weight_alone = float((unseen @ (fake_quantize(weight, scheme, unweighted) - weight).T).square().sum())
     assert errors[1] < 0.6 * errors[0]

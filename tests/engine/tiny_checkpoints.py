@@ -236,7 +236,9 @@ class _Maker:
         size, width = config["hidden_size"], config["intermediate_size"]
         tower = "vision_tower.vision_model."
         patch = config["patch_size"]
-        self.put(f"{tower}embeddings.patch_embedding.weight", self.normal(size, 3, 2, patch, patch) * 0.02, torch.float32)
+        self.put(
+            f"{tower}embeddings.patch_embedding.weight", self.normal(size, 3, 2, patch, patch) * 0.02, torch.float32
+        )
 
         def dense(name: str, rows: int, columns: int) -> None:
             self.linear(name, rows, columns)
@@ -294,7 +296,9 @@ class Stored:
 
 def _write(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
 
@@ -419,8 +423,13 @@ IGNORED = [
     "re:.*patch_merge_mlp.*",
     r"re:.*(block_sparse_moe|mlp)\.gate$",
 ]
-ROUTED = r"re:.*\.experts\.\d+\..*"  # both models: M2 probes `mlp.experts.0.w1`, M3 `block_sparse_moe.experts.0.gate_proj`
-ATTENTION_AND_MLP = [r"re:.*self_attn\..*", r"re:.*shared_experts\..*", r"re:.*layers\.\d+\.mlp\.(gate|up|down|gate_up)_proj$"]
+# Both models: M2 probes `mlp.experts.0.w1`, M3 `block_sparse_moe.experts.0.gate_proj`.
+ROUTED = r"re:.*\.experts\.\d+\..*"
+ATTENTION_AND_MLP = [
+    r"re:.*self_attn\..*",
+    r"re:.*shared_experts\..*",
+    r"re:.*layers\.\d+\.mlp\.(gate|up|down|gate_up)_proj$",
+]
 
 
 def _group(scheme: str, targets: list[str]) -> dict[str, Any]:

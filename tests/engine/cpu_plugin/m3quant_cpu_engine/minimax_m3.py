@@ -155,8 +155,15 @@ class SparseAttention(m3.MiniMaxM3Attention):  # type: ignore[misc]
         group = self.num_heads // self.index_heads  # query heads that share a selection
         kv_group = self.num_heads // self.num_kv_heads
         head = q.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1)
-        key = past["key"].unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(0, 1).repeat_interleave(kv_group, 0)
-        value = past["value"].unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(0, 1).repeat_interleave(kv_group, 0)
+        key = (
+            past["key"].unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(0, 1).repeat_interleave(kv_group, 0)
+        )
+        value = (
+            past["value"]
+            .unflatten(-1, (self.num_kv_heads, self.head_dim))
+            .transpose(0, 1)
+            .repeat_interleave(kv_group, 0)
+        )
         logits = (head @ key.mT) * self.scaling
         logits = logits.masked_fill(~allowed.repeat_interleave(group, 0), -torch.inf)
         return (logits.softmax(-1) @ value).transpose(0, 1).flatten(-2)

@@ -1,0 +1,72 @@
+"""A checkpoint that is only known by its tensors' names, dtypes and shapes: for plans without the files.
+
+Two uses: verify plans an output again from its manifest, and `plan config.json` answers before anything is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
+from .errors import CheckpointError
+from .families import family_of
+from .source import FP8_BLOCK, MXFP8, PLAIN, source_kind
+
+
+class HeaderSource(Checkpoint):
+    """Stands in for a Checkpoint where only headers are asked for; reading a tensor raises CheckpointError."""
+
+    def __init__(self, root: str, config: Mapping[str, Any]) -> None:
+        self.root = root
+        self.config = dict(config)
+        self.revision = None
+        self.tensors: dict[str, TensorInfo] = {}
+        self.shards = {}
+        self.other_files: list[str] = []
+        self.skipped_files: dict[str, str] = {}
+        self.warnings: list[str] = []
+
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], kind: str = PLAIN) -> None:
+        """A tensor, and for an FP8 kind its scale beside it."""
+        self._put(name, dtype, shape)
+        if kind == FP8_BLOCK:
+            self._put(f"{name}_scale_inv", "F32", (math.ceil(shape[0] / 128), math.ceil(shape[1] / 128)))
+        elif kind == MXFP8:
+            self._put(f"{name}_scale_inv", "U8", (shape[0], shape[1] // 32))
+
+    def _put(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        self.tensors[name] = TensorInfo(name, dtype, shape, self.root, 0, DTYPE_BYTES[dtype] * math.prod(shape))
+
+    @property
+    def local(self) -> bool:
+        return False
+
+    def fingerprint(self) -> str:
+        return ""
+
+    def read_many(self, names: Any) -> Any:
+        raise CheckpointError(f"{self.root} has no weights: only names and shapes are known.")
+
+
+def from_config(path: Path) -> HeaderSource:
+    """The BF16 release that a config.json describes, for planning. Raises CheckpointError for another file or architecture."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as config.json: {error}.") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is no config.json: it holds no JSON object.")
+    kind = source_kind(config, str(path))
+    family = family_of(config, str(path))
+    source = HeaderSource(str(path), config)
+    fp8 = ("routed_experts", "shared_experts", "dense_mlp", "attention", "indexer")
+    for name, expected in family.expected_tensors(config).items():
+        quantized = kind != PLAIN and family.role(name).kind in fp8
+        dtype = "F8_E4M3" if quantized else "F32" if expected.float32 else "BF16"
+        source.add(name, dtype, expected.shape, kind if quantized else PLAIN)
+    source.warnings.append("planned from config.json alone: sizes are those of the weights the config promises, without other files")
+    return source

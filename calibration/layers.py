@@ -259,7 +259,7 @@ def _transformers_config(config_json: str) -> Any:
     values = json.loads(config_json)
     values.pop("quantization_config", None)
     text = text_config(values)
-    # transformers before 5.2x ignores M2's rotary_dim and rotates whole heads; every version reads this key.
+    # transformers 5.17 ignores M2's rotary_dim and rotates whole heads (5.23 reads it); both read this key.
     text.setdefault("partial_rotary_factor", text["rotary_dim"] / text["head_dim"])
     AttentionInterface.register(_ATTENTION, _attention_function)
     m2 = values["model_type"] == "minimax_m2"

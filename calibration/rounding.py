@@ -5,7 +5,7 @@ Weights are returned as they act on *unfolded* inputs, q(W s) / s, so that the s
 variant.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from m3quant.calibration.glu import Glu, GluBlock
@@ -37,6 +37,16 @@ class Rounded:
     error_after: float  # and at the chosen ranges
 
 
+@dataclass
+class _Part:
+    """One role of a chunk: the rounded weights as they act, and the activation-weighted errors at full and chosen range."""
+
+    acting: torch.Tensor
+    shrink: torch.Tensor | None = None
+    error_before: float = 0.0
+    error_after: float = 0.0
+
+
 class Rounder:
     """How a block is rounded in one variant. effective [H]: scale folded into the norm; moment [H]: layer mean of
     h^2.
@@ -53,19 +63,22 @@ class Rounder:
     ) -> None:
         self.block, self.settings, self.effective, self.moment = block, settings, effective, moment
         self.ranges, self.pair = ranges, pair
-        self._errors = [0.0, 0.0]
 
     def __call__(self, indices: list[int], source: Glu) -> Rounded:
-        self._errors = [0.0, 0.0]
         schemes = self.block.units[indices[0]].schemes
         inputs = self._input_moment(indices) / self.effective.square() if self.ranges else None
-        gate, gate_shrink = self._round(source.gate, schemes[0], self.effective, inputs)
-        up, up_shrink = self._round(source.up, schemes[1], self.effective, inputs)
-        hidden = self._down_moment(indices, gate, up) if self.ranges else None
-        ones = torch.ones_like(source.down[:, 0, :])
-        down, down_shrink = self._round(source.down, schemes[2], ones, hidden)
-        shrink = [gate_shrink, up_shrink, down_shrink]
-        result = Rounded(Glu(gate, up, down), shrink, None, *self._errors)
+        gate = self._round(source.gate, schemes[0], self.effective, inputs)
+        up = self._round(source.up, schemes[1], self.effective, inputs)
+        hidden = self._down_moment(indices, gate.acting, up.acting) if self.ranges else None
+        down = self._round(source.down, schemes[2], torch.ones_like(source.down[:, 0, :]), hidden)
+        parts = (gate, up, down)
+        result = Rounded(
+            weights=Glu(gate.acting, up.acting, down.acting),
+            shrink=[part.shrink for part in parts],
+            pair=None,
+            error_before=sum(part.error_before for part in parts),
+            error_after=sum(part.error_after for part in parts),
+        )
         return self._try_pair(indices, source, result, hidden) if self.pair else result
 
     def _input_moment(self, indices: list[int]) -> torch.Tensor:
@@ -81,23 +94,22 @@ class Rounder:
 
     def _round(
         self, weight: torch.Tensor, scheme: Scheme, column: torch.Tensor, moment: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(q(W * column) / column, shrink) for weight [e, N, K], column [K] or [e, K], moment [e, K] of the folded
-        input.
-        """
+    ) -> _Part:
+        """Round weight [e, N, K] folded by column [K] or [e, K]; moment [e, K]: of the folded input, None without ranges."""
         if scheme.kind != "int":
-            return weight, None
-        column = column[..., None, :]
+            return _Part(weight)
+        dtype, column = self.settings.scale_dtype, column[..., None, :]
         folded = weight * column
+        full = fake_quantize(folded, scheme, scale_dtype=dtype)
         if moment is None:
-            return fake_quantize(folded, scheme, scale_dtype=self.settings.scale_dtype) / column, None
-        shrink = search_range(folded, scheme, moment, scale_dtype=self.settings.scale_dtype)
-        rounded = fake_quantize(folded, scheme, shrink, self.settings.scale_dtype)
-        full = fake_quantize(folded, scheme, scale_dtype=self.settings.scale_dtype)
-        for place, value in enumerate((full, rounded)):
-            error = weighted_error(folded, value, moment[:, None, :], scheme)
-            self._errors[place] += float(error.sum(dtype=torch.float64))
-        return rounded / column, shrink
+            return _Part(full / column)
+        shrink = search_range(folded, scheme, moment, scale_dtype=dtype)
+        chosen = fake_quantize(folded, scheme, shrink, dtype)
+        before, after = (
+            float(weighted_error(folded, rounded, moment[:, None, :], scheme).sum(dtype=torch.float64))
+            for rounded in (full, chosen)
+        )
+        return _Part(chosen / column, shrink, before, after)
 
     def _try_pair(self, indices: list[int], source: Glu, plain: Rounded, hidden: torch.Tensor | None) -> Rounded:
         """Scale up's rows by 1/t and down's columns by t, per expert, where that lowers the expert's own output
@@ -107,15 +119,13 @@ class Rounder:
         h, gates = self._padded_rows(indices)
         activations = self._hidden(h, plain.weights) * gates[..., None]
         t = self._best_pair(activations, gates, source.down, down_scheme, indices)
-        before = list(self._errors)
-        down, down_shrink = self._round(source.down, down_scheme, t, None if hidden is None else hidden / t.square())
-        self._errors = before  # the gain is reported for the plain folds; the pair is judged on outputs
+        down = self._round(source.down, down_scheme, t, None if hidden is None else hidden / t.square())
         up = source.up
         if up_scheme.kind == "int":
             shrink = 1.0 if plain.shrink[1] is None else plain.shrink[1]
             folded = source.up * self.effective / t[..., None]
             up = fake_quantize(folded, up_scheme, shrink, self.settings.scale_dtype) * t[..., None] / self.effective
-        paired = Glu(plain.weights.gate, up, down)
+        paired = Glu(plain.weights.gate, up, down.acting)
         target = self._unit_output(h, gates, source)
         better = self._loss(h, gates, paired, target) < self._loss(h, gates, plain.weights, target)
         pick = better[:, None, None]
@@ -125,10 +135,11 @@ class Rounder:
             torch.where(pick, paired.down, plain.weights.down),
         )
         shrink_of_down = plain.shrink[2]
-        if shrink_of_down is not None and down_shrink is not None:
-            shrink_of_down = torch.where(pick, down_shrink, shrink_of_down)
+        if shrink_of_down is not None and down.shrink is not None:
+            shrink_of_down = torch.where(pick, down.shrink, shrink_of_down)
         t = torch.where(better[:, None], t, 1.0)
-        return Rounded(weights, [*plain.shrink[:2], shrink_of_down], t, *self._errors)
+        # Errors stay those of the plain folds: weighted errors of differently scaled inputs do not compare.
+        return replace(plain, weights=weights, shrink=[*plain.shrink[:2], shrink_of_down], pair=t)
 
     def _best_pair(
         self, activations: torch.Tensor, gates: torch.Tensor, down: torch.Tensor, scheme: Scheme, indices: list[int]

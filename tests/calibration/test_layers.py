@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FolderSource, m2_config, m3_config, make_tiny_m2, make_tiny_m3
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from tiny import FolderSource, load_reference, m2_config, m3_config, make_tiny_m2, make_tiny_m3
 
 from m3quant.calibration import ops
 from m3quant.calibration.layers import Layer, layer_shapes, layer_spec, stack_experts
@@ -19,10 +18,10 @@ LENGTHS = (40, 300, 700)
 class Model:
     """A folder, as we read it and as transformers computes it in float32: the hidden states before every layer."""
 
-    def __init__(self, folder: Path, auto_class: Any, layers: int) -> None:
+    def __init__(self, folder: Path, layers: int) -> None:
         self.source = FolderSource(folder)
         self.layers = layers
-        self.reference = auto_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        self.reference = load_reference(folder)
 
     def hidden(self, length: int) -> list[torch.Tensor]:
         tokens = torch.randint(0, 500, (2, length), generator=torch.Generator().manual_seed(length))
@@ -35,12 +34,12 @@ class Model:
 
 @pytest.fixture(scope="module")
 def m2(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return Model(make_tiny_m2(tmp_path_factory.mktemp("m2"), seed=1), AutoModelForCausalLM, 2)
+    return Model(make_tiny_m2(tmp_path_factory.mktemp("m2"), seed=1), 2)
 
 
 @pytest.fixture(scope="module")
 def m3(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return Model(make_tiny_m3(tmp_path_factory.mktemp("m3"), seed=2), AutoModelForImageTextToText, 3)
+    return Model(make_tiny_m3(tmp_path_factory.mktemp("m3"), seed=2), 3)
 
 
 @pytest.fixture(params=["m2", "m3"])

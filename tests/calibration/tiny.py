@@ -85,6 +85,20 @@ class _Maker:
             self.linear(head, vocab, hidden, gain=2.0)
 
 
+def load_reference(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' own model of a folder, eager attention, ready to be called with input_ids."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder)
+    auto_class: Any = AutoModelForImageTextToText
+    if config.model_type == "minimax_m2":
+        auto_class = AutoModelForCausalLM
+        # transformers 5.17 rotates whole heads of an original config; later versions compute this very value.
+        original = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config.rope_parameters["partial_rotary_factor"] = original["rotary_dim"] / original["head_dim"]
+    return auto_class.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="eager").eval()
+
+
 def m2_config(**overrides: Any) -> dict[str, Any]:
     """config.json of a tiny M2 in the original form. Overrides replace top-level keys (None removes one)."""
     config: dict[str, Any] = {

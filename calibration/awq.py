@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from m3quant.calibration.awq_attention import AttentionSearch
 from m3quant.calibration.awq_mlp import MlpSearch
 from m3quant.calibration.experts import ExpertLedger, ExpertTokens, assign_tokens
 from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, ROUTER, fold_groups, scale_columns
+from m3quant.calibration.head import Windows
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.ops import Routing, router_scores
 from m3quant.calibration.ranges import fake_quantize, qparams
@@ -23,7 +25,6 @@ from m3quant.calibration.search import BlockResult, require_finite
 from m3quant.calibration.settings import AwqSettings
 from m3quant.calibration.spec import LayerSpec, layer_shapes
 from m3quant.calibration.stream import HiddenStates
-
 from m3quant.errors import CalibrationError
 from m3quant.schemes import KEEP, Scheme
 
@@ -87,7 +88,7 @@ def calibrate_layer(
     spec: LayerSpec,
     tensors: Mapping[str, torch.Tensor],
     schemes: Mapping[str, Scheme],
-    x: HiddenStates | torch.Tensor,
+    x: Windows | torch.Tensor,
     settings: AwqSettings,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from m3quant.calibration.folds import FoldGroup, all_groups, fold_norm
+from m3quant.calibration.head import Windows
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.ranges import COARSE_FACTORS, FACTORS, fake_quantize, search_range, weighted_error
 from m3quant.calibration.scales import candidate, ratios, weight_mean
 from m3quant.calibration.search import BlockResult, best_ratio, choose, energy, range_log, require_finite, squared_error
 from m3quant.calibration.settings import AwqSettings
 from m3quant.calibration.spec import LayerSpec
-from m3quant.calibration.stream import HiddenStates
-
 from m3quant.schemes import KEEP, Scheme
 
 O_PROJ = "self_attn.o_proj.weight"
@@ -43,7 +43,7 @@ class AttentionSearch:
         spec: LayerSpec,
         tensors: Mapping[str, torch.Tensor],
         schemes: Mapping[str, Scheme],
-        x: HiddenStates,
+        x: Windows,
         settings: AwqSettings,
     ) -> None:
         self.layer, self.spec, self.tensors, self.x, self.settings = layer, spec, tensors, x, settings
@@ -101,10 +101,14 @@ class AttentionSearch:
         """The normed input [T, H] of the feed-forward block, under the attention weights that the layer now has."""
         windows, length, hidden = self.x.shape
         h = torch.empty(windows, length, hidden, dtype=self.layer.dtype, device=self.layer.device)
-        for part in self.x.batches(self.step):
+        for part in self._slices():
             x = self.x.read(part, self.layer.device)
             h[part] = self.layer.mlp_input(x + self.layer.attention(self.layer.attention_input(x)).to(x.dtype))
         return h.flatten(0, 1)
+
+    def _slices(self) -> Iterator[slice]:
+        for start in range(0, self.x.shape[0], self.step):
+            yield slice(start, start + self.step)
 
     def _batches(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
         for part in windows.split(self.step):
@@ -121,7 +125,7 @@ class AttentionSearch:
         """
         sums: list[torch.Tensor] = []
         count = 0
-        for part in self.x.batches(self.step):
+        for part in self._slices():
             h = self.layer.attention_input(self.x.read(part, self.layer.device))
             require_finite(h, self.spec.index, "the input of the attention block")
             context = self.layer.heads(h)

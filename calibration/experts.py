@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from m3quant.calibration.ops import Routing
 
+from m3quant.calibration.ops import Routing
 from m3quant.errors import CalibrationError
 
 # Held-out int4 error after a range search from n tokens, relative to 2,048 (128 x 1024 weights; w1/w3 read normed

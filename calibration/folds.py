@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+
 from m3quant.calibration.ops import SILU
 from m3quant.calibration.spec import LayerSpec
-
 from m3quant.errors import PlanError
 from m3quant.schemes import KEEP, Scheme
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
 from m3quant.calibration.experts import ExpertTokens
 from m3quant.calibration.folds import always_on_names, expert_names
 from m3quant.calibration.ops import Activation, gated
 from m3quant.calibration.spec import LayerSpec
-
 from m3quant.schemes import KEEP, Scheme
 
 # float32 elements of weight (gate, up and down together) resident at once: M3 has 57 M per expert, M2 14 M.

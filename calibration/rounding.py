@@ -8,12 +8,12 @@ variant.
 from dataclasses import dataclass, replace
 
 import torch
+
 from m3quant.calibration.glu import Glu, GluBlock
 from m3quant.calibration.ops import gated
 from m3quant.calibration.ranges import blend, fake_quantize, search_range, weighted_error
 from m3quant.calibration.scales import candidate, ratios, relative_magnitude
 from m3quant.calibration.settings import AwqSettings
-
 from m3quant.schemes import Scheme
 
 # A second moment from n rows is blended with a prior worth so many rows. For w1/w3 that is the layer's mean over all
@@ -39,7 +39,9 @@ class Rounded:
 
 @dataclass
 class _Part:
-    """One role of a chunk: the rounded weights as they act, and the activation-weighted errors at full and chosen range."""
+    """One role of a chunk: the rounded weights as they act, and the activation-weighted errors at full and chosen
+    range.
+    """
 
     acting: torch.Tensor
     shrink: torch.Tensor | None = None
@@ -92,10 +94,10 @@ class Rounder:
     def _rows(self, indices: list[int]) -> torch.Tensor:
         return torch.tensor([[float(len(self.block.units[i].tokens))] for i in indices], device=self.block.h.device)
 
-    def _round(
-        self, weight: torch.Tensor, scheme: Scheme, column: torch.Tensor, moment: torch.Tensor | None
-    ) -> _Part:
-        """Round weight [e, N, K] folded by column [K] or [e, K]; moment [e, K]: of the folded input, None without ranges."""
+    def _round(self, weight: torch.Tensor, scheme: Scheme, column: torch.Tensor, moment: torch.Tensor | None) -> _Part:
+        """Round weight [e, N, K] folded by column [K] or [e, K]; moment [e, K]: of the folded input, None without
+        ranges.
+        """
         if scheme.kind != "int":
             return _Part(weight)
         dtype, column = self.settings.scale_dtype, column[..., None, :]

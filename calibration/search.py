@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from m3quant.calibration.folds import FoldGroup
 
+from m3quant.calibration.folds import FoldGroup
 from m3quant.errors import CalibrationError
 
 _ELEMENTS = 1 << 24  # differences formed at once, so that a loss in float64 needs no second copy of the output

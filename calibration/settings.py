@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+
 from m3quant.calibration.experts import DEFAULT_MIN_EXPERT_TOKENS
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import tiny
 import torch
-from m3quant.calibration.spec import LayerSpec, layer_spec
 
+from m3quant.calibration.spec import LayerSpec, layer_spec
 from m3quant.schemes import Scheme, parse_scheme
 
 Tensors = dict[str, torch.Tensor]

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from planted import Tensors, all_int, linears, salient, tiny_layer
+
 from m3quant.calibration.awq import CalibratedLayer, calibrate_layer
 from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, ROUTER, all_groups
 from m3quant.calibration.layers import Layer
@@ -13,8 +15,6 @@ from m3quant.calibration.ops import gated
 from m3quant.calibration.settings import AwqSettings
 from m3quant.calibration.spec import LayerSpec
 from m3quant.calibration.stream import HiddenStates
-from planted import Tensors, all_int, linears, salient, tiny_layer
-
 from m3quant.errors import CalibrationError
 from m3quant.quant.integer import fake_quantize
 from m3quant.schemes import Scheme, parse_scheme

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+
 from m3quant.calibration.experts import ExpertLedger, assign_tokens
 from m3quant.calibration.ops import Routing, route, router_scores
-
 from m3quant.errors import CalibrationError
 
 TOKENS, EXPERTS, TOP_K, SCALING = 200, 8, 2, 2.0

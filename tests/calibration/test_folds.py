@@ -6,6 +6,8 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from planted import Tensors, linears, tiny_layer
+
 from m3quant.calibration import layers
 from m3quant.calibration.folds import (
     ATTENTION_NORM,
@@ -20,8 +22,6 @@ from m3quant.calibration.folds import (
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.ops import Activation, gated, rms_norm
 from m3quant.calibration.spec import LayerSpec, layer_spec
-from planted import Tensors, linears, tiny_layer
-
 from m3quant.errors import PlanError
 from m3quant.schemes import parse_scheme
 

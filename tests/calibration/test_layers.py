@@ -12,7 +12,7 @@ from m3quant.calibration.layers import Layer, layer_shapes, layer_spec, stack_ex
 from m3quant.calibration.stream import layer_prefix, read_layer
 from m3quant.errors import CheckpointError
 
-LENGTHS = (40, 300, 700)
+LENGTHS = (40, 500)
 
 
 class Model:

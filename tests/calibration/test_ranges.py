@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from m3quant.calibration import ranges
-from m3quant.calibration.ranges import FACTORS, blend, fake_quantize, qparams, search_range, weighted_error
 from planted import salient
 
+from m3quant.calibration import ranges
+from m3quant.calibration.ranges import FACTORS, blend, fake_quantize, qparams, search_range, weighted_error
 from m3quant.quant import integer
 from m3quant.schemes import parse_scheme
 

@@ -61,9 +61,7 @@ class CalibratedLayer:
         return weight
 
     def qparams(self, name: str, weight: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(scale [N, G] float32, zero point int8 or None) of an integer-quantized weight. weight: `weight(name)` if
-        at hand.
-        """
+        """(scale [N, G] float32, zero point int8 or None) of an integer weight; weight: `weight(name)` if at hand."""
         return qparams(self.weight(name) if weight is None else weight, self._scheme(name), *self._range(name))
 
     def dequantized(self, name: str) -> torch.Tensor:

@@ -24,9 +24,7 @@ O_PROJ = "self_attn.o_proj.weight"
 
 @dataclass
 class _Variant:
-    """One way to store the block's weights. effective [H]: scale folded into the norm; shrink: factors by weight
-    name.
-    """
+    """One way to store the block's weights. effective [H]: the norm's scale; shrink: factors by weight name."""
 
     effective: torch.Tensor
     shrink: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -56,8 +54,7 @@ class AttentionSearch:
         self.search, self.accept = settings.split(windows, cap, spec.index, purpose=0)
 
     def run(self, group: FoldGroup | None) -> BlockResult:
-        """Keep the best of rounding to nearest, ranges, and folds with ranges; leaves the layer with the rounded
-        weights.
+        """Keep the best of rounding to nearest, ranges, and folds with ranges; the layer is left rounded.
 
         Without an integer-quantized weight nothing is searched and the layer keeps its weights.
         """
@@ -120,9 +117,7 @@ class AttentionSearch:
         return torch.cat(outputs).flatten(0, 1)
 
     def _moments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Over all windows: mean |h| and mean h^2 of the normed input [H], mean a^2 of o's input [heads * dim];
-        float32.
-        """
+        """Over all windows, float32: mean |h| and h^2 of the normed input [H], mean a^2 of o's input [heads * dim]."""
         sums: list[torch.Tensor] = []
         count = 0
         for part in self._slices():
@@ -140,9 +135,7 @@ class AttentionSearch:
     def _search_norm(
         self, group: FoldGroup, magnitude: torch.Tensor, moment: torch.Tensor, identity: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor, dict[str, Any]]:
-        """(norm to store, effective scale, log entry) of the best ratio, with o left as it is; identity if none is
-        better.
-        """
+        """(norm to store, effective scale, log entry) of the best ratio, o left as it is; identity if none is better."""
         reference = self._outputs(self.search)
         w_mean = weight_mean((self.tensors[name], self.schemes[name]) for name in self.readers)
         norm = self.tensors[group.norm]

@@ -90,9 +90,7 @@ class MlpSearch:
         return result
 
     def _search_norm(self, group: FoldGroup) -> tuple[torch.Tensor | None, torch.Tensor, dict[str, Any]]:
-        """(norm to store, effective scale, log entry) of the best ratio on the search sample; identity if none is
-        better.
-        """
+        """(norm to store, effective scale, log entry) of the best ratio on the search sample, or of identity."""
         sample = self.block.sample(self.search)
         reference = self.block.output(sample, quantized=True)
         w_mean = weight_mean(self._readers())
@@ -117,9 +115,7 @@ class MlpSearch:
         ]
 
     def _round_readers(self, effective: torch.Tensor) -> Callable[[list[int], Glu], Glu]:
-        """Replace gate and up by what rounding (with coarse ranges) makes of them under the scale; down stays as it
-        is.
-        """
+        """Replace gate and up by what rounding (with coarse ranges) makes of them under the scale, but not down."""
         dtype = self.settings.scale_dtype
         moment = self.moment / effective.square()
 

@@ -131,6 +131,7 @@ def _message(value: object, where: str) -> dict[str, Any]:
         raise CalibrationError(f'{where}: "content" must be a string or a list of parts.')
     if "content" not in message and not message.get("tool_calls"):
         raise CalibrationError(f'{where} has neither "content" nor "tool_calls".')
+    message.setdefault("content", "")  # templates differ in whether they survive a message without it
     if message.get("tool_calls"):
         message["tool_calls"] = [_tool_call(call, where) for call in message["tool_calls"]]
     return message

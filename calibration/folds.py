@@ -54,9 +54,7 @@ def expert_names(spec: LayerSpec) -> list[tuple[str, str, str]]:
 
 
 def always_on_names(spec: LayerSpec) -> tuple[str, str, str] | None:
-    """(gate, up, down) of the MLP that sees every token: the shared expert, or a dense layer's MLP; None if there is
-    none.
-    """
+    """(gate, up, down) of the MLP that sees every token: shared expert or dense MLP; None if there is none."""
     if spec.moe is None:
         prefix = "mlp"
     elif spec.moe.has_shared:
@@ -94,9 +92,7 @@ def pair_folds(spec: LayerSpec) -> list[PairFold]:
 
 
 def check_pair_fold(spec: LayerSpec) -> None:
-    """Refuse up -> down under swigluoai: clamp(up) + beta is not linear, so u/t + 1 is not (u + 1)/t (54 % output
-    error).
-    """
+    """Refuse up -> down under swigluoai: clamp(up) + beta is not linear, so u/t + 1 is not (u + 1)/t."""
     if spec.activation.kind != SILU:
         raise PlanError(
             f"layer {spec.index}: folding a scale from up (w3) into down (w2) is not exact under activation "

@@ -24,9 +24,7 @@ _ROWS = 8192  # activation rows multiplied at once
 
 @dataclass(frozen=True)
 class Unit:
-    """names: (gate, up, down). tokens [n] int64 and weights [n] float32: its rows; the first `natural` were really
-    routed.
-    """
+    """names: (gate, up, down). tokens [n] int64, weights [n] float32: its rows; the first `natural` were routed."""
 
     names: tuple[str, str, str]
     schemes: tuple[Scheme, Scheme, Scheme]
@@ -57,9 +55,7 @@ class Sample:
 
 
 class GluBlock:
-    """The units of one layer over normed inputs h [T, H] (any float dtype, on the device where everything is
-    computed).
-    """
+    """The units of one layer over normed inputs h [T, H] of any float dtype; everything is computed where h is."""
 
     def __init__(
         self,
@@ -98,9 +94,7 @@ class GluBlock:
         return Sample(self.h[tokens].float(), rows)
 
     def chunks(self, quantized: bool | None = None) -> Iterator[tuple[list[int], Glu]]:
-        """Runs of unit indices of one shape and scheme, with their weights. quantized: only units that are (or are
-        not).
-        """
+        """Runs of units of one shape and scheme: (indices, weights). quantized: only units that are, or are not."""
         limit = _CHUNK["cuda" if self.h.is_cuda else "cpu"]
         wanted = [i for i, unit in enumerate(self.units) if quantized is None or unit.quantized == quantized]
         start = 0
@@ -137,9 +131,7 @@ class GluBlock:
         return out
 
     def add_output(self, out: torch.Tensor, sample: Sample, indices: list[int], weights: Glu) -> None:
-        """Add these units' weighted outputs. A token appears once per unit, so index_add_ has one order on any
-        device.
-        """
+        """Add these units' weighted outputs. A token appears once per unit, so index_add_ has one order anywhere."""
         for slot, index in enumerate(indices):
             rows, gates = sample.rows[index]
             for part, gate in zip(rows.split(_ROWS), gates.split(_ROWS), strict=True):
@@ -161,9 +153,7 @@ class GluBlock:
         return self._input_moments[index]
 
     def down_moment(self, index: int, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """The same for the input of the unit's down-projection under the given gate [I, H] and up [I, H]. [I]
-        float32.
-        """
+        """The same for the input of the unit's down-projection under this gate and up [I, H]: [I] float32."""
         return self._moment(index, lambda h: self.intermediate(h, gate, up))
 
     def _moment(self, index: int, read: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

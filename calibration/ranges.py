@@ -33,8 +33,7 @@ _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 25}
 def qparams(
     weight: torch.Tensor, scheme: Scheme, shrink: float | torch.Tensor = 1.0, scale_dtype: torch.dtype = torch.bfloat16
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`quant.integer.int_qparams` for any positive factor of the full range: weight [..., N, K], shrink [..., N, G]
-    or a number.
+    """`quant.integer.int_qparams` for any positive factor: weight [..., N, K], shrink [..., N, G] or a number.
 
     Returns scale [..., N, G] float32, exact in scale_dtype, and zero point int8 or None.
     """
@@ -44,9 +43,7 @@ def qparams(
 def fake_quantize(
     weight: torch.Tensor, scheme: Scheme, shrink: float | torch.Tensor = 1.0, scale_dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
-    """The float32 weight [..., N, K] that an engine sees after storing `weight` with `qparams(weight, scheme,
-    shrink)`.
-    """
+    """The float32 weight [..., N, K] that an engine sees after `weight` is stored with `qparams(...)`."""
     scale, zero_point = qparams(weight, scheme, shrink, scale_dtype)
     return dequantize(quantize(weight, scale, zero_point, scheme), scale, zero_point, scheme)
 
@@ -60,9 +57,7 @@ def _ends(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 def _ends_qparams(
     ends: torch.Tensor, scheme: Scheme, shrink: float | torch.Tensor, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A group's parameters depend on its two ends only, so each group is handed over as those two numbers, already
-    scaled.
-    """
+    """A group's parameters depend on its two ends only: each group is handed over as two scaled numbers."""
     scaled = ends * (shrink.repeat_interleave(2, dim=-1) if isinstance(shrink, torch.Tensor) else shrink)
     return int_qparams(scaled, replace(scheme, group_size=2), scale_dtype=scale_dtype)
 
@@ -98,9 +93,7 @@ def group_count(columns: int, scheme: Scheme) -> int:
 def weighted_error(
     weight: torch.Tensor, rounded: torch.Tensor, second_moment: torch.Tensor, scheme: Scheme
 ) -> torch.Tensor:
-    """sum_k m_k (w_k - q_k)^2 per group: weight, rounded [..., N, K], second_moment broadcastable to it -> [..., N,
-    G].
-    """
+    """sum_k m_k (w_k - q_k)^2 per group: all three broadcast to [..., N, K]; result [..., N, G]."""
     error = (weight - rounded).square_().mul_(second_moment)
     return error.unflatten(-1, (-1, scheme.group_size or weight.shape[-1])).sum(-1)
 

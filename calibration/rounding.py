@@ -1,5 +1,4 @@
-"""Round a chunk of GLU units to integers: ranges by second moments, and the w3 -> w2 scale per expert where it is
-exact.
+"""Round a chunk of GLU units to integers: ranges by second moments, and w3 -> w2 scales where they are exact.
 
 Weights are returned as they act on *unfolded* inputs, q(W s) / s, so that the source's inputs and routing serve every
 variant.
@@ -26,9 +25,7 @@ DOWN_PRIOR_ROWS = 4.0
 
 @dataclass
 class Rounded:
-    """weights: as they act. shrink: per role (gate, up, down) [e, N, G], or None. pair: t [e, I]; 1 where not
-    accepted.
-    """
+    """weights: as they act. shrink: per role (gate, up, down) [e, N, G] or None. pair: t [e, I], 1 if rejected."""
 
     weights: Glu
     shrink: list[torch.Tensor | None]
@@ -39,9 +36,7 @@ class Rounded:
 
 @dataclass
 class _Part:
-    """One role of a chunk: the rounded weights as they act, and the activation-weighted errors at full and chosen
-    range.
-    """
+    """One role of a chunk: rounded weights as they act, weighted errors at full and at chosen range."""
 
     acting: torch.Tensor
     shrink: torch.Tensor | None = None
@@ -50,9 +45,7 @@ class _Part:
 
 
 class Rounder:
-    """How a block is rounded in one variant. effective [H]: scale folded into the norm; moment [H]: layer mean of
-    h^2.
-    """
+    """How a block is rounded. effective [H]: scale folded into the norm; moment [H]: the layer's mean h^2."""
 
     def __init__(
         self,
@@ -95,9 +88,7 @@ class Rounder:
         return torch.tensor([[float(len(self.block.units[i].tokens))] for i in indices], device=self.block.h.device)
 
     def _round(self, weight: torch.Tensor, scheme: Scheme, column: torch.Tensor, moment: torch.Tensor | None) -> _Part:
-        """Round weight [e, N, K] folded by column [K] or [e, K]; moment [e, K]: of the folded input, None without
-        ranges.
-        """
+        """Round weight [e, N, K] folded by column [K] or [e, K]. moment [e, K]: of the folded input; None: no ranges."""
         if scheme.kind != "int":
             return _Part(weight)
         dtype, column = self.settings.scale_dtype, column[..., None, :]
@@ -114,9 +105,7 @@ class Rounder:
         return _Part(chosen / column, shrink, before, after)
 
     def _try_pair(self, indices: list[int], source: Glu, plain: Rounded, hidden: torch.Tensor | None) -> Rounded:
-        """Scale up's rows by 1/t and down's columns by t, per expert, where that lowers the expert's own output
-        error.
-        """
+        """Per expert, scale up's rows by 1/t and down's columns by t where that lowers its own output error."""
         up_scheme, down_scheme = self.block.units[indices[0]].schemes[1:]
         h, gates = self._padded_rows(indices)
         activations = self._hidden(h, plain.weights) * gates[..., None]
@@ -171,9 +160,7 @@ class Rounder:
         return torch.bmm(activations, error.transpose(1, 2)).square().sum((1, 2), dtype=torch.float64)
 
     def _padded_rows(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Up to pair_tokens rows of every unit, evenly spread over its tokens: h [e, n, H] float32, gates [e, n], 0 =
-        padding.
-        """
+        """Up to pair_tokens rows of every unit, spread evenly: h [e, n, H] float32, gates [e, n], 0 for padding."""
         cap = self.settings.pair_tokens
         units = [self.block.units[i] for i in indices]
         most = max(1, min(cap, max(len(unit.tokens) for unit in units)))

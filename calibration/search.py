@@ -96,9 +96,7 @@ def require_finite(tensor: torch.Tensor, layer: int, name: str) -> None:
 
 
 def range_log(shrinks: Iterable[torch.Tensor], before: float, after: float) -> dict[str, float]:
-    """Mean range factor over all groups, and the part of the activation-weighted rounding error that the search
-    removed.
-    """
+    """Mean range factor over all groups, and the part of the weighted rounding error that the search removed."""
     total, count = 0.0, 0
     for shrink in shrinks:
         total, count = total + float(shrink.sum(dtype=torch.float64)), count + shrink.numel()

@@ -39,8 +39,6 @@ class AwqSettings:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + layer) * 16 + purpose)
 
     def split(self, total: int, cap: int, layer: int, purpose: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two sorted samples of range(total), at most `cap` each, disjoint once total >= 2 * cap: to search, to
-        accept.
-        """
+        """Two sorted samples of range(total), at most `cap` each, disjoint once total >= 2 * cap: search, accept."""
         order = torch.randperm(total, generator=self.generator(layer, purpose))
         return order[:cap].sort().values, order[-cap:].sort().values

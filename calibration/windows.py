@@ -175,8 +175,11 @@ def tokenize_windows(
     kind_of_token: list[int] = []
     used: list[Document] = []
     for document in interleave(documents, seed=seed):
-        tokens = tokenizer(render(document, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
-        if not tokens or tokens[-1] != tokenizer.eos_token_id:  # a chat template may have closed with it already
+        rendered = render(document, tokenizer)
+        tokens = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+        if not rendered.rstrip().endswith(
+            str(tokenizer.eos_token)
+        ):  # chat templates close with it, some before a newline
             tokens = [*tokens, tokenizer.eos_token_id]
         ids += tokens
         kind_of_token += [kinds.index(document.kind)] * len(tokens)

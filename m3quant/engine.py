@@ -182,6 +182,7 @@ def run_engine(
     block_size: int | None = None,
     tensor_parallel_size: int = 1,
     gpu_memory_utilization: float | None = None,
+    kv_cache_memory_bytes: int | None = None,
     env: Mapping[str, str] | None = None,
     timeout_s: float = 3600.0,
     log: Path | None = None,
@@ -205,6 +206,7 @@ def run_engine(
         "block_size": block_size,
         "tensor_parallel_size": tensor_parallel_size,
         "gpu_memory_utilization": gpu_memory_utilization,
+        "kv_cache_memory_bytes": kv_cache_memory_bytes,
         "env": dict(env or {}),
     }
     engine = find_engine_python(python)

@@ -12,7 +12,7 @@ That gives, by name, the parameters (or the share of a fused parameter) that no 
 filled nothing.
 
 Request:  model, prompts [[token id]], max_model_len, dtype, moe_backend, block_size, tensor_parallel_size,
-          gpu_memory_utilization, env {name: value}.
+          gpu_memory_utilization, kv_cache_memory_bytes, env {name: value}.
 Response: status "ok" | "incomplete" | "failed", vllm, torch, python, platform, device, parameters, tensors, missing, partial, unexpected,
           never_read, skipped, engine_check, notes, seconds, logprobs, top1, error. `empty_response` documents each.
 """
@@ -227,10 +227,9 @@ def engine_arguments(request: dict[str, Any], config: dict[str, Any]) -> dict[st
         block_size = block_size or 128  # the only block size of M3's sparse kernels
     if block_size:
         arguments["block_size"] = block_size
-    if request.get("moe_backend"):
-        arguments["moe_backend"] = request["moe_backend"]
-    if request.get("gpu_memory_utilization"):
-        arguments["gpu_memory_utilization"] = request["gpu_memory_utilization"]
+    for name in ("moe_backend", "gpu_memory_utilization", "kv_cache_memory_bytes"):
+        if request.get(name):
+            arguments[name] = request[name]
     return arguments
 
 

@@ -14,7 +14,6 @@ from typing import Any
 from .errors import RecipeError
 from .schemes import FP8_BLOCK, KEEP, Scheme, parse_scheme
 
-# W8A16 has had groups of 128 since compressed-tensors 0.14; before, it had one scale per channel.
 PRESETS: Mapping[str, Scheme] = {
     "UNQUANTIZED": KEEP,
     "W4A16": parse_scheme("int4-g128"),
@@ -28,8 +27,8 @@ _HAVE = "m3quant has W4A16, W4A16_ASYM, W8A16, FP8_DYNAMIC and FP8_BLOCK"
 _FP4 = f"stores weights in FP4, which m3quant does not write: {_HAVE}; for 4 bits use W4A16"
 _MX = f"is a microscaling format (E8M0 scales), which m3quant reads but does not write: {_HAVE}; for 8 bits use FP8_BLOCK"
 _INT_ACTIVATIONS = (
-    f"rounds activations to integers, which MiniMax's mixture of experts has no engine kernel for: {_HAVE}; "
-    "use W4A16 or W8A16 for integer weights"
+    f"rounds activations to integers, which m3quant does not write: {_HAVE}; use W4A16 or W8A16 for integer weights, "
+    "or FP8_DYNAMIC for 8-bit activations"
 )
 _STATIC = (
     "needs per-tensor FP8 scales, and for activations static ones: m3quant writes one weight scale per channel or "
@@ -152,6 +151,8 @@ def _integer(arguments: Mapping[str, Any], where: str) -> Scheme:
         raise RecipeError(f"{where}: zp_dtype is int8 in m3quant, not {arguments['zp_dtype']}; remove it.")
     if strategy not in ("group", "channel"):
         raise RecipeError(f"{where}: integers with strategy {strategy} are not written by m3quant; use group or channel.")
+    if strategy == "channel" and arguments.get("group_size", -1) != -1:
+        raise RecipeError(f"{where}: strategy channel has no group_size; remove one of them.")
     if strategy == "group" and not isinstance(arguments.get("group_size"), int):
         raise RecipeError(f"{where}: strategy group needs a group_size, for example 128.")
     columns = f"g{arguments['group_size']}" if strategy == "group" else "channel"

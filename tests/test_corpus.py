@@ -9,6 +9,7 @@ import sys
 import types
 import unicodedata
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,9 @@ class TestBundle:
         for document in bundled:
             declared = {tool["function"]["name"]: tool["function"]["parameters"] for tool in document.tools}
             open_calls: list[str] = []
+            roles = [message["role"] for message in document.messages or ()]
+            for first, second in pairwise(roles):  # strict templates refuse two turns of one side
+                assert first != second or first == "tool", document.source
             for message in document.messages or ():
                 if message["role"] == "tool":
                     open_calls.remove(message["tool_call_id"])
@@ -112,7 +116,9 @@ class TestBundle:
             for path in sorted((DATA / "dialogues").glob("*.yaml"))
             for item in yaml.safe_load(path.read_text("utf-8"))
         ]
-        expected = sorted(json.dumps(item["messages"], sort_keys=True) for item in written)
+        expected = sorted(
+            json.dumps([{"content": "", **message} for message in item["messages"]], sort_keys=True) for item in written
+        )
         held = sorted(json.dumps(document.messages, sort_keys=True) for document in bundled if document.messages)
         assert held == expected
 
@@ -199,6 +205,7 @@ class TestInputs:
         path.write_text(json.dumps({"messages": messages, "tools": json.dumps(tools)}))
         (document,) = load_documents(str(path))
         assert document.kind == "tools" and document.tools == tuple(tools) and document.messages
+        assert document.messages[0]["content"] == ""
         assert document.messages[0]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
 
     def test_reading_stops_at_the_limit_and_says_so(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

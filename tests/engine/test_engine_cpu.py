@@ -13,9 +13,11 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny_checkpoints as tiny
+import stored_formats
 import torch
 from reference import reference_logprobs
+from stored_formats import Stored
+from tiny_models import tiny_m2, tiny_m3
 
 from m3quant.engine import ENGINE_PYTHON, EngineReport, run_engine
 
@@ -34,7 +36,7 @@ ENV = {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",  # nothing here runs long enough to repay compiling
 }
-MODELS = {"m2": tiny.tiny_m2, "m3": tiny.tiny_m3}
+MODELS = {"m2": tiny_m2, "m3": tiny_m3}
 SPARSE_FROM = 4 * 128  # tokens after which M3's tiny configuration leaves blocks out
 
 
@@ -47,12 +49,12 @@ def engine(folder: Path) -> EngineReport:
     return run_engine(folder, make_prompts(), dtype="float32", env=ENV, timeout_s=300, log=folder / "engine.log")
 
 
-def stored(model: str, layout: str) -> tiny.Stored:
-    return tiny.store(*MODELS[model](), layout)
+def stored(model: str, layout: str) -> Stored:
+    return stored_formats.store(*MODELS[model](), layout)
 
 
 # M3 in DeepSeek style is missing here because vLLM cannot load it: test_m3_with_weight_scale_inv_is_caught.
-READ = [(model, layout) for layout in tiny.LAYOUTS for model in MODELS if (model, layout) != ("m3", "fp8")]
+READ = [(model, layout) for layout in stored_formats.LAYOUTS for model in MODELS if (model, layout) != ("m3", "fp8")]
 
 
 @pytest.mark.parametrize(("model", "layout"), READ)
@@ -70,7 +72,7 @@ def test_loads_whole_and_computes_the_same(model: str, layout: str, tmp_path: Pa
 def test_index_projections_left_out_of_a_quantized_fusion_are_caught(tmp_path: Path) -> None:
     """q, k, v quantized and index_q, index_k not: vLLM drops the two, and only tokens past topk_blocks x 128 show it."""
     whole = stored("m3", "int4-g32-all")
-    report = engine(tiny.without_index_projections(whole).write(tmp_path / "trap"))
+    report = engine(stored_formats.without_index_projections(whole).write(tmp_path / "trap"))
     assert set(report.unexpected) == {
         f"language_model.model.layers.{layer}.self_attn.index_{part}_proj.weight" for layer in (1, 2) for part in "qk"
     }
@@ -90,7 +92,7 @@ def test_index_projections_left_out_of_a_quantized_fusion_are_caught(tmp_path: P
 @pytest.mark.parametrize("model", MODELS)
 def test_renamed_experts_are_caught(model: str, tmp_path: Path) -> None:
     """Experts saved as gate_proj, up_proj, down_proj: every expert tensor is skipped and every expert uninitialised."""
-    checkpoint = tiny.with_renamed_experts(stored(model, "int4-g128"))
+    checkpoint = stored_formats.with_renamed_experts(stored(model, "int4-g128"))
     report = engine(checkpoint.write(tmp_path / "trap"))
     experts = {name for name in checkpoint.tensors if ".block_sparse_moe.experts." in name}
     assert experts <= set(report.unexpected)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 
 
-def unpack_int4(words: torch.Tensor, dim: int) -> torch.Tensor:
-    """Codes 0..15 of int32 `words` that hold 8 codes each along `dim`, the first in the lowest bits."""
+def unpack(words: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
+    """Unsigned codes of int32 `words` that hold 32 / bits codes each along `dim`, the first in the lowest bits."""
     words = words.movedim(dim, -1)
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    return ((words.unsqueeze(-1) >> shifts) & 0xF).flatten(-2).movedim(-1, dim)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2).movedim(-1, dim)
 
 
 def unpack_awq(words: torch.Tensor) -> torch.Tensor:
     """Codes 0..15 of AutoAWQ's int32 words [.., N/8] as [.., N]: nibbles hold columns 0 2 4 6 1 3 5 7."""
-    nibbles = unpack_int4(words, -1).unflatten(-1, (-1, 8))
+    nibbles = unpack(words, -1, 4).unflatten(-1, (-1, 8))
     return nibbles[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(-2)
 
 

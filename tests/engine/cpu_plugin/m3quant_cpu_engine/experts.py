@@ -106,12 +106,11 @@ class ReferenceExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
 
 
 def _packed(method: Any, layer: Any, part: str) -> torch.Tensor:
-    if method.num_bits != 4:
-        raise NotImplementedError(f"the reference experts unpack 4 bits, not {method.num_bits}")
-    codes = dequantize.unpack_int4(getattr(layer, f"{part}_weight_packed").data, -1)
-    zero: torch.Tensor | int = 8
+    bits = method.num_bits
+    codes = dequantize.unpack(getattr(layer, f"{part}_weight_packed").data, -1, bits)
+    zero: torch.Tensor | int = 2 ** (bits - 1)
     if not method.symmetric:
-        zero = dequantize.unpack_int4(getattr(layer, f"{part}_weight_zero_point").data, 1)
+        zero = dequantize.unpack(getattr(layer, f"{part}_weight_zero_point").data, 1, bits)
     return dequantize.integer(codes, getattr(layer, f"{part}_weight_scale").data, zero)
 
 
@@ -180,12 +179,13 @@ def install() -> None:
     unquantized.select_unquantized_moe_backend = lambda **_: (UnquantizedMoeBackend.CPU, ReferenceExperts)
     unquantized.convert_to_unquantized_kernel_format = lambda *_, w13_weight, w2_weight, **__: (w13_weight, w2_weight)
 
-    ct_int.select_wna16_moe_backend = lambda **_: (WNA16MoEBackend.CPU, ReferenceExperts)
+    # The name of the backend decides which shapes and strategies a method admits: MARLIN's rules are those of a GPU.
+    ct_int.select_wna16_moe_backend = lambda **_: (WNA16MoEBackend.MARLIN, ReferenceExperts)
     _run_dequantized(ct_int.CompressedTensorsWNA16MoEMethod, _packed)
     ct_fp8.select_fp8_moe_backend = lambda **_: (Fp8MoeBackend.CPU, ReferenceExperts)
     _run_dequantized(ct_fp8.CompressedTensorsW8A8Fp8MoEMethod, _fp8)
     fp8.select_fp8_moe_backend = lambda **_: (Fp8MoeBackend.CPU, ReferenceExperts)
     _run_dequantized(fp8.Fp8MoEMethod, _fp8)
-    auto_awq.select_wna16_moe_backend = lambda *_, **__: (WNA16MoEBackend.CPU, ReferenceExperts)
+    auto_awq.select_wna16_moe_backend = lambda *_, **__: (WNA16MoEBackend.MARLIN, ReferenceExperts)
     auto_awq.check_moe_marlin_supports_layer = lambda *_, **__: True  # the method that a GPU would pick
     _run_dequantized(auto_awq.AutoAWQMoEMethod, _awq)

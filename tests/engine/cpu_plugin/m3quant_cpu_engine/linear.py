@@ -15,8 +15,6 @@ from vllm.platforms import PlatformEnum
 
 from . import dequantize
 
-INT4_OFFSET = 8  # vLLM's type uint4b8: code 8 is zero
-
 
 def _multiply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     weight = layer.reference_weight
@@ -24,7 +22,7 @@ def _multiply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.T
 
 
 class ReferenceIntLinear(kernels.MPLinearKernel):  # type: ignore[misc]
-    """W4A16: compressed-tensors pack-quantized, and AutoAWQ after vLLM's own conversion to the standard order."""
+    """Integer weights: compressed-tensors pack-quantized, and AutoAWQ after vLLM's own conversion to the standard order."""
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -32,20 +30,21 @@ class ReferenceIntLinear(kernels.MPLinearKernel):  # type: ignore[misc]
 
     @classmethod
     def can_implement(cls, config: Any) -> tuple[bool, str | None]:
-        if config.weight_type.size_bits != 4:
-            return False, f"the reference kernel unpacks 4 bits, not {config.weight_type}"
+        if config.weight_type.size_bits not in (4, 8):
+            return False, f"the reference kernel unpacks 4 or 8 bits, not {config.weight_type}"
         return True, None
 
     def process_weights_after_loading(self, layer: Any) -> None:
         words, scale, zero = self._get_weight_params(layer)
-        codes = dequantize.unpack_int4(words.data, words.packed_dim)
+        bits = self.config.weight_type.size_bits
+        codes = dequantize.unpack(words.data, words.packed_dim, bits)
         if words.input_dim == 0:
             codes = codes.T
         scales = scale.data if scale.output_dim == 0 else scale.data.T
-        shift: torch.Tensor | int = INT4_OFFSET
+        shift: torch.Tensor | int = 2 ** (bits - 1)  # the code of zero where the file has no zero points
         if self.config.zero_points:
             assert zero is not None
-            shift = dequantize.unpack_int4(zero.data, zero.packed_dim)
+            shift = dequantize.unpack(zero.data, zero.packed_dim, bits)
             shift = shift if zero.output_dim == 0 else shift.T
         layer.reference_weight = dequantize.integer(codes, scales, shift)
 

@@ -1,0 +1,140 @@
+"""Conversions of tiny random checkpoints in one call: no tokenizer, windows of random ids, a progress that says nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+import torch
+from safetensors import safe_open
+
+from m3quant.calibration.corpus import Windows
+from m3quant.checkpoint import Checkpoint
+from m3quant.convert.run import Settings, convert
+from m3quant.plan import Plan, make_plan
+from m3quant.recipe import build_recipe, named_recipe
+
+# The least that calibration needs: two windows to search on, one held out.
+FEW = {"windows": 2, "window_length": 32, "heldout_windows": 1, "min_expert_tokens": 4}
+COARSE = {"n_grid": 3}
+SMALL: dict[str, dict[str, Any]] = {
+    "m2": {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "m3": {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+# Of the files m3quant writes beside the weights, those that hold times.
+TIMED = ("m3quant.json", "m3quant-report/")
+
+
+class Silent:
+    """A Progress that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.total = self.done = 0
+
+    def start(self, total_bytes: int, done_bytes: int) -> None:
+        self.total, self.done = total_bytes, done_bytes
+
+    def advance(self, count: int) -> None:
+        self.done += count
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def make_source(folder: Path, family: str, seed: int = 0, **overrides: Any) -> Path:
+    """A tiny checkpoint of `family` ("m2" or "m3") with few experts."""
+    make = tiny.make_tiny_m2 if family == "m2" else tiny.make_tiny_m3
+    return make(folder, seed, **{**SMALL[family], **overrides})
+
+
+def make_plan_of(
+    source: Path,
+    to: str = "awq",
+    settings: Sequence[str] = (),
+    format: str | None = None,
+    **document: Any,
+) -> Plan:
+    """The plan of a shipped recipe with `document` laid over it; calibrated recipes get few windows and a coarse grid."""
+    base = {**named_recipe(to), "data": FEW, "awq": COARSE, **document}
+    return make_plan(Checkpoint.open(source), build_recipe(base, settings=settings, format=format))
+
+
+def random_windows(plan: Plan, seed: int = 0) -> Windows:
+    """Windows of random token ids of the shape that the plan's recipe asks for."""
+    data = plan.recipe.data
+    vocab = int(plan.family.text_config(plan.checkpoint.config)["vocab_size"])
+    shape = (data.windows + data.heldout_windows, data.window_length)
+    ids = np.random.default_rng(seed).integers(0, vocab, shape)
+    kinds = np.full((shape[0], 1), shape[1])
+    digest = hashlib.sha256(ids.tobytes()).hexdigest()
+    return Windows(ids, kinds, ("text",), digest, "corpus", "tokenizer", seed, "random ids")
+
+
+def run_plan(plan: Plan, output: Path, *, seed: int = 0, progress: Silent | None = None, **how: Any) -> dict[str, Any]:
+    """Convert `plan` into `output`, with random windows where it calibrates. `how` goes to Settings."""
+    settings = Settings(**how)
+    if plan.recipe.calibration != "none":
+        settings.windows = random_windows(plan, seed)
+    return convert(plan, output, settings, progress or Silent())
+
+
+def run_convert(source: Path, output: Path, to: str = "awq", **options: Any) -> dict[str, Any]:
+    """Plan and convert in one call; options as of `make_plan_of`."""
+    return run_plan(make_plan_of(source, to, **options), output)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder by name, read with the safetensors library."""
+    out = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                out[name] = file.get_tensor(name)
+    return out
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor, whatever its dtype."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def files(folder: Path, but: Sequence[str] = ()) -> dict[str, bytes]:
+    """Relative name -> bytes of every file below `folder`, hidden ones too, without those that start with one of `but`."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: data for name, data in found.items() if not name.startswith(tuple(but) or ("\0",))}
+
+
+def manifest_without_times(data: bytes) -> dict[str, Any]:
+    """m3quant.json without the two values that differ from run to run."""
+    manifest: dict[str, Any] = json.loads(data)
+    return {key: value for key, value in manifest.items() if key not in ("finished", "seconds")}
+
+
+def same_output(left: Path, right: Path) -> list[str]:
+    """Names of the files in which two outputs differ, times left out."""
+    a, b = files(left), files(right)
+    differing = sorted(a.keys() ^ b.keys())
+    for name in sorted(a.keys() & b.keys()):
+        if name == "m3quant.json":
+            same = manifest_without_times(a[name]) == manifest_without_times(b[name])
+        else:
+            same = a[name] == b[name]
+        if not same:
+            differing.append(name)
+    return differing
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def rewrite(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None) -> Path:
+    """Write a checkpoint of these tensors into `folder`, three shards and an index."""
+    return tiny.write_checkpoint(folder, dict(config or config_of(folder)), dict(tensors))

@@ -50,13 +50,14 @@ class Difference:
 
     tokens: int
     mean: float
+    median: float  # small beside a large mean: rounding decided a few near-ties (expert, block) differently, no weight is wrong
     p99: float
     max: float
     top1_agreement: float | None  # share of tokens whose most likely id is the same
 
     def __str__(self) -> str:
         top1 = "" if self.top1_agreement is None else f", same top-1 {self.top1_agreement:.1%}"
-        return f"mean {self.mean:.2g}, p99 {self.p99:.2g}, max {self.max:.2g} over {self.tokens} tokens{top1}"
+        return f"mean {self.mean:.2g}, median {self.median:.2g}, p99 {self.p99:.2g}, max {self.max:.2g} over {self.tokens} tokens{top1}"
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def difference(
         ]
         agreement = sum(same) / len(same)
     p99 = errors[min(len(errors) - 1, math.ceil(0.99 * len(errors)) - 1)]
-    return Difference(len(errors), statistics.fmean(errors), p99, errors[-1], agreement)
+    return Difference(len(errors), statistics.fmean(errors), statistics.median(errors), p99, errors[-1], agreement)
 
 
 def find_engine_python(explicit: str | None = None) -> str:

@@ -16,6 +16,9 @@ from .families.base import QUANTIZABLE, Family
 from .recipe import Recipe
 from .schemes import KEEP, Scheme
 
+# `packed_modules_mapping` of vLLM's two models.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 
 def quantization_config(
     recipe: Recipe, family: Family, modules: Mapping[str, Scheme], linears: Iterable[str]
@@ -145,11 +148,18 @@ def resolve(config: Mapping[str, Any], probe: str, expert: bool = False) -> Sche
         size = config["group_size"]
         return Scheme("int", config["bits"], None if size == -1 else size, symmetric=False)
     if method == "fp8":
-        skipped = (
-            any(_parent(probe) in entry for entry in ignored if "experts" in entry) if expert else probe in ignored
-        )
-        return KEEP if skipped else Scheme("fp8", bits=8, block=True)
+        return KEEP if _fp8_skipped(probe, ignored, expert) else Scheme("fp8", bits=8, block=True)
     raise PlanError(f"quantization_config has quant_method {method!r}, which m3quant does not write.")
+
+
+def _fp8_skipped(probe: str, ignored: Iterable[str], expert: bool) -> bool:
+    """vLLM's `is_layer_skipped`: a fused name is skipped if it is listed itself, or if all its parts are."""
+    listed = set(ignored)
+    if expert:
+        return any(_parent(probe) in entry for entry in listed if "experts" in entry)
+    parent, _, leaf = probe.rpartition(".")
+    parts = _FUSED.get(leaf)
+    return probe in listed or (parts is not None and all(f"{parent}.{part}" in listed for part in parts))
 
 
 def _parent(probe: str) -> str:

@@ -38,8 +38,9 @@ sys.path[:] = [entry for entry in sys.path if entry == "" or str(Path(entry).res
 REPORT_FOLDER = "M3QUANT_PROBE_REPORTS"  # each engine process leaves its weight report in this folder
 
 VISION = ("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
-# Created by vLLM attention layers and given defaults when the checkpoint has no KV-cache scales.
-KV_SCALE = re.compile(r"\.attn\.([kvq]|prob)_(scale|zero_point)$")
+# Parameters that the engine makes and fills itself when a checkpoint has none: KV-cache scales, and the index of GPTQ's
+# activation order, which vLLM 0.26 registers for every packed expert.
+ENGINE_FILLED = re.compile(r"(^|\.)([kvq]|prob)_(scale|zero_point)$|(^|[._])g_idx(_sort_indices)?$|input_scale_ub$")
 
 
 # ---- weight accounting, in every engine process ------------------------------------------------------------------------
@@ -85,7 +86,7 @@ class WeightLedger:
             # Padded parameters say how many elements a checkpoint has for them.
             wanted = int(getattr(parameter, "weight_loader_numel", parameter.numel()))
             written = self.written.get(name, 0)
-            if wanted == 0 or KV_SCALE.search(name):
+            if wanted == 0 or ENGINE_FILLED.search(name):
                 continue
             if written == 0:
                 missing.append(name)
@@ -294,7 +295,8 @@ def score(llm: Any, prompts: list[list[int]]) -> tuple[list[list[float]], list[l
     for prompt, output in zip(prompts, outputs, strict=True):
         entries = output.prompt_logprobs[1:]
         logprobs.append([float(entry[token].logprob) for token, entry in zip(prompt[1:], entries, strict=True)])
-        top1.append([next(token for token, value in entry.items() if value.rank == 1) for entry in entries])
+        # No token has rank 1 where the logits are NaN.
+        top1.append([next((token for token, value in entry.items() if value.rank == 1), -1) for entry in entries])
     return logprobs, top1
 
 

@@ -25,7 +25,9 @@ PRESETS: Mapping[str, Scheme] = {
 
 _HAVE = "m3quant has W4A16, W4A16_ASYM, W8A16, FP8_DYNAMIC and FP8_BLOCK"
 _FP4 = f"stores weights in FP4, which m3quant does not write: {_HAVE}; for 4 bits use W4A16"
-_MX = f"is a microscaling format (E8M0 scales), which m3quant reads but does not write: {_HAVE}; for 8 bits use FP8_BLOCK"
+_MX = (
+    f"is a microscaling format (E8M0 scales), which m3quant reads but does not write: {_HAVE}; for 8 bits use FP8_BLOCK"
+)
 _INT_ACTIVATIONS = (
     f"rounds activations to integers, which m3quant does not write: {_HAVE}; use W4A16 or W8A16 for integer weights, "
     "or FP8_DYNAMIC for 8-bit activations"
@@ -101,7 +103,9 @@ def _arguments(given: object, where: str) -> dict[str, Any]:
         raise RecipeError(f"{where} is {given!r}: write a mapping with num_bits, type, strategy and so on.")
     _known(given, _ARGUMENTS, where)
     if given.get("observer_kwargs"):
-        raise RecipeError(f"{where}: observer_kwargs {dict(given['observer_kwargs'])} have no counterpart in m3quant; remove them.")
+        raise RecipeError(
+            f"{where}: observer_kwargs {dict(given['observer_kwargs'])} have no counterpart in m3quant; remove them."
+        )
     arguments = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
     arguments |= {key: value for key, value in given.items() if value is not None}
     for key in ("type", "strategy"):
@@ -123,7 +127,9 @@ def _weights(arguments: Mapping[str, Any], where: str) -> Scheme:
         raise RecipeError(f"{where}: scale_dtype is fixed in m3quant (BF16 for integers, F32 for FP8); remove it.")
     if strategy == "tensor":
         remedy = "use strategy group or channel" if kind == "int" else "use FP8_DYNAMIC (channel) or FP8_BLOCK"
-        raise RecipeError(f"{where}: one scale for the whole tensor loses too much and is not written by m3quant; {remedy}.")
+        raise RecipeError(
+            f"{where}: one scale for the whole tensor loses too much and is not written by m3quant; {remedy}."
+        )
     if kind == "int":
         return _integer(arguments, where)
     if kind != "float":
@@ -131,14 +137,18 @@ def _weights(arguments: Mapping[str, Any], where: str) -> Scheme:
     if bits == 4:
         raise RecipeError(f"{where}: num_bits 4 with type float {_FP4}.")
     if bits != 8:
-        raise RecipeError(f"{where}: num_bits {bits} with type float is not written by m3quant; floats have 8 bits (E4M3).")
+        raise RecipeError(
+            f"{where}: num_bits {bits} with type float is not written by m3quant; floats have 8 bits (E4M3)."
+        )
     if not arguments["symmetric"]:
         raise RecipeError(f"{where}: FP8 weights have no zero point; set symmetric: true.")
     if strategy == "channel":
         return PRESETS["FP8_DYNAMIC"]
     if strategy == "block":
         if arguments.get("block_structure") not in ([FP8_BLOCK, FP8_BLOCK], f"{FP8_BLOCK}x{FP8_BLOCK}"):
-            raise RecipeError(f"{where}: block_structure {arguments.get('block_structure')}: FP8 blocks are [128, 128].")
+            raise RecipeError(
+                f"{where}: block_structure {arguments.get('block_structure')}: FP8 blocks are [128, 128]."
+            )
         return PRESETS["FP8_BLOCK"]
     raise RecipeError(f"{where}: 8-bit floats with strategy {strategy} {_MX}.")
 
@@ -150,7 +160,9 @@ def _integer(arguments: Mapping[str, Any], where: str) -> Scheme:
     if arguments.get("zp_dtype", "torch.int8") not in ("torch.int8", "int8"):
         raise RecipeError(f"{where}: zp_dtype is int8 in m3quant, not {arguments['zp_dtype']}; remove it.")
     if strategy not in ("group", "channel"):
-        raise RecipeError(f"{where}: integers with strategy {strategy} are not written by m3quant; use group or channel.")
+        raise RecipeError(
+            f"{where}: integers with strategy {strategy} are not written by m3quant; use group or channel."
+        )
     if strategy == "channel" and arguments.get("group_size", -1) != -1:
         raise RecipeError(f"{where}: strategy channel has no group_size; remove one of them.")
     if strategy == "group" and not isinstance(arguments.get("group_size"), int):
@@ -159,7 +171,9 @@ def _integer(arguments: Mapping[str, Any], where: str) -> Scheme:
     try:
         return parse_scheme(f"int{bits}-{columns}" + ("" if symmetric else "-asym"))
     except RecipeError:
-        raise RecipeError(f"{where}: group_size {arguments['group_size']} is not one of 16, 32, 64, 128, 256.") from None
+        raise RecipeError(
+            f"{where}: group_size {arguments['group_size']} is not one of 16, 32, 64, 128, 256."
+        ) from None
 
 
 def _check_inputs(scheme: Scheme, inputs: object, where: str) -> None:
@@ -174,12 +188,18 @@ def _check_inputs(scheme: Scheme, inputs: object, where: str) -> None:
         return
     arguments = _arguments(inputs, where)
     if scheme.kind == "int":
-        raise RecipeError(f"{where}: a group with INT{scheme.bits} weights and quantized activations {_INT_ACTIVATIONS}.")
+        raise RecipeError(
+            f"{where}: a group with INT{scheme.bits} weights and quantized activations {_INT_ACTIVATIONS}."
+        )
     if not arguments["dynamic"]:
         raise RecipeError(f"{where}: static activation scales are not measured by m3quant; set dynamic: true.")
     wanted = ("group", FP8_BLOCK) if scheme.block else ("token", None)
     found = (arguments["strategy"], arguments.get("group_size"))
-    if (arguments["num_bits"], arguments["type"]) != (8, "float") or found != wanted or arguments["dynamic"] is not True:
+    if (
+        (arguments["num_bits"], arguments["type"]) != (8, "float")
+        or found != wanted
+        or arguments["dynamic"] is not True
+    ):
         raise RecipeError(
             f"{where}: {scheme} goes with 8-bit float activations, dynamic, strategy {wanted[0]}"
             + (f", group_size {wanted[1]}" if wanted[1] else "")

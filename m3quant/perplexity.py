@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .calibration.corpus import load_documents, load_tokenizer
+from .calibration.corpus import load_documents, load_tokenizer, render
 from .calibration.stream import Source, nll
 from .checkpoint import Checkpoint
 from .convert.journal import MANIFEST
@@ -34,7 +34,7 @@ def open_dense(path: str | Path) -> Source:
 def text_windows(checkpoint: str | Path, data: Path, length: int, count: int | None) -> torch.Tensor:
     """Non-overlapping windows [S, length] of the text's tokens, documents joined by a blank line, the remainder dropped."""
     tokenizer = load_tokenizer(checkpoint)
-    text = "\n\n".join(document.text or "" for document in load_documents(str(data)))
+    text = "\n\n".join(render(document, tokenizer) for document in load_documents(str(data)))
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
     available = ids.numel() // length
     if count is not None and available < count:

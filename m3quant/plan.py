@@ -26,6 +26,7 @@ from .source import PLAIN, SourceTensor, check_complete, source_tensors
 
 SHARD_METADATA = {"format": "pt"}  # transformers refuses shards without it
 RECIPE_FILE = "recipe.yaml"
+PASSED_THROUGH = ("mtp", "unknown")  # roles copied byte for byte, in whatever dtype the source has them
 INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -175,9 +176,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     layers = family.num_layers(checkpoint.config)
     by_unit: list[list[PlannedTensor]] = [[] for _ in range(layers + 1)]
     for name in sorted(tensors, key=_natural):
-        planned = _plan_tensor(tensors[name], family, recipe)
-        layer = planned.role.layer
-        by_unit[0 if layer is None or layer >= layers else layer + 1].append(planned)
+        role = family.role(name)
+        if role.layer is not None and role.layer >= layers:
+            role = Role("mtp")  # some releases number their multi-token-prediction layers on; engines drop them
+        by_unit[0 if role.layer is None else role.layer + 1].append(_plan_tensor(tensors[name], role, recipe))
     units = [
         Unit(i, None if i == 0 else i - 1, f"model-{i + 1:05d}-of-{layers + 1:05d}.safetensors", tuple(group))
         for i, group in enumerate(by_unit)
@@ -210,8 +212,8 @@ def _check_roles(recipe: Recipe, family: Family) -> None:
         )
 
 
-def _plan_tensor(source: SourceTensor, family: Family, recipe: Recipe) -> PlannedTensor:
-    info, role = source.info, family.role(source.info.name)
+def _plan_tensor(source: SourceTensor, role: Role, recipe: Recipe) -> PlannedTensor:
+    info = source.info
     scheme = recipe.scheme(role.kind) if role.kind in QUANTIZABLE else KEEP
     if role.kind in QUANTIZABLE and not role.is_weight:
         scheme, reason = KEEP, "a companion of a quantized weight that the family does not know: passed through"
@@ -220,20 +222,12 @@ def _plan_tensor(source: SourceTensor, family: Family, recipe: Recipe) -> Planne
     else:
         reason = f"recipe '{recipe.name}'"
     if not scheme.quantizes:
-        if source.kind == PLAIN:
-            return PlannedTensor(source, role, "copy", KEEP, reason, (OutputTensor(info.name, info.dtype, info.shape),))
+        if source.kind == PLAIN or role.kind in PASSED_THROUGH:
+            return PlannedTensor(source, role, "copy", KEEP, reason, _as_stored(source))
         out = (OutputTensor(info.name, "BF16", info.shape),)
         return PlannedTensor(source, role, "dequantize", KEEP, f"{reason}; stored as {source.kind} in the source", out)
     if scheme.block and recipe.format == "fp8" and source.kind == FP8_BLOCK_SOURCE and source.scale is not None:
-        pair = (info, source.scale)
-        return PlannedTensor(
-            source,
-            role,
-            "copy",
-            scheme,
-            "already in this format",
-            tuple(OutputTensor(i.name, i.dtype, i.shape) for i in pair),
-        )
+        return PlannedTensor(source, role, "copy", scheme, "already in this format", _as_stored(source))
     if len(info.shape) != 2:
         raise PlanError(
             f"{info.shard}: tensor '{info.name}' has shape {list(info.shape)}: only two-dimensional weights can be {scheme}; --set {role.kind}=keep."
@@ -248,6 +242,11 @@ def _plan_tensor(source: SourceTensor, family: Family, recipe: Recipe) -> Planne
         for suffix, (dtype, shape) in stored_tensors(info.shape, scheme, recipe.format).items()
     )
     return PlannedTensor(source, role, "quantize", scheme, reason, outputs)
+
+
+def _as_stored(source: SourceTensor) -> tuple[OutputTensor, ...]:
+    parts = (source.info,) if source.scale is None else (source.info, source.scale)
+    return tuple(OutputTensor(part.name, part.dtype, part.shape) for part in parts)
 
 
 def _check_engine_rules(plan: Plan) -> None:
@@ -296,7 +295,7 @@ def role_table(plan: Plan) -> list[dict[str, Any]]:
 
 def passed_through(plan: Plan) -> list[str]:
     """Names of tensors that no family rule explains: MTP and unknown extras, copied byte for byte."""
-    return [t.name for t in plan.tensors if t.role.kind in ("mtp", "unknown")]
+    return [t.name for t in plan.tensors if t.role.kind in PASSED_THROUGH]
 
 
 def bits_per_weight(plan: Plan) -> float:

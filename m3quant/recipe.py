@@ -119,7 +119,10 @@ def named_recipe(name: str) -> dict[str, Any]:
 
 def build_recipe(document: Mapping[str, Any], *, settings: Iterable[str] = (), format: str | None = None) -> Recipe:
     """Validate `document` with `--set role=scheme` settings and a `--format` laid over it."""
-    merged = {**document, "schemes": dict(document.get("schemes") or {})}
+    schemes = document.get("schemes") or {}
+    if not isinstance(schemes, Mapping):
+        raise RecipeError(f"recipe key 'schemes' must map roles to schemes, for example routed_experts: int4-g128 (got {schemes!r}).")
+    merged = {**document, "schemes": dict(schemes)}
     for setting in settings:
         role, separator, scheme = setting.partition("=")
         if not separator:

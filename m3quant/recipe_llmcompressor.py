@@ -149,7 +149,9 @@ def _checked_modifiers(document: Mapping[str, Any], where: str) -> list[tuple[st
         _check_keys(given, name, f"{where}: {name}")
         out.append((name, given))
     if not any(_quantizes(options) for _, options in out):
-        raise RecipeError(f"{where} gives no scheme: {AWQ} only transforms; add a {QUANTIZATION} with a scheme after it.")
+        raise RecipeError(
+            f"{where} gives no scheme: {AWQ} only transforms; add a {QUANTIZATION} with a scheme after it."
+        )
     if sum(name == AWQ for name, _ in out) > 1:
         raise RecipeError(f"{where} has {AWQ} more than once; keep one.")
     return out
@@ -182,7 +184,9 @@ def _quantization(options: Mapping[str, Any], where: str) -> _Quantization:
         raise RecipeError(f"{where}: kv_cache_scheme needs KV-cache scales, which m3quant does not measure; remove it.")
     for key in ("input_observer", "output_observer"):
         if options.get(key):
-            raise RecipeError(f"{where}: {key} is without meaning here, as activations are rounded at run time; remove it.")
+            raise RecipeError(
+                f"{where}: {key} is without meaning here, as activations are rounded at run time; remove it."
+            )
     out = _Quantization(where, ignore=_strings(options.get("ignore", []), f"{where}.ignore"))
     targets = _strings(options.get("targets", ["Linear"]), f"{where}.targets")
     _collect(out, options, targets, where)
@@ -194,7 +198,9 @@ def _quantization(options: Mapping[str, Any], where: str) -> _Quantization:
         out.observers, out.minmax = [str(asked).lower()], str(asked).lower() in _MINMAX
     for observer in out.observers:
         if observer not in (*_MINMAX, *_SEARCHING):
-            raise RecipeError(f"{where}: observer '{observer}' is unknown to m3quant; known: {', '.join((*_MINMAX, *_SEARCHING))}.")
+            raise RecipeError(
+                f"{where}: observer '{observer}' is unknown to m3quant; known: {', '.join((*_MINMAX, *_SEARCHING))}."
+            )
     return out
 
 
@@ -249,7 +255,9 @@ def _awq_options(awq: Mapping[str, Any], quantizations: list[_Quantization], whe
         )
     out = {key: awq[key] for key in ("n_grid", "duo_scaling") if key in awq}
     if not isinstance(out.get("duo_scaling", True), bool):
-        raise RecipeError(f"{where}: duo_scaling {out['duo_scaling']!r} searches two grids, m3quant one; set true or false.")
+        raise RecipeError(
+            f"{where}: duo_scaling {out['duo_scaling']!r} searches two grids, m3quant one; set true or false."
+        )
     if any(q.minmax for q in quantizations):
         out["range_search"] = False
     return out
@@ -315,7 +323,9 @@ def _roles(modules: list[_Module], quantizations: list[_Quantization], where: st
             if ignore.first(module) is None and target is not None:
                 found[module.name] = quantization.schemes[target]
         if targets.unused:
-            raise RecipeError(f"{quantization.where}: target '{min(targets.unused)}' matches no linear of this model; correct or remove it.")
+            raise RecipeError(
+                f"{quantization.where}: target '{min(targets.unused)}' matches no linear of this model; correct or remove it."
+            )
         _check_ignore(ignore.unused, [m for m in modules if found[m.name].quantizes], quantization.where)
     by_role: dict[str, list[_Module]] = defaultdict(list)
     for module in modules:

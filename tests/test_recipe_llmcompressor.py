@@ -158,8 +158,14 @@ def test_linear_with_the_usual_ignores_covers_all_roles_of_m3_without_calibratio
 
 
 def test_ignored_roles_are_kept() -> None:
-    assert quantization(M2, scheme="W4A16", ignore=[*IGNORE_M2, "re:.*self_attn.*"]).schemes == {"routed_experts": "int4-g128"}
-    kept = quantization(M3, scheme={"W4A16": ["Linear"]}, ignore=[*IGNORE_M3, "re:.*self_attn", "re:.*mlp.gate_up_proj$", "re:.*layers.0.mlp.down_proj", "re:.*shared"])
+    assert quantization(M2, scheme="W4A16", ignore=[*IGNORE_M2, "re:.*self_attn.*"]).schemes == {
+        "routed_experts": "int4-g128"
+    }
+    kept = quantization(
+        M3,
+        scheme={"W4A16": ["Linear"]},
+        ignore=[*IGNORE_M3, "re:.*self_attn", "re:.*mlp.gate_up_proj$", "re:.*layers.0.mlp.down_proj", "re:.*shared"],
+    )
     assert kept.schemes == {"routed_experts": "int4-g128"}
 
 
@@ -170,7 +176,9 @@ def test_names_beat_regexes_and_regexes_beat_classes_as_in_compressed_tensors() 
 
 @settings(deadline=None, max_examples=150)
 @given(
-    st.lists(st.sampled_from(["Linear", "a.q", "b.q", "re:a", "re:.*q", "re:b.*k$", "re:.*", "Embedding"]), unique=True),
+    st.lists(
+        st.sampled_from(["Linear", "a.q", "b.q", "re:a", "re:.*q", "re:b.*k$", "re:.*", "Embedding"]), unique=True
+    ),
     st.sampled_from(["a.q", "a.k", "b.q", "b.k"]),
 )
 def test_the_winning_target_is_the_one_that_compressed_tensors_puts_first(targets: list[str], name: str) -> None:
@@ -240,7 +248,10 @@ def test_targets_that_m3quant_cannot_follow_are_refused(config: dict[str, Any], 
         ({"scheme": "W4A16", "observer": {"input": "mse"}}, "with the key 'weights' only"),
         ({"scheme": "W4A16", "weight_observer": "mse"}, "'mse' searches ranges.*add an AWQModifier"),
         ({"scheme": "W4A16", "weight_observer": "magic"}, "observer 'magic' is unknown"),
-        ({"scheme": "W4A16", "dampening_frac": 0.1}, "an option 'dampening_frac' that m3quant does not know; remove it"),
+        (
+            {"scheme": "W4A16", "dampening_frac": 0.1},
+            "an option 'dampening_frac' that m3quant does not know; remove it",
+        ),
         ({"scheme": "W4A16", "ignored": ["x"]}, "'ignored' that m3quant does not know: did you mean 'ignore'"),
         ({"config_groups": {"a": {"weights": W4}}}, "QuantizationModifier.a has no targets"),
     ],
@@ -279,7 +290,9 @@ def test_groups_that_m3quant_cannot_write_are_refused(group: dict[str, Any], phr
     assert str(error.value).startswith("r.yaml: group_0")
 
 
-@pytest.mark.parametrize("name", ["GPTQModifier", "SmoothQuantModifier", "SparseGPTModifier", "SpinQuantModifier", "REAPPruningModifier"])
+@pytest.mark.parametrize(
+    "name", ["GPTQModifier", "SmoothQuantModifier", "SparseGPTModifier", "SpinQuantModifier", "REAPPruningModifier"]
+)
 def test_other_modifiers_are_refused(name: str) -> None:
     document = {"s_stage": {"m_modifiers": {name: {"scheme": "W4A16"}, "QuantizationModifier": {"scheme": "W4A16"}}}}
     with pytest.raises(RecipeError, match=f"r.yaml: {name} is not something m3quant does: .*(use|take)"):

@@ -74,7 +74,7 @@ class _AtomicFile:
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
             os.replace(self.temporary, self.folder / self.name)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
 
     def abort(self) -> None:
         if self._descriptor >= 0:
@@ -116,7 +116,8 @@ def _free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make renamed and new names in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 
 import click
@@ -50,7 +52,17 @@ def cli() -> None:
 def main() -> None:
     """Entry point: refusals of ours become one line on stderr and an exit code, never a traceback."""
     try:
-        cli(standalone_mode=True)
+        code = cli(standalone_mode=False)  # click's own handling would end a Ctrl-C with 1
     except M3QuantError as error:
         click.echo(f"m3quant: {error}", err=True)
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("m3quant: stopped by SIGINT; finished layers are kept: run the same command to continue.", err=True)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

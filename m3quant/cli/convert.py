@@ -11,6 +11,7 @@ import click
 from ..checkpoint import Checkpoint
 from ..errors import RecipeError
 from ..plan import Plan, make_plan
+from ..recipe import build_recipe
 from .options import human_bytes, load_recipe, recipe_options
 
 
@@ -61,7 +62,7 @@ def command(
         raise RecipeError(
             f"recipe '{recipe.name}' uses no calibration data: leave calibration options out, or use --to awq."
         )
-    recipe = type(recipe).model_validate({**recipe.model_dump(), "data": {**recipe.data.model_dump(), **changes}})
+    recipe = build_recipe({**recipe.model_dump(), "data": {**recipe.data.model_dump(), **changes}})
     plan = make_plan(checkpoint, recipe)
     if dry_run:
         from .plan import plan_json, print_plan
@@ -77,9 +78,11 @@ def command(
 def _run(
     plan: Plan, dst: Path, device: str, corpus: str | None, strict_coverage: bool, spill: bool, as_json: bool
 ) -> None:
-    from ..convert.run import Settings, convert
+    from ..convert.run import Settings, check_places, convert, pick_device
     from .progress import BytesProgress
 
+    check_places(plan, dst)
+    pick_device(device)
     settings = Settings(device=device, strict_coverage=strict_coverage, spill=spill)
     if plan.recipe.calibration != "none":
         settings.windows = calibration_windows(plan, corpus)
@@ -93,13 +96,14 @@ def _run(
 
 def calibration_windows(plan: Plan, corpus: str | None) -> Any:
     """Tokenized calibration and held-out windows for this plan. Raises CalibrationError for too little text."""
-    from ..calibration.corpus import load_documents, load_tokenizer, tokenize_windows
+    from ..calibration.corpus import BUNDLED_NAME, load_documents, load_tokenizer, tokenize_windows
 
     data = plan.recipe.data
     tokenizer = load_tokenizer(plan.checkpoint.root)
     documents = load_documents(corpus)
+    count = data.windows + data.heldout_windows
     return tokenize_windows(
-        documents, tokenizer, data.windows + data.heldout_windows, data.window_length, seed=data.seed
+        documents, tokenizer, count, data.window_length, seed=data.seed, source=corpus or BUNDLED_NAME
     )
 
 

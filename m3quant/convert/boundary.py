@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..calibration.stream import HiddenStates, embed_source
+from ..checkpoint import sync_folder
 from ..errors import CalibrationError, StoppedError
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Streams:
             with _disk_errors(), HiddenStates.empty(states.shape, states.dtype, spill=_saved(stem, name)) as stored:
                 _copy(states, stored)
                 stored.sync()
+        with _disk_errors():
+            sync_folder(stem.parent)
 
     def close(self) -> None:
         self.source.close()

@@ -156,6 +156,8 @@ class _Run:
         self, planned: PlannedTensor, name: str, tensor: torch.Tensor, calibrated: CalibratedLayer
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """What is stored of one tensor, and the tensor that an engine computes with."""
+        if planned.action == "copy" and planned.source.scale is not None:
+            return self.reader.checkpoint.read_many(planned.source.names), tensor  # FP8 that no forward pass reads
         if planned.action != "quantize":
             kept = calibrated.other.get(name, tensor).cpu()
             if kept.dtype != tensor.dtype:

@@ -20,10 +20,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_json_atomic
+from ..checkpoint import sync_folder, write_json_atomic
 from ..errors import OutputError, StoppedError
 
 FOLDER = ".m3quant"
+LOCK = "lock"
 MANIFEST = "m3quant.json"  # in a finished output: what it was made from, and the sha256 of every shard
 
 
@@ -60,15 +61,22 @@ class Journal:
         return journal
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        busy = OutputError(f"{self.output} is being converted by another process: wait for it, or stop it first.")
         try:
+            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            self._lock = -1
-            raise OutputError(
-                f"{self.output} is being converted by another process: wait for it, or stop it first."
-            ) from None
+            held, named = os.fstat(self._lock), os.stat(self.folder / LOCK)
+        except FileNotFoundError:  # that process has just finished and removed its journal
+            self.release()
+            raise busy from None
+        except OSError as error:
+            self.release()
+            if error.errno == errno.EWOULDBLOCK:
+                raise busy from None
+            raise OutputError(f"{self.folder / LOCK} cannot be locked: {error.strerror}.") from None
+        if held.st_ino != named.st_ino:
+            self.release()
+            raise busy
 
     def _check_facts(self, facts: Mapping[str, Any]) -> None:
         path = self.folder / "job.json"
@@ -102,12 +110,15 @@ class Journal:
         """Append the record of a finished unit and sync it. Raises StoppedError on a full disk."""
         line = (json.dumps({"unit": unit, **record}, allow_nan=False) + "\n").encode()
         path = self.folder / "units.jsonl"
-        before = path.stat().st_size if path.exists() else 0
+        new = not path.exists()
+        before = 0 if new else path.stat().st_size
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             if os.write(descriptor, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
+            if new:
+                sync_folder(self.folder)
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(descriptor, before)
@@ -128,11 +139,22 @@ class Journal:
             self._lock = -1
 
     def remove(self) -> None:
-        """Remove the state of a finished conversion."""
-        for path in sorted(self.folder.iterdir()):
+        """Remove the state of a finished conversion, the lock last so that nobody starts in a half-removed folder."""
+        for path in sorted(self.folder.iterdir(), key=lambda p: (p.name == LOCK, p.name)):
             path.unlink()
-        self.folder.rmdir()
+        with contextlib.suppress(OSError):  # someone else may have made a lock meanwhile; they will remove it
+            self.folder.rmdir()
         self.release()
+
+
+def remove_leftover(output: Path) -> None:
+    """Remove the journal of a conversion that was killed after its last file was in place."""
+    folder = output / FOLDER
+    if folder.exists():
+        journal = Journal(output)
+        with contextlib.suppress(OutputError):  # its process is still at it
+            journal._take_lock()
+            journal.remove()
 
 
 def check_output_folder(output: Path) -> None:

@@ -17,7 +17,7 @@ from ..plan import Plan, Unit
 from ..reading import SourceReader
 from ..resources import check_disk, resources
 from .finish import finish
-from .journal import MANIFEST, Journal, check_apart, check_output_folder, refuse_other_facts
+from .journal import MANIFEST, Journal, check_apart, check_output_folder, refuse_other_facts, remove_leftover
 from .stopping import stop_on_signals
 from .units import convert_unit
 
@@ -50,10 +50,15 @@ def pick_device(name: str) -> torch.device:
     """The torch device called `name`; "auto" is the first GPU where there is one. Raises PlanError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device: torch.device | None
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise PlanError(f"--device {name}: no such device; use cpu, cuda, cuda:1 or auto.") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise PlanError(f"--device {name}: no such device; use cpu, cuda, cuda:1 or auto.")
+    if device.type == "cuda" and (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise PlanError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; use a number below that.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise PlanError(f"--device {name}: this torch sees no GPU; use --device cpu, or install torch with CUDA.")
     return device
@@ -64,6 +69,26 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
 
     Raises M3QuantError subclasses with what is wrong and what to do; nothing half-written is ever left under a final name.
     """
+    check_places(plan, output)
+    device = pick_device(settings.device)
+    facts = job_facts(plan, settings, device)
+    if (done := _finished(output, facts)) is not None:
+        remove_leftover(output)
+        progress.say(f"{output} is already complete")
+        return done
+    check_disk(plan, output, resources(plan, device.type == "cuda"))
+    journal = Journal.begin(output, facts)
+    try:
+        if (done := _finished(output, facts)) is not None:  # by another process, while this one waited to begin
+            journal.remove()
+            return done
+        return _convert(plan, output, settings, device, journal, facts, progress)
+    finally:
+        journal.release()
+
+
+def check_places(plan: Plan, output: Path) -> None:
+    """Raise CheckpointError or OutputError where the source cannot be read here or the output folder is not to be used."""
     if not plan.checkpoint.local:
         raise CheckpointError(
             f"{plan.checkpoint.root} is on the Hub: download it first "
@@ -71,17 +96,6 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
         )
     check_apart(Path(plan.checkpoint.root), output)
     check_output_folder(output)
-    device = pick_device(settings.device)
-    facts = job_facts(plan, settings, device)
-    if (done := _finished(output, facts)) is not None:
-        progress.say(f"{output} is already complete")
-        return done
-    check_disk(plan, output, resources(plan, device.type == "cuda"))
-    journal = Journal.begin(output, facts)
-    try:
-        return _convert(plan, output, settings, device, journal, facts, progress)
-    finally:
-        journal.release()
 
 
 def job_facts(plan: Plan, settings: Settings, device: torch.device) -> dict[str, Any]:
@@ -109,6 +123,12 @@ def _finished(output: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
     except ValueError:
         raise OutputError(f"{path} is damaged: remove {output} and start again.") from None
     refuse_other_facts(output, manifest.get("job", {}), facts)
+    for shard, written in manifest["shards"].items():
+        path = output / shard
+        if not path.exists() or path.stat().st_size != written["size"]:
+            raise OutputError(
+                f"{path} is missing or has another size than when {output} was finished: remove {output} and convert again."
+            )
     return manifest
 
 
@@ -139,10 +159,12 @@ def _convert(
             from .calibrated import convert_calibrated
 
             extra = convert_calibrated(plan, output, reader, settings, device, journal, stop, progress)
-    extra["job"] = facts
-    extra["seconds"] = round(time.monotonic() - started, 3)
-    manifest = finish(plan, output, journal, extra)
-    journal.remove()
+        stop.check()
+        extra["job"] = facts
+        extra["seconds"] = round(time.monotonic() - started, 3)
+        # A signal from here on finds less than a second of work left: it is done rather than dropped.
+        manifest = finish(plan, output, journal, extra)
+        journal.remove()
     return manifest
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import ShardRecord, ShardWriter
-from ..plan import SHARD_METADATA, PlannedTensor, Unit
+from ..plan import PASSED_THROUGH, SHARD_METADATA, PlannedTensor, Unit
 from ..quant.formats import compress
 from ..quant.integer import ensure_finite
 from ..reading import SourceReader, densify
@@ -69,7 +69,7 @@ def store(
 
 def _check_copied(planned: PlannedTensor, raw: dict[str, Tensor]) -> None:
     """A NaN in a tensor whose meaning we know is a broken download; unknown ones are passed through as they are."""
-    if planned.role.kind in ("mtp", "unknown"):
+    if planned.role.kind in PASSED_THROUGH:
         return
     for name, tensor in raw.items():
         if tensor.dtype in _FLOATS:

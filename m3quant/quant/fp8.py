@@ -38,7 +38,8 @@ def _largest(weight: Tensor, size: int, dim: int) -> tuple[Tensor, Tensor]:
 def _scale_of(largest: Tensor, weight: Tensor, name: str) -> Tensor:
     if not bool(torch.isfinite(largest).all()):
         ensure_finite(weight, name)
-    scale = largest.float() / E4M3_MAX
+    # A tensor divisor: CUDA turns division by a Python number into a product with its reciprocal, one bit off the CPU's.
+    scale = largest.float() / torch.full((), E4M3_MAX, device=largest.device)
     return torch.where(scale == 0, ZERO_GROUP_SCALE, scale).clamp_min_(_SCALE_FLOOR)
 
 

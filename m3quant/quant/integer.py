@@ -105,7 +105,8 @@ def int_qparams(
         _check_shrink(shrink)
         low, high = low * shrink, high * shrink
     scale = torch.maximum(-low, high) * 2 if scheme.symmetric else high - low
-    scale /= qmax - qmin
+    # A tensor divisor: CUDA turns division by a Python number into a product with its reciprocal, one bit off the CPU's.
+    scale /= torch.full((), float(qmax - qmin), device=scale.device)
     if not bool(torch.isfinite(scale).all()):  # aminmax propagates NaN and Inf, so this checks the whole weight
         ensure_finite(weight, name)
         raise CheckpointError(f"the range of a group of {name} exceeds float32: keep this tensor or repair the source.")

@@ -26,8 +26,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "m2": {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
     "m3": {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
-# Of the files m3quant writes beside the weights, those that hold times.
-TIMED = ("m3quant.json", "m3quant-report/")
+# Values that differ from run to run, in the manifest and in the report's JSON. report.html shows them too.
+TIMES = ("finished", "seconds")
+REPORT_PAGE = "m3quant-report/report.html"
 
 
 class Silent:
@@ -110,23 +111,22 @@ def files(folder: Path, but: Sequence[str] = ()) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not name.startswith(tuple(but) or ("\0",))}
 
 
-def manifest_without_times(data: bytes) -> dict[str, Any]:
-    """m3quant.json without the two values that differ from run to run."""
-    manifest: dict[str, Any] = json.loads(data)
-    return {key: value for key, value in manifest.items() if key not in ("finished", "seconds")}
+def without_times(value: Any) -> Any:
+    """A JSON value without the keys of TIMES, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
 def same_output(left: Path, right: Path) -> list[str]:
     """Names of the files in which two outputs differ, times left out."""
-    a, b = files(left), files(right)
+    a, b = files(left, but=(REPORT_PAGE,)), files(right, but=(REPORT_PAGE,))
     differing = sorted(a.keys() ^ b.keys())
     for name in sorted(a.keys() & b.keys()):
-        if name == "m3quant.json":
-            same = manifest_without_times(a[name]) == manifest_without_times(b[name])
-        else:
-            same = a[name] == b[name]
-        if not same:
-            differing.append(name)
+        if a[name] != b[name]:
+            timed = name == "m3quant.json" or name.startswith("m3quant-report/")
+            if not timed or without_times(json.loads(a[name])) != without_times(json.loads(b[name])):
+                differing.append(name)
     return differing
 
 

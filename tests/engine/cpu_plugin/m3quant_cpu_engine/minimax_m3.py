@@ -52,6 +52,8 @@ def selected_blocks(scores: torch.Tensor, first: int, topk: int, block: int, ini
     scores = scores.masked_fill(torch.arange(keys) > position[:, None], -torch.inf)
     padding = -keys % block
     best = torch.nn.functional.pad(scores, (0, padding), value=-torch.inf).unflatten(-1, (-1, block)).amax(-1)
+    # An index projection that was never loaded may hold NaN: the query's own block is read all the same.
+    best = best.masked_fill(best.isnan(), -torch.inf)
     blocks = torch.arange(best.shape[-1])
     own = (position // block)[:, None]
     best = best.masked_fill((blocks < init) & (blocks <= own), 1e30)

@@ -96,8 +96,15 @@ def require_finite(tensor: torch.Tensor, layer: int, name: str) -> None:
 
 
 def range_log(shrinks: Iterable[torch.Tensor], before: float, after: float) -> dict[str, float]:
-    """Mean range factor over all groups, and the part of the weighted rounding error that the search removed."""
-    total, count = 0.0, 0
+    """Mean magnitude of the range factors over all groups, the share of negative scales, and the part of the weighted
+    rounding error that the search removed.
+    """
+    total, negative, count = 0.0, 0, 0
     for shrink in shrinks:
-        total, count = total + float(shrink.sum(dtype=torch.float64)), count + shrink.numel()
-    return {"mean_shrink": total / count if count else 1.0, "gain": 1 - after / before if before else 0.0}
+        total, count = total + float(shrink.abs().sum(dtype=torch.float64)), count + shrink.numel()
+        negative += int((shrink < 0).sum())
+    return {
+        "mean_shrink": total / count if count else 1.0,
+        "negative_share": negative / count if count else 0.0,
+        "gain": 1 - after / before if before else 0.0,
+    }

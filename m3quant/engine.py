@@ -36,7 +36,7 @@ HOW_TO_GET = (
 )
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemoryError|No available memory for the cache blocks|Cannot allocate memory|DefaultCPUAllocator: can't allocate"
-    r"|less than desired GPU memory utilization|larger than the available KV cache memory",
+    r"|less than desired [CG]PU memory utilization|larger than the available KV cache memory",
     re.IGNORECASE,
 )
 _KERNEL = re.compile(

@@ -362,6 +362,8 @@ def main(request_path: str, response_path: str) -> int:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # GiB, read on a CPU only: room for the prompts, instead of vLLM's default of nearly all memory.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ |= {name: str(value) for name, value in (request.get("env") or {}).items()}
     reports = Path(response_path).resolve().parent / "weight-reports"
     reports.mkdir(exist_ok=True)

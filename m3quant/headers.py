@@ -30,13 +30,15 @@ class HeaderSource(Checkpoint):
         self.skipped_files: dict[str, str] = {}
         self.warnings: list[str] = []
 
-    def add(self, name: str, dtype: str, shape: tuple[int, ...], kind: str = PLAIN) -> None:
-        """A tensor, and for an FP8 kind its scale beside it."""
+    def add(
+        self, name: str, dtype: str, shape: tuple[int, ...], kind: str = PLAIN, scale_dtype: str | None = None
+    ) -> None:
+        """A tensor, and for an FP8 kind its scale beside it (in F32 or U8 unless told otherwise)."""
         self._put(name, dtype, shape)
         if kind == FP8_BLOCK:
-            self._put(f"{name}_scale_inv", "F32", (math.ceil(shape[0] / 128), math.ceil(shape[1] / 128)))
+            self._put(f"{name}_scale_inv", scale_dtype or "F32", (math.ceil(shape[0] / 128), math.ceil(shape[1] / 128)))
         elif kind == MXFP8:
-            self._put(f"{name}_scale_inv", "U8", (shape[0], shape[1] // 32))
+            self._put(f"{name}_scale_inv", scale_dtype or "U8", (shape[0], shape[1] // 32))
 
     def _put(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         self.tensors[name] = TensorInfo(name, dtype, shape, self.root, 0, DTYPE_BYTES[dtype] * math.prod(shape))

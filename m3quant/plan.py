@@ -171,6 +171,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     family = family_of(checkpoint.config, f"{checkpoint.root}/config.json")
     _check_roles(recipe, family)
     check_format(recipe)
+    if reason := family.refused_formats.get(recipe.format):
+        raise PlanError(f"format '{recipe.format}' cannot be served for {family.model_type}: {reason}.")
     tensors = source_tensors(checkpoint)
     notes = list(checkpoint.warnings) + check_complete(checkpoint, family, tensors)
     layers = family.num_layers(checkpoint.config)
@@ -226,7 +228,7 @@ def _plan_tensor(source: SourceTensor, role: Role, recipe: Recipe) -> PlannedTen
             return PlannedTensor(source, role, "copy", KEEP, reason, _as_stored(source))
         out = (OutputTensor(info.name, "BF16", info.shape),)
         return PlannedTensor(source, role, "dequantize", KEEP, f"{reason}; stored as {source.kind} in the source", out)
-    if scheme.block and recipe.format == "fp8" and source.kind == FP8_BLOCK_SOURCE and source.scale is not None:
+    if scheme.block and recipe.format == "fp8" and source.kind == FP8_BLOCK_SOURCE and source.scale and source.scale.dtype == "F32":
         return PlannedTensor(source, role, "copy", scheme, "already in this format", _as_stored(source))
     if len(info.shape) != 2:
         raise PlanError(

@@ -77,7 +77,8 @@ def check_role(role: str) -> str:
         return role
     if role in KEPT:
         raise RecipeError(f"role '{role}' cannot be given a scheme: {KEPT[role]}. Leave it out of the recipe.")
-    near = difflib.get_close_matches(role, QUANTIZABLE, n=1, cutoff=0.0)[0]
+    near = next((known for known in QUANTIZABLE if role and role in known), None)
+    near = near or difflib.get_close_matches(role, QUANTIZABLE, n=1, cutoff=0.0)[0]
     raise RecipeError(f"unknown role '{role}': did you mean '{near}'? Roles: {', '.join(QUANTIZABLE)}.")
 
 

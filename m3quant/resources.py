@@ -50,7 +50,6 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None) -> Resources
         working = largest * (workers + 1)
         return Resources(working, working if on_gpu else 0, plan.output_bytes + DISK_MARGIN, 0)
     layer = max(sum(_elements(t) * 2 for t in unit.tensors) for unit in plan.units if unit.layer is not None)
-    written = max(unit.bytes_out for unit in plan.units if unit.layer is not None)
     stream = hidden_state_bytes(plan, 2 if on_gpu else FLOAT32)
     # Two boundaries exist for a moment: the next is in place before the old one goes.
     boundary = 2 * 2 * stream
@@ -58,8 +57,9 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None) -> Resources
     streams = 4 * stream  # two streams, each with the layer's output beside its input
     if on_gpu:
         # layer weights, searched copies of a chunk of experts, streams and activations on the device; the next layer waits on the host
-        return Resources(layer + written + largest, 2 * layer + streams + largest, disk, boundary)
-    return Resources(2 * layer + written + streams + largest, 0, disk, boundary)
+        return Resources(2 * layer + largest, 2 * layer + streams + largest, disk, boundary)
+    # as stored and the next one read ahead, and the float32 copy that a CPU computes with (twice the bytes)
+    return Resources(4 * layer + streams + largest, 0, disk, boundary)
 
 
 def _elements(tensor: PlannedTensor) -> int:
@@ -72,7 +72,8 @@ def check_disk(plan: Plan, output: Path, need: Resources) -> None:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    present = sum(p.stat().st_size for p in output.glob("*.safetensors")) if output.exists() else 0
+    # Whatever an earlier run left is used or overwritten: finished and torn shards, hidden states.
+    present = sum(p.stat().st_size for p in output.rglob("*") if p.is_file()) if output.exists() else 0
     missing = need.disk - present - free
     if missing > 0:
         raise StoppedError(

@@ -18,7 +18,15 @@ from .index import INDEX_NAME
 from .listing import CONFIG_NAME
 from .reader import torch_dtype
 from .source import Checkpoint, Shard
-from .writer import ShardRecord, ShardWriter, json_bytes, sha256_file, sync_folder, write_bytes_atomic, write_json_atomic
+from .writer import (
+    ShardRecord,
+    ShardWriter,
+    json_bytes,
+    sha256_file,
+    sync_folder,
+    write_bytes_atomic,
+    write_json_atomic,
+)
 
 __all__ = [
     "CONFIG_NAME",

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..checkpoint import Checkpoint
+from ..errors import PlanError
 from ..families import family_of
 from ..headers import from_config
 from ..plan import Plan, bits_per_weight, make_plan, passed_through, role_table
@@ -42,12 +43,21 @@ def command(
         if not as_json:
             print_plan(plan)
         return
-    plans = [make_plan(checkpoint, load_recipe(checkpoint, name, None, (), None)) for name in recipe_names()]
+    plans, refused = [], {}
+    for name in recipe_names():
+        try:
+            plans.append(make_plan(checkpoint, load_recipe(checkpoint, name, None, (), None)))
+        except PlanError as error:
+            refused[name] = str(error)
+    if not plans:
+        raise PlanError(next(iter(refused.values())))
     if as_json:
-        click.echo(json.dumps({plan.recipe.name: plan_json(plan) for plan in plans}, indent=2))
+        click.echo(json.dumps({plan.recipe.name: plan_json(plan) for plan in plans} | refused, indent=2))
         return
     print_source(plans[0])
     print_overview(plans)
+    for name, reason in refused.items():
+        click.echo(f"{name}: {reason}")
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ SCHEMA = 1
 
 def finish(plan: Plan, output: Path, journal: Journal, extra: dict[str, Any]) -> dict[str, Any]:
     """Write everything beside the shards and return the manifest. config.json comes last: a folder that has one is complete."""
+    own = {INDEX_FILE: plan.index_bytes, RECIPE_FILE: plan.recipe.dump().encode(), "config.json": plan.config_bytes}
+    digests = {name: sha256(data).hexdigest() for name, data in own.items()}
     write_bytes_atomic(output / INDEX_FILE, plan.index_bytes)
     write_bytes_atomic(output / RECIPE_FILE, plan.recipe.dump().encode())
     for name in plan.copied_files:
         target = output / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes_atomic(target, plan.checkpoint.file_bytes(name))
-    manifest = make_manifest(plan, journal, extra)
+        data = plan.checkpoint.file_bytes(name)
+        write_bytes_atomic(target, data)
+        if target.suffix != ".md":  # cards are for people, and are rewritten when an output is published
+            digests[name] = sha256(data).hexdigest()
+    manifest = make_manifest(plan, journal, {"files": digests, **extra})
     write_json_atomic(output / MANIFEST, manifest)
     write_bytes_atomic(output / "config.json", plan.config_bytes)
     return manifest
@@ -44,7 +50,12 @@ def make_manifest(plan: Plan, journal: Journal, extra: dict[str, Any]) -> dict[s
             "revision": plan.checkpoint.revision,
             "bytes": sum(u.bytes_in for u in plan.units),
             "tensors": {
-                t.name: {"dtype": t.source.info.dtype, "shape": list(t.source.info.shape), "kind": t.source.kind}
+                t.name: {
+                    "dtype": t.source.info.dtype,
+                    "shape": list(t.source.info.shape),
+                    "kind": t.source.kind,
+                    **({"scale": t.source.scale.dtype} if t.source.scale else {}),
+                }
                 for t in plan.tensors
             },
         },

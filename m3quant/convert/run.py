@@ -122,6 +122,8 @@ def _finished(output: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise OutputError(f"{path} is damaged: remove {output} and start again.") from None
+    if not isinstance(manifest, dict):
+        raise OutputError(f"{path} is damaged: remove {output} and start again.")
     refuse_other_facts(output, manifest.get("job", {}), facts)
     for shard, written in manifest["shards"].items():
         path = output / shard

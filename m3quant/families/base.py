@@ -90,6 +90,7 @@ class Family(ABC):
     # `modules_to_not_convert` of the AutoAWQ format, which matches by substring, and what to add per kept role
     awq_ignored: tuple[str, ...]
     awq_substrings: Mapping[str, tuple[str, ...]]
+    refused_formats: Mapping[str, str]  # output format -> why engines cannot load this family in it, and what to use
     norm_one_plus: bool  # norms multiply by (1 + w) instead of w
     pair_fold: bool  # w3 -> w2 per expert is exact (plain SiLU GLU only)
     vllm_minimum: str  # first vLLM release that serves this family's quantized checkpoints correctly

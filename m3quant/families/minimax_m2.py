@@ -26,6 +26,7 @@ class MiniMaxM2(Family):
     fp8_ignored = ("gate", "e_score_correction_bias", "lm_head")
     awq_ignored = ("lm_head", "block_sparse_moe.gate", "mlp.gate")
     awq_substrings: Mapping[str, tuple[str, ...]] = {"routed_experts": (".experts",), "attention": ("self_attn",)}
+    refused_formats: Mapping[str, str] = {}
     norm_one_plus = False
     pair_fold = True
     vllm_minimum = "0.11.1"

@@ -45,6 +45,10 @@ class MiniMaxM3VL(Family):
         "dense_mlp": (".mlp.",),
         "attention": ("self_attn",),
     }
+    refused_formats: Mapping[str, str] = {
+        "fp8": "vLLM's M3 loader renames every weight_scale_inv to weight_scale and then skips it without a word, "
+        "because the fp8 layers have no such parameter; add --format compressed-tensors, which stores the same blocks",
+    }
     norm_one_plus = True
     pair_fold = False  # swigluoai clamps up and adds 1: scaling it does not commute (facts: relative error 0.54)
     vllm_minimum = "0.26.0"

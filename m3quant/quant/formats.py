@@ -59,9 +59,9 @@ def _resolve(
         found = f"{zero_point.dtype} {tuple(zero_point.shape)}"
         raise ValueError(f"zero point of {name} must be int8 {expected}, got {found}")
     scale = scale.float()
-    low, high = torch.aminmax(scale)
+    low, high = torch.aminmax(scale.abs() if scheme.kind == "int" and scheme.symmetric else scale)
     if not (float(low) > 0.0 and float(high) < float("inf")):  # NaN fails too
-        raise ValueError(f"scales of {name} must be positive and finite, got {float(low):g} to {float(high):g}")
+        raise ValueError(f"scales of {name} must be non-zero and finite, got magnitudes {float(low):g} to {float(high):g}")
     return integer.round_scale(scale, TORCH_DTYPES[scale_dtype(scheme, fmt)], name), zero_point
 
 

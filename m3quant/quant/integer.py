@@ -53,11 +53,14 @@ def int_range(scheme: Scheme) -> tuple[int, int]:
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype, name: str = "weight") -> Tensor:
-    """Positive float32 scales as `dtype` stores them, returned in float32.
+    """float32 scales as `dtype` stores them, returned in float32. The sign is kept and the magnitude rounded.
 
     BF16 and F16 round to nearest; an F16 subnormal rounds up, since down would clip by up to half the range.
     Raises CheckpointError where F16, the only dtype here with less range than the weights, would overflow or underflow.
     """
+    negative = scale < 0
+    if bool(negative.any()):
+        return torch.where(negative, -1.0, 1.0) * round_scale(scale.abs(), dtype, name)
     if dtype != torch.float16:
         return scale.to(dtype).float().clamp_min(_SCALE_FLOOR)
     low, high = (float(v) for v in torch.aminmax(scale))

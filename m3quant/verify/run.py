@@ -91,7 +91,7 @@ def verify(output: Path, source: str | None, say: Report) -> tuple[Verification,
     if sound:
         run(
             "values",
-            f"{tensors} tensors: finite, scales positive",
+            f"{tensors} tensors: finite, no zero scale",
             lambda: _each_unit(plan, lambda u: unit_stored_problems(plan, u, dense)),
         )
     if origin is not None and origin.local and sound:

@@ -32,6 +32,9 @@ def read_manifest(output: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise VerifyError(f"{path} is damaged: convert again.") from None
+    needed = ("source", "recipe", "shards", "files")
+    if not isinstance(manifest, dict) or any(key not in manifest for key in needed):
+        raise VerifyError(f"{path} lacks one of {', '.join(needed)}: it is damaged or of another version; convert again.")
     return manifest
 
 
@@ -41,7 +44,7 @@ def recorded_source(output: Checkpoint, manifest: Mapping[str, Any]) -> HeaderSo
     config = _source_config(output.config, {facts["kind"] for facts in recorded.values()})
     source = HeaderSource(output.root, config)
     for name, facts in recorded.items():
-        source.add(name, facts["dtype"], tuple(facts["shape"]), facts["kind"])
+        source.add(name, facts["dtype"], tuple(facts["shape"]), facts["kind"], facts.get("scale"))
     return source
 
 
@@ -109,7 +112,7 @@ def _config_problems(output: Checkpoint, plan: Plan, source: Checkpoint | None) 
 
 
 def hash_problems(output: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Shards whose bytes are not those that were written."""
+    """Shards, config, index, recipe and carried files whose bytes are not those that were written."""
     for shard, facts in manifest["shards"].items():
         path = output / shard
         if not path.exists():
@@ -118,6 +121,12 @@ def hash_problems(output: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"{shard} has {path.stat().st_size} bytes, {facts['size']} were written"
         elif sha256_file(path) != facts["sha256"]:
             yield f"{shard}: sha256 differs from the one recorded when it was written: the file was changed or damaged"
+    for name, digest in manifest["files"].items():
+        path = output / name
+        if not path.exists():
+            yield f"{name} is missing"
+        elif sha256_file(path) != digest:
+            yield f"{name}: sha256 differs from the one recorded when it was written: the file was edited or damaged"
 
 
 def check_same_kind(output: Checkpoint, source: Checkpoint) -> None:

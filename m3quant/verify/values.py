@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..calibration.folds import all_groups, expert_names
 from ..calibration.layers import layer_spec
-from ..plan import Plan, PlannedTensor, Unit
+from ..plan import PASSED_THROUGH, Plan, PlannedTensor, Unit
 from ..quant.formats import decompress
 from ..reading import ConvertedReader, SourceReader
 from ..schemes import Scheme
@@ -44,7 +44,7 @@ def floor_db(scheme: str) -> float:
 
 
 def stored_problems(name: str, tensor: Tensor) -> Iterator[str]:
-    """What is wrong with one stored tensor by itself: NaN, Inf, or a scale that is not positive."""
+    """What is wrong with one stored tensor by itself: NaN, Inf, or a zero scale."""
     if tensor.dtype == torch.float8_e4m3fn:
         # E4M3 has one NaN per sign and no infinity; a byte test reads half as much as a cast would write.
         if bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any()):
@@ -52,14 +52,14 @@ def stored_problems(name: str, tensor: Tensor) -> Iterator[str]:
     elif tensor.is_floating_point():
         if not bool(torch.isfinite(tensor).all()):
             yield f"tensor '{name}' holds NaN or Inf"
-        elif name.rpartition(".")[2] in _SCALE_LEAVES and not bool((tensor > 0).all()):
-            yield f"scale '{name}' holds a value that is not positive"
+        elif name.rpartition(".")[2] in _SCALE_LEAVES and bool((tensor == 0).any()):
+            yield f"scale '{name}' holds a zero"
 
 
 def unit_stored_problems(plan: Plan, unit: Unit, converted: ConvertedReader) -> Iterator[str]:
     """`stored_problems` of every tensor of a unit whose meaning is known."""
     for planned in unit.tensors:
-        if planned.role.kind in ("mtp", "unknown"):
+        if planned.role.kind in PASSED_THROUGH:
             continue
         names = [o.name for o in planned.outputs if o.name in converted.checkpoint.tensors]
         for name, tensor in converted.checkpoint.read_many(names).items():
@@ -70,7 +70,7 @@ def unit_errors(plan: Plan, unit: Unit, reader: SourceReader, converted: Convert
     """Error of every tensor of the unit that was quantized, dequantized or folded. Others must be equal byte for byte."""
     if unit.layer is None:
         for planned in unit.tensors:
-            yield _error(planned, _source(reader, planned), _stored(plan, converted, planned))
+            yield _plain_error(plan, planned, reader, converted)
         return
     prefix = plan.family.layer_prefix(unit.layer)
     by_name = {t.name.removeprefix(prefix): t for t in unit.tensors}
@@ -87,6 +87,9 @@ def unit_errors(plan: Plan, unit: Unit, reader: SourceReader, converted: Convert
         planned = by_name[name]
         if name in folded_norms:
             continue  # its change is what `columns` were read from; the readers prove it
+        if name not in columns and name not in rows and (planned.action == "copy" or name not in pairs):
+            yield _plain_error(plan, planned, reader, converted)
+            continue
         source, stored = _source(reader, planned).float(), _stored(plan, converted, planned).float()
         if name in columns:
             source = source * columns[name]
@@ -140,6 +143,23 @@ def _stored(plan: Plan, converted: ConvertedReader, planned: PlannedTensor) -> T
     return decompress(parts, planned.scheme, plan.recipe.format, planned.source.info.shape, name=planned.name)
 
 
+def _plain_error(plan: Plan, planned: PlannedTensor, reader: SourceReader, converted: ConvertedReader) -> TensorError:
+    """Error of a tensor that no fold touches. Copies are compared byte by byte: they may hold NaN or wide integers."""
+    if planned.action == "copy":
+        names = planned.source.names
+        before, after = reader.checkpoint.read_many(names), converted.checkpoint.read_many(names)
+        if all(same_bytes(before[name], after[name]) for name in names):
+            return TensorError(planned.name, _label(planned.scheme), math.inf)
+        if planned.role.kind in PASSED_THROUGH:
+            return TensorError(planned.name, _label(planned.scheme), -math.inf)
+    return _error(planned, _source(reader, planned), _stored(plan, converted, planned))
+
+
+def same_bytes(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of one dtype and shape have the same bytes; unlike ==, NaN equals itself here."""
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+
+
 def _error(planned: PlannedTensor, source: Tensor, stored: Tensor) -> TensorError:
     return TensorError(planned.name, _label(planned.scheme), sqnr_db(source, stored))
 
@@ -149,10 +169,12 @@ def _label(scheme: Scheme) -> str:
 
 
 def sqnr_db(source: Tensor, stored: Tensor) -> float:
-    """10 log10(sum source^2 / sum (source - stored)^2) in float64; inf where they are equal."""
+    """10 log10(sum source^2 / sum (source - stored)^2) in float64; inf where they are equal, -inf where one is not finite."""
     noise = float((source.double() - stored.double()).square().sum())
     if noise == 0:
         return math.inf
+    if not math.isfinite(noise):
+        return -math.inf
     signal = float(source.double().square().sum())
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 

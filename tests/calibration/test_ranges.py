@@ -32,7 +32,9 @@ def test_qparams_are_those_of_the_quant_package(name: str, scale_dtype: torch.dt
 
 
 def rounded_in_float64(group: torch.Tensor, factor: float, bits: int, symmetric: bool) -> torch.Tensor:
-    """One group [g] rounded by the formulas of quant.integer, written out for scalars."""
+    """One group [g] rounded by the formulas of quant.integer, written out for scalars; a negative factor turns the grid."""
+    if factor < 0:
+        return -rounded_in_float64(-group, -factor, bits, symmetric)
     low, high = min(float(group.min()), 0.0) * factor, max(float(group.max()), 0.0) * factor
     steps, least = 2**bits - 1, -(2 ** (bits - 1))
     wanted = max(-low, high) / (steps / 2) if symmetric else (high - low) / steps
@@ -52,12 +54,26 @@ def test_the_search_finds_what_brute_force_in_float64_finds(name: str) -> None:
         for group in range(128 // size):
             part = slice(group * size, (group + 1) * size)
             w, m = weight[row, part].double(), moment[part].double()
-            errors = [
-                float((m * (w - rounded_in_float64(w, f, scheme.bits, scheme.symmetric)).square()).sum())
-                for f in FACTORS
-            ]
-            chosen = errors[FACTORS.index(round(float(shrink[row, group]), 3))]
-            assert chosen <= min(errors) * (1 + 1e-4)
+            sign = -1.0 if scheme.symmetric and float(w.max()) > -float(w.min()) else 1.0
+            errors = {
+                f: float((m * (w - rounded_in_float64(w, f, scheme.bits, scheme.symmetric)).square()).sum())
+                for f in (1.0, *(round(sign * f, 3) for f in FACTORS))
+            }
+            assert errors[round(float(shrink[row, group]), 3)] <= min(errors.values()) * (1 + 1e-4)
+
+
+def test_a_negative_scale_puts_a_large_positive_weight_on_the_longer_side() -> None:
+    scheme, weight = parse_scheme("int4-g32"), normal(64, 128)
+    positive = search_range(weight, parse_scheme("int4-g32"), torch.ones(128), FACTORS)
+    turned = torch.where(positive < 0, 1.0, 0.0)
+    groups = weight.unflatten(-1, (-1, 32))
+    assert bool((groups.amax(-1) > -groups.amin(-1))[turned.bool()].all())
+    assert 0.2 < float(turned.mean()) < 0.6
+    error = (weight - fake_quantize(weight, scheme, positive)).square().sum()
+    unsigned = torch.stack(
+        [(weight - fake_quantize(weight, scheme, f)).square().unflatten(-1, (-1, 32)).sum(-1) for f in FACTORS]
+    )
+    assert float(error) < 0.95 * float(unsigned.amin(0).sum())
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -31,6 +31,11 @@ TIMES = ("finished", "seconds")
 REPORT_PAGE = "m3quant-report/report.html"
 
 
+def served_format(family: str, to: str, fmt: str | None) -> str | None:
+    """The format to ask for: vLLM loads the DeepSeek-style `fp8` for M2 only, so M3's blocks go to compressed-tensors."""
+    return "compressed-tensors" if family == "m3" and to == "fp8-block" else fmt
+
+
 class Silent:
     """A Progress that keeps what it was told."""
 
@@ -52,6 +57,21 @@ def make_source(folder: Path, family: str, seed: int = 0, **overrides: Any) -> P
     """A tiny checkpoint of `family` ("m2" or "m3") with few experts."""
     make = tiny.make_tiny_m2 if family == "m2" else tiny.make_tiny_m3
     return make(folder, seed, **{**SMALL[family], **overrides})
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """Put a tokenizer of one token per byte into a checkpoint folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
 
 
 def make_plan_of(

@@ -17,6 +17,7 @@ from convert.common import (
     make_source,
     rewrite,
     run_plan,
+    served_format,
     stored,
 )
 from convert.sources import quantized_source
@@ -101,7 +102,7 @@ VARIANTS = [
 def test_data_free_output_is_the_planned_one_to_the_byte(
     sources: dict[str, Path], tmp_path: Path, family: str, to: str, settings: tuple[str, ...], fmt: str | None
 ) -> None:
-    plan = make_plan_of(sources[family], to, settings, fmt, calibration="none")
+    plan = make_plan_of(sources[family], to, settings, served_format(family, to, fmt), calibration="none")
     check_accounted(plan)
     check_exact(plan, tmp_path / "out")
 
@@ -236,9 +237,7 @@ def test_a_size_that_does_not_divide_is_refused_with_the_tensor(
     ("fp8", ()), ("int4", ("routed_experts=int4-channel",)), ("int4", ("routed_experts=int8-g32",)),
     ("fp8-block", ("attention=keep",)),
 ])  # fmt: skip
-def test_odd_sizes_that_a_scheme_allows_are_written_right(
-    tmp_path: Path, to: str, settings: tuple[str, ...]
-) -> None:
+def test_odd_sizes_that_a_scheme_allows_are_written_right(tmp_path: Path, to: str, settings: tuple[str, ...]) -> None:
     """w1 and w3 have 224 rows, w2 224 columns: a ragged last block, one and three quarters of 128."""
     source = shaped(tmp_path, intermediate_size=224, vocab_size=501)
     plan = make_plan_of(source, to, settings)
@@ -255,7 +254,7 @@ def test_odd_sizes_that_a_scheme_allows_are_written_right(
 
 
 def test_every_planned_dtype_has_a_torch_dtype(sources: dict[str, Path]) -> None:
-    codes = {o.dtype for to in recipe_names() for t in make_plan_of(sources["m3"], to).tensors for o in t.outputs}
+    codes = {o.dtype for to in recipe_names() for t in make_plan_of(sources["m2"], to).tensors for o in t.outputs}
     assert codes <= TORCH_DTYPES.keys()
 
 

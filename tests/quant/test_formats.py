@@ -276,8 +276,8 @@ def test_parameters_that_do_not_fit_the_scheme_are_a_programming_error() -> None
         (asymmetric, scale, None, "needs a zero point"),
         (asymmetric, None, zero, "without its scale"),
         (symmetric, scale[:, :1], None, "has shape"),
-        (symmetric, scale * 0, None, "positive and finite"),
-        (symmetric, scale * float("nan"), None, "positive and finite"),
+        (symmetric, scale * 0, None, "non-zero and finite"),
+        (symmetric, scale * float("nan"), None, "non-zero and finite"),
         (asymmetric, scale, zero.int(), "must be int8"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -70,5 +70,7 @@ def from_config(path: Path) -> HeaderSource:
         quantized = kind != PLAIN and family.role(name).kind in fp8
         dtype = "F8_E4M3" if quantized else "F32" if expected.float32 else "BF16"
         source.add(name, dtype, expected.shape, kind if quantized else PLAIN)
-    source.warnings.append("planned from config.json alone: sizes are those of the weights the config promises, without other files")
+    source.warnings.append(
+        "planned from config.json alone: sizes are those of the weights the config promises, without other files"
+    )
     return source

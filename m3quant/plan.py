@@ -228,7 +228,13 @@ def _plan_tensor(source: SourceTensor, role: Role, recipe: Recipe) -> PlannedTen
             return PlannedTensor(source, role, "copy", KEEP, reason, _as_stored(source))
         out = (OutputTensor(info.name, "BF16", info.shape),)
         return PlannedTensor(source, role, "dequantize", KEEP, f"{reason}; stored as {source.kind} in the source", out)
-    if scheme.block and recipe.format == "fp8" and source.kind == FP8_BLOCK_SOURCE and source.scale and source.scale.dtype == "F32":
+    if (
+        scheme.block
+        and recipe.format == "fp8"
+        and source.kind == FP8_BLOCK_SOURCE
+        and source.scale
+        and source.scale.dtype == "F32"
+    ):
         return PlannedTensor(source, role, "copy", scheme, "already in this format", _as_stored(source))
     if len(info.shape) != 2:
         raise PlanError(

@@ -38,7 +38,9 @@ class CalibrationOptions(BaseModel):
 
     windows: int = Field(default=128, ge=1)
     window_length: int = Field(default=512, ge=16)
-    heldout_windows: int = Field(default=16, ge=0)  # more windows, never used for statistics: perplexity before and after
+    heldout_windows: int = Field(
+        default=16, ge=0
+    )  # more windows, never used for statistics: perplexity before and after
     min_expert_tokens: int = Field(default=32, ge=0)
     seed: int = 0
 
@@ -122,7 +124,9 @@ def build_recipe(document: Mapping[str, Any], *, settings: Iterable[str] = (), f
     """Validate `document` with `--set role=scheme` settings and a `--format` laid over it."""
     schemes = document.get("schemes") or {}
     if not isinstance(schemes, Mapping):
-        raise RecipeError(f"recipe key 'schemes' must map roles to schemes, for example routed_experts: int4-g128 (got {schemes!r}).")
+        raise RecipeError(
+            f"recipe key 'schemes' must map roles to schemes, for example routed_experts: int4-g128 (got {schemes!r})."
+        )
     merged = {**document, "schemes": dict(schemes)}
     for setting in settings:
         role, separator, scheme = setting.partition("=")

@@ -61,7 +61,9 @@ def _resolve(
     scale = scale.float()
     low, high = torch.aminmax(scale.abs() if scheme.kind == "int" and scheme.symmetric else scale)
     if not (float(low) > 0.0 and float(high) < float("inf")):  # NaN fails too
-        raise ValueError(f"scales of {name} must be non-zero and finite, got magnitudes {float(low):g} to {float(high):g}")
+        raise ValueError(
+            f"scales of {name} must be non-zero and finite, got magnitudes {float(low):g} to {float(high):g}"
+        )
     return integer.round_scale(scale, TORCH_DTYPES[scale_dtype(scheme, fmt)], name), zero_point
 
 

@@ -34,7 +34,9 @@ def read_manifest(output: Path) -> dict[str, Any]:
         raise VerifyError(f"{path} is damaged: convert again.") from None
     needed = ("source", "recipe", "shards", "files")
     if not isinstance(manifest, dict) or any(key not in manifest for key in needed):
-        raise VerifyError(f"{path} lacks one of {', '.join(needed)}: it is damaged or of another version; convert again.")
+        raise VerifyError(
+            f"{path} lacks one of {', '.join(needed)}: it is damaged or of another version; convert again."
+        )
     return manifest
 
 

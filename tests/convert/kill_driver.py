@@ -68,6 +68,8 @@ def in_child(work: Callable[[], Any]) -> int:
     child = os.fork()
     if child == 0:
         try:
+            # torch replaces the pool that a fork broke when it is next asked for, and not thread-safely: ask here, once
+            torch.set_num_threads(1)
             work()
             os._exit(0)
         except BaseException as error:

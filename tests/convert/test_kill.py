@@ -34,7 +34,7 @@ def drive(source: Path, folder: Path, recipe: str, stride: int) -> dict[str, Any
 
 
 # (family, recipe, every n-th plain write, least number of kill points)
-RUNS = [("m2", "int4", 2, 60), ("m3", "awq", 16, 70)]
+RUNS = [("m2", "int4", 1, 100), ("m3", "awq", 16, 70)]
 
 
 @pytest.mark.parametrize(("family", "recipe", "stride", "least"), RUNS, ids=["data-free", "calibrated"])

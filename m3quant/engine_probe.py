@@ -218,7 +218,8 @@ def engine_arguments(request: dict[str, Any], config: dict[str, Any]) -> dict[st
         "enable_prefix_caching": False,
         "dtype": request.get("dtype") or "auto",
         "max_model_len": request.get("max_model_len") or longest + 1,
-        "max_num_seqs": 8,
+        # One prompt at a time: vLLM 0.26 gives NaN for the second of two M3 prompts in one batch, unquantized ones too.
+        "max_num_seqs": 1,
         "tensor_parallel_size": request.get("tensor_parallel_size") or 1,
         "model_loader_extra_config": {"enable_weights_track": True},
     }

@@ -174,7 +174,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if reason := family.refused_formats.get(recipe.format):
         raise PlanError(f"format '{recipe.format}' cannot be served for {family.model_type}: {reason}.")
     tensors = source_tensors(checkpoint)
-    notes = list(checkpoint.warnings) + check_complete(checkpoint, family, tensors)
+    notes = [*checkpoint.warnings, *check_complete(checkpoint, family, tensors)]
+    notes += family.engine_notes(recipe.scheme("routed_experts"), recipe.format)
     layers = family.num_layers(checkpoint.config)
     by_unit: list[list[PlannedTensor]] = [[] for _ in range(layers + 1)]
     for name in sorted(tensors, key=_natural):

@@ -44,7 +44,9 @@ def main() -> None:
     for name in ("tiny-m2", "tiny-m3"):
         source = FIXTURES / name
         outputs = {recipe: demo / f"{name}-{recipe}" for recipe in RECIPES}
-        made = {recipe: m3quant("convert", source, output, *options(name, recipe)) for recipe, output in outputs.items()}
+        made = {
+            recipe: m3quant("convert", source, output, *options(name, recipe)) for recipe, output in outputs.items()
+        }
         for output in outputs.values():
             m3quant("verify", output, "--source", source)
         measured = m3quant("perplexity", source, *outputs.values(), "--data", HELDOUT, *WINDOWS)
@@ -53,7 +55,9 @@ def main() -> None:
         for label, size, quality in zip(("source", *RECIPES), sizes, measured, strict=True):
             before, after = measured[0]["perplexity"], quality["perplexity"]
             rows.append((name, label, f"{size / 1e6:.2f} MB", f"{after:.4f}", f"{after / before - 1:+.2%}"))
-    print(f"\nheld-out perplexity over {measured[0]['tokens']} tokens of {HELDOUT.relative_to(ROOT)}; every output verified\n")
+    print(
+        f"\nheld-out perplexity over {measured[0]['tokens']} tokens of {HELDOUT.relative_to(ROOT)}; every output verified\n"
+    )
     for row in (("model", "checkpoint", "size", "perplexity", "change"), *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, (8, 10, 10, 11, 8), strict=True)))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
+from ..schemes import Scheme
 
 # Roles a recipe may give a scheme to, in the order tables show them.
 QUANTIZABLE = ("routed_experts", "shared_experts", "dense_mlp", "attention", "indexer")
@@ -93,7 +94,6 @@ class Family(ABC):
     refused_formats: Mapping[str, str]  # output format -> why engines cannot load this family in it, and what to use
     norm_one_plus: bool  # norms multiply by (1 + w) instead of w
     pair_fold: bool  # w3 -> w2 per expert is exact (plain SiLU GLU only)
-    vllm_minimum: str  # first vLLM release that serves this family's quantized checkpoints correctly
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         return config
@@ -123,6 +123,10 @@ class Family(ABC):
     @abstractmethod
     def engine_names(self, module: str) -> tuple[str, ...]:
         """The on-disk module name and the name vLLM gives the module, where an exact list must hold both."""
+
+    def engine_notes(self, routed_experts: Scheme, fmt: str) -> tuple[str, ...]:
+        """What a person must know of engine releases before serving routed experts in this scheme."""
+        return ()
 
     @abstractmethod
     def optional_groups(self) -> tuple[str, ...]:

@@ -29,7 +29,6 @@ class MiniMaxM2(Family):
     refused_formats: Mapping[str, str] = {}
     norm_one_plus = False
     pair_fold = True
-    vllm_minimum = "0.11.1"
 
     def num_layers(self, config: Mapping[str, Any]) -> int:
         return int(need(config, "num_hidden_layers"))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..schemes import Scheme
 from .base import EngineModule, Expected, Family, KvGeometry, Role, need
 
 _LAYER = re.compile(r"language_model\.model\.layers\.(\d+)\.(.+)")
@@ -51,7 +52,6 @@ class MiniMaxM3VL(Family):
     }
     norm_one_plus = True
     pair_fold = False  # swigluoai clamps up and adds 1: scaling it does not commute (facts: relative error 0.54)
-    vllm_minimum = "0.26.0"
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         text = need(config, "text_config")
@@ -198,6 +198,14 @@ class MiniMaxM3VL(Family):
             return (module, f"vision_tower.{module}")
         # vLLM drops `mlp.` from the vision layers, but its name mapper misses entries without a trailing dot
         return tuple(dict.fromkeys((module, module.replace(".mlp.fc", ".fc"))))
+
+    def engine_notes(self, routed_experts: Scheme, fmt: str) -> tuple[str, ...]:
+        if routed_experts.kind == "fp8" and fmt == "compressed-tensors":
+            return (
+                "FP8 routed experts of M3 need a vLLM that hands swiglu_alpha and swiglu_beta to its FP8 experts: 0.32 does, "
+                "0.26 does not and answers with wrong numbers (docs/verify.md)",
+            )
+        return ()
 
     def optional_groups(self) -> tuple[str, ...]:
         return ("vision", "projector")

@@ -30,9 +30,13 @@ SHARDS = 4
 
 
 def command(*arguments: object) -> Any:
-    done = subprocess.run([sys.executable, "-m", "m3quant", *map(str, arguments), "--json"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "m3quant", *map(str, arguments), "--json"], capture_output=True, text=True
+    )
     if done.returncode:
-        raise SystemExit(f"m3quant {' '.join(map(str, arguments))}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
+        raise SystemExit(
+            f"m3quant {' '.join(map(str, arguments))}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
     return json.loads(done.stdout)
 
 
@@ -179,7 +183,11 @@ def main() -> None:
             output = work / f"wide-out-{release}-{recipe}"
             child = [sys.executable, __file__, str(answer), "--child", str(source), str(output), recipe]
             done = subprocess.run(child, capture_output=True, text=True)
-            row = json.loads(answer.read_text()) if done.returncode == 0 else {"recipe": recipe, "failed": done.stderr[-2000:]}
+            row = (
+                json.loads(answer.read_text())
+                if done.returncode == 0
+                else {"recipe": recipe, "failed": done.stderr[-2000:]}
+            )
             result["wide"].append({"release": release, **row})
             print(result["wide"][-1], flush=True)
             subprocess.run(["rm", "-rf", str(output), str(answer)], check=True)

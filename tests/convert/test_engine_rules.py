@@ -28,7 +28,9 @@ def problems(plan: Plan, qconfig: dict[str, Any]) -> list[str]:
 
 
 def test_the_deepseek_fp8_format_is_refused_for_m3(sources: dict[str, Path]) -> None:
-    with pytest.raises(PlanError, match=r"format 'fp8' cannot be served for minimax_m3_vl.*--format compressed-tensors"):
+    with pytest.raises(
+        PlanError, match=r"format 'fp8' cannot be served for minimax_m3_vl.*--format compressed-tensors"
+    ):
         make_plan_of(sources["m3"], "fp8-block")
     make_plan_of(sources["m2"], "fp8-block")
 

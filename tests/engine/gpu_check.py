@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -73,6 +74,10 @@ def check(
     }
     expected = reference["references"].get(folder.name)
     if expected and report.logprobs:
+        bad = sum(not math.isfinite(value) for prompt in report.logprobs for value in prompt)
+        if bad:
+            first = [next((t for t, v in enumerate(p) if not math.isfinite(v)), None) for p in report.logprobs]
+            return row | {"status": f"{bad} log-probs not finite, first at {first}"}
         row |= differences(report, expected, arguments.split)
     return row
 

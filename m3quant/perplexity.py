@@ -35,7 +35,7 @@ def text_windows(checkpoint: str | Path, data: Path, length: int, count: int | N
     """Non-overlapping windows [S, length] of the text's tokens, documents joined by a blank line, the remainder dropped."""
     tokenizer = load_tokenizer(checkpoint)
     text = "\n\n".join(render(document, tokenizer) for document in load_documents(str(data)))
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     available = ids.numel() // length
     if count is not None and available < count:
         raise CalibrationError(

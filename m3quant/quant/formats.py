@@ -124,6 +124,37 @@ def decompress(
 
     Raises CheckpointError where a tensor is missing, has another dtype or shape, or `weight_shape` says another size.
     """
+    codes, scale, zero_point = _unpack(tensors, scheme, fmt, shape, name)
+    return _values(codes, scheme, scale, zero_point)
+
+
+def code_errors(
+    weight: Tensor, tensors: dict[str, Tensor], scheme: Scheme, fmt: str, *, name: str = "weight"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How far `tensors` are from being a rounding of `weight` [N, K] to nearest under the scales that they hold.
+
+    Returns the stored codes and their distance from the right ones, int16 [N, K] in steps of the grid (for FP8, of the
+    ordered E4M3 values), and the magnitude of each scale relative to the min-max one of `weight`. Errors as `decompress`.
+    """
+    codes, scale, zero_point = _unpack(tensors, scheme, fmt, tuple(weight.shape), name)
+    found, right = (_ordered(c) for c in (codes, _codes(weight, scheme, scale, zero_point, name)))
+    full, _ = qparams(weight, scheme, fmt, name=name)
+    return found, (found - right).abs_(), scale.abs() / full
+
+
+def _ordered(codes: Tensor) -> Tensor:
+    """Codes as int16 that count steps: integers as they are, E4M3 by sign and magnitude."""
+    if codes.dtype == torch.int8:
+        return codes.to(torch.int16)
+    bits = codes.view(torch.uint8).to(torch.int16)
+    magnitude = bits & 0x7F
+    return torch.where(bits > 0x7F, -magnitude, magnitude)
+
+
+def _unpack(
+    tensors: dict[str, Tensor], scheme: Scheme, fmt: str, shape: tuple[int, ...], name: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(codes, float32 scale, zero point or None) in weight order."""
     for suffix, (code, dims) in stored_tensors(shape, scheme, fmt).items():
         tensor = tensors.get(suffix)
         if tensor is None:
@@ -134,23 +165,18 @@ def decompress(
                 f"{TORCH_DTYPES[code]} {list(dims)}; convert it again."
             )
     rows, columns = shape[-2:]
-    zero_point: Tensor | None = None
     if scheme.kind == "fp8":
-        scale = tensors["weight_scale" if fmt == COMPRESSED_TENSORS else "weight_scale_inv"]
-        codes = tensors["weight"]
-    elif fmt == AUTOAWQ:
+        return tensors["weight"], tensors["weight_scale" if fmt == COMPRESSED_TENSORS else "weight_scale_inv"], None
+    if fmt == AUTOAWQ:
         codes = packing.unpack_awq(tensors["qweight"]).transpose(-1, -2).contiguous()
-        zero_point = packing.unpack_awq(tensors["qzeros"]).transpose(-1, -2)
-        scale = tensors["scales"].transpose(-1, -2).float()
-    else:
-        recorded = tensors["weight_shape"]
-        if not bool((recorded == torch.tensor([rows, columns], device=recorded.device)).all()):
-            raise CheckpointError(f"{name}: 'weight_shape' says {recorded.tolist()}, the plan says {[rows, columns]}.")
-        codes = packing.unpack_rows(tensors["weight_packed"], scheme.bits, columns)
-        scale = tensors["weight_scale"].float()
-        if not scheme.symmetric:
-            zero_point = packing.unpack_columns(tensors["weight_zero_point"], scheme.bits, rows)
-    return _values(codes, scheme, scale, zero_point)
+        zeros = packing.unpack_awq(tensors["qzeros"]).transpose(-1, -2)
+        return codes, tensors["scales"].transpose(-1, -2).float(), zeros
+    recorded = tensors["weight_shape"]
+    if not bool((recorded == torch.tensor([rows, columns], device=recorded.device)).all()):
+        raise CheckpointError(f"{name}: 'weight_shape' says {recorded.tolist()}, the plan says {[rows, columns]}.")
+    codes = packing.unpack_rows(tensors["weight_packed"], scheme.bits, columns)
+    zero_point = None if scheme.symmetric else packing.unpack_columns(tensors["weight_zero_point"], scheme.bits, rows)
+    return codes, tensors["weight_scale"].float(), zero_point
 
 
 def round_trip(

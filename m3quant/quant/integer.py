@@ -139,7 +139,8 @@ def _round_in_place(work: Tensor, scale: Tensor, zero_point: Tensor | None, sche
 def quantize(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, *, name: str = "weight"
 ) -> Tensor:
-    """Signed codes int8 [..., N, K] of `weight` under a scale [..., N, G] (positive, used as given) and zero point.
+    """Signed codes int8 [..., N, K] of `weight` under a scale [..., N, G] (not zero, used as given; a
+    negative one turns a symmetric grid) and zero point.
 
     Ties round to even. Extra memory: one float32 copy of the weight. Raises CheckpointError on NaN or Inf.
     """

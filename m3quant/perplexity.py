@@ -12,7 +12,7 @@ from .calibration.corpus import load_documents, load_tokenizer, render
 from .calibration.stream import Source, nll
 from .checkpoint import Checkpoint
 from .convert.journal import MANIFEST
-from .convert.run import pick_device
+from .device import pick_device
 from .errors import CalibrationError
 from .families import family_of
 from .reading import ConvertedReader, SourceReader

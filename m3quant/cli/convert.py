@@ -78,7 +78,9 @@ def command(
 def _run(
     plan: Plan, dst: Path, device: str, corpus: str | None, strict_coverage: bool, spill: bool, as_json: bool
 ) -> None:
-    from ..convert.run import Settings, check_places, convert, pick_device
+    from ..convert.run import check_places, convert
+    from ..convert.settings import Settings
+    from ..device import pick_device
     from .progress import BytesProgress
 
     check_places(plan, dst)

@@ -31,7 +31,7 @@ from .stopping import StopFlag
 from .units import UnitWriter, convert_unit, store
 
 if TYPE_CHECKING:
-    from .run import Progress, Settings
+    from .settings import Progress, Settings
 
 
 def convert_calibrated(

@@ -4,64 +4,23 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 
 from .. import __version__
 from ..checkpoint import ShardRecord
-from ..errors import CheckpointError, OutputError, PlanError
+from ..device import pick_device
+from ..errors import CheckpointError, OutputError
 from ..plan import Plan, Unit
 from ..reading import SourceReader
 from ..resources import check_disk, resources
 from .finish import finish
 from .journal import MANIFEST, Journal, check_apart, check_output_folder, refuse_other_facts, remove_leftover
+from .settings import Progress, Settings
 from .stopping import stop_on_signals
 from .units import convert_unit
-
-if TYPE_CHECKING:
-    from ..calibration.corpus import Windows
-
-
-class Progress(Protocol):
-    """What a conversion tells of itself while it runs."""
-
-    def start(self, total_bytes: int, done_bytes: int) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def say(self, line: str) -> None: ...
-
-
-@dataclass
-class Settings:
-    """How to run, as opposed to what to make. windows is None for data-free recipes."""
-
-    device: str = "cpu"
-    windows: Windows | None = None
-    strict_coverage: bool = False
-    spill: bool = False  # keep hidden states on disk instead of memory
-    micro_batch_tokens: int = 16384
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device called `name`; "auto" is the first GPU where there is one. Raises PlanError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device: torch.device | None
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise PlanError(f"--device {name}: no such device; use cpu, cuda, cuda:1 or auto.")
-    if device.type == "cuda" and (device.index or 0) >= max(1, torch.cuda.device_count()):
-        raise PlanError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; use a number below that.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PlanError(f"--device {name}: this torch sees no GPU; use --device cpu, or install torch with CUDA.")
-    return device
 
 
 def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) -> dict[str, Any]:

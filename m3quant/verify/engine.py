@@ -11,7 +11,7 @@ import torch
 from ..calibration.corpus import load_documents, load_tokenizer, tokenize_windows
 from ..calibration.stream import nll
 from ..checkpoint import Checkpoint
-from ..convert.run import pick_device
+from ..device import pick_device
 from ..engine import EngineReport, run_engine
 from ..errors import CalibrationError
 from ..plan import Plan

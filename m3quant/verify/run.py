@@ -113,7 +113,6 @@ def _each_unit(plan: Plan, function: Callable[[Any], Any]) -> list[str]:
 def error_problems(plan: Plan, errors: dict[str, TensorError]) -> list[str]:
     """Sentences for tensors that are wrong, or that should be exact copies and are not."""
     problems = []
-    data_free = plan.recipe.calibration == "none"
     for planned in plan.tensors:
         error = errors.get(planned.name)
         if error is None:
@@ -122,8 +121,8 @@ def error_problems(plan: Plan, errors: dict[str, TensorError]) -> list[str]:
             problems.append(
                 f"tensor '{error.name}' ({error.scheme}) differs from the source: SQNR {error.sqnr_db:.1f} dB"
             )
-        elif planned.action == "copy" and error.sqnr_db != math.inf and (data_free or planned.role.layer is None):
-            problems.append(f"tensor '{error.name}' should be a byte-for-byte copy of the source's")
+        elif error.defect:
+            problems.append(f"tensor '{error.name}' ({error.scheme}) {error.defect}")
     return problems
 
 

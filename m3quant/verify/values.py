@@ -1,7 +1,10 @@
 """The checks that read weights: finite, non-zero scales, and each tensor's error against the source with folds undone.
 
 A calibrated output stores W * s where the norm before it stores gain / s (see calibration/folds.py). The scale that took
-effect is read back from the two norms, so a reader that was not compensated shows as a wrong tensor.
+effect is read back from the two norms, so that every reader is known exactly. What is kept must then equal the source
+bit for bit; every quantized code must be the source rounded to nearest under the stored scale, and every scale lie in
+the range that was searched. An uncompensated reader, a row in another's place or a wrong sign cannot hide in an average.
+M2's w3 -> w2 scales leave no record: they are estimated from w3, so those two are held to a looser bound.
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration.folds import all_groups, expert_names
+from ..calibration.folds import expert_names, fold_groups, scale_columns
 from ..calibration.layers import layer_spec
+from ..calibration.ranges import FACTORS
 from ..plan import PASSED_THROUGH, Plan, PlannedTensor, Unit
-from ..quant.formats import decompress
+from ..quant.formats import code_errors, decompress
 from ..reading import ConvertedReader, SourceReader
 from ..schemes import Scheme
 
@@ -24,15 +28,24 @@ from ..schemes import Scheme
 # 18-22 for INT4 groups (a clipped range less), 31 for FP8 E4M3, 42 for INT8, 50 for BF16 after a fold, 140 for float32.
 _FLOOR_DB = {"int4": 6.0, "int8": 25.0, "fp8": 20.0, "keep": 40.0}
 _SCALE_LEAVES = ("weight_scale", "weight_scale_inv", "scales")
+# Codes that another device may round to their neighbour, of all codes; none may be further off.
+_NEIGHBOURS = 1e-4
+# Relative error allowed to a w3 -> w2 scale estimated from rounded, range-searched rows (largest seen: see verify's tests).
+_PAIR_SLACK = 0.2
+_SCALE_ROUNDING = 0.01  # BF16 and F16 scales, compared as ratios
 
 
 @dataclass(frozen=True)
 class TensorError:
-    """Error of one stored weight against its source, folds undone. sqnr_db: 10 log10 of signal over noise energy."""
+    """Error of one stored weight against its source, folds undone. sqnr_db: 10 log10 of signal over noise energy.
+
+    defect: what no honest rounding explains, as the end of a sentence about the tensor; empty if nothing.
+    """
 
     name: str
     scheme: str
     sqnr_db: float
+    defect: str = ""
 
     @property
     def wrong(self) -> bool:
@@ -74,46 +87,68 @@ def unit_errors(plan: Plan, unit: Unit, reader: SourceReader, converted: Convert
         return
     prefix = plan.family.layer_prefix(unit.layer)
     by_name = {t.name.removeprefix(prefix): t for t in unit.tensors}
-    columns, folded_norms = _column_scales(plan, unit.layer, prefix, reader, converted)
-    pairs = (
-        {up: down for _, up, down in expert_names(layer_spec(plan.checkpoint.config, unit.layer))}
-        if plan.family.pair_fold
-        else {}
-    )
+    columns, norms = _column_scales(plan, unit, prefix, reader, converted)
+    pairs = _pairs(plan, unit.layer)
     rows: dict[str, Tensor] = {}  # down-projection -> the scale its up-projection's rows were divided by
-    for name in sorted(
-        by_name, key=lambda n: n in set(pairs.values())
-    ):  # every up-projection before its down-projection
+    downs = set(pairs.values())
+    for name in sorted(by_name, key=lambda n: n in downs):  # every up-projection before its down-projection
         planned = by_name[name]
-        if name in folded_norms:
-            continue  # its change is what `columns` were read from; the readers prove it
+        if name in norms:
+            yield norms[name]
+            continue
         if name not in columns and name not in rows and (planned.action == "copy" or name not in pairs):
             yield _plain_error(plan, planned, reader, converted)
             continue
-        source, stored = _source(reader, planned).float(), _stored(plan, converted, planned).float()
+        source, parts = reader.read(planned.name), _parts(converted, planned)
+        if not planned.scheme.quantizes:
+            yield _kept_error(planned, source, columns[name], parts[planned.name])
+            continue
+        folded = source.float()
         if name in columns:
-            source = source * columns[name]
-        if name in pairs and planned.scheme.kind == "int":
-            rows[pairs[name]] = scale = row_scale(source, stored)
-            source = source / scale[:, None]
-        elif name in rows:
-            source = source * rows[name]
-        yield _error(planned, source, stored)
+            folded = folded * columns[name]
+        paired = name in rows or (name in pairs and planned.scheme.kind == "int")
+        if name in rows:
+            folded = folded * rows[name]
+        elif paired:
+            stored = decompress(parts, planned.scheme, plan.recipe.format, tuple(source.shape), name=planned.name)
+            rows[pairs[name]] = scale = row_scale(folded, stored)
+            folded = folded / scale[:, None]
+        yield _quantized_error(plan, planned, folded, parts, paired)
+
+
+def _searched(plan: Plan) -> bool:
+    """Whether this conversion may have folded scales."""
+    return plan.recipe.calibration == "awq" and plan.recipe.awq.smooth
+
+
+def _pairs(plan: Plan, layer: int) -> dict[str, str]:
+    """Relative up-projection -> down-projection of every expert, where this conversion may have folded the two."""
+    if not (plan.family.pair_fold and _searched(plan)):
+        return {}
+    return {up: down for _, up, down in expert_names(layer_spec(plan.checkpoint.config, layer))}
 
 
 def _column_scales(
-    plan: Plan, layer: int, prefix: str, reader: SourceReader, converted: ConvertedReader
-) -> tuple[dict[str, Tensor], set[str]]:
-    """Relative reader name -> the scale [K] its columns were multiplied by, and the norms that were folded."""
+    plan: Plan, unit: Unit, prefix: str, reader: SourceReader, converted: ConvertedReader
+) -> tuple[dict[str, Tensor], dict[str, TensorError]]:
+    """Relative reader name -> the scale [K] its columns were multiplied by, and the norms that were folded.
+
+    A folded norm has no error of its own, because its readers prove it, unless it lost or gained a zero.
+    """
     columns: dict[str, Tensor] = {}
-    norms: set[str] = set()
+    norms: dict[str, TensorError] = {}
+    if not _searched(plan) or unit.layer is None:
+        return columns, norms
     one_plus = 1.0 if plan.family.norm_one_plus else 0.0
-    for group in all_groups(layer_spec(plan.checkpoint.config, layer)):
-        before = reader.read(prefix + group.norm).double() + one_plus
-        after = converted.read_many([prefix + group.norm])[prefix + group.norm].double() + one_plus
+    schemes = {t.name.removeprefix(prefix): t.scheme for t in unit.tensors}
+    for group in fold_groups(layer_spec(plan.checkpoint.config, unit.layer), schemes):
+        name = prefix + group.norm
+        before, after = (r.read_many([name])[name].double() + one_plus for r in (reader, converted))
         if torch.equal(before, after):
             continue
-        norms.add(group.norm)
+        lost = int(((before == 0) != (after == 0)).sum())
+        defect = f"is zero in {lost} channels where the source is not, or the reverse: no reader can undo that"
+        norms[group.norm] = TensorError(name, "keep", -math.inf if lost else math.inf, defect if lost else "")
         scale = torch.where((after != 0) & (before != 0), before / after, torch.ones_like(before)).float()
         columns.update(dict.fromkeys((*group.readers, *group.compensated), scale))
     return columns, norms
@@ -131,16 +166,12 @@ def row_scale(source: Tensor, stored: Tensor) -> Tensor:
     ).float()
 
 
-def _source(reader: SourceReader, planned: PlannedTensor) -> Tensor:
-    return reader.read(planned.name)
-
-
-def _stored(plan: Plan, converted: ConvertedReader, planned: PlannedTensor) -> Tensor:
+def _parts(converted: ConvertedReader, planned: PlannedTensor) -> dict[str, Tensor]:
+    """Stored tensors by suffix; under its own name where the tensor is kept."""
     raw = converted.checkpoint.read_many([o.name for o in planned.outputs])
     if not planned.scheme.quantizes:
-        return raw[planned.name]
-    parts = {name.removeprefix(f"{planned.module}."): tensor for name, tensor in raw.items()}
-    return decompress(parts, planned.scheme, plan.recipe.format, planned.source.info.shape, name=planned.name)
+        return raw
+    return {name.removeprefix(f"{planned.module}."): tensor for name, tensor in raw.items()}
 
 
 def _plain_error(plan: Plan, planned: PlannedTensor, reader: SourceReader, converted: ConvertedReader) -> TensorError:
@@ -150,18 +181,52 @@ def _plain_error(plan: Plan, planned: PlannedTensor, reader: SourceReader, conve
         before, after = reader.checkpoint.read_many(names), converted.checkpoint.read_many(names)
         if all(same_bytes(before[name], after[name]) for name in names):
             return TensorError(planned.name, _label(planned.scheme), math.inf)
-        if planned.role.kind in PASSED_THROUGH:
-            return TensorError(planned.name, _label(planned.scheme), -math.inf)
-    return _error(planned, _source(reader, planned), _stored(plan, converted, planned))
+        error = -math.inf
+        if planned.source.scale is None and planned.role.kind not in PASSED_THROUGH:
+            error = sqnr_db(before[planned.name], after[planned.name])
+        return TensorError(
+            planned.name, _label(planned.scheme), error, "should be a byte-for-byte copy of the source's"
+        )
+    source, parts = reader.read(planned.name), _parts(converted, planned)
+    if planned.scheme.quantizes:
+        return _quantized_error(plan, planned, source, parts, paired=False)
+    same = same_bytes(source, parts[planned.name])
+    defect = "" if same else "should hold the source's values in BF16, bit for bit"
+    return TensorError(planned.name, _label(planned.scheme), sqnr_db(source, parts[planned.name]), defect)
+
+
+def _kept_error(planned: PlannedTensor, source: Tensor, column: Tensor, stored: Tensor) -> TensorError:
+    """Error of an unquantized reader of a folded norm: the source times the fold, rounded once to its own dtype."""
+    same = same_bytes(scale_columns(source, column), stored)
+    defect = "" if same else "is not the source's weight times the scale that its norm was divided by"
+    return TensorError(planned.name, _label(planned.scheme), sqnr_db(source.float() * column, stored), defect)
+
+
+def _quantized_error(
+    plan: Plan, planned: PlannedTensor, folded: Tensor, parts: Mapping[str, Tensor], paired: bool
+) -> TensorError:
+    """Error of a quantized weight whose unrounded values are `folded` [N, K], known only within _PAIR_SLACK if `paired`."""
+    scheme, fmt, name = planned.scheme, plan.recipe.format, planned.name
+    stored = decompress(dict(parts), scheme, fmt, tuple(folded.shape), name=name)
+    codes, steps, ratio = code_errors(folded, dict(parts), scheme, fmt, name=name)
+    allowed = 1 + (codes.abs() * _PAIR_SLACK).round() if paired else 1
+    far, near = int((steps > allowed).sum()), int((steps > 0).sum())
+    low = high = 1.0
+    if plan.recipe.calibration == "awq" and plan.recipe.awq.range_search and scheme.kind == "int":
+        low, high = min(FACTORS), max(FACTORS)
+    slack = 1 + _SCALE_ROUNDING + (_PAIR_SLACK if paired else 0)
+    outside = int(((ratio < low / slack) | (ratio > high * slack)).sum())
+    defect = ""
+    if far or (near > _NEIGHBOURS * steps.numel() and not paired):
+        defect = f"has {far or near} codes that are not the source's values rounded under its scales"
+    elif outside:
+        defect = f"has {outside} scales that no range of the source's values explains"
+    return TensorError(name, _label(scheme), sqnr_db(folded, stored), defect)
 
 
 def same_bytes(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of one dtype and shape have the same bytes; unlike ==, NaN equals itself here."""
     return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
-
-
-def _error(planned: PlannedTensor, source: Tensor, stored: Tensor) -> TensorError:
-    return TensorError(planned.name, _label(planned.scheme), sqnr_db(source, stored))
 
 
 def _label(scheme: Scheme) -> str:

@@ -99,7 +99,8 @@ def wide_run(source: Path, output: Path, recipe_name: str) -> dict[str, Any]:
     """Convert in this process (a child), and report seconds and peaks."""
     from m3quant.calibration.corpus import Windows
     from m3quant.checkpoint import Checkpoint
-    from m3quant.convert.run import Settings, convert
+    from m3quant.convert.run import convert
+    from m3quant.convert.settings import Settings
     from m3quant.plan import make_plan
     from m3quant.recipe import build_recipe, named_recipe
     from m3quant.resources import resources

@@ -54,7 +54,9 @@ def test_folds_of_a_trained_model_are_exact(name: str, monkeypatch: pytest.Monke
     error = relative(logits_after, logits)
     chosen = sum(int((a != b).any(-1).sum()) for a, b in zip(experts, experts_after, strict=True))
     moved = sum(int((a != b).any(-1).sum()) for a, b in zip(blocks, blocks_after, strict=True))
-    print(f"\n{name}: logits change by {error:.2e}; {chosen} router and {moved} block selections change in {TOKENS} tokens")
+    print(
+        f"\n{name}: logits change by {error:.2e}; {chosen} router and {moved} block selections change in {TOKENS} tokens"
+    )
     assert len(blocks) == (2 if name == "tiny-m3" else 0)
     assert error < 1e-5
     assert chosen == 0 and moved == 0

@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 from m3quant.calibration.corpus import Windows
 from m3quant.checkpoint import Checkpoint
-from m3quant.convert.run import Settings, convert
+from m3quant.convert.run import convert
+from m3quant.convert.settings import Settings
 from m3quant.plan import Plan, make_plan
 from m3quant.recipe import build_recipe, named_recipe
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from m3quant.calibration.stream import nll
-from m3quant.convert.run import pick_device
+from m3quant.device import pick_device
 from m3quant.perplexity import open_dense, text_windows
 
 PROMPTS = 2

@@ -37,6 +37,6 @@ class VerifyError(M3QuantError):
 
 
 class StoppedError(M3QuantError):
-    """The run stopped early but intact (full disk): the same command continues it."""
+    """The run stopped early but intact (full disk or GPU): the same command continues it."""
 
     exit_code = 4

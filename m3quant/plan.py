@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -119,8 +119,7 @@ class Plan:
     @cached_property
     def config_bytes(self) -> bytes:
         """config.json of the output: the source's own, with quantization_config set (or taken out) and nothing else changed."""
-        config = dict(self.checkpoint.config)
-        config.pop("quantization_config", None)
+        config = unquantized(self.checkpoint.config)
         if self.quantization:
             config["quantization_config"] = self.quantization
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -159,6 +158,15 @@ class Plan:
         ):
             digest.update(part.encode() + b"\0")
         return digest.hexdigest()
+
+
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without quantization_config, at the top or in text_config (`source_kind` reads either)."""
+    out = {key: value for key, value in config.items() if key != "quantization_config"}
+    text = out.get("text_config")
+    if isinstance(text, Mapping) and "quantization_config" in text:
+        out["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+    return out
 
 
 def nbytes(tensor: OutputTensor) -> int:

@@ -34,7 +34,12 @@ class SourceReader:
         """Dense tensors by name, read shard by shard in file order. Raises CheckpointError on NaN/Inf in an FP8 weight."""
         wanted = {name: self.tensors[name] for name in names}
         raw = self.checkpoint.read_many([n for source in wanted.values() for n in source.names])
-        return {name: densify(source, raw) for name, source in wanted.items()}
+        dense = {}
+        for name, source in wanted.items():
+            dense[name] = densify(source, raw)
+            for part in source.names:  # so that an FP8 layer is not in memory twice, as stored and dense
+                del raw[part]
+        return dense
 
     def read(self, name: str) -> Tensor:
         return self.read_many([name])[name]

@@ -1,6 +1,7 @@
 """What a conversion needs: host memory, device memory, disk. Predicted from the plan before anything is read.
 
-Estimates are upper bounds of what m3quant itself holds; the interpreter with torch adds about 0.5 GB of host memory.
+Estimates are upper bounds of what m3quant itself holds; the interpreter with torch adds about 0.5 GB of host memory,
+2.5 GB once CUDA is initialised.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ def hidden_state_bytes(plan: Plan, element_bytes: int) -> int:
     return (data.windows + data.heldout_windows) * data.window_length * int(text["hidden_size"]) * element_bytes
 
 
-def resources(plan: Plan, on_gpu: bool, workers: int | None = None) -> Resources:
-    """Peak memory and disk of converting `plan` on a GPU (bfloat16 streams) or on the CPU (float32 streams)."""
+def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool = False) -> Resources:
+    """Peak memory and disk of converting `plan` on a GPU (bfloat16 streams) or on the CPU (float32 streams).
+
+    spill: both streams lie on the disk too, beside the boundaries.
+    """
     workers = workers or min(8, os.cpu_count() or 1)
     largest = max(
         t.source.stored_bytes + _elements(t) * FLOAT32 * (WORK_COPIES if t.action == "quantize" else 0)
@@ -53,7 +57,7 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None) -> Resources
     stream = hidden_state_bytes(plan, 2 if on_gpu else FLOAT32)
     # Two boundaries exist for a moment: the next is in place before the old one goes.
     boundary = 2 * 2 * stream
-    disk = plan.output_bytes + boundary + DISK_MARGIN
+    disk = plan.output_bytes + boundary + (2 * stream if spill else 0) + DISK_MARGIN
     streams = 4 * stream  # two streams, each with the layer's output beside its input
     if on_gpu:
         # layer weights, searched copies of a chunk of experts, streams and activations on the device; the next layer waits on the host

@@ -46,11 +46,6 @@ class SourceTensor:
     def stored_bytes(self) -> int:
         return self.info.nbytes + (self.scale.nbytes if self.scale else 0)
 
-    @property
-    def dense_dtype(self) -> str:
-        """dtype once dequantized: the stored one, or BF16 for a weight that was FP8."""
-        return self.info.dtype if self.kind == PLAIN else "BF16"
-
 
 def source_kind(config: Mapping[str, Any], where: str) -> str:
     """What config.json says of the source. Raises CheckpointError for a checkpoint that is already quantized otherwise."""

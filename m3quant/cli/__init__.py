@@ -44,7 +44,7 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """MiniMax M3 and M2.x weights to FP8 and AWQ INT4 checkpoints that engines load as they are.
 
-    Exit codes: 0 done, 1 a check failed, 2 bad input, 4 stopped by a full disk (the same command continues),
+    Exit codes: 0 done, 1 a check failed, 2 bad input, 4 stopped by a full disk or GPU (the same command continues),
     130 and 143 stopped by SIGINT and SIGTERM (the same command continues).
     """
 

@@ -89,6 +89,8 @@ def _run(
     if plan.recipe.calibration != "none":
         settings.windows = calibration_windows(plan, corpus)
     with BytesProgress(plan.recipe.name) as progress:
+        for note in settings.windows.notes if settings.windows else ():
+            progress.say(f"note: {note}")
         manifest = convert(plan, dst, settings, progress)
     if as_json:
         click.echo(json.dumps({"output": str(dst), **manifest}, indent=2))

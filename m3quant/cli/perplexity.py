@@ -19,8 +19,10 @@ from ..errors import CalibrationError
     type=click.Path(path_type=Path),
     help="Text to predict: .txt, .jsonl, .parquet or a folder of them.",
 )
-@click.option("--window-length", default=512, show_default=True, help="Tokens in a window.")
-@click.option("--windows", default=None, type=int, help="Use only the first windows [all that the text fills].")
+@click.option("--window-length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a window.")
+@click.option(
+    "--windows", default=None, type=click.IntRange(min=1), help="Use only the first windows [all that the text fills]."
+)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(

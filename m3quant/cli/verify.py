@@ -24,8 +24,30 @@ from ..verify.values import worst
     metavar="PATH",
     help="Python of the environment that holds vLLM [M3QUANT_ENGINE_PYTHON, or this one].",
 )
+@click.option(
+    "--engine-timeout",
+    type=click.FloatRange(min=1),
+    default=3600.0,
+    show_default=True,
+    help="Seconds for vLLM to load and answer.",
+)
+@click.option(
+    "--tensor-parallel-size",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="GPUs that vLLM loads it on.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(dst: Path, source: str | None, engine: bool, engine_python: str | None, as_json: bool) -> None:
+def command(
+    dst: Path,
+    source: str | None,
+    engine: bool,
+    engine_python: str | None,
+    engine_timeout: float,
+    tensor_parallel_size: int,
+    as_json: bool,
+) -> None:
     """Check the converted folder DST. Exit code 0 only if every check holds."""
     require_converted(dst)
 
@@ -36,7 +58,9 @@ def command(dst: Path, source: str | None, engine: bool, engine_python: str | No
     if engine and result.holds:
         from ..verify.engine import engine_check
 
-        check, result.engine = engine_check(dst, plan, engine_python, say)
+        check, result.engine = engine_check(
+            dst, plan, engine_python, say, timeout_s=engine_timeout, tensor_parallel_size=tensor_parallel_size
+        )
         result.checks.append(check)
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))

@@ -12,7 +12,7 @@ import torch
 from .. import __version__
 from ..checkpoint import ShardRecord
 from ..device import pick_device
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError, OutputError, StoppedError
 from ..plan import Plan, Unit
 from ..reading import SourceReader
 from ..resources import check_disk, resources
@@ -35,13 +35,18 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
         remove_leftover(output)
         progress.say(f"{output} is already complete")
         return done
-    check_disk(plan, output, resources(plan, device.type == "cuda"))
+    check_disk(plan, output, resources(plan, device.type == "cuda", spill=settings.spill))
     journal = Journal.begin(output, facts)
     try:
         if (done := _finished(output, facts)) is not None:  # by another process, while this one waited to begin
             journal.remove()
             return done
         return _convert(plan, output, settings, device, journal, facts, progress)
+    except torch.OutOfMemoryError as error:
+        raise StoppedError(
+            f"{device} has too little free memory ({str(error).split('. ')[0]}); finished shards are kept: free memory on it, "
+            "or keep hidden states on the disk with --spill, and run the same command again."
+        ) from None
     finally:
         journal.release()
 

@@ -140,9 +140,3 @@ def need(config: Mapping[str, Any], key: str, where: str = "config.json") -> Any
             f"{where} has no '{key}': copy the original config.json of the release beside the weights."
         )
     return config[key]
-
-
-def split_module(name: str) -> tuple[str, str]:
-    """'a.b.weight' -> ('a.b', 'weight')."""
-    module, _, leaf = name.rpartition(".")
-    return module, leaf

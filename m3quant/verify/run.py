@@ -103,6 +103,8 @@ def verify(output: Path, source: str | None, say: Report) -> tuple[Verification,
             return error_problems(plan, errors)
 
         run("against the source", f"every tensor of {origin.root}, folds undone", compare)
+    elif origin is not None and not origin.local:
+        say(f"{origin.root} is on the Hub: only its headers were compared; download it to compare the weights")
     return Verification(str(output), checks, errors), plan
 
 
@@ -111,7 +113,7 @@ def _each_unit(plan: Plan, function: Callable[[Any], Any]) -> list[str]:
 
 
 def error_problems(plan: Plan, errors: dict[str, TensorError]) -> list[str]:
-    """Sentences for tensors that are wrong, or that should be exact copies and are not."""
+    """Sentences for tensors that are wrong: too far from the source, or off it in a way that no rounding explains."""
     problems = []
     for planned in plan.tensors:
         error = errors.get(planned.name)
@@ -122,7 +124,7 @@ def error_problems(plan: Plan, errors: dict[str, TensorError]) -> list[str]:
                 f"tensor '{error.name}' ({error.scheme}) differs from the source: SQNR {error.sqnr_db:.1f} dB"
             )
         elif error.defect:
-            problems.append(f"tensor '{error.name}' ({error.scheme}) {error.defect}")
+            problems.append(f"tensor '{error.name}' {error.defect}")
     return problems
 
 

@@ -14,7 +14,7 @@ from ..convert.journal import FOLDER, MANIFEST
 from ..engine_config import engine_problems
 from ..errors import CheckpointError, M3QuantError, VerifyError
 from ..headers import HeaderSource
-from ..plan import RECIPE_FILE, Plan, make_plan
+from ..plan import RECIPE_FILE, Plan, make_plan, unquantized
 from ..recipe import Recipe, build_recipe
 from ..source import FP8_BLOCK, PLAIN, source_kind
 
@@ -52,7 +52,7 @@ def recorded_source(output: Checkpoint, manifest: Mapping[str, Any]) -> HeaderSo
 
 def _source_config(config: Mapping[str, Any], kinds: set[str]) -> dict[str, Any]:
     """The source's config.json: the output's, with the source's own quantization in place of ours."""
-    source = {key: value for key, value in config.items() if key != "quantization_config"}
+    source = unquantized(config)
     quantized = kinds - {PLAIN}
     if quantized:
         source["quantization_config"] = {"quant_method": "fp8" if FP8_BLOCK in quantized else "mxfp8"}
@@ -107,8 +107,7 @@ def _config_problems(output: Checkpoint, plan: Plan, source: Checkpoint | None) 
         for problem in engine_problems(plan.family, output.config, written, plan.modules):
             yield f"config.json: {problem}"
     if source is not None:
-        theirs = {k: v for k, v in source.config.items() if k != "quantization_config"}
-        ours = {k: v for k, v in output.config.items() if k != "quantization_config"}
+        theirs, ours = unquantized(source.config), unquantized(output.config)
         if changed := sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k)):
             yield f"config.json differs from the source's in {', '.join(changed)}: only quantization_config may"
 

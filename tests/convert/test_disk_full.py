@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from convert.common import files, make_plan_of, make_source, run_plan, same_output
 from convert.kill_driver import OTHERS, WRITES, Counter
 
 from m3quant.convert import run as run_module
 from m3quant.errors import StoppedError
 from m3quant.plan import Plan
-from m3quant.resources import check_disk, resources
+from m3quant.resources import check_disk, hidden_state_bytes, resources
 
 CAN_FILL = ("write", "pwritev", "fsync", "posix_fallocate")
 
@@ -104,6 +105,29 @@ def test_too_little_disk_is_refused_before_anything_is_written(tmp_path: Path, m
     assert not (tmp_path / "deep").exists()
     usage("m3quant.resources.shutil.disk_usage", lambda folder: Usage(need * 2, need, need))
     run_plan(plan, tmp_path / "deep" / "out")
+
+
+def test_spilled_streams_are_part_of_the_disk_that_is_needed(tmp_path: Path) -> None:
+    plan = make_plan_of(make_source(tmp_path / "src", "m3"), "awq")
+    streams = 2 * hidden_state_bytes(plan, 4)
+    assert resources(plan, on_gpu=False, spill=True).disk == resources(plan, on_gpu=False).disk + streams > streams
+
+
+def test_a_full_gpu_is_a_resumable_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan_of(make_source(tmp_path / "src", "m2"), "int4")
+
+    def exhausted(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "convert_unit", exhausted)
+        with pytest.raises(StoppedError, match=r"CUDA out of memory.*--spill.*run the same command again") as stopped:
+            run_plan(plan, tmp_path / "out")
+    assert stopped.value.exit_code == 4
+    run_plan(plan, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_a_finished_output_needs_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

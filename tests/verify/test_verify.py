@@ -127,6 +127,22 @@ def test_outputs_of_quantized_sources_pass(
         assert status == 0, said
 
 
+def test_a_source_that_names_its_quantization_inside_text_config(made: dict[str, Path], tmp_path: Path) -> None:
+    """The output must not carry the source's own quantization there: an engine might believe it."""
+    source, _ = quantized_source(made["m3"], tmp_path, "mxfp8", scales_apart=False)
+
+    def move(config: dict[str, Any]) -> None:
+        config["text_config"]["quantization_config"] = config.pop("quantization_config")
+
+    edit_json(source / "config.json", move)
+    run_convert(source, tmp_path / "out", "int4")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert "quantization_config" not in config["text_config"]
+    for status, said in (check(tmp_path / "out", source), check(tmp_path / "out")):
+        assert status == 0, said
+
+
 def test_passed_through_tensors_pass_whatever_they_hold_and_fail_when_changed(
     made: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -266,12 +282,12 @@ def test_a_norm_put_back(made: dict[str, Path], tmp_path: Path, family: str) -> 
 
 
 def test_a_norm_replaced(made: dict[str, Path], tmp_path: Path) -> None:
-    for which in ("m2-awq", "m2-int4"):
+    for which, name in (("m2-awq", "block_sparse_moe."), ("m2-int4", "post_attention_layernorm.weight")):
         bad = tamper(
             made[which], tmp_path / which, set_values(f"{M2}post_attention_layernorm.weight", 0.1, slice(0, 128))
         )
         status, said = check(bad, made["m2"])
-        assert status == 1 and f"{M2}block_sparse_moe." in said, said
+        assert status == 1 and f"tensor '{M2}{name}" in said, said
 
 
 def test_a_down_projection_that_was_not_compensated(made: dict[str, Path], tmp_path: Path) -> None:
@@ -284,6 +300,70 @@ def test_a_down_projection_that_was_not_compensated(made: dict[str, Path], tmp_p
 
     status, said = check(tamper(made["m2-awq"], tmp_path / "bad", change), made["m2"])
     assert status == 1 and f"tensor '{M2}block_sparse_moe.experts.1.w2.weight' (int4-g128) differs" in said, said
+
+
+def each(name: str, change: Callable[[torch.Tensor], torch.Tensor], *suffixes: str) -> Callable[[Tensors], None]:
+    """Put `change` of them in place of the tensors `name` + suffix."""
+
+    def apply(tensors: Tensors) -> None:
+        for full in (name + suffix for suffix in suffixes or ("",)):
+            if full in tensors:
+                tensors[full] = change(tensors[full].clone())
+
+    return apply
+
+
+def swap_rows(tensor: torch.Tensor) -> torch.Tensor:
+    tensor[[3, 4]] = tensor[[4, 3]]
+    return tensor
+
+
+def first_row_times(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: torch.cat([tensor[:1] * factor, tensor[1:]])
+
+
+PACKED = ("weight_packed", "weight_scale")
+EXPERT = f"{M2}block_sparse_moe.experts.1."
+# Each is too small to move the SQNR of its tensor by as much as honest rounding varies.
+HIDDEN_IN_THE_AVERAGE = [
+    ("m2-awq", each(f"{EXPERT}w1.", swap_rows, *PACKED), f"tensor '{EXPERT}w1.weight' has"),
+    ("m2-awq", each(f"{EXPERT}w3.", swap_rows, *PACKED), f"tensor '{EXPERT}w3.weight' has"),
+    ("m2-awq", each(f"{EXPERT}w2.", swap_rows, *PACKED), f"tensor '{EXPERT}w2.weight' has"),
+    ("m2-awq", each(f"{EXPERT}w1.weight_scale", first_row_times(-1)), f"tensor '{EXPERT}w1.weight' has"),
+    ("m2-awq", each(f"{EXPERT}w3.weight_scale", first_row_times(-1)), f"tensor '{EXPERT}w3.weight' has"),
+    ("m2-awq", each(f"{EXPERT}w1.weight_scale", first_row_times(1.5)), f"tensor '{EXPERT}w1.weight' has"),
+    ("m2-awq", each(f"{EXPERT}w3.weight_scale", first_row_times(1.5)), f"tensor '{EXPERT}w2.weight' has"),
+    ("m2-int4", each(f"{EXPERT}w3.weight_scale", first_row_times(1.5)), f"tensor '{EXPERT}w3.weight' has"),
+    ("m2-int4", each(f"{M2}self_attn.o_proj.", swap_rows, "weight", "weight_scale"), "self_attn.o_proj.weight' (fp8-channel) differs"),
+    ("m3-awq", each(f"{M3}self_attn.index_k_proj.", swap_rows, *PACKED), "self_attn.index_k_proj.weight' has"),
+    ("m2-awq", each(f"{M2}block_sparse_moe.gate.weight", lambda t: t.bfloat16().float()), "gate.weight' is not the source's weight times"),
+    ("m3-awq", each(f"{M3}block_sparse_moe.e_score_correction_bias", lambda t: t.bfloat16().float()), "bias' should be a byte-for-byte copy"),
+    ("m2-awq", set_values(f"{M2}post_attention_layernorm.weight", 0.0), "post_attention_layernorm.weight' (keep) differs"),
+    ("m3-awq", set_values(f"{M3}post_attention_layernorm.weight", -1.0), "post_attention_layernorm.weight' (keep) differs"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("which", "change", "sentence"), HIDDEN_IN_THE_AVERAGE)
+def test_what_an_average_hides(
+    made: dict[str, Path], tmp_path: Path, which: str, change: Callable[[Tensors], None], sentence: str
+) -> None:
+    status, said = check(tamper(made[which], tmp_path / "bad", change), made[which[:2]])
+    assert status == 1 and sentence in said, said
+
+
+@pytest.mark.parametrize("family", ["m2", "m3"])
+def test_an_integer_reader_that_was_not_compensated(made: dict[str, Path], tmp_path: Path, family: str) -> None:
+    """One expert's w1 as a data-free run stores it, behind a folded norm."""
+    prefix, _ = folded(made, family)
+    module = f"{prefix}block_sparse_moe.experts.2.w1"
+    plain = stored(made[f"{family}-int4"])
+
+    def change(tensors: Tensors) -> None:
+        for name in [n for n in tensors if n.startswith(module)]:
+            tensors[name] = plain[name].clone()
+
+    status, said = check(tamper(made[f"{family}-awq"], tmp_path / "bad", change), made[family])
+    assert status == 1 and f"tensor '{module}.weight'" in said, said
 
 
 def test_one_flipped_byte(made: dict[str, Path], tmp_path: Path) -> None:

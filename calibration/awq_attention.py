@@ -17,6 +17,7 @@ from m3quant.calibration.scales import candidate, ratios, weight_mean
 from m3quant.calibration.search import BlockResult, best_ratio, choose, energy, range_log, require_finite, squared_error
 from m3quant.calibration.settings import AwqSettings
 from m3quant.calibration.spec import LayerSpec
+from m3quant.quant.formats import round_trip
 from m3quant.schemes import KEEP, Scheme
 
 O_PROJ = "self_attn.o_proj.weight"
@@ -47,6 +48,8 @@ class AttentionSearch:
         self.layer, self.spec, self.tensors, self.x, self.settings = layer, spec, tensors, x, settings
         readers = all_groups(spec)[0].readers
         self.schemes = {n: schemes.get(n, KEEP) for n in (*readers, O_PROJ) if schemes.get(n, KEEP).kind == "int"}
+        self.fp8 = {n: schemes[n] for n in (*readers, O_PROJ) if schemes.get(n, KEEP).kind == "fp8"}
+        self.column: dict[str, torch.Tensor] = {}  # the fold that was kept, by reader
         self.readers = [name for name in readers if name in self.schemes]
         windows, length = x.shape[:2]
         self.step = max(1, settings.batch_tokens // length)
@@ -92,10 +95,18 @@ class AttentionSearch:
         result = BlockResult(shrink={name: shrink.cpu() for name, shrink in chosen.shrink.items()}, log=log)
         if folded and group is not None and norm is not None:
             result.fold(group, norm, effective)
+            self.column = dict.fromkeys(group.readers, effective)
         return result
 
     def mlp_inputs(self) -> torch.Tensor:
-        """The normed input [T, H] of the feed-forward block, under the attention weights that the layer now has."""
+        """The normed input [T, H] of the feed-forward block, with every attention weight as it will be stored.
+
+        FP8 weights are rounded here; their activations are not.
+        """
+        for name, scheme in self.fp8.items():
+            folded = self.tensors[name].float() * self.column.get(name, 1.0)
+            rounded = round_trip(folded, scheme, name=name) / self.column.get(name, 1.0)
+            self.layer.set_weight(name, rounded.to(self.tensors[name].dtype))
         windows, length, hidden = self.x.shape
         h = torch.empty(windows, length, hidden, dtype=self.layer.dtype, device=self.layer.device)
         for part in self._slices():
@@ -160,7 +171,12 @@ class AttentionSearch:
     ) -> dict[str, torch.Tensor]:
         """Range factors of the named readers, whose unfolded input has this second moment."""
         second, dtype = moment / effective.square(), self.settings.scale_dtype
-        return {n: search_range(self._folded(n, effective), self.schemes[n], second, factors, dtype) for n in names}
+        return {
+            n: search_range(
+                self._folded(n, effective), self.schemes[n], second, factors, dtype, self.settings.signed_scales
+            )
+            for n in names
+        }
 
     def _with_ranges(self, effective: torch.Tensor, moment: torch.Tensor, o_moment: torch.Tensor) -> _Variant:
         """Search the range of every integer weight under this scale."""

@@ -124,7 +124,8 @@ class MlpSearch:
                 return weight
             folded, shrink = weight * effective, None
             if self.settings.range_search:
-                shrink = search_range(folded, scheme, moment.expand(len(folded), -1), COARSE_FACTORS, dtype)
+                signed = self.settings.signed_scales
+                shrink = search_range(folded, scheme, moment.expand(len(folded), -1), COARSE_FACTORS, dtype, signed)
             return fake_quantize(folded, scheme, 1.0 if shrink is None else shrink, dtype) / effective
 
         def change(indices: list[int], weights: Glu) -> Glu:

@@ -72,13 +72,14 @@ def search_range(
     second_moment: torch.Tensor,
     factors: tuple[float, ...] = FACTORS,
     scale_dtype: torch.dtype = torch.bfloat16,
+    signed: bool = True,
 ) -> torch.Tensor:
     """The best factor of the full-range scale for every group.
 
     weight: [..., N, K] (any float dtype, searched in float32); second_moment: [..., K] float32, E[x^2] per input
     channel, with the same leading dimensions; scheme: an integer scheme, grouped along K or one group per row
-    ("channel"). A symmetric grid has one more step below zero than above (-8..7): a group whose largest weight is
-    positive is tried with a negative scale, which puts that weight on the longer side (llama.cpp's Q4_0 does so for
+    ("channel"). With `signed`, a symmetric grid, which has one more step below zero than above (-8..7), is turned by a negative scale for a group whose largest
+    weight is positive, which puts that weight on the longer side (llama.cpp's Q4_0 does so for
     every block). On trained weights that takes another 9 % off the squared error. Returns shrink [..., N, G] float32 for `qparams`; 1.0 where no factor is strictly better. The scale
     is rounded to scale_dtype, as it will be stored, before it is judged. Ties go to the earlier factor: same input,
     same result.
@@ -87,7 +88,8 @@ def search_range(
     flat, moment = weight.reshape(-1, rows, columns), second_moment.reshape(-1, 1, columns)
     shrink = torch.empty(flat.shape[0], rows, group_count(columns, scheme), dtype=torch.float32, device=weight.device)
     for batch, span in _chunks(flat.shape, _CHUNK["cuda" if weight.is_cuda else "cpu"]):
-        shrink[batch, span] = _search(flat[batch, span].float(), scheme, moment[batch].float(), factors, scale_dtype)
+        part = flat[batch, span].float()
+        shrink[batch, span] = _search(part, scheme, moment[batch].float(), factors, scale_dtype, signed)
     return shrink.reshape(*lead, rows, -1)
 
 
@@ -113,11 +115,16 @@ def blend(own: torch.Tensor, prior: torch.Tensor, tokens: float, prior_tokens: f
 
 
 def _search(
-    weight: torch.Tensor, scheme: Scheme, moment: torch.Tensor, factors: tuple[float, ...], scale_dtype: torch.dtype
+    weight: torch.Tensor,
+    scheme: Scheme,
+    moment: torch.Tensor,
+    factors: tuple[float, ...],
+    scale_dtype: torch.dtype,
+    signed: bool,
 ) -> torch.Tensor:
     ends = _ends(weight, scheme)
     low, high = ends.unflatten(-1, (-1, 2)).unbind(-1)
-    sign = torch.where((high > -low) & scheme.symmetric, -1.0, 1.0)
+    sign = torch.where((high > -low) & (signed and scheme.symmetric), -1.0, 1.0)
     best = torch.full((), torch.inf, device=weight.device)
     shrink = torch.ones((), device=weight.device)
     for factor in (torch.ones_like(sign), *(sign * f for f in factors)):

@@ -96,7 +96,7 @@ class Rounder:
         full = fake_quantize(folded, scheme, scale_dtype=dtype)
         if moment is None:
             return _Part(full / column)
-        shrink = search_range(folded, scheme, moment, scale_dtype=dtype)
+        shrink = search_range(folded, scheme, moment, scale_dtype=dtype, signed=self.settings.signed_scales)
         chosen = fake_quantize(folded, scheme, shrink, dtype)
         before, after = (
             float(weighted_error(folded, rounded, moment[:, None, :], scheme).sum(dtype=torch.float64))

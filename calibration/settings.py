@@ -13,7 +13,7 @@ class AwqSettings:
 
     scale_search: search a fold scale per norm (and per expert w3 -> w2 where that is exact). n_grid: ratios tried
     besides identity, evenly from 0 to 1. duo_scaling: divide by the weights' own mean magnitude, as AutoAWQ does.
-    range_search: search the rounding range of every group. strict_coverage: fail instead of topping starved experts
+    range_search: search the rounding range of every group. signed_scales: let it turn a symmetric grid by a negative scale. strict_coverage: fail instead of topping starved experts
     up. search_tokens: tokens (a seeded sample) on which candidates are compared; as many others, as far as there are,
     decide whether the winner is accepted. pair_tokens: tokens per expert for the w3 -> w2 search. second moments use
     all tokens. attention_tokens: the same cap for attention, which needs whole windows. batch_tokens: tokens per
@@ -25,6 +25,7 @@ class AwqSettings:
     n_grid: int = 20
     duo_scaling: bool = True
     range_search: bool = True
+    signed_scales: bool = True
     min_expert_tokens: int = DEFAULT_MIN_EXPERT_TOKENS
     strict_coverage: bool = False
     search_tokens: int = 8192

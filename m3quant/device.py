@@ -7,6 +7,11 @@ import torch
 from .errors import PlanError
 
 
+def device_name(device: torch.device) -> str:
+    """What sums may depend on: "cpu", or the GPU's model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def pick_device(name: str) -> torch.device:
     """The torch device called `name`; "auto" is the first GPU where there is one. Raises PlanError."""
     if name == "auto":

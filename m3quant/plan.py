@@ -183,6 +183,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         raise PlanError(f"format '{recipe.format}' cannot be served for {family.model_type}: {reason}.")
     tensors = source_tensors(checkpoint)
     notes = [*checkpoint.warnings, *check_complete(checkpoint, family, tensors)]
+    notes += _calibration_notes(family, recipe, checkpoint.config)
     notes += family.engine_notes(recipe.scheme("routed_experts"), recipe.format)
     layers = family.num_layers(checkpoint.config)
     by_unit: list[list[PlannedTensor]] = [[] for _ in range(layers + 1)]
@@ -207,6 +208,16 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             "the recipe quantizes nothing in this checkpoint: give at least one role a scheme, e.g. --set routed_experts=int4-g128."
         )
     return plan
+
+
+def _calibration_notes(family: Family, recipe: Recipe, config: Mapping[str, Any]) -> list[str]:
+    covered, length = family.selected_tokens(config), recipe.data.window_length
+    if recipe.calibration == "none" or length > covered:
+        return []
+    return [
+        f"calibration windows of {length} tokens never exercise block selection, which begins past {covered} tokens: the error of "
+        f"the index projections enters neither the search nor the held-out figures; --window-length {covered * 3 // 2} does"
+    ]
 
 
 def _natural(name: str) -> list[Any]:

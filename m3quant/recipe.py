@@ -27,6 +27,7 @@ class AwqOptions(BaseModel):
 
     smooth: bool = True  # search per-channel scales on the exact fold set
     range_search: bool = True  # search the clipping range of every group
+    signed_scales: bool = True  # a negative scale where a group's largest weight is positive (symmetric schemes)
     n_grid: int = Field(default=20, ge=1, le=200)  # ratios tried between 0 and 1, identity besides
     duo_scaling: bool = True  # s = x^r / w^(1-r) instead of x^r
 

@@ -220,6 +220,15 @@ def _tensor_bytes(tensor: "torch.Tensor", entry: Entry) -> memoryview:
     return bytes_view(tensor.detach().cpu().contiguous())
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents. Raises StoppedError for a full disk, OutputError otherwise."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        kind = StoppedError if error.errno in (errno.ENOSPC, errno.EDQUOT) else OutputError
+        raise kind(f"{path} cannot be made: {error.strerror}. Mend that and run the same command again.") from error
+
+
 def write_bytes_atomic(path: str | Path, data: bytes) -> None:
     """Write a whole file, or leave what was there. Raises StoppedError for a full disk, OutputError otherwise."""
     path = Path(path)

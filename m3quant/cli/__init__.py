@@ -60,7 +60,10 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("m3quant: stopped by SIGINT; finished layers are kept: run the same command to continue.", err=True)
+        click.echo(
+            "m3quant: stopped by SIGINT; a conversion keeps its finished layers and continues with the same command.",
+            err=True,
+        )
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -52,7 +52,9 @@ def command(
     if not plans:
         raise PlanError(next(iter(refused.values())))
     if as_json:
-        click.echo(json.dumps({plan.recipe.name: plan_json(plan) for plan in plans} | refused, indent=2))
+        click.echo(
+            json.dumps({"plans": {plan.recipe.name: plan_json(plan) for plan in plans}, "refused": refused}, indent=2)
+        )
         return
     print_source(plans[0])
     print_overview(plans)

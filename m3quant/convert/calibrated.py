@@ -94,6 +94,7 @@ class _Run:
             n_grid=awq.n_grid,
             duo_scaling=awq.duo_scaling,
             range_search=awq.range_search,
+            signed_scales=awq.signed_scales,
             min_expert_tokens=data.min_expert_tokens,
             strict_coverage=settings.strict_coverage,
             scale_dtype=TORCH_DTYPES[scale_dtype(Scheme("int", 4), plan.recipe.format)],

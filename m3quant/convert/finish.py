@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..checkpoint import write_bytes_atomic, write_json_atomic
+from ..checkpoint import make_folder, write_bytes_atomic, write_json_atomic
 from ..plan import INDEX_FILE, RECIPE_FILE, Plan, bits_per_weight, passed_through, role_table
 from .journal import MANIFEST, Journal
 
@@ -23,7 +23,7 @@ def finish(plan: Plan, output: Path, journal: Journal, extra: dict[str, Any]) ->
     write_bytes_atomic(output / RECIPE_FILE, plan.recipe.dump().encode())
     for name in plan.copied_files:
         target = output / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         data = plan.checkpoint.file_bytes(name)
         write_bytes_atomic(target, data)
         if target.suffix != ".md":  # cards are for people, and are rewritten when an output is published

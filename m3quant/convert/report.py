@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import __version__
 from ..calibration.experts import ExpertLedger
-from ..checkpoint import write_bytes_atomic, write_json_atomic
+from ..checkpoint import make_folder, write_bytes_atomic, write_json_atomic
 from ..plan import Plan, bits_per_weight, role_table
 from .report_html import Report, page
 
@@ -25,7 +25,7 @@ def write_report(plan: Plan, output: Path, records: Sequence[dict[str, Any]], fa
     for a full disk.
     """
     folder = output / FOLDER
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     recipe = plan.recipe.model_dump()
     ledgers = [r["ledger"] for r in records if r["ledger"]]
     head = {"schema": SCHEMA, "m3quant": __version__}

@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__
 from ..checkpoint import ShardRecord
-from ..device import pick_device
+from ..device import device_name, pick_device
 from ..errors import CheckpointError, OutputError, StoppedError
 from ..plan import Plan, Unit
 from ..reading import SourceReader
@@ -62,6 +62,12 @@ def check_places(plan: Plan, output: Path) -> None:
     check_output_folder(output)
 
 
+def transformers_version() -> str:
+    from importlib.metadata import version
+
+    return version("transformers")
+
+
 def job_facts(plan: Plan, settings: Settings, device: torch.device) -> dict[str, Any]:
     """Everything the output's bytes depend on. A resumed run must have the same."""
     calibrated = plan.recipe.calibration != "none"
@@ -72,7 +78,9 @@ def job_facts(plan: Plan, settings: Settings, device: torch.device) -> dict[str,
         "version": __version__,
         "calibration": settings.windows.sha256 if calibrated and settings.windows else None,
         # searched scales depend on the order in which a device sums
-        "device": device.type if calibrated else None,
+        "device": device_name(device) if calibrated else None,
+        "torch": torch.__version__ if calibrated else None,
+        "transformers": transformers_version() if calibrated else None,
         "micro_batch_tokens": settings.micro_batch_tokens if calibrated else None,
     }
 

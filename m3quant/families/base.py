@@ -116,6 +116,10 @@ class Family(ABC):
     @abstractmethod
     def kv_geometry(self, config: Mapping[str, Any]) -> KvGeometry: ...
 
+    def selected_tokens(self, config: Mapping[str, Any]) -> int:
+        """Context that block-sparse attention reads whole: shorter ones never exercise its selection. 0 without it."""
+        return 0
+
     @abstractmethod
     def recipe_aliases(self, module: str) -> tuple[str, ...]:
         """Other names of an on-disk module (as in the transformers tree), for recipes written by regex."""

@@ -176,6 +176,12 @@ class MiniMaxM3VL(Family):
                 yield EngineModule((f"{mlp}.gate_up_proj", *pair), pair, f"{mlp}.gate_up_proj (gate, up)")
                 yield EngineModule((f"{mlp}.down_proj",), (f"{mlp}.down_proj",), f"{mlp}.down_proj")
 
+    def selected_tokens(self, config: Mapping[str, Any]) -> int:
+        if not any(self.is_sparse(config, layer) for layer in range(self.num_layers(config))):
+            return 0
+        sparse = self.text_config(config)["sparse_attention_config"]
+        return int(sparse["sparse_topk_blocks"]) * int(sparse["sparse_block_size"])
+
     def kv_geometry(self, config: Mapping[str, Any]) -> KvGeometry:
         text, layers = self.text_config(config), self.num_layers(config)
         sparse = sum(self.is_sparse(config, layer) for layer in range(layers))

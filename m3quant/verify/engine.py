@@ -28,9 +28,8 @@ TOLERANCE = 0.25
 def prompt_length(plan: Plan) -> int:
     """Tokens of a prompt: half as long again as M3's selected blocks, so that the indexer decides; 512 without MSA."""
     text = plan.family.text_config(plan.checkpoint.config)
-    sparse = text.get("sparse_attention_config") or {}
     longest = int(text.get("max_position_embeddings", 4096))
-    selected = int(sparse.get("sparse_topk_blocks", 0)) * int(sparse.get("sparse_block_size", 0))
+    selected = plan.family.selected_tokens(plan.checkpoint.config)
     return min(longest - 1, max(SHORT_PROMPT, selected * 3 // 2))
 
 

@@ -130,3 +130,9 @@ def test_a_few_tokens_are_not_trusted_alone() -> None:
     assert torch.equal(blend(own, prior, tokens=0, prior_tokens=32), prior)
     assert torch.allclose(blend(own, prior, tokens=32, prior_tokens=32), torch.tensor([0.5, 2.5]))
     assert torch.allclose(blend(own, prior, tokens=1e6, prior_tokens=32), own, atol=1e-3)
+
+
+def test_scales_stay_positive_where_asked() -> None:
+    scheme, weight = parse_scheme("int4-g32"), normal(64, 128)
+    assert bool((search_range(weight, scheme, torch.ones(128)) < 0).any())
+    assert bool((search_range(weight, scheme, torch.ones(128), signed=False) > 0).all())

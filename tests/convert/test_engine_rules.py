@@ -207,3 +207,13 @@ def test_an_unknown_architecture_is_told_which_file_to_write(sources: dict[str, 
         CheckpointError, match=r"'minimax_m4'.*write m3quant/families/minimax_m4\.py.*families/__init__\.py"
     ):
         make_plan_of(source, "int4")
+
+
+def test_windows_that_never_exercise_block_selection_are_noted(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "m3", "m3")
+    plan = make_plan_of(source)
+    covered = plan.family.selected_tokens(plan.checkpoint.config)
+    assert covered > 0
+    for length, noted in ((covered, True), (covered + 1, False)):
+        notes = make_plan_of(source, data={"window_length": length}).notes
+        assert any("never exercise block selection" in note for note in notes) == noted

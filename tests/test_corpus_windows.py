@@ -135,8 +135,8 @@ class TestWindows:
 
     def test_too_little_text_says_how_much_there_is_and_what_to_do(self, tokenizer: Any) -> None:
         message = (
-            r"1 documents gave 101 tokens, and 5 windows of 32 tokens need 160; ask for fewer windows \(at most 3\), "
-            r"shorter ones, or give more text"
+            r"1 document gave 101 tokens, and 5 windows of 32 tokens need 160; ask for fewer windows \(at most 3\), "
+            r"or shorter ones, or give more text"
         )
         with pytest.raises(CalibrationError, match=message):
             corpus.tokenize_windows([text_document("x" * 100)], tokenizer, 5, 32, seed=0)

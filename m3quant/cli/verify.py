@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from ..verify.run import Verification, require_converted, sqnr_by_scheme, verify
+from ..errors import VerifyError
+from ..verify.run import Check, Verification, require_converted, sqnr_by_scheme, verify
 from ..verify.values import worst
 
 
@@ -58,9 +59,11 @@ def command(
     if engine and result.holds:
         from ..verify.engine import engine_check
 
-        check, result.engine = engine_check(
-            dst, plan, engine_python, say, timeout_s=engine_timeout, tensor_parallel_size=tensor_parallel_size
-        )
+        options = {"timeout_s": engine_timeout, "tensor_parallel_size": tensor_parallel_size}
+        try:
+            check, result.engine = engine_check(dst, plan, engine_python, say, **options)
+        except VerifyError as error:  # no engine, or it crashed: what the other checks found is still worth printing
+            check = Check("engine", "vLLM", [str(error)])
         result.checks.append(check)
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
@@ -87,4 +90,4 @@ def print_verification(result: Verification) -> None:
     for error in listed:
         value = f"{error.sqnr_db:.1f} dB" if math.isfinite(error.sqnr_db) else str(error.sqnr_db)
         click.echo(f"  {error.name}  {error.scheme}  {value}")
-    click.echo(f"{result.output}: {'verified' if result.holds else 'NOT what its plan promised'}")
+    click.echo(f"{result.output}: {'verified' if result.holds else 'NOT verified'}")

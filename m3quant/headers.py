@@ -14,7 +14,7 @@ from typing import Any
 from .checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
 from .errors import CheckpointError
 from .families import family_of
-from .source import FP8_BLOCK, MXFP8, PLAIN, source_kind
+from .source import PLAIN, scale_layout, source_kind
 
 
 class HeaderSource(Checkpoint):
@@ -35,10 +35,9 @@ class HeaderSource(Checkpoint):
     ) -> None:
         """A tensor, and for an FP8 kind its scale beside it (in F32 or U8 unless told otherwise)."""
         self._put(name, dtype, shape)
-        if kind == FP8_BLOCK:
-            self._put(f"{name}_scale_inv", scale_dtype or "F32", (math.ceil(shape[0] / 128), math.ceil(shape[1] / 128)))
-        elif kind == MXFP8:
-            self._put(f"{name}_scale_inv", scale_dtype or "U8", (shape[0], shape[1] // 32))
+        if kind != PLAIN:
+            scale_shape, dtypes = scale_layout(kind, shape)
+            self._put(f"{name}_scale_inv", scale_dtype or dtypes[0], scale_shape)
 
     def _put(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         self.tensors[name] = TensorInfo(name, dtype, shape, self.root, 0, DTYPE_BYTES[dtype] * math.prod(shape))

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from .checkpoint import DTYPE_BYTES, Checkpoint, Entry, aligned_order, entry_bytes, file_size
 from .engine_config import check_format, engine_problems, quantization_config
@@ -23,6 +23,8 @@ from .recipe import Recipe
 from .schemes import FP8_BLOCK, KEEP, Scheme
 from .source import FP8_BLOCK as FP8_BLOCK_SOURCE
 from .source import PLAIN, SourceTensor, check_complete, source_tensors
+
+T = TypeVar("T")
 
 SHARD_METADATA = {"format": "pt"}  # transformers refuses shards without it
 RECIPE_FILE = "recipe.yaml"
@@ -60,6 +62,10 @@ class PlannedTensor:
     @property
     def module(self) -> str:
         return self.name.removesuffix(".weight")
+
+    def parts(self, stored: Mapping[str, T]) -> dict[str, T]:
+        """This tensor's own of `stored`, by suffix, as `quant.formats.decompress` takes them."""
+        return {o.name.removeprefix(f"{self.module}."): stored[o.name] for o in self.outputs}
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,11 @@ class Plan:
     @property
     def tensors(self) -> Iterable[PlannedTensor]:
         return (t for unit in self.units for t in unit.tensors)
+
+    @property
+    def sources(self) -> dict[str, SourceTensor]:
+        """Every source tensor by name, as planned."""
+        return {t.name: t.source for t in self.tensors}
 
     @cached_property
     def modules(self) -> dict[str, Scheme]:

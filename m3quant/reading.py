@@ -88,7 +88,5 @@ class ConvertedReader:
     def _dense(self, planned: PlannedTensor, raw: Mapping[str, Tensor]) -> Tensor:
         if not planned.scheme.quantizes:
             return raw[planned.name]
-        prefix = planned.module + "."
-        parts = {o.name.removeprefix(prefix): raw[o.name] for o in planned.outputs}
         shape = planned.source.info.shape
-        return decompress(parts, planned.scheme, self.format, shape, name=planned.name).to(self.dtype)
+        return decompress(planned.parts(raw), planned.scheme, self.format, shape, name=planned.name).to(self.dtype)

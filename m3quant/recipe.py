@@ -17,8 +17,6 @@ from .errors import RecipeError
 from .families.base import KEPT, QUANTIZABLE
 from .schemes import KEEP, Scheme, parse_scheme
 
-FORMATS = ("compressed-tensors", "autoawq", "fp8")
-
 
 class AwqOptions(BaseModel):
     """Knobs of the calibrated path. Defaults are the ones the fixtures' figures were made with."""

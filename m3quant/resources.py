@@ -62,7 +62,7 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool 
     if on_gpu:
         # layer weights, searched copies of a chunk of experts, streams and activations on the device; the next layer waits on the host
         return Resources(2 * layer + largest, 2 * layer + streams + largest, disk, boundary)
-    # as stored and the next one read ahead, and the float32 copy that a CPU computes with (twice the bytes)
+    # Measured: about three layers (tests/convert/test_memory.py), of which one is read ahead; a fourth is margin.
     return Resources(4 * layer + streams + largest, 0, disk, boundary)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .errors import RecipeError
 
@@ -55,6 +56,7 @@ class Scheme:
 KEEP = Scheme("keep")
 
 
+@lru_cache(maxsize=256)  # a plan asks for the scheme of every one of some 50,000 tensors
 def parse_scheme(text: str) -> Scheme:
     """The scheme called `text`. Raises RecipeError with the nearest valid name."""
     name = text.strip().lower()

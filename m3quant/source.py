@@ -5,6 +5,7 @@ Decides which tensors are weights, which are companions (scales), and refuses ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from .checkpoint import Checkpoint, TensorInfo
 from .errors import CheckpointError
 from .families.base import Family
+from .schemes import FP8_BLOCK as BLOCK
 
 PLAIN, FP8_BLOCK, MXFP8 = "plain", "fp8-block", "mxfp8"
 FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -103,17 +105,21 @@ def _fp8_tensor(checkpoint: Checkpoint, info: TensorInfo, scale: TensorInfo | No
         raise CheckpointError(
             f"{where} is FP8 without its scale '{info.name}{_SCALE}': the download is incomplete; fetch the missing shards again."
         )
-    rows, columns = info.shape
-    if kind == FP8_BLOCK:
-        shape, dtypes = (-(-rows // 128), -(-columns // 128)), ("F32", "BF16")
-    else:
-        shape, dtypes = (rows, columns // _MX_GROUP), ("U8", "F8_E8M0")
+    shape, dtypes = scale_layout(kind, info.shape)
     if scale.shape != shape or scale.dtype not in dtypes:
         raise CheckpointError(
             f"{where}: its scale is {scale.dtype} {scale.shape}, but {kind} needs {' or '.join(dtypes)} {shape}. "
             "Check quantization_config in config.json against the weights."
         )
     return SourceTensor(info, kind, scale)
+
+
+def scale_layout(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """Shape of the scale beside an FP8 weight [N, K], and the dtypes it may have, the usual one first."""
+    rows, columns = shape
+    if kind == FP8_BLOCK:
+        return (math.ceil(rows / BLOCK), math.ceil(columns / BLOCK)), ("F32", "BF16")
+    return (rows, columns // _MX_GROUP), ("U8", "F8_E8M0")
 
 
 def check_complete(checkpoint: Checkpoint, family: Family, tensors: Mapping[str, SourceTensor]) -> list[str]:

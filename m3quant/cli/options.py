@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import RecipeError
-from ..recipe import FORMATS, Recipe, build_recipe, named_recipe, read_recipe_file
+from ..quant.layout import FORMATS
+from ..recipe import Recipe, build_recipe, named_recipe, read_recipe_file
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint

@@ -16,7 +16,7 @@ from ..calibration.awq import CalibratedLayer, calibrate_layer
 from ..calibration.experts import ExpertLedger
 from ..calibration.layers import Layer, layer_spec
 from ..calibration.settings import AwqSettings
-from ..calibration.stream import HiddenStates, Prefetcher, read_head, read_layer, run_layer
+from ..calibration.stream import Prefetcher, read_head, read_layer, run_layer
 from ..errors import CalibrationError
 from ..plan import Plan, PlannedTensor, Unit
 from ..quant.formats import TORCH_DTYPES, decompress
@@ -28,7 +28,7 @@ from .journal import Journal
 from .quality import coverage, heldout_quality
 from .report import write_report
 from .stopping import StopFlag
-from .units import UnitWriter, convert_unit, store
+from .units import UnitWriter, convert_unit, shard_facts, store
 
 if TYPE_CHECKING:
     from .settings import Progress, Settings
@@ -53,7 +53,7 @@ def convert_calibrated(
     first = plan.units[0]
     if first.index not in journal.records:
         record = convert_unit(output, first, reader, plan.recipe.format, device, stop, progress.advance)
-        journal.finish_unit(first.index, {"shard": record.name, "size": record.size, "sha256": record.sha256})
+        journal.finish_unit(first.index, shard_facts(record))
     todo = [u for u in plan.units if u.layer is not None and u.index not in journal.records]
     streams = run.streams(todo[0] if todo else None)
     try:
@@ -118,9 +118,7 @@ class _Run:
         schemes = {t.name.removeprefix(prefix): t.scheme for t in unit.tensors if t.action == "quantize"}
         spec = layer_spec(self.plan.checkpoint.config, unit.layer)
         seen = WindowView(streams.quantized, 0, self.plan.recipe.data.windows)
-        calibrated = calibrate_layer(
-            spec, tensors, schemes, cast(HiddenStates, seen), self.awq, self.device, self.dtype
-        )
+        calibrated = calibrate_layer(spec, tensors, schemes, seen, self.awq, self.device, self.dtype)
         calibrated.device = self.device
         self.stop.check()
         run_layer(Layer(spec, tensors, self.device, self.dtype), streams.source, self.micro_batch)
@@ -151,7 +149,7 @@ class _Run:
         except BaseException:
             writer.abort()
             raise
-        return {"shard": record.name, "size": record.size, "sha256": record.sha256}
+        return shard_facts(record)
 
     def _one(
         self, planned: PlannedTensor, name: str, tensor: torch.Tensor, calibrated: CalibratedLayer
@@ -169,8 +167,9 @@ class _Run:
         weight = calibrated.weight(name)
         scale, zero_point = calibrated.qparams(name, weight) if planned.scheme.kind == "int" else (None, None)
         outputs = store(planned, weight, self.plan.recipe.format, scale, zero_point)
-        parts = {key.removeprefix(f"{planned.module}."): value for key, value in outputs.items()}
-        dense = decompress(parts, planned.scheme, self.plan.recipe.format, tuple(weight.shape), name=planned.name)
+        dense = decompress(
+            planned.parts(outputs), planned.scheme, self.plan.recipe.format, tuple(weight.shape), name=planned.name
+        )
         return outputs, dense.to(torch.bfloat16)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..checkpoint import ShardRecord
 from ..device import device_name, pick_device
 from ..errors import CheckpointError, OutputError, StoppedError
 from ..plan import Plan, Unit
@@ -20,7 +19,7 @@ from .finish import finish
 from .journal import MANIFEST, Journal, check_apart, check_output_folder, refuse_other_facts, remove_leftover
 from .settings import Progress, Settings
 from .stopping import stop_on_signals
-from .units import convert_unit
+from .units import convert_unit, shard_facts
 
 
 def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
@@ -115,7 +114,7 @@ def _convert(
     facts: dict[str, Any],
     progress: Progress,
 ) -> dict[str, Any]:
-    reader = SourceReader(plan.checkpoint)
+    reader = SourceReader(plan.checkpoint, plan.sources)
     _drop_lost_records(plan, output, journal)
     done = sum(plan.units[i].bytes_in for i in journal.records)
     progress.start(sum(u.bytes_in for u in plan.units), done)
@@ -140,10 +139,6 @@ def _convert(
         manifest = finish(plan, output, journal, extra)
         journal.remove()
     return manifest
-
-
-def shard_facts(record: ShardRecord) -> dict[str, Any]:
-    return {"shard": record.name, "size": record.size, "sha256": record.sha256}
 
 
 def _drop_lost_records(plan: Plan, output: Path, journal: Journal) -> None:

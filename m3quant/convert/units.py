@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,11 @@ def _check_copied(planned: PlannedTensor, raw: dict[str, Tensor]) -> None:
     for name, tensor in raw.items():
         if tensor.dtype in _FLOATS:
             ensure_finite(tensor, name)
+
+
+def shard_facts(record: ShardRecord) -> dict[str, Any]:
+    """What the journal keeps of a finished shard."""
+    return {"shard": record.name, "size": record.size, "sha256": record.sha256}
 
 
 def convert_unit(

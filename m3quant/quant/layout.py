@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, prod
 
+from ..checkpoint import DTYPE_BYTES
 from ..errors import PlanError
 from ..schemes import FP8_BLOCK, Scheme
 
@@ -19,7 +20,6 @@ AUTOAWQ = "autoawq"
 NATIVE_FP8 = "fp8"
 FORMATS = (COMPRESSED_TENSORS, AUTOAWQ, NATIVE_FP8)
 
-DTYPE_BYTES = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
 WORD_BITS = 32  # packed codes are stored in int32 words
 
 Stored = dict[str, tuple[str, tuple[int, ...]]]

@@ -95,7 +95,7 @@ def verify(output: Path, source: str | None, say: Report) -> tuple[Verification,
             lambda: _each_unit(plan, lambda u: unit_stored_problems(plan, u, dense)),
         )
     if origin is not None and origin.local and sound:
-        reader = SourceReader(origin)
+        reader = SourceReader(origin, plan.sources)
 
         def compare() -> list[str]:
             for unit in plan.units:

@@ -22,7 +22,6 @@ from ..calibration.ranges import FACTORS
 from ..plan import PASSED_THROUGH, Plan, PlannedTensor, Unit
 from ..quant.formats import code_errors, decompress
 from ..reading import ConvertedReader, SourceReader
-from ..schemes import Scheme
 
 # Signal-to-quantization-noise ratio below which a tensor is wrong rather than coarse, in dB. Honest rounding gives about
 # 18-22 for INT4 groups (a clipped range less), 31 for FP8 E4M3, 42 for INT8, 50 for BF16 after a fold, 140 for float32.
@@ -171,7 +170,7 @@ def _parts(converted: ConvertedReader, planned: PlannedTensor) -> dict[str, Tens
     raw = converted.checkpoint.read_many([o.name for o in planned.outputs])
     if not planned.scheme.quantizes:
         return raw
-    return {name.removeprefix(f"{planned.module}."): tensor for name, tensor in raw.items()}
+    return planned.parts(raw)
 
 
 def _plain_error(plan: Plan, planned: PlannedTensor, reader: SourceReader, converted: ConvertedReader) -> TensorError:
@@ -180,26 +179,24 @@ def _plain_error(plan: Plan, planned: PlannedTensor, reader: SourceReader, conve
         names = planned.source.names
         before, after = reader.checkpoint.read_many(names), converted.checkpoint.read_many(names)
         if all(same_bytes(before[name], after[name]) for name in names):
-            return TensorError(planned.name, _label(planned.scheme), math.inf)
+            return TensorError(planned.name, planned.scheme.name, math.inf)
         error = -math.inf
         if planned.source.scale is None and planned.role.kind not in PASSED_THROUGH:
             error = sqnr_db(before[planned.name], after[planned.name])
-        return TensorError(
-            planned.name, _label(planned.scheme), error, "should be a byte-for-byte copy of the source's"
-        )
+        return TensorError(planned.name, planned.scheme.name, error, "should be a byte-for-byte copy of the source's")
     source, parts = reader.read(planned.name), _parts(converted, planned)
     if planned.scheme.quantizes:
         return _quantized_error(plan, planned, source, parts, paired=False)
     same = same_bytes(source, parts[planned.name])
     defect = "" if same else "should hold the source's values in BF16, bit for bit"
-    return TensorError(planned.name, _label(planned.scheme), sqnr_db(source, parts[planned.name]), defect)
+    return TensorError(planned.name, planned.scheme.name, sqnr_db(source, parts[planned.name]), defect)
 
 
 def _kept_error(planned: PlannedTensor, source: Tensor, column: Tensor, stored: Tensor) -> TensorError:
     """Error of an unquantized reader of a folded norm: the source times the fold, rounded once to its own dtype."""
     same = same_bytes(scale_columns(source, column), stored)
     defect = "" if same else "is not the source's weight times the scale that its norm was divided by"
-    return TensorError(planned.name, _label(planned.scheme), sqnr_db(source.float() * column, stored), defect)
+    return TensorError(planned.name, planned.scheme.name, sqnr_db(source.float() * column, stored), defect)
 
 
 def _quantized_error(
@@ -208,7 +205,7 @@ def _quantized_error(
     """Error of a quantized weight whose unrounded values are `folded` [N, K], known only within _PAIR_SLACK if `paired`."""
     scheme, fmt, name = planned.scheme, plan.recipe.format, planned.name
     if not bool(torch.isfinite(folded).all()):
-        return TensorError(name, _label(scheme), -math.inf)
+        return TensorError(name, scheme.name, -math.inf)
     stored = decompress(dict(parts), scheme, fmt, tuple(folded.shape), name=name)
     codes, steps, ratio = code_errors(folded, dict(parts), scheme, fmt, name=name)
     allowed = 1 + (codes.abs() * _PAIR_SLACK).round() if paired else 1
@@ -223,16 +220,12 @@ def _quantized_error(
         defect = f"has {far or near} codes that are not the source's values rounded under its scales"
     elif outside:
         defect = f"has {outside} scales that no range of the source's values explains"
-    return TensorError(name, _label(scheme), sqnr_db(folded, stored), defect)
+    return TensorError(name, scheme.name, sqnr_db(folded, stored), defect)
 
 
 def same_bytes(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of one dtype and shape have the same bytes; unlike ==, NaN equals itself here."""
     return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
-
-
-def _label(scheme: Scheme) -> str:
-    return scheme.name
 
 
 def sqnr_db(source: Tensor, stored: Tensor) -> float:

@@ -1,0 +1,1 @@
+"""Put a converted checkpoint on the Hub, whole, licensed and verifiable."""

@@ -229,6 +229,11 @@ def embed(tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return F.embedding(tokens.to(table.device), table)
 
 
+def read_embeddings(source: Source) -> torch.Tensor:
+    """The token embedding table [V, H] as stored."""
+    return _read_one(source, f"{_body(source.config)}embed_tokens.weight")
+
+
 def embed_source(
     source: Source,
     tokens: torch.Tensor,
@@ -237,8 +242,7 @@ def embed_source(
     spill: Path | None = None,
 ) -> HiddenStates:
     """The input of layer 0 for tokens [S, L], in `dtype`; in memory on `device`, or spilled to a file."""
-    name = f"{_body(source.config)}embed_tokens.weight"
-    table = _read_one(source, name)
+    table = read_embeddings(source)
     states = HiddenStates.empty((tokens.shape[0], tokens.shape[1], table.shape[1]), dtype, device, spill)
     for windows in states.batches(16):
         states.write(windows, embed(tokens[windows].cpu(), table))

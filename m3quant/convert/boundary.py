@@ -52,7 +52,7 @@ class Streams:
         cls, reader: SourceReader, tokens: torch.Tensor, dtype: torch.dtype, device: torch.device, spill: Path | None
     ) -> Streams:
         """Both streams at the first layer: the token embeddings, which stay unquantized."""
-        with _disk_errors():
+        with disk_errors():
             return cls(*(embed_source(reader, tokens, dtype, device, _file(spill, name)) for name in STREAMS))
 
     @classmethod
@@ -67,7 +67,7 @@ class Streams:
                 raise CalibrationError(
                     f"{path} is missing: the run cannot go on from its last layer; remove the output and start again."
                 )
-            with _disk_errors(), HiddenStates.opened(path, shape, dtype) as stored:
+            with disk_errors(), HiddenStates.opened(path, shape, dtype) as stored:
                 live = HiddenStates.empty(shape, dtype, device, _file(spill, name))
                 _copy(stored, live)
             streams.append(live)
@@ -76,10 +76,10 @@ class Streams:
     def save(self, stem: Path) -> None:
         """Write both streams beside the journal and sync them; a journal record then points at them."""
         for name, states in zip(STREAMS, (self.source, self.quantized), strict=True):
-            with _disk_errors(), HiddenStates.empty(states.shape, states.dtype, spill=_saved(stem, name)) as stored:
+            with disk_errors(), HiddenStates.empty(states.shape, states.dtype, spill=_saved(stem, name)) as stored:
                 _copy(states, stored)
                 stored.sync()
-        with _disk_errors():
+        with disk_errors():
             sync_folder(stem.parent)
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ def _copy(source: HiddenStates, target: HiddenStates) -> None:
         target.write(windows, source.read(windows))
 
 
-class _disk_errors:
+class disk_errors:
     """A full disk while spilling or saving becomes a resumable stop."""
 
     def __enter__(self) -> None: ...

@@ -31,20 +31,22 @@ MANIFEST = "m3quant.json"  # in a finished output: what it was made from, and th
 class Journal:
     """The journal of one output folder. Make it with `Journal.begin`."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, folder: str = FOLDER) -> None:
         self.output = output
-        self.folder = output / FOLDER
+        self.folder = output / folder
         self.records: dict[int, dict[str, Any]] = {}
         self._lock = -1
 
     @classmethod
-    def begin(cls, output: Path, facts: Mapping[str, Any]) -> Journal:
+    def begin(cls, output: Path, facts: Mapping[str, Any], folder: str = FOLDER) -> Journal:
         """Start or continue in `output`. facts: name -> value; all must equal those the work was begun with.
 
+        folder: where in `output` the journal lies; one that is not a conversion's may lie in any folder.
         Raises OutputError for a folder that is not ours, is in use, or was begun with other facts.
         """
-        journal = cls(output)
-        check_output_folder(output)
+        journal = cls(output, folder)
+        if folder == FOLDER:
+            check_output_folder(output)
         try:
             journal.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -60,8 +62,13 @@ class Journal:
         journal._read_records()
         return journal
 
+    @property
+    def _restart(self) -> Path:
+        """What to remove for a fresh start."""
+        return self.output if self.folder.name == FOLDER else self.folder
+
     def _take_lock(self) -> None:
-        busy = OutputError(f"{self.output} is being converted by another process: wait for it, or stop it first.")
+        busy = OutputError(f"{self.output} is in use by another m3quant process: wait for it, or stop it first.")
         try:
             self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,8 +93,8 @@ class Journal:
         try:
             begun = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise OutputError(f"{path} is damaged: remove {self.output} and start again.") from None
-        refuse_other_facts(self.output, begun, facts)
+            raise OutputError(f"{path} is damaged: remove {self._restart} and start again.") from None
+        refuse_other_facts(self._restart, begun, facts)
 
     def _read_records(self) -> None:
         path = self.folder / "units.jsonl"
@@ -100,7 +107,7 @@ class Journal:
             try:
                 record = json.loads(line)
             except ValueError:
-                raise OutputError(f"{path} is damaged: remove {self.output} and start again.") from None
+                raise OutputError(f"{path} is damaged: remove {self._restart} and start again.") from None
             self.records[record["unit"]] = record
             good += len(line.encode())
         if lines and good != path.stat().st_size:

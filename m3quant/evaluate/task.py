@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -52,4 +52,20 @@ class Task(Protocol):
 
     def results(self, checkpoint: Sequence[Predictions], source: Sequence[Predictions] | None) -> list[Result]:
         """Figures from this task's own predictions, one `Predictions` per sequence, in the order of `sequences`."""
+        ...
+
+
+@runtime_checkable
+class NoiseFloor(Protocol):
+    """What a task has beside `Task` if it wants to know how far the source differs from itself.
+
+    The source runs these sequences a second time, in another dtype and other batches, in the same pass.
+    """
+
+    def noise_sequences(self) -> Sequence[int]:
+        """Numbers of the sequences wanted, into `sequences()`."""
+        ...
+
+    def take_noise(self, predictions: Sequence[Predictions], run: str) -> None:
+        """Called before `results`, with the second run's predictions, `kl` against the first; run: what differed, in words."""
         ...

@@ -187,7 +187,7 @@ def full_log_probabilities(head: Head, x: torch.Tensor) -> torch.Tensor:
 def test_divergence_equals_the_full_softmax(
     monkeypatch: pytest.MonkeyPatch, tokens_at_once: int, words_at_once: int
 ) -> None:
-    monkeypatch.setattr(head_module, "_TOKENS", tokens_at_once)
+    monkeypatch.setattr(head_module, "CHUNK_TOKENS", tokens_at_once)
     monkeypatch.setattr(head_module, "_WORDS", words_at_once)
     tokens = torch.randint(0, 203, (3, 12), generator=torch.Generator().manual_seed(0))
     source, quant = random_head(1), random_head(1)

@@ -118,7 +118,7 @@ def test_a_second_process_on_the_same_output_is_refused(tmp_path: Path) -> None:
     first = Journal(tmp_path / "out")
     first.folder.mkdir()
     first._take_lock()
-    with pytest.raises(OutputError, match="being converted by another process"):
+    with pytest.raises(OutputError, match="in use by another m3quant process"):
         run_plan(plan, tmp_path / "out")
     assert sorted(files(tmp_path / "out")) == [".m3quant/lock"]
     first.release()

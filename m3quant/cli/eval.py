@@ -1,0 +1,183 @@
+"""m3quant eval: what a checkpoint predicts, and how far it is from its source, in one pass over the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import print_table
+
+if TYPE_CHECKING:
+    from ..evaluate.models import Model
+    from ..evaluate.record import EvalRecord, Result
+
+REPORT_FOLDER = "m3quant-report"
+_PLACES = ("auto", "device", "host", "disk")
+
+
+def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of `eval` that `convert --eval` does not take."""
+    for option in reversed(
+        (
+            click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto."),
+            click.option(
+                "--states",
+                type=click.Choice(_PLACES),
+                default="auto",
+                show_default=True,
+                help="Where hidden states live.",
+            ),
+            click.option(
+                "--batch-tokens",
+                type=click.IntRange(min=1),
+                default=16384,
+                show_default=True,
+                help="Tokens that pass through a layer together.",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+@click.command("eval")
+@click.argument("ckpt", type=click.Path(path_type=Path))
+@click.option("--source", type=click.Path(path_type=Path), default=None, help="The checkpoint that CKPT was made from.")
+@click.option("--suite", default="quick", show_default=True, metavar="quick|full|FILE", help="What to measure.")
+@click.option(
+    "--data", metavar="FILE|NAME", default=None, help="Text in place of the suite's: a file, folder, wikitext-2, pg19."
+)
+@running_options
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder for eval.json and the page [CKPT/m3quant-report for an output of m3quant, else ./NAME-eval].",
+)
+@click.option("--fail-over", metavar="LIMITS", default=None, help="Exit 1 beyond these, e.g. kld=0.05,ppl=+2%.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    ckpt: Path,
+    source: Path | None,
+    suite: str,
+    data: str | None,
+    device: str,
+    states: str,
+    batch_tokens: int,
+    report: Path | None,
+    fail_over: str | None,
+    as_json: bool,
+) -> None:
+    """Measure CKPT (a source, or an output of m3quant), and its distance from --source. Run again after an interruption: it continues."""
+    from ..evaluate.run import Settings
+
+    settings = Settings(device, states, batch_tokens)
+    run_eval(ckpt, source, suite, data, settings, report, fail_over, as_json)
+
+
+def run_eval(
+    ckpt: Path,
+    source: Path | None,
+    suite: str,
+    data: str | None,
+    settings: Any,
+    report: Path | None,
+    fail_over: str | None,
+    as_json: bool,
+) -> None:
+    """The command's body. Raises SystemExit(1) if a limit is broken, M3QuantError for what cannot be measured."""
+    from ..calibration.corpus import load_tokenizer
+    from ..evaluate.gate import broken, check_limits, parse_limits
+    from ..evaluate.models import open_model
+    from ..evaluate.run import evaluate
+    from ..evaluate.suites import load_suite, make_tasks
+    from .progress import BytesProgress
+
+    limits = parse_limits(fail_over) if fail_over is not None else []
+    loaded = load_suite(suite)
+    checkpoint = open_model(ckpt)
+    origin = open_model(source, "source") if source else None
+    tasks, notes = make_tasks(loaded, load_tokenizer(checkpoint.folder), checkpoint.config, data)
+    check_limits(limits, [task.name for task in tasks], origin is not None)
+    folder = report or default_report(checkpoint)
+    with BytesProgress("eval") as progress:
+        for note in notes:
+            progress.say(f"note: {note}")
+        record = evaluate(checkpoint, origin, tasks, loaded.name, folder, settings, progress, notes)
+    page = write_page(record, folder)
+    sentences = broken(limits, record)
+    if as_json:
+        gate = {"limits": [limit.text for limit in limits], "broken": sentences}
+        click.echo(json.dumps({**record.model_dump(mode="json"), "gate": gate}, indent=2))
+    else:
+        print_record(record)
+        click.echo(f"written: {folder / 'eval.json'}" + (f" and {page}" if page else ""))
+        for sentence in sentences:
+            click.echo(f"FAIL  {sentence}")
+    if sentences:
+        raise SystemExit(1)
+
+
+def default_report(checkpoint: Model) -> Path:
+    """Beside the weights for an output of ours; a source is not written into."""
+    if checkpoint.manifest is not None:
+        return checkpoint.folder / REPORT_FOLDER
+    return Path(f"{checkpoint.folder.resolve().name}-eval")
+
+
+def write_page(record: EvalRecord, folder: Path) -> Path | None:
+    from importlib.util import find_spec
+
+    if find_spec("m3quant.evaluate.report_html") is None:
+        return None
+    from importlib import import_module
+
+    path: Path = import_module("m3quant.evaluate.report_html").write_report(record, folder)
+    return path
+
+
+def print_record(record: EvalRecord) -> None:
+    """Every result under its convention; a noise floor beside what it is the floor of."""
+    against = f", against {record.source.name} ({record.source.stored})" if record.source else ""
+    click.echo(
+        f"{record.checkpoint.name} ({record.checkpoint.stored}){against}: suite {record.suite}, {record.device}, {record.seconds:.1f} s"
+    )
+    floors = {r.task: r for r in record.results if is_noise(r)}
+    for result in record.results:
+        if not is_noise(result):
+            click.echo(f"\n{result.label}")
+            _print_result(result, floors.get(result.task))
+    for note in record.notes:
+        click.echo(f"\nnote: {note}")
+
+
+def is_noise(result: Result) -> bool:
+    return result.convention.startswith("noise-floor")
+
+
+def _print_result(result: Result, floor: Result | None) -> None:
+    click.echo(f"  [{result.convention}] {result.tokens:,} tokens of {result.data.name if result.data else 'its own'}")
+    if result.not_run is not None:
+        click.echo(f"  not run: {result.not_run}")
+    rows = []
+    for name, value in result.metrics.items():
+        base = (result.source_metrics or {}).get(name)
+        row = [f"  {name}", f"{value:.6g}"]
+        if result.source_metrics is not None:
+            row += [f"{base:.6g}", f"{value / base - 1:+.2%}" if base else ""] if base is not None else ["", ""]
+        if floor is not None:
+            row.append(f"{floor.metrics[name]:.6g}" if name in floor.metrics else "")
+        rows.append(row)
+    if rows:
+        heading = ["  metric", "checkpoint"]
+        heading += ["source", "change"] if result.source_metrics is not None else []
+        heading += ["noise floor"] if floor is not None else []
+        print_table([heading, *rows])
+    for note in [floor.label] if floor is not None else []:
+        click.echo(f"  {note}")
+    for note in result.notes:
+        click.echo(f"  note: {note}")

@@ -1,0 +1,134 @@
+"""The checkpoints that are measured: opened as dense tensors, and checked to be of one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ..calibration.corpus import load_tokenizer
+from ..calibration.stream import layer_prefix
+from ..checkpoint import Checkpoint, json_bytes
+from ..convert.journal import MANIFEST
+from ..errors import CheckpointError, EvaluationError
+from ..families import Family, family_of
+from ..plan import nbytes
+from ..reading import ConvertedReader, SourceReader
+from ..source import check_complete, source_kind
+from ..verify.structure import output_plan, read_manifest
+from .record import Measured
+
+# Files that decide which ids a text has.
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint opened for measuring. label: "checkpoint" or "source", as reports call it."""
+
+    label: str
+    folder: Path
+    reader: SourceReader | ConvertedReader
+    family: Family
+    manifest: dict[str, Any] | None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.reader.config
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        return dict(self.family.text_config(self.config))
+
+    def layer_names(self, layer: int) -> list[str]:
+        prefix = layer_prefix(self.config, layer)
+        return [name for name in self.reader.tensors if name.startswith(prefix)]
+
+    def stored_bytes(self, layer: int) -> int:
+        """Bytes that reading one layer takes from the disk."""
+        if isinstance(self.reader, SourceReader):
+            return sum(self.reader.tensors[n].stored_bytes for n in self.layer_names(layer))
+        return sum(nbytes(o) for n in self.layer_names(layer) for o in self.reader.tensors[n].outputs)
+
+    def dense_bytes(self, layer: int) -> int:
+        """Bytes of one layer as it lies in memory: BF16, whatever the disk holds."""
+        if isinstance(self.reader, SourceReader):
+            return sum(2 * self.reader.tensors[n].info.numel for n in self.layer_names(layer))
+        return sum(2 * self.reader.tensors[n].source.info.numel for n in self.layer_names(layer))
+
+    def fingerprint(self) -> str:
+        """What tells this checkpoint from others: headers and config, and for an output of ours its shards' hashes."""
+        own = self.reader.checkpoint.fingerprint()
+        if self.manifest is None:
+            return own
+        return sha256(own.encode() + json_bytes(self.manifest["shards"])).hexdigest()
+
+    def measured(self) -> Measured:
+        stored = self.manifest["recipe"]["name"] if self.manifest else source_kind(self.config, str(self.folder))
+        name = self.folder.resolve().name
+        return Measured(name=name, fingerprint=self.fingerprint(), stored="bf16" if stored == "plain" else stored)
+
+
+def open_model(path: str | Path, label: str = "checkpoint") -> Model:
+    """A source (BF16, FP8-block, MXFP8) or an output of m3quant. Raises CheckpointError, VerifyError or EvaluationError."""
+    checkpoint = Checkpoint.open(path)
+    if not checkpoint.local:
+        raise EvaluationError(
+            f"{checkpoint.root} is on the Hub: download it first (hf download {checkpoint.root} --local-dir FOLDER) and "
+            "evaluate the folder."
+        )
+    folder = Path(checkpoint.root)
+    family = family_of(checkpoint.config, f"{path}/config.json")
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        plan = output_plan(checkpoint, manifest, None)
+        converted = ConvertedReader(checkpoint, {t.name: t for t in plan.tensors}, plan.recipe.format)
+        return Model(label, folder, converted, family, manifest)
+    reader = SourceReader(checkpoint)
+    check_complete(checkpoint, family, reader.tensors)
+    return Model(label, folder, reader, family, None)
+
+
+def check_same_model(checkpoint: Model, source: Model) -> None:
+    """Raise EvaluationError unless both are of one architecture, shape and vocabulary, with tokenizers that agree."""
+    if checkpoint.family.model_type != source.family.model_type:
+        raise EvaluationError(
+            f"{checkpoint.folder} is a {checkpoint.family.model_type}, {source.folder} a {source.family.model_type}: "
+            "give the source that this checkpoint was made from."
+        )
+    theirs, ours = source.text_config, checkpoint.text_config
+    for key in ("vocab_size", "num_hidden_layers", "hidden_size", "num_local_experts"):
+        if theirs.get(key) != ours.get(key):
+            raise EvaluationError(
+                f"{checkpoint.folder} has {key} {ours.get(key)}, {source.folder} {theirs.get(key)}: they are not one model; "
+                "give the source that this checkpoint was made from."
+            )
+    _check_tokenizers(checkpoint, source)
+
+
+def _check_tokenizers(checkpoint: Model, source: Model) -> None:
+    differing = [name for name in _TOKENIZER_FILES if _bytes(checkpoint, name) != _bytes(source, name)]
+    if not differing:
+        return
+    # The same tokenizer can be written in two ways: what counts is what it does.
+    cores = [_core(load_tokenizer(model.folder)) for model in (checkpoint, source)]
+    if cores[0] != cores[1]:
+        raise EvaluationError(
+            f"{differing[0]} of {checkpoint.folder} and of {source.folder} make different tokens, so the two models would "
+            "not read one text: copy the source's tokenizer files."
+        )
+
+
+def _bytes(model: Model, name: str) -> bytes | None:
+    try:
+        return (model.folder / name).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{model.folder / name} cannot be read: {error.strerror}.") from None
+
+
+def _core(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return str(backend.to_str()) if backend is not None else repr(sorted(tokenizer.get_vocab().items()))

@@ -1,0 +1,276 @@
+"""One pass over the weights for everything that is to be measured.
+
+Layer by layer, with the next one read meanwhile: the source's layer takes the source's hidden states, then those of the
+noise floor (the source again, in another dtype and other batches), then the checkpoint's layer takes its own. At the end
+the heads are compared on the predicted tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from ..calibration.head import CHUNK_TOKENS, Head, score
+from ..calibration.layers import Layer, layer_spec
+from ..calibration.stream import Prefetcher, embed, num_layers, read_embeddings, read_head, read_layer
+from ..convert.journal import Journal
+from ..convert.settings import Progress
+from ..convert.stopping import StopFlag
+from ..errors import EvaluationError
+from .batches import Batch, Layout, lay_out
+from .models import Model
+from .states import StreamStates
+from .task import Predictions, ScoredSequence
+
+NOISE = "noise"
+_EMBED_TOKENS = 1 << 14
+# States of a run of predicted tokens are read together where no more than this many others lie between two of them.
+_GAP = 64
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """How to run. dtype: of the layers and the residual stream; noise_dtype: the other one, for the noise floor.
+
+    batch_tokens: tokens that pass through a layer together; a longer sequence's attention is computed whole all the same.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    noise_dtype: torch.dtype
+    batch_tokens: int = 16384
+    place: str = "auto"
+
+
+class Stream:
+    """One model's hidden states over one layout of texts (by number, of those that are run)."""
+
+    def __init__(self, name: str, model: Model, dtype: torch.dtype, layout: Layout, texts: Sequence[int]) -> None:
+        self.name, self.model, self.dtype, self.layout, self.texts = name, model, dtype, layout, texts
+        self._states: StreamStates | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.layout.ids) * int(self.model.text_config["hidden_size"]) * self.dtype.itemsize
+
+    @property
+    def states(self) -> StreamStates:
+        assert self._states is not None
+        return self._states
+
+    def open(self, device: torch.device, place: str, journal: Journal | None) -> None:
+        shape = (len(self.layout.ids), int(self.model.text_config["hidden_size"]))
+        folder = journal.folder if journal else None
+        self._states = StreamStates(self.name, shape, self.dtype, device, place, folder)
+
+    def close(self) -> None:
+        if self._states is not None:
+            self._states.close()
+
+
+def make_streams(
+    checkpoint: Model,
+    source: Model | None,
+    texts: Sequence[ScoredSequence],
+    noise: Sequence[int],
+    settings: PassSettings,
+) -> list[Stream]:
+    """Streams in the order in which a layer takes them: the source, its noise floor, the checkpoint.
+
+    noise: which texts the noise floor runs on; needs a source.
+    """
+    layout = lay_out(texts, settings.batch_tokens)
+    streams = []
+    if source is not None:
+        streams.append(Stream("source", source, settings.dtype, layout, range(len(texts))))
+        if noise:
+            other = lay_out([texts[i] for i in noise], max(1, settings.batch_tokens // 2), longest_first=True)
+            streams.append(Stream(NOISE, source, settings.noise_dtype, other, noise))
+    streams.append(Stream("checkpoint", checkpoint, settings.dtype, layout, range(len(texts))))
+    return streams
+
+
+def run_layers(
+    streams: Sequence[Stream], settings: PassSettings, journal: Journal | None, stop: StopFlag, progress: Progress
+) -> list[dict[str, float]]:
+    """Put every stream through all layers; returns per layer {"layer", "relative_error"} against the source's stream.
+
+    Finished layers of an interrupted run are skipped. Raises EvaluationError naming the first layer that gives NaN or Inf.
+    """
+    layers = num_layers(streams[-1].model.config)
+    models = list({id(s.model): s.model for s in streams}.values())
+    done = 0
+    while journal is not None and done in journal.records:
+        done += 1
+    facts = [journal.records[layer]["facts"] for layer in range(done)] if journal else []
+    read = [sum(model.stored_bytes(layer) for model in models) for layer in range(layers)]
+    progress.start(sum(read), sum(read[:done]))
+    if done:
+        progress.say(f"continuing: {done} of {layers} layers are finished")
+    for stream in streams:
+        stream.states.restore(done) if done else _embed(stream, settings.device)
+    keys = [(layer, model) for layer in range(done, layers) for model in models]
+    with Prefetcher(lambda key: read_layer(key[1].reader, key[0]), keys) as loaded:
+        for layer in range(done, layers):
+            facts.append(_one_layer(layer, streams, models, loaded, settings, stop, progress))
+            if journal is not None:
+                journal.finish_unit(layer, {"facts": facts[-1]})
+                for stream in streams:
+                    stream.states.drop(layer)
+    return facts
+
+
+def _one_layer(
+    layer: int,
+    streams: Sequence[Stream],
+    models: Sequence[Model],
+    loaded: Iterator[dict[str, torch.Tensor]],
+    settings: PassSettings,
+    stop: StopFlag,
+    progress: Progress,
+) -> dict[str, float]:
+    facts: dict[str, float] = {"layer": layer}
+    for stream in streams:
+        stream.states.begin(layer + 1)
+    for model in models:
+        tensors = next(loaded)
+        mine = [stream for stream in streams if stream.model is model]
+        ticks = _Ticks(progress, model.stored_bytes(layer), sum(len(s.layout.ids) for s in mine))
+        for stream in mine:
+            reference = streams[0] if stream is streams[-1] and len(streams) > 1 else None
+            # The layer has no name here: it must be gone from the device before the next one is put there.
+            spec = layer_spec(model.config, layer)
+            error = _through(
+                Layer(spec, tensors, settings.device, stream.dtype), stream, reference, settings, stop, ticks
+            )
+            stream.states.finish()
+            if error is not None:
+                facts["relative_error"] = error
+                progress.say(f"layer {layer}: stream error {error:.5f}")
+        ticks.rest()
+    return facts
+
+
+def _through(
+    layer: Layer, stream: Stream, reference: Stream | None, settings: PassSettings, stop: StopFlag, ticks: _Ticks
+) -> float | None:
+    """All batches of one stream through one layer -> ||out - reference|| / ||reference||, if there is a reference."""
+    error = norm = 0.0
+    for batch in stream.layout.batches:
+        stop.check()
+        out = forward(layer, stream.states.read(batch.tokens, layer.device), batch, settings.batch_tokens)
+        if not bool(torch.isfinite(out).all()):
+            raise EvaluationError(
+                f"layer {layer.spec.index} of {stream.model.folder} gives NaN or Inf, the layers before it do not: look for "
+                "non-finite weights in it (m3quant verify), or use a compute dtype of wider range."
+            )
+        stream.states.write(batch.tokens, out)
+        if reference is not None:
+            expected = reference.states.read(batch.tokens, layer.device).double()
+            error += float((out.double() - expected).square().sum())
+            norm += float(expected.square().sum())
+        ticks.add(batch.size)
+    return None if reference is None else (error / norm) ** 0.5 if norm else float(error > 0)
+
+
+def forward(layer: Layer, x: torch.Tensor, batch: Batch, chunk: int) -> torch.Tensor:
+    """The layer on a batch's tokens [n, H] -> [n, H]: attention by sequence, the MLP by chunks of tokens."""
+    out = torch.empty_like(x)
+    start = 0
+    for count, length in batch.groups:
+        rows = slice(start, start + count * length)
+        group = x[rows].view(count, length, -1)
+        attended = layer.attention(layer.attention_input(group)).to(x.dtype)
+        out[rows] = (group + attended).flatten(0, 1)
+        start = rows.stop
+    for start in range(0, len(out), chunk):
+        part = out[None, start : start + chunk]
+        part += layer.mlp(layer.mlp_input(part)).to(x.dtype)
+    return out
+
+
+def _embed(stream: Stream, device: torch.device) -> None:
+    table = read_embeddings(stream.model.reader)
+    ids = torch.from_numpy(stream.layout.ids)
+    stream.states.begin(0)
+    for start in range(0, len(ids), _EMBED_TOKENS):
+        tokens = slice(start, min(start + _EMBED_TOKENS, len(ids)))
+        stream.states.write(tokens, embed(ids[tokens], table).to(stream.dtype))
+    stream.states.finish()
+
+
+def predict(streams: Sequence[Stream], device: torch.device) -> dict[str, list[Predictions]]:
+    """Compare the heads of all streams on the predicted tokens -> stream name -> one `Predictions` per its text."""
+    heads = {id(s.model): read_head(s.model.reader, device) for s in streams}
+    main = [s for s in streams if s.name != NOISE]
+    out = _scored(main, [heads[id(s.model)] for s in main], [s.layout for s in main], device)
+    for noise in (s for s in streams if s.name == NOISE):
+        source, head = streams[0], heads[id(noise.model)]
+        out[NOISE] = _scored([source, noise], [head, head], [_like(source, noise), noise.layout], device)[NOISE]
+    return out
+
+
+def _like(source: Stream, noise: Stream) -> Layout:
+    """The source's layout cut down to the noise floor's texts, in its order: same targets, other rows."""
+    rows = []
+    for place, scored in zip(noise.layout.place, noise.layout.scored, strict=True):
+        first = noise.texts[len(rows)]
+        rows.append(noise.layout.rows[scored] - place + source.layout.place[first])
+    return replace(noise.layout, rows=np.concatenate(rows))
+
+
+def _scored(
+    streams: Sequence[Stream], heads: Sequence[Head], layouts: Sequence[Layout], device: torch.device
+) -> dict[str, list[Predictions]]:
+    targets = layouts[-1].targets
+    total = len(targets)
+    nll = np.empty((len(streams), total), dtype=np.float32)
+    best = np.empty((len(streams), total), dtype=np.int64)
+    kl = np.empty((len(streams), total), dtype=np.float32)
+    # In the order in which states lie, so that each is read once.
+    order = np.argsort(layouts[0].rows, kind="stable")
+    for start in range(0, total, CHUNK_TOKENS):
+        chosen = order[start : start + CHUNK_TOKENS]
+        inputs = [_gather(s.states, lay.rows[chosen], device) for s, lay in zip(streams, layouts, strict=True)]
+        for number, found in enumerate(score(heads, inputs, torch.from_numpy(targets[chosen]).to(device))):
+            nll[number, chosen], best[number, chosen] = found.nll.numpy(), found.best.numpy()
+            if found.kl is not None:
+                kl[number, chosen] = found.kl.numpy()
+    return {
+        stream.name: [Predictions(nll[i, s], best[i, s], kl[i, s] if i else None) for s in layouts[-1].scored]
+        for i, stream in enumerate(streams)
+    }
+
+
+def _gather(states: StreamStates, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    """States of these rows [n, H], reading runs of neighbours at once."""
+    order = np.argsort(rows, kind="stable")
+    parts = []
+    for run in np.split(order, np.flatnonzero(np.diff(rows[order]) > _GAP) + 1):
+        first, last = int(rows[run[0]]), int(rows[run[-1]])
+        block = states.read(slice(first, last + 1), device)
+        parts.append(block[torch.from_numpy(rows[run] - first).to(device)])
+    back = torch.from_numpy(np.argsort(order)).to(device)
+    return torch.cat(parts)[back]
+
+
+class _Ticks:
+    """Tells progress the bytes of a layer in shares, as its tokens pass."""
+
+    def __init__(self, progress: Progress, total: int, tokens: int) -> None:
+        self._progress, self._total, self._tokens = progress, total, max(1, tokens)
+        self._seen = self._told = 0
+
+    def add(self, tokens: int) -> None:
+        self._seen += tokens
+        self._tell(self._total * self._seen // self._tokens)
+
+    def rest(self) -> None:
+        self._tell(self._total)
+
+    def _tell(self, bytes_now: int) -> None:
+        self._progress.advance(bytes_now - self._told)
+        self._told = bytes_now

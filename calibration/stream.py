@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 
-from m3quant.calibration.head import Comparison, Head, compare_heads, head_nll
+from m3quant.calibration.head import Head, head_nll
 from m3quant.calibration.layers import Layer, layer_spec
 from m3quant.calibration.spec import model_type, text_config
 from m3quant.errors import CalibrationError, CheckpointError
@@ -322,53 +322,6 @@ def nll(
         return head_nll(read_head(source, device), states, tokens)
     finally:
         _discard(states)
-
-
-def compare(
-    source: Source,
-    quantized: Source,
-    tokens: torch.Tensor,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    *,
-    micro_batch: int = 4,
-    spill: Path | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> tuple[Comparison, list[float]]:
-    """Stream two checkpoints of one architecture side by side over tokens [S, L].
-
-    Returns the per-token comparison of their next-token distributions, and each layer's relative error of the quantized
-    stream (which carries the errors of the layers before it). spill: a folder for both streams' hidden states.
-    progress(done, layers, relative error). Other arguments as in `nll`.
-    """
-    layers = num_layers(source.config)
-    others = num_layers(quantized.config)
-    if others != layers:
-        raise CheckpointError(
-            f"the source has {layers} layers and the quantized model {others}: they are not one model"
-        )
-    dtype = dtype or _default_dtype(device)
-    streams: list[HiddenStates] = []
-    errors: list[float] = []
-    try:
-        for one, name in ((source, "source.states"), (quantized, "quantized.states")):
-            streams.append(embed_source(one, tokens, dtype, device, spill / name if spill else None))
-        models = (source, quantized)
-        keys = [(index, which) for index in range(layers) for which in (0, 1)]
-        with Prefetcher(lambda key: read_layer(models[key[1]], key[0]), keys) as loaded:
-            for (index, which), tensors in zip(keys, loaded, strict=True):
-                spec = layer_spec(models[which].config, index)
-                reference = streams[0] if which else None
-                # The layer has no name here: it must be gone from the device before the next one is put there.
-                error = run_layer(Layer(spec, tensors, device, dtype), streams[which], micro_batch, reference)
-                if error is not None:
-                    errors.append(error)
-                    if progress:
-                        progress(index + 1, layers, error)
-        return compare_heads(read_head(source, device), read_head(quantized, device), *streams, tokens), errors
-    finally:
-        for states in streams:
-            _discard(states)
 
 
 def _default_dtype(device: torch.device | str) -> torch.dtype:

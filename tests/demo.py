@@ -1,4 +1,4 @@
-"""`make demo`: convert the trained fixtures to INT4, AWQ INT4 and FP8, verify them, and show sizes and perplexity.
+"""`make demo`: convert the trained fixtures to INT4, AWQ INT4 and FP8, verify them, and show sizes, perplexity and KL divergence.
 
 Everything goes through the command line, as a user would do it.
 """
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
 HELDOUT = FIXTURES / "heldout.txt"
 RECIPES = ("int4", "awq", "fp8", "fp8-block")
-WINDOWS = ("--window-length", "512", "--windows", "32")
+MEASURE = ("--suite", ROOT / "tests" / "demo-suite.yaml", "--data", HELDOUT)
 
 
 def m3quant(*arguments: object) -> Any:
@@ -49,17 +49,20 @@ def main() -> None:
         }
         for output in outputs.values():
             m3quant("verify", output, "--source", source)
-        measured = m3quant("perplexity", source, *outputs.values(), "--data", HELDOUT, *WINDOWS)
-        bytes_in = next(iter(made.values()))["source"]["bytes"]
-        sizes = [bytes_in, *(made[recipe]["output_bytes"] for recipe in RECIPES)]
-        for label, size, quality in zip(("source", *RECIPES), sizes, measured, strict=True):
-            before, after = measured[0]["perplexity"], quality["perplexity"]
-            rows.append((name, label, f"{size / 1e6:.2f} MB", f"{after:.4f}", f"{after / before - 1:+.2%}"))
-    print(
-        f"\nheld-out perplexity over {measured[0]['tokens']} tokens of {HELDOUT.relative_to(ROOT)}; every output verified\n"
-    )
-    for row in (("model", "checkpoint", "size", "perplexity", "change"), *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, (8, 10, 10, 11, 8), strict=True)))
+        for recipe, output in outputs.items():
+            quality = m3quant("eval", output, "--source", source, *MEASURE)
+            perplexity, divergence, noise = quality["results"][:3]
+            before, after = (perplexity[key]["perplexity"] for key in ("source_metrics", "metrics"))
+            if recipe == RECIPES[0]:
+                size = f"{made[recipe]['source']['bytes'] / 1e6:.2f} MB"
+                rows.append(
+                    (name, "source", size, f"{before:.4f}", "", f"{noise['metrics']['kl_mean']:.5f} (noise floor)")
+                )
+            size, kl = f"{made[recipe]['output_bytes'] / 1e6:.2f} MB", f"{divergence['metrics']['kl_mean']:.5f}"
+            rows.append((name, recipe, size, f"{after:.4f}", f"{after / before - 1:+.2%}", kl))
+    print(f"\nover {perplexity['tokens']} tokens of {HELDOUT.relative_to(ROOT)}; every output verified\n")
+    for row in (("model", "checkpoint", "size", "perplexity", "change", "KL divergence"), *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, (8, 10, 10, 11, 8, 22), strict=True)).rstrip())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ unless it says so."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -96,7 +97,7 @@ def by_position(
     agree = np.concatenate([a.best == b.best for a, b in zip(source, other, strict=True)])
     edges = position_edges(int(where.max()) + 1)
     cells = []
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in itertools.pairwise(edges):
         inside = (where >= start) & (where < stop)
         if inside.any():
             cells.append(

@@ -111,7 +111,10 @@ def run_layers(
     if done:
         progress.say(f"continuing: {done} of {layers} layers are finished")
     for stream in streams:
-        stream.states.restore(done) if done else _embed(stream, settings.device)
+        if done:
+            stream.states.restore(done)
+        else:
+            _embed(stream)
     keys = [(layer, model) for layer in range(done, layers) for model in models]
     with Prefetcher(lambda key: read_layer(key[1].reader, key[0]), keys) as loaded:
         for layer in range(done, layers):
@@ -192,7 +195,7 @@ def forward(layer: Layer, x: torch.Tensor, batch: Batch, chunk: int) -> torch.Te
     return out
 
 
-def _embed(stream: Stream, device: torch.device) -> None:
+def _embed(stream: Stream) -> None:
     table = read_embeddings(stream.model.reader)
     ids = torch.from_numpy(stream.layout.ids)
     stream.states.begin(0)
@@ -215,7 +218,7 @@ def predict(streams: Sequence[Stream], device: torch.device) -> dict[str, list[P
 
 def _like(source: Stream, noise: Stream) -> Layout:
     """The source's layout cut down to the noise floor's texts, in its order: same targets, other rows."""
-    rows = []
+    rows: list[np.ndarray] = []
     for place, scored in zip(noise.layout.place, noise.layout.scored, strict=True):
         first = noise.texts[len(rows)]
         rows.append(noise.layout.rows[scored] - place + source.layout.place[first])

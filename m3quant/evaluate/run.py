@@ -24,7 +24,7 @@ from ..errors import EvaluationError, StoppedError
 from .batches import unique
 from .heldout import heldout_result
 from .models import Model, check_same_model
-from .passes import NOISE, PassSettings, Stream, make_streams, predict, run_layers
+from .passes import NOISE, PassSettings, make_streams, predict, run_layers
 from .record import EVAL_FILE, EvalRecord
 from .states import Placement, place_states
 from .task import NoiseFloor, Predictions, ScoredSequence, Task

@@ -77,7 +77,7 @@ class StreamStates:
 
     def read(self, tokens: slice, device: torch.device) -> torch.Tensor:
         """States [n, H] on `device`; do not write into them."""
-        source = self._live or self._input
+        source = self._live if self._live is not None else self._input
         assert source is not None
         return source.read(tokens, device)[:, 0]
 
@@ -98,7 +98,7 @@ class StreamStates:
         if self._output is not None:
             with disk_errors():
                 self._output.sync()
-                sync_folder(self._output.path.parent)  # type: ignore[union-attr]
+                sync_folder(self._path(self._layer).parent)
             if self._live is None:
                 if self._input is not None:
                     self._input.close()

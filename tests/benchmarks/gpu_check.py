@@ -53,12 +53,19 @@ def fixtures(work: Path) -> list[dict[str, Any]]:
             seconds[recipe] = made["seconds"]
             verified = command("verify", output, "--source", FIXTURES / name)
             assert verified["holds"], verified
-        measured = command(
-            "perplexity", FIXTURES / name, *outputs.values(), "--data", FIXTURES / "heldout.txt", "--device", "cuda"
-        )
-        for recipe, quality in zip(("source", *RECIPES), measured, strict=True):
-            row = {"model": name, "recipe": recipe, "perplexity": quality["perplexity"], "tokens": quality["tokens"]}
-            rows.append({**row, "seconds": seconds.get(recipe)})
+        for recipe, output in outputs.items():
+            suite = (
+                "--suite",
+                ROOT / "tests" / "benchmarks" / "heldout-suite.yaml",
+                "--data",
+                FIXTURES / "heldout.txt",
+            )
+            measured = command("eval", output, "--source", FIXTURES / name, *suite, "--device", "cuda")
+            perplexity, divergence, noise = measured["results"][:3]
+            row = {"model": name, "recipe": recipe, "tokens": perplexity["tokens"], "seconds": seconds[recipe]}
+            row |= {"perplexity": perplexity["metrics"]["perplexity"], "kl_mean": divergence["metrics"]["kl_mean"]}
+            base = {"perplexity": perplexity["source_metrics"]["perplexity"], "kl_mean": noise["metrics"]["kl_mean"]}
+            rows += [{"model": name, "recipe": "source", **base}] * (recipe == RECIPES[0]) + [row]
             print(rows[-1], flush=True)
     return rows
 

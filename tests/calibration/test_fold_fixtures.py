@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_folds import forward, relative, scales
+from text_windows import text_windows
 
 from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, apply_folds, pair_folds
 from m3quant.calibration.layers import Layer
@@ -13,7 +14,6 @@ from m3quant.calibration.ops import rms_norm
 from m3quant.calibration.spec import layer_spec
 from m3quant.calibration.stream import embed_source, num_layers, read_head, read_layer
 from m3quant.checkpoint import Checkpoint
-from m3quant.perplexity import text_windows
 from m3quant.reading import SourceReader
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"

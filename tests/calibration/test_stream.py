@@ -15,7 +15,6 @@ from m3quant.calibration.layers import Layer, layer_spec
 from m3quant.calibration.stream import (
     HiddenStates,
     Prefetcher,
-    compare,
     embed,
     nll,
     read_head,
@@ -204,31 +203,6 @@ def test_divergence_equals_the_full_softmax(
     assert torch.equal(found.nll_source, head_nll(source, HiddenStates(x), tokens))
 
 
-def test_a_model_does_not_diverge_from_itself(m3: Path) -> None:
-    source = FolderSource(m3)
-    found, errors = compare(source, source, random_tokens(1, 300))
-    assert errors == [0.0, 0.0, 0.0]
-    assert float(found.kl.max()) < 1e-6 and bool(found.agree.all())
-    assert torch.equal(found.nll_source, found.nll_quant)
-
-
-def test_compare_measures_a_changed_layer(m3: Path, tmp_path: Path) -> None:
-    source, changed = FolderSource(m3), FolderSource(m3)
-    name = "language_model.model.layers.1.block_sparse_moe.shared_experts.down_proj.weight"
-    changed.tensors[name] = changed.tensors[name] * 1.25
-    seen: list[tuple[int, int, float]] = []
-    tokens = random_tokens(2, 300)
-    found, errors = compare(
-        source, changed, tokens, spill=tmp_path, progress=lambda *step: seen.append(step), micro_batch=1
-    )
-    assert errors[0] == 0.0 and errors[1] > 1e-3 and errors[2] > 1e-3
-    assert seen == [(index + 1, 3, error) for index, error in enumerate(errors)]
-    assert float(found.kl.mean()) > 1e-6
-    assert torch.equal(found.nll_source, nll(source, tokens, micro_batch=1))
-    assert torch.equal(found.nll_quant, nll(changed, tokens, micro_batch=1))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_run_layer_reports_the_relative_error(m2: Path) -> None:
     source = FolderSource(m2)
     layer = Layer(layer_spec(source.config, 0), read_layer(source, 0))
@@ -257,12 +231,6 @@ def test_a_missing_end_of_the_model_is_named(m2: Path, name: str) -> None:
     del source.tensors[name]
     with pytest.raises(CheckpointError, match=name):
         nll(source, random_tokens(1, 8))
-
-
-def test_models_of_different_depth_are_not_compared(m2: Path, tmp_path: Path) -> None:
-    other = FolderSource(make_tiny_m2(tmp_path, num_hidden_layers=1))
-    with pytest.raises(CheckpointError, match="2 layers and the quantized model 1"):
-        compare(FolderSource(m2), other, random_tokens(1, 8))
 
 
 def test_read_head_takes_the_m3_names(m3: Path) -> None:

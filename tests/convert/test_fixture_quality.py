@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
+from convert.common import Silent
 
-from m3quant.calibration.stream import compare
+from m3quant.calibration.corpus import load_tokenizer
 from m3quant.cli import cli
-from m3quant.perplexity import open_dense, text_windows
+from m3quant.evaluate.divergence import DivergenceParams, divergence
+from m3quant.evaluate.models import open_model
+from m3quant.evaluate.run import Settings, evaluate
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 WINDOWS = 32  # of 512 tokens, for calibration and again for judging: enough to tell the two apart, quick enough for CI
@@ -21,12 +23,13 @@ def test_awq_is_closer_to_the_source_than_rounding(name: str, tmp_path: Path) ->
         arguments = ["convert", str(FIXTURES / name), str(tmp_path / recipe), "--to", recipe, "--device", "cpu", *more]
         done = CliRunner().invoke(cli, arguments)
         assert done.exit_code == 0, done.output
-    tokens = text_windows(FIXTURES / name, FIXTURES / "heldout.txt", 512, WINDOWS)
-    source = open_dense(FIXTURES / name)
-    found = {recipe: compare(source, open_dense(tmp_path / recipe), tokens, micro_batch=8)[0] for recipe in options}
-    kl = {recipe: float(result.kl.double().mean()) for recipe, result in found.items()}
-    excess = {recipe: float((r.nll_quant - r.nll_source).double().mean()) for recipe, r in found.items()}
-    perplexity = float(torch.exp(found["awq"].nll_source.double().mean()))
-    print(f"\n{name}: perplexity {perplexity:.4f}; KL {kl}; extra nats per token {excess}")
-    assert kl["awq"] < 0.9 * kl["int4"]
-    assert abs(excess["awq"]) < abs(excess["int4"])
+    source = open_model(FIXTURES / name, "source")
+    params = DivergenceParams(data=str(FIXTURES / "heldout.txt"), window=512, max_windows=WINDOWS, noise_windows=1)
+    task = divergence(load_tokenizer(FIXTURES / name), source.config, params)
+    found = {}
+    for recipe in options:
+        record = evaluate(open_model(tmp_path / recipe), source, [task], "test", None, Settings("cpu"), Silent())
+        found[recipe] = record.results[0].metrics
+    print(f"\n{name}: {[(recipe, m['kl_mean'], m['nll_difference_mean']) for recipe, m in found.items()]}")
+    assert found["awq"]["kl_mean"] < 0.9 * found["int4"]["kl_mean"]
+    assert abs(found["awq"]["nll_difference_mean"]) < abs(found["int4"]["nll_difference_mean"])

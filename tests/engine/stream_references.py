@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
+from text_windows import text_windows
 
 from m3quant.calibration.stream import nll
 from m3quant.device import pick_device
-from m3quant.perplexity import open_dense, text_windows
+from m3quant.evaluate.models import open_model
 
 PROMPTS = 2
 
@@ -25,7 +26,7 @@ def main() -> None:
     device = pick_device("auto")
     references = {}
     for folder in folders:
-        logprobs = -nll(open_dense(folder), tokens, device, torch.float32, micro_batch=1)
+        logprobs = -nll(open_model(folder).reader, tokens, device, torch.float32, micro_batch=1)
         references[Path(folder).name] = {"logprobs": logprobs.tolist(), "top1": None}
     Path(output).write_text(json.dumps({"prompts": tokens.tolist(), "references": references}))
 

@@ -52,7 +52,7 @@ def build(packages: Path) -> list[Document]:
     taken: set[str] = set()
     for document in load_documents(None):
         taken.update(shingles(document.content_bytes().decode() if document.text is None else document.text))
-    documents = []
+    documents: list[Document] = []
     for name, spec in yaml.safe_load((HERE / "sources.yaml").read_text(encoding="utf-8")).items():
         path = packages / spec["file"]
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -64,7 +64,10 @@ def build(packages: Path) -> list[Document]:
                 (HERE / "licences" / f"{name}.txt").write_bytes(notice)
             for entry in spec["texts"]:
                 documents += _documents(tools, name, spec, entry, archive, taken)
-    return interleave(documents, seed=ORDER_SEED)
+    # English and code first, mixed: that is what a few windows from the start are then of.
+    other = [d for d in documents if d.kind == "text" and d.lang != "en"]
+    first = [d for d in documents if d not in other]
+    return [*interleave(first, seed=ORDER_SEED), *interleave(other, seed=ORDER_SEED)]
 
 
 def _documents(

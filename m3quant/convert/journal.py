@@ -25,6 +25,7 @@ from ..errors import OutputError, StoppedError
 
 FOLDER = ".m3quant"
 LOCK = "lock"
+RECORDS = "units.jsonl"
 MANIFEST = "m3quant.json"  # in a finished output: what it was made from, and the sha256 of every shard
 
 
@@ -97,7 +98,7 @@ class Journal:
         refuse_other_facts(self._restart, begun, facts)
 
     def _read_records(self) -> None:
-        path = self.folder / "units.jsonl"
+        path = self.folder / RECORDS
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         good = 0
         for line in lines:
@@ -116,7 +117,7 @@ class Journal:
     def finish_unit(self, unit: int, record: Mapping[str, Any]) -> None:
         """Append the record of a finished unit and sync it. Raises StoppedError on a full disk."""
         line = (json.dumps({"unit": unit, **record}, allow_nan=False) + "\n").encode()
-        path = self.folder / "units.jsonl"
+        path = self.folder / RECORDS
         new = not path.exists()
         before = 0 if new else path.stat().st_size
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -146,8 +147,9 @@ class Journal:
             self._lock = -1
 
     def remove(self) -> None:
-        """Remove the state of a finished conversion, the lock last so that nobody starts in a half-removed folder."""
-        for path in sorted(self.folder.iterdir(), key=lambda p: (p.name == LOCK, p.name)):
+        """Remove the state of finished work: the records first, for they point at the rest, the lock last so that nobody
+        starts in a half-removed folder."""
+        for path in sorted(self.folder.iterdir(), key=lambda p: (p.name == LOCK, p.name != RECORDS, p.name)):
             path.unlink()
         with contextlib.suppress(OSError):  # someone else may have made a lock meanwhile; they will remove it
             self.folder.rmdir()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..checkpoint import Checkpoint
-from ..errors import RecipeError
+from ..errors import EvaluationError, RecipeError
 from ..plan import Plan, make_plan
 from ..recipe import build_recipe
 from .options import human_bytes, load_recipe, recipe_options
@@ -34,6 +34,12 @@ from .options import human_bytes, load_recipe, recipe_options
     help="Fail where an expert stays below --min-expert-tokens, instead of topping it up.",
 )
 @click.option("--spill", is_flag=True, help="Keep hidden states on disk beside the output instead of in memory.")
+@click.option(
+    "--eval", "suite", metavar="quick|full|FILE", default=None, help="Run m3quant eval on the output afterwards."
+)
+@click.option(
+    "--fail-over", metavar="LIMITS", default=None, help="With --eval: exit 1 beyond these, e.g. kld=0.05,ppl=+2%."
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -50,6 +56,8 @@ def command(
     min_expert_tokens: int | None,
     strict_coverage: bool,
     spill: bool,
+    suite: str | None,
+    fail_over: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -64,6 +72,10 @@ def command(
         )
     recipe = build_recipe({**recipe.model_dump(), "data": {**recipe.data.model_dump(), **changes}})
     plan = make_plan(checkpoint, recipe)
+    if suite is not None:
+        _check_eval(suite, fail_over)
+    elif fail_over is not None:
+        raise EvaluationError("--fail-over holds figures against limits: give --eval quick with it.")
     if dry_run:
         from .plan import plan_json, print_plan
 
@@ -72,7 +84,22 @@ def command(
         else:
             print_plan(plan)
         return
-    _run(plan, dst, device, corpus, strict_coverage, spill, as_json)
+    _run(plan, dst, device, corpus, strict_coverage, spill, as_json and suite is None)
+    if suite is not None:
+        from ..evaluate.run import Settings
+        from .eval import run_eval
+
+        run_eval(dst, Path(src), suite, None, Settings(device), None, fail_over, as_json)
+
+
+def _check_eval(suite: str, fail_over: str | None) -> None:
+    """What can be wrong with --eval and --fail-over, before the conversion."""
+    from ..evaluate.gate import check_limits, parse_limits
+    from ..evaluate.suites import load_suite
+
+    tasks = [entry.params.get("name") or entry.task for entry in load_suite(suite).tasks]
+    if fail_over is not None:
+        check_limits(parse_limits(fail_over), tasks, source=True)
 
 
 def _run(

@@ -15,12 +15,11 @@ if TYPE_CHECKING:
     from ..evaluate.models import Model
     from ..evaluate.record import EvalRecord, Result
 
-REPORT_FOLDER = "m3quant-report"
 _PLACES = ("auto", "device", "host", "disk")
 
 
 def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of `eval` that `convert --eval` does not take."""
+    """How to run it."""
     for option in reversed(
         (
             click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto."),
@@ -124,8 +123,10 @@ def run_eval(
 
 def default_report(checkpoint: Model) -> Path:
     """Beside the weights for an output of ours; a source is not written into."""
+    from ..convert.report import FOLDER
+
     if checkpoint.manifest is not None:
-        return checkpoint.folder / REPORT_FOLDER
+        return checkpoint.folder / FOLDER
     return Path(f"{checkpoint.folder.resolve().name}-eval")
 
 

@@ -10,13 +10,17 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..checkpoint import write_json_atomic
 from ..device import device_name, pick_device
 from ..errors import CheckpointError, OutputError, StoppedError
+from ..evaluate.heldout import conversion_record
+from ..evaluate.record import EVAL_FILE
 from ..plan import Plan, Unit
 from ..reading import SourceReader
 from ..resources import check_disk, resources
 from .finish import finish
 from .journal import MANIFEST, Journal, check_apart, check_output_folder, refuse_other_facts, remove_leftover
+from .report import FOLDER as REPORT_FOLDER
 from .settings import Progress, Settings
 from .stopping import stop_on_signals
 from .units import convert_unit, shard_facts
@@ -135,6 +139,9 @@ def _convert(
         stop.check()
         extra["job"] = facts
         extra["seconds"] = round(time.monotonic() - started, 3)
+        measured = conversion_record(plan, output.resolve().name, extra, device_name(device))
+        if measured is not None:
+            write_json_atomic(output / REPORT_FOLDER / EVAL_FILE, measured.model_dump(mode="json"))
         # A signal from here on finds less than a second of work left: it is done rather than dropped.
         manifest = finish(plan, output, journal, extra)
         journal.remove()

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .record import Data, Result
+from .. import __version__
+from .record import Data, EvalRecord, Measured, Result
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+CONVERSION = "conversion"  # the `suite` of a record that a conversion wrote of its own pass
 
 
 def heldout_result(manifest: Mapping[str, Any]) -> Result | None:
@@ -31,4 +38,30 @@ def heldout_result(manifest: Mapping[str, Any]) -> Result | None:
         metrics=measured,
         source_metrics=source,
         notes=["the text resembles what was calibrated on, so these figures flatter the checkpoint"],
+    )
+
+
+def conversion_record(plan: Plan, output_name: str, facts: Mapping[str, Any], device: str) -> EvalRecord | None:
+    """eval.json of a calibrated conversion from the numbers of its own two-stream pass; None if it held nothing out.
+
+    facts: what the manifest tells of calibration, with "seconds" and "job".
+    """
+    result = heldout_result(facts)
+    if result is None:
+        return None
+    source = plan.checkpoint
+    job = facts["job"]
+    return EvalRecord(
+        m3quant=__version__,
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seconds=facts["seconds"],
+        device=device,
+        versions={name: job[name] for name in ("torch", "transformers")},
+        checkpoint=Measured(name=output_name, stored=plan.recipe.name),
+        source=Measured(name=source.root.rstrip("/").rpartition("/")[2], fingerprint=source.fingerprint()),
+        suite=CONVERSION,
+        results=[result],
+        layers=[{"layer": int(layer), "relative_error": error} for layer, error in facts["stream_error"].items()],
+        coverage=facts["coverage"],
+        notes=["measured by the conversion itself; m3quant eval measures more, on text that calibration has not seen"],
     )

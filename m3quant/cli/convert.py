@@ -84,12 +84,17 @@ def command(
         else:
             print_plan(plan)
         return
-    _run(plan, dst, device, corpus, strict_coverage, spill, as_json and suite is None)
+    manifest = _run(plan, dst, device, corpus, strict_coverage, spill)
+    told = {"output": str(dst), **manifest}
+    if not as_json:
+        print_result(plan, dst, manifest)
+    elif suite is None:
+        click.echo(json.dumps(told, indent=2))
     if suite is not None:
         from ..evaluate.run import Settings
         from .eval import run_eval
 
-        run_eval(dst, Path(src), suite, None, Settings(device), None, fail_over, as_json)
+        run_eval(dst, Path(src), suite, None, Settings(device), None, fail_over, as_json, told)
 
 
 def _check_eval(suite: str, fail_over: str | None) -> None:
@@ -102,9 +107,7 @@ def _check_eval(suite: str, fail_over: str | None) -> None:
         check_limits(parse_limits(fail_over), tasks, source=True)
 
 
-def _run(
-    plan: Plan, dst: Path, device: str, corpus: str | None, strict_coverage: bool, spill: bool, as_json: bool
-) -> None:
+def _run(plan: Plan, dst: Path, device: str, corpus: str | None, strict_coverage: bool, spill: bool) -> dict[str, Any]:
     from ..convert.run import check_places, convert
     from ..convert.settings import Settings
     from ..device import pick_device
@@ -118,11 +121,7 @@ def _run(
     with BytesProgress(plan.recipe.name) as progress:
         for note in settings.windows.notes if settings.windows else ():
             progress.say(f"note: {note}")
-        manifest = convert(plan, dst, settings, progress)
-    if as_json:
-        click.echo(json.dumps({"output": str(dst), **manifest}, indent=2))
-    else:
-        print_result(plan, dst, manifest)
+        return convert(plan, dst, settings, progress)
 
 
 def calibration_windows(plan: Plan, corpus: str | None) -> Any:

@@ -87,8 +87,11 @@ def run_eval(
     report: Path | None,
     fail_over: str | None,
     as_json: bool,
+    conversion: dict[str, Any] | None = None,
 ) -> None:
-    """The command's body. Raises SystemExit(1) if a limit is broken, M3QuantError for what cannot be measured."""
+    """The command's body. conversion: what a conversion before it tells; JSON then has the figures under "evaluation".
+
+    Raises SystemExit(1) if a limit is broken, M3QuantError for what cannot be measured."""
     from ..calibration.corpus import load_tokenizer
     from ..evaluate.gate import broken, check_limits, parse_limits
     from ..evaluate.models import open_model
@@ -111,7 +114,8 @@ def run_eval(
     sentences = broken(limits, record)
     if as_json:
         gate = {"limits": [limit.text for limit in limits], "broken": sentences}
-        click.echo(json.dumps({**record.model_dump(mode="json"), "gate": gate}, indent=2))
+        told = {**record.model_dump(mode="json"), "gate": gate}
+        click.echo(json.dumps(told if conversion is None else {**conversion, "evaluation": told}, indent=2))
     else:
         print_record(record)
         click.echo(f"written: {folder / 'eval.json'}" + (f" and {page}" if page else ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,8 @@ def parse_limits(text: str) -> list[Limit]:
             )
         try:
             number = float(value.removesuffix("%"))
+            if not math.isfinite(number):
+                raise ValueError
         except ValueError:
             raise EvaluationError(f"--fail-over {part}: write {name}=NUMBER or {name}={sign}PERCENT%.") from None
         limits.append(Limit(name, number, relative, part))

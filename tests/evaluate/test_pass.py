@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from convert.sources import quantized_source
 from measuring import Plain, Silent, changed_copy, full_logits, reference, run, sequence
 from safetensors.torch import load_file, save_file
 
@@ -232,6 +233,19 @@ def test_the_layer_where_nan_began_is_named(m2: Path, tmp_path: Path) -> None:
     broken = _broken(m2, tmp_path / "head", "lm_head.weight")
     with pytest.raises(Exception, match="final norm or lm_head gives NaN"):
         run(broken, None, [Plain([sequence(30)])])
+
+
+@pytest.mark.parametrize(("family", "kind"), [("m2", "fp8"), ("m3", "mxfp8")])
+def test_fp8_sources_are_read_as_what_they_mean(
+    request: pytest.FixtureRequest, tmp_path: Path, family: str, kind: str
+) -> None:
+    """The native FP8 layouts give the same bits as a BF16 checkpoint with their dequantized weights."""
+    stored, dense = quantized_source(request.getfixturevalue(family), tmp_path, kind)
+    task = Plain([sequence(50)])
+    record = run(stored, dense, [task])
+    assert task.source is not None and np.array_equal(task.checkpoint[0].nll, task.source[0].nll)
+    assert record.checkpoint.stored == {"fp8": "fp8-block", "mxfp8": "mxfp8"}[kind]
+    assert record.source is not None and record.source.stored == "bf16"
 
 
 def test_models_that_do_not_match_are_refused(m2: Path, m3: Path, tmp_path: Path) -> None:

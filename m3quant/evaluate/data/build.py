@@ -43,8 +43,17 @@ def shingles(text: str) -> Iterator[str]:
 
 
 def without_shared(text: str, taken: set[str]) -> str:
-    """The text without paragraphs that have a shingle in common with the calibration corpus."""
-    return "\n\n".join(p for p in text.split("\n\n") if taken.isdisjoint(shingles(p)))
+    """The text without paragraphs that have a part in a shingle in common with the calibration corpus."""
+    paragraphs = text.split("\n\n")
+    while True:
+        plain = [" ".join(p.split()) for p in paragraphs]
+        owner = [number for number, p in enumerate(plain) for _ in range(len(p) + 1)]
+        joined = " ".join(plain)
+        shared = [i for i in range(len(joined) - SHINGLE + 1) if joined[i : i + SHINGLE] in taken]
+        out = {number for i in shared for number in owner[i : i + SHINGLE]}
+        if not out:
+            return "\n\n".join(paragraphs)
+        paragraphs = [p for number, p in enumerate(paragraphs) if number not in out]
 
 
 def build(packages: Path) -> list[Document]:

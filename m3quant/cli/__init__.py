@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": ("plan", "What a checkpoint is, and what each output would weigh and need."),
     "convert": ("convert", "Quantize a checkpoint to FP8 or AWQ INT4, streaming, resumable."),
     "verify": ("verify", "Check that a converted checkpoint is whole, right and loadable."),
+    "card": ("card", "Write the model card of an output, and check that it may be published."),
     "perplexity": ("perplexity", "Perplexity of a source or converted checkpoint, one layer in memory at a time."),
 }
 

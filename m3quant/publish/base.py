@@ -33,7 +33,9 @@ def resolve_base(manifest: Mapping[str, Any], repo: str | None, revision: str | 
     if repo is not None and not _REPO.fullmatch(repo):
         raise PublishError(f"--base-repo {repo} is no Hub repo: give it as org/name.")
     if repo and recorded_repo and repo.lower() != recorded_repo.lower():
-        raise PublishError(f"--base-repo {repo} is given, but the source came from {recorded_repo}: leave the option out.")
+        raise PublishError(
+            f"--base-repo {repo} is given, but the source came from {recorded_repo}: leave the option out."
+        )
     if revision is not None and not _COMMIT.fullmatch(revision):
         raise PublishError(
             f"--base-revision {revision} is no commit: branches and tags move, so give the 40 hex digits of the commit."

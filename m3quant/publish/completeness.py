@@ -14,7 +14,12 @@ from .files import CARD, PublishFile, files_to_publish
 from .scan import machine_strings, scan
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-PROCESSORS = ("preprocessor_config.json", "processor_config.json", "image_processor.py", "video_preprocessor_config.json")
+PROCESSORS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor.py",
+    "video_preprocessor_config.json",
+)
 
 
 @dataclass
@@ -64,7 +69,17 @@ def leftovers(out: Path) -> list[str]:
     """Sentences about a journal or temporary files, which mean that something is unfinished."""
     found = [FOLDER] if (out / FOLDER).exists() else []
     found += sorted(p.relative_to(out).as_posix() for p in out.rglob("*.tmp") if FOLDER not in p.parts)
-    return [f"{out / name} is left of an interrupted run: finish it with the command it was begun with." for name in found]
+    return [
+        f"{out / name} is left of an interrupted run: finish it with the command it was begun with." for name in found
+    ]
+
+
+def left_out_explained(out: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """File -> why it is not in the output though the base has it, or an engine would like it. Reads no weights."""
+    findings = Findings()
+    check_carried(out, manifest, None, findings)
+    check_needed(out, manifest, findings)
+    return findings.explained
 
 
 def check_carried(out: Path, manifest: Mapping[str, Any], source: str | None, findings: Findings) -> None:
@@ -92,7 +107,9 @@ def check_carried(out: Path, manifest: Mapping[str, Any], source: str | None, fi
         if name == CARD:
             findings.explained[name] = "the model card is written anew; the base's own is at the base"
         elif not path.is_file():
-            findings.problems.append(f"{name} of the source is missing from {out}: convert again, or copy it from the source.")
+            findings.problems.append(
+                f"{name} of the source is missing from {out}: convert again, or copy it from the source."
+            )
         elif sha256_file(path) != digest:
             findings.problems.append(f"{out / name} differs from the source's: copy it again, byte for byte.")
 
@@ -102,11 +119,15 @@ def check_needed(out: Path, manifest: Mapping[str, Any], findings: Findings) -> 
     config = Checkpoint.open(out).config
     tokenizer = [name for name in TOKENIZERS if (out / name).is_file()]
     if not tokenizer:
-        findings.problems.append(f"{out} has no tokenizer ({', '.join(TOKENIZERS)}): nobody can serve it; copy the base's.")
+        findings.problems.append(
+            f"{out} has no tokenizer ({', '.join(TOKENIZERS)}): nobody can serve it; copy the base's."
+        )
     settings = out / "tokenizer_config.json"
     embedded = settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8")
     if not embedded and not any((out / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
-        findings.explained["chat_template.jinja"] = "the source has no chat template: chat requests need one given to the engine"
+        findings.explained["chat_template.jinja"] = (
+            "the source has no chat template: chat requests need one given to the engine"
+        )
     if not (out / "generation_config.json").is_file():
         findings.explained["generation_config.json"] = "the source has none: engines sample with their own defaults"
     vision = any(row["role"] == "vision" for row in manifest["roles"])
@@ -137,5 +158,3 @@ def secrets(out: Path, files: list[PublishFile], manifest: Mapping[str, Any]) ->
         if not (f.kind == "machine path" and f.file in public and f.file != CARD)
     ]
     return [f"{finding}: take it out before anything is sent." for finding in found]
-
-

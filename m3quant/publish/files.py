@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ EVAL_RESULTS_FOLDER = ".eval_results"
 # What convert makes itself: never the bytes of a file of the base.
 OWN = frozenset({CONFIG_NAME, INDEX_NAME, RECIPE_FILE})
 # What convert, eval and card write after or beside the files that the manifest lists.
-BESIDE = (MANIFEST, CARD, NOTICE, CHECKSUMS, EVAL_FILE)
+BESIDE = (MANIFEST, CARD, CHECKSUMS, EVAL_FILE)
+# A licence text at the top: carried from the base, or supplied by a person where the base had none.
+LICENCE_FILE = re.compile(r"(LICEN[SC]E|COPYING)([-_.].*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,36 @@ def files_to_publish(out: Path, manifest: Mapping[str, Any]) -> list[PublishFile
             raise PublishError(f"{path} is missing or has another size than when it was written: convert again.")
         files.append(PublishFile(name, path, facts["size"], facts["sha256"]))
     carried = carried_files(manifest)
-    for name in sorted({*manifest["files"], *carried} - {CARD}):
+    listed = {*manifest["files"], *carried} - {CARD}
+    for name in sorted(listed):
         if not (out / name).is_file():
             raise PublishError(f"{out / name} is missing: convert again, or copy it from the source.")
-    beside = {name for name in BESIDE if (out / name).is_file()}
-    for folder in (REPORT_FOLDER, EVAL_RESULTS_FOLDER):
-        beside |= {p.relative_to(out).as_posix() for p in (out / folder).rglob("*") if p.is_file()}
-    for name in {*manifest["files"], *carried, *beside} - ({CARD} - beside):
+    for name in listed | beside(out, manifest):
         path = out / name
         digest = sha256_file(path)
         files.append(PublishFile(name, path, path.stat().st_size, digest, carried.get(name) == digest))
     return sorted(files, key=lambda f: f.path_in_repo)
 
 
+def beside(out: Path, manifest: Mapping[str, Any]) -> set[str]:
+    """Names of the files that m3quant, or a person with a licence, added to what convert wrote."""
+    names = {name for name in (*BESIDE, notice_name(manifest)) if (out / name).is_file()}
+    names |= {p.name for p in out.iterdir() if p.is_file() and LICENCE_FILE.fullmatch(p.name)}
+    for folder in (REPORT_FOLDER, EVAL_RESULTS_FOLDER):
+        names |= {p.relative_to(out).as_posix() for p in (out / folder).rglob("*") if p.is_file()}
+    return names
+
+
+def notice_name(manifest: Mapping[str, Any]) -> str:
+    """The file of our change statement: NOTICE, or another name where the base carries a NOTICE of its own."""
+    return f"{NOTICE}.m3quant" if NOTICE in carried_files(manifest) else NOTICE
+
+
 def carried_files(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Name -> sha256 of the files that were carried over from the source byte for byte."""
+    recorded = manifest["source"].get("files")
+    if recorded is not None:
+        return {name: facts["sha256"] for name, facts in recorded.items()}
     return {name: digest for name, digest in manifest["files"].items() if name not in OWN}
 
 

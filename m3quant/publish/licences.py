@@ -15,9 +15,9 @@ import yaml
 from ..checkpoint import sha256_file
 from ..errors import PublishError
 from .base import Base
+from .files import LICENCE_FILE
 
 DATA = "licences.yaml"
-_FILE = re.compile(r"(LICEN[SC]E|COPYING)([-_.].*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def data() -> dict[str, Any]:
 
 def licence_files(folder: Path) -> list[Path]:
     """Licence texts at the top of a folder, the one for the model before the others."""
-    found = [p for p in folder.iterdir() if p.is_file() and _FILE.fullmatch(p.name)]
+    found = [p for p in folder.iterdir() if p.is_file() and LICENCE_FILE.fullmatch(p.name)]
     return sorted(found, key=lambda p: ("MODEL" not in p.name.upper(), len(p.name), p.name))
 
 
@@ -78,7 +78,9 @@ def recognise(text: str) -> tuple[str, str | None] | None:
     return None
 
 
-def resolve_licence(out: Path, manifest: Mapping[str, Any], config: Mapping[str, Any], base: Base, given: GivenLicence) -> Licence:
+def resolve_licence(
+    out: Path, manifest: Mapping[str, Any], config: Mapping[str, Any], base: Base, given: GivenLicence
+) -> Licence:
     """The licence of `out`, whose base is `base`. Copies `given.file` into it as LICENSE where the base had none.
 
     Raises PublishError: no licence text, a text that is not this base's, a base card or config.json that says another, or a
@@ -123,13 +125,17 @@ def supply(out: Path, file: Path) -> None:
     if any(p.read_bytes() == content for p in present):
         return
     if present:
-        raise PublishError(f"{out / present[0].name} is there already and differs from --licence-file {file}: leave the option out.")
+        raise PublishError(
+            f"{out / present[0].name} is there already and differs from --licence-file {file}: leave the option out."
+        )
     (out / "LICENSE").write_bytes(content)
 
 
 def obligations(licence: Licence, base: Base) -> list[str]:
     """What publishing asks of a person, in plain sentences, the gravest first."""
-    lines = [f"{base.repo} is under the {licence.title} ({licence.file}). Read it: what follows is a summary, not the licence."]
+    lines = [
+        f"{base.repo} is under the {licence.title} ({licence.file}). Read it: what follows is a summary, not the licence."
+    ]
     if licence.non_commercial:
         lines.append("It restricts COMMERCIAL USE.")
     lines += licence.obligations
@@ -138,23 +144,21 @@ def obligations(licence: Licence, base: Base) -> list[str]:
     if licence.second_hand:
         lines.append(f"This summary was not made from the whole licence text (source: {licence.source}).")
     if not licence.carried:
-        lines.append(f"The base carried no licence file; {licence.file} was supplied by you: compare it with {base.url}.")
+        lines.append(
+            f"The base carried no licence file; {licence.file} was supplied by you: compare it with {base.url}."
+        )
     return lines
 
 
 def _flat(text: str) -> str:
     """One space between words, straight quotation marks."""
-    for curly, straight in (("“", '"'), ("”", '"'), ("‘", "'"), ("’", "'")):
-        text = text.replace(curly, straight)
-    return " ".join(text.split())
+    return " ".join(re.sub("[\u201c\u201d]", '"', re.sub("[\u2018\u2019]", "'", text)).split())
 
 
 def _missing(base: Base) -> str:
     texts = {name.lower(): url for name, url in data()["texts"].items()}
     where = texts.get(base.repo.lower(), base.url)
-    return (
-        f"the source carries no licence file: take the licence of {base.repo} from {where} and give it with --licence-file FILE."
-    )
+    return f"the source carries no licence file: take the licence of {base.repo} from {where} and give it with --licence-file FILE."
 
 
 def _check_untouched(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -162,7 +166,9 @@ def _check_untouched(path: Path, manifest: Mapping[str, Any]) -> None:
     if facts and sha256_file(path) != facts["sha256"]:
         raise PublishError(f"{path} is not the file that the source carried: copy it from the source byte for byte.")
     if facts and facts["as_on_hub"] is False:
-        raise PublishError(f"{path.name} of the source was changed after its download: download it again and convert again.")
+        raise PublishError(
+            f"{path.name} of the source was changed after its download: download it again and convert again."
+        )
 
 
 def _known(key: str, display: str | None, path: Path, manifest: Mapping[str, Any]) -> Licence:
@@ -199,8 +205,12 @@ def _custom(path: Path, manifest: Mapping[str, Any], base: Base, given: GivenLic
             raise PublishError("--licence-id other needs --licence-name NAME, the Hub's license_name of the base.")
     elif patterns is None:
         common = ", ".join(data()["common"])
-        raise PublishError(f"--licence-id {given.identifier}: m3quant can compare a text with {common}; for others give other and --licence-name.")
-    elif not all(re.search(p, _flat(path.read_text(encoding="utf-8", errors="replace")), re.IGNORECASE) for p in patterns):
+        raise PublishError(
+            f"--licence-id {given.identifier}: m3quant can compare a text with {common}; for others give other and --licence-name."
+        )
+    elif not all(
+        re.search(p, _flat(path.read_text(encoding="utf-8", errors="replace")), re.IGNORECASE) for p in patterns
+    ):
         raise PublishError(f"{path.name} does not read like {given.identifier}: give the licence that the base has.")
     return Licence(
         key=None,
@@ -219,7 +229,9 @@ def _custom(path: Path, manifest: Mapping[str, Any], base: Base, given: GivenLic
 def _check_statements(licence: Licence, manifest: Mapping[str, Any], config: Mapping[str, Any], base: Base) -> None:
     for where, facts in _statements(manifest, config):
         stated, name = facts.get("license"), facts.get("license_name")
-        entry = data()["licences"].get(licence.key, {"card_license": [licence.identifier], "card_names": [licence.name]})
+        entry = data()["licences"].get(
+            licence.key, {"card_license": [licence.identifier], "card_names": [licence.name]}
+        )
         others = {n for key, e in data()["licences"].items() if key != licence.key for n in e["card_names"]}
         wrong_name = name is not None and name not in entry["card_names"] and (licence.key is None or name in others)
         if (stated is not None and stated not in entry["card_license"]) or wrong_name:

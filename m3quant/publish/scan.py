@@ -30,7 +30,10 @@ SECRETS: tuple[tuple[str, str], ...] = (
 )
 # A path below a person's or a machine's own root, with at least one name after it. Not /usr, /etc or ~, which all machines have.
 PATHS: tuple[tuple[str, str], ...] = (
-    ("machine path", r"(?<![\w./~$}-])/(?:home|Users|mnt|media|scratch|workspace)/[A-Za-z0-9._-]+(?:/[^\s\"'<>:,;)\\]*)?"),
+    (
+        "machine path",
+        r"(?<![\w./~$}-])/(?:home|Users|mnt|media|scratch|workspace)/[A-Za-z0-9._-]+(?:/[^\s\"'<>:,;)\\]*)?",
+    ),
     ("machine path", r"(?<![\w./~$}-])/(?:root|tmp|var/tmp)/[A-Za-z0-9._-]+[^\s\"'<>:,;)\\]*"),
     ("machine path", r"(?<![A-Za-z])[A-Za-z]:\\{1,2}Users\\{1,2}[A-Za-z0-9._ -]+"),
 )

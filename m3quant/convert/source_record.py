@@ -14,6 +14,7 @@ from ..checkpoint.origin import matches_etag, origin_of
 from ..plan import REPLACED_FILES
 
 _FRONT_MATTER = re.compile(rb"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
+DOWNLOADERS_OWN = (".cache/", ".git/")  # made by hf download and git clone, no part of the repo
 CARD_KEYS = ("license", "license_name", "license_link", "base_model", "pipeline_tag", "library_name", "language")
 
 
@@ -24,8 +25,9 @@ class SourceRecord:
         names = [*checkpoint.shards, *checkpoint.other_files, "config.json"]
         self.origin = origin_of(Path(checkpoint.root), names)
         replaced = [name for name in checkpoint.other_files if name in REPLACED_FILES]
+        skipped = {name: why for name, why in checkpoint.skipped_files.items() if name not in DOWNLOADERS_OWN}
         self.left_behind = {
-            **checkpoint.skipped_files,
+            **skipped,
             **dict.fromkeys(replaced, "describes the source: the output has or gets its own"),
         }
         self.files: dict[str, dict[str, Any]] = {}

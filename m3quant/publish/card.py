@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -182,16 +183,11 @@ def commands(facts: CardFacts) -> list[dict[str, str]]:
             best[row.node] = row
     out = []
     for row in best.values():
-        words = row.command.split(" ", 3)  # vllm serve FOLDER FLAGS
+        words = shlex.split(row.command)  # vllm serve FOLDER FLAGS
         if words[:2] != ["vllm", "serve"] or len(words) < 3:
             raise ValueError(f"no vllm serve command: {shown(row.command)}")
-        out.append(
-            {
-                "node": row.node,
-                "kv_dtype": row.kv_dtype,
-                "command": " ".join(["vllm serve", facts.download, *words[3:]]),
-            }
-        )
+        command = shlex.join(["vllm", "serve", facts.download, *words[3:]])
+        out.append({"node": row.node, "kv_dtype": row.kv_dtype, "command": command})
     return out
 
 

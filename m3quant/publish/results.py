@@ -102,7 +102,8 @@ def hub_results(record: EvalRecord | None) -> list[EvalResult]:
     """The figures as model-index entries: the place for metrics that are no Hub benchmark."""
     out = []
     for result in record.results if record else []:
-        for name, value in result.metrics.items():
+        for name in shown_metrics(result):
+            value = result.metrics[name]
             if math.isfinite(value) and result.data is not None:
                 out.append(
                     EvalResult(
@@ -118,6 +119,11 @@ def hub_results(record: EvalRecord | None) -> list[EvalResult]:
     return out
 
 
+def shown_metrics(result: Result) -> list[str]:
+    """Names of the metrics that a card shows: of percentiles the 99th; eval.json has all."""
+    return [n for n in result.metrics if not _PERCENTILE.search(n) or _SHOWN_PERCENTILE.search(n)]
+
+
 def figure(value: float) -> str:
     """A number as tables show it: four significant digits beyond the point, no exponent for what people read."""
     if not math.isfinite(value):
@@ -128,7 +134,7 @@ def figure(value: float) -> str:
 
 
 def _table(result: Result) -> EvalTable:
-    names = [n for n in result.metrics if not _PERCENTILE.search(n) or _SHOWN_PERCENTILE.search(n)]
+    names = shown_metrics(result)
     base = result.source_metrics or {}
     rows = [
         (

@@ -19,8 +19,11 @@ from .options import publish_options
     "--repo", metavar="ORG/NAME", default=None, help="Where it will be published: commands on the card name it."
 )
 @click.option("--check", "checking", is_flag=True, help="Run every gate of publishing too; exit code 1 if one refuses.")
+@click.option(
+    "--online", is_flag=True, help="With --check: compare every carried file with the base on the Hub, by its hashes."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(out: Path, repo: str | None, checking: bool, as_json: bool, **given: Any) -> None:
+def command(out: Path, repo: str | None, checking: bool, online: bool, as_json: bool, **given: Any) -> None:
     """Write OUT/README.md from the facts in the folder OUT, with NOTICE and SHA256SUMS.
 
     What is not known is stated as missing on the card; with --check it is an error.
@@ -29,11 +32,11 @@ def command(out: Path, repo: str | None, checking: bool, as_json: bool, **given:
     from .options import publish_asked
 
     require_converted(out)
-    asked = publish_asked(repo, given)
+    asked = publish_asked(repo, given, online)
     written = make_card(out, asked)
     problems, explained = written.problems, {}
     if checking:
-        findings = check(out, written, asked.source, lambda line: click.echo(line, err=True))
+        findings = check(out, written, asked, lambda line: click.echo(line, err=True))
         problems, explained = findings.problems, findings.explained
     if as_json:
         facts = {

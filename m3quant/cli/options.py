@@ -109,7 +109,7 @@ def publish_options(function: F) -> F:
     return function
 
 
-def publish_asked(repo: str | None, given: dict[str, Any]) -> Asked:
+def publish_asked(repo: str | None, given: dict[str, Any], online: bool) -> Asked:
     """The options of `publish_options` as the gates take them."""
     from ..publish.gates import Asked
     from ..publish.licences import GivenLicence
@@ -120,6 +120,7 @@ def publish_asked(repo: str | None, given: dict[str, Any]) -> Asked:
         repo=repo,
         source=given["source"],
         licence=GivenLicence(given["licence_file"], given["licence_id"], given["licence_name"]),
+        online=online,
     )
 
 

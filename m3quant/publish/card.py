@@ -117,18 +117,19 @@ def metadata(facts: CardFacts) -> ModelCardData:
 def check_metadata(text: str, out: Path) -> list[str]:
     """What the Hub would refuse or misread in a card, found offline. https://huggingface.co/docs/hub/model-cards"""
     try:
-        data = ModelCard(text, ignore_metadata_errors=False).data
+        data = ModelCard(text, ignore_metadata_errors=False).data.to_dict()
     except (ValueError, KeyError, TypeError) as error:
         return [f"{CARD}: the metadata cannot be read: {error}"]
     problems = []
-    if data.base_model is None or data.get("base_model_relation") != "quantized":
+    if not data.get("base_model") or data.get("base_model_relation") != "quantized":
         problems.append(f"{CARD} names no base model, or not as quantized")
-    if not data.license:
+    if not data.get("license"):
         problems.append(f"{CARD} states no licence")
-    elif data.license == "other" and not (data.license_name and data.license_link):
+    elif data["license"] == "other" and not (data.get("license_name") and data.get("license_link")):
         problems.append(f"{CARD}: license other needs license_name and license_link")
-    if data.license_link and "://" not in data.license_link and not (out / data.license_link).is_file():
-        problems.append(f"{CARD} links to the licence {data.license_link}, which is not in {out}")
+    link = data.get("license_link")
+    if link and "://" not in link and not (out / link).is_file():
+        problems.append(f"{CARD} links to the licence {link}, which is not in {out}")
     return problems
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from ..checkpoint import Checkpoint, sha256_file
 from ..convert.journal import FOLDER
-from ..plan import REPLACED_FILES
 from .files import CARD, PublishFile, files_to_publish
 from .scan import machine_strings, scan
 
@@ -38,19 +37,12 @@ def check_complete_for_publish(
     out: Path,
     manifest: Mapping[str, Any],
     source: str | None = None,
-    *,
     say: Callable[[str], None] = lambda line: None,
-    skip_verify: bool = False,
 ) -> Findings:
-    """Run every check on a converted folder. source: a folder or Hub id, compared file by file and tensor by tensor.
-
-    skip_verify leaves out the one check that reads all weights, for a caller that has just run it.
-    """
-    findings = Findings()
-    if not skip_verify:
-        findings.problems += _verify(out, source, say)
+    """Run every check on a converted folder. source: a folder or Hub id, compared file by file and tensor by tensor."""
+    findings = Findings(problems=_verify(out, source, say))
     findings.problems += leftovers(out)
-    check_carried(out, manifest, source, findings)
+    check_carried(out, manifest, findings)
     check_needed(out, manifest, findings)
     say("looking for keys, tokens and machine paths ...")
     findings.problems += secrets(out, files_to_publish(out, manifest), manifest)
@@ -77,12 +69,12 @@ def leftovers(out: Path) -> list[str]:
 def left_out_explained(out: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     """File -> why it is not in the output though the base has it, or an engine would like it. Reads no weights."""
     findings = Findings()
-    check_carried(out, manifest, None, findings)
+    check_carried(out, manifest, findings)
     check_needed(out, manifest, findings)
     return findings.explained
 
 
-def check_carried(out: Path, manifest: Mapping[str, Any], source: str | None, findings: Findings) -> None:
+def check_carried(out: Path, manifest: Mapping[str, Any], findings: Findings) -> None:
     """Every file beside the source's weights is in the output with the same bytes, or its absence is explained."""
     record = manifest["source"].get("files")
     if record is None:
@@ -92,16 +84,6 @@ def check_carried(out: Path, manifest: Mapping[str, Any], source: str | None, fi
         return
     expected = {name: facts["sha256"] for name, facts in record.items()}
     findings.explained |= manifest["source"].get("left_behind", {})
-    if source is not None:
-        origin = Checkpoint.open(source)
-        for name in origin.other_files:
-            if name not in expected and name not in REPLACED_FILES:
-                findings.problems.append(f"{name} is in {source} but was not when this output was made: convert again.")
-        findings.problems += [
-            f"{name} was carried over, but {source} has no such file: give the source this was made from."
-            for name in expected
-            if name not in origin.other_files
-        ]
     for name, digest in expected.items():
         path = out / name
         if name == CARD:

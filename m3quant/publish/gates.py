@@ -16,6 +16,7 @@ from .completeness import Findings, check_complete_for_publish, left_out_explain
 from .facts import Serving, gather
 from .files import PublishFile, files_left_out, files_to_publish
 from .licences import GivenLicence, Licence, obligations, resolve_licence
+from .on_hub import base_problems
 
 Say = Callable[[str], None]
 
@@ -30,6 +31,7 @@ class Asked:
     source: str | None = None  # to compare with, file by file and tensor by tensor
     licence: GivenLicence = field(default_factory=GivenLicence)
     serving: Sequence[Serving] | None = None
+    online: bool = False  # compare with the base on the Hub, file by file
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,17 @@ def make_card(out: Path, asked: Asked) -> Written:
     return Written(path, manifest, base, licence, list(unknown.values()), told)
 
 
-def check(out: Path, written: Written, source: str | None, say: Say) -> Findings:
-    """Every gate on an output whose card was just written; the findings' problems are sentences."""
-    findings = check_complete_for_publish(out, written.manifest, source, say=say)
-    findings.problems[:0] = written.problems
+def check(out: Path, written: Written, asked: Asked, say: Say) -> Findings:
+    """Every gate on an output whose card was just written; the findings' problems are sentences.
+
+    Raises CheckpointError where asked.online and the Hub cannot be reached.
+    """
+    from_hub = []
+    if asked.online and written.base and written.licence:
+        say(f"comparing with {written.base.repo} on the Hub ...")
+        from_hub = base_problems(out, written.manifest, written.base, written.licence)
+    findings = check_complete_for_publish(out, written.manifest, asked.source, say)
+    findings.problems[:0] = [*written.problems, *from_hub]
     if not written.problems:
         findings.problems += check_metadata(written.card_path.read_text(encoding="utf-8"), out)
     return findings
@@ -95,7 +104,7 @@ def prepare(out: Path, asked: Asked, say: Say = lambda line: None) -> Prepared:
     written = make_card(out, asked)
     if not (written.base and written.licence):
         raise PublishError(written.problems[0])
-    findings = check(out, written, asked.source, say)
+    findings = check(out, written, asked, say)
     if findings.problems:
         more = f" ({len(findings.problems) - 1} more: m3quant card {out} --check)" if len(findings.problems) > 1 else ""
         raise PublishError(findings.problems[0] + more)

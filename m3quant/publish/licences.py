@@ -139,6 +139,10 @@ def obligations(licence: Licence, base: Base) -> list[str]:
     if licence.non_commercial:
         lines.append("It restricts COMMERCIAL USE.")
     lines += licence.obligations
+    if licence.key is None:
+        lines.append(
+            "You name this licence, and m3quant has no summary of it. Weights that derive from MiniMax's are under MiniMax's too."
+        )
     if licence.prohibited:
         lines.append(f"Prohibited: {'; '.join(licence.prohibited)}.")
     if licence.second_hand:
@@ -214,15 +218,12 @@ def _custom(path: Path, manifest: Mapping[str, Any], base: Base, given: GivenLic
         raise PublishError(f"{path.name} does not read like {given.identifier}: give the licence that the base has.")
     return Licence(
         key=None,
-        title=given.name or given.identifier,
+        title=f"{given.name or given.identifier} licence",
         identifier=given.identifier,
         name=given.name if given.identifier == "other" else None,
         file=path.name,
         sha256=sha256_file(path),
         carried=path.name in manifest["source"].get("files", {}),
-        obligations=(
-            "You name this licence; m3quant has no summary of it. If the weights derive from MiniMax's, MiniMax's licence applies too.",
-        ),
     )
 
 

@@ -140,7 +140,10 @@ def test_serving_rows_name_the_repo_and_say_what_does_not_fit(out: Path) -> None
 
 def test_without_an_evaluation_the_card_says_so(out: Path) -> None:
     text = make_card(out, asked(out)).card_path.read_text(encoding="utf-8")
-    assert "**Not measured:** perplexity, KL divergence from the base" in text and "There is no eval.json." in text
+    assert (
+        "**Not measured by `m3quant eval`:** perplexity, KL divergence from the base" in text
+        and "There is no eval.json." in text
+    )
     assert "Not tested at any context length" in text and "model-index" not in text
 
 
@@ -158,7 +161,7 @@ def test_evaluations_are_shown_with_their_convention_and_reach(out: Path) -> Non
     assert "| accuracy | 0.975 |" in text and "Not run: no prompt logprobs." in text
     assert "Not tested beyond 4,096 tokens of context, of the model's 8,192." in text
     assert (
-        "**Not measured:** KL divergence from the base, the noise floor of that divergence, perplexity by position."
+        "**Not measured by `m3quant eval`:** KL divergence from the base, the noise floor of that divergence, perplexity by position."
         in text
     )
 

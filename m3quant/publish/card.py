@@ -172,7 +172,7 @@ def kept_notes(card: Path, manifest: Mapping[str, Any]) -> str:
     if sha256_file(card) == carried.get("sha256"):
         return ""
     raise PublishError(
-        f"{card} was not written by m3quant and is not the base's: move it away, run this again, and put your text under Notes."
+        f"{card} was not written by m3quant and is not the base's: move it away, run this again, and put your text between the two comment lines at its end."
     )
 
 

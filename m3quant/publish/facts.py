@@ -16,6 +16,7 @@ from ..families import Family, family_of
 from ..plan import RECIPE_FILE
 from ..recipe import Recipe, build_recipe
 from .base import Base
+from .hub_benchmarks import BenchmarkResult, read_benchmarks
 from .licences import Licence
 from .results import EvalTable, hub_results, missing, output_fingerprint, read_eval, tables, tested_tokens
 
@@ -62,6 +63,7 @@ class CardFacts:
     eval_about: dict[str, Any] | None
     eval_missing: list[str]
     hub_evals: list[EvalResult]
+    benchmarks: list[BenchmarkResult]
     tested_tokens: int | None
     serving: Sequence[Serving]
     notes: list[str] = field(default_factory=list)
@@ -136,6 +138,7 @@ def gather(
         eval_about=json.loads(record.model_dump_json(exclude={"results", "layers", "coverage"})) if record else None,
         eval_missing=missing(record),
         hub_evals=hub_results(record),
+        benchmarks=read_benchmarks(out),
         tested_tokens=tested_tokens(record, manifest),
         serving=serving,
         notes=list(manifest["notes"]),

@@ -15,6 +15,7 @@ from .card import check_metadata, write_card
 from .completeness import Findings, check_complete_for_publish, left_out_explained
 from .facts import Serving, gather
 from .files import PublishFile, files_left_out, files_to_publish
+from .hub_benchmarks import read_benchmarks, registration_problems
 from .licences import GivenLicence, Licence, obligations, resolve_licence
 from .on_hub import base_problems
 
@@ -92,6 +93,7 @@ def check(out: Path, written: Written, asked: Asked, say: Say) -> Findings:
     if asked.online and written.base and written.licence:
         say(f"comparing with {written.base.repo} on the Hub ...")
         from_hub = base_problems(out, written.manifest, written.base, written.licence)
+        from_hub += registration_problems(read_benchmarks(out))
     findings = check_complete_for_publish(out, written.manifest, asked.source, say)
     findings.problems[:0] = [*written.problems, *from_hub]
     if not written.problems:

@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from publish.outputs import COMMIT, converted, manifest_of, source_like
 
@@ -21,15 +22,19 @@ from m3quant.publish.gates import Asked, prepare
 from m3quant.publish.on_hub import base_problems
 
 NAME = "MiniMaxAI/MiniMax-M3"
+DATASETS = {"a/benchmark": ["README.md", "eval.yaml"], "a/plain": ["README.md"]}
 
 
 class Repos(BaseHTTPRequestHandler):
-    """GET /api/models/ORG/NAME/revision/COMMIT, the one route that is needed."""
+    """GET /api/models/ORG/NAME/revision/COMMIT, and datasets likewise."""
 
     repos: dict[str, dict[str, bytes]] = {}  # noqa: RUF012 - emptied by the fixture
 
     def do_GET(self) -> None:
         parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[1] == "datasets":
+            self.dataset("/".join(parts[2:4]))
+            return
         files = self.repos.get("/".join(parts[2:4]))
         if files is None or parts[5] != COMMIT:
             self.send_response(404)
@@ -37,7 +42,18 @@ class Repos(BaseHTTPRequestHandler):
             self.end_headers()
             return
         siblings = [sibling(name, data) for name, data in files.items()]
-        body = json.dumps({"_id": "1", "id": NAME, "modelId": NAME, "sha": COMMIT, "siblings": siblings}).encode()
+        self.answer({"_id": "1", "id": NAME, "modelId": NAME, "sha": COMMIT, "siblings": siblings})
+
+    def dataset(self, name: str) -> None:
+        if name not in DATASETS:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+            return
+        self.answer({"_id": "1", "id": name, "sha": COMMIT, "siblings": [{"rfilename": f} for f in DATASETS[name]]})
+
+    def answer(self, document: dict[str, Any]) -> None:
+        body = json.dumps(document).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -121,3 +137,35 @@ def test_a_base_or_commit_that_the_hub_lacks_is_one_sentence(hub: dict[str, byte
     Repos.repos = {}
     run = CliRunner().invoke(cli, ["card", str(out), "--check", "--online", "--base-repo", NAME])
     assert run.exit_code != 0 and isinstance(run.exception, CheckpointError)
+
+
+def report(out: Path, dataset: str) -> None:
+    """A figure of one benchmark in the Hub's own format."""
+    (out / ".eval_results").mkdir(exist_ok=True)
+    entry = {"dataset": {"id": dataset, "task_id": "diamond"}, "value": 41.2, "notes": "temperature 0"}
+    (out / ".eval_results" / "mine.yaml").write_text(yaml.safe_dump([entry]), encoding="utf-8")
+
+
+def test_a_registered_benchmark_is_shown_and_sent(hub: dict[str, bytes], out: Path) -> None:
+    report(out, "a/benchmark")
+    prepared = prepare(out, ask())
+    assert "| diamond | 41.2 |  | temperature 0 |" in prepared.card_path.read_text(encoding="utf-8")
+    assert ".eval_results/mine.yaml" in {f.path_in_repo for f in prepared.files}
+
+
+@pytest.mark.parametrize(("dataset", "refusal"), [("a/plain", "is no benchmark"), ("a/none", "the Hub does not have")])
+def test_a_dataset_that_is_no_benchmark_is_refused(
+    dataset: str, refusal: str, hub: dict[str, bytes], out: Path
+) -> None:
+    report(out, dataset)
+    with pytest.raises(PublishError, match=refusal):
+        prepare(out, ask())
+
+
+@pytest.mark.parametrize("text", ["value: 3", "- {value: 3}", "- [", "[]", "- {dataset: {id: a/b}, value: 1}"])
+def test_eval_results_in_another_format_are_refused(text: str, out: Path) -> None:
+    report(out, "a/benchmark")
+    (out / ".eval_results" / "mine.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(PublishError, match=r"mine.yaml") as caught:
+        prepare(out, ask(online=False))
+    assert "\n" not in str(caught.value)

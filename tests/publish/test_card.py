@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from convert.common import make_plan_of
 from huggingface_hub import ModelCard
 from publish.outputs import COMMIT, TEXTS, converted, manifest_of, serving, source_like
 
 from m3quant.checkpoint import Checkpoint
 from m3quant.cli import cli
+from m3quant.cli.convert import calibration_windows
 from m3quant.errors import PublishError
 from m3quant.evaluate.record import Data, EvalRecord, Measured, Result
 from m3quant.publish.card import NOTES_BEGIN, check_metadata
@@ -271,6 +273,32 @@ def test_the_manifest_records_the_download_and_no_path(made: tuple[Path, Path]) 
     assert all(facts["as_on_hub"] for facts in manifest["source"]["files"].values())
     assert manifest["source"]["card"]["license_name"] == "minimax-community"
     assert str(made[0].parent) not in (made[1] / "m3quant.json").read_text(encoding="utf-8")
+
+
+def test_neither_warnings_nor_the_calibration_file_bring_paths_into_the_manifest(tmp_path: Path) -> None:
+    source = source_like(tmp_path / "m3")
+    index = json.loads((source / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    index["metadata"]["total_size"] = 1
+    (source / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    out = converted(source, tmp_path / "out")
+    assert any("total_size" in note for note in manifest_of(out)["notes"])  # type: ignore[attr-defined]
+    assert str(tmp_path) not in (out / "m3quant.json").read_text(encoding="utf-8")
+    corpus = tmp_path / "mine.txt"
+    corpus.write_text("\n\n".join(f"Sentence {i} about nothing in particular." for i in range(400)), encoding="utf-8")
+    windows = calibration_windows(make_plan_of(source), str(corpus))
+    assert windows.source.startswith("mine.txt") and str(tmp_path) not in json.dumps(windows.record())
+
+
+def test_a_notice_of_the_base_is_kept_beside_ours_and_stale_records_stay_behind(tmp_path: Path) -> None:
+    source = source_like(tmp_path / "m3")
+    (source / "NOTICE").write_text("of the base\n", encoding="utf-8")
+    (source / "SHA256SUMS").write_text("of the base's files\n", encoding="utf-8")
+    out = converted(source, tmp_path / "out")
+    prepared = prepare(out, asked(out, source=str(source), base_revision=COMMIT))
+    assert (out / "NOTICE").read_text(encoding="utf-8") == "of the base\n"
+    assert "CHANGED by" in (out / "NOTICE.m3quant").read_text(encoding="utf-8")
+    assert "NOTICE.m3quant" in {f.path_in_repo for f in prepared.files}
+    assert "- `SHA256SUMS`: describes the source" in prepared.card_path.read_text(encoding="utf-8")
 
 
 def test_files_of_two_commits_have_no_revision(tmp_path: Path) -> None:

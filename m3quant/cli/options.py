@@ -109,7 +109,7 @@ def publish_options(function: F) -> F:
     return function
 
 
-def publish_asked(repo: str | None, given: dict[str, Any], online: bool) -> Asked:
+def publish_asked(repo: str | None, given: dict[str, Any], online: bool = False) -> Asked:
     """The options of `publish_options` as the gates take them."""
     from ..publish.gates import Asked
     from ..publish.licences import GivenLicence

@@ -43,8 +43,10 @@ def parse(model: type[P], params: Mapping[str, Any], task: str) -> P:
     try:
         return model.model_validate(dict(params))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "parameters"
+        # Of a union's errors the deepest is the one about what was written; its branch's name is no part of the path.
+        first = max(error.errors(), key=lambda one: len(one["loc"]))
+        path = [str(part) for part in first["loc"] if "[" not in str(part) and part != "Phrasing"]
+        where = ".".join(path) or "parameters"
         known = ", ".join(name for name in model.model_fields)
         raise PlanError(f"task {task}: {where}: {first['msg']}; it takes {known}.") from error
 
@@ -142,7 +144,9 @@ class Haystack:
     def notes(self) -> list[str]:
         if self.repeats == 1:
             return []
-        return [f"the text of {len(self.ids):,} tokens is repeated up to {self.repeats} times to fill the longest prompt"]
+        return [
+            f"the text of {len(self.ids):,} tokens is repeated up to {self.repeats} times to fill the longest prompt"
+        ]
 
 
 def _ends_a_sentence(piece: str) -> bool:

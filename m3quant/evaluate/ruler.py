@@ -92,7 +92,10 @@ def make(tokenizer: Any, config: Mapping[str, Any], params: Mapping[str, Any]) -
         label, worded = f"variable tracking, {given.chains} x {given.hops} hops", "RULER's"
     else:
         label, worded = VARIANTS[given.variant].label, given.phrasing if isinstance(given.phrasing, str) else "given"
-    notes = [*haystack.notes(), f"phrasing: {worded}; seed: {given.seed}; {given.samples} samples a length (RULER: 500)"]
+    notes = [
+        *haystack.notes(),
+        f"phrasing: {worded}; seed: {given.seed}; {given.samples} samples a length (RULER: 500)",
+    ]
     if given.samples < FEWEST:
         notes.append(f"fewer than {FEWEST} samples: intervals are wide")
     return RetrievalTask(name, f"RULER {given.variant}: {label}", samples, given.data(), reach, tuple(notes))
@@ -110,7 +113,9 @@ def _retrieval(
             if key not in taken:
                 taken.add(key)
                 return key, value()
-        raise PlanError(f"task {task}: {length} tokens need more keys than there are pairs of words; use niah_multikey_3.")
+        raise PlanError(
+            f"task {task}: {length} tokens need more keys than there are pairs of words; use niah_multikey_3."
+        )
 
     def value() -> str:
         return random_uuid(rng) if variant.uuid_values else digits_value(rng, wording)

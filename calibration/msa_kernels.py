@@ -12,7 +12,7 @@ import triton.language as tl
 
 # Launch settings, measured on one H200 by tests/benchmarks/eval_gpu.py.
 SCORES = {"QUERIES": 128, "num_warps": 8, "num_stages": 3}
-ATTENTION = {"num_warps": 4, "num_stages": 3}
+ATTENTION = {"KEYS": 64, "num_warps": 4, "num_stages": 3}
 _LOG2E = 1.4426950408889634
 
 
@@ -44,7 +44,7 @@ def _block_scores_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _attention_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, length, kv_heads, scale, q_batch, q_head, q_row, kv_batch, kv_head, kv_row,
-    SHARED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr,
+    SHARED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One query position of one KV head: its SHARED query heads over its chosen blocks, softmax carried along."""
     position = tl.program_id(0)
@@ -59,13 +59,14 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, DIM], tl.float32)
-    for slot in range(SLOTS):
+    parts = SIZE // KEYS
+    for step in range(SLOTS * parts):
         # No branch on an empty slot, which would keep the loads from being pipelined: its keys are masked instead. The
-        # first slot is never empty, so that the peak is finite from then on.
-        block = tl.load(chosen + slot)
-        keys = block * SIZE + tl.arange(0, SIZE)
+        # first slot is never empty, so that the peak is finite from its first key on.
+        block = tl.load(chosen + step // parts)
+        keys = block * SIZE + step % parts * KEYS + tl.arange(0, KEYS)
         offsets = kv_base + keys.to(tl.int64)[:, None] * kv_row + dims[None, :]
-        inside = (keys <= position) & (keys >= 0)
+        inside = (keys <= position) & (block >= 0)
         k = tl.load(k_ptr + offsets, mask=inside[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(k)) * scale
         scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -127,6 +128,6 @@ def sparse_attention(
     strides = (q.stride(0), q.stride(1), q.stride(2), key.stride(0), key.stride(1), key.stride(2))
     _attention_kernel[(length, batch * kv_heads)](
         *arguments, *strides, SHARED=shared, ROWS=max(16, triton.next_power_of_2(shared)), DIM=dim, SIZE=block_size,
-        SLOTS=chosen.shape[-1], **ATTENTION,
+        SLOTS=chosen.shape[-1], **{**ATTENTION, "KEYS": min(ATTENTION["KEYS"], block_size)},
     )  # fmt: skip
     return out.transpose(1, 2)

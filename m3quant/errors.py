@@ -26,6 +26,10 @@ class CalibrationError(M3QuantError):
     """The calibration data is unusable or too small, or a weight or activation is not finite."""
 
 
+class EvaluationError(M3QuantError):
+    """What was to be measured cannot be: models that do not match, a suite, gate or text that does not do."""
+
+
 class OutputError(M3QuantError):
     """The output folder cannot be used: not empty, not ours, inside the source, or begun under other settings."""
 

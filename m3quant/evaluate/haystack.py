@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import PlanError
+from ..errors import EvaluationError
 from ..families import family_of
 from .record import Data
 
@@ -39,7 +39,7 @@ class TextParams(BaseModel):
 
 
 def parse(model: type[P], params: Mapping[str, Any], task: str) -> P:
-    """Validated parameters of a task. Raises PlanError with one sentence that names the parameter and the task."""
+    """Validated parameters of a task. Raises EvaluationError with one sentence that names the parameter and the task."""
     try:
         return model.model_validate(dict(params))
     except ValidationError as error:
@@ -48,7 +48,7 @@ def parse(model: type[P], params: Mapping[str, Any], task: str) -> P:
         path = [str(part) for part in first["loc"] if "[" not in str(part) and part != "Phrasing"]
         where = ".".join(path) or "parameters"
         known = ", ".join(name for name in model.model_fields)
-        raise PlanError(f"task {task}: {where}: {first['msg']}; it takes {known}.") from error
+        raise EvaluationError(f"task {task}: {where}: {first['msg']}; it takes {known}.") from error
 
 
 def encoder(tokenizer: Any) -> Encode:
@@ -76,9 +76,9 @@ class Reach:
         return cls(family.text_config(config).get("max_position_embeddings"), family.selected_tokens(config))
 
     def check(self, lengths: Sequence[int], task: str) -> None:
-        """Raises PlanError for a length beyond max_position_embeddings."""
+        """Raises EvaluationError for a length beyond max_position_embeddings."""
         if self.longest is not None and max(lengths) > self.longest:
-            raise PlanError(
+            raise EvaluationError(
                 f"task {task}: {max(lengths):,} tokens exceed the model's max_position_embeddings of {self.longest:,}; "
                 "take the longer lengths out."
             )
@@ -111,7 +111,7 @@ class Haystack:
     def __init__(self, tokenizer: Any, text: str, task: str) -> None:
         self.ids = np.asarray(encoder(tokenizer)(text), dtype=np.int64)
         if len(self.ids) < 16:
-            raise PlanError(f"task {task}: the text has {len(self.ids)} tokens; give running text of some pages.")
+            raise EvaluationError(f"task {task}: the text has {len(self.ids)} tokens; give running text of some pages.")
         distinct = np.unique(self.ids)
         pieces = tokenizer.batch_decode([[int(token)] for token in distinct])
         ends = [token for token, piece in zip(distinct, pieces, strict=True) if _ends_a_sentence(piece)]
@@ -164,7 +164,7 @@ class Answer:
 def answer_in_context(encode: Encode, question: str, values: Sequence[str], separator: str, task: str) -> Answer:
     """Tokens of `question` + " v1" + separator + " v2" ... that follow the question's own.
 
-    Raises PlanError if a token would straddle two pieces: then what follows the prompt is not what is tokenized here.
+    Raises EvaluationError if a token would straddle two pieces: then what follows the prompt is not what is tokenized here.
     """
     done, text = encode(question), question
     first = len(done)
@@ -174,7 +174,7 @@ def answer_in_context(encode: Encode, question: str, values: Sequence[str], sepa
             text += piece
             ids = encode(text)
             if ids[: len(done)] != done:
-                raise PlanError(
+                raise EvaluationError(
                     f"task {task}: the tokenizer merges {text[-24:]!r} across the place where {piece!r} begins; "
                     "change the phrasing so that its question and separator end where a token ends."
                 )

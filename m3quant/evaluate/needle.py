@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from ..errors import PlanError
+from ..errors import EvaluationError
 from .haystack import Haystack, Reach, TextParams, answer_in_context, encoder, parse
 from .phrasing import NamedPhrasing, Phrasing, digits_value, phrasing, words_key
 from .retrieval import RetrievalTask, Sample, make_sample
@@ -44,7 +44,7 @@ class NeedleParams(TextParams):
 def make(tokenizer: Any, config: Mapping[str, Any], params: Mapping[str, Any]) -> RetrievalTask:
     """The grid as a task; every sample is fixed by the seed, its length, depth and number.
 
-    Raises PlanError for parameters that are wrong, lengths that the model was not made for or that do not hold a fact
+    Raises EvaluationError for parameters that are wrong, lengths that the model was not made for or that do not hold a fact
     and its question.
     """
     given = parse(NeedleParams, params, "needle")
@@ -83,7 +83,7 @@ def _sample(
     asked = encode(question)
     room = length - len(opening) - len(asked) - len(answer.ids) - sum(map(len, facts))
     if room < 0:
-        raise PlanError(
+        raise EvaluationError(
             f"task {task}: {length} tokens do not hold {len(facts)} facts and the question ({length - room} tokens); "
             "give longer lengths."
         )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from ..errors import PlanError
+from ..errors import EvaluationError
 from .haystack import Reach, TextParams, encoder, parse
 from .record import Data, Result
 from .task import Predictions, ScoredSequence
@@ -103,18 +103,18 @@ def _loss(nll: np.ndarray) -> dict[str, float]:
 def make(tokenizer: Any, config: Mapping[str, Any], params: Mapping[str, Any]) -> PositionTask:
     """Windows from the start of the text; what is left over is dropped.
 
-    Raises PlanError for wrong parameters, a text shorter than a window, or a window that the model was not made for.
+    Raises EvaluationError for wrong parameters, a text shorter than a window, or a window that the model was not made for.
     """
     given = parse(PositionParams, params, "position")
     name = given.name or "position"
     reach = Reach.of(config)
     reach.check([given.length], name)
     if min(given.edges) < 1 or sorted(set(given.edges)) != given.edges:
-        raise PlanError(f"task {name}: edges must be ascending positions from 1 up.")
+        raise EvaluationError(f"task {name}: edges must be ascending positions from 1 up.")
     ids = np.asarray(encoder(tokenizer)(given.text), dtype=np.int64)
     available = len(ids) // given.length
     if not available:
-        raise PlanError(
+        raise EvaluationError(
             f"task {name}: the text {given.text_name} has {len(ids):,} tokens, a window {given.length:,}; "
             "give a longer text or a shorter length."
         )

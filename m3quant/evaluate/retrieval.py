@@ -112,8 +112,9 @@ class RetrievalTask:
             nll += said.nll.tolist()
         low, high = wilson(hits, samples)
         out: dict[str, Any] = {"samples": samples, "hits": hits, "accuracy": hits / samples, "low": low, "high": high}
-        if values > samples:
-            out["values"] = found / values
+        # A predictor that only generates knows neither probabilities nor what would follow the true prefix.
         if all(map(math.isfinite, nll)):
+            if values > samples:
+                out["values"] = found / values
             out["answer_nll"] = sum(nll) / len(nll)
         return out

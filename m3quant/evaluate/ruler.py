@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from ..errors import PlanError
+from ..errors import EvaluationError
 from .haystack import Encode, Haystack, Reach, TextParams, answer_in_context, encoder, parse
 from .needle import FEWEST
 from .phrasing import NamedPhrasing, Phrasing, digits_value, phrasing, random_uuid, words_key
@@ -72,11 +72,11 @@ class RulerParams(TextParams):
 
 
 def make(tokenizer: Any, config: Mapping[str, Any], params: Mapping[str, Any]) -> RetrievalTask:
-    """One RULER task at one or several lengths. Raises PlanError as `needle.make` does."""
+    """One RULER task at one or several lengths. Raises EvaluationError as `needle.make` does."""
     given = parse(RulerParams, params, "ruler")
     name = given.name or f"ruler_{given.variant}"
     if min(given.lengths) < 1 or len(set(given.lengths)) < len(given.lengths):
-        raise PlanError(f"task {name}: lengths must be distinct positive numbers of tokens.")
+        raise EvaluationError(f"task {name}: lengths must be distinct positive numbers of tokens.")
     reach = Reach.of(config)
     reach.check(given.lengths, name)
     haystack, encode = Haystack(tokenizer, given.text, name), encoder(tokenizer)
@@ -113,7 +113,7 @@ def _retrieval(
             if key not in taken:
                 taken.add(key)
                 return key, value()
-        raise PlanError(
+        raise EvaluationError(
             f"task {task}: {length} tokens need more keys than there are pairs of words; use niah_multikey_3."
         )
 
@@ -191,7 +191,7 @@ def _example(rng: random.Random, hops: int) -> str:
 
 def _check_room(room: int, length: int, task: str) -> None:
     if room < 0:
-        raise PlanError(
+        raise EvaluationError(
             f"task {task}: {length} tokens do not hold the facts and the question ({length - room} tokens); "
             "give longer lengths."
         )

@@ -10,7 +10,7 @@ import pytest
 from long_context import TEXT, config, generated, teacher_forced, tokenizer
 from needles import query
 
-from m3quant.errors import PlanError
+from m3quant.errors import EvaluationError
 from m3quant.evaluate import needle, position, ruler
 from m3quant.evaluate.phrasing import CODE
 from m3quant.evaluate.retrieval import RetrievalTask
@@ -221,7 +221,7 @@ def test_position_perplexity_is_the_windows_own() -> None:
     ],
 )
 def test_wrong_parameters_are_refused_in_one_sentence(make: Any, params: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(PlanError) as refused:
+    with pytest.raises(EvaluationError) as refused:
         make(tokenizer("tiny-m3"), config("tiny-m3"), {"text": TEXT, **params})
     assert str(refused.value).startswith("task ") and all(word in str(refused.value) for word in words), refused.value
 

@@ -84,12 +84,14 @@ class Reach:
             )
 
     def exercises(self, length: int) -> bool | None:
-        """Whether a sequence of this length exercises the block selection; None for a model without one."""
-        return length > self.read_whole if self.read_whole else None
+        """Whether a sequence of this length exercises the block selection; None for a model without one.
+
+        The last token of a sequence is predicted and never read, so one token more than is read whole does not.
+        """
+        return length - 1 > self.read_whole if self.read_whole else None
 
     def label(self, label: str, lengths: Sequence[int]) -> str:
-        short = self.read_whole and max(lengths) <= self.read_whole
-        return f"{label} - does not exercise MSA" if short else label
+        return f"{label} - does not exercise MSA" if self.exercises(max(lengths)) is False else label
 
     def notes(self, lengths: Sequence[int]) -> list[str]:
         short = [f"{length:,}" for length in sorted(set(lengths)) if self.exercises(length) is False]

@@ -54,13 +54,13 @@ class PositionTask:
         cells, metrics, source_metrics = [], {}, {}
         for low, high in buckets(self.edges, length):
             part = slice(low - 1, high - 1)  # column 0 is the loss of position 1
-            cell: dict[str, Any] = {"from": low, "to": high, "tokens": nll[:, part].size, **_loss(nll[:, part])}
+            cell: dict[str, Any] = {"start": low, "stop": high, "tokens": nll[:, part].size, **_loss(nll[:, part])}
             metrics[f"perplexity@{low}-{high - 1}"] = cell["perplexity"]
             if others is not None:
-                cell |= {f"source_{key}": value for key, value in _loss(others[:, part]).items()}
-                source_metrics[f"perplexity@{low}-{high - 1}"] = cell["source_perplexity"]
+                cell |= {f"{key}_source": value for key, value in _loss(others[:, part]).items()}
+                source_metrics[f"perplexity@{low}-{high - 1}"] = cell["perplexity_source"]
             if kl is not None:
-                cell["kl"] = float(kl[:, part].mean())
+                cell["kl_mean"] = float(kl[:, part].mean())
             cell["exercises_msa"] = self.reach.exercises(high)
             cells.append(cell)
         return [

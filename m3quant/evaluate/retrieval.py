@@ -66,7 +66,7 @@ class RetrievalTask:
             cell["exercises_msa"] = self.reach.exercises(length)
             cell |= self._count(members, checkpoint)
             if source is not None:
-                cell |= {f"source_{key}": value for key, value in self._count(members, source).items()}
+                cell |= {f"{key}_source": value for key, value in self._count(members, source).items()}
             cells.append(cell)
         lengths = [sample.length for sample in self.samples]
         several = len(self.samples[0].spans) > 1

@@ -145,7 +145,7 @@ def test_counts_intervals_and_cells() -> None:
     assert [(c["length"], c["depth"], c["hits"]) for c in result.cells] == [
         (256, 0, 8), (256, 1, 10), (1024, 0, 9), (1024, 1, 10),
     ]  # fmt: skip
-    assert all(c["source_hits"] == c["samples"] == 10 and c["low"] < c["accuracy"] <= c["high"] for c in result.cells)
+    assert all(c["hits_source"] == c["samples"] == 10 and c["low"] < c["accuracy"] <= c["high"] for c in result.cells)
     assert result.metrics["accuracy"] == 37 / 40 and result.metrics["accuracy@256"] == 18 / 20
     assert result.source_metrics is not None and list(result.source_metrics) == list(result.metrics)
     assert result.source_metrics["accuracy"] == 1 and math.isclose(result.metrics["answer_nll"], 0.5)
@@ -183,11 +183,11 @@ def test_position_buckets_average_their_own_positions() -> None:
     (result,) = task.results(
         [Predictions(a, best, b) for a, b in zip(nll, kl, strict=True)], [Predictions(a / 2, best) for a in nll]
     )
-    assert [(c["from"], c["to"]) for c in result.cells] == [(1, 64), (64, 256), (256, 1024)]
+    assert [(c["start"], c["stop"]) for c in result.cells] == [(1, 64), (64, 256), (256, 1024)]
     assert sum(c["tokens"] for c in result.cells) == nll.size == result.tokens
     by_hand = [nll[:, p - 1] for p in range(64, 256)]
     assert math.isclose(result.cells[1]["nll"], np.mean(by_hand), rel_tol=1e-5)
-    assert math.isclose(result.cells[2]["kl"], kl[:, 255:].mean(), rel_tol=1e-5)
+    assert math.isclose(result.cells[2]["kl_mean"], kl[:, 255:].mean(), rel_tol=1e-5)
     assert math.isclose(result.metrics["perplexity@64-255"], math.exp(np.mean(by_hand)), rel_tol=1e-5)
     assert result.source_metrics is not None and list(result.source_metrics) == list(result.metrics)
     assert [c["exercises_msa"] for c in result.cells] == [False, False, True]

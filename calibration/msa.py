@@ -6,9 +6,14 @@ The index branch scores every key for every query, a block of keys scores as its
 sorted by block, each block's keys meet all the queries that chose it in one product, and a query's partial softmaxes
 are merged by their maxima and sums. Queries are taken in chunks, so that temporaries have a fixed size and the rest
 grows with window x topk_blocks, not with the square of the window.
+
+On a GPU in half precision the kernels of `msa_kernels` do both steps without those temporaries; float32 and the CPU take
+the plain path here, and tests/benchmarks/eval_gpu.py compares the two.
 """
 
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -45,29 +50,35 @@ def select_blocks(index_q: torch.Tensor, index_k: torch.Tensor, spec: SparseSpec
     batch, heads, length, _ = index_q.shape
     size = spec.block_size
     blocks = -(-length // size)
-    q, k = at_least_float32(index_q), at_least_float32(index_k)
-    device, dtype = q.device, q.dtype
+    kernels = _kernels_for(index_q, size)
+    q, k = (index_q, index_k) if kernels else (at_least_float32(index_q), at_least_float32(index_k))
+    device, dtype = q.device, torch.float32 if kernels else q.dtype
     local = torch.arange(spec.local_blocks, device=device)
     block_ids = torch.arange(blocks, device=device)
     chosen = torch.empty(batch, heads, length, min(spec.topk_blocks, blocks), dtype=torch.int64, device=device)
-    step = _chunk(batch * heads * blocks * size, length)
+    step = _chunk(batch * heads * blocks * (1 if kernels else size), length)
     for start in range(0, length, step):
         stop = min(start + step, length)
-        positions = torch.arange(start, stop, device=device)
-        keys = min(-(-stop // size) * size, length)
-        scores = q[:, :, start:stop] @ k[:, :, :keys].transpose(-1, -2)
-        scores = scores.masked_fill(torch.arange(keys, device=device) > positions[:, None], float("-inf"))
-        scores = F.pad(scores, (0, -keys % size), value=float("-inf"))
         best = torch.full((batch, heads, stop - start, blocks), float("-inf"), dtype=dtype, device=device)
-        seen = scores.shape[-1] // size
-        best[..., :seen] = scores.unflatten(-1, (seen, size)).amax(dim=-1)
-        own = positions // size
+        (kernels.block_scores if kernels else _block_scores)(q, k, start, stop, size, best)
+        own = torch.arange(start, stop, device=device) // size
         forced = (own[:, None] - local).clamp(min=0).expand(batch, heads, -1, -1)
         best.scatter_(-1, forced, float("inf"))
         best.masked_fill_((block_ids < spec.init_blocks) & (block_ids <= own[:, None]), float("inf"))
         top = best.topk(chosen.shape[-1], dim=-1)
         chosen[:, :, start:stop] = top.indices.masked_fill(top.values == float("-inf"), -1)
     return chosen
+
+
+def _block_scores(q: torch.Tensor, k: torch.Tensor, start: int, stop: int, size: int, out: torch.Tensor) -> None:
+    """Put into out [B, Hi, stop - start, blocks] the best causal score of each block up to the queries' own."""
+    keys = min(-(-stop // size) * size, k.shape[-2])
+    scores = q[:, :, start:stop] @ k[:, :, :keys].transpose(-1, -2)
+    positions = torch.arange(start, stop, device=q.device)
+    scores = scores.masked_fill(torch.arange(keys, device=q.device) > positions[:, None], float("-inf"))
+    scores = F.pad(scores, (0, -keys % size), value=float("-inf"))
+    seen = scores.shape[-1] // size
+    out[..., :seen] = scores.unflatten(-1, (seen, size)).amax(dim=-1)
 
 
 def block_sparse_attention(
@@ -81,9 +92,12 @@ def block_sparse_attention(
     """Causal attention over chosen blocks: query [B, Hq, L, D], key and value [B, Hkv, L, D] -> [B, Hq, L, D].
 
     blocks: [B, Hkv, L, k] int64 from `select_blocks`, one choice for the Hq / Hkv query heads of a KV head, at least
-    one block each and none after the query's own. Softmax in float32; on CUDA in BF16 the scores are rounded to BF16
-    first, as in transformers' eager attention.
+    one block each, the first slot filled, none after the query's own. Softmax in float32, from float32 scores where the
+    kernels run; the plain path on CUDA in BF16 rounds the scores to BF16 first, as transformers' eager attention does.
     """
+    if kernels := _kernels_for(query, block_size):
+        result: torch.Tensor = kernels.sparse_attention(query, key, value, blocks, block_size, scaling)
+        return result
     batch, kv_heads, length, dim = key.shape
     shared = query.shape[1] // kv_heads
     count = -(-length // block_size)
@@ -145,3 +159,18 @@ def _attend(
 
 def _chunk(elements_per_query: int, length: int) -> int:
     return max(1, min(length, _CHUNK_ELEMENTS // elements_per_query))
+
+
+def _kernels_for(x: torch.Tensor, block_size: int) -> ModuleType | None:
+    """The Triton kernels where they can run: on a GPU, with Triton installed, in half precision and these widths."""
+    kernels = _kernels() if x.is_cuda else None
+    return kernels if kernels and kernels.fits(x, block_size) else None
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    try:
+        from m3quant.calibration import msa_kernels
+    except ImportError:  # torch for other GPUs comes without Triton
+        return None
+    return msa_kernels

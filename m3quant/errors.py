@@ -40,6 +40,12 @@ class VerifyError(M3QuantError):
     exit_code = 1
 
 
+class PublishError(M3QuantError):
+    """An output may not be published as it is: base or licence unknown, a file missing, a secret found, a check failed."""
+
+    exit_code = 1
+
+
 class StoppedError(M3QuantError):
     """The run stopped early but intact (full disk or GPU): the same command continues it."""
 

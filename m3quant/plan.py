@@ -30,6 +30,8 @@ SHARD_METADATA = {"format": "pt"}  # transformers refuses shards without it
 RECIPE_FILE = "recipe.yaml"
 PASSED_THROUGH = ("mtp", "unknown")  # roles copied byte for byte, in whatever dtype the source has them
 INDEX_FILE = "model.safetensors.index.json"
+# Files that describe the source and would be wrong of the output, which has or gets its own.
+REPLACED_FILES = (RECIPE_FILE, "m3quant.json", "eval.json", "SHA256SUMS")
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Plan:
     @cached_property
     def copied_files(self) -> list[str]:
         """Files beside the weights that are carried over byte for byte."""
-        return [f for f in self.checkpoint.other_files if f not in ("config.json", RECIPE_FILE)]
+        return [f for f in self.checkpoint.other_files if f not in REPLACED_FILES]
 
     @cached_property
     def output_bytes(self) -> int:

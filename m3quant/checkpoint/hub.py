@@ -43,7 +43,12 @@ class HubStore:
         with self._errors("the file list"):
             info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
         self.revision: str = info.sha or revision or "main"
-        self.sizes: dict[str, int | None] = {file.rfilename: file.size for file in info.siblings or []}
+        siblings = info.siblings or []
+        self.sizes: dict[str, int | None] = {file.rfilename: file.size for file in siblings}
+        # git's blob sha1 of a small file, the sha256 of a large one
+        self.etags: dict[str, str] = {
+            file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id or "" for file in siblings
+        }
 
     def path(self, name: str) -> str:
         return f"{self.where}/{name}"

@@ -105,7 +105,7 @@ def check_tensors(index: Index, tensors: Mapping[str, TensorInfo], where: str, i
     stored = sum(info.nbytes for info in tensors.values())
     if index.total_size is not None and index.total_size != stored:
         # Published indexes are off now and then, and no loader reads this number: worth a word, not a refusal.
-        return [f"{index_where} states total_size {index.total_size}, but the tensors take {stored} bytes."]
+        return [f"{INDEX_NAME} states total_size {index.total_size}, but the tensors take {stored} bytes."]
     return []
 
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": ("convert", "Quantize a checkpoint to FP8 or AWQ INT4, streaming, resumable."),
     "verify": ("verify", "Check that a converted checkpoint is whole, right and loadable."),
     "eval": ("eval", "Perplexity, KL divergence from the source and long context, one layer in memory at a time."),
+    "card": ("card", "Write the model card of an output, and check that it may be published."),
 }
 
 

@@ -132,8 +132,9 @@ def calibration_windows(plan: Plan, corpus: str | None) -> Any:
     tokenizer = load_tokenizer(plan.checkpoint.root)
     documents = load_documents(corpus)
     count = data.windows + data.heldout_windows
+    name = Path(corpus).name if corpus and Path(corpus).exists() else corpus  # manifests hold no path of this machine
     return tokenize_windows(
-        documents, tokenizer, count, data.window_length, seed=data.seed, source=corpus or BUNDLED_NAME
+        documents, tokenizer, count, data.window_length, seed=data.seed, source=name or BUNDLED_NAME
     )
 
 

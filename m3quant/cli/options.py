@@ -14,6 +14,7 @@ from ..recipe import Recipe, build_recipe, named_recipe, read_recipe_file
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
+    from ..publish.gates import Asked
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -76,6 +77,51 @@ def load_recipe(
 
         document = translate(document, family_of(checkpoint.config), checkpoint.config, str(recipe_file))
     return build_recipe(document, settings=settings, format=format_name)
+
+
+def publish_options(function: F) -> F:
+    """What `card` and `publish` must be told of the base where its download did not record it."""
+    for option in reversed(
+        (
+            click.option("--base-repo", metavar="ORG/NAME", default=None, help="Hub repo of the base model."),
+            click.option("--base-revision", metavar="COMMIT", default=None, help="Its commit, 40 hex digits."),
+            click.option(
+                "--source", default=None, help="Folder or Hub id of the base: files and tensors are compared with it."
+            ),
+            click.option(
+                "--licence-file",
+                type=click.Path(path_type=Path),
+                default=None,
+                help="Licence text of a base that carries none.",
+            ),
+            click.option(
+                "--licence-id",
+                metavar="ID",
+                default=None,
+                help="Hub identifier of a licence that m3quant does not know (apache-2.0, other, ...).",
+            ),
+            click.option(
+                "--licence-name", metavar="NAME", default=None, help="The Hub's license_name, with --licence-id other."
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def publish_asked(repo: str | None, given: dict[str, Any], online: bool = False) -> Asked:
+    """The options of `publish_options` as the gates take them."""
+    from ..publish.gates import Asked
+    from ..publish.licences import GivenLicence
+
+    return Asked(
+        base_repo=given["base_repo"],
+        base_revision=given["base_revision"],
+        repo=repo,
+        source=given["source"],
+        licence=GivenLicence(given["licence_file"], given["licence_id"], given["licence_name"]),
+        online=online,
+    )
 
 
 def human_bytes(count: float) -> str:

@@ -11,6 +11,7 @@ from .. import __version__
 from ..checkpoint import make_folder, write_bytes_atomic, write_json_atomic
 from ..plan import INDEX_FILE, RECIPE_FILE, Plan, bits_per_weight, passed_through, role_table
 from .journal import MANIFEST, Journal
+from .source_record import SourceRecord
 
 SCHEMA = 1
 
@@ -21,14 +22,17 @@ def finish(plan: Plan, output: Path, journal: Journal, extra: dict[str, Any]) ->
     digests = {name: sha256(data).hexdigest() for name, data in own.items()}
     write_bytes_atomic(output / INDEX_FILE, plan.index_bytes)
     write_bytes_atomic(output / RECIPE_FILE, plan.recipe.dump().encode())
+    source = SourceRecord(plan.checkpoint)
     for name in plan.copied_files:
         target = output / name
         make_folder(target.parent)
         data = plan.checkpoint.file_bytes(name)
         write_bytes_atomic(target, data)
+        digest = source.add(name, data)
         if target.suffix != ".md":  # cards are for people, and are rewritten when an output is published
-            digests[name] = sha256(data).hexdigest()
+            digests[name] = digest
     manifest = make_manifest(plan, journal, {"files": digests, **extra})
+    manifest["source"] |= source.to_json()
     write_json_atomic(output / MANIFEST, manifest)
     write_bytes_atomic(output / "config.json", plan.config_bytes)
     return manifest
@@ -47,7 +51,6 @@ def make_manifest(plan: Plan, journal: Journal, extra: dict[str, Any]) -> dict[s
         "fingerprint": plan.fingerprint(),
         "source": {
             "fingerprint": plan.checkpoint.fingerprint(),
-            "revision": plan.checkpoint.revision,
             "bytes": sum(u.bytes_in for u in plan.units),
             "tensors": {
                 t.name: {

@@ -70,13 +70,11 @@ def fixtures(work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def wide_checkpoint(folder: Path, release: str) -> None:
-    """One MoE layer of a release's real shapes with random weights, in SHARDS shards."""
-    from m3quant.families import family_of
-
-    config = json.loads((ROOT / "tests" / "data" / release / "config.json").read_text())
+def wide_config(release: str, vocabulary: int) -> dict[str, Any]:
+    """A release's config.json with one layer, an MoE layer with full or sparse attention as in its later layers."""
+    config: dict[str, Any] = json.loads((ROOT / "tests" / "data" / release / "config.json").read_text())
     text = config.get("text_config", config)
-    text.update(num_hidden_layers=1, vocab_size=SMALL_VOCABULARY)
+    text.update(num_hidden_layers=1, vocab_size=vocabulary)
     if "moe_layer_freq" in text:
         text["moe_layer_freq"] = [1]
         text["sparse_attention_config"].update(sparse_attention_freq=[1], sparse_disable_index_value=[1])
@@ -84,6 +82,14 @@ def wide_checkpoint(folder: Path, release: str) -> None:
     else:
         text["attn_type_list"] = [1]
     config.pop("quantization_config", None)
+    return config
+
+
+def wide_checkpoint(folder: Path, release: str) -> None:
+    """One MoE layer of a release's real shapes with random weights, in SHARDS shards."""
+    from m3quant.families import family_of
+
+    config = wide_config(release, SMALL_VOCABULARY)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     expected = list(family_of(config).expected_tensors(config).items())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import FolderSource, make_tiny_m2, make_tiny_m3
 
-from m3quant.calibration import ops
+from m3quant.calibration import msa, ops
 from m3quant.calibration.layers import Layer, layer_shapes, layer_spec
 from m3quant.calibration.msa import SparseSpec, block_sparse_attention, select_blocks
 from m3quant.calibration.ops import Activation, Routing
@@ -50,6 +50,31 @@ def test_sparse_attention_on_the_gpu_equals_the_cpu(dtype: torch.dtype, bound: f
     expected = block_sparse_attention(query.float(), key.float(), value.float(), blocks, 128, 128**-0.5)
     found = block_sparse_attention(query.cuda(), key.cuda(), value.cuda(), blocks.cuda(), 128, 128**-0.5)
     assert relative(found, expected) < bound
+
+
+# The widths of the released M3, odd lengths, several windows, and a group of query heads that is not a power of two.
+@pytest.mark.parametrize(
+    ("batch", "length", "kv_heads", "shared", "dim", "topk"),
+    [(1, 3000, 4, 16, 128, 16), (2, 777, 2, 3, 64, 4), (1, 4096, 1, 16, 128, 2)],
+)
+def test_sparse_kernels_equal_the_plain_path(
+    batch: int, length: int, kv_heads: int, shared: int, dim: int, topk: int
+) -> None:
+    assert msa._kernels() is not None, "Triton is missing beside this torch"
+    spec = SparseSpec(
+        index_heads=kv_heads, index_dim=128, block_size=128, topk_blocks=topk, local_blocks=1, init_blocks=0
+    )
+    index_q = randn(batch, length, kv_heads, 128, seed=1).bfloat16().transpose(1, 2)
+    index_k = randn(batch, 1, length, 128, seed=2).bfloat16()
+    blocks = select_blocks(index_q.cuda(), index_k.cuda(), spec).cpu()
+    # Two blocks whose scores differ by rounding alone may swap; a wrong score moves many.
+    same = blocks.sort(dim=-1).values == select_blocks(index_q.float(), index_k.float(), spec).sort(dim=-1).values
+    assert same.float().mean() > 0.999
+    query = randn(batch, length, kv_heads * shared, dim, seed=3).bfloat16().transpose(1, 2)
+    key, value = (randn(batch, kv_heads, length, dim, seed=seed).bfloat16() for seed in (4, 5))
+    expected = block_sparse_attention(query.float(), key.float(), value.float(), blocks, 128, dim**-0.5)
+    found = block_sparse_attention(query.cuda(), key.cuda(), value.cuda(), blocks.cuda(), 128, dim**-0.5)
+    assert found.shape == expected.shape and relative(found, expected) < 6e-3
 
 
 @pytest.mark.parametrize("make", [make_tiny_m2, make_tiny_m3])

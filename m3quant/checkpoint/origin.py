@@ -1,0 +1,60 @@
+"""Where a local checkpoint was downloaded from, as huggingface_hub itself recorded it. Nothing is guessed.
+
+`hf download --local-dir` leaves, per file, .cache/huggingface/download/NAME.metadata: commit, etag and time, one a line. A
+file of the Hub's cache lies in models--ORG--NAME/snapshots/COMMIT/. https://huggingface.co/docs/huggingface_hub/guides/download
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+METADATA_FOLDER = Path(".cache/huggingface/download")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_CACHED = re.compile(r"models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """repo: "org/name", known only of a folder of the Hub's cache; revision: the commit of all files asked about, or None.
+
+    etags: name -> etag of every file with a record. A git blob's sha1 for small files, the sha256 for large ones.
+    """
+
+    repo: str | None = None
+    revision: str | None = None
+    etags: Mapping[str, str] = field(default_factory=dict)
+
+
+def origin_of(root: Path, names: Iterable[str]) -> Origin:
+    """The origin of `names` in `root`. The revision is None unless every one of them is recorded with the same commit."""
+    snapshot = root.resolve()
+    cached = _CACHED.fullmatch(snapshot.parent.parent.name)
+    if cached and snapshot.parent.name == "snapshots" and _COMMIT.fullmatch(snapshot.name):
+        return Origin(f"{cached['org']}/{cached['name']}", snapshot.name)
+    commits: set[str | None] = set()
+    etags = {}
+    for name in names:
+        commit, etag = _record(root / METADATA_FOLDER / f"{name}.metadata")
+        commits.add(commit)
+        if etag:
+            etags[name] = etag
+    return Origin(None, commits.pop() if len(commits) == 1 else None, etags)
+
+
+def matches_etag(data: bytes, etag: str) -> bool:
+    """Whether `data` is the file that the Hub gave this etag: git's blob sha1, or the sha256 of an LFS file."""
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return etag in (blob, hashlib.sha256(data).hexdigest())
+
+
+def _record(path: Path) -> tuple[str | None, str | None]:
+    """(commit, etag) of a metadata file; (None, None) where there is none or it is not one."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None, None
+    if len(lines) < 3 or not _COMMIT.fullmatch(lines[0]):
+        return None, None
+    return lines[0], lines[1].strip('"')

@@ -1,0 +1,224 @@
+"""The client of an OpenAI-compatible server: what it offers, one request at a time, and its failures in one sentence each.
+
+Only /v1/models and /v1/completions are used, over the standard library's HTTP client. Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import EvaluationError
+
+TRIES = 4
+FIRST_WAIT_S = 1.0
+LONGEST_WAIT_S = 60.0
+BODY_SHOWN = 300  # characters of a server's message
+
+
+class Refused(Exception):
+    """The server understood the request and does not serve it (a 4xx); the message is its own words."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the server can do. token_ids: prompts as ids. logprobs: "prompt_logprobs", "echo" or None. ids_out: the ids of
+    what it generates."""
+
+    token_ids: bool
+    logprobs: str | None
+    ids_out: bool
+
+
+class Server:
+    """url: of the server, with or without /v1. model: a served name; the only one served if None.
+
+    api_key_env: the environment variable that holds the key. Raises EvaluationError if nothing answers there, the key
+    is refused, or the model is not served.
+    """
+
+    def __init__(self, url: str, model: str | None, api_key_env: str | None = None, timeout_s: float = 600.0) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise EvaluationError(f"--endpoint {url}: not a URL of a server; give one like http://localhost:8000.")
+        if parts.username or parts.password:
+            raise EvaluationError(
+                "--endpoint: take the user and password out of the URL; name a variable with --api-key-env."
+            )
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.timeout_s = timeout_s
+        self._headers = {"Content-Type": "application/json", **_authorization(api_key_env)}
+        served = self._models()
+        if model is None and len(served) != 1:
+            raise EvaluationError(f"{self.url} serves {', '.join(served) or 'no model'}: say which with --model.")
+        self.model = model or served[0]
+        if served and self.model not in served:
+            raise EvaluationError(f"{self.url} does not serve {self.model}; it serves {', '.join(served)}.")
+
+    def _models(self) -> list[str]:
+        try:
+            answer = self._request("/v1/models", None)
+        except Refused as error:
+            raise EvaluationError(f"{self.url}/v1/models: {error}; is this an OpenAI-compatible server?") from error
+        return [str(one.get("id")) for one in answer.get("data") or []]
+
+    def complete(self, prompt: str | Sequence[int], **options: Any) -> dict[str, Any]:
+        """The first choice of a completion at temperature 0. Raises Refused with the server's words for a 4xx."""
+        body = {"model": self.model, "prompt": prompt if isinstance(prompt, str) else list(map(int, prompt))}
+        answer = self._request("/v1/completions", {**body, "temperature": 0, **options})
+        choices = answer.get("choices")
+        if not choices or not isinstance(choices[0], dict):
+            raise EvaluationError(f"{self.url}/v1/completions answers without choices; is it OpenAI-compatible?")
+        return {**choices[0], "prompt_logprobs": choices[0].get("prompt_logprobs") or answer.get("prompt_logprobs")}
+
+    def offer(self, ids: Sequence[int], text: str) -> Offer:
+        """Try out what the server takes, on a short prompt. Raises Refused if it takes none."""
+        token_ids = True
+        try:
+            self.complete(ids, max_tokens=1)
+        except Refused:
+            token_ids = False
+            self.complete(text, max_tokens=1)
+        prompt = ids if token_ids else text
+        logprobs = None
+        for form, options in FORMS.items():
+            try:
+                choice = self.complete(prompt, **options)
+            except Refused:
+                continue
+            if prompt_scores(choice, form) is not None:
+                logprobs = form
+                break
+        ids_out = False
+        with suppress(Refused):
+            ids_out = generated_ids(self.complete(prompt, max_tokens=1, **IDS_OUT)) is not None
+        return Offer(token_ids, logprobs, ids_out)
+
+    def _request(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers=self._headers)
+        wait = FIRST_WAIT_S
+        for attempt in range(TRIES):
+            last = attempt == TRIES - 1
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                    return _json_object(response.read(), self.url + path)
+            except urllib.error.HTTPError as error:
+                said = _message(error)
+                if error.code in (401, 403):
+                    raise EvaluationError(
+                        f"{self.url} refuses the API key ({error.code}); set the key in a variable and name it with --api-key-env."
+                    ) from error
+                if error.code != 429 and error.code < 500:
+                    raise Refused(f"{error.code}: {said}") from error
+                if last:
+                    raise EvaluationError(f"{self.url}{path} answered {error.code} {TRIES} times: {said}.") from error
+                after = error.headers.get("Retry-After") or ""
+                pause = min(float(after), LONGEST_WAIT_S) if after.isdigit() else wait
+            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+                reason = getattr(error, "reason", error)
+                # Nothing listens there: waiting does not help. A timeout is a minute's work thrown away: not repeated.
+                if last or isinstance(reason, ConnectionRefusedError | TimeoutError):
+                    raise EvaluationError(f"{self.url} cannot be reached ({reason}); is the server up?") from error
+                pause = wait
+            time.sleep(pause)
+            wait *= 2
+        raise AssertionError("unreachable: the last try raises")
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "prompt_logprobs": {"max_tokens": 1, "prompt_logprobs": 1},
+    "echo": {"max_tokens": 1, "echo": True, "logprobs": 1},
+}
+# vLLM's options; servers that do not know them ignore or refuse them.
+IDS_OUT: dict[str, Any] = {"logprobs": 1, "return_token_ids": True, "return_tokens_as_token_ids": True}
+
+
+def prompt_scores(choice: Mapping[str, Any], form: str) -> list[tuple[float, int | None, bool] | None] | None:
+    """Per prompt token (log-prob, best id if known, whether it is the best); None for the first, or if none were given.
+
+    `prompt_logprobs` is vLLM's: a dict of the prompt's own token and the most likely one at each place. `echo` is the
+    legacy OpenAI form, which names tokens by text: the best one is known only where it is the prompt's own.
+    """
+    if form == "prompt_logprobs":
+        rows = choice.get("prompt_logprobs")
+        if not isinstance(rows, list) or len(rows) < 2:
+            return None
+        return [_row(row) for row in rows]
+    given = choice.get("logprobs")
+    if not isinstance(given, Mapping) or len(given.get("token_logprobs") or []) < 2:
+        return None
+    own, tops = given["token_logprobs"], given.get("top_logprobs") or []
+    if own[1] is None or len(tops) < len(own) - 1:
+        return None
+    # The generated token stands behind the prompt's.
+    out: list[tuple[float, int | None, bool] | None] = []
+    for value, top in zip(own[:-1], tops, strict=False):
+        best = max(top.values()) if top else None
+        out.append(None if value is None else (float(value), None, best is not None and float(value) >= float(best)))
+    return out
+
+
+def _row(row: Any) -> tuple[float, int | None, bool] | None:
+    """vLLM lists the prompt's own token first, then the most likely ones; equal ones are decided for the lower id."""
+    if not row:
+        return None
+    entries = [(int(token), float(entry["logprob"])) for token, entry in row.items()]
+    own, value = entries[0]
+    best = min(entries, key=lambda entry: (-entry[1], entry[0]))[0]
+    return value, best, best == own
+
+
+def generated_ids(choice: Mapping[str, Any]) -> list[int] | None:
+    """Ids of the generated tokens, where the server gives them."""
+    if isinstance(choice.get("token_ids"), list):
+        return [int(token) for token in choice["token_ids"]]
+    tokens = (choice.get("logprobs") or {}).get("tokens") or []
+    if tokens and all(isinstance(t, str) and t.startswith("token_id:") for t in tokens):
+        return [int(token.removeprefix("token_id:")) for token in tokens]
+    return None
+
+
+def finite(value: float) -> bool:
+    # vLLM writes -9999 for a log-prob that JSON cannot hold.
+    return math.isfinite(value) and value > -9999
+
+
+def _authorization(variable: str | None) -> dict[str, str]:
+    if variable is None:
+        return {}
+    key = os.environ.get(variable)
+    if not key:
+        raise EvaluationError(f"--api-key-env {variable}: that variable is not set; export it with the server's key.")
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _json_object(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise EvaluationError(f"{where} does not answer in JSON; is this an OpenAI-compatible server?") from error
+    if not isinstance(value, dict):
+        raise EvaluationError(f"{where} does not answer with an object; is this an OpenAI-compatible server?")
+    return value
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """The server's own words, shortened: `error.message` of an OpenAI error, else the body."""
+    body = error.read().decode("utf-8", "replace").strip()
+    try:
+        value = json.loads(body)
+        inner = value.get("error", value)
+        text = str(inner.get("message", body) if isinstance(inner, dict) else inner)
+    except (ValueError, AttributeError):
+        text = body
+    return (text or error.reason or "no message")[:BODY_SHOWN]

@@ -1,0 +1,156 @@
+"""Everything the model card states, gathered from the output's own files. Nothing here is written by hand or guessed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+from huggingface_hub import EvalResult
+
+from ..checkpoint import Checkpoint
+from ..families import Family, family_of
+from ..plan import RECIPE_FILE
+from ..recipe import Recipe, build_recipe
+from .base import Base
+from .hub_benchmarks import BenchmarkResult, read_benchmarks
+from .licences import Licence
+from .results import EvalTable, hub_results, missing, output_fingerprint, read_eval, tables, tested_tokens
+
+IGNORED_KEYS = ("ignore", "modules_to_not_convert", "ignored_layers")  # by format, in quantization_config
+PLACEHOLDER_REPO = "ORG/NAME"
+
+
+class Serving(Protocol):
+    """A row of `m3quant.runtime.plan.serving_table`."""
+
+    @property
+    def node(self) -> str: ...
+    @property
+    def fits(self) -> bool: ...
+    @property
+    def kv_dtype(self) -> str: ...
+    @property
+    def pool_tokens(self) -> int: ...
+    @property
+    def longest_context(self) -> int: ...
+    @property
+    def command(self) -> str: ...
+    @property
+    def why_not(self) -> str: ...
+
+
+@dataclass
+class CardFacts:
+    """The template's whole context. base and licence are None, with the reason in `unknown`, where a gate refused them."""
+
+    name: str
+    repo: str | None
+    base: Base | None
+    licence: Licence | None
+    unknown: dict[str, str]
+    manifest: dict[str, Any]
+    config: dict[str, Any]
+    recipe: Recipe
+    recipe_text: str
+    family: Family
+    excluded: list[str]
+    parameters: int
+    eval_tables: list[EvalTable]
+    eval_about: dict[str, Any] | None
+    eval_missing: list[str]
+    hub_evals: list[EvalResult]
+    benchmarks: list[BenchmarkResult]
+    tested_tokens: int | None
+    serving: Sequence[Serving]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def download(self) -> str:
+        """How commands name the checkpoint."""
+        return self.repo or PLACEHOLDER_REPO
+
+    @property
+    def quantized(self) -> list[dict[str, Any]]:
+        return [row for row in self.manifest["roles"] if row["action"] != "copy" or row["scheme"] != "keep"]
+
+    @property
+    def kept(self) -> list[dict[str, Any]]:
+        return [row for row in self.manifest["roles"] if row["action"] == "copy" and row["scheme"] == "keep"]
+
+    @property
+    def folded(self) -> bool:
+        """Whether kept tensors may hold folded scales."""
+        return self.recipe.calibration == "awq" and self.recipe.awq.smooth
+
+    @property
+    def engine_notes(self) -> tuple[str, ...]:
+        return self.family.engine_notes(self.recipe.scheme("routed_experts"), self.recipe.format)
+
+    @property
+    def min_vllm(self) -> str:
+        """The first vLLM release that has this architecture, as the family states it, or ''."""
+        return getattr(self.family, "min_vllm", "")
+
+    @property
+    def max_context(self) -> int:
+        return int(self.family.text_config(self.config)["max_position_embeddings"])
+
+    @property
+    def selected_tokens(self) -> int:
+        return self.family.selected_tokens(self.config)
+
+    @property
+    def multimodal(self) -> bool:
+        return any(row["role"] == "vision" for row in self.manifest["roles"])
+
+
+def gather(
+    out: Path,
+    manifest: dict[str, Any],
+    base: Base | None,
+    licence: Licence | None,
+    unknown: Mapping[str, str],
+    repo: str | None,
+    serving: Sequence[Serving],
+) -> CardFacts:
+    """Read `out` and return what the card says. Raises CheckpointError, RecipeError or PublishError (eval.json)."""
+    checkpoint = Checkpoint.open(out)
+    record = read_eval(out, output_fingerprint(checkpoint, manifest))
+    text = (out / RECIPE_FILE).read_text(encoding="utf-8")
+    return CardFacts(
+        name=repo.split("/")[-1] if repo else out.resolve().name,
+        repo=repo,
+        base=base,
+        licence=licence,
+        unknown=dict(unknown),
+        manifest=manifest,
+        config=checkpoint.config,
+        recipe=build_recipe(manifest["recipe"]),
+        recipe_text=text.rstrip(),
+        family=family_of(checkpoint.config, f"{out}/config.json"),
+        excluded=excluded_modules(checkpoint.config),
+        parameters=parameters(manifest),
+        eval_tables=tables(record) if record else [],
+        eval_about=json.loads(record.model_dump_json(exclude={"results", "layers", "coverage"})) if record else None,
+        eval_missing=missing(record),
+        hub_evals=hub_results(record),
+        benchmarks=read_benchmarks(out),
+        tested_tokens=tested_tokens(record, manifest),
+        serving=serving,
+        notes=list(manifest["notes"]),
+    )
+
+
+def excluded_modules(config: Mapping[str, Any]) -> list[str]:
+    """Modules, or regexes of them, that config.json tells engines to leave unquantized."""
+    quantization = config.get("quantization_config") or {}
+    return sorted({str(m) for key in IGNORED_KEYS for m in quantization.get(key) or ()})
+
+
+def parameters(manifest: Mapping[str, Any]) -> int:
+    """Elements of all source tensors, scales not counted (the manifest lists a scale with its tensor)."""
+    return sum(prod(facts["shape"]) for facts in manifest["source"]["tensors"].values())

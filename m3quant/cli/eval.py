@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import EvaluationError
 from .options import print_table
 
 if TYPE_CHECKING:
+    from ..evaluate.gate import Limit
     from ..evaluate.models import Model
     from ..evaluate.record import EvalRecord, Result
 
@@ -45,6 +47,14 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command("eval")
 @click.argument("ckpt", type=click.Path(path_type=Path))
+@click.option(
+    "--endpoint",
+    metavar="URL",
+    default=None,
+    help="Ask an OpenAI-compatible server that serves CKPT, which gives the tokenizer.",
+)
+@click.option("--model", default=None, help="With --endpoint: the served model's name, where there are several.")
+@click.option("--api-key-env", metavar="NAME", default=None, help="With --endpoint: variable that holds the API key.")
 @click.option("--source", type=click.Path(path_type=Path), default=None, help="The checkpoint that CKPT was made from.")
 @click.option("--suite", default="quick", show_default=True, metavar="quick|full|FILE", help="What to measure.")
 @click.option(
@@ -55,12 +65,15 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--report",
     type=click.Path(path_type=Path),
     default=None,
-    help="Folder for eval.json and the page [CKPT/m3quant-report for an output of m3quant, else ./NAME-eval].",
+    help="Folder for eval.json and the page [an output of m3quant: CKPT/eval.json, page in CKPT/m3quant-report; else ./NAME-eval].",
 )
 @click.option("--fail-over", metavar="LIMITS", default=None, help="Exit 1 beyond these, e.g. kld=0.05,ppl=+2%.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     ckpt: Path,
+    endpoint: str | None,
+    model: str | None,
+    api_key_env: str | None,
     source: Path | None,
     suite: str,
     data: str | None,
@@ -74,6 +87,11 @@ def command(
     """Measure CKPT (a source, or an output of m3quant), and its distance from --source. Run again after an interruption: it continues."""
     from ..evaluate.run import Settings
 
+    if endpoint is not None:
+        if source is not None:
+            raise EvaluationError("--source is compared by streaming: leave --endpoint out, or evaluate the two apart.")
+        _served(ckpt, endpoint, model, api_key_env, suite, data, report, fail_over, as_json)
+        return
     settings = Settings(device, states, batch_tokens)
     run_eval(ckpt, source, suite, data, settings, report, fail_over, as_json)
 
@@ -93,7 +111,7 @@ def run_eval(
 
     Raises SystemExit(1) if a limit is broken, M3QuantError for what cannot be measured."""
     from ..calibration.corpus import load_tokenizer
-    from ..evaluate.gate import broken, check_limits, parse_limits
+    from ..evaluate.gate import check_limits, parse_limits
     from ..evaluate.models import open_model
     from ..evaluate.run import evaluate
     from ..evaluate.suites import load_suite, make_tasks
@@ -105,12 +123,53 @@ def run_eval(
     origin = open_model(source, "source") if source else None
     tasks, notes = make_tasks(loaded, load_tokenizer(checkpoint.folder), checkpoint.config, data)
     check_limits(limits, [task.name for task in tasks], origin is not None)
-    folder = report or default_report(checkpoint)
+    folder, pages = (report, report) if report else default_report(checkpoint)
     with BytesProgress("eval") as progress:
         for note in notes:
             progress.say(f"note: {note}")
         record = evaluate(checkpoint, origin, tasks, loaded.name, folder, settings, progress, notes)
-    page = write_page(record, folder)
+    _tell(record, folder, pages, limits, as_json, conversion)
+
+
+def _served(
+    ckpt: Path,
+    endpoint: str,
+    model: str | None,
+    api_key_env: str | None,
+    suite: str,
+    data: str | None,
+    report: Path | None,
+    fail_over: str | None,
+    as_json: bool,
+) -> None:
+    """The suite's tasks through a server; the record goes where --report says, for CKPT's own eval.json is of its weights."""
+    from ..calibration.corpus import load_tokenizer
+    from ..checkpoint import Checkpoint, make_folder
+    from ..evaluate.endpoint import evaluate_endpoint
+    from ..evaluate.gate import check_limits, parse_limits
+    from ..evaluate.run import write_record
+    from ..evaluate.suites import load_suite, make_tasks
+
+    limits = parse_limits(fail_over) if fail_over is not None else []
+    loaded, tokenizer = load_suite(suite), load_tokenizer(ckpt)
+    tasks, notes = make_tasks(loaded, tokenizer, Checkpoint.open(ckpt).config, data)
+    check_limits(limits, [task.name for task in tasks], source=False)
+    record = evaluate_endpoint(endpoint, model, tasks, tokenizer, api_key_env=api_key_env, suite=loaded.name)
+    record.notes.extend(notes)
+    folder = report or Path(f"{ckpt.resolve().name}-endpoint-eval")
+    make_folder(folder)
+    write_record(record, folder)
+    _tell(record, folder, folder, limits, as_json, None)
+
+
+def _tell(
+    record: EvalRecord, folder: Path, pages: Path, limits: list[Limit], as_json: bool, conversion: dict[str, Any] | None
+) -> None:
+    """Print the record and what it breaks; SystemExit(1) if anything."""
+    from ..evaluate.gate import broken
+    from ..evaluate.report_html import write_report
+
+    page = write_report(record, pages)
     sentences = broken(limits, record)
     if as_json:
         gate = {"limits": [limit.text for limit in limits], "broken": sentences}
@@ -118,31 +177,21 @@ def run_eval(
         click.echo(json.dumps(told if conversion is None else {**conversion, "evaluation": told}, indent=2))
     else:
         print_record(record)
-        click.echo(f"written: {folder / 'eval.json'}" + (f" and {page}" if page else ""))
+        click.echo(f"written: {folder / 'eval.json'} and {page}")
         for sentence in sentences:
             click.echo(f"FAIL  {sentence}")
     if sentences:
         raise SystemExit(1)
 
 
-def default_report(checkpoint: Model) -> Path:
-    """Beside the weights for an output of ours; a source is not written into."""
+def default_report(checkpoint: Model) -> tuple[Path, Path]:
+    """Folders of eval.json and of the page: beside the weights for an output of ours; a source is not written into."""
     from ..convert.report import FOLDER
 
     if checkpoint.manifest is not None:
-        return checkpoint.folder / FOLDER
-    return Path(f"{checkpoint.folder.resolve().name}-eval")
-
-
-def write_page(record: EvalRecord, folder: Path) -> Path | None:
-    from importlib.util import find_spec
-
-    if find_spec("m3quant.evaluate.report_html") is None:
-        return None
-    from importlib import import_module
-
-    path: Path = import_module("m3quant.evaluate.report_html").write_report(record, folder)
-    return path
+        return checkpoint.folder, checkpoint.folder / FOLDER
+    apart = Path(f"{checkpoint.folder.resolve().name}-eval")
+    return apart, apart
 
 
 def print_record(record: EvalRecord) -> None:

@@ -10,17 +10,16 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..checkpoint import write_json_atomic
+from ..checkpoint import Checkpoint, write_json_atomic
 from ..device import device_name, pick_device
 from ..errors import CheckpointError, OutputError, StoppedError
-from ..evaluate.heldout import conversion_record
+from ..evaluate.heldout import conversion_record, output_fingerprint
 from ..evaluate.record import EVAL_FILE
 from ..plan import Plan, Unit
 from ..reading import SourceReader
 from ..resources import check_disk, resources
 from .finish import finish
 from .journal import MANIFEST, Journal, check_apart, check_output_folder, refuse_other_facts, remove_leftover
-from .report import FOLDER as REPORT_FOLDER
 from .settings import Progress, Settings
 from .stopping import stop_on_signals
 from .units import convert_unit, shard_facts
@@ -35,6 +34,7 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
     device = pick_device(settings.device)
     facts = job_facts(plan, settings, device)
     if (done := _finished(output, facts)) is not None:
+        _write_own_figures(plan, output, done)
         remove_leftover(output)
         progress.say(f"{output} is already complete")
         return done
@@ -139,13 +139,19 @@ def _convert(
         stop.check()
         extra["job"] = facts
         extra["seconds"] = round(time.monotonic() - started, 3)
-        measured = conversion_record(plan, output.resolve().name, extra, device_name(device))
-        if measured is not None:
-            write_json_atomic(output / REPORT_FOLDER / EVAL_FILE, measured.model_dump(mode="json"))
         # A signal from here on finds less than a second of work left: it is done rather than dropped.
         manifest = finish(plan, output, journal, extra)
+        _write_own_figures(plan, output, manifest)
         journal.remove()
     return manifest
+
+
+def _write_own_figures(plan: Plan, output: Path, manifest: dict[str, Any]) -> None:
+    """eval.json of what the conversion measured in its own pass, unless an evaluation has written a fuller one."""
+    if manifest.get("heldout") and not (output / EVAL_FILE).exists():
+        fingerprint = output_fingerprint(Checkpoint.open(output), manifest)
+        record = conversion_record(plan, output.resolve().name, fingerprint, manifest)
+        write_json_atomic(output / EVAL_FILE, record.model_dump(mode="json"))
 
 
 def _drop_lost_records(plan: Plan, output: Path, journal: Journal) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..checkpoint import Checkpoint, json_bytes
 from .record import Data, EvalRecord, Measured, Result
 
 if TYPE_CHECKING:
@@ -41,27 +42,27 @@ def heldout_result(manifest: Mapping[str, Any]) -> Result | None:
     )
 
 
-def conversion_record(plan: Plan, output_name: str, facts: Mapping[str, Any], device: str) -> EvalRecord | None:
-    """eval.json of a calibrated conversion from the numbers of its own two-stream pass; None if it held nothing out.
+def output_fingerprint(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str:
+    """What tells an output of ours from others: headers and config.json, and its shards' hashes."""
+    return sha256(checkpoint.fingerprint().encode() + json_bytes(manifest["shards"])).hexdigest()
 
-    facts: what the manifest tells of calibration, with "seconds" and "job".
-    """
-    result = heldout_result(facts)
-    if result is None:
-        return None
-    source = plan.checkpoint
-    job = facts["job"]
+
+def conversion_record(plan: Plan, output_name: str, fingerprint: str, manifest: Mapping[str, Any]) -> EvalRecord:
+    """eval.json of a calibrated conversion from the numbers of its own two-stream pass, which held something out."""
+    result = heldout_result(manifest)
+    assert result is not None
+    source, job = plan.checkpoint, manifest["job"]
     return EvalRecord(
         m3quant=__version__,
-        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        seconds=facts["seconds"],
-        device=device,
+        finished=manifest["finished"],
+        seconds=manifest["seconds"],
+        device=job["device"],
         versions={name: job[name] for name in ("torch", "transformers")},
-        checkpoint=Measured(name=output_name, stored=plan.recipe.name),
+        checkpoint=Measured(name=output_name, fingerprint=fingerprint, stored=plan.recipe.name),
         source=Measured(name=source.root.rstrip("/").rpartition("/")[2], fingerprint=source.fingerprint()),
         suite=CONVERSION,
         results=[result],
-        layers=[{"layer": int(layer), "relative_error": error} for layer, error in facts["stream_error"].items()],
-        coverage=facts["coverage"],
+        layers=[{"layer": int(layer), "relative_error": error} for layer, error in manifest["stream_error"].items()],
+        coverage=manifest["coverage"],
         notes=["measured by the conversion itself; m3quant eval measures more, on text that calibration has not seen"],
     )

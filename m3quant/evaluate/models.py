@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from ..calibration.corpus import load_tokenizer
 from ..calibration.stream import layer_prefix
-from ..checkpoint import Checkpoint, json_bytes
+from ..checkpoint import Checkpoint
 from ..convert.journal import MANIFEST
 from ..errors import CheckpointError, EvaluationError
 from ..families import Family, family_of
@@ -17,6 +16,7 @@ from ..plan import nbytes
 from ..reading import ConvertedReader, SourceReader
 from ..source import check_complete, source_kind
 from ..verify.structure import output_plan, read_manifest
+from .heldout import output_fingerprint
 from .record import Measured
 
 # Files that decide which ids a text has.
@@ -59,10 +59,9 @@ class Model:
 
     def fingerprint(self) -> str:
         """What tells this checkpoint from others: headers and config, and for an output of ours its shards' hashes."""
-        own = self.reader.checkpoint.fingerprint()
         if self.manifest is None:
-            return own
-        return sha256(own.encode() + json_bytes(self.manifest["shards"])).hexdigest()
+            return self.reader.checkpoint.fingerprint()
+        return output_fingerprint(self.reader.checkpoint, self.manifest)
 
     def measured(self) -> Measured:
         stored = self.manifest["recipe"]["name"] if self.manifest else source_kind(self.config, str(self.folder))

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 from huggingface_hub import EvalResult
 
 from ..checkpoint import Checkpoint
+from ..evaluate.heldout import output_fingerprint
 from ..families import Family, family_of
 from ..plan import RECIPE_FILE
 from ..recipe import Recipe, build_recipe
 from .base import Base
 from .hub_benchmarks import BenchmarkResult, read_benchmarks
 from .licences import Licence
-from .results import EvalTable, hub_results, missing, output_fingerprint, read_eval, tables, tested_tokens
+from .results import EvalTable, hub_results, missing, read_eval, tables, tested_tokens
 
 IGNORED_KEYS = ("ignore", "modules_to_not_convert", "ignored_layers")  # by format, in quantization_config
 PLACEHOLDER_REPO = "ORG/NAME"

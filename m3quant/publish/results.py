@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
 from pydantic import ValidationError
 
-from ..checkpoint import Checkpoint, json_bytes
 from ..errors import PublishError
 from ..evaluate.record import EVAL_FILE, EvalRecord, Result
 
@@ -46,11 +43,6 @@ class EvalTable:
     @property
     def against_base(self) -> bool:
         return any(row[2] for row in self.rows)
-
-
-def output_fingerprint(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str:
-    """How `m3quant eval` names an output of ours: its headers and config, and its shards' hashes."""
-    return sha256(checkpoint.fingerprint().encode() + json_bytes(manifest["shards"])).hexdigest()
 
 
 def read_eval(out: Path, fingerprint: str) -> EvalRecord | None:

@@ -141,7 +141,9 @@ def without_times(value: Any) -> Any:
 
 def same_output(left: Path, right: Path) -> list[str]:
     """Names of the files in which two outputs differ, times left out."""
-    a, b = files(left, but=(REPORT_PAGE,)), files(right, but=(REPORT_PAGE,))
+    a, b = (
+        files(folder, but=(REPORT_PAGE, "eval.json")) for folder in (left, right)
+    )  # eval.json has the folder's name
     differing = sorted(a.keys() ^ b.keys())
     for name in sorted(a.keys() & b.keys()):
         if a[name] != b[name]:

@@ -125,7 +125,7 @@ def kill_points(names: Sequence[str], stride: int) -> list[int]:
 
 def weights_and_config(output: Path) -> dict[str, bytes]:
     """The files a loader reads, those that hold times left out; no temporary ones."""
-    return files(output, but=(".", "m3quant.json", "m3quant-report/"))
+    return files(output, but=(".", "m3quant.json", "m3quant-report/", "eval.json"))
 
 
 def half_files(output: Path, whole: dict[str, bytes]) -> list[str]:

@@ -22,8 +22,8 @@ from m3quant.calibration.stream import nll
 from m3quant.engine import find_engine_python
 from m3quant.evaluate import needle, position
 from m3quant.evaluate.endpoint import GENERATED, evaluate_endpoint
+from m3quant.evaluate.models import open_model
 from m3quant.evaluate.task import Predictions
-from m3quant.perplexity import open_dense
 
 pytestmark = NEEDS_ENGINE
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-m2"
@@ -72,7 +72,7 @@ def test_the_served_figures_are_the_streamed_ones(url: str) -> None:
     assert "prompt log-probs: prompt_logprobs" in record.notes[0]
 
     ids = torch.from_numpy(np.stack([s.ids for s in windows.sequences()]))
-    losses = nll(open_dense(FIXTURE), ids).numpy()
+    losses = nll(open_model(FIXTURE).reader, ids).numpy()
     (streamed,) = windows.results([Predictions(row, np.zeros(len(row), dtype=np.int64)) for row in losses], None)
     served, found = record.results
     for name, value in streamed.metrics.items():

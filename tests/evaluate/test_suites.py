@@ -16,6 +16,7 @@ from m3quant.calibration.corpus import load_documents, load_tokenizer
 from m3quant.cli import cli
 from m3quant.errors import CalibrationError, EvaluationError, M3QuantError
 from m3quant.evaluate.gate import broken, check_limits, parse_limits
+from m3quant.evaluate.models import open_model
 from m3quant.evaluate.record import EvalRecord, Measured, Result
 from m3quant.evaluate.suites import load_suite, make_tasks, suite_names
 from m3quant.evaluate.texts import BUNDLED_PATH, PUBLIC, load_texts
@@ -40,7 +41,7 @@ def test_shipped_suites_make_tasks_within_the_context(tokenizer: Any) -> None:
     assert suite_names() == ["full", "quick"]
     for name in suite_names():
         tasks, _ = make_tasks(load_suite(name), tokenizer, CONFIG)
-        assert len({task.name for task in tasks}) == len(tasks) >= 4
+        assert len({task.name for task in tasks}) == len(tasks) >= 5
         longest = max(int(s.scored[-1]) for task in tasks for s in task.sequences())
         assert longest <= CONFIG["max_position_embeddings"]
 
@@ -228,7 +229,7 @@ def test_convert_eval_json_gate_and_exit_code(tmp_path: Path) -> None:
     done = invoke("convert", M2, out, "--to", "int4", "--device", "cpu", "--eval", few(tmp_path), "--json")
     assert done.exit_code == 0, done.output
     first = json.loads(done.stdout)["evaluation"]
-    stored = EvalRecord.model_validate_json((out / "m3quant-report" / "eval.json").read_text())
+    stored = EvalRecord.model_validate_json((out / "eval.json").read_text())
     assert [r.metrics for r in stored.results] == [r["metrics"] for r in first["results"]]
     assert (stored.checkpoint.stored, stored.source and stored.source.stored) == ("int4", "bf16")
     assert len(stored.layers) == 3 and stored.results[1].metrics["kl_mean"] > stored.results[2].metrics["kl_mean"] > 0
@@ -252,9 +253,10 @@ def test_a_calibrated_conversion_writes_its_own_figures(tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     manifest = json.loads(done.stdout)
-    found = EvalRecord.model_validate_json((out / "m3quant-report" / "eval.json").read_text())
+    found = EvalRecord.model_validate_json((out / "eval.json").read_text())
     assert found.suite == "conversion" and found.results[0].convention == "m3quant-heldout-128"
     assert found.results[0].metrics["kl_mean"] == manifest["heldout"]["kl_mean"]
+    assert found.checkpoint.fingerprint == open_model(out).fingerprint()
     assert len(found.layers) == 3 and found.coverage == manifest["coverage"]
     done = invoke("eval", out, "--source", M2, "--suite", few(tmp_path), "--device", "cpu", "--json")
     assert done.exit_code == 0, done.output

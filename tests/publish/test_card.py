@@ -22,11 +22,11 @@ from m3quant.checkpoint import Checkpoint
 from m3quant.cli import cli
 from m3quant.cli.convert import calibration_windows
 from m3quant.errors import PublishError
+from m3quant.evaluate.heldout import output_fingerprint
 from m3quant.evaluate.record import Data, EvalRecord, Measured, Result
 from m3quant.publish.card import NOTES_BEGIN, check_metadata
 from m3quant.publish.gates import Asked, Prepared, check, make_card, prepare
 from m3quant.publish.licences import GivenLicence
-from m3quant.publish.results import output_fingerprint
 
 BASE = "MiniMaxAI/MiniMax-M3"
 

@@ -18,7 +18,7 @@ SWIGLUOAI = "swigluoai"
 Experts = torch.Tensor | Sequence[torch.Tensor]
 
 # Above this many padded rows the batched fallback of `grouped_linear` would spend its memory on padding.
-_KERNEL_GROUPS = 1024  # more are refused by torch 2.11
+_KERNEL_GROUPS = 512  # torch 2.11 refuses 1,024
 _PADDED_ROWS = 1 << 17
 
 

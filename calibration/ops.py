@@ -18,6 +18,7 @@ SWIGLUOAI = "swigluoai"
 Experts = torch.Tensor | Sequence[torch.Tensor]
 
 # Above this many padded rows the batched fallback of `grouped_linear` would spend its memory on padding.
+_KERNEL_GROUPS = 512  # torch 2.11 refuses 1,024
 _PADDED_ROWS = 1 << 17
 
 
@@ -158,7 +159,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) 
         # The kernel wants rows of whole 16-byte words.
         aligned = x.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0
         if x.dtype == torch.bfloat16 and aligned and hasattr(torch, "_grouped_mm"):
-            return torch._grouped_mm(x, weight.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
+            return _grouped_mm(x, weight, counts)
         return _padded_bmm(x, weight, counts.tolist())
     out = x.new_empty(x.shape[0], weight.shape[1])
     start = 0
@@ -167,6 +168,15 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) 
             out[start : start + count] = linear(x[start : start + count], weight[group])
             start += count
     return out
+
+
+def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """torch's grouped kernel, called as often as its limit of groups asks for."""
+    if weight.shape[0] <= _KERNEL_GROUPS:
+        return torch._grouped_mm(x, weight.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
+    parts = counts.split(_KERNEL_GROUPS)
+    rows = x.split([int(part.sum()) for part in parts])
+    return torch.cat([_grouped_mm(*part) for part in zip(rows, weight.split(_KERNEL_GROUPS), parts, strict=True)])
 
 
 def _padded_bmm(x: torch.Tensor, weight: torch.Tensor, sizes: list[int]) -> torch.Tensor:

@@ -75,10 +75,14 @@ class PositionTask:
                 cells=cells,
                 notes=[
                     f"{len(nll)} windows, not overlapping; position 0 has no context and is not scored",
-                    *self.reach.notes([high for _, high in buckets(self.edges, length)]),
+                    *self._short(cells),
                 ],
             )
         ]
+
+    def _short(self, cells: Sequence[dict[str, Any]]) -> list[str]:
+        ends = [cell["stop"] for cell in cells if cell["exercises_msa"] is False]
+        return [f"does not exercise MSA: positions below {max(ends):,}"] if ends else []
 
 
 def buckets(edges: Sequence[int], length: int) -> list[tuple[int, int]]:

@@ -29,7 +29,7 @@ td.h6{background:var(--h6);color:var(--page)}td.h7{background:var(--h7);color:va
 .key span+span{margin-left:18px}
 td.wrap{min-width:180px}
 @media (max-width:640px){body{padding:16px 12px 32px}h1{font-size:21px}svg.wide{min-width:700px}svg.wide text{font-size:15px}th,td{padding-right:10px}
-.heat td{min-width:78px;padding:5px 4px}}
+.heat td{min-width:78px;padding:5px 4px}.heat th.row{white-space:normal}}
 """
 # Shades on which the ink or the page's colour reads with a contrast of 4.5 and more, light and dark; h3 and h4 do not.
 _SHADES = ("h0", "h1", "h2", "h5", "h6", "h7")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -46,7 +47,7 @@ def test_union_and_common_agree_with_counting_instants() -> None:
         left, right = (union(group) for group in sets)
         assert total(left) == len(instants[0])
         assert total(common(left, right)) == len(instants[0] & instants[1])
-        assert all(a[1] < b[0] for a, b in zip(left, left[1:], strict=False))
+        assert all(a[1] < b[0] for a, b in itertools.pairwise(left))
 
 
 def test_spans_of_several_threads_and_of_failing_work_are_recorded() -> None:

@@ -17,9 +17,10 @@ from ..reading import SourceReader
 from ..resources import check_disk, resources
 from .finish import finish
 from .journal import MANIFEST, Journal, check_apart, check_output_folder, refuse_other_facts, remove_leftover
+from .pipeline import convert_units
 from .settings import Progress, Settings
 from .stopping import stop_on_signals
-from .units import convert_unit, shard_facts
+from .units import shard_facts
 
 
 def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
@@ -123,10 +124,11 @@ def _convert(
     started = time.monotonic()
     with stop_on_signals() as stop:
         if plan.recipe.calibration == "none":
-            for unit in plan.units:
-                if unit.index not in journal.records:
-                    record = convert_unit(output, unit, reader, plan.recipe.format, device, stop, progress.advance)
-                    journal.finish_unit(unit.index, shard_facts(record))
+            todo = [unit for unit in plan.units if unit.index not in journal.records]
+            convert_units(
+                output, todo, reader, plan.recipe.format, device, stop, progress.advance,
+                lambda unit, record: journal.finish_unit(unit.index, shard_facts(record)),
+            )  # fmt: skip
             extra: dict[str, Any] = {}
         else:
             from .calibrated import convert_calibrated

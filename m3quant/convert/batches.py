@@ -1,17 +1,21 @@
 """What a data-free conversion moves at a time: runs of neighbouring output tensors, laid out as they lie in the shard.
 
-Pure planning, without torch: which source bytes go where in a read buffer, and where each output lies in a write buffer.
+Pure planning, which imports no torch: which source bytes go where in a read buffer, and where each output lies in a write buffer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..checkpoint import DTYPE_BYTES, TensorInfo
+from ..checkpoint import DTYPE_BYTES, TensorInfo, torch_dtype
 from ..plan import OutputTensor, PlannedTensor, Unit, nbytes
 from ..quant.layout import one_pass
 from ..source import PLAIN
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A batch on a CPU is one tensor or a few small ones; on a GPU enough to make copies and launches cheap.
 CPU_BATCH_BYTES = 4 * 2**20
@@ -161,3 +165,12 @@ def output_ranges(item: Item, offset: int) -> list[tuple[int, int]]:
         ranges.append((offset, offset + nbytes(output)))
         offset += nbytes(output)
     return ranges
+
+
+def output_views(item: Item, buffer: Tensor, offset: int) -> dict[str, Tensor]:
+    """The outputs of a fused item by suffix, as views of a uint8 buffer's bytes from `offset` on."""
+    stem = f"{item.planned.module}."
+    return {
+        o.name.removeprefix(stem): buffer[start:end].view(torch_dtype(o.dtype)).view(o.shape)
+        for o, (start, end) in zip(item.outputs, output_ranges(item, offset), strict=True)
+    }

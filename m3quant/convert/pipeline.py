@@ -43,6 +43,7 @@ from .batches import (
     in_source_order,
     make_batches,
     output_ranges,
+    output_views,
 )  # fmt: skip
 from .stopping import StopFlag
 from .units import FLOATS, UnitWriter, quantize_tensor
@@ -209,15 +210,6 @@ class Pipeline:
 
 def item_ranges(item: Item, offset: int) -> list[tuple[int, int]]:
     return [(offset, offset + item.bytes_out)] if item.kind == COPY else output_ranges(item, offset)
-
-
-def output_views(item: Item, buffer: Tensor, offset: int) -> dict[str, Tensor]:
-    """The outputs of a fused item by suffix, as views of the buffer's bytes from `offset` on."""
-    stem = f"{item.planned.module}."
-    return {
-        o.name.removeprefix(stem): buffer[start:end].view(torch_dtype(o.dtype)).view(o.shape)
-        for o, (start, end) in zip(item.outputs, output_ranges(item, offset), strict=True)
-    }
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ..plan import Plan, Unit
 from ..reading import SourceReader
 from ..resources import check_disk, resources
 from .finish import finish
+from .gpu_stage import why_plain
 from .journal import MANIFEST, Journal, check_apart, check_output_folder, refuse_other_facts, remove_leftover
 from .pipeline import convert_units
 from .settings import Progress, Settings
@@ -124,6 +125,10 @@ def _convert(
     started = time.monotonic()
     with stop_on_signals() as stop:
         if plan.recipe.calibration == "none":
+            if device.type == "cuda" and (reason := why_plain(device)):
+                progress.say(
+                    f"note: rounding with plain torch operations, because Triton's kernels do not run here ({reason})"
+                )
             todo = [unit for unit in plan.units if unit.index not in journal.records]
             convert_units(
                 output, todo, reader, plan.recipe.format, device, stop, progress.advance,

@@ -132,15 +132,20 @@ def _run(command: list[str], answer: Path) -> dict[str, Any]:
     return {**result, "process_seconds": seconds}
 
 
-def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything in one record; what it made under `work` is removed again, but for a source that was there before."""
-    device = pick_device(arguments.device)
+def make_source(work: Path, arguments: argparse.Namespace) -> Path:
+    """The checkpoint under `work`, made unless an earlier call kept it."""
     source = work / f"{arguments.shape}-{arguments.layers}x{arguments.experts or 'all'}-{arguments.narrower}"
     if not source.exists():
         config = wide_config(arguments.shape, arguments.layers, arguments.experts, arguments.narrower)
         started = time.perf_counter()
-        size = wide_checkpoint(source, config, device.type)
+        size = wide_checkpoint(source, config, pick_device(arguments.device).type)
         print(f"made {source} in {time.perf_counter() - started:.1f} s: {size / 1e9:.2f} GB", flush=True)
+    return source
+
+
+def measure(work: Path, source: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one recipe in one record."""
+    device = pick_device(arguments.device)
     plan = plan_of(source, arguments.to, arguments.windows, arguments.window_length)
     result: dict[str, Any] = {
         "shape": arguments.shape, "layers": arguments.layers, "recipe": arguments.to, "experts": arguments.experts,
@@ -150,8 +155,10 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "disk": floors.disk_floor(source, work, plan.output_bytes),
         "rates": {**floors.rates(device), "pack": floors.pack_rate(_main_scheme(plan), plan.recipe.format, device)},
-        "ours": [], "peer": [],
+        "cache": "warm" if arguments.warm else "dropped (posix_fadvise)", "ours": [], "peer": [],
     }  # fmt: skip
+    if arguments.same_bytes:
+        result["same_bytes_as_cpu"] = same_bytes(work, source, arguments)
     for _ in range(arguments.repeats):
         for name in ("ours", "peer") if arguments.against else ("ours",):
             output, answer = work / "out", work / "answer.json"
@@ -165,13 +172,24 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             result[name].append(row)
             print(f"{name}: {row.get('seconds', row.get('failed'))}", flush=True)
             shutil.rmtree(output, ignore_errors=True)
-    if not arguments.keep:
-        shutil.rmtree(source)
     return {**result, "stages": stage_rows(result, plan)}
 
 
 def _main_scheme(plan: Plan) -> str:
     return str(plan.recipe.scheme("routed_experts"))
+
+
+def same_bytes(work: Path, source: Path, arguments: argparse.Namespace) -> bool:
+    """Whether the CPU and the device write the same shards."""
+    digests = []
+    for device in ("cpu", arguments.device):
+        output = work / "out"
+        shutil.rmtree(output, ignore_errors=True)
+        row = ours(source, output, work / "answer.json", argparse.Namespace(**{**vars(arguments), "device": device}))
+        if "failed" in row:
+            raise SystemExit(row["failed"])
+        digests.append(json.loads((output / "m3quant.json").read_text())["shards"])
+    return bool(digests[0] == digests[1])
 
 
 def finished(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -208,6 +226,10 @@ def print_result(result: dict[str, Any]) -> None:
         f"disk: read {disk['read'] / 1e9:.2f} GB/s ({disk['read_seconds']:.2f} s), from the page cache {disk['cached_read'] / 1e9:.2f} GB/s, "
         f"write {disk['write'] / 1e9:.2f} GB/s ({disk['write_seconds']:.2f} s), both at once {disk['both_seconds']:.2f} s"
     )
+    if "same_bytes_as_cpu" in result:
+        print(
+            "the device and the CPU write " + ("the same bytes" if result["same_bytes_as_cpu"] else "DIFFERENT BYTES")
+        )
     print(
         "rates: "
         + ", ".join(
@@ -255,7 +277,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", choices=("m2", "m3"), default="m2")
     p.add_argument("--layers", type=int, default=1)
-    p.add_argument("--to", default="fp8", help="a shipped recipe, such as fp8, fp8-block, int4 or awq")
+    p.add_argument(
+        "--to", default="fp8", help="a shipped recipe, such as fp8, fp8-block, int4 or awq; several with commas"
+    )
     p.add_argument("--experts", type=int, default=None, help="experts of a layer, instead of the release's")
     p.add_argument("--narrower", type=int, default=1, help="divide hidden and expert sizes by this")
     p.add_argument("--device", default="auto")
@@ -263,6 +287,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--peer-python", default=sys.executable, help="a Python that has llmcompressor")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--warm", action="store_true", help="leave the source in the page cache")
+    p.add_argument("--same-bytes", action="store_true", help="convert on the CPU first, and compare all shards")
     p.add_argument("--windows", type=int, default=128)
     p.add_argument("--window-length", type=int, default=512)
     p.add_argument("--work", type=Path, default=Path("bench-work"))
@@ -286,17 +311,23 @@ def main() -> None:
             arguments.against = None
     work: Path = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    result = measure(work, arguments)
-    if note:
-        result["peer_note"] = note
-    print_result(result)
-    if arguments.chart:
-        write_chart(arguments.chart, result)
-    if arguments.json:
+    source = make_source(work, arguments)
+    results = []
+    for recipe in arguments.to.split(","):
+        result = measure(work, source, argparse.Namespace(**{**vars(arguments), "to": recipe}))
+        if note:
+            result["peer_note"] = note
+        print_result(result)
+        if arguments.chart:
+            write_chart(arguments.chart.with_name(f"{arguments.chart.stem}-{recipe}{arguments.chart.suffix}"), result)
         for row in result["ours"]:
             row.pop("spans", None)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    if not finished(result["ours"]):
+        results.append(result)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    if not arguments.keep:
+        shutil.rmtree(source)
+    if not all(finished(r["ours"]) and r.get("same_bytes_as_cpu", True) for r in results):
         raise SystemExit(1)
 
 

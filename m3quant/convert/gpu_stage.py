@@ -26,7 +26,8 @@ def why_plain(device: torch.device) -> str | None:
     try:
         from ..quant.gpu_kernels import check_device
 
-        check_device(device)
+        with _LAUNCH, torch.cuda.device(device):
+            check_device(device)
     except Exception as error:  # Triton raises what its compiler, the C compiler or the driver raise
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     return None

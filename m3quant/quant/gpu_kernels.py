@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..schemes import FP8_BLOCK, Scheme
-from .layout import group_count
+from .formats import compress
+from .layout import COMPRESSED_TENSORS, group_count
 
 # A row of FP8 is held by one program; longer rows go the general way.
 MAX_ROW = 1 << 14
@@ -169,9 +170,16 @@ def compress_group(
 
 
 def check_device(device: torch.device) -> None:
-    """Raise RuntimeError unless Triton can build and run a kernel there (it needs a C compiler on the machine)."""
-    source = torch.arange(32, dtype=torch.int16, device=device).view(torch.uint8)
-    out, flags = torch.zeros(64, dtype=torch.uint8, device=device), torch.zeros(1, dtype=torch.int32, device=device)
-    table = torch.zeros(1, 3, dtype=torch.int64, device=device)
-    table[0, 2] = 32
-    compress_group(source, out, table, flags, (1, 32), Scheme("fp8", 8))
+    """Raise RuntimeError, or what Triton raises, unless a kernel is built, runs there (it needs a C compiler on the
+    machine) and writes what the reference writes.
+    """
+    weight = torch.linspace(-3, 5, 64).view(2, 32).bfloat16()
+    out, flags = torch.zeros(72, dtype=torch.uint8, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    table = torch.tensor([[0, 0, 64]], device=device)
+    scheme = Scheme("fp8", 8)
+    compress_group(weight.view(torch.uint8).flatten().to(device), out, table, flags, (2, 32), scheme)
+    expected = compress(weight, scheme, COMPRESSED_TENSORS)
+    found = out.cpu()
+    for part, tensor in ((found[:64], expected["weight"]), (found[64:], expected["weight_scale"])):
+        if not torch.equal(part, tensor.flatten().view(torch.uint8)):
+            raise RuntimeError("a kernel wrote other bytes than its reference")

@@ -35,7 +35,7 @@ from .chart import write_chart
 from .wide import ROOT, wide_checkpoint, wide_config
 
 PEER = Path(__file__).with_name("peer_llmcompressor.py")
-PEER_WORKERS = 8
+PEER_WORKERS = min(8, os.cpu_count() or 1)
 
 
 class Quiet:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RELEASES = {"m2": "minimax-m2.7", "m3": "minimax-m3"}
 SMALL_VOCABULARY = 8192  # the embedding table is not what is measured
 SHARD_BYTES = 2_000_000_000
+LEAST_SHARDS = 4  # so that a program that works shard by shard has several to work on at once
 POOL = 1 << 22  # random values that a CPU draws weights from
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -42,8 +43,8 @@ def wide_config(shape: str, layers: int, experts: int | None = None, narrower: i
     return config
 
 
-def wide_checkpoint(folder: Path, config: dict[str, Any], device: str = "cpu", shard_bytes: int = SHARD_BYTES) -> int:
-    """Write the checkpoint that `config` describes with random weights in shards of about `shard_bytes`; its bytes."""
+def wide_checkpoint(folder: Path, config: dict[str, Any], device: str = "cpu") -> int:
+    """Write the checkpoint that `config` describes with random weights in shards of about 2 GB, or four; its bytes."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     facts = family_of(config).expected_tensors(config)
@@ -51,6 +52,8 @@ def wide_checkpoint(folder: Path, config: dict[str, Any], device: str = "cpu", s
     for name, fact in facts.items():
         dtype = torch.float32 if fact.float32 else torch.bfloat16
         entries.append((name, dtype, tuple(fact.shape)))
+    whole = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in entries)
+    shard_bytes = min(SHARD_BYTES, -(-whole // LEAST_SHARDS))
     groups: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
     taken = 0
     for entry in sorted(entries, key=lambda e: e[1].itemsize, reverse=True):  # F32 first: every tensor is aligned

@@ -11,6 +11,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .convert.batches import MAX_WORKERS, working_bytes
 from .errors import StoppedError
 from .plan import Plan, PlannedTensor
 
@@ -45,13 +46,13 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool 
 
     spill: both streams lie on the disk too, beside the boundaries.
     """
-    workers = workers or min(8, os.cpu_count() or 1)
+    workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
     largest = max(
         t.source.stored_bytes + _elements(t) * FLOAT32 * (WORK_COPIES if t.action == "quantize" else 0)
         for t in plan.tensors
     )
     if plan.recipe.calibration == "none":
-        working = largest * (workers + 1)
+        working = working_bytes(plan.units, on_gpu, plan.recipe.format, workers)
         return Resources(working, working if on_gpu else 0, plan.output_bytes + DISK_MARGIN, 0)
     layer = max(sum(_elements(t) * 2 for t in unit.tensors) for unit in plan.units if unit.layer is not None)
     stream = hidden_state_bytes(plan, 2 if on_gpu else FLOAT32)

@@ -157,6 +157,19 @@ def read_tensors(root: Path, infos: Iterable[TensorInfo], stamps: dict[str, Stam
     return {info.name: raw[info.name].view(torch_dtype(info.dtype)).reshape(info.shape) for info in wanted}
 
 
+def read_ranges(root: Path, ranges: Iterable[tuple[TensorInfo, int, memoryview]], stamps: dict[str, Stamp]) -> None:
+    """Fill each buffer with the bytes of its tensor from an offset within it on; neighbours in a file are read together.
+
+    Raises CheckpointError if a file is not the one that was opened.
+    """
+    in_order = sorted(ranges, key=lambda part: (part[0].shard, part[0].start + part[1]))
+    for shard, group in groupby(in_order, key=lambda part: part[0].shard):
+        path = root / shard
+        with open_file(path, stamps[shard]) as descriptor:
+            for offset, buffers in _runs((info.start + skip, view) for info, skip, view in group):
+                read_into(descriptor, buffers, offset, path)
+
+
 def _runs(parts: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, list[memoryview]]]:
     """Group neighbouring byte ranges into single reads of about PIECE_BYTES, and split longer ones."""
     start, end, buffers = 0, 0, list[memoryview]()

@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from .header import PREFIX_BYTES, Header, TensorInfo, parse_header
 from .index import INDEX_NAME, Index, check_numbering, check_shard_files, check_tensors, parse_index
 from .listing import CONFIG_NAME, Listing, list_folder
-from .reader import Stamp, read_file, read_header, read_raw, read_tensors
+from .reader import Stamp, read_file, read_header, read_ranges, read_raw, read_tensors
 from .strict_json import parse_object, shown
 
 if TYPE_CHECKING:
@@ -201,6 +201,11 @@ class Checkpoint:
         """Tensors by name, in the order asked; each shard is read once, in file order. Raises CheckpointError."""
         store = self._local_store("read")
         return read_tensors(store.root, [self._info(name) for name in dict.fromkeys(names)], store.stamps)
+
+    def read_ranges(self, ranges: "Iterable[tuple[TensorInfo, int, memoryview]]") -> None:
+        """Fill each buffer from its tensor's bytes, beginning at an offset within them. Raises CheckpointError."""
+        store = self._local_store("read")
+        read_ranges(store.root, ranges, store.stamps)
 
     def read_bytes(self, name: str) -> bytes:
         """A tensor's bytes as they lie in the file. Raises CheckpointError."""

@@ -8,7 +8,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, StoppedError
+from ..timing import span
 from .header import Entry, entry_bytes, header_bytes
 from .reader import bytes_view, torch_dtype
 
@@ -27,6 +28,9 @@ DEFAULT_METADATA: Mapping[str, str] = {"format": "pt"}
 # Larger buffers are hashed on a second thread while they are written (both release the interpreter's lock).
 OVERLAP_BYTES = 2**20
 WRITE_BYTES = 64 * 2**20
+# The kernel holds written pages back (10 % of memory on Linux) and would begin with the disk only at the sync; from this
+# many bytes on it is told to begin, so that a large shard is on the disk, but for its end, when the last tensor comes.
+WRITEBACK_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class _AtomicFile:
         self.folder, self.name, self.size = folder, name, size
         self.temporary = folder / temporary_name(name)
         self.written = 0
+        self._told = 0  # bytes whose writing to the disk has been asked for
         self._descriptor = -1
         with self._refusals():
             # A leftover of a killed run is overwritten; what it held was never renamed, so nobody relies on it.
@@ -67,9 +72,17 @@ class _AtomicFile:
                 self.written += count
                 data = data[count:]
 
+    def begin_writeback(self) -> None:
+        """Have the kernel write what it holds back; errors show at the sync. May wait for the disk, not for this data."""
+        if self.written - self._told >= WRITEBACK_BYTES:
+            # On Linux this starts to write dirty pages in the range, and drops none of those from the page cache.
+            os.posix_fadvise(self._descriptor, self._told, self.written - self._told, os.POSIX_FADV_DONTNEED)
+            self._told = self.written
+
     def commit(self) -> None:
         with self._refusals():
-            os.fsync(self._descriptor)
+            with span("sync", self.size):
+                os.fsync(self._descriptor)
             # Some network file systems report a full disk only here.
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
@@ -148,7 +161,8 @@ class ShardWriter:
         self._sha256 = hashlib.sha256()
         self._file = _AtomicFile(Path(folder), name, self.size)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sha256")
-        self._append(memoryview(header))
+        self._writeback = ThreadPoolExecutor(1, thread_name_prefix="writeback")
+        self._append([memoryview(header)])
 
     def write(self, name: str, data: "torch.Tensor | bytes | bytearray | memoryview") -> None:
         """Append the next tensor. A tensor must have the entry's dtype and shape (F8_E8M0 may come as uint8)."""
@@ -164,19 +178,39 @@ class ShardWriter:
         needed = entry_bytes(entry)
         if view.nbytes != needed:
             raise ValueError(f"{name!r}: {view.nbytes} bytes come where {entry[1]} {entry[2]} takes {needed}")
-        self._append(view)
+        self._append([view])
         self._next += 1
 
-    def _append(self, view: memoryview) -> None:
-        if view.nbytes < OVERLAP_BYTES:
-            self._sha256.update(view)
-            self._file.write(view)
+    def append(self, views: Sequence[memoryview], tensors: int) -> None:
+        """Append the bytes of the next tensors, in pieces of any size; `tensors` of them end in these bytes.
+
+        Only the sum is checked, when the file is closed: the caller answers for the layout.
+        """
+        self._append(views)
+        self._next += tensors
+
+    def _append(self, views: Sequence[memoryview]) -> None:
+        count = sum(view.nbytes for view in views)
+        if count < OVERLAP_BYTES:
+            self._hash(views, count)
+            self._write(views, count)
             return
-        hashing = self._pool.submit(self._sha256.update, view)
+        hashing = self._pool.submit(self._hash, views, count)
         try:
-            self._file.write(view)
+            self._write(views, count)
         finally:
             hashing.result()
+        self._writeback.submit(self._file.begin_writeback)
+
+    def _hash(self, views: Sequence[memoryview], count: int) -> None:
+        with span("hash", count):
+            for view in views:
+                self._sha256.update(view)
+
+    def _write(self, views: Sequence[memoryview], count: int) -> None:
+        with span("write", count):
+            for view in views:
+                self._file.write(view)
 
     def close(self) -> ShardRecord:
         """Sync and rename the finished file. Raises ValueError if tensors are missing."""
@@ -185,7 +219,10 @@ class ShardWriter:
                 missing = self.entries[self._next][0]
                 self.abort()
                 raise ValueError(f"{self._file.name} closed before {missing!r} was written")
-            self._pool.shutdown()
+            if self._file.written != self.size:
+                self.abort()
+                raise ValueError(f"{self._file.name}: {self._file.written} bytes came, {self.size} were announced")
+            self._stop_threads()
             self._file.commit()
             self.record = ShardRecord(self._file.name, self.size, self._sha256.hexdigest())
         return self.record
@@ -193,8 +230,13 @@ class ShardWriter:
     def abort(self) -> None:
         """Drop the unfinished file; after close() this does nothing."""
         if self.record is None:
-            self._pool.shutdown()
+            self._stop_threads()
             self._file.abort()
+
+    def _stop_threads(self) -> None:
+        """Before the descriptor is closed: its number may then be another file's."""
+        self._pool.shutdown()
+        self._writeback.shutdown()
 
     def __enter__(self) -> "ShardWriter":
         return self

@@ -15,6 +15,7 @@ from ..headers import from_config
 from ..plan import Plan, bits_per_weight, make_plan, passed_through, role_table
 from ..recipe import recipe_names
 from ..resources import resources
+from ..timing_model import Rates, estimate, load_rates, sentence
 from .options import human_bytes, load_recipe, print_table, recipe_options
 
 
@@ -22,6 +23,13 @@ from .options import human_bytes, load_recipe, print_table, recipe_options
 @click.argument("src")
 @recipe_options(None)
 @click.option("--revision", default=None, help="Revision of a Hub repo.")
+@click.option(
+    "--rates",
+    "rates_file",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Rates of a machine, for the time [one H200].",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     src: str,
@@ -30,18 +38,20 @@ def command(
     settings: tuple[str, ...],
     format_name: str | None,
     revision: str | None,
+    rates_file: Path | None,
     as_json: bool,
 ) -> None:
     """What SRC (a folder, a Hub repo, or a config.json alone) is, and what its conversion would write.
 
     With --to or --recipe: that conversion in detail. Without: one line for each recipe.
     """
+    rates = load_rates(rates_file)
     checkpoint = from_config(Path(src)) if src.endswith(".json") else Checkpoint.open(src, revision)
     if to or recipe_file or settings or format_name:
         plan = make_plan(checkpoint, load_recipe(checkpoint, to, recipe_file, settings, format_name))
-        click.echo(json.dumps(plan_json(plan), indent=2) if as_json else "", nl=as_json)
+        click.echo(json.dumps(plan_json(plan, rates), indent=2) if as_json else "", nl=as_json)
         if not as_json:
-            print_plan(plan)
+            print_plan(plan, rates)
         return
     plans, refused = [], {}
     for name in recipe_names():
@@ -53,18 +63,22 @@ def command(
         raise PlanError(next(iter(refused.values())))
     if as_json:
         click.echo(
-            json.dumps({"plans": {plan.recipe.name: plan_json(plan) for plan in plans}, "refused": refused}, indent=2)
+            json.dumps(
+                {"plans": {plan.recipe.name: plan_json(plan, rates) for plan in plans}, "refused": refused}, indent=2
+            )
         )
         return
     print_source(plans[0])
-    print_overview(plans)
+    print_overview(plans, rates)
     for name, reason in refused.items():
         click.echo(f"{name}: {reason}")
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
     """The plan for programs: every number that the table shows, and each tensor's fate."""
+    time = estimate(plan, rates or load_rates())
     return {
+        "estimate": time.model_dump() if time else None,
         "source": plan.checkpoint.root,
         "revision": plan.checkpoint.revision,
         "model_type": plan.family.model_type,
@@ -111,18 +125,20 @@ def print_source(plan: Plan) -> None:
     )
 
 
-def print_overview(plans: list[Plan]) -> None:
-    rows = [["recipe", "output", "of source", "bits/weight", "routed experts", "attention", "calibration"]]
+def print_overview(plans: list[Plan], rates: Rates) -> None:
+    rows = [["recipe", "output", "of source", "bits/weight", "routed experts", "attention", "calibration", "time"]]
     for plan in plans:
         share = plan.output_bytes / sum(u.bytes_in for u in plan.units)
         rows.append([
             plan.recipe.name, human_bytes(plan.output_bytes), f"{share:.1%}", f"{bits_per_weight(plan):.2f}",
             str(plan.recipe.scheme("routed_experts")), str(plan.recipe.scheme("attention")), plan.recipe.calibration,
+            f"{time.seconds / 60:.1f} min" if (time := estimate(plan, rates)) else "not measured",
         ])  # fmt: skip
     print_table(rows)
+    click.echo(f"time: on {rates.machine}, by rates of {rates.measured}; --rates for another machine")
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(plan: Plan, rates: Rates | None = None) -> None:
     print_source(plan)
     click.echo(f"recipe {plan.recipe.name}, format {plan.recipe.format}, calibration {plan.recipe.calibration}")
     table = role_table(plan)
@@ -144,6 +160,8 @@ def print_plan(plan: Plan) -> None:
         click.echo(
             f"on a {name}: peak host memory {human_bytes(need.host)}{device}, free disk {human_bytes(need.disk)}"
         )
+    if time := estimate(plan, rates or load_rates()):
+        click.echo(sentence(time))
     passed = passed_through(plan)
     if passed:
         click.echo(

@@ -25,10 +25,11 @@ from ..reading import SourceReader
 from ..schemes import Scheme
 from .boundary import Streams, WindowView, drop_saved
 from .journal import Journal
+from .pipeline import convert_unit
 from .quality import coverage, heldout_quality
 from .report import write_report
 from .stopping import StopFlag
-from .units import UnitWriter, convert_unit, shard_facts, store
+from .units import UnitWriter, shard_facts, store
 
 if TYPE_CHECKING:
     from .settings import Progress, Settings

@@ -19,10 +19,12 @@ from ..plan import Plan, Unit
 from ..reading import SourceReader
 from ..resources import check_disk, resources
 from .finish import finish
+from .gpu_stage import why_plain
 from .journal import MANIFEST, Journal, check_apart, check_output_folder, refuse_other_facts, remove_leftover
+from .pipeline import convert_units
 from .settings import Progress, Settings
 from .stopping import stop_on_signals
-from .units import convert_unit, shard_facts
+from .units import shard_facts
 
 
 def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
@@ -127,10 +129,15 @@ def _convert(
     started = time.monotonic()
     with stop_on_signals() as stop:
         if plan.recipe.calibration == "none":
-            for unit in plan.units:
-                if unit.index not in journal.records:
-                    record = convert_unit(output, unit, reader, plan.recipe.format, device, stop, progress.advance)
-                    journal.finish_unit(unit.index, shard_facts(record))
+            if device.type == "cuda" and (reason := why_plain(device)):
+                progress.say(
+                    f"note: rounding with plain torch operations, because Triton's kernels do not run here ({reason})"
+                )
+            todo = [unit for unit in plan.units if unit.index not in journal.records]
+            convert_units(
+                output, todo, reader, plan.recipe.format, device, stop, progress.advance,
+                lambda unit, record: journal.finish_unit(unit.index, shard_facts(record)),
+            )  # fmt: skip
             extra: dict[str, Any] = {}
         else:
             from .calibrated import convert_calibrated

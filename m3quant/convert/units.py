@@ -1,11 +1,8 @@
-"""One unit of a data-free conversion: read, quantize, write, with the next tensors read while this one is written."""
+"""One tensor, one shard: what is stored of a source tensor, and the shard that takes tensors in any order."""
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +14,8 @@ from ..plan import PASSED_THROUGH, SHARD_METADATA, PlannedTensor, Unit
 from ..quant.formats import compress
 from ..quant.integer import ensure_finite
 from ..reading import SourceReader, densify
-from .stopping import StopFlag
 
-# Tensors in flight beside the one being written: enough to keep disk and cores busy, a fraction of a layer in memory.
-MAX_WORKERS = 8
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class UnitWriter:
@@ -40,6 +34,12 @@ class UnitWriter:
             self._shard.write(name, self._waiting.pop(name))
             self._next += 1
 
+    def append(self, views: Sequence[memoryview], tensors: int) -> None:
+        """The next bytes of the file, in which `tensors` tensors end; only where nothing waits for its turn."""
+        assert not self._waiting, "tensors in any order and bytes in file order do not go together"
+        self._shard.append(views, tensors)
+        self._next += tensors
+
     def close(self) -> ShardRecord:
         return self._shard.close()
 
@@ -54,10 +54,10 @@ def quantize_tensor(reader: SourceReader, planned: PlannedTensor, fmt: str, devi
     if planned.action == "copy":
         _check_copied(planned, raw)
         return raw
-    dense = densify(source, raw)
+    dense = densify(source, {name: tensor.to(device) for name, tensor in raw.items()})
     if planned.action == "dequantize":
-        return {planned.name: dense}
-    return store(planned, dense.to(device), fmt)
+        return {planned.name: dense.cpu()}
+    return store(planned, dense, fmt)
 
 
 def store(
@@ -73,54 +73,10 @@ def _check_copied(planned: PlannedTensor, raw: dict[str, Tensor]) -> None:
     if planned.role.kind in PASSED_THROUGH:
         return
     for name, tensor in raw.items():
-        if tensor.dtype in _FLOATS:
+        if tensor.dtype in FLOATS:
             ensure_finite(tensor, name)
 
 
 def shard_facts(record: ShardRecord) -> dict[str, Any]:
     """What the journal keeps of a finished shard."""
     return {"shard": record.name, "size": record.size, "sha256": record.sha256}
-
-
-def convert_unit(
-    output: Path,
-    unit: Unit,
-    reader: SourceReader,
-    fmt: str,
-    device: torch.device,
-    stop: StopFlag,
-    on_bytes: Callable[[int], None],
-) -> ShardRecord:
-    """Write one unit's shard. on_bytes is told the source bytes of every finished tensor. Aborts the shard on any error."""
-    writer = UnitWriter(output, unit)
-    workers = min(MAX_WORKERS, os.cpu_count() or 1)
-    try:
-        with ThreadPoolExecutor(workers, thread_name_prefix="quantize") as pool:
-            jobs = ((t, pool.submit(quantize_tensor, reader, t, fmt, device)) for t in unit.tensors)
-            for planned, tensors in _in_order(jobs, workers + 1):
-                stop.check()
-                writer.add(tensors)
-                on_bytes(planned.source.stored_bytes)
-        return writer.close()
-    except BaseException:
-        writer.abort()
-        raise
-
-
-def _in_order(
-    jobs: Iterable[tuple[PlannedTensor, Future[dict[str, Tensor]]]], ahead: int
-) -> Iterable[tuple[PlannedTensor, dict[str, Tensor]]]:
-    """Results in order, with at most `ahead` jobs submitted and not yet consumed."""
-    waiting: deque[tuple[PlannedTensor, Future[dict[str, Tensor]]]] = deque()
-    try:
-        for job in jobs:
-            waiting.append(job)
-            if len(waiting) >= ahead:
-                planned, future = waiting.popleft()
-                yield planned, future.result()
-        while waiting:
-            planned, future = waiting.popleft()
-            yield planned, future.result()
-    finally:
-        for _, future in waiting:
-            future.cancel()

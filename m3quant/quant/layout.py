@@ -73,6 +73,13 @@ def check_divisible(shape: Sequence[int], scheme: Scheme, fmt: str) -> None:
         )
 
 
+def one_pass(scheme: Scheme, fmt: str) -> bool:
+    """Whether `fused.compress_into` and `gpu_kernels` can write `scheme` in `fmt`: FP8 of any kind, symmetric integers."""
+    if scheme.kind == "fp8":
+        return fmt in (COMPRESSED_TENSORS, NATIVE_FP8)
+    return scheme.kind == "int" and scheme.symmetric and fmt == COMPRESSED_TENSORS
+
+
 def group_count(columns: int, scheme: Scheme) -> int:
     """Scales along K in one row: K / group, or 1 per channel."""
     return columns // scheme.group_size if scheme.group_size else 1

@@ -1,4 +1,4 @@
-"""Everything about conversion that only a GPU can show, in one run: `python tests/benchmarks/gpu_check.py OUT [--work DIR]`.
+"""Everything about conversion that only a GPU can show, in one run: `python -m tests.benchmarks.gpu_check OUT [--work DIR]`.
 
 1. The fixtures converted on the GPU with every recipe, verified, with held-out perplexity.
 2. One layer at real width (M2: 256 experts of 3072 x 1536; M3: 128 of 6144 x 3072), random weights, 128 x 512 tokens: seconds,
@@ -20,13 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[2]
+from .wide import RELEASES, ROOT, SMALL_VOCABULARY, wide_checkpoint, wide_config
+
 FIXTURES = ROOT / "tests" / "fixtures"
 RECIPES = ("int4", "awq", "awq-g32", "awq-all-int4", "fp8", "fp8-block")
-SMALL_VOCABULARY = 8192  # the embedding table is not what is measured
-SHARDS = 4
 
 
 def command(*arguments: object) -> Any:
@@ -68,44 +66,6 @@ def fixtures(work: Path) -> list[dict[str, Any]]:
             rows += [{"model": name, "recipe": "source", **base}] * (recipe == RECIPES[0]) + [row]
             print(rows[-1], flush=True)
     return rows
-
-
-def wide_config(release: str, vocabulary: int) -> dict[str, Any]:
-    """A release's config.json with one layer, an MoE layer with full or sparse attention as in its later layers."""
-    config: dict[str, Any] = json.loads((ROOT / "tests" / "data" / release / "config.json").read_text())
-    text = config.get("text_config", config)
-    text.update(num_hidden_layers=1, vocab_size=vocabulary)
-    if "moe_layer_freq" in text:
-        text["moe_layer_freq"] = [1]
-        text["sparse_attention_config"].update(sparse_attention_freq=[1], sparse_disable_index_value=[1])
-        config.pop("vision_config")
-    else:
-        text["attn_type_list"] = [1]
-    config.pop("quantization_config", None)
-    return config
-
-
-def wide_checkpoint(folder: Path, release: str) -> None:
-    """One MoE layer of a release's real shapes with random weights, in SHARDS shards."""
-    from m3quant.families import family_of
-
-    config = wide_config(release, SMALL_VOCABULARY)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    expected = list(family_of(config).expected_tensors(config).items())
-    generator = torch.Generator("cuda").manual_seed(0)
-    weight_map: dict[str, str] = {}
-    for number in range(SHARDS):
-        shard = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
-        tensors = {}
-        for name, facts in expected[number::SHARDS]:
-            tensor = torch.randn(facts.shape, generator=generator, device="cuda")
-            tensor = tensor * 0.1 + 1 if len(facts.shape) == 1 else tensor / facts.shape[-1] ** 0.5
-            tensors[name] = tensor.to(torch.float32 if facts.float32 else torch.bfloat16).cpu()
-            weight_map[name] = shard
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def wide_run(source: Path, output: Path, recipe_name: str) -> dict[str, Any]:
@@ -189,13 +149,22 @@ def main() -> None:
     write(arguments.out, result)
     result["disk"] = floor(work, 1 << 32)
     result["wide"] = []
-    for release in ("minimax-m2.7", "minimax-m3"):
+    for shape, release in RELEASES.items():
         source = work / f"wide-{release}"
-        wide_checkpoint(source, release)
+        wide_checkpoint(source, wide_config(shape, 1), "cuda")
         for recipe in ("fp8", "int4", "awq"):
             answer = work / "child.json"
             output = work / f"wide-out-{release}-{recipe}"
-            child = [sys.executable, __file__, str(answer), "--child", str(source), str(output), recipe]
+            child = [
+                sys.executable,
+                "-m",
+                "tests.benchmarks.gpu_check",
+                str(answer),
+                "--child",
+                str(source),
+                str(output),
+                recipe,
+            ]
             done = subprocess.run(child, capture_output=True, text=True)
             row = (
                 json.loads(answer.read_text())

@@ -5,7 +5,7 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 site=$(mktemp -d)
 cp -r "$root/m3quant" "$site/"
-cp -r "$root/calibration" "$root/recipes" "$site/m3quant/"
-export PYTHONPATH="$site:$root/tests:$root/tests/calibration${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONSAFEPATH=1 # the tree itself, which has no m3quant/calibration, must not come first
+cp -r "$root/calibration" "$root/recipes" "$root/runtime" "$site/m3quant/"
+export PYTHONPATH="$site:$root/tests:$root/tests/calibration:$root${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONSAFEPATH=1 # the tree itself, which has no m3quant/calibration, must come last, for tests.benchmarks
 exec "$@"

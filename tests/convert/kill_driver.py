@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Counter:
     def __init__(self, act_at: int, act: Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]) -> None:
         self.names: list[str] = []
         self.act_at, self.act = act_at, act
+        self._lock = threading.Lock()
 
     def install(self) -> None:
         for name in (*WRITES, *OTHERS):
@@ -46,8 +48,10 @@ class Counter:
 
     def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            self.names.append(name)
-            if len(self.names) == self.act_at:
+            with self._lock:
+                self.names.append(name)
+                chosen = len(self.names) == self.act_at
+            if chosen:
                 return self.act(name, call, args)
             return call(*args, **kwargs)
 

@@ -122,7 +122,7 @@ def test_a_full_gpu_is_a_resumable_stop(tmp_path: Path, monkeypatch: pytest.Monk
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "convert_unit", exhausted)
+        patch.setattr(run_module, "convert_units", exhausted)
         with pytest.raises(StoppedError, match=r"CUDA out of memory.*--spill.*run the same command again") as stopped:
             run_plan(plan, tmp_path / "out")
     assert stopped.value.exit_code == 4

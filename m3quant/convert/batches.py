@@ -1,0 +1,176 @@
+"""What a data-free conversion moves at a time: runs of neighbouring output tensors, laid out as they lie in the shard.
+
+Pure planning, which imports no torch: which source bytes go where in a read buffer, and where each output lies in a write buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..checkpoint import DTYPE_BYTES, TensorInfo, torch_dtype
+from ..plan import OutputTensor, PlannedTensor, Unit, nbytes
+from ..quant.layout import one_pass
+from ..source import PLAIN
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A batch on a CPU is one tensor or a few small ones; on a GPU enough to make copies and launches cheap.
+CPU_BATCH_BYTES = 4 * 2**20
+GPU_BATCH_BYTES = 32 * 2**20
+MAX_WORKERS = 8
+# Batches that may be finished, or in progress, ahead of the one being written, beyond one for each worker.
+AHEAD = 2
+SCRATCH_BYTES = 8 * 2**20  # blocks of rows that `quant.fused` works on
+ALIGNMENT = 64  # of inputs in a read buffer; outputs keep the alignment that they have in the file
+
+COPY, FUSED, WHOLE = "copy", "fused", "whole"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One source tensor's way through a batch, or a stretch of a copied one.
+
+    kind: "copy" (bytes first..last of one stored tensor), "fused" (BF16, rounded from buffer to buffer), or "whole"
+    (read and converted by the general path). outputs: what it writes, whole or for a copy the tensor it is part of.
+    """
+
+    planned: PlannedTensor
+    kind: str
+    stored: TensorInfo
+    first: int
+    last: int
+    outputs: tuple[OutputTensor, ...]
+
+    @property
+    def bytes_in(self) -> int:
+        return self.planned.source.stored_bytes if self.kind == WHOLE else self.last - self.first
+
+    @property
+    def elements(self) -> int:
+        return self.planned.source.info.numel
+
+    @property
+    def bytes_out(self) -> int:
+        return self.last - self.first if self.kind == COPY else sum(nbytes(o) for o in self.outputs)
+
+    @property
+    def ends(self) -> int:
+        """Output tensors whose last byte is in this item."""
+        return int(self.last == self.stored.nbytes) if self.kind == COPY else len(self.outputs)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Neighbours in the output. offset: of its first byte from the beginning of the shard's data."""
+
+    items: tuple[Item, ...]
+    offset: int
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(item.bytes_in for item in self.items)
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(item.bytes_out for item in self.items)
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Size of the write buffer: everything but what the general path makes in memory of its own."""
+        return sum(item.bytes_out for item in self.items if item.kind != WHOLE)
+
+    @property
+    def staged_bytes(self) -> int:
+        """Size of the read buffer: the inputs of fused items, aligned. Copies are read where they are written from."""
+        return sum(aligned(item.bytes_in) for item in self.items if item.kind == FUSED)
+
+
+def aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
+def in_source_order(unit: Unit) -> bool:
+    """Whether the shard lists its tensors as the plan does; an odd size may have forced another order."""
+    return [name for name, _, _ in unit.entries] == [o.name for t in unit.tensors for o in t.outputs]
+
+
+def make_batches(unit: Unit, limit: int, fmt: str) -> Iterator[Batch]:
+    """Batches of a unit in the order of its plan, each at most `limit` bytes in or out, or a single item.
+
+    An item on the general path is alone in its batch.
+    """
+    waiting: list[Item] = []
+    offset = taken = 0
+    for item in _items(unit, limit, fmt):
+        size = max(item.bytes_in, item.bytes_out)
+        alone = WHOLE in (item.kind, waiting[-1].kind if waiting else item.kind)
+        if waiting and (alone or taken + size > limit):
+            batch = Batch(tuple(waiting), offset)
+            yield batch
+            offset += batch.bytes_out
+            waiting, taken = [], 0
+        waiting.append(item)
+        taken += size
+    if waiting:
+        yield Batch(tuple(waiting), offset)
+
+
+def _items(unit: Unit, limit: int, fmt: str) -> Iterator[Item]:
+    ordered = in_source_order(unit)
+    for planned in unit.tensors:
+        source = planned.source
+        if planned.action == "copy" and ordered:
+            parts = (source.info,) if source.scale is None else (source.info, source.scale)
+            for stored, output in zip(parts, planned.outputs, strict=True):
+                yield from _stretches(planned, stored, output, limit)
+        elif planned.action == "quantize" and ordered and _fusable(planned, fmt):
+            yield Item(planned, FUSED, source.info, 0, source.info.nbytes, planned.outputs)
+        else:
+            yield Item(planned, WHOLE, source.info, 0, source.info.nbytes, planned.outputs)
+
+
+def _fusable(planned: PlannedTensor, fmt: str) -> bool:
+    source = planned.source
+    return source.kind == PLAIN and source.info.dtype == "BF16" and one_pass(planned.scheme, fmt)
+
+
+def _stretches(planned: PlannedTensor, stored: TensorInfo, output: OutputTensor, limit: int) -> Iterator[Item]:
+    """A large embedding table goes through in stretches of whole elements."""
+    step = max(DTYPE_BYTES[stored.dtype], limit // ALIGNMENT * ALIGNMENT)
+    for first in range(0, max(stored.nbytes, 1), step):
+        yield Item(planned, COPY, stored, first, min(first + step, stored.nbytes), (output,))
+
+
+def working_bytes(units: Iterable[Unit], on_gpu: bool, fmt: str, workers: int) -> int:
+    """Most host memory that buffers take while `units` are converted: one read buffer a worker, one write buffer a batch
+    in flight. Tensors on the general path exist as stored, as a float32 copy with one temporary, and as outputs instead.
+    """
+    limit = GPU_BATCH_BYTES if on_gpu else CPU_BATCH_BYTES
+    staged = written = whole = 0
+    for unit in units:
+        for batch in make_batches(unit, limit, fmt):
+            staged, written = max(staged, batch.staged_bytes), max(written, batch.buffered_bytes)
+            whole = max(whole, sum(i.bytes_in + i.bytes_out + i.elements * 8 for i in batch.items if i.kind == WHOLE))
+    scratch = 0 if on_gpu else SCRATCH_BYTES
+    return workers * (staged + scratch) + (workers + AHEAD) * (written + ALIGNMENT + whole)
+
+
+def output_ranges(item: Item, offset: int) -> list[tuple[int, int]]:
+    """Begin and end of each output of an item whose bytes begin at `offset`."""
+    ranges = []
+    for output in item.outputs:
+        ranges.append((offset, offset + nbytes(output)))
+        offset += nbytes(output)
+    return ranges
+
+
+def output_views(item: Item, buffer: Tensor, offset: int) -> dict[str, Tensor]:
+    """The outputs of a fused item by suffix, as views of a uint8 buffer's bytes from `offset` on."""
+    stem = f"{item.planned.module}."
+    return {
+        o.name.removeprefix(stem): buffer[start:end].view(torch_dtype(o.dtype)).view(o.shape)
+        for o, (start, end) in zip(item.outputs, output_ranges(item, offset), strict=True)
+    }

@@ -1,0 +1,137 @@
+"""One worker's part of a GPU: its stream and memory there, and the way of a batch over it and back."""
+
+from __future__ import annotations
+
+import threading
+from functools import cache
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import torch_dtype
+from ..quant.formats import compress
+from ..quant.integer import ensure_finite, int_qparams
+from ..timing import device_span
+from .batches import Item, aligned, output_ranges, output_views
+
+# Building a kernel is not something that two threads should do at once.
+_LAUNCH = threading.Lock()
+Place = tuple[Item, int, int]  # a fused item, its offset in the read buffer and in the write buffer
+
+
+@cache
+def why_plain(device: torch.device) -> str | None:
+    """Why batches are rounded by plain torch operations on this GPU, or None where Triton's kernels do it."""
+    try:
+        from ..quant.gpu_kernels import check_device
+
+        with _LAUNCH, torch.cuda.device(device):
+            check_device(device)
+    except Exception as error:  # Triton raises what its compiler, the C compiler or the driver raise
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    return None
+
+
+class GpuStage:
+    """Rounds batches on `device`. For one thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self._source = self._out = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def round(self, places: list[Place], staged: Tensor, buffer: Tensor, fmt: str) -> None:
+        """From the pinned read buffer to the pinned write buffer; returns when the bytes are there.
+
+        Raises CheckpointError on NaN/Inf, naming the tensor.
+        """
+        taken = max(start + aligned(item.bytes_in) for item, start, _ in places)
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            self._make_room(taken, buffer.numel())
+            with device_span("h2d", taken):
+                self._source[:taken].copy_(staged[:taken], non_blocking=True)
+            with device_span("pack", sum(item.bytes_in for item, _, _ in places)):
+                flags = self._round_there(places, fmt)
+            ranges = covered(places)
+            with device_span("d2h", sum(end - start for start, end in ranges)):
+                for start, end in ranges:
+                    buffer[start:end].copy_(self._out[start:end], non_blocking=True)
+                refused = None if flags is None else flags.to("cpu", non_blocking=True)
+            self.stream.synchronize()
+        self._check(places, refused, staged)
+        for item, _, output in places:
+            for o, (start, end) in zip(item.outputs, output_ranges(item, output), strict=True):
+                if o.name.endswith(".weight_shape"):
+                    shape = torch.tensor(item.stored.shape, dtype=torch_dtype(o.dtype))
+                    buffer[start:end] = shape.view(torch.uint8)
+
+    def _make_room(self, source: int, out: int) -> None:
+        if self._source.numel() < source:
+            self._source = torch.empty(source, dtype=torch.uint8, device=self.device)
+        if self._out.numel() < out:
+            self._out = torch.empty(out, dtype=torch.uint8, device=self.device)
+
+    def _round_there(self, places: list[Place], fmt: str) -> Tensor | None:
+        """Run the kernels, like with like; the flags of refused weights, by place, or None where `compress` looked."""
+        if why_plain(self.device) is not None:
+            for place in places:
+                self._plainly(place, fmt)
+            return None
+        from ..quant import gpu_kernels
+
+        flags = torch.zeros(len(places), dtype=torch.int32, device=self.device)
+        order = sorted(range(len(places)), key=lambda i: (places[i][0].planned.scheme.name, places[i][0].stored.shape))
+        done = 0
+        by_kind = [places[i] for i in order]
+        for _, alike in groupby(by_kind, key=lambda p: (p[0].planned.scheme.name, p[0].stored.shape)):
+            group = list(alike)
+            scheme, shape = group[0][0].planned.scheme, group[0][0].stored.shape
+            own = flags[done : done + len(group)]
+            done += len(group)
+            if gpu_kernels.covers(scheme, shape[1]):
+                table = torch.tensor([table_row(place) for place in group]).to(self.device, non_blocking=True)
+                with _LAUNCH:
+                    gpu_kernels.compress_group(self._source, self._out, table, own, (shape[0], shape[1]), scheme)
+            else:
+                for place in group:
+                    self._plainly(place, fmt)
+        # back into the order of `places`
+        return flags[torch.tensor([order.index(i) for i in range(len(places))], device=self.device)]
+
+    def _plainly(self, place: Place, fmt: str) -> None:
+        item, start, output = place
+        weight = self._source[start : start + item.bytes_in].view(torch.bfloat16).view(item.stored.shape)
+        parts = compress(weight, item.planned.scheme, fmt, name=item.planned.name)
+        for suffix, view in output_views(item, self._out, output).items():
+            view.copy_(parts[suffix])
+
+    @staticmethod
+    def _check(places: list[Place], refused: Tensor | None, staged: Tensor) -> None:
+        if refused is None or not bool(refused.any()):
+            return
+        for (item, start, _), flag in zip(places, refused.tolist(), strict=True):
+            if flag:
+                weight = staged[start : start + item.bytes_in].view(torch.bfloat16).view(item.stored.shape)
+                ensure_finite(weight, item.planned.name)
+                int_qparams(weight, item.planned.scheme, name=item.planned.name)
+                raise AssertionError(f"{item.planned.name} was refused on the GPU alone")
+
+
+def table_row(place: Place) -> tuple[int, int, int]:
+    """Byte offsets of a weight and of its codes and its scale, the first two outputs of every one-pass format."""
+    item, start, output = place
+    ranges = output_ranges(item, output)
+    return start, ranges[0][0], ranges[1][0]
+
+
+def covered(places: list[Place]) -> list[tuple[int, int]]:
+    """Stretches of the write buffer that the items fill, neighbours as one."""
+    stretches: list[tuple[int, int]] = []
+    for item, _, output in places:
+        end = output + item.bytes_out
+        if stretches and stretches[-1][1] == output:
+            stretches[-1] = (stretches[-1][0], end)
+        else:
+            stretches.append((output, end))
+    return stretches

@@ -1,0 +1,98 @@
+"""A record of rates for `m3quant plan --rates` from figures of the benchmark: `python -m tests.benchmarks.rates OUT FIGURES.json...`.
+
+FIGURES are what `tests.benchmarks.convert --json` wrote on one machine. Each rate is the median of those in the files; what
+the calibrated stages do comes from runs of calibrated recipes. Prints how far the model is from every run in them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from m3quant.headers import from_config
+from m3quant.plan import Plan, make_plan
+from m3quant.recipe import build_recipe, named_recipe
+from m3quant.timing_model import Rates, estimate, forward_flops, search_flops
+
+from .wide import wide_config
+
+
+def plan_of(result: dict[str, Any]) -> Plan:
+    """The plan that a result is of, from its shape alone."""
+    config = wide_config(result["shape"], result["layers"], result["experts"], result["narrower"])
+    document = named_recipe(result["recipe"])
+    if document.get("calibration") != "none":
+        data = {"windows": result["windows"], "window_length": result["window_length"]}
+        document = {**document, "data": {**document.get("data", {}), **data}}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(config))
+        return make_plan(from_config(path), build_recipe(document))
+
+
+def shared(disk: dict[str, Any]) -> float:
+    low, high = sorted((disk["read_seconds"], disk["write_seconds"]))
+    return min(1.0, max(0.0, (disk["both_seconds"] - high) / low))
+
+
+def record(results: list[dict[str, Any]], source: str) -> Rates:
+    """Medians over results of one machine. Raises SystemExit where they are of several."""
+    machines = {(r["machine"]["device"], r["machine"]["cores"]) for r in results}
+    if len(machines) != 1:
+        raise SystemExit(f"the figures are of several machines: {sorted(machines)}")
+    device, cores = machines.pop()
+    rates: dict[str, float] = {
+        "read": median(r["disk"]["read"] for r in results),
+        "write": median(r["disk"]["write"] for r in results),
+        "shared": median(shared(r["disk"]) for r in results),
+    }
+    for name in ("hash", "h2d", "d2h", "pack"):
+        if found := [r["rates"][name] for r in results if name in r["rates"]]:
+            # one CPU thread was measured, and every core has one
+            rates[name] = median(found) * (cores if name == "pack" and device == "cpu" else 1)
+    for name, flops in (("search", search_flops), ("forward", forward_flops)):
+        speeds = []
+        for result in results:
+            plan = plan_of(result)
+            if plan.recipe.calibration == "none":
+                continue
+            for run in result["ours"]:
+                stages = {s["stage"]: s["busy"] for s in run.get("timeline", {}).get("stages", [])}
+                if stages.get(name):
+                    speeds.append(flops(plan) * result["layers"] / stages[name])
+        if speeds:
+            rates[name] = median(speeds)
+    return Rates(
+        machine=f"{device}, {cores} cores",
+        measured=time.strftime("%Y-%m-%d"),
+        versions={"torch": results[0]["machine"]["torch"]},
+        source=dict.fromkeys(rates, source),
+        **rates,
+    )
+
+
+def main() -> None:
+    out, *figures = (Path(p) for p in sys.argv[1:])
+    if not figures:
+        raise SystemExit(__doc__)
+    results = [result for path in figures for result in json.loads(path.read_text())]
+    rates = record(results, "tests.benchmarks.convert: " + ", ".join(path.name for path in figures))
+    out.write_text(rates.model_dump_json(indent=2, exclude_none=True) + "\n")
+    print(rates.model_dump_json(indent=2, exclude_none=True))
+    for result in results:
+        seconds = [run["seconds"] for run in result["ours"] if "seconds" in run]
+        found = estimate(plan_of(result), rates)
+        if seconds and found:
+            print(
+                f"{result['shape']} x{result['layers']} {result['recipe']}: estimated {found.seconds:.2f} s (bound by {found.bound_by}), "
+                f"measured {median(seconds):.2f} s: {found.seconds / median(seconds) - 1:+.0%}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,8 @@ COMMANDS = {
     "convert": ("convert", "Quantize a checkpoint to FP8 or AWQ INT4, streaming, resumable."),
     "verify": ("verify", "Check that a converted checkpoint is whole, right and loadable."),
     "card": ("card", "Write the model card of an output, and check that it may be published."),
+    "publish": ("publish", "Put an output on the Hub: checked, licensed, private until it is whole."),
+    "pull": ("pull", "Download a checkpoint from the Hub and verify every file."),
     "perplexity": ("perplexity", "Perplexity of a source or converted checkpoint, one layer in memory at a time."),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..errors import CalibrationError
+from .progress import local_folder
 
 
 @click.command("perplexity")
@@ -28,15 +29,16 @@ from ..errors import CalibrationError
 def command(
     checkpoints: tuple[str, ...], data: Path, window_length: int, windows: int | None, device: str, as_json: bool
 ) -> None:
-    """Perplexity of each CKPT (a source, or an output of m3quant) on the same windows of --data.
+    """Perplexity of each CKPT (a source, an output of m3quant, or a Hub id of either, pulled first) on the same windows of --data.
 
     exp of the mean negative log-likelihood per token over non-overlapping windows, each read from an empty context; the
     first token of a window is not predicted. Quantized weights are dequantized; activations are not rounded.
     """
     from ..perplexity import open_dense, perplexity, text_windows
 
-    sources = [open_dense(path) for path in checkpoints]
-    tokens = text_windows(checkpoints[0], data, window_length, windows)
+    folders = [str(local_folder(path)) for path in checkpoints]
+    sources = [open_dense(path) for path in folders]
+    tokens = text_windows(folders[0], data, window_length, windows)
     if tokens.shape[0] == 0:
         raise CalibrationError(
             f"{data} fills no window of {window_length} tokens: give more text or a shorter --window-length."

@@ -51,13 +51,14 @@ def command(
     continues an upload that was stopped.
     """
     from ..publish.gates import prepare
-    from ..publish.remote import REPO_ID
+    from ..publish.remote import Remote, check_repo_id
     from ..publish.upload import Target, upload
 
-    if not REPO_ID.fullmatch(repo):
-        raise HubError(f"{repo!r} is no name of a Hub repo: give it as ORG/NAME.")
+    check_repo_id(repo)
     require_converted(out)
-    prepared = prepare(out, publish_asked(repo, given), say)
+    if not dry_run:  # before the gates, which read every byte of the output
+        Remote(repo, say).check_token()
+    prepared = prepare(out, publish_asked(repo, given, online=not dry_run), say)
     if as_json and dry_run:
         click.echo(json.dumps(dry_run_facts(prepared, repo, tag, public), indent=2))
         return

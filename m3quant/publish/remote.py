@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
+from ..checkpoint.source import REPO_ID
 from ..errors import HubError, M3QuantError, PublishError, StoppedError
 
 T = TypeVar("T")
 
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # None: no answer at all, such as a dropped connection.
 TRANSIENT_STATUS = frozenset({None, 429, 500, 502, 503, 504})
 # What the Hub answers to a commit whose parent is no longer the head of its branch.
@@ -59,8 +59,7 @@ class Remote:
     """One model repo, seen with the user's token. Every method raises HubError or StoppedError, one sentence."""
 
     def __init__(self, repo: str, say: Callable[[str], None] = lambda line: None) -> None:
-        if not REPO_ID.fullmatch(repo):
-            raise HubError(f"{repo!r} is no name of a Hub repo: give it as ORG/NAME.")
+        check_repo_id(repo)
         from huggingface_hub import HfApi, get_token
         from huggingface_hub.utils import disable_progress_bars, logging
 
@@ -249,6 +248,12 @@ class Remote:
         return StoppedError(
             f"The Hub could not be asked {what} ({self.repo}, {name}): check the network and {come_back}."
         )
+
+
+def check_repo_id(repo: str) -> None:
+    """Raise HubError unless `repo` is ORG/NAME."""
+    if not REPO_ID.fullmatch(repo):
+        raise HubError(f"{repo!r} is no name of a Hub repo: give it as ORG/NAME.")
 
 
 def remote_file(entry: Any) -> RemoteFile:

@@ -65,7 +65,8 @@ class Client:
 
 
 @contextmanager
-def running_client(url: str, folder: Path) -> Iterator[Client]:
+def running_client(url: str, folder: Path, *modules: str) -> Iterator[Client]:
+    """modules: what the parent imports beside the upload, so that no child has to."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
     settings = {
         "HF_ENDPOINT": url,
@@ -77,7 +78,7 @@ def running_client(url: str, folder: Path) -> Iterator[Client]:
         **({"PYTHONPATH": OTHER_HUB} if OTHER_HUB else {}),
     }
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("driver.py"))],
+        [sys.executable, str(Path(__file__).with_name("driver.py")), *modules],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

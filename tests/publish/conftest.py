@@ -15,8 +15,9 @@ def server() -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="module")
-def parent(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with running_client(server.url, tmp_path_factory.mktemp("client")) as client:
+def parent(server: Hub, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Client]:
+    modules = getattr(request.module, "IMPORTED_ONCE", ())
+    with running_client(server.url, tmp_path_factory.mktemp("client"), *modules) as client:
         yield client
         assert not [text for text in client.seen if TOKEN in text or READ_TOKEN in text], "a token was printed"
 

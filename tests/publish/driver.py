@@ -5,6 +5,7 @@ of a folder, without the gates of the command.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -70,9 +71,8 @@ def child(job: dict[str, Any]) -> None:
 def main() -> None:
     import huggingface_hub.hf_api  # noqa: F401
 
-    import m3quant.cli
-    import m3quant.publish.upload  # noqa: F401
-
+    for module in ("m3quant.cli", "m3quant.cli.pull", "m3quant.publish.upload", *sys.argv[1:]):
+        importlib.import_module(module)
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

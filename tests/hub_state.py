@@ -70,10 +70,10 @@ class Repo:
     failures: list[int] = field(default_factory=list)
     files_status: int | None = None
 
-    def commit(self, tree: dict[str, Entry], title: str, branch: str = "main") -> str:
+    def commit(self, tree: dict[str, Entry], title: str, branch: str = "main", oid: str | None = None) -> str:
         parent = self.branches.get(branch)
         facts = [parent, title, len(self.commits), sorted((p, e.git_sha1) for p, e in tree.items())]
-        oid = hashlib.sha1(json.dumps(facts).encode()).hexdigest()
+        oid = oid or hashlib.sha1(json.dumps(facts).encode()).hexdigest()
         self.commits[oid] = Commit(oid, parent, tree, title)
         self.branches[branch] = oid
         return oid
@@ -125,11 +125,12 @@ class Hub:
     corrupts: Callable[[str, Entry], Entry] = lambda path, entry: entry
     lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def add(self, name: str, files: dict[str, bytes], large: bool = False, **facts: Any) -> Repo:
+    def add(
+        self, name: str, files: dict[str, bytes], large: bool = False, oid: str | None = None, **facts: Any
+    ) -> Repo:
         repo = self.repos[name] = Repo(name, **facts)
-        repo.commit(
-            {path: Entry(data, large and len(data) >= self.lfs_from) for path, data in files.items()}, "initial"
-        )
+        tree = {path: Entry(data, large and len(data) >= self.lfs_from) for path, data in files.items()}
+        repo.commit(tree, "initial", oid=oid)
         return repo
 
     def fault_for(self, line: str) -> Fault | None:

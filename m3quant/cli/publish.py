@@ -57,6 +57,7 @@ def command(
     check_repo_id(repo)
     require_converted(out)
     if not dry_run:  # before the gates, which read every byte of the output
+        check_answerable(yes, repo)
         Remote(repo, say).check_token()
     prepared = prepare(out, publish_asked(repo, given, online=not dry_run), say)
     if as_json and dry_run:
@@ -65,8 +66,8 @@ def command(
     tell(prepared, repo, public, err=as_json)
     if dry_run:
         return
-    if not yes:
-        confirm(repo)
+    if not yes and not click.confirm(f"Send it to {repo}?", err=True):
+        raise HubError("Nothing was sent.")
     base = (prepared.base.repo, prepared.base.revision)
     with BytesProgress("publish") as progress:
         done = upload(repo, Target(prepared.files, tag, public, replace, base), progress)
@@ -98,11 +99,10 @@ def tell(prepared: Prepared, repo: str, public: bool, err: bool) -> None:
         click.echo(f"  {line}", err=err)
 
 
-def confirm(repo: str) -> None:
-    """Raises HubError where nobody can answer."""
-    if not sys.stdin.isatty():
+def check_answerable(yes: bool, repo: str) -> None:
+    """Raise HubError where the question could not be answered."""
+    if not yes and not sys.stdin.isatty():
         raise HubError(f"There is no terminal to ask whether to send this to {repo}: give --yes if it is meant.")
-    click.confirm(f"Send it to {repo}?", abort=True, err=True)
 
 
 def dry_run_facts(prepared: Prepared, repo: str, tag: str, public: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -128,14 +128,14 @@ class Remote:
         return [c.commit_id for c in commits]
 
     def preupload(self, additions: list[Any], revision: str, threads: int) -> None:
-        """Send the content of large files; what the Hub has already is not sent. huggingface_hub itself tries 5 times."""
+        """Send the content of large files; what the Hub has already is not sent."""
 
         def send() -> None:
             self.api.preupload_lfs_files(
                 self.repo, additions, revision=revision, free_memory=False, num_threads=threads
             )
 
-        self.call("to take files", send, again=frozenset({429}))
+        self.call("to take files", send)
 
     def commit(self, operations: list[Any], revision: str, title: str, parent: str | None = None) -> str:
         """One commit; its id. Raises Conflict if `parent` is given and no longer the head."""
@@ -184,8 +184,11 @@ class Remote:
             found |= {e.path: remote_file(e) for e in entries if hasattr(e, "blob_id")}
         return found
 
-    def call(self, what: str, request: Callable[[], T], again: Iterable[int | None] = TRANSIENT_STATUS) -> T:
-        """`request()`, tried again after a pause where the answer was one of `again`; other failures become sentences."""
+    def call(self, what: str, request: Callable[[], T]) -> T:
+        """`request()`, tried again after a pause where the failure may pass; other failures become sentences.
+
+        The library repeats some requests by itself (which, differs between 1.x and 2.x) before it comes to that.
+        """
         pauses = iter(PAUSES_SECONDS)
         while True:
             try:
@@ -198,7 +201,7 @@ class Remote:
                 status = status_of(error)
                 asked = retry_after(error)
                 pause = next(pauses, None)
-                if status not in again or pause is None or (asked or 0) > LONGEST_PAUSE_SECONDS:
+                if status not in TRANSIENT_STATUS or pause is None or (asked or 0) > LONGEST_PAUSE_SECONDS:
                     raise self.explain(error, what, asked) from None
                 pause = pause if asked is None else asked
                 self._say(f"the Hub answered {status or 'nothing'} when asked {what}; again in {pause:.0f} s")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -198,10 +197,10 @@ class _Run:
         small = [f for f in group if f.size <= SMALL_BYTES]
         large = [f for f in group if f.size > SMALL_BYTES]
         operations = self._preupload(small)
-        # Xet sends the parts of one file in parallel; plain LFS sends them one after another.
-        with ThreadPoolExecutor(1 if uses_xet() else FILES_AT_ONCE) as pool:
-            for sent in pool.map(lambda file: self._preupload([file]), large):
-                operations += sent
+        # Xet sends the parts of one file in parallel; plain LFS sends them one after another, but several files at once.
+        at_once = 1 if uses_xet() else FILES_AT_ONCE
+        for start in range(0, len(large), at_once):
+            operations += self._preupload(large[start : start + at_once])
         self.remote.commit(operations, STAGING, f"Stage {len(group)} files")
         result.sent += sum(f.size for f in group)
 

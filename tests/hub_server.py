@@ -269,6 +269,9 @@ class Handler(BaseHTTPRequestHandler):
                 if data is None:
                     return self.answer(400, {"error": f"LFS object {line['value']['oid']} is not there"})
                 tree[path] = Entry(data, True)
+                noted = tree.get(ATTRIBUTES, Entry(b"")).data
+                if not path.endswith(".safetensors") and path.encode() not in noted:
+                    tree[ATTRIBUTES] = Entry(noted + f"{path} filter=lfs\n".encode())
             else:
                 del tree[path]
                 continue

@@ -52,9 +52,10 @@ def command(
     """
     from ..publish.gates import prepare
     from ..publish.remote import Remote, check_repo_id
-    from ..publish.upload import Target, upload
+    from ..publish.upload import Target, check_tag, upload
 
     check_repo_id(repo)
+    check_tag(tag)
     require_converted(out)
     if not dry_run:  # before the gates, which read every byte of the output
         check_answerable(yes, repo)

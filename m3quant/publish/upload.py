@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from .remote import Conflict, Remote, RemoteFile, RepoState, copies_between_repo
 
 STAGING = "m3quant-staging"
 DEFAULT_TAG = "v1"
+TAG = re.compile(r"[A-Za-z0-9][\w.-]*")
 # The Hub makes and edits this file itself, to say which files are large.
 ATTRIBUTES = ".gitattributes"
 # Sent as bytes that were hashed in memory; larger ones are streamed from the disk. The Hub keeps 10 MB and more as LFS.
@@ -78,6 +80,7 @@ def upload(repo: str, target: Target, progress: Progress) -> Published:
     Raises HubError (exit 2), PublishError (1: a checksum differs, a file changed), StoppedError (4: run it again).
     """
     remote = Remote(repo, progress.say)
+    check_tag(target.tag)
     remote.check_token()
     state = remote.state()
     if state is None:
@@ -97,6 +100,12 @@ def upload(repo: str, target: Target, progress: Progress) -> Published:
         progress.say(f"main of {repo} holds every file already")
     run.finish(_seen(remote), result)
     return result
+
+
+def check_tag(tag: str) -> None:
+    """Raise HubError for a name that the Hub would refuse, or confuse with a branch, when everything else is done."""
+    if not TAG.fullmatch(tag) or tag in ("main", STAGING):
+        raise HubError(f"--tag {tag!r} is no name for a tag: give letters, digits, '.', '_' and '-', such as v1.")
 
 
 def _seen(remote: Remote) -> RepoState:
@@ -261,7 +270,11 @@ class _Run:
 
         result.removed = self.others(main)
         operations: list[Any] = [CommitOperationDelete(path, is_folder=False) for path in result.removed]
-        operations += [CommitOperationCopy(f.path_in_repo, f.path_in_repo, staged) for f in self.differing(main)]
+        paths = [f.path_in_repo for f in self.differing(main)]
+        attributes = self.remote.tree(staged).get(ATTRIBUTES)
+        if attributes is not None and ATTRIBUTES not in self.wanted and attributes != main.get(ATTRIBUTES):
+            paths.append(ATTRIBUTES)  # the Hub noted there which files are large
+        operations += [CommitOperationCopy(path, path, staged) for path in paths]
         try:
             commit = self.remote.commit(operations, "main", "Publish with m3quant", parent=before.main)
         except Conflict:

@@ -37,11 +37,13 @@ class Done:
 
 
 class Client:
-    """The parent process. `run` gives one child a job: what driver.py understands."""
+    """The parent process. `run` gives one child a job: what driver.py understands. copies: its huggingface_hub is one that can."""
 
     def __init__(self, process: "subprocess.Popen[str]", folder: Path) -> None:
         self.process, self.folder = process, folder
         self.seen: list[str] = []
+        assert process.stdout is not None
+        self.copies: bool = json.loads(process.stdout.readline())["copies"]
 
     def run(self, job: dict[str, Any], token: str | None = TOKEN, started: Callable[[int], None] | None = None) -> Done:
         assert self.process.stdin is not None and self.process.stdout is not None

@@ -73,6 +73,9 @@ def main() -> None:
 
     for module in ("m3quant.cli", "m3quant.cli.pull", "m3quant.publish.upload", *sys.argv[1:]):
         importlib.import_module(module)
+    from m3quant.publish.remote import copies_between_repos
+
+    print(json.dumps({"copies": copies_between_repos()}), flush=True)
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

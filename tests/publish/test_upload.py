@@ -4,10 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import READ_TOKEN, Client
+from client import READ_TOKEN, TOKEN, Client
 from hub_state import ATTRIBUTES, Fault, Hub
 
+from m3quant.publish import upload
+from m3quant.publish.files import PublishFile
+
 REPO = "org/model"
+SHARD = "model-00001-of-00002.safetensors"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -26,6 +30,10 @@ def large_bytes(hub: Hub, files: Path) -> int:
     return sum(len(d) for n, d in contents(files).items() if n.endswith(".safetensors") or len(d) >= hub.lfs_from)
 
 
+def small_bytes(hub: Hub, files: Path) -> int:
+    return sum(map(len, contents(files).values())) - large_bytes(hub, files)
+
+
 def test_everything_arrives_private_tagged_and_without_a_branch(hub: Hub, client: Client, files: Path) -> None:
     done = client.run(job(files))
     assert done.code == 0, done.err
@@ -40,6 +48,7 @@ def test_everything_arrives_private_tagged_and_without_a_branch(hub: Hub, client
     assert sum(c.title.startswith("Stage") for c in repo.commits.values()) > 2
     large = {p for p, e in repo.tree().items() if e.lfs}
     assert large == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "tokenizer.json"}
+    assert repo.tree()[ATTRIBUTES].data.decode().count("tokenizer.json") == 1
     assert any("/complete" in line for line, _ in hub.log), "no file went in several parts"
 
 
@@ -73,7 +82,37 @@ def test_who_may_not_publish_is_told_before_anything_is_sent(hub: Hub, client: C
     refused(client, job(files), 2, "another character", token="hf_two\x7fparts")
     refused(client, job(files) | {"repo": "elsewhere/model"}, 2, "403", "write permission for elsewhere")
     refused(client, job(files) | {"repo": "model"}, 2, "ORG/NAME")
+    refused(client, job(files, tag="a b"), 2, "no name for a tag")
+    refused(client, job(files, tag="main"), 2, "no name for a tag")
     assert hub.repos == {} and hub.received("PUT /lfs") == 0
+
+
+def test_the_token_of_a_login_is_found(hub: Hub, client: Client, files: Path) -> None:
+    home = client.folder / "hf"
+    home.mkdir(exist_ok=True)
+    (home / "token").write_text(TOKEN + "\n")
+    try:
+        assert client.run(job(files), token=None).code == 0
+    finally:
+        (home / "token").unlink()
+
+
+def test_files_of_the_base_are_copied_on_the_hub(hub: Hub, client: Client, files: Path) -> None:
+    """Large files with the same sha256 only, and only by a client that can: it sends them otherwise, and says so if it tried."""
+    whole = contents(files)
+    name = "tokenizer.json"
+    base = hub.add("base/model", {name: whole[name], "README.md": b"another", SHARD: b"other" * 400}, large=True)
+    done = client.run(job(files, base=["base/model", base.head]))
+    assert done.code == 0 and on_main(hub) == whole
+    copied = len(whole[name]) if done.json["copied"] else 0
+    assert bool(copied) == (client.copies)
+    assert hub.received() == large_bytes(hub, files) - copied == done.json["sent"] - small_bytes(hub, files)
+    if copied:
+        del hub.repos[REPO]
+        hub.faults = [Fault("lfs-files/duplicate", 403)]
+        done = client.run(job(files, base=["base/model", base.head]))
+        assert done.code == 0 and done.json["copied"] == 0 and on_main(hub) == whole
+        assert "could not be copied on the Hub and are sent instead" in done.err
 
 
 def test_a_name_that_is_taken_is_left_alone(hub: Hub, client: Client, files: Path) -> None:
@@ -233,3 +272,19 @@ def test_parts_that_fail_are_sent_again_by_the_client(hub: Hub, client: Client, 
 def test_a_hub_that_is_not_there_is_one_sentence(hub: Hub, client: Client, files: Path) -> None:
     hub.faults = [Fault(".", None, times=99)]
     refused(client, job(files), 4, "could not be asked", "check the network")
+
+
+def test_groups_keep_their_limits_and_their_order(tmp_path: Path) -> None:
+    def file(number: int, size: int) -> PublishFile:
+        return PublishFile(str(number), tmp_path, size, "")
+
+    sizes = [5, 5, upload.GROUP_BYTES, 5, *[upload.SMALL_BYTES] * 7, *[1] * (upload.GROUP_FILES + 1)]
+    files = [file(number, size) for number, size in enumerate(sizes)]
+    made = list(upload.groups(files))
+    assert [f for group in made for f in group] == files and all(made)
+    for group in made:
+        assert len(group) <= upload.GROUP_FILES
+        assert len(group) == 1 or sum(f.size for f in group) <= upload.GROUP_BYTES
+        assert sum(f.size for f in group if f.size <= upload.SMALL_BYTES) <= upload.GROUP_SMALL_BYTES
+    huge = file(0, 3 * upload.GROUP_BYTES)
+    assert list(upload.groups([huge])) == [[huge]] and list(upload.groups([])) == []

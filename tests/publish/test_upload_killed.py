@@ -5,12 +5,13 @@ the owner does; then the same command runs again and must come to the same end, 
 """
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 from client import Client
-from hub_state import Hub
+from hub_state import ATTRIBUTES, Hub
 from test_upload import REPO, contents, job, large_bytes, on_main
 
 # Requests that change nothing, though they are no GETs.
@@ -61,7 +62,7 @@ def what_is_there(hub: Hub, whole: dict[str, bytes]) -> tuple[str, str]:
     if repo is None:
         return "nothing", "no repo"
     main = "whole" if on_main(hub) == whole else "empty" if on_main(hub) == {} else "PARTIAL"
-    owner = f"main {main}, {'tagged' if repo.tags else 'no tag'}"
+    owner = f"main {main}, {'tag' if repo.tags else 'no tag'}"
     staged = [n for n in repo.branches if n != "main"]
     if staged:
         owner += f", branch with {len(repo.tree(staged[0])) - 1} files"
@@ -84,7 +85,14 @@ def test_killed_anywhere_nothing_half_done_shows_and_the_next_run_finishes(
             if line is None:
                 break
             stranger, owner = what_is_there(hub, whole)
-            rows.append((line, "after" if after else "before", stranger, owner))
+            rows.append(
+                (
+                    re.sub("[0-9a-f]{64}", "SHA256", re.sub("[0-9a-f]{40}", "COMMIT", line)),
+                    "after" if after else "before",
+                    stranger,
+                    owner,
+                )
+            )
             assert "PARTIAL" not in owner, rows[-1]
             view = hub.public_view(REPO)
             if view is not None:  # the last request of all: everything is in place
@@ -109,3 +117,24 @@ def test_killed_anywhere_nothing_half_done_shows_and_the_next_run_finishes(
     verbs = {line.split(REPO)[-1].split("/")[1] if REPO in line else "create" for line, *_ in rows}
     assert {"create", "branch", "commit", "tag", "settings"} <= verbs
     assert len(rows) > 20
+
+
+def test_killed_while_replacing_main_is_what_it_was_or_whole(hub: Hub, client: Client, files: Path) -> None:
+    whole = contents(files)
+    former = {"model.safetensors": b"former" * 300, "config.json": b"{}"}
+    wanted = job(files, replace=True, group_files=9)
+    seen = []
+    for number in range(100):
+        for after in (False, True):
+            hub.repos.clear()
+            hub.add(REPO, former | {ATTRIBUTES: b"*"}, large=True, private=True)
+            line = kill_at(hub, client, wanted, number, after)
+            if line is None:
+                assert {"POST", "PUT", "DELETE"} == {line.split()[0] for line in seen}
+                return
+            seen.append(line)
+            merged = "/tag/" in line or "DELETE" in line or ("/commit/main" in line and after)
+            assert on_main(hub) == (whole if merged else former), line
+            assert client.run(wanted).code == 0
+            assert on_main(hub) == whole and list(hub.repos[REPO].branches) == ["main"]
+    raise AssertionError("it never came to an end")

@@ -98,7 +98,7 @@ def test_what_a_gate_refuses_never_reaches_the_hub(hub_with_base: Hub, client: C
 
 def test_a_hub_that_stops_answering_is_told_and_continued(hub_with_base: Hub, client: Client, out: Path) -> None:
     hub = hub_with_base
-    hub.faults = [Fault("/commit/m3quant", 503, times=99, skip=1)]
+    hub.faults = [Fault("/commit/m3quant", 503, times=99, skip=int(client.copies))]
     done = client.run(publish(out, "--yes", "--public"))
     assert done.code == 4 and "run the same command again" in done.err.splitlines()[-1]
     assert hub.public_view(REPO) is None and set(hub.repos[REPO].tree()) == {ATTRIBUTES}

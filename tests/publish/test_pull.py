@@ -171,13 +171,13 @@ def test_killed_in_a_file_it_continues_where_it_was(hub: Hub, client: Client, tm
     assert killed.code == -signal.SIGKILL
     hub.after = lambda line: None
     assert not (tmp_path / "here" / SHARDS[0]).exists(), "a file that is not whole has its final name"
-    there = set(pulled(tmp_path / "here"))
-    assert {"m3quant.json", "SHA256SUMS"} <= there
+    proofs = {"m3quant.json", "SHA256SUMS"}  # fetched before anything else
+    assert proofs <= set(pulled(tmp_path / "here"))
     hub.sent.clear()
     done = client.run(pull(REPO, tmp_path / "here"), token=None)
     assert done.code == 0, done.err
     assert pulled(tmp_path / "here") == {name: files[name] for name in NEEDED}
-    assert there.isdisjoint(file for _, file, count in hub.sent if count)
+    assert proofs.isdisjoint(file for _, file, count in hub.sent if count)
 
 
 def test_a_full_disk_is_met_before_the_download(hub: Hub, client: Client, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_killed_anywhere_nothing_half_done_shows_and_the_next_run_finishes(
             stranger, owner = what_is_there(hub, whole)
             rows.append(
                 (
-                    re.sub("[0-9a-f]{64}", "SHA256", re.sub("[0-9a-f]{40}", "COMMIT", line)),
+                    re.sub(r"\b[0-9a-f]{64}\b", "SHA256", re.sub(r"\b[0-9a-f]{40}\b", "COMMIT", line)),
                     "after" if after else "before",
                     stranger,
                     owner,

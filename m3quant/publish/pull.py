@@ -12,10 +12,12 @@ import hashlib
 import json
 import re
 import shutil
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..checkpoint import CONFIG_NAME, INDEX_NAME, make_folder, sha256_file
 from ..checkpoint.hub import HubStore, TransientError
@@ -23,6 +25,9 @@ from ..checkpoint.source import REPO_ID
 from ..convert.journal import MANIFEST
 from ..errors import CheckpointError, HubError, OutputError, StoppedError, VerifyError
 from .files import CHECKSUMS
+from .remote import LONGEST_PAUSE_SECONDS, PAUSES_SECONDS, retry_after
+
+T = TypeVar("T")
 
 FILES_AT_ONCE = 4
 SHA256_DIGITS = 64
@@ -74,9 +79,22 @@ def pull(text: str, destination: Path | None, revision: str | None, progress: Pr
     repo, revision = split_revision(text, revision)
     _quiet()
     try:
-        return _Pull(HubStore(repo, revision), destination, progress).run()
+        return _Pull(again(lambda: HubStore(repo, revision)), destination, progress).run()
     except TransientError as error:
         raise StoppedError(f"{error} The same command continues.") from None
+
+
+def again(request: Callable[[], T]) -> T:
+    """`request()`, tried again after a pause, or as late as the Hub asks, where a TransientError says that this may help."""
+    for pause in PAUSES_SECONDS:
+        try:
+            return request()
+        except TransientError as error:
+            asked = retry_after(error)
+            if asked is not None and asked > LONGEST_PAUSE_SECONDS:
+                raise
+            time.sleep(pause if asked is None else asked)
+    return request()
 
 
 def local_copy(path_or_repo: str | Path, progress: Progress, revision: str | None = None) -> Path:
@@ -163,6 +181,9 @@ class _Pull:
             )
 
     def _fetch(self, name: str) -> Path:
+        return again(lambda: self._fetch_once(name))
+
+    def _fetch_once(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 
         with self.store.errors(name):

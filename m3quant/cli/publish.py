@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import HubError
+from ..publish.upload import DEFAULT_TAG
 from ..verify.run import require_converted
 from .options import human_bytes, print_table, publish_asked, publish_options
 from .progress import BytesProgress
 
 if TYPE_CHECKING:
     from ..publish.gates import Prepared
-
-DEFAULT_TAG = "v1"
 
 
 def say(line: str) -> None:

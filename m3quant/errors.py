@@ -46,7 +46,11 @@ class PublishError(M3QuantError):
     exit_code = 1
 
 
+class HubError(M3QuantError):
+    """The Hub refuses: no token or one that may not do this, a name that is taken, a repo that somebody else changed."""
+
+
 class StoppedError(M3QuantError):
-    """The run stopped early but intact (full disk or GPU): the same command continues it."""
+    """The run stopped early but intact (full disk or GPU, a Hub that does not answer): the same command continues it."""
 
     exit_code = 4

@@ -1,28 +1,24 @@
-"""Opening a Hub repo: headers by range requests through the real huggingface_hub client, against a small local server.
+"""Opening a Hub repo: headers by range requests through the real huggingface_hub client, against the local server.
 
-The server answers the few routes that are needed. One child process per test opens repos, because huggingface_hub reads
+One child process per test opens repos, because huggingface_hub reads
 HF_ENDPOINT and HF_HOME when it is imported.
 """
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import adversarial
 import pytest
+from hub_server import running_hub
+from hub_state import Hub
 
 from m3quant.checkpoint import Checkpoint, hub
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DRIVER = """
 import json, sys
 from m3quant.checkpoint import Checkpoint, hub
@@ -51,130 +47,10 @@ print(json.dumps(results))
 """
 
 
-@dataclass
-class Repo:
-    """What the server has under one name, and how it misbehaves."""
-
-    files: dict[str, bytes]
-    status: int = 200
-    error_code: str | None = None
-    revisions: tuple[str, ...] = ("main", COMMIT)
-    ignores_range: bool = False
-    redirects: bool = False
-    sizes: dict[str, int | None] = field(default_factory=dict)
-    cuts: int | None = None
-    failures: list[int] = field(default_factory=list)
-    files_status: int | None = None
-
-
-@dataclass
-class Hub:
-    url: str
-    repos: dict[str, Repo]
-    sent: list[tuple[str, str, int]] = field(default_factory=list)
-
-    def shard_bytes(self, repo: str) -> int:
-        """Bytes of all answers to requests for this repo's shards."""
-        return sum(count for name, file, count in self.sent if name == repo and file.endswith(".safetensors"))
-
-
-class Handler(BaseHTTPRequestHandler):
-    hub: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            try:
-                self.wfile.write(body)
-            except (BrokenPipeError, ConnectionResetError):
-                # The client has read as much as it wanted, and hung up.
-                self.close_connection = True
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
-        if parts[:2] == ["api", "models"]:
-            self.repo_info("/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
-        elif parts[0] == "cdn":
-            self.file("/".join(parts[1:3]), "/".join(parts[3:]))
-        elif parts[2] == "resolve":
-            self.resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
-
-    def refused(self, name: str, revision: str) -> bool:
-        repo = self.hub.repos.get(name)
-        if repo is None:
-            self.answer(404, b'{"error":"Repository not found"}', X_Error_Code="RepoNotFound")
-        elif repo.status != 200:
-            code = {"X_Error_Code": repo.error_code} if repo.error_code else {}
-            self.answer(repo.status, b"<html>no</html>", **code)
-        elif revision not in repo.revisions:
-            self.answer(404, b'{"error":"Invalid rev id"}', X_Error_Code="RevisionNotFound")
-        else:
-            return False
-        return True
-
-    def repo_info(self, name: str, revision: str) -> None:
-        if self.refused(name, revision):
-            return
-        repo = self.hub.repos[name]
-        siblings = [
-            {"rfilename": file, "size": repo.sizes.get(file, len(data)), "blobId": "b"}
-            for file, data in repo.files.items()
-        ]
-        body = json.dumps({"_id": "1", "id": name, "modelId": name, "sha": COMMIT, "siblings": siblings})
-        self.answer(200, body.encode(), Content_Type="application/json")
-
-    def resolve(self, name: str, revision: str, file: str) -> None:
-        if self.refused(name, revision):
-            return
-        repo = self.hub.repos[name]
-        if repo.files_status:
-            self.answer(repo.files_status, b"", **({"X_Error_Code": repo.error_code} if repo.error_code else {}))
-        elif repo.redirects and file.endswith(".safetensors"):
-            self.answer(302, b"", Location=f"/cdn/{name}/{file}", X_Repo_Commit=COMMIT)
-        else:
-            self.file(name, file)
-
-    def file(self, name: str, file: str) -> None:
-        repo = self.hub.repos[name]
-        data = repo.files[file]
-        common = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
-        asked = self.headers.get("Range")
-        if repo.failures and file.endswith(".safetensors"):
-            self.answer(repo.failures.pop())
-            return
-        if asked is None or repo.ignores_range:
-            self.hub.sent.append((name, file, len(data) if self.command == "GET" else 0))
-            self.answer(200, data, **common)
-            return
-        first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
-        body = data[first : last + 1][: repo.cuts]
-        self.hub.sent.append((name, file, len(body)))
-        self.answer(206, body, Content_Range=f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}", **common)
-
-
 @pytest.fixture
 def server() -> Iterator[Hub]:
-    class BoundHandler(Handler):
-        pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), BoundHandler) as http:
-        BoundHandler.hub = Hub(f"http://127.0.0.1:{http.server_port}", {})
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield BoundHandler.hub
-        http.shutdown()
-        thread.join()
+    with running_hub() as hub:
+        yield hub
 
 
 def open_on(
@@ -223,8 +99,8 @@ def with_big_shards() -> dict[str, bytes]:
 
 def test_a_repo_opens_like_its_folder_without_its_weights(server: Hub, tmp_path: Path) -> None:
     files = with_big_shards()
-    server.repos["org/model"] = Repo(files)
-    server.repos["org/moved"] = Repo(files, redirects=True)
+    server.add("org/model", files)
+    server.add("org/moved", files, redirects=True)
     folder = tmp_path / "folder"
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -240,9 +116,10 @@ def test_a_repo_opens_like_its_folder_without_its_weights(server: Hub, tmp_path:
             local.other_files,
             {".gitattributes", "original/x.safetensors"},
         )
-        assert (remote["local"], remote["revision"], remote["root"]) == (False, COMMIT, spec["repo"])
+        assert (remote["local"], remote["root"]) == (False, spec["repo"])
+        assert remote["revision"] == server.repos[spec["repo"].split("@")[0]].head
         assert len(remote["read_errors"]) == 3
-        assert all(f"hf download {spec['repo'].split('@')[0]}" in text for text in remote["read_errors"])
+        assert all(f"m3quant pull {spec['repo'].split('@')[0]}" in text for text in remote["read_errors"])
         headers = sum(shard.header_bytes for shard in local.shards.values())
         assert headers < server.shard_bytes(spec["repo"].split("@")[0]) <= headers + hub.FIRST_BYTES
     assert (
@@ -252,8 +129,8 @@ def test_a_repo_opens_like_its_folder_without_its_weights(server: Hub, tmp_path:
 
 def test_a_server_that_ignores_ranges_is_not_read_to_the_end(server: Hub, tmp_path: Path) -> None:
     files = with_big_shards()
-    server.repos["org/norange"] = Repo(files, ignores_range=True)
     del files["b.safetensors"], files["model.safetensors.index.json"]
+    server.add("org/norange", files, ignores_range=True)
     opened = open_on(server.url, tmp_path, [{"repo": "org/norange"}])[0]
     assert list(opened["tensors"]) == ["big"], opened
 
@@ -266,7 +143,7 @@ def test_broken_repos_are_refused_as_broken_folders_are(server: Hub, tmp_path: P
         folder.mkdir(parents=True)
         case.build(folder)
         if all(path.is_file() for path in folder.iterdir()):
-            server.repos[f"org/{case.name}"] = Repo({path.name: path.read_bytes() for path in folder.iterdir()})
+            server.add(f"org/{case.name}", {path.name: path.read_bytes() for path in folder.iterdir()})
             cases[case.name] = case
     assert len(cases) > 50
     results = open_on(server.url, tmp_path, [{"repo": f"org/{name}"} for name in cases])
@@ -278,21 +155,19 @@ def test_broken_repos_are_refused_as_broken_folders_are(server: Hub, tmp_path: P
 def test_refusals_and_failures_of_the_hub_are_one_sentence(server: Hub, tmp_path: Path) -> None:
     good = adversarial.good_files()
     first = adversarial.FIRST
-    server.repos |= {
-        "org/gated": Repo(good, status=403, error_code="GatedRepo"),
-        "org/gatedfiles": Repo(good, files_status=403, error_code="GatedRepo"),
-        "org/private": Repo(good, status=401),
-        "org/forbidden": Repo(good, status=403),
-        "org/busy": Repo(good, failures=[503] * 99),
-        "org/recovers": Repo(good, failures=[503, 429]),
-        "org/cut": Repo(good, cuts=20),
-        "org/nosize": Repo(good, sizes={first: None}),
-        "org/liar": Repo(good, sizes={first: 10_000}),
-        "org/escape": Repo({**good, "../../x.json": b"{}"}),
-        "org/good": Repo(good),
-    }
+    server.add("org/gated", good, status=403, error_code="GatedRepo")
+    server.add("org/gatedfiles", good, files_status=403, error_code="GatedRepo")
+    server.add("org/private", good, status=401)
+    server.add("org/forbidden", good, status=403)
+    server.add("org/busy", good, failures=[503] * 99)
+    server.add("org/recovers", good, failures=[503, 429])
+    server.add("org/cut", good, cuts=20)
+    server.add("org/nosize", good, sizes={first: None})
+    server.add("org/liar", good, sizes={first: 10_000})
+    server.add("org/escape", {**good, "../../x.json": b"{}"})
+    server.add("org/good", good)
     wanted = [
-        ({"repo": "org/absent"}, ["org/absent", "no folder here", "does not exist", "404", "hf auth login"]),
+        ({"repo": "org/absent"}, ["org/absent", "no folder here", "does not exist", "401", "hf auth login"]),
         ({"repo": "org/gated"}, ["org/gated", "gated", "accept its terms"]),
         ({"repo": "org/gatedfiles"}, ["org/gatedfiles", "gated", "accept its terms"]),
         ({"repo": "org/private"}, ["org/private", "not open to you", "401", "hf auth login"]),

@@ -24,7 +24,7 @@ RETRY_PAUSES_SECONDS = (1.0, 3.0)
 TRANSIENT_STATUS = frozenset({None, 429, 500, 502, 503, 504})
 
 
-class _Transient(CheckpointError):
+class TransientError(CheckpointError):
     """A failure that may be gone at the next try."""
 
 
@@ -40,7 +40,7 @@ class HubStore:
 
         self.repo = repo
         self.where = repo if revision is None else f"{repo}@{revision}"
-        with self._errors("the file list"):
+        with self.errors("the file list"):
             info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
         self.revision: str = info.sha or revision or "main"
         siblings = info.siblings or []
@@ -63,7 +63,7 @@ class HubStore:
         """A small file, through huggingface_hub's own cache."""
         from huggingface_hub import hf_hub_download
 
-        with self._errors(name):
+        with self.errors(name):
             path = hf_hub_download(self.repo, name, revision=self.revision, etag_timeout=TIMEOUT_SECONDS)
             return Path(path).read_bytes()
 
@@ -87,7 +87,7 @@ class HubStore:
         for pause in RETRY_PAUSES_SECONDS:
             try:
                 return self._range_once(name, start, count, size)
-            except _Transient:
+            except TransientError:
                 time.sleep(pause)
         return self._range_once(name, start, count, size)
 
@@ -100,7 +100,7 @@ class HubStore:
         # 'identity': a compressed answer would not be the bytes asked for.
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
         data = bytearray()
-        with self._errors(name), get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_SECONDS) as response:
+        with self.errors(name), get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_SECONDS) as response:
             if response.status_code >= 400:
                 response.read()
             hf_raise_for_status(response)
@@ -117,11 +117,11 @@ class HubStore:
                 if len(data) >= count:
                     break
         if len(data) < count:
-            raise _Transient(f"The Hub sent {len(data)} of {count} bytes of {self.path(name)}. Try again.")
+            raise TransientError(f"The Hub sent {len(data)} of {count} bytes of {self.path(name)}. Try again.")
         return bytes(data[:count])
 
     @contextmanager
-    def _errors(self, what: str) -> Iterator[None]:
+    def errors(self, what: str) -> Iterator[None]:
         """Put every failure of huggingface_hub and the network into a sentence."""
         from huggingface_hub import errors
 
@@ -133,7 +133,7 @@ class HubStore:
         except (http_error, errors.HFValidationError, OSError) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             offline = isinstance(error, errors.OfflineModeIsEnabled)
-            kind = _Transient if status in TRANSIENT_STATUS and not offline else CheckpointError
+            kind = TransientError if status in TRANSIENT_STATUS and not offline else CheckpointError
             raise kind(self._sentence(what, error, status)) from error
 
     def _sentence(self, what: str, error: Exception, status: int | None) -> str:

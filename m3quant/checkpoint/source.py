@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Checkpoint:
         if path.exists():
             raise CheckpointError(f"{path} is a file. Give the folder with config.json and the *.safetensors files.")
         repo, at, inline = text.partition("@")
-        if isinstance(path_or_repo, Path) or not _REPO_ID.fullmatch(repo) or (at and not inline):
+        if isinstance(path_or_repo, Path) or not REPO_ID.fullmatch(repo) or (at and not inline):
             raise CheckpointError(
                 f"There is no folder {text}. Give a folder, or a Hub repo as org/name or org/name@revision."
             )
@@ -239,7 +239,7 @@ class Checkpoint:
         if not isinstance(self._store, LocalStore):
             raise CheckpointError(
                 f"{self.root} is on the Hub, where only headers are read: cannot {action} its tensors. "
-                f"Download it first (hf download {self.root} --local-dir FOLDER) and give the folder."
+                f"Download it first (m3quant pull {self.root} FOLDER) and give the folder."
             )
         return self._store
 

@@ -19,6 +19,8 @@ COMMANDS = {
     "verify": ("verify", "Check that a converted checkpoint is whole, right and loadable."),
     "eval": ("eval", "Perplexity, KL divergence from the source and long context, one layer in memory at a time."),
     "card": ("card", "Write the model card of an output, and check that it may be published."),
+    "publish": ("publish", "Put an output on the Hub: checked, licensed, private until it is whole."),
+    "pull": ("pull", "Download a checkpoint from the Hub and verify every file."),
 }
 
 
@@ -45,7 +47,7 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """MiniMax M3 and M2.x weights to FP8 and AWQ INT4 checkpoints that engines load as they are.
 
-    Exit codes: 0 done, 1 a check failed, 2 bad input, 4 stopped by a full disk or GPU (the same command continues),
+    Exit codes: 0 done, 1 a check failed, 2 bad input, 4 stopped by a full disk or GPU or a Hub that does not answer (the same command continues),
     130 and 143 stopped by SIGINT and SIGTERM (the same command continues).
     """
 
@@ -62,7 +64,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo(
-            "m3quant: stopped by SIGINT; a conversion keeps its finished layers and continues with the same command.",
+            "m3quant: stopped by SIGINT; what is finished is kept, and the same command continues.",
             err=True,
         )
         sys.exit(128 + signal.SIGINT)

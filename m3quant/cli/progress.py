@@ -1,9 +1,10 @@
-"""Progress of a conversion on stderr: a bar with bytes per second and ETA on a terminal, a line a layer elsewhere."""
+"""Progress on stderr: a bar with bytes per second and ETA on a terminal, a line a layer elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -21,7 +22,7 @@ LINE_SECONDS = 10.0  # without a terminal: at most one progress line in this tim
 
 
 class BytesProgress:
-    """Counts source bytes. Use as a context manager."""
+    """Counts bytes. Use as a context manager."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -67,3 +68,11 @@ class BytesProgress:
 
     def say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def local_folder(path_or_repo: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint given as a folder or a Hub id; a repo is pulled and verified, with progress. Raises as `pull`."""
+    from ..publish.pull import local_copy
+
+    with BytesProgress("pull") as progress:
+        return local_copy(path_or_repo, progress, revision)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import click
 
 from ..errors import VerifyError
 from ..verify.run import Check, Verification, require_converted, sqnr_by_scheme, verify
 from ..verify.values import worst
+from .progress import local_folder
 
 
 @click.command("verify")
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("dst")
 @click.option("--source", default=None, help="The source it was made from: every tensor is compared with it.")
 @click.option(
     "--engine", is_flag=True, help="Load it in vLLM and compare log-probabilities with the dequantized weights."
@@ -41,7 +41,7 @@ from ..verify.values import worst
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
-    dst: Path,
+    dst: str,
     source: str | None,
     engine: bool,
     engine_python: str | None,
@@ -49,19 +49,20 @@ def command(
     tensor_parallel_size: int,
     as_json: bool,
 ) -> None:
-    """Check the converted folder DST. Exit code 0 only if every check holds."""
-    require_converted(dst)
+    """Check the converted folder or Hub repo DST (which is pulled first). Exit code 0 only if every check holds."""
 
     def say(line: str) -> None:
         click.echo(line, err=True)
 
-    result, plan = verify(dst, source, say)
+    folder = local_folder(dst)
+    require_converted(folder)
+    result, plan = verify(folder, source, say)
     if engine and result.holds:
         from ..verify.engine import engine_check
 
         options = {"timeout_s": engine_timeout, "tensor_parallel_size": tensor_parallel_size}
         try:
-            check, result.engine = engine_check(dst, plan, engine_python, say, **options)
+            check, result.engine = engine_check(folder, plan, engine_python, say, **options)
         except VerifyError as error:  # no engine, or it crashed: what the other checks found is still worth printing
             check = Check("engine", "vLLM", [str(error)])
         result.checks.append(check)

@@ -61,7 +61,7 @@ def check_places(plan: Plan, output: Path) -> None:
     if not plan.checkpoint.local:
         raise CheckpointError(
             f"{plan.checkpoint.root} is on the Hub: download it first "
-            f"(hf download {plan.checkpoint.root} --local-dir FOLDER) and convert the folder."
+            f"(m3quant pull {plan.checkpoint.root} FOLDER) and convert the folder."
         )
     check_apart(Path(plan.checkpoint.root), output)
     check_output_folder(output)

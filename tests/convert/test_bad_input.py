@@ -210,7 +210,7 @@ def test_a_hub_repo_cannot_be_converted(
         refused(
             m3quant("convert", hub.root, tmp_path / "out", "--to", to),
             "on the Hub",
-            "hf download MiniMaxAI/MiniMax-M2.7",
+            "m3quant pull MiniMaxAI/MiniMax-M2.7",
         )
 
 

@@ -1,0 +1,334 @@
+"""The Hub as publishing needs it: the calls of huggingface_hub 1.x (on httpx) and 2.x (on httpx2), every failure a sentence.
+
+Only calls that both versions have are used; where they differ (copies between repos are new in 2.x) the feature is looked
+for, never the version number. https://huggingface.co/docs/huggingface_hub/package_reference/hf_api
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+from ..checkpoint.source import REPO_ID
+from ..errors import HubError, M3QuantError, PublishError, StoppedError
+
+T = TypeVar("T")
+
+# None: no answer at all, such as a dropped connection.
+TRANSIENT_STATUS = frozenset({None, 429, 500, 502, 503, 504})
+# What the Hub answers to a commit whose parent is no longer the head of its branch.
+MOVED_STATUS = 412
+PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
+# A server that asks for a longer pause than this is told to the user, who can come back.
+LONGEST_PAUSE_SECONDS = 300.0
+# The Hub takes at most 1,000 paths in one question.
+PATHS_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a commit. git_sha1: of the blob, or of the LFS pointer; sha256: of the content, None for a regular file."""
+
+    path: str
+    size: int
+    git_sha1: str
+    sha256: str | None
+    xet_hash: str | None = None
+
+
+@dataclass(frozen=True)
+class RepoState:
+    """What a repo's refs are. tags and branches: name -> commit."""
+
+    private: bool
+    main: str
+    branches: dict[str, str]
+    tags: dict[str, str]
+
+
+class Conflict(HubError):
+    """Somebody else changed what this request was about: the branch moved, or the thing exists."""
+
+
+class Remote:
+    """One model repo, seen with the user's token. Every method raises HubError or StoppedError, one sentence."""
+
+    def __init__(self, repo: str, say: Callable[[str], None] = lambda line: None) -> None:
+        check_repo_id(repo)
+        from huggingface_hub import HfApi, get_token
+        from huggingface_hub.utils import disable_progress_bars, logging
+
+        # Its warnings name pre-signed URLs, and two progress displays would overwrite each other.
+        logging.set_verbosity_error()
+        disable_progress_bars()
+        self.repo = repo
+        self._say = say
+        token = get_token()
+        if token is None:
+            raise HubError("There is no Hub token: log in with `hf auth login`, or set HF_TOKEN, and run again.")
+        if not re.fullmatch(r"[\x21-\x7e]+", token):
+            raise HubError(
+                "The Hub token holds a space or another character that no token has: log in again with `hf auth login`, or mend HF_TOKEN."
+            )
+        self._token: str = token
+        self.api = HfApi(token=token)
+
+    def check_token(self) -> str:
+        """The user's name. Raises HubError for a token that is unknown or can only read."""
+        facts = self.call("who the token belongs to", self.api.whoami)
+        role = ((facts.get("auth") or {}).get("accessToken") or {}).get("role")
+        if role == "read":
+            raise HubError(
+                "The Hub token can only read: make one with write permission at https://huggingface.co/settings/tokens."
+            )
+        return str(facts.get("name"))
+
+    def state(self) -> RepoState | None:
+        """None if there is no such repo, or none that the token can see."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        def ask() -> Any:
+            try:
+                return self.api.model_info(self.repo)
+            except RepositoryNotFoundError:
+                return None
+
+        info = self.call("its state", ask)
+        if info is None:
+            return None
+        if info.id.lower() != self.repo.lower():
+            raise HubError(f"{self.repo} was renamed to {info.id} on the Hub: publish under that name.")
+        refs = self.call("its branches", lambda: self.api.list_repo_refs(self.repo))
+        branches = {b.name: b.target_commit for b in refs.branches}
+        if "main" not in branches:
+            raise HubError(f"{self.repo} has no branch main on the Hub: make one there, or choose another name.")
+        return RepoState(bool(info.private), branches["main"], branches, {t.name: t.target_commit for t in refs.tags})
+
+    def create(self) -> None:
+        """Make the repo, private."""
+        self.call("to create it", lambda: self.api.create_repo(self.repo, private=True, exist_ok=True))
+
+    def tree(self, revision: str) -> dict[str, RemoteFile]:
+        """Every file of a revision, by path."""
+
+        def ask() -> list[Any]:
+            return list(self.api.list_repo_tree(self.repo, recursive=True, revision=revision))
+
+        entries = self.call("its file list", ask)
+        return {e.path: remote_file(e) for e in entries if hasattr(e, "blob_id")}
+
+    def history(self, revision: str) -> list[str]:
+        """Commits of a revision, the newest first."""
+        commits = self.call("its history", lambda: self.api.list_repo_commits(self.repo, revision=revision))
+        return [c.commit_id for c in commits]
+
+    def preupload(self, additions: list[Any], revision: str, threads: int) -> None:
+        """Send the content of large files; what the Hub has already is not sent."""
+
+        def send() -> None:
+            self.api.preupload_lfs_files(
+                self.repo, additions, revision=revision, free_memory=False, num_threads=threads
+            )
+
+        self.call("to take files", send)
+
+    def commit(self, operations: list[Any], revision: str, title: str, parent: str | None = None) -> str:
+        """One commit; its id. Raises Conflict if `parent` is given and no longer the head."""
+        info = self.call(
+            f"to commit to {revision}",
+            lambda: self.api.create_commit(
+                self.repo, operations, commit_message=title, revision=revision, parent_commit=parent
+            ),
+        )
+        return str(info.oid)
+
+    def create_branch(self, name: str, start: str) -> None:
+        self.call(
+            f"to make branch {name}",
+            lambda: self.api.create_branch(self.repo, branch=name, revision=start, exist_ok=True),
+        )
+
+    def delete_branch(self, name: str) -> None:
+        def delete() -> None:
+            try:
+                self.api.delete_branch(self.repo, branch=name)
+            except Exception as error:
+                if status_of(error) != 404:  # the answer to an earlier try was lost
+                    raise
+
+        self.call(f"to remove branch {name}", delete)
+
+    def tag(self, name: str, commit: str) -> None:
+        """Raises Conflict if the tag exists on another commit."""
+        self.call(
+            f"to set tag {name}", lambda: self.api.create_tag(self.repo, tag=name, revision=commit, exist_ok=True)
+        )
+
+    def make_public(self) -> None:
+        self.call("to make it public", lambda: self.api.update_repo_settings(self.repo, private=False))
+
+    def paths_of(self, repo: str, revision: str, paths: list[str]) -> dict[str, RemoteFile]:
+        """The files of another repo that exist among `paths`."""
+        found: dict[str, RemoteFile] = {}
+        for start in range(0, len(paths), PATHS_AT_ONCE):
+            batch = paths[start : start + PATHS_AT_ONCE]
+            entries = self.call(
+                f"about files of {repo}",
+                lambda batch=batch: self.api.get_paths_info(repo, batch, revision=revision),  # type: ignore[misc]
+            )
+            found |= {e.path: remote_file(e) for e in entries if hasattr(e, "blob_id")}
+        return found
+
+    def call(self, what: str, request: Callable[[], T]) -> T:
+        """`request()`, tried again after a pause where the failure may pass; other failures become sentences.
+
+        The library repeats some requests by itself (which, differs between 1.x and 2.x) before it comes to that.
+        """
+        pauses = iter(PAUSES_SECONDS)
+        while True:
+            try:
+                return request()
+            except Exception as error:
+                if (refusal := self._other_refusal(error, what)) is not None:
+                    raise refusal from None
+                if not is_hub_error(error):
+                    raise
+                status = status_of(error)
+                asked = retry_after(error)
+                pause = next(pauses, None)
+                if status not in TRANSIENT_STATUS or pause is None or (asked or 0) > LONGEST_PAUSE_SECONDS:
+                    raise self.explain(error, what, asked) from None
+                pause = pause if asked is None else asked
+                self._say(f"the Hub answered {status or 'nothing'} when asked {what}; again in {pause:.0f} s")
+                time.sleep(pause)
+
+    def _other_refusal(self, error: Exception, what: str) -> M3QuantError | None:
+        """The sentence for a failure that is no answer and no network: a local file, the client's own checks, Xet."""
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        if any(isinstance(e, OfflineModeIsEnabled) for e in _chain(error)):
+            return HubError("HF_HUB_OFFLINE forbids asking the Hub: unset it.")
+        if is_hub_error(error) or isinstance(error, M3QuantError):
+            return None
+        local = next((e for e in _chain(error) if isinstance(e, OSError)), None)
+        if local is not None:
+            return PublishError(f"{local.filename or 'A file to send'} cannot be read: {local.strerror or local}.")
+        text = " ".join(str(error).split()).replace(self._token, "***")[:300]
+        if isinstance(error, ValueError):
+            return HubError(f"The Hub refuses what it was asked, {what} ({self.repo}): {text}")
+        if isinstance(error, RuntimeError):  # Xet has no exceptions of its own
+            return StoppedError(
+                f"The Hub was asked {what} ({self.repo}) and failed ({text}): run the same command again."
+            )
+        return None
+
+    def explain(self, error: Exception, what: str, asked: float | None = None) -> M3QuantError:
+        """The sentence for a failure of huggingface_hub or the network; never its own text, which may hold a URL or header."""
+        status = status_of(error)
+        start = f"The Hub answered {status} when asked {what} ({self.repo})"
+        if status == 401:
+            return HubError(f"{start}: the token is not valid; log in again with `hf auth login`, or mend HF_TOKEN.")
+        if status in (402, 403):
+            told = "the token may not do this, or the quota is used up"
+            return HubError(f"{start}: {told}; give a token with write permission for {self.repo.split('/')[0]}.")
+        if status == 404:
+            return HubError(f"{start}: it does not exist or the token cannot see it; check the name and the token.")
+        if status in (409, MOVED_STATUS):
+            return Conflict(f"{start}: somebody else changed it meanwhile; look at it there, then run again.")
+        if status == 413:
+            return HubError(f"{start}: it is too large for the Hub; check the size limits and the quota.")
+        if status is not None and status not in TRANSIENT_STATUS:
+            return HubError(f"{start}, which means that it refuses the request.")
+        come_back = "run the same command again" + (f" in {asked:.0f} s" if asked else " later") + "; it continues"
+        if status is not None:
+            return StoppedError(f"{start}, and again after each pause: {come_back}.")
+        name = type(_root(error)).__name__
+        return StoppedError(
+            f"The Hub could not be asked {what} ({self.repo}, {name}): check the network and {come_back}."
+        )
+
+
+def check_repo_id(repo: str) -> None:
+    """Raise HubError unless `repo` is ORG/NAME."""
+    if not REPO_ID.fullmatch(repo):
+        raise HubError(f"{repo!r} is no name of a Hub repo: give it as ORG/NAME.")
+
+
+def remote_file(entry: Any) -> RemoteFile:
+    lfs = entry.lfs
+    return RemoteFile(
+        entry.path,
+        lfs.size if lfs else entry.size,
+        entry.blob_id,
+        lfs.sha256 if lfs else None,
+        getattr(entry, "xet_hash", None),
+    )
+
+
+def copies_between_repos() -> bool:
+    """True if this huggingface_hub can copy large files from one repo to another on the Hub (2.x)."""
+    from huggingface_hub import CommitOperationCopy
+
+    return "src_repo_id" in {f.name for f in dataclasses.fields(CommitOperationCopy)}
+
+
+def uses_xet() -> bool:
+    """True if large files go through Xet, which sends the parts of one file in parallel itself."""
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    return bool(is_xet_available())
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__
+
+
+def _http_error() -> type[Exception]:
+    """Base of all exceptions of the HTTP library under huggingface_hub: httpx or httpx2."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+
+
+def _root(error: Exception) -> BaseException:
+    kinds = (_http_error(), ConnectionError, TimeoutError)
+    return next((e for e in _chain(error) if isinstance(e, kinds)), error)
+
+
+def is_hub_error(error: Exception) -> bool:
+    """True for an answer of the Hub that is no success, and for a network that does not carry."""
+    return isinstance(_root(error), (_http_error(), ConnectionError, TimeoutError))
+
+
+def status_of(error: BaseException) -> int | None:
+    """HTTP status of the answer that a failure is about, None if there was none."""
+    for link in _chain(error):
+        response = getattr(link, "response", None)
+        if response is not None:
+            return int(response.status_code)
+    return None
+
+
+def retry_after(error: BaseException) -> float | None:
+    """Seconds that the server asks to wait (RFC 9110 section 10.2.3), None if it does not say."""
+    for link in _chain(error):
+        response = getattr(link, "response", None)
+        if response is not None:
+            text = response.headers.get("Retry-After")
+            if text is None:
+                return None
+            if text.strip().isdigit():
+                return float(text)
+            try:
+                return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+            except ValueError:
+                return None
+    return None

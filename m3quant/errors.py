@@ -50,3 +50,7 @@ class StoppedError(M3QuantError):
     """The run stopped early but intact (full disk or GPU): the same command continues it."""
 
     exit_code = 4
+
+
+class GuardError(M3QuantError):
+    """The guard cannot protect this server: a setting is wrong, or the KV cache pool is not known."""

@@ -117,10 +117,11 @@ class Admission:
             self.rate.add(ticket.tokens, self.clock(), idle=not self.ledger.admitted)
         self._pump()
 
-    def resize(self, capacity: int, queue_limit: int) -> None:
-        if (capacity, queue_limit) == (self.ledger.capacity, self.ledger.queue_limit):
+    def resize(self, capacity: int, queue_limit: int, block_size: int) -> None:
+        ledger = self.ledger
+        if (capacity, queue_limit, block_size) == (ledger.capacity, ledger.queue_limit, ledger.block_size):
             return
-        for ticket in self.ledger.resize(capacity, queue_limit):
+        for ticket in ledger.resize(capacity, queue_limit, block_size):
             self._waiters[ticket].set_exception(self.full(ticket.tokens))
         self._pump()
 

@@ -24,11 +24,17 @@ class State(enum.Enum):
 
 @dataclass(eq=False)
 class Ticket:
-    """One request: its tokens (whole blocks), whose it is, and where it stands."""
+    """One request: its tokens (whole blocks), whose it is, and where it stands.
+
+    `chain` names the blocks of its prompt that may be shared (prefix.py); `shared` are those it shares now, `private` its other tokens.
+    """
 
     key: str
     tokens: int
+    chain: tuple[bytes, ...] = ()
     state: State = State.NEW
+    shared: list[bytes] = field(default_factory=list)
+    private: int = 0
 
 
 @dataclass
@@ -41,11 +47,16 @@ class Lane:
 
 
 class Ledger:
-    """Reservations of KV cache tokens against `capacity`, and a fair queue of at most `queue_limit` tokens."""
+    """Reservations of KV cache tokens against `capacity`, and a fair queue of at most `queue_limit` tokens.
 
-    def __init__(self, capacity: int, queue_limit: int) -> None:
+    `reserved` is the sum of the admitted tickets' private tokens and of the blocks they share, each counted once.
+    """
+
+    def __init__(self, capacity: int, queue_limit: int, block_size: int = 1) -> None:
         self.capacity = capacity
         self.queue_limit = queue_limit
+        self.block_size = block_size
+        self.held: dict[bytes, int] = {}  # shared blocks and how many tickets hold each
         self.reserved = 0
         self.queued = 0
         self.admitted = 0
@@ -60,11 +71,21 @@ class Ledger:
     def waiting(self) -> int:
         return sum(len(lane.queue) for lane in self.lanes.values())
 
+    def cost(self, ticket: Ticket) -> int:
+        """Tokens that admitting the ticket would take now: all but those of leading blocks that others hold already."""
+        return ticket.tokens - self.block_size * self._hits(ticket)
+
+    def _hits(self, ticket: Ticket) -> int:
+        for number, block in enumerate(ticket.chain):
+            if block not in self.held:
+                return number
+        return len(ticket.chain)
+
     def offer(self, ticket: Ticket) -> list[Ticket]:
         """Admits, queues or drops a new ticket; returns the others that were dropped to make room for it."""
         if ticket.state is not State.NEW:
             raise ValueError(f"a ticket is offered once, this one is {ticket.state.value}")
-        if not self.queued and ticket.tokens <= self.free:
+        if not self.queued and self.cost(ticket) <= self.free:
             self._admit(ticket, self._lane(ticket.key))
             return []
         evicted = self._room_for(ticket.key, ticket.tokens)
@@ -83,7 +104,7 @@ class Ledger:
     def advance(self) -> list[Ticket]:
         """Admits waiting tickets in turn while the next one fits."""
         admitted = []
-        while (lane := self._next()) is not None and lane.queue[0].tokens <= self.free:
+        while (lane := self._next()) is not None and self.cost(lane.queue[0]) <= self.free:
             ticket = lane.queue[0]
             self._remove(ticket, keep_lane=True)
             self._admit(ticket, lane)
@@ -97,14 +118,21 @@ class Ledger:
         if ticket.state is not State.ADMITTED:
             return False
         ticket.state = State.RELEASED
-        self.reserved -= ticket.tokens
+        self.reserved -= ticket.private
+        for block in ticket.shared:
+            self.held[block] -= 1
+            if not self.held[block]:
+                del self.held[block]
+                self.reserved -= self.block_size
         self.admitted -= 1
         self._forget_idle()
         return True
 
-    def resize(self, capacity: int, queue_limit: int) -> list[Ticket]:
+    def resize(self, capacity: int, queue_limit: int, block_size: int = 1) -> list[Ticket]:
         """A new pool size. Returns the waiting tickets that can no longer fit at all; they are dropped."""
         self.capacity, self.queue_limit = capacity, queue_limit
+        if not self.held:  # blocks in use keep the size they were counted with
+            self.block_size = block_size
         lost = [ticket for lane in self.lanes.values() for ticket in lane.queue if ticket.tokens > capacity]
         for ticket in lost:
             self._remove(ticket)
@@ -128,8 +156,25 @@ class Ledger:
         self.virtual = max(self.virtual, lane.start)
         lane.start = self.virtual + ticket.tokens
         ticket.state = State.ADMITTED
-        self.reserved += ticket.tokens
+        ticket.shared = list(ticket.chain[: self._hits(ticket)])
+        ticket.private = ticket.tokens - self.block_size * len(ticket.shared)
+        for block in ticket.shared:
+            self.held[block] += 1
+        self.reserved += ticket.private
         self.admitted += 1
+
+    def prefilled(self, ticket: Ticket) -> None:
+        """The ticket's prompt is computed, so from now on others may share its blocks.
+
+        Blocks that another ticket brought in meanwhile stay private: vLLM computed them twice and holds both.
+        """
+        if ticket.state is not State.ADMITTED:
+            return
+        for block in ticket.chain[len(ticket.shared) :]:
+            if block not in self.held:
+                self.held[block] = 1
+                ticket.shared.append(block)
+                ticket.private -= self.block_size
 
     def _push(self, ticket: Ticket) -> None:
         lane = self._lane(ticket.key)

@@ -29,7 +29,8 @@ from .inbox import ClientGone, Inbox, Message, Receive
 from .ledger import Ticket
 from .metrics import metrics, read_gauges
 from .need import Need, plan_need
-from .pool import Pool, read_pool
+from .pool import Pool, PoolReader
+from .prefix import block_chain
 from .replies import Refusal, bad_request, body_too_large, send_json, send_refusal, unavailable
 from .settings import GuardSettings, read_settings
 from .watchdog import GAUGES, Watchdog
@@ -61,6 +62,8 @@ class Guard:
             self.problem, self.settings = error, GuardSettings()
         self.counter = Counter(app, self.settings)
         self.watchdog = Watchdog(self.settings.watchdog_s)
+        self.reader = PoolReader(self.settings)
+        self.inside: set[Answer] = set()  # answers to requests that hold a reservation
         self.metrics = metrics()
         self.metrics.healthy.set(1)
         self.pool: Pool | None = None
@@ -98,6 +101,10 @@ class Guard:
             self.pool.longest,
             self._queue_limit(self.pool),
         )
+        if self.settings.watchdog_s and GAUGES[1] not in read_gauges(GAUGES):
+            logger.warning(
+                "m3quant guard: no engine gauges to watch (--disable-log-stats?): the watchdog sees nothing."
+            )
         self._chain_signals()
         self._watching = asyncio.create_task(self._watch())
         try:
@@ -108,7 +115,7 @@ class Guard:
     def _prepare(self, scope: Scope) -> None:
         if self.problem is not None:
             raise self.problem
-        pool = read_pool(scope, self.settings)
+        pool = self.reader.read(scope)
         if self.settings.prefix_hits == "count" and not pool.prefix_caching:
             raise GuardError(
                 "M3QUANT_GUARD_PREFIX_HITS=count needs vLLM's prefix caching, and this server runs without."
@@ -116,7 +123,7 @@ class Guard:
         if self.door is None:
             self.door = Door(known_keys(self.settings, scope), self.settings.open_paths)
         self.pool = pool
-        self.admission.resize(pool.usable, self._queue_limit(pool))
+        self.admission.resize(pool.usable, self._queue_limit(pool), pool.block_size)
 
     def _queue_limit(self, pool: Pool) -> int:
         given = self.settings.queue_tokens
@@ -153,7 +160,8 @@ class Guard:
                 self._look(read_gauges(GAUGES))
 
     def _look(self, gauges: dict[str, float]) -> None:
-        self.watchdog.see(gauges)
+        unanswered = sum(not answer.sending for answer in self.inside)
+        self.watchdog.see(gauges, unanswered)
         self._show()
         hanging = self.watchdog.hanging
         self.metrics.healthy.set(0 if hanging else 1)
@@ -161,7 +169,7 @@ class Guard:
             logger.error(
                 "m3quant guard: the engine hangs: %d requests waiting, none running, KV cache idle for %.0f s; /health is 503 now. "
                 "State: %s",
-                gauges[GAUGES[0]],
+                max(unanswered, gauges.get(GAUGES[0], 0)),
                 self.watchdog.stalled_s,
                 json.dumps(self.state(gauges)),
             )
@@ -264,17 +272,20 @@ class Guard:
             return
         self.admission.precheck(key, self.pool.block_size, guess_tokens(demand, len(body), self.pool))
         counted_from = time.perf_counter()
-        need = await self._need(demand, scope, len(body))
+        need, chain = await self._need(demand, scope, len(body))
         counting = time.perf_counter() - counted_from
         if need.set_output is not None:
             scope = self._set_output(scope, body, need, inbox, answer)
-        ticket = Ticket(key, need.tokens)
+        ticket = Ticket(key, need.tokens, chain)
+        if chain:
+            answer.on_first_token = lambda: self.admission.ledger.prefilled(ticket)
         try:
             overhead = time.perf_counter() - began - counting
             wait = await self.admission.admit(ticket, inbox.hang_up)
             self.metrics.counting.observe(counting)
             self.metrics.overhead.observe(overhead)
             self.metrics.wait.observe(wait)
+            self.inside.add(answer)
             await self.app(scope, inbox.receive, answer.send)
             self.metrics.requests.labels(answer.outcome(inbox.gone)).inc()
         except (Refusal, ClientGone):
@@ -283,16 +294,23 @@ class Guard:
             self.metrics.requests.labels("error").inc()
             raise
         finally:
+            self.inside.discard(answer)
             self.admission.release(ticket)
 
-    async def _need(self, demand: Demand, scope: Scope, size: int) -> Need:
+    async def _need(self, demand: Demand, scope: Scope, size: int) -> tuple[Need, tuple[bytes, ...]]:
+        """What to reserve, and the blocks of the prompt that may be shared: none unless the settings say so."""
         assert self.pool is not None
-        lengths = []
+        counts = []
         for prompt in demand.prompts:
-            count = await self.counter.count(demand, prompt, scope, size, self.pool)
-            self.metrics.counted.labels(count.method).inc()
-            lengths.append(count.tokens)
-        return plan_need(demand, lengths, self.pool, self.settings)
+            counts.append(await self.counter.count(demand, prompt, scope, size, self.pool))
+            self.metrics.counted.labels(counts[-1].method).inc()
+        need = plan_need(demand, [count.tokens for count in counts], self.pool, self.settings)
+        ids = counts[0].token_ids
+        single = len(counts) == 1 and demand.copies == 1 and demand.truncate is None and not demand.prompts[0].media
+        if self.settings.prefix_hits != "count" or not single or ids is None:
+            return need, ()
+        salt = f"{demand.body.get('model')}\0{demand.body.get('cache_salt')}"
+        return need, block_chain(ids, self.pool.block_size, salt)
 
     def _set_output(self, scope: Scope, body: bytes, need: Need, inbox: Inbox, answer: Answer) -> Scope:
         assert need.set_output is not None
@@ -314,9 +332,11 @@ class Answer:
     def __init__(self, send: Send, timeout_s: float) -> None:
         self._send = send
         self._timeout_s = timeout_s or None
+        self.on_first_token: Callable[[], None] | None = None
         self.extra: list[tuple[bytes, bytes]] = []
         self.started = False
         self.finished = False
+        self.sending = False
         self.status = 0
 
     async def send(self, message: Message) -> None:
@@ -324,11 +344,17 @@ class Answer:
             self.started, self.status = True, message["status"]
             if self.extra:
                 message = {**message, "headers": [*message.get("headers", []), *self.extra]}
+        elif self.on_first_token is not None and (body := message.get("body")) and not body.startswith(b":"):
+            self.on_first_token()  # a comment is only vLLM keeping the stream alive during a long prefill
+            self.on_first_token = None
+        self.sending = True
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._send(message)
         except TimeoutError:
             raise ClientStalled(f"the client read nothing for {self._timeout_s:g} seconds") from None
+        finally:
+            self.sending = False
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.finished = True
 

@@ -38,38 +38,59 @@ class Pool:
         return min(self.max_model_len, self.usable - self.lookahead)
 
 
-def read_pool(scope: dict[str, Any], settings: GuardSettings) -> Pool:
-    """The pool behind the application in an ASGI scope.
+class PoolReader:
+    """Reads the pool behind the application of an ASGI scope."""
 
-    Raises GuardError when the server is not vLLM and the settings do not say, or when the guard cannot be right about it.
-    """
-    config = getattr(getattr(scope.get("app"), "state", None), "vllm_config", None)
-    if config is not None:
-        refuse_many(config)
-    cache = getattr(config, "cache_config", None)
-    model = getattr(config, "model_config", None)
-    tokens = settings.pool_tokens or getattr(cache, "kv_cache_size_tokens", None)
-    block = settings.block_size or getattr(cache, "block_size", None)
-    length = settings.max_model_len or getattr(model, "max_model_len", None)
-    known = {"POOL_TOKENS": tokens, "BLOCK_SIZE": block, "MAX_MODEL_LEN": length}
-    if missing := [f"M3QUANT_GUARD_{name}" for name, value in known.items() if not value]:
-        raise GuardError(f"The server does not tell its KV cache pool; set {' and '.join(missing)}.")
-    assert tokens and block and length
-    usable = int((tokens - block) * (1 - settings.watermark)) // block * block
-    if usable <= 0:
-        raise GuardError(f"A KV cache of {tokens} tokens in blocks of {block} leaves nothing to serve from.")
-    speculative = getattr(config, "speculative_config", None)
-    default, cap = output_defaults(model)
-    return Pool(
-        tokens=tokens,
-        block_size=block,
-        max_model_len=length,
-        usable=usable,
-        lookahead=getattr(speculative, "num_speculative_tokens", 0) or 0,
-        default_output=default,
-        output_cap=cap,
-        prefix_caching=bool(getattr(cache, "enable_prefix_caching", False)),
-    )
+    def __init__(self, settings: GuardSettings) -> None:
+        self.settings = settings
+        self._model: Any = None
+        self._defaults: tuple[int | None, int | None] = (None, None)
+
+    def read(self, scope: dict[str, Any]) -> Pool:
+        """Raises GuardError when the server is not vLLM and the settings do not say, or when the guard cannot be right about it."""
+        settings = self.settings
+        config = getattr(getattr(scope.get("app"), "state", None), "vllm_config", None)
+        if config is not None:
+            refuse_many(config)
+        cache = getattr(config, "cache_config", None)
+        model = getattr(config, "model_config", None)
+        tokens = settings.pool_tokens or getattr(cache, "kv_cache_size_tokens", None)
+        block = settings.block_size or getattr(cache, "block_size", None)
+        length = settings.max_model_len or getattr(model, "max_model_len", None)
+        known = {"POOL_TOKENS": tokens, "BLOCK_SIZE": block, "MAX_MODEL_LEN": length}
+        if missing := [f"M3QUANT_GUARD_{name}" for name, value in known.items() if not value]:
+            raise GuardError(f"The server does not tell its KV cache pool; set {' and '.join(missing)}.")
+        assert tokens and block and length
+        usable = int((tokens - block) * (1 - settings.watermark)) // block * block
+        if usable <= 0:
+            raise GuardError(f"A KV cache of {tokens} tokens in blocks of {block} leaves nothing to serve from.")
+        speculative = getattr(config, "speculative_config", None)
+        default, cap = self._output_defaults(model)
+        return Pool(
+            tokens=tokens,
+            block_size=block,
+            max_model_len=length,
+            usable=usable,
+            lookahead=getattr(speculative, "num_speculative_tokens", 0) or 0,
+            default_output=default,
+            output_cap=cap,
+            prefix_caching=bool(getattr(cache, "enable_prefix_caching", False)),
+        )
+
+    def _output_defaults(self, model: Any) -> tuple[int | None, int | None]:
+        """The server's own default and ceiling of max_tokens (`--generation-config`, `--override-generation-config`).
+
+        As vLLM's `OpenAIServingChat` reads them; it does so once, when it starts, and this remembers them for the same reason: the
+        call reads a file.
+        """
+        if model is None or not hasattr(model, "get_diff_sampling_param"):
+            return None, None
+        if self._model is not model:
+            default = model.get_diff_sampling_param().get("max_tokens")
+            override = getattr(model, "override_generation_config", None) or {}
+            own_file = getattr(model, "generation_config", "auto") not in ("auto", "vllm")
+            self._model, self._defaults = model, (default, default if own_file else override.get("max_new_tokens"))
+        return self._defaults
 
 
 def refuse_many(config: Any) -> None:
@@ -85,22 +106,3 @@ def refuse_many(config: Any) -> None:
             f"{replicas} data-parallel engines have {replicas} KV caches behind one door, and the guard counts one; "
             "start one server for each, with a router in front."
         )
-
-
-_defaults: dict[int, tuple[int | None, int | None]] = {}
-
-
-def output_defaults(model: Any) -> tuple[int | None, int | None]:
-    """The server's own default and ceiling of max_tokens (`--generation-config`, `--override-generation-config`).
-
-    As vLLM's `OpenAIServingChat` reads them; it does so once, when it starts, and this remembers them for the same reason: the call
-    reads a file.
-    """
-    if model is None or not hasattr(model, "get_diff_sampling_param"):
-        return None, None
-    if id(model) not in _defaults:
-        default = model.get_diff_sampling_param().get("max_tokens")
-        override = getattr(model, "override_generation_config", None) or {}
-        own_file = getattr(model, "generation_config", "auto") not in ("auto", "vllm")
-        _defaults[id(model)] = (default, default if own_file else override.get("max_new_tokens"))
-    return _defaults[id(model)]

@@ -1,6 +1,8 @@
 """Notices the hang that vLLM does not: requests waiting, none running, the KV cache empty, for longer than can be right.
 
 vLLM's scheduler waits for ever, without a log line, for a request larger than its pool (vllm#39734, #35541), and its /health stays 200.
+An engine that stops stepping altogether also stops telling its gauges: they stay as they were, so requests that the guard let in and that
+get no answer count as waiting too.
 """
 
 from __future__ import annotations
@@ -21,8 +23,13 @@ class Watchdog:
         self.clock = clock
         self.since: float | None = None
 
-    def see(self, gauges: Mapping[str, float]) -> None:
-        stuck = gauges.get(WAITING, 0) > 0 and gauges.get(RUNNING, 0) == 0 and gauges.get(USAGE, 0) < IDLE_USAGE
+    def see(self, gauges: Mapping[str, float], unanswered: int = 0) -> None:
+        """`unanswered`: requests inside the application that are not just waiting for their client to read.
+
+        Without the engine's gauges (vLLM's --disable-log-stats) nothing is concluded.
+        """
+        waiting = gauges.get(WAITING, 0) > 0 or unanswered > 0
+        stuck = waiting and gauges.get(RUNNING) == 0 and gauges.get(USAGE, 1) < IDLE_USAGE
         if not stuck:
             self.since = None
         elif self.since is None:

@@ -17,6 +17,7 @@ from typing import Any
 import pydantic_core
 
 from .demand import CHAT, Demand, Prompt
+from .idspan import IdSpan, shorten
 from .inbox import Message
 from .pool import Pool
 from .replies import Refusal
@@ -42,7 +43,7 @@ App = Callable[..., Awaitable[None]]
 class Count:
     tokens: int
     method: str  # "ids", "tokenize", "bytes" or "context"
-    token_ids: list[int] | None = None
+    token_ids: list[int] | IdSpan | None = None
 
 
 class Counter:
@@ -75,18 +76,19 @@ class Counter:
     async def _tokenize(self, query: dict[str, Any], scope: dict[str, Any]) -> Count | None:
         try:
             async with asyncio.timeout(self.settings.tokenize_timeout_s):
-                status, answer = await self._ask(json.dumps(query).encode(), scope)
+                status, answer = await self._ask(to_bytes(query), scope)
         except Exception:  # whatever went wrong inside the application, the byte bound is still right
             return None
         try:
-            parsed = pydantic_core.from_json(answer)
+            short, span = shorten(answer, (b'"tokens"',))
+            parsed = pydantic_core.from_json(short)
         except ValueError:
             parsed = None
         if not isinstance(parsed, dict):
             return None
         if status == 200 and isinstance(parsed.get("count"), int):
-            tokens = parsed.get("tokens")
-            return Count(parsed["count"], "tokenize", tokens if isinstance(tokens, list) else None)
+            tokens = span if span is not None else parsed.get("tokens")
+            return Count(parsed["count"], "tokenize", tokens if isinstance(tokens, list | IdSpan) else None)
         error = parsed.get("error")
         if status == 404 and isinstance(error, dict) and error.get("param") == "model":
             kind = str(error.get("type", "NotFoundError"))
@@ -120,6 +122,13 @@ class Counter:
 
         await self.app(inner, receive, send)
         return status, b"".join(chunks)
+
+
+def to_bytes(query: dict[str, Any]) -> bytes:
+    try:
+        return pydantic_core.to_json(query)
+    except ValueError:  # lone surrogates
+        return json.dumps(query).encode()
 
 
 def tokenize_query(demand: Demand, prompt: Prompt) -> dict[str, Any] | None:

@@ -13,7 +13,8 @@ from typing import Any
 import pydantic_core
 from pydantic import TypeAdapter, ValidationError
 
-from .replies import Refusal, bad_request
+from .idspan import MARKER, IdSpan, shorten
+from .replies import bad_request
 
 CHAT, COMPLETION, RESPONSES, MESSAGES, TOKENS = "chat", "completion", "responses", "messages", "tokens"
 
@@ -50,7 +51,7 @@ class Prompt:
     """One prompt: token ids known, or text, or messages for the chat template."""
 
     ids: int | None = None
-    token_ids: list[int] | None = None
+    token_ids: list[int] | IdSpan | None = None
     text: str | None = None
     messages: list[Any] | None = None
     media: int = 0
@@ -83,7 +84,8 @@ def parse_json(body: bytes) -> Any:
 
 def read_demand(route: str, body: bytes) -> Demand:
     """Raises Unreadable for what vLLM refuses itself, Refusal for numbers it refuses with words of its own."""
-    request = parse_json(body)
+    short, span = shorten(body)
+    request = parse_json(short)
     if not isinstance(request, dict):
         raise Unreadable
     kind = ROUTES[route] or kind_of(request)
@@ -101,6 +103,9 @@ def read_demand(route: str, body: bytes) -> Demand:
     prompts = PROMPTS[kind](request)
     if not prompts:
         raise Unreadable
+    for prompt in prompts:
+        if span is not None and prompt.token_ids == [MARKER]:
+            prompt.ids, prompt.token_ids = span.count, span
     tools = request.get("tools") if isinstance(request.get("tools"), list) else None
     return Demand(kind, request, prompts, output, output_field, copies, truncate, tools)
 
@@ -256,5 +261,3 @@ PROMPTS = {
     MESSAGES: messages_prompts,
     TOKENS: token_prompts,
 }
-
-__all__ = ["Demand", "Prompt", "Refusal", "Unreadable", "read_demand", "ROUTES"]

@@ -25,6 +25,7 @@ from .clamp import with_number
 from .counting import Counter
 from .demand import ROUTES, Demand, Unreadable, read_demand
 from .door import Door, known_keys
+from .idspan import IdSpan
 from .inbox import ClientGone, Inbox, Message, Receive
 from .ledger import Ticket
 from .metrics import metrics, read_gauges
@@ -310,7 +311,7 @@ class Guard:
         if self.settings.prefix_hits != "count" or not single or ids is None:
             return need, ()
         salt = f"{demand.body.get('model')}\0{demand.body.get('cache_salt')}"
-        return need, block_chain(ids, self.pool.block_size, salt)
+        return need, block_chain(ids.ids() if isinstance(ids, IdSpan) else ids, self.pool.block_size, salt)
 
     def _set_output(self, scope: Scope, body: bytes, need: Need, inbox: Inbox, answer: Answer) -> Scope:
         assert need.set_output is not None

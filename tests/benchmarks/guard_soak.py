@@ -43,6 +43,7 @@ def summary(result: Result) -> dict[str, Any]:
         "outcomes": result.counts(),
         "peak_tokens_asked": result.peak_asked_tokens,
         "demand_over_pool": round(result.peak_asked_tokens / (BLOCKS * BLOCK), 1),
+        "seconds": round(result.seconds),
         "tokens_of_successes": sum(outcome.asked_tokens for outcome in done),
         "successes_cut_short": sum(outcome.short for outcome in done),
         "median_first_byte_s": round(median(firsts), 2) if firsts else None,

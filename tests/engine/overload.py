@@ -73,6 +73,7 @@ class Load:
 class Result:
     outcomes: list[Outcome] = field(default_factory=list)
     peak_asked_tokens: int = 0  # the most tokens asked for at one moment
+    seconds: float = 0.0  # until the last request had ended
 
     def counts(self) -> dict[str, int]:
         return dict(sorted(Counter(outcome.kind for outcome in self.outcomes).items()))
@@ -81,7 +82,8 @@ class Result:
 async def overload(port: int, load: Load) -> Result:
     """Runs the load for its seconds, then waits for every request to end (each within its patience)."""
     result, open_tokens = Result(), [0]
-    deadline = time.monotonic() + load.seconds
+    began = time.monotonic()
+    deadline = began + load.seconds
 
     async def client(number: int) -> None:
         rng = random.Random(load.seed * 10_000 + number)
@@ -97,6 +99,7 @@ async def overload(port: int, load: Load) -> Result:
                 await asyncio.sleep(min(retry_after, load.longest_sleep_s) * rng.uniform(0.5, 1.0))
 
     await asyncio.gather(*(client(number) for number in range(load.clients)))
+    result.seconds = time.monotonic() - began
     return result
 
 
@@ -158,18 +161,24 @@ async def exchange(port: int, path: str, body: dict[str, Any], first: list[float
         while line := (await reader.readuntil(b"\r\n")).decode().strip():
             name, _, value = line.partition(":")
             headers[name.lower()] = value.strip()
-        first.append(time.monotonic())
         if "content-length" in headers:
-            return status, headers, await reader.readexactly(int(headers["content-length"]))
-        return status, headers, await read_chunks(reader)
+            answer = await reader.readexactly(int(headers["content-length"]))
+            first.append(time.monotonic())
+        else:
+            answer = await read_chunks(reader, first)
+        return status, headers, answer
     finally:
         writer.close()
 
 
-async def read_chunks(reader: asyncio.StreamReader) -> bytes:
+async def read_chunks(reader: asyncio.StreamReader, first: list[float]) -> bytes:
     found = []
     while size := int(await reader.readuntil(b"\r\n"), 16):
         found.append(await reader.readexactly(size))
+        if len(found) == 1:
+            first.append(
+                time.monotonic()
+            )  # vLLM sends the headers of a stream at once, its first event with the first token
         await reader.readexactly(2)
     return b"".join(found)
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from guard_app import FakeEngine, ask, completion, make_guard, settle, start
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from m3quant.runtime.guard import Guard
+from m3quant.runtime.guard.demand import read_demand
+from m3quant.runtime.guard.idspan import MARKER, shorten
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -284,7 +290,7 @@ def test_keys_share_the_cache_by_tokens() -> None:
 
     async def scenario() -> None:
         engine = FakeEngine()
-        guard = make_guard(engine, api_keys="hog,guest", queue_tokens=100_000)
+        guard = make_guard(engine, api_keys="hog,guest", queue_tokens=100_000, max_model_len=1024)
         engine.go.clear()
         order: list[str] = []
 
@@ -292,7 +298,6 @@ def test_keys_share_the_cache_by_tokens() -> None:
             answer = await ask(guard, COMPLETIONS, completion(900, 100), headers={"Authorization": f"Bearer {key}"})
             order.append(key if answer.status == 200 else f"{key} {answer.status}")
 
-        guard.settings = guard.settings.model_copy(update={"max_model_len": 1024})
         hogs = [asyncio.ensure_future(call("hog")) for _ in range(8)]
         await settle()
         guests = [asyncio.ensure_future(call("guest")) for _ in range(2)]
@@ -398,6 +403,66 @@ def test_duplicate_members_count_as_vllm_reads_them() -> None:
         assert (await ask(guard, COMPLETIONS, b'{"prompt":"a","max_tokens":600,"max_tokens":1}')).status == 200
 
     run(scenario())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    name=st.sampled_from(["prompt", "token_ids"]),
+    hidden=st.sampled_from(['"prompt":[1,2]', '\\"prompt":[', "[", '"token_ids" : [5']),
+    spaced=st.booleans(),
+)
+def test_a_long_array_of_ids_is_counted_as_the_parser_counts_it(
+    seed: int, name: str, hidden: str, spaced: bool
+) -> None:
+    rng = random.Random(seed)
+    ids = [rng.randrange(200_000) for _ in range(rng.randrange(8_000, 14_000))]
+    body = json.dumps(
+        {"user": hidden, name: ids, "other": {name: [1]}, "z": [hidden]}, indent=1 if spaced else None
+    ).encode()
+    short, span = shorten(body)
+    assert len(body) < 65536 or (span is not None and span.ids() == ids and span.count == len(ids))
+    if span is not None:
+        assert json.loads(short) == {"user": hidden, name: [MARKER], "other": {name: [1]}, "z": [hidden]}
+
+
+def test_a_text_that_looks_like_an_array_of_ids_stays_text() -> None:
+    """The whole text is counted, wherever it says "prompt":[1,1,...]."""
+    text = 'see "prompt":[' + "1, " * 30_000 + "1]"
+    body = json.dumps({"prompt": text, "max_tokens": 1}).encode()
+    assert shorten(body) == (body, None)
+    nested = json.dumps({"prompt": "a b", "x": {"prompt": [1] * 40_000}, "max_tokens": 1}).encode()
+    demand = read_demand(COMPLETIONS, nested)
+    assert demand.prompts[0].text == "a b"
+    twice = b'{"prompt":[' + b"1," * 40_000 + b'1],"prompt":[1,2,3]}'
+    assert read_demand(COMPLETIONS, twice).prompts[0].ids == 3
+
+
+def test_a_shared_beginning_is_counted_once_when_the_settings_say_so() -> None:
+    async def scenario(prefix_hits: str) -> int:
+        engine = FakeEngine(stream=[b": still alive\n\n", b"data: token\n\n"])
+        cache = SimpleNamespace(enable_prefix_caching=True)
+        config = SimpleNamespace(cache_config=cache, model_config=None)
+        scope = {"app": SimpleNamespace(state=SimpleNamespace(vllm_config=config))}
+        guard = make_guard(engine, prefix_hits=prefix_hits)
+        first = start(guard, COMPLETIONS, completion(160, 16), scope=scope, read_s=0.05)
+        while not first.first.is_set():
+            await asyncio.sleep(0.001)
+        second = start(guard, COMPLETIONS, completion(160, 16), scope=scope, read_s=1)
+        await settle()
+        early = guard.admission.ledger.reserved
+        await asyncio.sleep(0.06)  # the first has had its first token, not only vLLM's sign of life
+        third = start(guard, COMPLETIONS, completion(160, 16), scope=scope, read_s=1)
+        await settle()
+        late = guard.admission.ledger.reserved
+        for call in (first, second, third):
+            call.task.cancel()
+        await asyncio.gather(first.task, second.task, third.task, return_exceptions=True)
+        assert clean(guard) and not guard.admission.ledger.held
+        return late - early
+
+    assert run(scenario("ignore")) == 176
+    assert run(scenario("count")) == 176 - 144  # nine blocks of 16, the tenth holds the last token
 
 
 def test_without_tokenize_bytes_are_the_bound() -> None:

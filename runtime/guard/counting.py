@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from .inbox import Message
 from .pool import Pool
 from .replies import Refusal
 from .settings import GuardSettings
+
+logger = logging.getLogger("vllm.m3quant.guard")
 
 PER_MESSAGE = 16  # tokens a template may put around one message: role names and separators
 
@@ -41,8 +44,11 @@ App = Callable[..., Awaitable[None]]
 
 @dataclass
 class Count:
+    """`exact` counts can be refused; a bound only reserves, at most what the context holds, and leaves the refusal to the engine."""
+
     tokens: int
     method: str  # "ids", "tokenize", "bytes" or "context"
+    exact: bool
     token_ids: list[int] | IdSpan | None = None
 
 
@@ -56,7 +62,9 @@ class Counter:
     async def count(self, demand: Demand, prompt: Prompt, scope: dict[str, Any], size: int, pool: Pool) -> Count:
         """Tokens of one prompt. `size` is the body's length in bytes. Raises the server's own 404 (unknown model) as a Refusal."""
         found = await self._count(demand, prompt, scope, size, pool)
-        found.tokens += prompt.media * self.settings.media_tokens
+        if prompt.media:
+            found.tokens += prompt.media * self.settings.media_tokens
+            found.exact = False
         if demand.truncate is not None:
             limit = demand.truncate if demand.truncate >= 0 else pool.max_model_len - 1
             found.tokens = min(found.tokens, limit)
@@ -64,14 +72,14 @@ class Counter:
 
     async def _count(self, demand: Demand, prompt: Prompt, scope: dict[str, Any], size: int, pool: Pool) -> Count:
         if prompt.whole_context:
-            return Count(pool.longest - 1, "context")
+            return Count(pool.longest, "context", False)
         if prompt.ids is not None:
-            return Count(prompt.ids, "ids", prompt.token_ids)
+            return Count(prompt.ids, "ids", True, prompt.token_ids)
         if self.has_tokenize and (query := tokenize_query(demand, prompt)) is not None:
             async with self._slots:
                 if (counted := await self._tokenize(query, scope)) is not None:
                     return counted
-        return Count(byte_bound(prompt, demand, size, self.settings.template_tokens), "bytes")
+        return Count(byte_bound(prompt, demand, size, self.settings.template_tokens), "bytes", False)
 
     async def _tokenize(self, query: dict[str, Any], scope: dict[str, Any]) -> Count | None:
         try:
@@ -88,13 +96,16 @@ class Counter:
             return None
         if status == 200 and isinstance(parsed.get("count"), int):
             tokens = span if span is not None else parsed.get("tokens")
-            return Count(parsed["count"], "tokenize", tokens if isinstance(tokens, list | IdSpan) else None)
+            return Count(parsed["count"], "tokenize", True, tokens if isinstance(tokens, list | IdSpan) else None)
         error = parsed.get("error")
         if status == 404 and isinstance(error, dict) and error.get("param") == "model":
             kind = str(error.get("type", "NotFoundError"))
             raise Refusal(404, str(error.get("message", "")), kind, "unknown_model", param="model")
         if status == 404:
-            self.has_tokenize = False  # no such route; it will not appear later
+            self.has_tokenize = False  # it will not appear later
+            logger.warning(
+                "m3quant guard: the server has no /tokenize; prompts are counted by their UTF-8 bytes, an upper bound."
+            )
         return None
 
     async def _ask(self, body: bytes, scope: dict[str, Any]) -> tuple[int, bytes]:

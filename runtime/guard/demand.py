@@ -25,6 +25,7 @@ ROUTES = {
     "/v1/completions": COMPLETION,
     "/v1/responses": RESPONSES,
     "/v1/messages": MESSAGES,
+    "/cohere/v2/chat": CHAT,
     "/inference/v1/generate": TOKENS,
     "/invocations": None,
 }
@@ -43,12 +44,12 @@ INTEGER = TypeAdapter(int | None)
 
 
 class Unreadable(Exception):
-    """Not a request that vLLM could accept either: passed on, so that vLLM answers it."""
+    """Not even a JSON object, so nothing that vLLM could accept either: passed on, so that vLLM answers it."""
 
 
 @dataclass
 class Prompt:
-    """One prompt: token ids known, or text, or messages for the chat template."""
+    """One prompt: token ids known, or text, or messages for the chat template; none of them where only the body's size is a bound."""
 
     ids: int | None = None
     token_ids: list[int] | IdSpan | None = None
@@ -89,9 +90,10 @@ def read_demand(route: str, body: bytes) -> Demand:
     if not isinstance(request, dict):
         raise Unreadable
     kind = ROUTES[route] or kind_of(request)
-    numbers = request.get("sampling_params") if kind == TOKENS else request
-    if not isinstance(numbers, dict):
-        raise Unreadable
+    numbers = request
+    if kind == TOKENS:
+        given = request.get("sampling_params")
+        numbers = given if isinstance(given, dict) else {}
     if kind == RESPONSES and request.get("background"):
         raise bad_request(
             "background responses run on after their answer, where the KV cache guard cannot follow them; send background=false.",
@@ -100,9 +102,7 @@ def read_demand(route: str, body: bytes) -> Demand:
     output, output_field = read_output(kind, numbers)
     copies = max(1, integer(numbers, "n") or 1, integer(numbers, "best_of") or 1)
     truncate = integer(request, "truncate_prompt_tokens")
-    prompts = PROMPTS[kind](request)
-    if not prompts:
-        raise Unreadable
+    prompts = PROMPTS[kind](request) or [Prompt()]
     for prompt in prompts:
         if span is not None and prompt.token_ids == [MARKER]:
             prompt.ids, prompt.token_ids = span.count, span
@@ -117,7 +117,7 @@ def kind_of(request: dict[str, Any]) -> str:
         return COMPLETION
     if "input" in request:
         return RESPONSES
-    raise Unreadable
+    return COMPLETION  # vLLM refuses it; until then its bytes bound it
 
 
 def integer(request: dict[str, Any], name: str) -> int | None:
@@ -144,7 +144,7 @@ def read_output(kind: str, request: dict[str, Any]) -> tuple[int | None, str]:
 def chat_prompts(request: dict[str, Any]) -> list[Prompt]:
     messages = request.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise Unreadable
+        return []
     if all(isinstance(item, list) for item in messages):  # the batch route: one conversation each
         return [conversation(item) for item in messages]
     return [conversation(messages)]
@@ -155,7 +155,7 @@ def conversation(messages: list[Any]) -> Prompt:
     kept, media = [], 0
     for message in messages:
         if not isinstance(message, dict):
-            raise Unreadable
+            return Prompt()
         content = message.get("content")
         if isinstance(content, list):
             parts = [part for part in content if is_text(part)]
@@ -179,25 +179,19 @@ def completion_prompts(request: dict[str, Any]) -> list[Prompt]:
     if isinstance(prompt, str):
         found.append(Prompt(text=prompt))
     elif isinstance(prompt, list) and prompt:
-        if isinstance(prompt[0], int):
+        if all(isinstance(item, str) for item in prompt):
+            found += [Prompt(text=item) for item in prompt]
+        elif all(isinstance(item, list) for item in prompt):
+            found += [Prompt(ids=len(item), token_ids=item) for item in prompt]
+        else:  # numbers, also written as 1.0 or "1" among them: pydantic takes those for token ids
             found.append(Prompt(ids=len(prompt), token_ids=prompt))
-        else:
-            found += [one_of_many(item) for item in prompt]
     return found
-
-
-def one_of_many(item: Any) -> Prompt:
-    if isinstance(item, str):
-        return Prompt(text=item)
-    if isinstance(item, list):
-        return Prompt(ids=len(item), token_ids=item)
-    raise Unreadable
 
 
 def token_prompts(request: dict[str, Any]) -> list[Prompt]:
     ids = request.get("token_ids")
     if not isinstance(ids, list):
-        raise Unreadable
+        return []
     parts = request.get("content_parts")
     return [Prompt(ids=len(ids), token_ids=ids, media=len(parts) if isinstance(parts, list) else 0)]
 
@@ -212,10 +206,10 @@ def responses_prompts(request: dict[str, Any]) -> list[Prompt]:
         messages.append({"role": "user", "content": given})
         return [Prompt(messages=messages)]
     if not isinstance(given, list):
-        raise Unreadable
+        return []
     plain = [item for item in given if isinstance(item, dict) and item.get("type", "message") == "message"]
     if len(plain) != len(given):  # tool calls, reasoning, files: their rendering is the engine's own; bytes bound them
-        return [Prompt(text=None)]
+        return [Prompt()]
     prompt = conversation([{"role": item.get("role"), "content": item.get("content")} for item in plain])
     return [Prompt(messages=messages + as_chat(prompt.messages or []), media=prompt.media)]
 
@@ -238,7 +232,7 @@ def messages_prompts(request: dict[str, Any]) -> list[Prompt]:
     """Anthropic's route: its blocks (tool_use, tool_result, thinking) are rendered by the engine in its own way; bytes bound them."""
     messages = request.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise Unreadable
+        return []
     simple = all(isinstance(item, dict) and isinstance(item.get("content"), str) for item in messages)
     system = request.get("system")
     if simple and (system is None or isinstance(system, str)) and not request.get("tools"):
@@ -251,7 +245,7 @@ def messages_prompts(request: dict[str, Any]) -> list[Prompt]:
         for part in item["content"]
         if isinstance(part, dict) and part.get("type") in ("image", "document")
     )
-    return [Prompt(text=None, media=media)]
+    return [Prompt(media=media)]
 
 
 PROMPTS = {

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .replies import body_too_large
+from .replies import Refusal, body_too_large
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -21,6 +21,7 @@ class Inbox:
         self._receive = receive
         self._limit = limit
         self._size = 0
+        self.refusal: Refusal | None = None  # what became of a body over the limit
         self._replay: list[Message] = []
         self._next: asyncio.Task[Message] | None = None
 
@@ -64,7 +65,8 @@ class Inbox:
         body: bytes = message.get("body", b"")
         self._size += len(body)
         if self._size > self._limit:
-            raise body_too_large(self._limit)
+            self.refusal = body_too_large(self._limit)
+            raise self.refusal
         return body
 
     @property

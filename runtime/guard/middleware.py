@@ -219,8 +219,8 @@ class Guard:
         began = time.perf_counter()
         path = local_path(scope)
         guarded = scope["method"] == "POST" and path in ROUTES
-        answer = Answer(send, self.settings.send_timeout_s)
         inbox = Inbox(receive, self.settings.max_body_bytes)
+        answer = Answer(send, self.settings.send_timeout_s, inbox)
         try:
             self._prepare(scope)
             assert self.door is not None
@@ -281,6 +281,7 @@ class Guard:
         if chain:
             answer.on_first_token = lambda: self.admission.ledger.prefilled(ticket)
         try:
+            del body, demand  # the application has its own copy, for as long as the request lives
             overhead = time.perf_counter() - began - counting
             wait = await self.admission.admit(ticket, inbox.hang_up)
             self.metrics.counting.observe(counting)
@@ -288,12 +289,17 @@ class Guard:
             self.metrics.wait.observe(wait)
             self.inside.add(answer)
             await self.app(scope, inbox.receive, answer.send)
-            self.metrics.requests.labels(answer.outcome(inbox.gone)).inc()
+            self.metrics.requests.labels(answer.outcome()).inc()
         except (Refusal, ClientGone):
             raise
-        except BaseException:
-            self.metrics.requests.labels("error").inc()
-            raise
+        except Exception:
+            if not answer.stalled:
+                self.metrics.requests.labels("error").inc()
+                raise
+            self.metrics.requests.labels("stalled").inc()
+            logger.warning(
+                "m3quant guard: a client read nothing for %g s; its request is aborted.", self.settings.send_timeout_s
+            )
         finally:
             self.inside.discard(answer)
             self.admission.release(ticket)
@@ -305,7 +311,7 @@ class Guard:
         for prompt in demand.prompts:
             counts.append(await self.counter.count(demand, prompt, scope, size, self.pool))
             self.metrics.counted.labels(counts[-1].method).inc()
-        need = plan_need(demand, [count.tokens for count in counts], self.pool, self.settings)
+        need = plan_need(demand, counts, self.pool, self.settings)
         ids = counts[0].token_ids
         single = len(counts) == 1 and demand.copies == 1 and demand.truncate is None and not demand.prompts[0].media
         if self.settings.prefix_hits != "count" or not single or ids is None:
@@ -330,17 +336,21 @@ class Guard:
 class Answer:
     """The outgoing side: passes every message on untouched, remembers how it ended, and gives up on a client that stops reading."""
 
-    def __init__(self, send: Send, timeout_s: float) -> None:
+    def __init__(self, send: Send, timeout_s: float, inbox: Inbox) -> None:
         self._send = send
+        self._inbox = inbox
         self._timeout_s = timeout_s or None
         self.on_first_token: Callable[[], None] | None = None
         self.extra: list[tuple[bytes, bytes]] = []
         self.started = False
         self.finished = False
         self.sending = False
+        self.stalled = False
         self.status = 0
 
     async def send(self, message: Message) -> None:
+        if self._inbox.refusal is not None and not self.started:
+            raise self._inbox.refusal  # the application made another answer of it
         if message["type"] == "http.response.start":
             self.started, self.status = True, message["status"]
             if self.extra:
@@ -353,15 +363,16 @@ class Answer:
             async with asyncio.timeout(self._timeout_s):
                 await self._send(message)
         except TimeoutError:
+            self.stalled = True
             raise ClientStalled(f"the client read nothing for {self._timeout_s:g} seconds") from None
         finally:
             self.sending = False
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.finished = True
 
-    def outcome(self, gone: bool) -> str:
+    def outcome(self) -> str:
         if not self.finished:
-            return "disconnected" if gone or self.started else "error"
+            return "disconnected" if self._inbox.gone or self.started else "error"
         return "success" if self.status < 400 else "refused_by_server" if self.status < 500 else "error"
 
 

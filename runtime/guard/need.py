@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .counting import Count
 from .demand import TOKENS, Demand
 from .pool import Pool
 from .replies import over_context, prompt_too_long, too_many_output_tokens, too_many_sequences
@@ -21,26 +22,27 @@ class Need:
     set_reason: str = ""
 
 
-def plan_need(demand: Demand, lengths: Sequence[int], pool: Pool, settings: GuardSettings) -> Need:
-    """`lengths` are the prompts' tokens. Raises the 400 refusal of a request that the pool could not hold even when empty."""
+def plan_need(demand: Demand, counts: Sequence[Count], pool: Pool, settings: GuardSettings) -> Need:
+    """Raises the 400 refusal of a request that the pool could not hold even when empty."""
+    clamp = demand.kind != TOKENS and settings.oversize == "clamp"  # there max_tokens stands inside sampling_params
+    if demand.output is not None and demand.output > pool.max_model_len and not clamp:
+        raise too_many_output_tokens(demand.output_field, demand.output, pool.max_model_len)
+    wanted = demand.output or 1
+    lengths = [count.tokens if count.exact else bounded(count.tokens, wanted, pool) for count in counts]
     longest_prompt = max(lengths)
     if longest_prompt > pool.max_model_len:
         raise prompt_too_long(pool.max_model_len, longest_prompt)
     if longest_prompt >= pool.longest:
         raise over_context(pool.longest, longest_prompt, 1)
     room = pool.longest - longest_prompt
-    settable = demand.kind != TOKENS  # its max_tokens stands inside sampling_params
     asked, given, reason = demand.output, None, ""
-    clamp = settable and settings.oversize == "clamp"
-    if asked is None and settable and settings.default_max_tokens is not None:
+    if asked is None and demand.kind != TOKENS and settings.default_max_tokens is not None:
         asked = given = min(settings.default_max_tokens, room)
         reason = "default"
     if asked is not None and pool.output_cap is not None:
         asked = min(asked, pool.output_cap)
     if asked is not None and asked > room:
         if not clamp:
-            if asked > pool.max_model_len:
-                raise too_many_output_tokens(demand.output_field, asked, pool.max_model_len)
             raise over_context(pool.longest, longest_prompt, asked)
         asked, given, reason = room, room, "clamped"
     total = 0
@@ -55,6 +57,11 @@ def plan_need(demand: Demand, lengths: Sequence[int], pool: Pool, settings: Guar
     if total > pool.usable:
         raise too_many_sequences(len(lengths) * demand.copies, total, pool.usable)
     return Need(total, demand.output_field, given, reason)
+
+
+def bounded(tokens: int, output: int, pool: Pool) -> int:
+    """A bound on a prompt that proves nothing when it is too large: then prompt and output fill the context, the most vLLM lets run."""
+    return max(1, min(tokens, pool.longest - min(output, pool.longest - 1)))
 
 
 def silent_output(length: int, pool: Pool) -> int:

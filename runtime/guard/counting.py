@@ -35,7 +35,6 @@ SHARED_FIELDS = (
     "continue_final_message",
     "add_special_tokens",
     "chat_template",
-    "chat_template_kwargs",
     "tools",
 )
 
@@ -153,10 +152,23 @@ def tokenize_query(demand: Demand, prompt: Prompt) -> dict[str, Any] | None:
         return None
     if demand.kind == CHAT:
         shared = {name: body[name] for name in SHARED_FIELDS if body.get(name) is not None}
-        return {**shared, "messages": prompt.messages}
+        return {**shared, "messages": prompt.messages, **template_arguments(body)}
     if demand.tools:  # other routes write their tools in another shape
         return None
     return {"model": body.get("model"), "messages": prompt.messages}
+
+
+def template_arguments(body: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM's chat route gives the template beside the messages (`ChatCompletionRequest.build_chat_params`)."""
+    given = body.get("chat_template_kwargs")
+    arguments = dict(given) if isinstance(given, dict) else {}
+    effort = body.get("reasoning_effort")
+    if effort is not None:
+        arguments.setdefault("enable_thinking", effort != "none")
+        arguments["reasoning_effort"] = effort
+    if body.get("documents") is not None:
+        arguments["documents"] = body["documents"]
+    return {"chat_template_kwargs": arguments} if arguments else {}
 
 
 def byte_bound(prompt: Prompt, demand: Demand, size: int, template_tokens: int) -> int:

@@ -16,7 +16,14 @@ from pydantic import TypeAdapter, ValidationError
 from .idspan import MARKER, IdSpan, shorten
 from .replies import bad_request
 
-CHAT, COMPLETION, RESPONSES, MESSAGES, TOKENS = "chat", "completion", "responses", "messages", "tokens"
+CHAT, COMPLETION, RESPONSES, MESSAGES, COHERE, TOKENS = (
+    "chat",
+    "completion",
+    "responses",
+    "messages",
+    "cohere",
+    "tokens",
+)
 
 # Routes that generate, and how their bodies read. `/invocations` is SageMaker's door to the same handlers: its body decides.
 ROUTES = {
@@ -25,7 +32,7 @@ ROUTES = {
     "/v1/completions": COMPLETION,
     "/v1/responses": RESPONSES,
     "/v1/messages": MESSAGES,
-    "/cohere/v2/chat": CHAT,
+    "/cohere/v2/chat": COHERE,
     "/inference/v1/generate": TOKENS,
     "/invocations": None,
 }
@@ -36,8 +43,11 @@ OUTPUT_FIELDS = {
     COMPLETION: ("max_tokens",),
     RESPONSES: ("max_output_tokens",),
     MESSAGES: ("max_tokens",),
+    COHERE: ("max_tokens",),
     TOKENS: ("max_tokens",),
 }
+# The routes on which vLLM cuts a prompt to `truncate_prompt_tokens`; on others the member would only talk the guard into too little.
+TRUNCATING = ("/v1/chat/completions", "/v1/completions")
 COMPLETION_DEFAULT = 16  # OpenAI's and vLLM's default of `max_tokens` for /v1/completions
 
 INTEGER = TypeAdapter(int | None)
@@ -101,7 +111,7 @@ def read_demand(route: str, body: bytes) -> Demand:
         )
     output, output_field = read_output(kind, numbers)
     copies = max(1, integer(numbers, "n") or 1, integer(numbers, "best_of") or 1)
-    truncate = integer(request, "truncate_prompt_tokens")
+    truncate = integer(request, "truncate_prompt_tokens") if route in TRUNCATING else None
     prompts = PROMPTS[kind](request) or [Prompt()]
     for prompt in prompts:
         if span is not None and prompt.token_ids == [MARKER]:
@@ -253,5 +263,6 @@ PROMPTS = {
     COMPLETION: completion_prompts,
     RESPONSES: responses_prompts,
     MESSAGES: messages_prompts,
+    COHERE: lambda request: [Prompt()],  # documents and tools in a shape of its own
     TOKENS: token_prompts,
 }

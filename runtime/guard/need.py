@@ -54,7 +54,9 @@ def plan_need(demand: Demand, counts: Sequence[Count], pool: Pool, settings: Gua
             given, reason = room, "clamped"
             output = room
         total += pool.blocks(length + output + pool.lookahead) * demand.copies
-    if total > pool.usable:
+    if total > pool.usable and not all(count.exact for count in counts):
+        total = pool.usable
+    elif total > pool.usable:
         raise too_many_sequences(len(lengths) * demand.copies, total, pool.usable)
     return Need(total, demand.output_field, given, reason)
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3quant.runtime.guard import Guard
+from m3quant.runtime.guard.counting import tokenize_query
 from m3quant.runtime.guard.demand import read_demand
 from m3quant.runtime.guard.idspan import MARKER, shorten
 
@@ -66,6 +67,10 @@ def test_a_stream_passes_byte_for_byte_and_gives_its_tokens_back() -> None:
         ("/v1/responses", {"input": "a b c", "instructions": "d", "max_output_tokens": 12}, 16),
         ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_text", "text": "a b"}]}], "max_output_tokens": 14}, 16),
         ("/v1/responses", {"input": "a", "previous_response_id": "r", "max_output_tokens": 100}, 512),
+        (COMPLETIONS, {"prompt": [5] * 600, "max_tokens": 12, "truncate_prompt_tokens": 20}, 32),
+        ("/inference/v1/generate", {"token_ids": [1] * 100, "sampling_params": {"max_tokens": 6}, "truncate_prompt_tokens": 1}, 112),
+        ("/v1/responses", {"input": [{"type": "reasoning"}] * 8, "n": 9, "max_output_tokens": 6}, 1024),
+        ("/cohere/v2/chat", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 6}, 512),
         ("/v1/messages", {"messages": [{"role": "user", "content": "a b c"}], "system": "d", "max_tokens": 12}, 16),
         ("/inference/v1/generate", {"token_ids": [1] * 10, "sampling_params": {"max_tokens": 6}}, 16),
         ("/invocations", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 15}, 16),
@@ -424,6 +429,19 @@ def test_a_bound_never_refuses() -> None:
         assert call.status == 200
 
     run(scenario())
+
+
+def test_everything_that_vllm_gives_the_template_is_counted() -> None:
+    body = {
+        "model": "m", "messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}], "continue_final_message": True,
+        "chat_template_kwargs": {"x": 1}, "reasoning_effort": "high", "documents": [{"text": "d"}], "temperature": 0.5,
+    }  # fmt: skip
+    demand = read_demand(CHAT, json.dumps(body).encode())
+    query = tokenize_query(demand, demand.prompts[0])
+    assert query == {
+        "model": "m", "messages": body["messages"], "tools": body["tools"], "continue_final_message": True,
+        "chat_template_kwargs": {"x": 1, "enable_thinking": True, "reasoning_effort": "high", "documents": [{"text": "d"}]},
+    }  # fmt: skip
 
 
 def test_an_application_that_hides_the_limit_is_overruled() -> None:

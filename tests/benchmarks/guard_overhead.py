@@ -27,7 +27,18 @@ from guard_app import make_guard
 
 TOKENS = 100_000
 WORDS = [
-    *"the house of a truth universally acknowledged that single man in possession said and must be in want".split(),
+    "the",
+    "house",
+    "of",
+    "a",
+    "truth",
+    "universally",
+    "acknowledged",
+    "that",
+    "single",
+    "man",
+    "in",
+    "want",
     "café",
     "“yes”",
 ]

@@ -63,7 +63,7 @@ class Load:
     prompt_tokens: tuple[tuple[float, int, int], ...] = ((0.5, 4, 60), (0.35, 60, 400), (0.15, 400, 650))
     output_tokens: tuple[int, int] = (16, 320)
     too_long: float = 0.05
-    too_long_tokens: tuple[int, int] = (1010, 1500)
+    too_long_tokens: tuple[int, int] = (850, 1300)
     hang_up: float = 0.15
     longest_sleep_s: float = 2.0  # a client comes back after Retry-After, at most this, so that the pressure stays
     seed: int = 0

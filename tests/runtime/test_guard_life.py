@@ -417,7 +417,7 @@ def test_duplicates_are_all_set() -> None:
 
 
 class GuardMachine(RuleBasedStateMachine):
-    """Requests arrive, stream, end, fail, hang up and are cancelled, before and after they were admitted; time-outs come in between."""
+    """Requests arrive, stream, end, fail, hang up and are cancelled, before and after they were admitted."""
 
     calls: Bundle = Bundle("calls")
 

@@ -136,7 +136,7 @@ def test_a_client_that_reads_nothing_is_given_up() -> None:
     guard = make_guard(engine, send_timeout_s=0.2)
 
     async def scenario(port: int) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         writer.write(request(BODY))
         await asyncio.sleep(0.1)
         assert guard.admission.ledger.admitted == 1  # the stream is stuck in the client's full buffer

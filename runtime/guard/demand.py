@@ -10,7 +10,6 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-import pydantic_core
 from pydantic import TypeAdapter, ValidationError
 
 from .idspan import MARKER, IdSpan, shorten
@@ -25,6 +24,9 @@ CHAT, COMPLETION, RESPONSES, MESSAGES, COHERE, TOKENS = (
     "tokens",
 )
 
+TOKEN_ROUTE = "/inference/v1/generate"
+ID_NAMES = ((b'"prompt"',), (b'"token_ids"',))  # where a body may hold a long array of ids: others, and TOKEN_ROUTE
+
 # Routes that generate, and how their bodies read. `/invocations` is SageMaker's door to the same handlers: its body decides.
 ROUTES = {
     "/v1/chat/completions": CHAT,
@@ -33,7 +35,7 @@ ROUTES = {
     "/v1/responses": RESPONSES,
     "/v1/messages": MESSAGES,
     "/cohere/v2/chat": COHERE,
-    "/inference/v1/generate": TOKENS,
+    TOKEN_ROUTE: TOKENS,
     "/invocations": None,
 }
 
@@ -84,18 +86,16 @@ class Demand:
 
 
 def parse_json(body: bytes) -> Any:
+    """As Starlette and so vLLM parse it: UTF-16, a byte order mark, lone surrogates and NaN included."""
     try:
-        return pydantic_core.from_json(body)
-    except ValueError:
-        try:  # what Python's parser takes beyond it (lone surrogates, NaN) vLLM takes too
-            return json.loads(body)
-        except (ValueError, RecursionError):
-            raise Unreadable from None
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise Unreadable from None
 
 
 def read_demand(route: str, body: bytes) -> Demand:
     """Raises Unreadable for what vLLM refuses itself, Refusal for numbers it refuses with words of its own."""
-    short, span = shorten(body)
+    short, span = shorten(body, ID_NAMES[route == TOKEN_ROUTE])
     request = parse_json(short)
     if not isinstance(request, dict):
         raise Unreadable

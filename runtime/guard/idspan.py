@@ -14,7 +14,6 @@ import pydantic_core
 
 LONG = 65536  # bytes of a body from which this pays
 MARKER = -(2**40)  # not a token id
-NAMES = (b'"prompt"', b'"token_ids"')
 OPENING = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*\[")
 IN_ARRAY = b"0123456789, \t\r\n"
 
@@ -30,7 +29,7 @@ class IdSpan:
         return pydantic_core.from_json(b"[%b]" % self.raw)
 
 
-def shorten(body: bytes, names: tuple[bytes, ...] = NAMES) -> tuple[bytes, IdSpan | None]:
+def shorten(body: bytes, names: tuple[bytes, ...]) -> tuple[bytes, IdSpan | None]:
     """The body with its long array of ids replaced by [MARKER], and that array; the body itself when there is none."""
     if len(body) < LONG:
         return body, None

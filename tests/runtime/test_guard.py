@@ -499,7 +499,7 @@ def test_a_long_array_of_ids_is_counted_as_the_parser_counts_it(
     body = json.dumps(
         {"user": hidden, name: ids, "other": {name: [1]}, "z": [hidden]}, indent=1 if spaced else None
     ).encode()
-    short, span = shorten(body)
+    short, span = shorten(body, (f'"{name}"'.encode(),))
     assert len(body) < 65536 or (span is not None and span.ids() == ids and span.count == len(ids))
     if span is not None:
         assert json.loads(short) == {"user": hidden, name: [MARKER], "other": {name: [1]}, "z": [hidden]}
@@ -509,7 +509,7 @@ def test_a_text_that_looks_like_an_array_of_ids_stays_text() -> None:
     """The whole text is counted, wherever it says "prompt":[1,1,...]."""
     text = 'see "prompt":[' + "1, " * 30_000 + "1]"
     body = json.dumps({"prompt": text, "max_tokens": 1}).encode()
-    assert shorten(body) == (body, None)
+    assert shorten(body, (b'"prompt"',)) == (body, None)
     nested = json.dumps({"prompt": "a b", "x": {"prompt": [1] * 40_000}, "max_tokens": 1}).encode()
     demand = read_demand(COMPLETIONS, nested)
     assert demand.prompts[0].text == "a b"

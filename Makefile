@@ -22,7 +22,7 @@ unit: $(VENV)/.ready
 
 # The real vLLM on the CPU, in its own environment: it pins other versions than ours.
 engine: $(VENV)/.ready $(ENGINE_VENV)/.ready
-	M3QUANT_ENGINE_PYTHON=$(abspath $(ENGINE_VENV))/bin/python $(BIN)/python -m pytest -n 2 -m engine
+	M3QUANT_ENGINE_PYTHON=$(abspath $(ENGINE_VENV))/bin/python $(BIN)/python -m pytest -n 2 --dist loadgroup -m engine
 
 # pip builds nothing here and asks only for versions that pyproject.toml names.
 $(VENV)/.ready: pyproject.toml

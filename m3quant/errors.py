@@ -54,3 +54,7 @@ class StoppedError(M3QuantError):
     """The run stopped early but intact (full disk or GPU, a Hub that does not answer): the same command continues it."""
 
     exit_code = 4
+
+
+class GuardError(M3QuantError):
+    """The guard cannot protect this server: a setting is wrong, or the KV cache pool is not known."""

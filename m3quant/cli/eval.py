@@ -46,7 +46,7 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command("eval")
-@click.argument("ckpt", type=click.Path(path_type=Path))
+@click.argument("ckpt")
 @click.option(
     "--endpoint",
     metavar="URL",
@@ -55,7 +55,7 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--model", default=None, help="With --endpoint: the served model's name, where there are several.")
 @click.option("--api-key-env", metavar="NAME", default=None, help="With --endpoint: variable that holds the API key.")
-@click.option("--source", type=click.Path(path_type=Path), default=None, help="The checkpoint that CKPT was made from.")
+@click.option("--source", default=None, help="The checkpoint that CKPT was made from.")
 @click.option("--suite", default="quick", show_default=True, metavar="quick|full|FILE", help="What to measure.")
 @click.option(
     "--data", metavar="FILE|NAME", default=None, help="Text in place of the suite's: a file, folder, wikitext-2, pg19."
@@ -70,11 +70,11 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--fail-over", metavar="LIMITS", default=None, help="Exit 1 beyond these, e.g. kld=0.05,ppl=+2%.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
-    ckpt: Path,
+    ckpt: str,
     endpoint: str | None,
     model: str | None,
     api_key_env: str | None,
-    source: Path | None,
+    source: str | None,
     suite: str,
     data: str | None,
     device: str,
@@ -84,16 +84,18 @@ def command(
     fail_over: str | None,
     as_json: bool,
 ) -> None:
-    """Measure CKPT (a source, or an output of m3quant), and its distance from --source. Run again after an interruption: it continues."""
+    """Measure CKPT (a source or an output of m3quant; a folder or a Hub repo), and its distance from --source. Run again after an interruption: it continues."""
     from ..evaluate.run import Settings
+    from .progress import local_folder
 
     if endpoint is not None:
         if source is not None:
             raise EvaluationError("--source is compared by streaming: leave --endpoint out, or evaluate the two apart.")
-        _served(ckpt, endpoint, model, api_key_env, suite, data, report, fail_over, as_json)
+        _served(local_folder(ckpt), endpoint, model, api_key_env, suite, data, report, fail_over, as_json)
         return
     settings = Settings(device, states, batch_tokens)
-    run_eval(ckpt, source, suite, data, settings, report, fail_over, as_json)
+    folder, origin = local_folder(ckpt), local_folder(source) if source else None
+    run_eval(folder, origin, suite, data, settings, report, fail_over, as_json)
 
 
 def run_eval(

@@ -1,0 +1,53 @@
+"""Keeps a prompt of a hundred thousand token ids from becoming a hundred thousand Python integers just to be counted.
+
+The array after `"prompt":` or `"token_ids":` is replaced by a marker and its ids are counted by its commas. A quote, the name and a quote,
+followed by a colon and a bracket, cannot stand inside a JSON string (its quotes would be escaped), so what is replaced is always an
+array, and whose it is the parser says.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import pydantic_core
+
+LONG = 65536  # bytes of a body from which this pays
+MARKER = -(2**40)  # not a token id
+OPENING = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*\[")
+IN_ARRAY = b"0123456789, \t\r\n"
+
+
+@dataclass(frozen=True)
+class IdSpan:
+    """The bytes between the brackets, and how many ids they hold."""
+
+    raw: bytes
+    count: int
+
+    def ids(self) -> list[int]:
+        return pydantic_core.from_json(b"[%b]" % self.raw)
+
+
+def shorten(body: bytes, names: tuple[bytes, ...]) -> tuple[bytes, IdSpan | None]:
+    """The body with its long array of ids replaced by [MARKER], and that array; the body itself when there is none."""
+    if len(body) < LONG:
+        return body, None
+    for name in names:
+        at = body.find(name)
+        while at >= 0:
+            at += len(name)
+            if (opening := OPENING.match(body, at)) and (span := id_span(body, opening.end())):
+                start = opening.end()
+                return b"%b%d%b" % (body[:start], MARKER, body[start + len(span.raw) :]), span
+            at = body.find(name, at)
+    return body, None
+
+
+def id_span(body: bytes, start: int) -> IdSpan | None:
+    """The array whose bracket opens just before `start`, if it is long and of plain non-negative numbers."""
+    end = body.find(b"]", start)
+    if end - start < LONG // 2:
+        return None
+    raw = body[start:end]
+    return None if raw.translate(None, IN_ARRAY) else IdSpan(raw, raw.count(b",") + 1)

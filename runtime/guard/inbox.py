@@ -1,0 +1,79 @@
+"""A request's incoming side: reads the body up to a limit, replays it unchanged, and notices a client that hangs up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from .replies import Refusal, body_too_large
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+
+
+class ClientGone(Exception):
+    """The client hung up: nobody is left to answer."""
+
+
+class Inbox:
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._size = 0
+        self.refusal: Refusal | None = None  # what became of a body over the limit
+        self._replay: list[Message] = []
+        self._next: asyncio.Task[Message] | None = None
+
+    async def read(self) -> bytes:
+        """The whole body. Raises ClientGone, or the 413 refusal when it is over the limit, whatever Content-Length said."""
+        chunks = []
+        while True:
+            message = await self._receive()
+            if message["type"] != "http.request":
+                raise ClientGone
+            chunks.append(self._counted(message))
+            self._replay.append(message)
+            if not message.get("more_body", False):
+                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def replace(self, body: bytes) -> None:
+        self._replay = [{"type": "http.request", "body": body, "more_body": False}]
+
+    def hang_up(self) -> asyncio.Task[Message]:
+        """A task that ends when the client hangs up. Only after `read`: no other message can come then."""
+        if self._next is None:
+            self._next = asyncio.ensure_future(self._receive())
+        return self._next
+
+    async def receive(self) -> Message:
+        """What the application reads: the same messages in the same pieces, then the live connection."""
+        if self._replay:
+            return self._replay.pop(0)
+        return await asyncio.shield(
+            self.hang_up()
+        )  # the application may give up waiting; the message must not get lost
+
+    async def counted(self) -> Message:
+        """For a route whose body the guard does not read: the live messages, refused once they are over the limit."""
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._counted(message)
+        return message
+
+    def _counted(self, message: Message) -> bytes:
+        body: bytes = message.get("body", b"")
+        self._size += len(body)
+        if self._size > self._limit:
+            self.refusal = body_too_large(self._limit)
+            raise self.refusal
+        return body
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client was seen to hang up."""
+        return self._next is not None and self._next.done() and not self._next.cancelled()
+
+    def close(self) -> None:
+        if self._next is not None:
+            self._next.cancel()

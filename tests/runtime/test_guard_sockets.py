@@ -1,0 +1,161 @@
+"""The guard behind a real HTTP server (uvicorn, as vLLM uses it): what sockets do that ASGI messages do not show."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import uvicorn
+from guard_app import FakeEngine, completion, make_guard
+
+from m3quant.runtime.guard import Guard, GuardSettings
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+class Engine(FakeEngine):
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        await super().__call__(scope, receive, send)
+
+
+def serve(guard: Guard, scenario: Callable[[int], Awaitable[None]]) -> None:
+    class Quiet(uvicorn.Server):
+        def install_signal_handlers(self) -> None: ...
+
+        def capture_signals(self) -> Any:
+            from contextlib import nullcontext
+
+            return nullcontext()
+
+    async def main() -> None:
+        guard._chain_signals = lambda: None  # type: ignore[method-assign]  # the signals of this process belong to pytest
+        server = Quiet(uvicorn.Config(guard, host="127.0.0.1", port=0, log_level="error", lifespan="on"))
+        task = asyncio.ensure_future(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        try:
+            await asyncio.wait_for(scenario(server.servers[0].sockets[0].getsockname()[1]), 20)
+        finally:
+            server.should_exit = True
+            await task
+
+    asyncio.run(main())
+
+
+async def talk(port: int, *parts: bytes, pause_s: float = 0.0, close_after: bool = False) -> bytes:
+    """Sends the parts; returns all that comes back, or nothing when it closes right after sending."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for part in parts:
+        writer.write(part)
+        await writer.drain()
+        await asyncio.sleep(pause_s)
+    answer = b"" if close_after else await reader.read()
+    writer.close()
+    return answer
+
+
+def request(body: bytes, length: int | None = None) -> bytes:
+    return HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % (len(body) if length is None else length) + body
+
+
+def chunked(*chunks: bytes) -> bytes:
+    framed = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks)
+    return HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + framed + b"0\r\n\r\n"
+
+
+async def idle(guard: Guard) -> None:
+    for _ in range(200):
+        ledger = guard.admission.ledger
+        if (ledger.reserved, ledger.admitted, ledger.waiting, len(guard.inside)) == (0, 0, 0, 0):
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(guard.state())
+
+
+BODY = json.dumps(completion(20, 12)).encode()
+
+
+def test_chunked_slow_and_short_bodies() -> None:
+    engine = Engine()
+    guard = make_guard(engine, max_body_bytes=4096)
+
+    async def scenario(port: int) -> None:
+        assert b" 200 OK" in await talk(port, chunked(BODY[:7], BODY[7:]))
+        whole = request(BODY)
+        assert b" 200 OK" in await talk(port, *(whole[at : at + 40] for at in range(0, len(whole), 40)), pause_s=0.005)
+        assert engine.bodies == [BODY, BODY]
+        await talk(
+            port, request(BODY, length=len(BODY) + 50), close_after=True
+        )  # promises more than it sends, and leaves
+        assert b" 413 " in await talk(port, request(BODY, length=5000))
+        assert b" 413 " in await talk(port, chunked(*[b" " * 1000] * 5))
+        shorter = await talk(port, request(BODY, length=10))  # the rest is no second request
+        assert b" 200 OK" in shorter and engine.bodies[-1] == BODY[:10]  # not JSON: passed on as it came
+        await idle(guard)
+        assert len(engine.bodies) == 3
+
+    serve(guard, scenario)
+
+
+def test_hanging_up_waiting_running_and_while_streaming() -> None:
+    engine = Engine(stream=[b"x" * 1000] * 50)
+    guard = make_guard(engine)
+
+    async def scenario(port: int) -> None:
+        engine.go.clear()
+        body = request(json.dumps(completion(200, 56)).encode())
+        running = [asyncio.ensure_future(talk(port, body, pause_s=0.3, close_after=True)) for _ in range(4)]
+        await asyncio.sleep(0.1)
+        waiting = [asyncio.ensure_future(talk(port, body, pause_s=0.05, close_after=True)) for _ in range(3)]
+        await asyncio.sleep(0.03)
+        assert guard.admission.ledger.waiting == 3
+        await asyncio.gather(*running, *waiting)
+        await idle(guard)
+        assert engine.aborted == 4 and engine.most == 4
+        engine.go.set()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(body)
+        assert b" 200 OK" in await reader.readline()
+        writer.close()
+        await idle(guard)
+
+    serve(guard, scenario)
+
+
+def test_a_client_that_reads_nothing_is_given_up() -> None:
+    engine = Engine(stream=[b"x" * 2**20] * 64)
+    guard = make_guard(engine, send_timeout_s=0.2)
+
+    async def scenario(port: int) -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.write(request(BODY))
+        await asyncio.sleep(0.1)
+        assert guard.admission.ledger.admitted == 1  # the stream is stuck in the client's full buffer
+        await idle(guard)
+        writer.close()
+
+    serve(guard, scenario)
+
+
+def test_a_wrong_start_ends_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    guard = Guard(Engine(), GuardSettings(pool_tokens=16, block_size=16, max_model_len=16))
+
+    async def main() -> None:
+        server = uvicorn.Server(uvicorn.Config(guard, host="127.0.0.1", port=0, log_level="error", lifespan="on"))
+        try:
+            await server.serve()
+        except SystemExit as error:  # newer releases leave by themselves
+            assert error.code == 3
+        assert not server.started
+
+    asyncio.run(main())
+    assert "A KV cache of 16 tokens in blocks of 16 leaves nothing to serve from." in caplog.text

@@ -23,7 +23,7 @@ from m3quant.calibration.ops import Routing, router_scores
 from m3quant.calibration.ranges import fake_quantize, qparams
 from m3quant.calibration.search import BlockResult, require_finite
 from m3quant.calibration.settings import AwqSettings
-from m3quant.calibration.spec import LayerSpec, layer_shapes
+from m3quant.calibration.spec import EXPERTS, LayerSpec, layer_shapes
 from m3quant.calibration.stream import HiddenStates
 from m3quant.errors import CalibrationError
 from m3quant.schemes import KEEP, Scheme
@@ -90,23 +90,28 @@ def calibrate_layer(
     settings: AwqSettings,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    layer: Layer | None = None,
 ) -> CalibratedLayer:
     """Calibrate one decoder layer.
 
     tensors: the layer's tensors by relative name, dequantized (BF16 or F32). schemes: scheme by relative weight name;
     a name without one is kept. x: hidden states [S, L, H] entering this layer in the quantized stream. device: where
-    to compute; dtype: of activations (default float32 on the CPU, bfloat16 elsewhere). Feed-forward losses are
-    float32 everywhere. The same arguments on the same device give the same bytes. Raises CalibrationError for a
+    to compute; dtype: of activations (default float32 on the CPU, bfloat16 elsewhere). layer: those tensors where a
+    forward pass has already put them; its attention is left rounded. Feed-forward losses are
+    float32 on the CPU, and on a GPU TF32 products summed in float32 (`grouped`). The same arguments on the same device give the same bytes. Raises CalibrationError for a
     tensor or activation that is not finite, and, with settings.strict_coverage, for experts below the floor.
     """
     started = time.perf_counter()
     groups = {group.norm: group for group in fold_groups(spec, schemes)}
-    layer = Layer(spec, tensors, device, dtype)
+    layer = layer or Layer(spec, tensors, device, dtype)
     resident = {
         name: layer.weight(name) for name in layer_shapes(spec)
     }  # the layer's own tensors: one copy on the device
+    stacks = layer.expert_stacks()
+    whole = stacks is not None and all(bool(torch.isfinite(stack).all()) for stack in stacks)
     for name, tensor in resident.items():
-        require_finite(tensor, spec.index, name)
+        if not (whole and name.startswith(EXPERTS)):
+            require_finite(tensor, spec.index, name)
 
     states = HiddenStates(x) if isinstance(x, torch.Tensor) else x
     attention = AttentionSearch(layer, spec, resident, schemes, states, settings)
@@ -115,7 +120,7 @@ def calibrate_layer(
     require_finite(h, spec.index, "the input of the feed-forward block")
     assigned, ledger = _assign(layer, h, settings)
     second = BlockResult(log={"block": "mlp", "groups": [], "chosen": "unquantized"})
-    search = MlpSearch(spec, resident, schemes, h, assigned, settings)
+    search = MlpSearch(spec, resident, schemes, h, assigned, settings, stacks)
     if any(unit.quantized for unit in search.block.units):
         second = search.run(groups.get(MLP_NORM))
 

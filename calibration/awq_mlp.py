@@ -15,7 +15,8 @@ from m3quant.calibration.experts import ExpertTokens
 from m3quant.calibration.folds import FoldGroup, fold_norm, pair_folds
 from m3quant.calibration.glu import Glu, GluBlock, Sample
 from m3quant.calibration.ops import SILU
-from m3quant.calibration.ranges import COARSE_FACTORS, fake_quantize, search_range
+from m3quant.calibration.ranges import COARSE_FACTORS
+from m3quant.calibration.round_weight import round_weight
 from m3quant.calibration.rounding import Rounder
 from m3quant.calibration.scales import candidate, ratios, weight_mean
 from m3quant.calibration.search import BlockResult, best_ratio, choose, energy, range_log, squared_error
@@ -48,9 +49,10 @@ class MlpSearch:
         h: torch.Tensor,
         assigned: ExpertTokens | None,
         settings: AwqSettings,
+        stacks: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         self.spec, self.tensors, self.settings = spec, tensors, settings
-        self.block = GluBlock(spec, tensors, schemes, h, assigned)
+        self.block = GluBlock(spec, tensors, schemes, h, assigned, stacks)
         self.search, self.accept = settings.split(len(h), settings.search_tokens, spec.index, purpose=1)
         self.magnitude, self.moment = channel_means(h)
         self.identity = torch.ones_like(self.moment)
@@ -122,11 +124,11 @@ class MlpSearch:
         def rounded(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
             if scheme.kind != "int":
                 return weight
-            folded, shrink = weight * effective, None
-            if self.settings.range_search:
-                signed = self.settings.signed_scales
-                shrink = search_range(folded, scheme, moment.expand(len(folded), -1), COARSE_FACTORS, dtype, signed)
-            return fake_quantize(folded, scheme, 1.0 if shrink is None else shrink, dtype) / effective
+            second = moment if self.settings.range_search else None
+            return round_weight(
+                weight, scheme, effective, moment=second, factors=COARSE_FACTORS, scale_dtype=dtype,
+                signed=self.settings.signed_scales, errors=False,
+            ).acting  # fmt: skip
 
         def change(indices: list[int], weights: Glu) -> Glu:
             gate_scheme, up_scheme, _ = self.block.units[indices[0]].schemes
@@ -142,20 +144,24 @@ class MlpSearch:
 
     def _variant(self, sample: Sample, effective: torch.Tensor, ranges: bool, pair: bool) -> _Variant:
         """Round the block one chunk of units at a time, computing its output on the sample along the way."""
-        variant = _Variant(torch.zeros_like(sample.h))
+        variant, output = _Variant(sample.h), self.block.collect(sample, quantized=True)
         rounder = Rounder(self.block, self.settings, effective, self.moment, ranges, pair)
         for indices, source in self.block.chunks(quantized=True):
             rounded = rounder(indices, source)
-            self.block.add_output(variant.output, sample, indices, rounded.weights)
+            output.add(indices, rounded.weights)
             variant.error_before += rounded.error_before
             variant.error_after += rounded.error_after
             for slot, index in enumerate(indices):
                 names = self.block.units[index].names
                 for name, shrink in zip(names, rounded.shrink, strict=True):
                     if shrink is not None:
-                        variant.shrink[name] = shrink[slot].cpu()
-                if rounded.pair is not None and bool((rounded.pair[slot] != 1).any()):
-                    variant.pair[names[2]] = rounded.pair[slot].cpu()
+                        variant.shrink[name] = shrink[slot]
+            if rounded.pair is not None:
+                pairs = rounded.pair.cpu()
+                for index, t in zip(indices, pairs, strict=True):
+                    if bool((t != 1).any()):
+                        variant.pair[self.block.units[index].names[2]] = t
+        variant.output = output.total()
         return variant
 
 

@@ -104,7 +104,7 @@ def assign_tokens(
     counts = torch.bincount(flat, minlength=num_experts).tolist()
     tokens = list((order // top_k).split(counts))
     gates = list(weights[order].split(counts))
-    mass = [float(gate.double().sum()) for gate in gates]
+    mass = [float(gate.double().sum()) for gate in weights[order].cpu().split(counts)]
     ledger = ExpertLedger(layer, total, top_k, floor, counts, mass, [0] * num_experts)
     if strict and ledger.starved:
         raise CalibrationError(_starved_message(ledger))

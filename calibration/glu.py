@@ -2,23 +2,28 @@
 
 A routed expert is a unit with its own tokens and gate weights; the shared expert, or a dense layer's MLP, is a unit
 that sees every token with weight 1. The block's output is the weighted sum over units. Weights are kept as stored
-(BF16) and upcast to float32 a chunk of units at a time.
+(BF16). On the CPU a chunk of units at a time is upcast to float32 and computed unit by unit, the reference; on a GPU a
+chunk is computed as batched products (`grouped`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from m3quant.calibration import grouped
 from m3quant.calibration.experts import ExpertTokens
 from m3quant.calibration.folds import always_on_names, expert_names
+from m3quant.calibration.grouped import Block, PairSum, Rows, gated_rows, row_blocks, times
 from m3quant.calibration.ops import Activation, gated
 from m3quant.calibration.spec import LayerSpec
 from m3quant.schemes import KEEP, Scheme
 
-# float32 elements of weight (gate, up and down together) resident at once: M3 has 57 M per expert, M2 14 M.
-_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
+# Elements of weight (gate, up and down together) of a chunk, float32 while they are searched: M3 has 57 M per expert,
+# M2 14 M. On a GPU a chunk is one batch of products: 9 experts of M3, 37 of M2, and with all that is made of it 8 GB.
+_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 29}
 _ROWS = 8192  # activation rows multiplied at once
 
 
@@ -39,7 +44,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Glu:
-    """Stacked float32 weights of a chunk of units: gate and up [e, I, H], down [e, H, I]."""
+    """Stacked weights of a chunk of units: gate and up [e, I, H], down [e, H, I]; float32, or as stored on a GPU."""
 
     gate: torch.Tensor
     up: torch.Tensor
@@ -52,6 +57,51 @@ class Sample:
 
     h: torch.Tensor  # [n, H] float32
     rows: list[tuple[torch.Tensor, torch.Tensor]]
+    blocks: dict[tuple[int, ...], list[Block]] = field(default_factory=dict)  # of a chunk, made when first asked for
+    sums: dict[tuple[int, ...], PairSum] = field(default_factory=dict)
+
+
+class _Output:
+    """A block's output on a sample, collected chunk by chunk in the order of `units`."""
+
+    def __init__(self, block: "GluBlock", sample: Sample, units: list[int]) -> None:
+        self.block, self.sample = block, sample
+        self.out = torch.zeros_like(sample.h)
+
+    def add(self, indices: list[int], weights: Glu) -> None:
+        """A token appears once per unit, so index_add_ has one order anywhere."""
+        for slot, index in enumerate(indices):
+            rows, gates = self.sample.rows[index]
+            for part, gate in zip(rows.split(_ROWS), gates.split(_ROWS), strict=True):
+                if len(part):
+                    hidden = self.block.intermediate(self.sample.h[part], weights.gate[slot], weights.up[slot])
+                    self.out.index_add_(0, part, F.linear(hidden, weights.down[slot]) * gate[:, None])
+
+    def total(self) -> torch.Tensor:
+        return self.out
+
+
+class _GroupedOutput:
+    """The same in batched products."""
+
+    def __init__(self, block: "GluBlock", sample: Sample, units: list[int]) -> None:
+        self.block, self.sample = block, sample
+        key = tuple(units)
+        if key not in sample.sums:
+            sample.sums[key] = PairSum([sample.rows[i] for i in units], sample.h)
+        self.sum, self.first = sample.sums[key], 0
+
+    def add(self, indices: list[int], weights: Glu) -> None:
+        rows = [self.sample.rows[i] for i in indices]
+        blocks = self.sample.blocks.setdefault(tuple(indices), []) or row_blocks(rows)
+        self.sample.blocks[tuple(indices)] = blocks
+        for block in blocks:
+            hidden = self.block.hidden(self.sample.h[block.tokens], block, weights.gate, weights.up)
+            self.sum.put(block, self.first, times(hidden, block.of(weights.down)).mul_(block.gates[..., None]))
+        self.first += sum(len(tokens) for tokens, _ in rows)
+
+    def total(self) -> torch.Tensor:
+        return self.sum.total()
 
 
 class GluBlock:
@@ -64,11 +114,16 @@ class GluBlock:
         schemes: Mapping[str, Scheme],
         h: torch.Tensor,
         assigned: ExpertTokens | None,
+        stacks: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
+        """stacks: w1, w3, w2 of all routed experts where they lie in one piece each (`Layer.expert_stacks`)."""
         self.spec, self.tensors, self.h = spec, tensors, h
+        self.grouped = grouped.batched_on(h)
+        self.stacks = stacks if self.grouped else None
         self.activation: Activation = spec.activation
         self.units: list[Unit] = []
         self._input_moments: dict[int, torch.Tensor] = {}
+        self._blocks: dict[tuple[int, ...], list[Block]] = {}
         routed = expert_names(spec)
         if routed:
             assert assigned is not None, "a layer with experts needs its token assignment"
@@ -87,10 +142,14 @@ class GluBlock:
         tokens = tokens.to(self.h.device)
         position = torch.full((len(self.h),), -1, device=self.h.device)
         position[tokens] = torch.arange(len(tokens), device=self.h.device)
-        rows = []
-        for unit in self.units:
-            where = position[unit.tokens[: unit.natural]]
-            rows.append((where[where >= 0], unit.weights[: unit.natural][where >= 0]))
+        # All units at once: one by one, 257 units would wait for the GPU 514 times.
+        sizes = torch.tensor([unit.natural for unit in self.units])
+        where = position[torch.cat([unit.tokens[: unit.natural] for unit in self.units])]
+        gates = torch.cat([unit.weights[: unit.natural] for unit in self.units])
+        unit_of = torch.arange(len(sizes)).repeat_interleave(sizes).to(self.h.device)
+        found = where >= 0
+        counts = torch.bincount(unit_of[found], minlength=len(sizes)).tolist()
+        rows = list(zip(where[found].split(counts), gates[found].split(counts), strict=True))
         return Sample(self.h[tokens].float(), rows)
 
     def chunks(self, quantized: bool | None = None) -> Iterator[tuple[list[int], Glu]]:
@@ -115,46 +174,59 @@ class GluBlock:
             start = stop
 
     def _stack(self, indices: list[int]) -> Glu:
+        routed = self.spec.moe.num_experts if self.spec.moe else 0
+        if self.stacks is not None and indices[-1] < routed and indices[-1] - indices[0] == len(indices) - 1:
+            return Glu(
+                *(stack[indices[0] : indices[-1] + 1] for stack in (self.stacks[0], self.stacks[1], self.stacks[2]))
+            )
         parts = []
         for role in range(3):
             names = [self.units[i].names[role] for i in indices]
-            parts.append(torch.stack([self.tensors[name].to(self.h.device).float() for name in names]))
+            part = torch.stack([self.tensors[name].to(self.h.device) for name in names])
+            parts.append(part if self.grouped else part.float())
         return Glu(*parts)
+
+    def collect(self, sample: Sample, quantized: bool | None = None) -> _Output | _GroupedOutput:
+        """Where the outputs of `chunks(quantized)` are added up, in that order: add(indices, weights), total()."""
+        units = [i for i, unit in enumerate(self.units) if quantized is None or unit.quantized == quantized]
+        return (_GroupedOutput if self.grouped and units else _Output)(self, sample, units)
 
     def output(
         self, sample: Sample, change: Callable[[list[int], Glu], Glu] | None = None, quantized: bool | None = None
     ) -> torch.Tensor:
         """Sum over units on the sample, [n, H] float32, with weights replaced by change(indices, weights) if given."""
-        out = torch.zeros_like(sample.h)
+        out = self.collect(sample, quantized)
         for indices, weights in self.chunks(quantized):
-            self.add_output(out, sample, indices, change(indices, weights) if change else weights)
-        return out
-
-    def add_output(self, out: torch.Tensor, sample: Sample, indices: list[int], weights: Glu) -> None:
-        """Add these units' weighted outputs. A token appears once per unit, so index_add_ has one order anywhere."""
-        for slot, index in enumerate(indices):
-            rows, gates = sample.rows[index]
-            for part, gate in zip(rows.split(_ROWS), gates.split(_ROWS), strict=True):
-                if len(part):
-                    hidden = self.intermediate(sample.h[part], weights.gate[slot], weights.up[slot])
-                    out.index_add_(0, part, F.linear(hidden, weights.down[slot]) * gate[:, None])
+            out.add(indices, change(indices, weights) if change else weights)
+        return out.total()
 
     def intermediate(self, h: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """What the down-projection reads: h [n, H] -> [n, I]."""
         return gated(F.linear(h, gate), F.linear(h, up), self.activation)
 
-    def input_moment(self, index: int) -> torch.Tensor:
-        """E[h^2] over one unit's rows, weighted by gate^2, as an error counts in the block's output.
+    def hidden(self, h: torch.Tensor, block: Block, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """What the down-projections of a block's units read: h [u, n, H] float32, stacks [e, I, H] -> [u, n, I]."""
+        return gated_rows(h, block.of(gate), block.of(up), self.activation)
 
-        [H] float32; zeros for a unit without rows.
+    def input_moments(self, indices: list[int]) -> torch.Tensor:
+        """E[h^2] over each unit's rows, weighted by gate^2, as an error counts in the block's output.
+
+        [e, H] float32; zeros for a unit without rows.
         """
-        if index not in self._input_moments:
-            self._input_moments[index] = self._moment(index, lambda h: h)
-        return self._input_moments[index]
+        missing = [i for i in indices if i not in self._input_moments]
+        if missing and self.grouped:
+            found = self._grouped_moments(missing, self.h.shape[1], lambda h, block: h)
+            self._input_moments.update(zip(missing, found, strict=True))
+        elif missing:
+            self._input_moments.update({i: self._moment(i, lambda h: h) for i in missing})
+        return torch.stack([self._input_moments[i] for i in indices])
 
-    def down_moment(self, index: int, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """The same for the input of the unit's down-projection under this gate and up [I, H]: [I] float32."""
-        return self._moment(index, lambda h: self.intermediate(h, gate, up))
+    def down_moments(self, indices: list[int], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """The same for the inputs of the units' down-projections under gate and up [e, I, H]: [e, I] float32."""
+        if self.grouped:
+            return self._grouped_moments(indices, gate.shape[1], lambda h, block: self.hidden(h, block, gate, up))
+        reads = [partial(self.intermediate, gate=gate[slot], up=up[slot]) for slot in range(len(indices))]
+        return torch.stack([self._moment(i, read) for i, read in zip(indices, reads, strict=True)])
 
     def _moment(self, index: int, read: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         unit = self.units[index]
@@ -166,6 +238,26 @@ class GluBlock:
                 total = total + (read(self.h[tokens].float()).square() * squared[:, None]).sum(0, dtype=torch.float64)
                 mass += float(squared.sum(dtype=torch.float64))
         return (total / mass if mass else total).float()
+
+    def _grouped_moments(
+        self, indices: list[int], width: int, read: Callable[[torch.Tensor, Block], torch.Tensor]
+    ) -> torch.Tensor:
+        """`_moment` of several units at once; read(h [u, n, H], block) -> [u, n, width] float32, its own to overwrite."""
+        total = torch.zeros(len(indices), width, dtype=torch.float64, device=self.h.device)
+        mass = torch.zeros(len(indices), dtype=torch.float64, device=self.h.device)
+        for block in self._all_rows(indices):
+            values = read(self.h[block.tokens].float(), block).square_().mul_(block.gates.square()[..., None])
+            units = slice(None) if block.units is None else block.units
+            total[units] += values.sum(1, dtype=torch.float64)
+            mass[units] += block.gates.square().sum(1, dtype=torch.float64)
+        return (total / torch.where(mass > 0, mass, 1.0)[:, None]).float()
+
+    def _all_rows(self, indices: list[int]) -> list[Block]:
+        key = tuple(indices)
+        if key not in self._blocks:
+            rows: Rows = [(self.units[i].tokens, self.units[i].weights) for i in indices]
+            self._blocks[key] = row_blocks(rows)
+        return self._blocks[key]
 
 
 def _schemes(names: tuple[str, str, str], schemes: Mapping[str, Scheme]) -> tuple[Scheme, Scheme, Scheme]:

@@ -20,7 +20,7 @@ from m3quant.calibration.ops import Activation, Routing
 from m3quant.calibration.spec import EXPERTS, LayerSpec, MoeSpec, layer_shapes, layer_spec, text_config
 from m3quant.errors import CheckpointError
 
-__all__ = ["Layer", "LayerSpec", "MoeSpec", "SparseSpec", "layer_shapes", "layer_spec", "stack_experts"]
+__all__ = ["Layer", "LayerSpec", "LayerTensors", "MoeSpec", "SparseSpec", "layer_shapes", "layer_spec", "stack_experts"]
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -39,12 +39,27 @@ def _expert_list(tensors: Tensors, spec: LayerSpec, which: str) -> list[torch.Te
     return [tensors[f"{EXPERTS}{expert}.{which}.weight"] for expert in range(spec.moe.num_experts)]
 
 
+class LayerTensors(dict[str, torch.Tensor]):
+    """A layer's tensors by relative name on one device, those of routed experts being views of three stacks.
+
+    stacks: "w1", "w3" [E, I, H] and "w2" [E, H, I]. A Layer made of it computes from the stacks where they lie, and
+    `set_weight` writes into them.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], stacks: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.stacks = dict(stacks)
+        for which, stack in stacks.items():
+            self.update({f"{EXPERTS}{expert}.{which}.weight": part for expert, part in enumerate(stack)})
+
+
 class Layer:
     """A decoder layer that computes from stored tensors.
 
     tensors: relative name -> tensor, as stored (see `layer_shapes`); extra names are ignored. dtype: compute dtype,
     float32 on the CPU and bfloat16 on a GPU if None. On the CPU the given tensors are used where they lie; on a GPU
-    experts are copied into three stacks. `set_weight` never writes into a tensor that was passed in.
+    experts are copied into three stacks (unless they come as LayerTensors). `set_weight` never writes into a tensor
+    that was passed in, those of LayerTensors apart.
     Inputs x are [S, L, H] windows from position 0; the residual stream keeps x's dtype. No method records gradients.
 
     Raises CheckpointError naming a tensor that is missing or has another shape than config.json implies.
@@ -67,6 +82,9 @@ class Layer:
         self._experts: dict[str, torch.Tensor | list[torch.Tensor]] = {}
         if spec.moe:
             for which in ("w1", "w3", "w2"):
+                if isinstance(tensors, LayerTensors):
+                    self._experts[which] = tensors.stacks[which]
+                    continue
                 parts = _expert_list(tensors, spec, which)
                 self._experts[which] = parts if self.device.type == "cpu" else _to_stack(parts, self.device)
         self._attention = _attention_module(spec, self._weights)
@@ -78,6 +96,13 @@ class Layer:
             expert, which = _expert_of(name)
             return self._experts[which][expert]
         return self._weights[name]
+
+    def expert_stacks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """w1 [E, I, H], w3 [E, I, H], w2 [E, H, I] as in use, on a GPU; None without routed experts and on the CPU."""
+        w1, w3, w2 = (self._experts.get(which) for which in ("w1", "w3", "w2"))
+        if isinstance(w1, torch.Tensor) and isinstance(w3, torch.Tensor) and isinstance(w2, torch.Tensor):
+            return w1, w3, w2
+        return None
 
     def set_weight(self, name: str, tensor: torch.Tensor) -> None:
         """Replace one weight. A routed expert on a GPU is rounded to its stack's dtype; every other keeps tensor's."""
@@ -266,6 +291,11 @@ def _transformers_config(config_json: str) -> Any:
     config: Any = MiniMaxM2Config.from_dict(values) if m2 else MiniMaxM3VLConfig.from_dict(values).text_config
     config._attn_implementation = _ATTENTION
     return config
+
+
+def import_modeling(spec: LayerSpec) -> None:
+    """Import transformers' code for this architecture, which takes seconds, before a layer needs it."""
+    _modeling(spec)
 
 
 def _modeling(spec: LayerSpec) -> tuple[Any, type[nn.Module], type[nn.Module]]:

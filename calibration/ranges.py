@@ -45,8 +45,24 @@ def fake_quantize(
     weight: torch.Tensor, scheme: Scheme, shrink: float | torch.Tensor = 1.0, scale_dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
     """The float32 weight [..., N, K] that an engine sees after `weight` is stored with `qparams(...)`."""
+    if fused(weight, scheme, scale_dtype) and (isinstance(shrink, torch.Tensor) or shrink == 1.0):
+        from m3quant.calibration.kernels import round_groups
+
+        given = shrink.reshape(-1, *shrink.shape[-2:]) if isinstance(shrink, torch.Tensor) else None
+        rounded = round_groups(weight.reshape(-1, *weight.shape[-2:]), scheme, shrink=given)[0]
+        assert rounded is not None
+        return rounded.view(weight.shape)
     scale, zero_point = qparams(weight, scheme, shrink, scale_dtype)
     return dequantize(quantize(weight, scale, zero_point, scheme), scale, zero_point, scheme)
+
+
+def fused(weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> bool:
+    """Whether the Triton kernel, which gives the same numbers, takes this weight."""
+    if not weight.is_cuda:
+        return False
+    from m3quant.calibration.kernels import supports
+
+    return supports(weight, scheme, scale_dtype)
 
 
 def _ends(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -86,6 +102,12 @@ def search_range(
     """
     lead, (rows, columns) = weight.shape[:-2], weight.shape[-2:]
     flat, moment = weight.reshape(-1, rows, columns), second_moment.reshape(-1, 1, columns)
+    if fused(weight, scheme, scale_dtype):
+        from m3quant.calibration.kernels import round_groups
+
+        found = round_groups(flat, scheme, moment=moment[:, 0].float(), factors=factors, signed=signed, acting=False)[1]
+        assert found is not None
+        return found.view(*lead, rows, -1)
     shrink = torch.empty(flat.shape[0], rows, group_count(columns, scheme), dtype=torch.float32, device=weight.device)
     for batch, span in _chunks(flat.shape, _CHUNK["cuda" if weight.is_cuda else "cpu"]):
         part = flat[batch, span].float()

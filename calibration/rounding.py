@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from m3quant.calibration.glu import Glu, GluBlock
-from m3quant.calibration.ops import gated
-from m3quant.calibration.ranges import blend, fake_quantize, search_range, weighted_error
+from m3quant.calibration.grouped import gated_rows, times
+from m3quant.calibration.ranges import blend
+from m3quant.calibration.round_weight import RoundedWeight, round_weight
 from m3quant.calibration.scales import candidate, ratios, relative_magnitude
 from m3quant.calibration.settings import AwqSettings
 from m3quant.schemes import Scheme
@@ -34,16 +35,6 @@ class Rounded:
     error_after: float  # and at the chosen ranges
 
 
-@dataclass
-class _Part:
-    """One role of a chunk: rounded weights as they act, weighted errors at full and at chosen range."""
-
-    acting: torch.Tensor
-    shrink: torch.Tensor | None = None
-    error_before: float = 0.0
-    error_after: float = 0.0
-
-
 class Rounder:
     """How a block is rounded. effective [H]: scale folded into the norm; moment [H]: the layer's mean h^2."""
 
@@ -65,57 +56,50 @@ class Rounder:
         gate = self._round(source.gate, schemes[0], self.effective, inputs)
         up = self._round(source.up, schemes[1], self.effective, inputs)
         hidden = self._down_moment(indices, gate.acting, up.acting) if self.ranges else None
-        down = self._round(source.down, schemes[2], torch.ones_like(source.down[:, 0, :]), hidden)
+        ones = torch.ones(len(source.down), source.down.shape[2], device=source.down.device)
+        down = self._round(source.down, schemes[2], ones, hidden)
         parts = (gate, up, down)
         result = Rounded(
             weights=Glu(gate.acting, up.acting, down.acting),
             shrink=[part.shrink for part in parts],
             pair=None,
-            error_before=sum(part.error_before for part in parts),
-            error_after=sum(part.error_after for part in parts),
+            error_before=sum(part.before for part in parts),
+            error_after=sum(part.after for part in parts),
         )
         return self._try_pair(indices, source, result, hidden) if self.pair else result
 
     def _input_moment(self, indices: list[int]) -> torch.Tensor:
-        own = torch.stack([self.block.input_moment(i) for i in indices])
+        own = self.block.input_moments(indices)
         return blend(own, self.moment, self._rows(indices), INPUT_PRIOR_ROWS)
 
     def _down_moment(self, indices: list[int], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        own = torch.stack([self.block.down_moment(i, gate[slot], up[slot]) for slot, i in enumerate(indices)])
+        own = self.block.down_moments(indices, gate, up)
         return blend(own, _flat_prior(own), self._rows(indices), DOWN_PRIOR_ROWS)
 
     def _rows(self, indices: list[int]) -> torch.Tensor:
         return torch.tensor([[float(len(self.block.units[i].tokens))] for i in indices], device=self.block.h.device)
 
-    def _round(self, weight: torch.Tensor, scheme: Scheme, column: torch.Tensor, moment: torch.Tensor | None) -> _Part:
+    def _round(
+        self, weight: torch.Tensor, scheme: Scheme, column: torch.Tensor, moment: torch.Tensor | None
+    ) -> RoundedWeight:
         """Round weight [e, N, K] folded by column [K] or [e, K]. moment [e, K]: of the folded input; None: no ranges."""
         if scheme.kind != "int":
-            return _Part(weight)
-        dtype, column = self.settings.scale_dtype, column[..., None, :]
-        folded = weight * column
-        full = fake_quantize(folded, scheme, scale_dtype=dtype)
-        if moment is None:
-            return _Part(full / column)
-        shrink = search_range(folded, scheme, moment, scale_dtype=dtype, signed=self.settings.signed_scales)
-        chosen = fake_quantize(folded, scheme, shrink, dtype)
-        before, after = (
-            float(weighted_error(folded, rounded, moment[:, None, :], scheme).sum(dtype=torch.float64))
-            for rounded in (full, chosen)
-        )
-        return _Part(chosen / column, shrink, before, after)
+            return RoundedWeight(weight)
+        dtype, signed = self.settings.scale_dtype, self.settings.signed_scales
+        return round_weight(weight, scheme, column, moment=moment, scale_dtype=dtype, signed=signed)
 
     def _try_pair(self, indices: list[int], source: Glu, plain: Rounded, hidden: torch.Tensor | None) -> Rounded:
         """Per expert, scale up's rows by 1/t and down's columns by t where that lowers its own output error."""
         up_scheme, down_scheme = self.block.units[indices[0]].schemes[1:]
         h, gates = self._padded_rows(indices)
-        activations = self._hidden(h, plain.weights) * gates[..., None]
+        # In float32: a channel whose activations all but cancel would get another scale from TF32's.
+        activations = self._hidden(h, plain.weights, exact=True) * gates[..., None]
         t = self._best_pair(activations, gates, source.down, down_scheme, indices)
         down = self._round(source.down, down_scheme, t, None if hidden is None else hidden / t.square())
         up = source.up
         if up_scheme.kind == "int":
-            shrink = 1.0 if plain.shrink[1] is None else plain.shrink[1]
-            folded = source.up * self.effective / t[..., None]
-            up = fake_quantize(folded, up_scheme, shrink, self.settings.scale_dtype) * t[..., None] / self.effective
+            dtype = self.settings.scale_dtype
+            up = round_weight(source.up, up_scheme, self.effective, t, shrink=plain.shrink[1], scale_dtype=dtype).acting
         paired = Glu(plain.weights.gate, up, down.acting)
         target = self._unit_output(h, gates, source)
         better = self._loss(h, gates, paired, target) < self._loss(h, gates, plain.weights, target)
@@ -155,9 +139,9 @@ class Rounder:
     def _down_loss(
         self, activations: torch.Tensor, down: torch.Tensor, t: torch.Tensor, scheme: Scheme
     ) -> torch.Tensor:
-        column = t[:, None, :]
-        error = fake_quantize(down * column, scheme, scale_dtype=self.settings.scale_dtype) / column - down
-        return torch.bmm(activations, error.transpose(1, 2)).square().sum((1, 2), dtype=torch.float64)
+        dtype = self.settings.scale_dtype
+        error = round_weight(down, scheme, t, scale_dtype=dtype, difference=True).acting
+        return times(activations, error).square_().sum((1, 2), dtype=torch.float64)
 
     def _padded_rows(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Up to pair_tokens rows of every unit, spread evenly: h [e, n, H] float32, gates [e, n], 0 for padding."""
@@ -174,12 +158,11 @@ class Rounder:
                 gates[slot, :count] = unit.weights[pick]
         return h, gates
 
-    def _hidden(self, h: torch.Tensor, weights: Glu) -> torch.Tensor:
-        gate, up = (torch.bmm(h, weight.transpose(1, 2)) for weight in (weights.gate, weights.up))
-        return gated(gate, up, self.block.activation)
+    def _hidden(self, h: torch.Tensor, weights: Glu, exact: bool = False) -> torch.Tensor:
+        return gated_rows(h, weights.gate.float(), weights.up.float(), self.block.activation, exact)
 
     def _unit_output(self, h: torch.Tensor, gates: torch.Tensor, weights: Glu) -> torch.Tensor:
-        return torch.bmm(self._hidden(h, weights), weights.down.transpose(1, 2)) * gates[..., None]
+        return times(self._hidden(h, weights), weights.down.float()) * gates[..., None]
 
     def _loss(self, h: torch.Tensor, gates: torch.Tensor, weights: Glu, target: torch.Tensor) -> torch.Tensor:
         return (self._unit_output(h, gates, weights) - target).square().sum((1, 2), dtype=torch.float64)

@@ -99,10 +99,12 @@ def range_log(shrinks: Iterable[torch.Tensor], before: float, after: float) -> d
     """Mean magnitude of the range factors over all groups, the share of negative scales, and the part of the weighted
     rounding error that the search removed.
     """
-    total, negative, count = 0.0, 0, 0
-    for shrink in shrinks:
-        total, count = total + float(shrink.abs().sum(dtype=torch.float64)), count + shrink.numel()
-        negative += int((shrink < 0).sum())
+    parts = list(shrinks)
+    total, negative, count = 0.0, 0, sum(part.numel() for part in parts)
+    if parts:
+        # Stacked, so that a GPU is waited for once and not once a weight.
+        total = sum(torch.stack([part.abs().sum(dtype=torch.float64) for part in parts]).tolist())
+        negative = int(torch.stack([(part < 0).sum() for part in parts]).sum())
     return {
         "mean_shrink": total / count if count else 1.0,
         "negative_share": negative / count if count else 0.0,

@@ -94,6 +94,14 @@ class HiddenStates:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self.shape[2] * self.dtype.itemsize
+
+    @property
+    def on_gpu(self) -> bool:
+        return self._data is not None and self._data.is_cuda
+
     def read(self, windows: slice, device: torch.device | str | None = None) -> torch.Tensor:
         """Windows [n, L, H]; a copy, except that of states in memory on the same device (do not write into it)."""
         if self._data is not None:

@@ -18,6 +18,10 @@ from .plan import Plan, PlannedTensor
 FLOAT32 = 4
 # A tensor being quantized exists as stored, as a float32 working copy, as one temporary of it, and as codes.
 WORK_COPIES = 3
+# Weights that a GPU searches at once (calibration/glu.py), and bytes for each: float32 copies of them folded, rounded and
+# paired, and their activations. 17 GB for 2^30 weights were measured on an H200.
+SEARCH_CHUNK = 1 << 29
+SEARCH_BYTES_PER_WEIGHT = 20
 # Headroom on the disk for the journal, the report and the file system's own needs.
 DISK_MARGIN = 64 * 2**20
 
@@ -61,8 +65,11 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool 
     disk = plan.output_bytes + boundary + (2 * stream if spill else 0) + DISK_MARGIN
     streams = 4 * stream  # two streams, each with the layer's output beside its input
     if on_gpu:
-        # layer weights, searched copies of a chunk of experts, streams and activations on the device; the next layer waits on the host
-        return Resources(2 * layer + largest, 2 * layer + streams + largest, disk, boundary)
+        # On the device: this layer and the next, streams and activations, and what the search of a chunk of experts takes.
+        # On the host, pinned: one layer's packed output beside the one being written, and the boundary being saved.
+        scratch = SEARCH_BYTES_PER_WEIGHT * min(SEARCH_CHUNK, layer // 2)
+        packed = max(unit.bytes_out for unit in plan.units if unit.layer is not None)
+        return Resources(2 * packed + streams + largest, 2 * layer + streams + scratch + largest, disk, boundary)
     # Measured: about three layers (tests/convert/test_memory.py), of which one is read ahead; a fourth is margin.
     return Resources(4 * layer + streams + largest, 0, disk, boundary)
 

@@ -82,6 +82,17 @@ class Streams:
         with disk_errors():
             sync_folder(stem.parent)
 
+    def snapshot(self) -> Streams:
+        """A copy in host memory of streams that are in memory, to be saved while these move on."""
+        copies = []
+        for states in (self.source, self.quantized):
+            data = states.read(slice(None))
+            host = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
+            copies.append(HiddenStates(host.copy_(data, non_blocking=True)))
+        if self.source.on_gpu:
+            torch.cuda.current_stream().synchronize()
+        return Streams(*copies)
+
     def close(self) -> None:
         self.source.close()
         self.quantized.close()

@@ -7,6 +7,8 @@ So the layer's error, and at the end perplexity and KL divergence on held-out wi
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,22 +16,27 @@ import torch
 
 from ..calibration.awq import CalibratedLayer, calibrate_layer
 from ..calibration.experts import ExpertLedger
-from ..calibration.layers import Layer, layer_spec
+from ..calibration.layers import Layer, LayerTensors, layer_shapes, layer_spec
 from ..calibration.settings import AwqSettings
 from ..calibration.stream import Prefetcher, read_head, read_layer, run_layer
 from ..errors import CalibrationError
 from ..plan import Plan, PlannedTensor, Unit
-from ..quant.formats import TORCH_DTYPES, decompress
+from ..quant.formats import TORCH_DTYPES, compress, decompress
 from ..quant.layout import scale_dtype
 from ..reading import SourceReader
 from ..schemes import Scheme
-from .boundary import Streams, WindowView, drop_saved
+from ..timing import device_span
+from .boundary import Streams, WindowView
+from .device_layers import DeviceLoader
+from .device_warm_up import WarmUp
+from .expert_stacks import pack_experts
 from .journal import Journal
+from .layer_writer import LayerWriter
 from .pipeline import convert_unit
 from .quality import coverage, heldout_quality
 from .report import write_report
 from .stopping import StopFlag
-from .units import UnitWriter, shard_facts, store
+from .units import shard_facts
 
 if TYPE_CHECKING:
     from .settings import Progress, Settings
@@ -51,21 +58,28 @@ def convert_calibrated(
     """
     assert settings.windows is not None, "a calibrated recipe needs windows"
     run = _Run(plan, output, reader, settings, device, journal, stop, progress)
-    first = plan.units[0]
-    if first.index not in journal.records:
-        record = convert_unit(output, first, reader, plan.recipe.format, device, stop, progress.advance)
-        journal.finish_unit(first.index, shard_facts(record))
     todo = [u for u in plan.units if u.layer is not None and u.index not in journal.records]
-    streams = run.streams(todo[0] if todo else None)
-    try:
-        load = cast("Any", lambda unit: read_layer(reader, unit.layer))
-        with Prefetcher[Unit, dict[str, torch.Tensor]](load, todo) as layers:
-            for unit in todo:
-                run.convert_layer(unit, next(layers), streams)
+    first = plan.units[0]
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(contextlib.closing(run.writer))
+        warm_up = stack.enter_context(contextlib.closing(run.warm_up(todo)))
+        # The first layer is read while the tensors outside layers are converted.
+        layers = stack.enter_context(Prefetcher[Unit, dict[str, torch.Tensor]](run.loader(stack), todo))
+        if first.index not in journal.records:
+            record = convert_unit(output, first, reader, plan.recipe.format, device, stop, progress.advance)
+            journal.finish_unit(first.index, shard_facts(record))
+        streams = stack.enter_context(contextlib.closing(run.streams(todo[0] if todo else None)))
+        warm_up.close()
+        for unit in todo:
+            run.convert_layer(unit, next(layers), streams)
         quality = heldout_quality(read_head(reader, device), streams, run.tokens, plan.recipe.data.windows)
-    finally:
-        streams.close()
+        writer.wait()
     return _summary(plan, output, journal, settings, quality)
+
+
+def stacked_on(device: torch.device) -> bool:
+    """Whether layers come as stacks on the device, are packed there, and are written in the background."""
+    return device.type == "cuda"
 
 
 class _Run:
@@ -89,6 +103,9 @@ class _Run:
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.micro_batch = max(1, settings.micro_batch_tokens // self.tokens.shape[1])
         self.spill = journal.folder if settings.spill else None
+        # On a CPU stacks would be a second copy of a layer, and writing would take cores from the search.
+        self.stacked = stacked_on(device)
+        self.writer = LayerWriter(output, journal, background=self.stacked and not settings.spill)
         data, awq = plan.recipe.data, plan.recipe.awq
         self.awq = AwqSettings(
             scale_search=awq.smooth,
@@ -111,51 +128,74 @@ class _Run:
         shape = (self.tokens.shape[0], self.tokens.shape[1], hidden)
         return Streams.restored(self.journal.boundary(index), shape, self.dtype, self.device, self.spill)
 
+    def loader(self, stack: contextlib.ExitStack) -> Callable[[Unit], dict[str, torch.Tensor]]:
+        """Reads a unit's layer, by relative name: to the GPU, if there is one, or into host memory."""
+        if not self.stacked:
+            return lambda unit: read_layer(self.reader, cast("int", unit.layer))
+        device_loader = stack.enter_context(DeviceLoader(self.reader, self.device))
+        config = self.plan.checkpoint.config
+        return lambda unit: device_loader.load(layer_spec(config, cast("int", unit.layer)))
+
+    def warm_up(self, todo: Sequence[Unit]) -> WarmUp:
+        """Started; does nothing without a GPU or without a layer to do."""
+        spec = layer_spec(self.plan.checkpoint.config, cast("int", todo[0].layer)) if todo else None
+        return WarmUp(todo, spec if self.device.type == "cuda" else None, self.device)
+
     def convert_layer(self, unit: Unit, tensors: dict[str, torch.Tensor], streams: Streams) -> None:
-        """Calibrate, write and journal one layer. tensors: relative name -> dense source tensor; changed in place."""
+        """Calibrate one layer and hand it to the writer. tensors: relative name -> dense source; changed in place."""
         assert unit.layer is not None
         self.stop.check()
         prefix = self.plan.family.layer_prefix(unit.layer)
         schemes = {t.name.removeprefix(prefix): t.scheme for t in unit.tensors if t.action == "quantize"}
         spec = layer_spec(self.plan.checkpoint.config, unit.layer)
+        layer = Layer(spec, tensors, self.device, self.dtype)
+        with device_span("forward"):
+            run_layer(layer, streams.source, self.micro_batch)
+        self.stop.check()
         seen = WindowView(streams.quantized, 0, self.plan.recipe.data.windows)
-        calibrated = calibrate_layer(spec, tensors, schemes, seen, self.awq, self.device, self.dtype)
+        with device_span("search"):
+            calibrated = calibrate_layer(spec, tensors, schemes, seen, self.awq, self.device, self.dtype, layer)
         calibrated.device = self.device
         self.stop.check()
-        run_layer(Layer(spec, tensors, self.device, self.dtype), streams.source, self.micro_batch)
-        shard = self._write(unit, prefix, tensors, calibrated)
-        error = run_layer(
-            Layer(spec, tensors, self.device, self.dtype), streams.quantized, self.micro_batch, streams.source
-        )
-        streams.save(self.journal.boundary(unit.index + 1))
+        self.writer.begin(unit)
+        with device_span("pack"):
+            self._store(unit, prefix, layer, tensors, calibrated)
+        with device_span("forward"):
+            error = run_layer(layer, streams.quantized, self.micro_batch, streams.source)
         ledger = calibrated.ledger.to_json() if calibrated.ledger else None
-        self.journal.finish_unit(
-            unit.index, {**shard, "layer": unit.layer, "stream_error": error, "log": calibrated.log, "ledger": ledger}
-        )
-        drop_saved(self.journal.boundary(unit.index))
+        record = {"layer": unit.layer, "stream_error": error, "log": calibrated.log, "ledger": ledger}
+        self.writer.finish(unit, record, streams.snapshot() if self.writer.background else streams)
         self.progress.say(layer_line(unit.layer, calibrated, error or 0.0))
 
-    def _write(
-        self, unit: Unit, prefix: str, tensors: dict[str, torch.Tensor], calibrated: CalibratedLayer
-    ) -> dict[str, Any]:
-        writer = UnitWriter(self.output, unit)
-        try:
-            for planned in unit.tensors:
+    def _store(
+        self, unit: Unit, prefix: str, layer: Layer, tensors: dict[str, torch.Tensor], calibrated: CalibratedLayer
+    ) -> None:
+        """Hand every tensor of the shard to the writer, and put into `layer` what an engine computes with."""
+        planned = {t.name.removeprefix(prefix): t for t in unit.tensors}
+        packed: set[str] = set()
+        if isinstance(tensors, LayerTensors):
+            for names, outputs, ready in pack_experts(planned, calibrated, tensors.stacks, self.plan.recipe.format):
                 self.stop.check()
-                name = planned.name.removeprefix(prefix)
-                outputs, tensors[name] = self._one(planned, name, tensors[name], calibrated)
-                writer.add(outputs)
-                self.progress.advance(planned.source.stored_bytes)
-            record = writer.close()
-        except BaseException:
-            writer.abort()
-            raise
-        return shard_facts(record)
+                self.writer.add(outputs, ready)
+                packed.update(names)
+                self.progress.advance(sum(planned[name].source.stored_bytes for name in names))
+        used = layer_shapes(layer.spec)
+        for name, tensor in planned.items():
+            if name in packed:
+                continue
+            self.stop.check()
+            outputs, dense = self._one(tensor, name, tensors[name], calibrated)
+            if not isinstance(tensors, LayerTensors):
+                tensors[name] = dense
+            if name in used:
+                layer.set_weight(name, dense)
+            self.writer.add(outputs)
+            self.progress.advance(tensor.source.stored_bytes)
 
     def _one(
         self, planned: PlannedTensor, name: str, tensor: torch.Tensor, calibrated: CalibratedLayer
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """What is stored of one tensor, and the tensor that an engine computes with."""
+        """What is stored of one tensor, on the CPU, and the tensor that an engine computes with."""
         if planned.action == "copy" and planned.source.scale is not None:
             return self.reader.checkpoint.read_many(planned.source.names), tensor  # FP8 that no forward pass reads
         if planned.action != "quantize":
@@ -167,11 +207,10 @@ class _Run:
             return {planned.name: kept}, kept
         weight = calibrated.weight(name)
         scale, zero_point = calibrated.qparams(name, weight) if planned.scheme.kind == "int" else (None, None)
-        outputs = store(planned, weight, self.plan.recipe.format, scale, zero_point)
-        dense = decompress(
-            planned.parts(outputs), planned.scheme, self.plan.recipe.format, tuple(weight.shape), name=planned.name
-        )
-        return outputs, dense.to(torch.bfloat16)
+        fmt = self.plan.recipe.format
+        parts = compress(weight, planned.scheme, fmt, scale, zero_point, name=planned.name)
+        dense = decompress(parts, planned.scheme, fmt, tuple(weight.shape), name=planned.name)
+        return {f"{planned.module}.{suffix}": part.cpu() for suffix, part in parts.items()}, dense.to(torch.bfloat16)
 
 
 def layer_line(layer: int, calibrated: CalibratedLayer, error: float) -> str:

@@ -68,8 +68,8 @@ def fixtures(work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def wide_run(source: Path, output: Path, recipe_name: str) -> dict[str, Any]:
-    """Convert in this process (a child), and report seconds and peaks."""
+def wide_run(source: Path, output: Path, recipe_name: str, lines: list[str] | None = None) -> dict[str, Any]:
+    """Convert in this process (a child), and report seconds and peaks; what the conversion says goes into `lines`."""
     from m3quant.calibration.corpus import Windows
     from m3quant.checkpoint import Checkpoint
     from m3quant.convert.run import convert
@@ -85,7 +85,7 @@ def wide_run(source: Path, output: Path, recipe_name: str) -> dict[str, Any]:
     counts = np.full((shape[0], 1), shape[1])
     windows = Windows(ids=ids, window_kind_tokens=counts, kinds=("text",), sha256="", corpus_sha256="", tokenizer_sha256="", seed=0, source="random")  # fmt: skip
     started = time.perf_counter()
-    manifest = convert(plan, output, Settings(device="cuda", windows=windows), Quiet())
+    manifest = convert(plan, output, Settings(device="cuda", windows=windows), Quiet(started, lines))
     seconds = time.perf_counter() - started
     need = resources(plan, on_gpu=True)
     report = output / "m3quant-report" / "calibration.json"
@@ -105,9 +105,17 @@ def wide_run(source: Path, output: Path, recipe_name: str) -> dict[str, Any]:
 
 
 class Quiet:
+    """Keeps what a conversion says, with the seconds since it began, for who asks."""
+
+    def __init__(self, started: float, lines: list[str] | None) -> None:
+        self.started, self.lines = started, lines
+
     def start(self, total_bytes: int, done_bytes: int) -> None: ...
     def advance(self, count: int) -> None: ...
-    def say(self, line: str) -> None: ...
+
+    def say(self, line: str) -> None:
+        if self.lines is not None:
+            self.lines.append(f"{time.perf_counter() - self.started:.2f} {line}")
 
 
 def floor(folder: Path, size: int) -> dict[str, float]:

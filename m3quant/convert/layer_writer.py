@@ -1,0 +1,94 @@
+"""A finished layer to the disk: shard, boundary, journal record, in that order; behind the next layer's search if asked.
+
+One thread does all of it, so that the order of durability (see journal.py) is that of the calls. A layer is begun only
+when the one before it is durable, which bounds what waits in memory to one layer's output and two streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..plan import Unit
+from ..timing import span
+from .boundary import Streams, drop_saved
+from .journal import Journal
+from .units import UnitWriter, shard_facts
+
+
+class LayerWriter:
+    """Writes one layer at a time. Errors of the thread are raised by the next `begin` or by `wait`."""
+
+    def __init__(self, output: Path, journal: Journal, background: bool) -> None:
+        self.output, self.journal, self.background = output, journal, background
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-layer") if background else None
+        self._jobs: list[Future[None]] = []
+        self._writer: UnitWriter | None = None
+
+    def begin(self, unit: Unit) -> None:
+        """Open the unit's shard. Waits until the unit before it is durable."""
+        self.wait()
+        self._writer = UnitWriter(self.output, unit)
+
+    def add(self, outputs: dict[str, torch.Tensor], ready: torch.cuda.Event | None = None) -> None:
+        """CPU tensors of the shard, in any order. ready: passed when copies from a GPU into them are done."""
+        self._do(lambda: self._add(outputs, ready))
+
+    def finish(self, unit: Unit, record: dict[str, Any], streams: Streams) -> None:
+        """Close the shard, save the streams entering the next unit, journal `record` and the shard, drop the old ones.
+
+        In the background, streams must be a copy that nobody changes.
+        """
+        self._do(lambda: self._finish(unit, record, streams))
+
+    def wait(self) -> None:
+        """Return when everything so far is durable. Raises what went wrong, the shard in progress being dropped."""
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.result()
+
+    def close(self) -> None:
+        """Let finished layers become durable and drop a layer in progress; idempotent, raises nothing of theirs."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+        self._abort()
+
+    def _do(self, work: Callable[[], None]) -> None:
+        if self._pool is None:
+            work()
+        else:
+            self._jobs.append(self._pool.submit(work))
+
+    def _add(self, outputs: dict[str, torch.Tensor], ready: torch.cuda.Event | None) -> None:
+        if self._writer is None:
+            return  # an earlier piece failed, and its error is on the way
+        try:
+            if ready is not None:
+                ready.synchronize()
+            self._writer.add(outputs)
+        except BaseException:
+            self._abort()
+            raise
+
+    def _finish(self, unit: Unit, record: dict[str, Any], streams: Streams) -> None:
+        if self._writer is None:
+            return
+        try:
+            shard = shard_facts(self._writer.close())
+        except BaseException:
+            self._abort()
+            raise
+        self._writer = None
+        with span("save", streams.source.nbytes + streams.quantized.nbytes):
+            streams.save(self.journal.boundary(unit.index + 1))
+        self.journal.finish_unit(unit.index, {**shard, **record})
+        drop_saved(self.journal.boundary(unit.index))
+
+    def _abort(self) -> None:
+        if self._writer is not None:
+            self._writer.abort()
+            self._writer = None

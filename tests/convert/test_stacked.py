@@ -1,0 +1,91 @@
+"""The flow that a GPU takes (stacked layers, experts packed several at once, written in the background), on the CPU.
+
+It must write the bytes of the plain flow, and survive what that survives.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from convert.common import Silent, make_plan_of, make_source, run_plan, same_output
+
+from m3quant.calibration.layers import layer_spec
+from m3quant.calibration.stream import read_layer
+from m3quant.checkpoint import Checkpoint, ShardRecord
+from m3quant.convert import calibrated, expert_stacks, layer_writer
+from m3quant.convert.boundary import Streams
+from m3quant.convert.device_layers import DeviceLoader
+from m3quant.errors import StoppedError
+from m3quant.reading import SourceReader
+
+
+@pytest.fixture
+def stacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrated, "stacked_on", lambda device: True)
+    monkeypatch.setattr(expert_stacks, "_ELEMENTS", 100_000)  # three experts of the tiny layers at once
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "autoawq"])
+@pytest.mark.parametrize("family", ["m2", "m3"])
+def test_the_bytes_are_those_of_the_plain_flow(
+    tmp_path: Path, family: str, format: str, request: pytest.FixtureRequest
+) -> None:
+    if family == "m3" and format == "autoawq":
+        pytest.skip("vLLM has no AutoAWQ loader for M3, so no recipe may ask for it")
+    recipe: dict[str, Any] = {} if format == "compressed-tensors" else {"schemes": {"routed_experts": "int4-g128"}}
+    plan = make_plan_of(make_source(tmp_path / "src", family), "awq", format=format, **recipe)
+    run_plan(plan, tmp_path / "plain")
+    request.getfixturevalue("stacked")
+    run_plan(plan, tmp_path / "stacked")
+    assert same_output(tmp_path / "plain", tmp_path / "stacked") == []
+
+
+@pytest.mark.parametrize("family", ["m2", "m3"])
+def test_a_layer_loads_as_it_is_read(tmp_path: Path, family: str) -> None:
+    checkpoint = Checkpoint.open(make_source(tmp_path / "src", family))
+    reader = SourceReader(checkpoint)
+    with DeviceLoader(reader, torch.device("cpu")) as loader:
+        for index in range(2):
+            loaded, expected = loader.load(layer_spec(checkpoint.config, index)), read_layer(reader, index)
+            assert loaded.keys() == expected.keys()
+            assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_a_failure_behind_the_search_stops_the_run_and_the_same_command_continues(
+    tmp_path: Path, stacked: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer's streams cannot be saved: nothing of it is journalled, though the second is already under way."""
+    plan = make_plan_of(make_source(tmp_path / "src", "m2"), "awq")
+    run_plan(plan, tmp_path / "whole")
+    save = Streams.save
+
+    def full(self: Streams, stem: Path) -> None:
+        raise StoppedError("hidden states cannot be saved: No space left on device.")
+
+    monkeypatch.setattr(Streams, "save", full)
+    with pytest.raises(StoppedError, match="hidden states cannot be saved"):
+        run_plan(plan, tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*.tmp")), "the layer in progress was left behind"
+    monkeypatch.setattr(Streams, "save", save)
+    progress = Silent()
+    run_plan(plan, tmp_path / "out", progress=progress)
+    assert progress.lines[0].startswith("continuing: 1 of 3")
+    assert same_output(tmp_path / "whole", tmp_path / "out") == []
+
+
+def test_a_layer_that_cannot_be_written_leaves_no_shard(
+    tmp_path: Path, stacked: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan_of(make_source(tmp_path / "src", "m2"), "awq")
+
+    class Full(layer_writer.UnitWriter):
+        def close(self) -> ShardRecord:
+            raise StoppedError("disk full")
+
+    monkeypatch.setattr(layer_writer, "UnitWriter", Full)
+    with pytest.raises(StoppedError, match="disk full"):
+        run_plan(plan, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name != ".m3quant") == [plan.units[0].shard]

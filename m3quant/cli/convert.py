@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..checkpoint import Checkpoint
-from ..errors import EvaluationError, RecipeError
+from ..errors import EvaluationError, PlanError, RecipeError
 from ..plan import Plan, make_plan
 from ..recipe import build_recipe
 from .options import human_bytes, load_recipe, recipe_options
+
+if TYPE_CHECKING:
+    from ..convert.settings import Settings
 
 
 @click.command("convert")
@@ -40,6 +43,14 @@ from .options import human_bytes, load_recipe, recipe_options
 @click.option(
     "--fail-over", metavar="LIMITS", default=None, help="With --eval: exit 1 beyond these, e.g. kld=0.05,ppl=+2%."
 )
+@click.option(
+    "--engine",
+    type=click.Choice(("local", "ray")),
+    default="local",
+    show_default=True,
+    help="Where to run: this process, or all GPUs of a Ray cluster.",
+)
+@click.option("--address", metavar="HOST:PORT", default=None, help="Ray cluster to join [one started on this machine].")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -56,12 +67,16 @@ def command(
     min_expert_tokens: int | None,
     strict_coverage: bool,
     spill: bool,
+    engine: str,
+    address: str | None,
     suite: str | None,
     fail_over: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Quantize SRC into the folder DST. Run again after any interruption: it continues."""
+    if address and engine != "ray":
+        raise PlanError("--address names a Ray cluster: give --engine ray with it.")
     checkpoint = Checkpoint.open(src)
     recipe = load_recipe(checkpoint, to, recipe_file, settings, format_name)
     given = {"windows": windows, "window_length": window_length, "min_expert_tokens": min_expert_tokens}
@@ -84,17 +99,20 @@ def command(
         else:
             print_plan(plan)
         return
-    manifest = _run(plan, dst, device, corpus, strict_coverage, spill)
+    from ..convert.settings import Settings
+
+    how = Settings(device=device, strict_coverage=strict_coverage, spill=spill, engine=engine, address=address)
+    manifest = _run(plan, dst, how, corpus)
     told = {"output": str(dst), **manifest}
     if not as_json:
         print_result(plan, dst, manifest)
     elif suite is None:
         click.echo(json.dumps(told, indent=2))
     if suite is not None:
-        from ..evaluate.run import Settings
+        from ..evaluate.run import Settings as Evaluating
         from .eval import run_eval
 
-        run_eval(dst, Path(src), suite, None, Settings(device), None, fail_over, as_json, told)
+        run_eval(dst, Path(src), suite, None, Evaluating(device), None, fail_over, as_json, told)
 
 
 def _check_eval(suite: str, fail_over: str | None) -> None:
@@ -107,15 +125,13 @@ def _check_eval(suite: str, fail_over: str | None) -> None:
         check_limits(parse_limits(fail_over), tasks, source=True)
 
 
-def _run(plan: Plan, dst: Path, device: str, corpus: str | None, strict_coverage: bool, spill: bool) -> dict[str, Any]:
+def _run(plan: Plan, dst: Path, settings: Settings, corpus: str | None) -> dict[str, Any]:
     from ..convert.run import check_places, convert
-    from ..convert.settings import Settings
     from ..device import pick_device
     from .progress import BytesProgress
 
     check_places(plan, dst)
-    pick_device(device)
-    settings = Settings(device=device, strict_coverage=strict_coverage, spill=spill)
+    pick_device(settings.device)
     if plan.recipe.calibration != "none":
         settings.windows = calibration_windows(plan, corpus)
     with BytesProgress(plan.recipe.name) as progress:

@@ -23,7 +23,7 @@ from .gpu_stage import why_plain
 from .journal import MANIFEST, Journal, check_apart, check_output_folder, refuse_other_facts, remove_leftover
 from .pipeline import convert_units
 from .settings import Progress, Settings
-from .stopping import stop_on_signals
+from .stopping import StopFlag, stop_on_signals
 from .units import shard_facts
 
 
@@ -129,15 +129,7 @@ def _convert(
     started = time.monotonic()
     with stop_on_signals() as stop:
         if plan.recipe.calibration == "none":
-            if device.type == "cuda" and (reason := why_plain(device)):
-                progress.say(
-                    f"note: rounding with plain torch operations, because Triton's kernels do not run here ({reason})"
-                )
-            todo = [unit for unit in plan.units if unit.index not in journal.records]
-            convert_units(
-                output, todo, reader, plan.recipe.format, device, stop, progress.advance,
-                lambda unit, record: journal.finish_unit(unit.index, shard_facts(record)),
-            )  # fmt: skip
+            _convert_units(plan, output, reader, settings, device, journal, stop, progress)
             extra: dict[str, Any] = {}
         else:
             from .calibrated import convert_calibrated
@@ -159,6 +151,31 @@ def _write_own_figures(plan: Plan, output: Path, manifest: dict[str, Any]) -> No
         fingerprint = output_fingerprint(Checkpoint.open(output), manifest)
         record = conversion_record(plan, output.resolve().name, fingerprint, manifest)
         write_json_atomic(output / EVAL_FILE, record.model_dump(mode="json"))
+
+
+def _convert_units(
+    plan: Plan,
+    output: Path,
+    reader: SourceReader,
+    settings: Settings,
+    device: torch.device,
+    journal: Journal,
+    stop: StopFlag,
+    progress: Progress,
+) -> None:
+    """All units that the journal has no record of, rounded to nearest: none depends on another."""
+    todo = [unit for unit in plan.units if unit.index not in journal.records]
+    if settings.engine == "ray":
+        from .ray_engine import run_units
+
+        run_units(plan, output, todo, device.type, settings.address, journal, stop, progress.advance, progress.say)
+        return
+    if device.type == "cuda" and (reason := why_plain(device)):
+        progress.say(f"note: rounding with plain torch operations, because Triton's kernels do not run here ({reason})")
+    convert_units(
+        output, todo, reader, plan.recipe.format, device, stop, progress.advance,
+        lambda unit, record: journal.finish_unit(unit.index, shard_facts(record)),
+    )  # fmt: skip
 
 
 def _drop_lost_records(plan: Plan, output: Path, journal: Journal) -> None:

@@ -28,3 +28,5 @@ class Settings:
     strict_coverage: bool = False
     spill: bool = False  # keep hidden states on disk instead of memory
     micro_batch_tokens: int = 16384
+    engine: str = "local"  # or "ray": units over the GPUs of a cluster
+    address: str | None = None  # of the Ray cluster; None starts one on this machine

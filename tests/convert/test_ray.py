@@ -1,0 +1,153 @@
+"""Ray: two raylets on this machine stand for two nodes. The output is a single process's, also when a worker dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m3quant.checkpoint import sha256_file
+
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster, one worker
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-m2"
+STORE_BYTES = 80_000_000
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        cluster.add_node(**node)
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+def m3quant(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "m3quant", *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    output = tmp_path_factory.mktemp("alone") / "out"
+    done = m3quant("convert", FIXTURE, output, "--to", "int4", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    return hashes(output)
+
+
+def running_units() -> list[int]:
+    """Process ids of Ray workers that are converting a unit now: Ray writes the task's name over the command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if line.startswith(b"ray::_convert_unit"):
+                found.append(int(entry.name))
+    return found
+
+
+def test_units_on_two_nodes_give_the_bytes_of_one_process(address: str, alone: dict[str, str], tmp_path: Path) -> None:
+    done = m3quant(
+        "convert", FIXTURE, tmp_path / "out", "--to", "int4", "--device", "cpu", "--engine", "ray", "--address", address
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 nodes" in done.stderr
+    assert hashes(tmp_path / "out") == alone
+    assert not (tmp_path / "out" / ".m3quant").exists()
+
+
+def test_a_unit_whose_worker_is_killed_is_done_again(address: str, alone: dict[str, str], tmp_path: Path) -> None:
+    command = ["convert", FIXTURE, tmp_path / "out", "--to", "int4", "--device", "cpu", "--engine", "ray"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "m3quant", *map(str, command), "--address", address], stderr=subprocess.PIPE, text=True
+    )
+    deadline, killed = time.monotonic() + 120, 0
+    while time.monotonic() < deadline and run.poll() is None and killed < 2:
+        for pid in running_units()[:1]:
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+        time.sleep(0.02)
+    _, errors = run.communicate(timeout=240)
+    assert killed == 2, "no worker was caught at work"
+    assert run.returncode == 0, errors
+    assert hashes(tmp_path / "out") == alone
+    assert not (tmp_path / "out" / ".m3quant").exists()
+
+
+def test_a_stopped_run_is_continued_by_a_single_process(address: str, alone: dict[str, str], tmp_path: Path) -> None:
+    command = ["convert", FIXTURE, tmp_path / "out", "--to", "int4", "--device", "cpu"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "m3quant", *map(str, command), "--engine", "ray", "--address", address],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    units = tmp_path / "out" / ".m3quant" / "units.jsonl"
+    while run.poll() is None and not units.exists():
+        time.sleep(0.01)
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode in (0, 143), errors  # 0: the last unit was done before the signal was noticed
+    assert m3quant(*command).returncode == 0
+    assert hashes(tmp_path / "out") == alone
+
+
+def test_no_gpu_in_the_cluster_is_refused() -> None:
+    from m3quant.convert.ray_engine import unit_resources
+    from m3quant.errors import PlanError
+
+    with pytest.raises(PlanError, match="no GPU"):
+        unit_resources({"CPU": 4.0}, "cuda")
+    assert unit_resources({"CPU": 32.0, "GPU": 2.0}, "cuda") == {"num_gpus": 1, "num_cpus": 16}
+
+
+def test_a_cluster_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = probe.getsockname()[1]
+    done = m3quant(
+        "convert", FIXTURE, tmp_path / "out", "--to", "int4", "--engine", "ray", "--address", f"127.0.0.1:{free}"
+    )
+    assert done.returncode == 2 and "cannot be reached" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_an_address_without_ray_is_refused(tmp_path: Path) -> None:
+    done = m3quant("convert", FIXTURE, tmp_path / "out", "--to", "int4", "--address", "127.0.0.1:6379")
+    assert done.returncode == 2 and "--engine ray" in done.stderr
+
+
+def test_a_node_that_sees_another_checkpoint_says_so(tmp_path: Path) -> None:
+    from m3quant.checkpoint import Checkpoint
+    from m3quant.convert.ray_engine import Job, job_of, same_plan
+    from m3quant.errors import PlanError
+    from m3quant.plan import make_plan
+    from m3quant.recipe import build_recipe, named_recipe
+
+    plan = make_plan(Checkpoint.open(FIXTURE), build_recipe(named_recipe("int4")))
+    job: Any = job_of(plan, tmp_path / "out", "cpu")
+    with pytest.raises(PlanError, match="does not see the output folder"):
+        same_plan(job)
+    (tmp_path / "out" / ".m3quant").mkdir(parents=True)
+    assert same_plan(job).fingerprint() == plan.fingerprint()
+    with pytest.raises(PlanError, match="another checkpoint"):
+        same_plan(Job(job.source, job.output, job.recipe, "0" * 64, "cpu"))

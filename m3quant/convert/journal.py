@@ -16,6 +16,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,10 @@ class Journal:
         """Remove the state of finished work: the records first, for they point at the rest, the lock last so that nobody
         starts in a half-removed folder."""
         for path in sorted(self.folder.iterdir(), key=lambda p: (p.name == LOCK, p.name != RECORDS, p.name)):
-            path.unlink()
+            if path.is_dir():  # an attempt of a Ray worker that was lost
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         with contextlib.suppress(OSError):  # someone else may have made a lock meanwhile; they will remove it
             self.folder.rmdir()
         self.release()

@@ -80,8 +80,8 @@ def run_units(
                     journal.finish_unit(unit.index, facts)
                     on_bytes(unit.bytes_in)
         finally:
-            for reference in running:
-                ray.cancel(reference, force=True)
+            # Workers of a driver that has left are ended by Ray; what they leave is removed here or with the journal.
+            running.clear()
             _drop_attempts(output)
 
 

@@ -162,7 +162,7 @@ class AttentionSearch:
 
         scales = {r: candidate(magnitude, w_mean, r, self.settings.duo_scaling) for r in ratios(self.settings.n_grid)}
         options = ((ratio, *fold_norm(norm, scale, self.spec.norm_one_plus)) for ratio, scale in scales.items())
-        found = best_ratio(group.name, options, loss, identity)
+        found = best_ratio(group.name, options, loss, identity, self.settings.ranks)
         self._put({name: self.tensors[name] for name in self.readers})
         return found
 

@@ -106,7 +106,7 @@ class MlpSearch:
             r: candidate(self.magnitude, w_mean, r, self.settings.duo_scaling) for r in ratios(self.settings.n_grid)
         }
         options = ((ratio, *fold_norm(norm, scale, self.spec.norm_one_plus)) for ratio, scale in scales.items())
-        return best_ratio(group.name, options, loss, self.identity)
+        return best_ratio(group.name, options, loss, self.identity, self.settings.ranks)
 
     def _readers(self) -> list[tuple[torch.Tensor, Scheme]]:
         return [
@@ -146,8 +146,8 @@ class MlpSearch:
         """Round the block one chunk of units at a time, computing its output on the sample along the way."""
         variant, output = _Variant(sample.h), self.block.collect(sample, quantized=True)
         rounder = Rounder(self.block, self.settings, effective, self.moment, ranges, pair)
-        for indices, source in self.block.chunks(quantized=True):
-            rounded = rounder(indices, source)
+        chunks = self.block.chunks(quantized=True)
+        for (indices, _), rounded in self.settings.ranks.each(lambda chunk: rounder(*chunk), chunks):
             output.add(indices, rounded.weights)
             variant.error_before += rounded.error_before
             variant.error_after += rounded.error_after

@@ -7,7 +7,9 @@ numbers, and the bytes written from them, are those of a single process on the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -17,22 +19,29 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Ranks:
-    """This process among `size`. The default is a process alone, for which every method is the identity."""
+@dataclasses.dataclass(frozen=True)
+class _Hole:
+    """Where a tensor stood in a value whose tensors travel by themselves."""
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
-        self.rank, self.size, self.device = rank, size, torch.device(device)
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process among `size`. The default is a process alone, for which nothing travels."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device | str = "cpu"
 
     @property
     def first(self) -> bool:
         """Whether this rank writes: shards, journal and boundaries are rank 0's alone."""
         return self.rank == 0
 
-    def owner(self, item: int) -> int:
-        return item % self.size
-
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """[function(item) for item in items], each computed by one rank; small picklable results (numbers)."""
+        """[function(item) for item in items], each computed by one rank. For small picklable results, such as losses."""
         listed: Sequence[Item] = list(items)
         mine = {i: function(listed[i]) for i in range(self.rank, len(listed), self.size)}
         if self.size == 1:
@@ -42,22 +51,55 @@ class Ranks:
         merged = {i: result for part in parts for i, result in part.items()}
         return [merged[i] for i in range(len(listed))]
 
-    def share(self, tensor: torch.Tensor, owner: int) -> torch.Tensor:
-        """The owner's `tensor`, on every rank. The others pass one of the same shape and dtype, which is overwritten."""
-        if self.size > 1:
-            contiguous = tensor.contiguous()
-            dist.broadcast(_as_bytes(contiguous), owner)
-            if contiguous is not tensor:
-                tensor.copy_(contiguous)
-        return tensor
+    def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+        """(item, function(item)) in order, `size` items computed at once, one by each rank. For results that hold tensors.
 
-    def share_object(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank."""
+        A result is a tensor, None, a number, or a dataclass, list, tuple or dict of such; tensors arrive on `device`.
+        """
+        left = iter(items)
+        while together := list(islice(left, self.size)):
+            mine = function(together[self.rank]) if self.rank < len(together) else None
+            for owner, item in enumerate(together):
+                yield item, self.share(mine, owner)
+
+    def share(self, value: Any, owner: int = 0) -> Any:
+        """The owner's `value`, on every rank."""
         if self.size == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, 0)
-        return box[0]
+        tensors: list[torch.Tensor] = []
+        box = [_hollow(value, tensors) if self.rank == owner else None]
+        dist.broadcast_object_list(box, owner)
+        if self.rank == owner:
+            for tensor in tensors:
+                dist.broadcast(_as_bytes(tensor.contiguous()), owner)
+            return value
+        return self._filled(box[0], owner)
+
+    def _filled(self, value: Any, owner: int) -> Any:
+        if isinstance(value, _Hole):
+            tensor = torch.empty(value.shape, dtype=value.dtype, device=self.device)
+            dist.broadcast(_as_bytes(tensor), owner)
+            return tensor
+        return _rebuilt(value, lambda part: self._filled(part, owner))
+
+
+def _hollow(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """`value` with holes for its tensors, which are appended to `tensors` in the order in which holes are filled."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return _Hole(value.shape, value.dtype)
+    return _rebuilt(value, lambda part: _hollow(part, tensors))
+
+
+def _rebuilt(value: Any, part: Callable[[Any], Any]) -> Any:
+    """A dataclass, list, tuple or dict of the same kind, with `part` applied to each of its parts; anything else as it is."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value)(*(part(getattr(value, f.name)) for f in dataclasses.fields(value)))
+    if isinstance(value, list | tuple):
+        return type(value)(part(one) for one in value)
+    if isinstance(value, dict):
+        return {key: part(one) for key, one in value.items()}
+    return value
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

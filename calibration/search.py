@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from m3quant.calibration.folds import FoldGroup
+from m3quant.calibration.ranks import ALONE, Ranks
 from m3quant.errors import CalibrationError
 
 _ELEMENTS = 1 << 24  # differences formed at once, so that a loss in float64 needs no second copy of the output
@@ -63,16 +64,18 @@ def best_ratio(
     options: Iterable[tuple[float, torch.Tensor, torch.Tensor]],
     loss: Callable[[torch.Tensor], float],
     identity: torch.Tensor,
+    ranks: Ranks = ALONE,
 ) -> tuple[torch.Tensor | None, torch.Tensor, dict[str, Any]]:
     """Try identity and every (ratio, norm to store, effective scale); the first of the lowest losses wins.
 
     Returns the winner's norm (None for identity), its effective scale, and the log entry; ratio None means identity.
+    ranks: processes among which the candidates are divided.
     """
-    identity_loss = loss(identity)
+    tried = list(options)
+    identity_loss, *values = ranks.map(loss, [identity, *(effective for _, _, effective in tried)])
     best: tuple[float | None, torch.Tensor | None, torch.Tensor, float] = (None, None, identity, identity_loss)
     losses = []
-    for ratio, norm, effective in options:
-        value = loss(effective)
+    for (ratio, norm, effective), value in zip(tried, values, strict=True):
         losses.append([ratio, value])
         if value < best[3]:
             best = (ratio, norm, effective, value)

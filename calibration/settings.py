@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from m3quant.calibration.experts import DEFAULT_MIN_EXPERT_TOKENS
+from m3quant.calibration.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class AwqSettings:
     decide whether the winner is accepted. pair_tokens: tokens per expert for the w3 -> w2 search. second moments use
     all tokens. attention_tokens: the same cap for attention, which needs whole windows. batch_tokens: tokens per
     forward pass. scale_dtype: dtype in which integer scales will be stored (BF16 in compressed-tensors, F16 in
-    AutoAWQ).
+    AutoAWQ). ranks: the processes that search together, each a part of candidates and experts.
     """
 
     scale_search: bool = True
@@ -34,6 +35,7 @@ class AwqSettings:
     batch_tokens: int = 8192
     scale_dtype: torch.dtype = torch.bfloat16
     seed: int = 0
+    ranks: Ranks = ALONE
 
     def generator(self, layer: int, purpose: int) -> torch.Generator:
         """A CPU generator that depends on seed, layer and purpose only, so that a resumed run draws the same tokens."""

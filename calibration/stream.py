@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from m3quant.calibration.head import Head, head_nll
 from m3quant.calibration.layers import Layer, layer_spec
+from m3quant.calibration.ranks import ALONE, Ranks
 from m3quant.calibration.spec import model_type, text_config
 from m3quant.errors import CalibrationError, CheckpointError
 
@@ -280,16 +281,20 @@ def _read_one(source: Source, name: str) -> torch.Tensor:
 
 
 def run_layer(
-    layer: Layer, states: HiddenStates, micro_batch: int, reference: HiddenStates | None = None
+    layer: Layer,
+    states: HiddenStates,
+    micro_batch: int,
+    reference: HiddenStates | None = None,
+    ranks: Ranks = ALONE,
 ) -> float | None:
     """Put every window through the layer, in place. With a reference, return ||states - reference|| / ||reference||.
 
-    reference: another stream's output of the same layer, same shape; the norms are over all windows. Raises
-    CalibrationError if an output is not finite.
+    reference: another stream's output of the same layer, same shape; the norms are over all windows. ranks: processes that
+    share the micro-batches and all hold the same states. Raises CalibrationError if an output is not finite.
     """
     error = norm = 0.0
-    for windows in states.batches(micro_batch):
-        out = layer.forward(states.read(windows, layer.device))
+    batches = states.batches(micro_batch)
+    for windows, out in ranks.each(lambda part: layer.forward(states.read(part, layer.device)), batches):
         if not bool(torch.isfinite(out).all()):
             raise CalibrationError(
                 f"layer {layer.spec.index} gives NaN or Inf on windows {windows.start}..{windows.stop - 1}; look for "

@@ -17,6 +17,7 @@ import torch
 from ..calibration.awq import CalibratedLayer, calibrate_layer
 from ..calibration.experts import ExpertLedger
 from ..calibration.layers import Layer, LayerTensors, layer_shapes, layer_spec
+from ..calibration.ranks import ALONE
 from ..calibration.settings import AwqSettings
 from ..calibration.stream import Prefetcher, read_head, read_layer, run_layer
 from ..errors import CalibrationError
@@ -31,7 +32,7 @@ from .device_layers import DeviceLoader
 from .device_warm_up import WarmUp
 from .expert_stacks import pack_experts
 from .journal import Journal
-from .layer_writer import LayerWriter
+from .layer_writer import LayerWriter, NoWriter
 from .pipeline import convert_unit
 from .quality import coverage, heldout_quality
 from .report import write_report
@@ -54,10 +55,12 @@ def convert_calibrated(
 ) -> dict[str, Any]:
     """Convert all units that the journal has no record of; returns what the manifest tells of calibration.
 
+    settings.ranks: one of several processes that do so together; all but the first write nothing and return {}.
     Raises CalibrationError, CheckpointError, StoppedError or InterruptedRun; a layer in progress is then dropped whole.
     """
     assert settings.windows is not None, "a calibrated recipe needs windows"
     run = _Run(plan, output, reader, settings, device, journal, stop, progress)
+    ranks = run.awq.ranks
     todo = [u for u in plan.units if u.layer is not None and u.index not in journal.records]
     first = plan.units[0]
     with contextlib.ExitStack() as stack:
@@ -65,13 +68,15 @@ def convert_calibrated(
         warm_up = stack.enter_context(contextlib.closing(run.warm_up(todo)))
         # The first layer is read while the tensors outside layers are converted.
         layers = stack.enter_context(Prefetcher[Unit, dict[str, torch.Tensor]](run.loader(stack), todo))
-        if first.index not in journal.records:
+        if ranks.first and first.index not in journal.records:
             record = convert_unit(output, first, reader, plan.recipe.format, device, stop, progress.advance)
             journal.finish_unit(first.index, shard_facts(record))
         streams = stack.enter_context(contextlib.closing(run.streams(todo[0] if todo else None)))
         warm_up.close()
         for unit in todo:
             run.convert_layer(unit, next(layers), streams)
+        if not ranks.first:
+            return {}
         quality = heldout_quality(read_head(reader, device), streams, run.tokens, plan.recipe.data.windows)
         writer.wait()
     return _summary(plan, output, journal, settings, quality)
@@ -105,7 +110,9 @@ class _Run:
         self.spill = journal.folder if settings.spill else None
         # On a CPU stacks would be a second copy of a layer, and writing would take cores from the search.
         self.stacked = stacked_on(device)
-        self.writer = LayerWriter(output, journal, background=self.stacked and not settings.spill)
+        ranks = settings.ranks or ALONE
+        background = self.stacked and not settings.spill
+        self.writer = LayerWriter(output, journal, background) if ranks.first else NoWriter()
         data, awq = plan.recipe.data, plan.recipe.awq
         self.awq = AwqSettings(
             scale_search=awq.smooth,
@@ -117,6 +124,7 @@ class _Run:
             strict_coverage=settings.strict_coverage,
             scale_dtype=TORCH_DTYPES[scale_dtype(Scheme("int", 4), plan.recipe.format)],
             seed=data.seed,
+            ranks=ranks,
         )
 
     def streams(self, unit: Unit | None) -> Streams:
@@ -150,7 +158,7 @@ class _Run:
         spec = layer_spec(self.plan.checkpoint.config, unit.layer)
         layer = Layer(spec, tensors, self.device, self.dtype)
         with device_span("forward"):
-            run_layer(layer, streams.source, self.micro_batch)
+            run_layer(layer, streams.source, self.micro_batch, ranks=self.awq.ranks)
         self.stop.check()
         seen = WindowView(streams.quantized, 0, self.plan.recipe.data.windows)
         with device_span("search"):
@@ -161,7 +169,7 @@ class _Run:
         with device_span("pack"):
             self._store(unit, prefix, layer, tensors, calibrated)
         with device_span("forward"):
-            error = run_layer(layer, streams.quantized, self.micro_batch, streams.source)
+            error = run_layer(layer, streams.quantized, self.micro_batch, streams.source, self.awq.ranks)
         ledger = calibrated.ledger.to_json() if calibrated.ledger else None
         record = {"layer": unit.layer, "stream_error": error, "log": calibrated.log, "ledger": ledger}
         self.writer.finish(unit, record, streams.snapshot() if self.writer.background else streams)

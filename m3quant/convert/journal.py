@@ -98,7 +98,11 @@ class Journal:
             raise OutputError(f"{path} is damaged: remove {self._restart} and start again.") from None
         refuse_other_facts(self._restart, begun, facts)
 
-    def _read_records(self) -> None:
+    def look(self) -> int:
+        """Take in the records of units.jsonl, which another process may be appending to; returns the bytes of whole lines.
+
+        Raises OutputError if it is damaged.
+        """
         path = self.folder / RECORDS
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         good = 0
@@ -112,7 +116,11 @@ class Journal:
                 raise OutputError(f"{path} is damaged: remove {self._restart} and start again.") from None
             self.records[record["unit"]] = record
             good += len(line.encode())
-        if lines and good != path.stat().st_size:
+        return good
+
+    def _read_records(self) -> None:
+        path, good = self.folder / RECORDS, self.look()
+        if path.exists() and good != path.stat().st_size:
             os.truncate(path, good)
 
     def finish_unit(self, unit: int, record: Mapping[str, Any]) -> None:

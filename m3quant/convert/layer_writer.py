@@ -92,3 +92,16 @@ class LayerWriter:
         if self._writer is not None:
             self._writer.abort()
             self._writer = None
+
+
+class NoWriter(LayerWriter):
+    """For a process that calibrates with others and writes nothing: its numbers are those of the one that does."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), Journal(Path()), background=False)
+
+    def begin(self, unit: Unit) -> None: ...
+
+    def add(self, outputs: dict[str, torch.Tensor], ready: torch.cuda.Event | None = None) -> None: ...
+
+    def finish(self, unit: Unit, record: dict[str, Any], streams: Streams) -> None: ...

@@ -65,9 +65,9 @@ def run_units(
     unit was lost more than MAX_RETRIES times; and whatever the conversion of a unit raises.
     """
     job = job_of(plan, output, device)
-    with _cluster(address) as ray:
+    with cluster(address) as ray:
         amount = unit_resources(ray.cluster_resources(), device)
-        say(f"ray: {len(units)} shards over {_describe(ray)}, {amount} for each")
+        say(f"ray: {len(units)} shards over {describe(ray)}, {amount} for each")
         remote = ray.remote(max_retries=MAX_RETRIES, scheduling_strategy="SPREAD", **amount)(_convert_unit)
         running = {remote.remote(job, unit.index): unit for unit in units}
         try:
@@ -129,7 +129,7 @@ def _convert_unit(job: Job, index: int) -> tuple[dict[str, Any] | None, M3QuantE
 def _planned(job: Job) -> Plan:
     """The plan as this node sees it. Raises PlanError where this node sees another checkpoint or another output folder."""
     here = socket.gethostname()
-    if not (Path(job.output) / FOLDER).is_dir():
+    if not Path(job.output).is_dir():
         raise PlanError(
             f"node {here} does not see the output folder {job.output}: put it on a file system that all nodes share."
         )
@@ -145,7 +145,7 @@ def _planned(job: Job) -> Plan:
 def same_plan(job: Job) -> Plan:
     """The plan as this node sees it. Raises PlanError where this node sees another checkpoint or another output folder."""
     here = socket.gethostname()
-    if not (Path(job.output) / FOLDER).is_dir():
+    if not Path(job.output).is_dir():
         raise PlanError(
             f"node {here} does not see the output folder {job.output}: put it on a file system that all nodes share."
         )
@@ -158,7 +158,7 @@ def same_plan(job: Job) -> Plan:
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[Any]:
+def cluster(address: str | None) -> Iterator[Any]:
     """Ray, connected; left as it was found. Raises PlanError where it is missing or cannot be reached."""
     try:
         import ray
@@ -206,7 +206,7 @@ def unit_resources(cluster: dict[str, float], device: str) -> dict[str, Any]:
     return {"num_cpus": 1}
 
 
-def _describe(ray: Any) -> str:
+def describe(ray: Any) -> str:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     total = ray.cluster_resources()
     gpus = f", {int(total['GPU'])} GPUs" if total.get("GPU") else ""

@@ -40,6 +40,10 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
         remove_leftover(output)
         progress.say(f"{output} is already complete")
         return done
+    if settings.engine == "ray" and plan.recipe.calibration != "none":
+        from .ray_calibrated import convert_on_ranks
+
+        return convert_on_ranks(plan, output, settings, device.type, progress)
     check_disk(plan, output, resources(plan, device.type == "cuda", spill=settings.spill))
     journal = Journal.begin(output, facts)
     try:
@@ -48,12 +52,30 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
             return done
         return _convert(plan, output, settings, device, journal, facts, progress)
     except torch.OutOfMemoryError as error:
-        raise StoppedError(
-            f"{device} has too little free memory ({str(error).split('. ')[0]}); finished shards are kept: free memory on it, "
-            "or keep hidden states on the disk with --spill, and run the same command again."
-        ) from None
+        raise _out_of_memory(device, error) from None
     finally:
         journal.release()
+
+
+def follow(plan: Plan, output: Path, settings: Settings, progress: Progress) -> None:
+    """Calibrate in step with the rank that runs `convert`, writing nothing. Raises as `convert_calibrated`."""
+    from .calibrated import convert_calibrated
+
+    assert settings.ranks is not None
+    journal = Journal(output)
+    journal.records = settings.ranks.share(None)
+    reader = SourceReader(plan.checkpoint, plan.sources)
+    try:
+        convert_calibrated(plan, output, reader, settings, pick_device(settings.device), journal, StopFlag(), progress)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(settings.device, error) from None
+
+
+def _out_of_memory(device: object, error: torch.OutOfMemoryError) -> StoppedError:
+    return StoppedError(
+        f"{device} has too little free memory ({str(error).split('. ')[0]}); finished shards are kept: free memory on it, "
+        "or keep hidden states on the disk with --spill, and run the same command again."
+    )
 
 
 def check_places(plan: Plan, output: Path) -> None:
@@ -134,6 +156,8 @@ def _convert(
         else:
             from .calibrated import convert_calibrated
 
+            if settings.ranks is not None:
+                settings.ranks.share(journal.records)
             extra = convert_calibrated(plan, output, reader, settings, device, journal, stop, progress)
         stop.check()
         extra["job"] = facts

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from ..calibration.corpus import Windows
+    from ..calibration.ranks import Ranks
 
 
 class Progress(Protocol):
@@ -30,3 +31,4 @@ class Settings:
     micro_batch_tokens: int = 16384
     engine: str = "local"  # or "ray": units over the GPUs of a cluster
     address: str | None = None  # of the Ray cluster; None starts one on this machine
+    ranks: Ranks | None = None  # this process among those that calibrate together; None: alone

@@ -53,8 +53,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return hashes(output)
 
 
-def running_units() -> list[int]:
-    """Process ids of Ray workers that are converting a unit now: Ray writes the task's name over the command line."""
+def running(task: str) -> list[int]:
+    """Process ids of Ray workers at this task now: Ray writes its name over their command line."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -62,7 +62,7 @@ def running_units() -> list[int]:
                 line = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if line.startswith(b"ray::_convert_unit"):
+            if line.startswith(task.encode()):
                 found.append(int(entry.name))
     return found
 
@@ -84,7 +84,7 @@ def test_a_unit_whose_worker_is_killed_is_done_again(address: str, alone: dict[s
     )
     deadline, killed = time.monotonic() + 120, 0
     while time.monotonic() < deadline and run.poll() is None and killed < 2:
-        for pid in running_units()[:1]:
+        for pid in running("ray::_convert_unit")[:1]:
             os.kill(pid, signal.SIGKILL)
             killed += 1
         time.sleep(0.02)
@@ -147,7 +147,49 @@ def test_a_node_that_sees_another_checkpoint_says_so(tmp_path: Path) -> None:
     job: Any = job_of(plan, tmp_path / "out", "cpu")
     with pytest.raises(PlanError, match="does not see the output folder"):
         same_plan(job)
-    (tmp_path / "out" / ".m3quant").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
     assert same_plan(job).fingerprint() == plan.fingerprint()
     with pytest.raises(PlanError, match="another checkpoint"):
         same_plan(Job(job.source, job.output, job.recipe, "0" * 64, "cpu"))
+
+
+AWQ = ("--to", "awq", "--device", "cpu", "--windows", "2", "--window-length", "64")
+
+
+@pytest.fixture(scope="module")
+def awq_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    output = tmp_path_factory.mktemp("awq-alone") / "out"
+    done = m3quant("convert", FIXTURE, output, *AWQ)
+    assert done.returncode == 0, done.stderr
+    return hashes(output)
+
+
+def test_two_ranks_calibrate_to_the_bytes_of_one_process(
+    address: str, awq_alone: dict[str, str], tmp_path: Path
+) -> None:
+    done = m3quant("convert", FIXTURE, tmp_path / "out", *AWQ, "--engine", "ray", "--address", address)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks in step over 2 nodes" in done.stderr
+    assert hashes(tmp_path / "out") == awq_alone
+    assert m3quant("verify", tmp_path / "out", "--source", FIXTURE).returncode == 0
+
+
+def test_ranks_go_on_from_the_last_layer_when_one_is_killed(
+    address: str, awq_alone: dict[str, str], tmp_path: Path
+) -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-m", "m3quant", "convert", FIXTURE, tmp_path / "out", *AWQ, "--engine", "ray", "--address", address],
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    units = tmp_path / "out" / ".m3quant" / "units.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and run.poll() is None:
+        if units.exists() and units.read_text().count("\n") >= 2:  # a layer is finished, the next is under way
+            os.kill(running("ray::_Worker.run")[-1], signal.SIGKILL)
+            break
+        time.sleep(0.02)
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    assert "started anew" in errors
+    assert hashes(tmp_path / "out") == awq_alone

@@ -48,6 +48,7 @@ def cli() -> None:
     """MiniMax M3 and M2.x weights to FP8 and AWQ INT4 checkpoints that engines load as they are.
 
     Exit codes: 0 done, 1 a check failed, 2 bad input, 4 stopped by a full disk or GPU or a Hub that does not answer (the same command continues),
+    Exit codes: 0 done, 1 a check failed, 2 bad input, 3 does not fit the node, 4 stopped by a full disk or GPU (the same command continues),
     130 and 143 stopped by SIGINT and SIGTERM (the same command continues).
     """
 

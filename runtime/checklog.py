@@ -59,7 +59,11 @@ def asked_by(log: EngineLog, ask: Ask) -> Ask:
     changes: dict[str, Any] = {}
     if log.setting("tensor_parallel_size") and not (ask.tp or ask.pp):
         changes |= {"tp": log.tp, "pp": log.pp}
-    for name, key in (("max_num_seqs", "max_num_seqs"), ("max_num_batched_tokens", "max_num_batched_tokens"), ("block_size", "block_size")):
+    for name, key in (
+        ("max_num_seqs", "max_num_seqs"),
+        ("max_num_batched_tokens", "max_num_batched_tokens"),
+        ("block_size", "block_size"),
+    ):
         value = log.setting(key)
         if value and value.isdigit() and getattr(ask, name) == getattr(Ask(), name):
             changes[name] = int(value)
@@ -77,7 +81,9 @@ def asked_by(log: EngineLog, ask: Ask) -> Ask:
 def check_log(model: ServedModel, log: EngineLog, node: Node | None, ask: Ask) -> LogCheck:
     """Compare. Without a node, one is made of the log's own memory total and rank count. Raises NodeError where neither tells."""
     if is_empty(log):
-        raise NodeError("the log holds none of vLLM's memory lines: give the output of a start-up, with INFO logging on.")
+        raise NodeError(
+            "the log holds none of vLLM's memory lines: give the output of a start-up, with INFO logging on."
+        )
     ask = asked_by(log, ask)
     if node is None:
         if log.total is None and not (log.kv_available or log.kv_pinned):
@@ -93,7 +99,14 @@ def check_log(model: ServedModel, log: EngineLog, node: Node | None, ask: Ask) -
 def _lines(log: EngineLog, fit: Fit) -> Iterator[Line]:
     rank = max(fit.prediction.ranks, key=lambda r: r.weight_bytes)
     if log.weights is not None and rank.weight_bytes:
-        yield _exact("weights per GPU", "GiB", rank.weight_bytes / GIB, log.weights / GIB, "weights: the split of a role over ranks", ROUNDING / GIB)
+        yield _exact(
+            "weights per GPU",
+            "GiB",
+            rank.weight_bytes / GIB,
+            log.weights / GIB,
+            "weights: the split of a role over ranks",
+            ROUNDING / GIB,
+        )
     if log.non_torch is not None:
         yield _range("non-torch", rank.non_torch, log.non_torch, "NON_TORCH")
     elif log.consumed is not None:
@@ -102,7 +115,12 @@ def _lines(log: EngineLog, fit: Fit) -> Iterator[Line]:
     if log.activation is not None:
         # The three-part line (0.32 and later) counts the estimate of the graphs into the peak, the four-part line does not.
         inside = (log.graphs_estimated or 0) if log.consumed is not None else 0
-        yield _range("peak activation", rank.activation, max(0, log.activation - inside), "ACTIVATION_RANGE, SAMPLER_COPIES, HIDDEN_COPIES")
+        yield _range(
+            "peak activation",
+            rank.activation,
+            max(0, log.activation - inside),
+            "ACTIVATION_RANGE, SAMPLER_COPIES, HIDDEN_COPIES",
+        )
     reserved = log.graphs_estimated if log.graphs_estimated is not None else log.graphs
     if reserved is not None:
         yield _range("CUDA graphs, as reserved", rank.graphs, reserved, "GRAPHS_BASE, GRAPHS_PER_SIZE")
@@ -114,19 +132,53 @@ def _cache_lines(log: EngineLog, fit: Fit) -> Iterator[Line]:
     per_token, block = max(r.bytes_per_token for r in ranks), fit.setup.block_size
     if log.kv_available is not None and fit.node.gpu.total_bytes and log.kv_pinned is None:
         kv = [min(r.kv_bytes(getattr(r.overhead, which)) for r in ranks) / GIB for which in ("high", "expected", "low")]
-        holds = kv[0] * (1 - TOLERATED) - ROUNDING / GIB <= log.kv_available / GIB <= kv[2] * (1 + TOLERATED) + ROUNDING / GIB
-        yield Line("available for the KV cache", "GiB", kv[0], kv[1], kv[2], log.kv_available / GIB, holds, "the sum of the lines above")
+        holds = (
+            kv[0] * (1 - TOLERATED) - ROUNDING / GIB
+            <= log.kv_available / GIB
+            <= kv[2] * (1 + TOLERATED) + ROUNDING / GIB
+        )
+        yield Line(
+            "available for the KV cache",
+            "GiB",
+            kv[0],
+            kv[1],
+            kv[2],
+            log.kv_available / GIB,
+            holds,
+            "the sum of the lines above",
+        )
     if log.needed and log.needed_for:
         needed = math.ceil(log.needed_for / block) * block * per_token
-        yield _exact(f"KV cache for {log.needed_for:,} tokens", "GiB", needed / GIB, log.needed / GIB, "bytes per token: KV or index dtype, heads per rank", ROUNDING / GIB)
+        yield _exact(
+            f"KV cache for {log.needed_for:,} tokens",
+            "GiB",
+            needed / GIB,
+            log.needed / GIB,
+            "bytes per token: KV or index dtype, heads per rank",
+            ROUNDING / GIB,
+        )
     available = log.kv_available or log.kv_pinned
     if log.estimated_max_len and available:
-        yield _exact("longest context by the engine's own memory", "tokens", available / per_token, log.estimated_max_len, "bytes per token", block)
+        yield _exact(
+            "longest context by the engine's own memory",
+            "tokens",
+            available / per_token,
+            log.estimated_max_len,
+            "bytes per token",
+            block,
+        )
     if log.pool_tokens and available:
         pool = pool_of([available] * len(ranks), [r.bytes_per_token for r in ranks], block)
         tokens = pool.engine_tokens(log.max_model_len or fit.context or block)
         rounding = ROUNDING / per_token + block
-        yield _exact("KV tokens by the engine's own memory", "tokens", tokens, log.pool_tokens, "bytes per token: KV or index dtype, heads per rank", rounding)
+        yield _exact(
+            "KV tokens by the engine's own memory",
+            "tokens",
+            tokens,
+            log.pool_tokens,
+            "bytes per token: KV or index dtype, heads per rank",
+            rounding,
+        )
     if log.pool_tokens and fit.node.gpu.total_bytes and log.kv_pinned is None:
         length = log.max_model_len or fit.context or block
         low, expected, high = (prediction.pool(which).engine_tokens(length) for which in ("high", "expected", "low"))
@@ -141,4 +193,6 @@ def _exact(name: str, unit: str, predicted: float, measured: float, constant: st
 
 def _range(name: str, estimate: Estimate, measured: int, constant: str) -> Line:
     holds = estimate.low - ROUNDING <= measured <= estimate.high + ROUNDING
-    return Line(name, "GiB", estimate.low / GIB, estimate.expected / GIB, estimate.high / GIB, measured / GIB, holds, constant)
+    return Line(
+        name, "GiB", estimate.low / GIB, estimate.expected / GIB, estimate.high / GIB, measured / GIB, holds, constant
+    )

@@ -65,7 +65,11 @@ def decode_bound(fit: Fit, context: int, requests: int) -> float:
     stages = rank_weights(fit.model.groups, fit.setup.split, geometry.kv_heads, geometry.layers)
     slowest = 0.0
     for weights, layers in zip(stages, stage_of_layers(geometry.layers, fit.setup.split.pp), strict=True):
-        read = sum(size * (reached if role == "routed_experts" else 1) for role, size in weights.items() if role not in _NOT_READ)
+        read = sum(
+            size * (reached if role == "routed_experts" else 1)
+            for role, size in weights.items()
+            if role not in _NOT_READ
+        )
         slowest = max(slowest, read + requests * _cache_read(fit, layers, context))
     return requests * bandwidth / slowest
 

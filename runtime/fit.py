@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 from ..errors import NodeError
 from .hardware import CPU, GIB, STANDARD_NODES, Node, parse_node
 from .memory import (
-    BLOCK_SIZE, DEFAULT_BATCHED_TOKENS, DEFAULT_NUM_SEQS, DEFAULT_UTILIZATION, KV_BYTES, Pool, Prediction, Setup, kv_dtype_of, predict,
+    BLOCK_SIZE,
+    DEFAULT_BATCHED_TOKENS,
+    DEFAULT_NUM_SEQS,
+    DEFAULT_UTILIZATION,
+    KV_BYTES,
+    Pool,
+    Prediction,
+    Setup,
+    kv_dtype_of,
+    predict,
 )  # fmt: skip
 from .model import ServedModel, Subject
 from .weights import Split, split_problem
@@ -89,7 +98,9 @@ def _split(model: ServedModel, node: Node, ask: Ask) -> tuple[Split, str]:
         tp = ask.tp or max(1, node.count // (ask.pp or 1))
         pp = ask.pp or max(1, node.count // tp)
         if tp < 1 or pp < 1 or tp * pp != node.count:
-            raise NodeError(f"TP {tp} x PP {pp} is {tp * pp} ranks, but {node.name} has {node.count} GPUs: choose factors of {node.count}.")
+            raise NodeError(
+                f"TP {tp} x PP {pp} is {tp * pp} ranks, but {node.name} has {node.count} GPUs: choose factors of {node.count}."
+            )
         shapes = [(tp, pp)]
     else:
         # More ranks than KV heads save no cache (each keeps a head of its own), stages do: those splits come last.
@@ -180,7 +191,12 @@ def _flag_changes(fit: Fit, small: Ask) -> Iterator[Change]:
     if small.index_dtype != ask.index_dtype:
         yield _cache_flags(ask, small).strip(), model, node, small
     if ask.context and fit.longest_context >= MIN_CONTEXT:
-        yield f"--context {fit.longest_context} in place of {ask.context}", model, node, replace(ask, context=fit.longest_context)
+        yield (
+            f"--context {fit.longest_context} in place of {ask.context}",
+            model,
+            node,
+            replace(ask, context=fit.longest_context),
+        )
     if ask.concurrency > 1:
         yield f"--concurrency 1 in place of {ask.concurrency}", model, node, replace(ask, concurrency=1)
 
@@ -188,7 +204,9 @@ def _flag_changes(fit: Fit, small: Ask) -> Iterator[Change]:
 def _recipe_changes(fit: Fit, small: Ask, subject: Subject) -> Iterator[Change]:
     for other in subject.precisions():
         if other.stored_bytes < fit.model.stored_bytes:
-            change = f"--to {other.label} ({other.stored_bytes / 1e9:.3g} GB in place of {fit.model.stored_bytes / 1e9:.3g})"
+            change = (
+                f"--to {other.label} ({other.stored_bytes / 1e9:.3g} GB in place of {fit.model.stored_bytes / 1e9:.3g})"
+            )
             yield change, other, fit.node, fit.ask
             yield change + _cache_flags(fit.ask, small), other, fit.node, small
 
@@ -197,6 +215,5 @@ def _node_changes(fit: Fit, small: Ask) -> Iterator[Change]:
     for name in STANDARD_NODES if fit.node.gpu.name != CPU else ():
         larger = parse_node(name)
         if larger.count * larger.gpu.total_bytes > fit.node.count * fit.node.gpu.total_bytes:
-            free = {"tp": None, "pp": None}
-            yield f"--on {name}", fit.model, larger, replace(fit.ask, **free)
-            yield f"--on {name}{_cache_flags(fit.ask, small)}", fit.model, larger, replace(small, **free)
+            yield f"--on {name}", fit.model, larger, replace(fit.ask, tp=None, pp=None)
+            yield f"--on {name}{_cache_flags(fit.ask, small)}", fit.model, larger, replace(small, tp=None, pp=None)

@@ -62,7 +62,9 @@ def parse_node(text: str) -> Node:
     """The node that `text` names: 1xH200, 2xH100, h200, or any card by its memory as 2x95.5GiB. Raises NodeError."""
     match = _NODE.fullmatch(text.strip())
     if not match:
-        raise NodeError(f"node '{text}': write a count and a GPU, for example 1xH200 or 2xH100, or 2x95.5GiB for another card.")
+        raise NodeError(
+            f"node '{text}': write a count and a GPU, for example 1xH200 or 2xH100, or 2x95.5GiB for another card."
+        )
     count, name = int(match[1] or 1), match[2].replace("-", "").replace("_", "")
     if count < 1:
         raise NodeError(f"node '{text}' has no GPU: write at least 1x.")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import NodeError
@@ -40,7 +40,12 @@ class Estimate:
     source: str
 
     def __add__(self, other: Estimate) -> Estimate:
-        return Estimate(self.low + other.low, self.expected + other.expected, self.high + other.high, f"{self.source}; {other.source}")
+        return Estimate(
+            self.low + other.low,
+            self.expected + other.expected,
+            self.high + other.high,
+            f"{self.source}; {other.source}",
+        )
 
     def __contains__(self, value: float) -> bool:
         return self.low <= value <= self.high
@@ -51,8 +56,12 @@ def gib(low: float, expected: float, high: float, source: str) -> Estimate:
 
 
 # CUDA and NCCL buffers that appear after vLLM's first look at free memory, and what the allocator keeps beyond the tensors.
-NON_TORCH_ONE = gib(0.05, 0.5, 1.8, "NCCL and attention buffers 0.5-1 GiB (comment in vLLM's mem_utils.py); allocator slack up to 0.8")
-NON_TORCH_MANY = gib(0.5, 1.2, 2.6, "1.8-2.1 GiB for Qwen3-235B at TP8 on 80 GB cards (vllm#18446); allocator slack up to 0.8")
+NON_TORCH_ONE = gib(
+    0.05, 0.5, 1.8, "NCCL and attention buffers 0.5-1 GiB (comment in vLLM's mem_utils.py); allocator slack up to 0.8"
+)
+NON_TORCH_MANY = gib(
+    0.5, 1.2, 2.6, "1.8-2.1 GiB for Qwen3-235B at TP8 on 80 GB cards (vllm#18446); allocator slack up to 0.8"
+)
 # CUDA graphs by captured batch sizes: 0.19, 0.28, 0.71 and 1.42 GiB in public logs; the estimate that vLLM subtracts errs both ways.
 GRAPHS_BASE, GRAPHS_PER_SIZE = int(0.25 * GIB), int(2.3 * MIB)
 # Sum of the tensors below against logs of 1.66, 1.78 and 2.53 GiB peak activation on 80-95 GiB cards.
@@ -66,7 +75,7 @@ VISION_PEAK = gib(1.0, 2.0, 4.0, "vision tower's profiling pass: 2-4 GiB, from s
 class Setup:
     """How the engine is asked to run. kv_dtype and index_dtype are resolved names, never 'auto'."""
 
-    split: Split = Split()
+    split: Split = field(default_factory=Split)
     kv_dtype: str = "bfloat16"
     index_dtype: str = "bfloat16"
     utilization: float = DEFAULT_UTILIZATION
@@ -74,9 +83,6 @@ class Setup:
     max_num_batched_tokens: int = DEFAULT_BATCHED_TOKENS
     block_size: int = BLOCK_SIZE
     enforce_eager: bool = False
-
-    def with_kv(self, kv_dtype: str, index_dtype: str) -> Setup:
-        return replace(self, kv_dtype=kv_dtype, index_dtype=index_dtype)
 
 
 def check_setup(setup: Setup) -> None:
@@ -99,7 +105,9 @@ def kv_dtype_of(config: Mapping[str, Any], asked: str = "auto", weights_dtype: s
     `kv_cache_quant_algo`), or the model's dtype. FP8 weights alone never mean an FP8 cache."""
     if asked != "auto":
         return asked
-    quantization = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
+    quantization = (
+        config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
+    )
     scheme = quantization.get("kv_cache_scheme")
     if isinstance(scheme, Mapping) and scheme.get("num_bits") == 8 and scheme.get("type", "float") == "float":
         return "fp8"
@@ -139,7 +147,12 @@ def activation(family: Family, config: Mapping[str, Any], setup: Setup) -> Estim
     sampler = SAMPLER_COPIES * setup.max_num_seqs * vocab * 4
     total = moe + attention + HIDDEN_COPIES * tokens * hidden * 2 + sampler
     low, expected, high = (int(total * factor) for factor in ACTIVATION_RANGE)
-    estimate = Estimate(low, expected, high, "Marlin MoE caches, attention, hidden states and sampler of one step; range from public logs")
+    estimate = Estimate(
+        low,
+        expected,
+        high,
+        "Marlin MoE caches, attention, hidden states and sampler of one step; range from public logs",
+    )
     return estimate + VISION_PEAK if setup.split.vision else estimate
 
 
@@ -149,7 +162,12 @@ def graphs(setup: Setup) -> Estimate:
         return Estimate(0, 0, 0, "--enforce-eager: no graphs")
     largest = min(2 * setup.max_num_seqs, 512)
     expected = GRAPHS_BASE + GRAPHS_PER_SIZE * largest
-    return Estimate(expected // 5, expected, 2 * expected, "0.19-1.42 GiB in public logs, by captured sizes; vLLM's estimate errs both ways")
+    return Estimate(
+        expected // 5,
+        expected,
+        2 * expected,
+        "0.19-1.42 GiB in public logs, by captured sizes; vLLM's estimate errs both ways",
+    )
 
 
 @dataclass(frozen=True)
@@ -200,7 +218,9 @@ class Pool:
 
 def pool_of(kv_bytes: Sequence[int], bytes_per_token: Sequence[int], block_size: int) -> Pool:
     """Blocks of the smallest rank, from each rank's cache bytes and bytes per token."""
-    pages = [kv // (per_token * block_size) if kv > 0 else 0 for kv, per_token in zip(kv_bytes, bytes_per_token, strict=True)]
+    pages = [
+        kv // (per_token * block_size) if kv > 0 else 0 for kv, per_token in zip(kv_bytes, bytes_per_token, strict=True)
+    ]
     return Pool(min(pages), block_size)
 
 

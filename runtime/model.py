@@ -60,7 +60,9 @@ class Subject:
     def converted(self, recipe: Recipe) -> ServedModel:
         """What `m3quant convert` would write. Raises PlanError where the recipe does not fit the shapes or the family."""
         if not self.convertible:
-            raise PlanError(f"{self.where} is quantized already: recipes apply to the BF16 or FP8 release. Leave --to out.")
+            raise PlanError(
+                f"{self.where} is quantized already: recipes apply to the BF16 or FP8 release. Leave --to out."
+            )
         if reason := self.family.refused_formats.get(recipe.format):
             raise PlanError(f"format '{recipe.format}' cannot be served for {self.family.model_type}: {reason}.")
         groups = converted_groups(self.source_groups, recipe)
@@ -97,7 +99,9 @@ def open_subject(src: str, revision: str | None = None) -> Subject:
 
 def _from_config(path: Path) -> Subject:
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} holds neither {CONFIG_NAME} nor *.safetensors: give a checkpoint's folder or its config.json.")
+        raise CheckpointError(
+            f"{path.parent} holds neither {CONFIG_NAME} nor *.safetensors: give a checkpoint's folder or its config.json."
+        )
     config = parse_object(path.read_bytes(), str(path), "Copy or download it again.", constants=True)
     family = family_of(config, str(path))
     groups = bf16_release(family, config)

@@ -23,7 +23,13 @@ _ROW = ("o_proj", "down_proj", "w2")  # RowParallelLinear: split along the input
 _LIKE_KV = ("k_proj", "v_proj", "index_q_proj")  # split by KV head, repeated where ranks outnumber heads
 _REPLICATED_PARTS = ("index_k_proj",)  # one shared head on every rank
 _SCALES = ("weight_scale", "weight_scale_inv", "scales", "qzeros", "weight_zero_point")
-_UNSPLIT = ("weight_shape", "input_scale", "weight_scale_2", "k_scale", "v_scale")  # a few numbers per tensor, on every rank
+_UNSPLIT = (
+    "weight_shape",
+    "input_scale",
+    "weight_scale_2",
+    "k_scale",
+    "v_scale",
+)  # a few numbers per tensor, on every rank
 _ROUTING = ("router", "router_bias")  # float32 in the engine whatever the file holds
 _TOWER = ("vision", "projector")
 
@@ -57,7 +63,9 @@ class Group:
         return DTYPE_BYTES[self.dtype] * self.elements
 
 
-def gather(family: Family, config: Mapping[str, Any], tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[Group]:
+def gather(
+    family: Family, config: Mapping[str, Any], tensors: Iterable[tuple[str, str, tuple[int, ...]]]
+) -> list[Group]:
     """Groups of the tensors (name, dtype, shape) of a checkpoint."""
     layers = family.num_layers(config)
     counts: dict[tuple[str, str, str, tuple[int, ...]], int] = {}
@@ -78,7 +86,10 @@ def gather(family: Family, config: Mapping[str, Any], tensors: Iterable[tuple[st
         role, leaf = found
         group = (role.kind, role.part, role.layer, leaf, dtype, shape, bool(tail))
         merged[group] = merged.get(group, 0) + count
-    return [Group(r, part, layer, leaf, dtype, shape, n, expert) for (r, part, layer, leaf, dtype, shape, expert), n in merged.items()]
+    return [
+        Group(r, part, layer, leaf, dtype, shape, n, expert)
+        for (r, part, layer, leaf, dtype, shape, expert), n in merged.items()
+    ]
 
 
 def checkpoint_groups(checkpoint: Checkpoint, family: Family) -> list[Group]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
 from dataclasses import asdict
@@ -29,6 +30,7 @@ NO_FIT = DoesNotFit.exit_code
 def run_fit(src: str, revision: str | None, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None,
             on: str | None, everything: bool, log_file: Path | None, ask: Ask, prices_file: Path | None, as_json: bool) -> int:  # fmt: skip
     """The three modes. Returns the exit code: 0 fits (or the log agrees), 3 does not fit, 1 the log disagrees."""
+    gc.disable()  # 140,000 tensors become objects that all live to the end: collections would take a third of the time
     node = parse_node(on) if on else None
     subject = open_subject(src, revision)
     models = _models(subject, to, recipe_file, settings, format_name, everything)
@@ -96,18 +98,37 @@ def print_log(check: LogCheck) -> None:
         click.echo("nothing to compare: the log states no size that the prediction covers")
 
 
-def _table_mode(subject: Subject, models: list[ServedModel], nodes: list[Node], ask: Ask, prices: Prices, as_json: bool) -> int:
+def _table_mode(
+    subject: Subject, models: list[ServedModel], nodes: list[Node], ask: Ask, prices: Prices, as_json: bool
+) -> int:
     fits = [assess(model, node, ask) for model in models for node in nodes]
     if as_json:
-        rows = [fit_json(fit, [], prices) for fit in fits]
-        click.echo(json.dumps({"checkpoint": subject.where, "prices": prices.model_dump(mode="json"), "rows": rows}, indent=2))
+        found = [fit_json(fit, [], prices) for fit in fits]
+        click.echo(
+            json.dumps({"checkpoint": subject.where, "prices": prices.model_dump(mode="json"), "rows": found}, indent=2)
+        )
         return 0 if any(fit.fits for fit in fits) else NO_FIT
-    kv = f"KV cache {fits[0].setup.kv_dtype}" + (f", index keys {ask.index_dtype}" if subject.family.kv_geometry(subject.config).index_layers else "")
+    kv = f"KV cache {fits[0].setup.kv_dtype}" + (
+        f", index keys {ask.index_dtype}" if subject.family.kv_geometry(subject.config).index_layers else ""
+    )
     click.echo(
         f"{subject.where}: {kv}; {ask.concurrency} request(s); config.json allows {subject.stored.max_positions:,} tokens. "
         f"Pool: tokens at the high end of the overhead, and at the low end."
     )
-    rows = [["precision", "weights", "node", "split", "pool tokens", "longest context", f"at {_context(ask):,}", f"{prices.currency}/h", f"{prices.currency}/M out", "verdict"]]
+    rows = [
+        [
+            "precision",
+            "weights",
+            "node",
+            "split",
+            "pool tokens",
+            "longest context",
+            f"at {_context(ask):,}",
+            f"{prices.currency}/h",
+            f"{prices.currency}/M out",
+            "verdict",
+        ]
+    ]
     for fit in fits:
         per_hour, bound = prices.per_hour(fit.node), _bound(fit)
         rows.append([
@@ -129,7 +150,11 @@ def _context(ask: Ask) -> int:
 
 
 def _requests(fit: Fit) -> int:
-    return min(fit.pool.concurrency(_context(fit.ask)), fit.setup.max_num_seqs) if fit.longest_context >= _context(fit.ask) else 0
+    return (
+        min(fit.pool.concurrency(_context(fit.ask)), fit.setup.max_num_seqs)
+        if fit.longest_context >= _context(fit.ask)
+        else 0
+    )
 
 
 def _bound(fit: Fit) -> float:
@@ -144,7 +169,10 @@ def split_name(fit: Fit) -> str:
 def fit_json(fit: Fit, changes: list[Remedy], prices: Prices) -> dict[str, Any]:
     """Everything that the tables show, for programs. Bytes per GPU."""
     per_hour, bound = prices.per_hour(fit.node), _bound(fit)
-    pools = {name: fit.prediction.pool(which).tokens for name, which in (("low", "high"), ("expected", "expected"), ("high", "low"))}
+    pools = {
+        name: fit.prediction.pool(which).tokens
+        for name, which in (("low", "high"), ("expected", "expected"), ("high", "low"))
+    }
     return {
         "checkpoint": fit.model.where,
         "precision": fit.model.label,
@@ -183,20 +211,36 @@ def print_fit(fit: Fit, changes: list[Remedy], prices: Prices) -> None:
         f"utilization {setup.utilization:g}, max-num-seqs {setup.max_num_seqs}"
     )
     rows = [["per GPU" + (f", stage {rank.stage} of {setup.split.pp}" if setup.split.pp > 1 else ""), "GiB", "source"]]
-    rows.append(["requested of the GPU", f"{rank.requested / GIB:.2f}", f"{rank.total / GIB:.2f} GiB x {setup.utilization:g}; {fit.node.gpu.source}"])
+    rows.append(
+        [
+            "requested of the GPU",
+            f"{rank.requested / GIB:.2f}",
+            f"{rank.total / GIB:.2f} GiB x {setup.utilization:g}; {fit.node.gpu.source}",
+        ]
+    )
     for role, size in sorted(rank.weights.items(), key=lambda item: -item[1]):
         rows.append([f"- {role}", f"{size / GIB:.2f}", "headers"])
-    for name, estimate in (("non-torch", rank.non_torch), ("peak activation", rank.activation), ("CUDA graphs", rank.graphs)):
+    for name, estimate in (
+        ("non-torch", rank.non_torch),
+        ("peak activation", rank.activation),
+        ("CUDA graphs", rank.graphs),
+    ):
         rows.append([f"- {name}", _span(estimate), estimate.source])
-    left = f"{max(0, rank.kv_bytes(rank.overhead.high)) / GIB:.2f} - {max(0, rank.kv_bytes(rank.overhead.low)) / GIB:.2f}"
+    left = (
+        f"{max(0, rank.kv_bytes(rank.overhead.high)) / GIB:.2f} - {max(0, rank.kv_bytes(rank.overhead.low)) / GIB:.2f}"
+    )
     rows.append(["= KV cache", left, f"{rank.bytes_per_token:,} bytes per token and GPU"])
     print_table(rows)
     low, high = fit.pool.tokens, fit.prediction.pool("low").tokens
-    click.echo(f"KV pool: {low:,} to {high:,} tokens; longest context {fit.longest_context:,} of the {model.max_positions:,} that config.json allows")
+    click.echo(
+        f"KV pool: {low:,} to {high:,} tokens; longest context {fit.longest_context:,} of the {model.max_positions:,} that config.json allows"
+    )
     if not fit.fits:
         click.echo(f"DOES NOT FIT: {fit.why_not}.")
         for remedy in changes:
-            click.echo(f"  fits with {remedy.change}: context up to {remedy.fit.longest_context:,}, pool {remedy.fit.pool.tokens:,} tokens")
+            click.echo(
+                f"  fits with {remedy.change}: context up to {remedy.fit.longest_context:,}, pool {remedy.fit.pool.tokens:,} tokens"
+            )
         if not changes:
             click.echo("  no change of flags, recipe or standard node makes it fit")
         return

@@ -53,7 +53,9 @@ def command(
     if any(serving[name] for name in ("on", "everything", "check_log")):
         return _serving(src, revision, to, recipe_file, settings, format_name, as_json, serving)
     if given := sorted(name for name, value in serving.items() if value is not None and value is not False):
-        raise click.UsageError(f"--{given[0].replace('_', '-')} says how to serve: add --on NODE, for example --on 1xH200, or --all.")
+        raise click.UsageError(
+            f"--{given[0].replace('_', '-')} says how to serve: add --on NODE, for example --on 1xH200, or --all."
+        )
     checkpoint = from_config(Path(src)) if src.endswith(".json") else Checkpoint.open(src, revision)
     if to or recipe_file or settings or format_name:
         plan = make_plan(checkpoint, load_recipe(checkpoint, to, recipe_file, settings, format_name))

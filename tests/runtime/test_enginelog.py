@@ -65,9 +65,11 @@ FOUR_PARTS = (
     "Replace gpu_memory_utilization config with `--kv-cache-memory=14200000000` (13.22 GiB) to fit into requested memory, or "
     "`--kv-cache-memory=25000000000` (23.28 GiB) to fully utilize gpu memory. Current kv cache memory in use is 13.9 GiB."
 )
-THREE_PARTS = FOUR_PARTS.replace("112.9 GiB for weight", "113.4 GiB for consumed memory (weights + non-torch)").replace(
-    "1.51 GiB for peak activation, 0.32 GiB for non-torch memory,", "1.95 GiB for peak activation,"
-).replace(" cuda:0", "")
+THREE_PARTS = (
+    FOUR_PARTS.replace("112.9 GiB for weight", "113.4 GiB for consumed memory (weights + non-torch)")
+    .replace("1.51 GiB for peak activation, 0.32 GiB for non-torch memory,", "1.95 GiB for peak activation,")
+    .replace(" cuda:0", "")
+)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,12 @@ def test_a_wrong_kv_dtype_is_named() -> None:
 
 def test_measured_overheads_are_compared_each() -> None:
     model = model_of({"model": "minimax-m2.7", "to": "awq"})
-    check = check_log(model, parse_log(FOUR_PARTS + "\nAvailable KV cache memory: 13.9 GiB"), parse_node("1xH200"), Ask(kv_dtype="fp8"))
+    check = check_log(
+        model,
+        parse_log(FOUR_PARTS + "\nAvailable KV cache memory: 13.9 GiB"),
+        parse_node("1xH200"),
+        Ask(kv_dtype="fp8"),
+    )
     names = [line.name for line in check.lines]
     assert names[:4] == ["weights per GPU", "non-torch", "peak activation", "CUDA graphs, as reserved"]
     assert check.holds, [line for line in check.lines if not line.holds]

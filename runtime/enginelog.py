@@ -141,7 +141,7 @@ def parse_log(text: str) -> EngineLog:
     for line in text.splitlines():
         _read_line(log, line)
         if _SETTING_LINES.search(line):
-            log.settings |= dict(_SETTING.findall(line))
+            log.settings |= {name: value.rstrip(".") for name, value in _SETTING.findall(line)}
         log.no_memory |= bool(_NO_MEMORY.search(line))
     if log.needed is None:
         _read_line(log, " ".join(text.split()))  # a message that was wrapped when it was pasted

@@ -38,6 +38,12 @@ class DoesNotFit(M3QuantError):
     exit_code = 3
 
 
+class ServeError(M3QuantError):
+    """The engine cannot be started, did not become ready, or measured less than the plan promised."""
+
+    exit_code = 1
+
+
 class OutputError(M3QuantError):
     """The output folder cannot be used: not empty, not ours, inside the source, or begun under other settings."""
 

@@ -6,6 +6,7 @@ import json
 
 from ..errors import NodeError
 from .fit import Fit
+from .hardware import CPU
 
 PROGRAM = ("vllm", "serve")
 
@@ -15,7 +16,10 @@ def vllm_arguments(fit: Fit) -> list[str]:
     setup, split = fit.setup, fit.setup.split
     out = ["--max-model-len", str(fit.context), "--max-num-seqs", str(setup.max_num_seqs)]
     out += ["--max-num-batched-tokens", str(setup.max_num_batched_tokens), "--block-size", str(setup.block_size)]
-    out += ["--gpu-memory-utilization", f"{setup.utilization:g}"]
+    if fit.node.gpu.name == CPU:
+        out += ["--enforce-eager"]  # compiled graphs cost minutes there and gain nothing
+    else:
+        out += ["--gpu-memory-utilization", f"{setup.utilization:g}"]
     if split.tp > 1:
         out += ["--tensor-parallel-size", str(split.tp)]
     if split.pp > 1:

@@ -21,6 +21,8 @@ COMMANDS = {
     "card": ("card", "Write the model card of an output, and check that it may be published."),
     "publish": ("publish", "Put an output on the Hub: checked, licensed, private until it is whole."),
     "pull": ("pull", "Download a checkpoint from the Hub and verify every file."),
+    "serve": ("serve", "An OpenAI-compatible endpoint on one node, planned first and guarded."),
+    "perplexity": ("perplexity", "Perplexity of a source or converted checkpoint, one layer in memory at a time."),
 }
 
 

@@ -23,6 +23,7 @@ _SENTENCES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"Unknown quantization method: (\S+?)[.\s]"), "this engine does not read quantization '{0}': install a newer one"),
     (re.compile(r"((?:There is no module or parameter named|KeyError:|Following weights were not initialized)[^\n]{0,160})"),
      "the checkpoint is not what the engine expects ({0}): run m3quant verify on it"),
+    (re.compile(r"Value error, ([^\n\[]{5,200}?)\s*\["), "the engine refuses its settings: {0}"),
     (re.compile(r"unrecognized arguments: ([^\n]+)"), "the engine does not know the arguments {0}: see --help of its version"),
     (re.compile(r"No common block size|block_size[^\n]{0,40}not supported"), "the attention kernels refuse the block size: leave --block-size 128"),
     (re.compile(r"(M3QUANT_GUARD_\w+[^\n]{0,200})"), "the guard refuses its settings: {0}"),

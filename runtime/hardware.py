@@ -7,7 +7,6 @@ the number on the box: the driver and ECC take their part.
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from dataclasses import dataclass
 
@@ -44,10 +43,10 @@ GPUS: dict[str, Gpu] = {
 STANDARD_NODES = ("1xH200", "2xH100", "2xH200", "4xH100", "4xH200", "8xH100", "8xH200")
 CPU = "CPU"
 
-CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # GiB that vLLM's CPU build sets aside for the cache
-CPU_DEFAULT_GIB = "1"
+# GiB that vLLM's CPU build sets aside for the cache (VLLM_CPU_KVCACHE_SPACE takes whole ones)
+CPU_DEFAULT_GIB = 1
 
-_CPU = re.compile(r"cpu(?::(\d+(?:\.\d+)?)\s*GiB)?", re.IGNORECASE)
+_CPU = re.compile(r"cpu(?::(\d+)\s*GiB)?", re.IGNORECASE)
 _NODE = re.compile(r"(?:(\d+)\s*x\s*)?([A-Za-z][\w-]*|\d+(?:\.\d+)?\s*GiB)", re.IGNORECASE)
 
 
@@ -60,13 +59,13 @@ class Node:
 
     @property
     def name(self) -> str:
-        return f"{self.count}x{self.gpu.name}"
+        return CPU if self.gpu.name == CPU else f"{self.count}x{self.gpu.name}"
 
 
 def parse_node(text: str) -> Node:
     """The node that `text` names: 1xH200, 2xH100, h200, any card by its memory as 2x95.5GiB, or cpu:4GiB (its cache). Raises NodeError."""
     if cpu := _CPU.fullmatch(text.strip()):
-        return cpu_node(int(float(cpu[1] or os.environ.get(CPU_SPACE) or CPU_DEFAULT_GIB) * GIB))
+        return cpu_node(int(cpu[1] or CPU_DEFAULT_GIB) * GIB)
     match = _NODE.fullmatch(text.strip())
     if not match:
         raise NodeError(

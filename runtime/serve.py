@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -32,6 +33,7 @@ from .pins import pin_key, pinned_bytes, read_pin, write_pin
 from .serve_recipe import ServeRecipe
 
 Say = Callable[[str], None]
+TYPICAL_REQUEST = 8192  # tokens, prompt and answer
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
         tried = [f"{r.change} (context up to {r.fit.longest_context:,})" for r in remedies(fit)]
         helps = f" It would with {', or '.join(tried)}." if tried else ""
         raise DoesNotFit(f"{src} does not fit on {node.name}: {fit.why_not}.{helps}")
-    fit = _sized(fit, recipe)
+    fit, recipe = _sized(fit, recipe, say)
     version = engine.version if engine else "any"
     key = pin_key(fit, version, vllm_arguments(fit))
     pin = read_pin(key) if pinning and recipe.engine == "vllm" and node.gpu.name != CPU else None
@@ -161,11 +163,31 @@ def _node(recipe: ServeRecipe, engine: Engine | None, dry: bool) -> Node:
     return asked
 
 
-def _sized(fit: Fit, recipe: ServeRecipe) -> Fit:
-    """max-num-seqs no larger than the pool's share of requests of a quarter context can use, unless it was given."""
-    if recipe.max_num_seqs is not None:
-        return fit
-    useful = max(recipe.concurrency, min(fit.setup.max_num_seqs, 4 * fit.pool.concurrency(fit.context)), 4)
+def _sized(fit: Fit, recipe: ServeRecipe, say: Say) -> tuple[Fit, ServeRecipe]:
+    """Context, watermark and max-num-seqs that go together.
+
+    Blocks under the watermark are never given out at admission, so a request that needs them would wait for ever: where the context
+    is ours to choose it leaves them free, and where it was given the watermark yields. max-num-seqs, unless given, is no larger than
+    the pool has room for requests of TYPICAL_REQUEST tokens.
+    """
+    blocks, block = fit.pool.blocks - 1, fit.pool.block_size
+    free = blocks - recipe.concurrency * math.ceil(fit.context / block)
+    if free < math.ceil(recipe.watermark * fit.pool.blocks):
+        if recipe.context is None:
+            context = (blocks - math.ceil(recipe.watermark * fit.pool.blocks)) // recipe.concurrency * block
+            fit = assess(fit.model, fit.node, replace(fit.ask, context=max(block, context)))
+        else:
+            watermark = max(0, math.floor(1000 * (free - 1) / fit.pool.blocks) / 1000)
+            say(
+                f"note: the watermark is {watermark:g} in place of {recipe.watermark:g}: a context of {fit.context:,} needs the blocks it would keep free"
+            )
+            recipe = recipe.model_copy(update={"watermark": watermark})
+    return (fit if recipe.max_num_seqs is not None else _with_useful_seqs(fit, recipe)), recipe
+
+
+def _with_useful_seqs(fit: Fit, recipe: ServeRecipe) -> Fit:
+    typical = fit.pool.concurrency(min(fit.context, TYPICAL_REQUEST))
+    useful = max(recipe.concurrency, min(fit.setup.max_num_seqs, typical), 1)
     ask = replace(fit.ask, max_num_seqs=useful)
     smaller = assess(fit.model, fit.node, ask)  # less sampler and graph memory: it fits at least as well
     return smaller if smaller.fits else fit

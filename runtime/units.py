@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import yaml
 
-from .. import __version__
+from m3quant import __version__
+
 from .fit import Fit
 from .launch import KILL_GRACE_S
 from .serve_recipe import ServeRecipe

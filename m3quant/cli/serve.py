@@ -20,7 +20,7 @@ from ..runtime.units import compose_file, systemd_unit
 from .options import ASK_OPTIONS, ask_options
 
 RECIPE_OPTIONS = (
-    "on",
+    "node",
     "engine",
     "host",
     "port",
@@ -42,7 +42,9 @@ NEWEST_READ = "0.33.0"  # the image named in a compose file when no engine is in
     metavar="FILE",
     help="Choices as YAML, or the name of one that ships: serve-1xh200, serve-2xh100.",
 )
-@click.option("--on", default=None, metavar="NODE", help="1xH200, 2xH100, ..., cpu, cpu:4GiB. [what this machine has]")
+@click.option(
+    "--on", "node", default=None, metavar="NODE", help="1xH200, 2xH100, ..., cpu, cpu:4GiB. [what this machine has]"
+)
 @ask_options
 @click.option("--host", default=None, help="Address to listen on. [127.0.0.1]")
 @click.option("--port", type=click.IntRange(1, 65535), default=None, help="[8000]")

@@ -77,7 +77,7 @@ class Engine:
 def find_engine(name: str, python: str) -> Engine:
     """The engine `name` (vllm or sglang) of that Python. Raises ServeError where there is none."""
     try:
-        done = subprocess.run([python, "-c", PROBE, name], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([python, "-P", "-c", PROBE, name], capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ServeError(f"the Python {python} does not run ({error}): name another with --engine-python.") from None
     if done.returncode != 0:

@@ -199,8 +199,10 @@ def importable(engine: Engine, launch: Launch) -> Iterator[dict[str, str]]:
 
     The guard runs inside the engine; putting our site-packages on its path would replace the engine's own libraries.
     """
+    # The engine is run as a module: without this, an m3quant folder where the user stands would be imported first.
+    env = {**launch.env, "PYTHONSAFEPATH": "1"}
     if GUARD not in launch.command or engine.has_m3quant:
-        yield launch.env
+        yield env
         return
     folder = Path(tempfile.mkdtemp(prefix="m3quant-path-"))
     try:
@@ -212,7 +214,7 @@ def importable(engine: Engine, launch: Launch) -> Iterator[dict[str, str]]:
         if not (package / "runtime").exists():  # an editable install keeps it beside
             (package / "runtime").symlink_to(Path(__file__).parent)
         path = os.pathsep.join(part for part in (str(folder), os.environ.get("PYTHONPATH", "")) if part)
-        yield {**launch.env, "PYTHONPATH": path}
+        yield {**env, "PYTHONPATH": path}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

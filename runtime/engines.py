@@ -7,6 +7,7 @@ vLLM takes ten seconds and touches the GPU.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from packaging.version import InvalidVersion, Version
 
 from ..errors import NodeError, ServeError
 from ..families import Family
+from ..schemes import Scheme
 from .command import vllm_arguments
 from .fit import Fit
 from .hardware import CPU, GPUS, Gpu, Node, cpu_node
@@ -26,6 +28,9 @@ KNOWN_VLLM = (
     Version("0.24.0"),
     Version("0.34.0"),
 )  # from the first with M3 to before the first whose source was not read
+FP8_INDEX_ON_HOPPER = Version("0.32.0")  # the oldest release read that has it; 0.26 has not
+# A folder called vllm or m3quant where the user stands must not be imported in place of the installed one.
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 PROBE = r"""
 import importlib.metadata, importlib.util, json, pathlib, re, sys
 package = sys.argv[1]
@@ -77,7 +82,9 @@ class Engine:
 def find_engine(name: str, python: str) -> Engine:
     """The engine `name` (vllm or sglang) of that Python. Raises ServeError where there is none."""
     try:
-        done = subprocess.run([python, "-P", "-c", PROBE, name], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [python, "-c", PROBE, name], capture_output=True, text=True, timeout=120, env={**os.environ, **SAFE_PATH}
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ServeError(f"the Python {python} does not run ({error}): name another with --engine-python.") from None
     if done.returncode != 0:
@@ -115,8 +122,38 @@ def version_notes(engine: Engine, family: Family, config: Mapping[str, Any]) -> 
     return []
 
 
-def detect_node(engine: Engine, count: int | None = None) -> Node:
-    """The GPUs of this machine as nvidia-smi lists them; the CPU for vLLM's CPU build. Raises NodeError where there is none."""
+def check_dtypes(fit: Fit, engine: Engine) -> None:
+    """Raise ServeError for a cache that this release cannot keep on this GPU.
+
+    0.26's models/minimax_m3/common/indexer.py refuses FP8 index keys off SM100, 0.32's takes them wherever CUDA has FP8.
+    """
+    release = engine.release
+    has_index = fit.model.family.kv_geometry(fit.model.config).index_layers > 0
+    if (
+        engine.name != "vllm"
+        or not has_index
+        or fit.setup.index_dtype == "bfloat16"
+        or fit.node.gpu.generation == "blackwell"
+    ):
+        return
+    if engine.is_cpu or (release is not None and release < FP8_INDEX_ON_HOPPER):
+        raise ServeError(
+            f"vLLM {engine.version} keeps M3's index keys in BF16 on this device: leave --index-dtype out, or install {FP8_INDEX_ON_HOPPER} or newer on a GPU."
+        )
+
+
+def weight_notes(fit: Fit) -> list[str]:
+    """What the family knows of engines that read routed experts stored so."""
+    found = []
+    dtypes = {group.dtype for group in fit.model.groups if group.role == "routed_experts"}
+    if "F8_E4M3" in dtypes:
+        method = str((fit.model.config.get("quantization_config") or {}).get("quant_method", ""))
+        found += fit.model.family.engine_notes(Scheme("fp8", bits=8), method)
+    return found
+
+
+def detect_node(engine: Engine) -> Node:
+    """The GPUs of this machine as nvidia-smi lists them, as many as CUDA_VISIBLE_DEVICES leaves; the CPU for vLLM's CPU build. Raises NodeError where there is none."""
     if engine.is_cpu:
         return cpu_node(2**30)
     try:
@@ -142,7 +179,12 @@ def detect_node(engine: Engine, count: int | None = None) -> Node:
         raise NodeError(
             f"the GPUs differ ({', '.join(sorted(names))}): choose equal ones with CUDA_VISIBLE_DEVICES and --on."
         )
-    return Node(count or len(rows), gpu_called(names.pop(), int(rows[0][1])))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        rows = rows[: len([part for part in visible.split(",") if part.strip() not in ("", "-1")])]
+        if not rows:
+            raise NodeError("CUDA_VISIBLE_DEVICES hides every GPU: unset it, or name those to use.")
+    return Node(len(rows), gpu_called(names.pop(), int(rows[0][1])))
 
 
 def gpu_called(name: str, mib: int) -> Gpu:

@@ -23,7 +23,19 @@ from ..errors import CheckpointError, DoesNotFit, ServeError, VerifyError
 from .checklog import TOLERATED, LogCheck, check_log
 from .command import vllm_arguments
 from .enginelog import parse_log
-from .engines import GUARD, Engine, Launch, detect_node, find_engine, sglang_launch, version_notes, vllm_launch
+from .engines import (
+    GUARD,
+    SAFE_PATH,
+    Engine,
+    Launch,
+    check_dtypes,
+    detect_node,
+    find_engine,
+    sglang_launch,
+    version_notes,
+    vllm_launch,
+    weight_notes,
+)
 from .failures import reason
 from .fit import Fit, assess, remedies
 from .hardware import CPU, Node, parse_node
@@ -106,6 +118,10 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
         tried = [f"{r.change} (context up to {r.fit.longest_context:,})" for r in remedies(fit)]
         helps = f" It would with {', or '.join(tried)}." if tried else ""
         raise DoesNotFit(f"{src} does not fit on {node.name}: {fit.why_not}.{helps}")
+    if engine is not None:
+        check_dtypes(fit, engine)
+    for note in weight_notes(fit):
+        say(f"note: {note}")
     fit, recipe = _sized(fit, recipe, say)
     version = engine.version if engine else "any"
     key = pin_key(fit, version, vllm_arguments(fit))
@@ -113,8 +129,22 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
     if recipe.engine == "sglang":
         launch = sglang_launch(fit, recipe, engine, api_key_env)
     else:
-        launch = vllm_launch(fit, recipe, engine, api_key, pin)
+        launch = without_reasoning(vllm_launch(fit, recipe, engine, api_key, pin), fit, Path(src).expanduser())
     return Prepared(subject, fit, recipe, engine, launch, key, pin)
+
+
+def without_reasoning(launch: Launch, fit: Fit, folder: Path) -> Launch:
+    """The launch, without the reasoning parser where the tokenizer lacks the markers that it insists on. Said in a note."""
+    tokenizer, wanted = folder / "tokenizer.json", fit.model.family.reasoning_tokens
+    if not wanted or "--reasoning-parser" not in launch.command or not tokenizer.is_file():
+        return launch
+    text = tokenizer.read_text(encoding="utf-8", errors="replace")
+    absent = [token for token in wanted if f'"{token}"' not in text]
+    if not absent:
+        return launch
+    at = launch.command.index("--reasoning-parser")
+    note = f"tokenizer.json has no {' and '.join(absent)}, which --reasoning-parser {launch.command[at + 1]} insists on: served without that parser"
+    return replace(launch, command=launch.command[:at] + launch.command[at + 2 :], notes=[*launch.notes, note])
 
 
 def _engine(recipe: ServeRecipe, python: str | None, dry: bool) -> Engine | None:
@@ -155,7 +185,7 @@ def _node(recipe: ServeRecipe, engine: Engine | None, dry: bool) -> Node:
         )
     if asked.gpu.name == CPU:
         return asked
-    here = detect_node(engine, None) if engine else asked
+    here = detect_node(engine) if engine else asked
     if here.count < asked.count or here.gpu.total_bytes < 0.99 * asked.gpu.total_bytes:
         raise ServeError(
             f"--on {recipe.node}, but this machine has {here.name} ({here.gpu.total_bytes / 2**30:.1f} GiB each): plan for that one."
@@ -199,8 +229,7 @@ def importable(engine: Engine, launch: Launch) -> Iterator[dict[str, str]]:
 
     The guard runs inside the engine; putting our site-packages on its path would replace the engine's own libraries.
     """
-    # The engine is run as a module: without this, an m3quant folder where the user stands would be imported first.
-    env = {**launch.env, "PYTHONSAFEPATH": "1"}
+    env = {**launch.env, **SAFE_PATH}
     if GUARD not in launch.command or engine.has_m3quant:
         yield env
         return

@@ -95,6 +95,7 @@ class Family(ABC):
     # flags that `vllm serve` needs for this family, as in the official recipes, and the first release that has the model
     serve_flags: tuple[str, ...] = ()
     sglang_flags: tuple[str, ...] = ()
+    reasoning_tokens: tuple[str, ...] = ()  # the reasoning parser refuses a tokenizer without them
     min_vllm: str = ""
     norm_one_plus: bool  # norms multiply by (1 + w) instead of w
     pair_fold: bool  # w3 -> w2 per expert is exact (plain SiLU GLU only)

@@ -52,6 +52,7 @@ class MiniMaxM3VL(Family):
     }
     serve_flags = ("--tool-call-parser", "minimax_m3", "--enable-auto-tool-choice", "--reasoning-parser", "minimax_m3")
     sglang_flags = ("--tool-call-parser", "minimax-m3", "--reasoning-parser", "minimax-m3")
+    reasoning_tokens = ("<mm:think>", "</mm:think>")
     min_vllm = "0.24.0"  # vllm-project/vllm#45381
     norm_one_plus = True
     pair_fold = False  # swigluoai clamps up and adds 1: scaling it does not commute (facts: relative error 0.54)

@@ -119,6 +119,23 @@ def test_a_version_without_the_model_is_refused() -> None:
         version_notes(replace(NEW, version="0.23.0"), subject.family, subject.config)
 
 
+def test_an_fp8_index_cache_needs_a_release_that_has_it() -> None:
+    fit = fit_on(M3, "1xH200", index_dtype="fp8")
+    engines.check_dtypes(fit, NEW)
+    engines.check_dtypes(fit_on(M2, "1xH200", index_dtype="fp8"), replace(NEW, version="0.26.0"))
+    with pytest.raises(ServeError, match=r"0\.26\.0 keeps M3's index keys in BF16"):
+        engines.check_dtypes(fit, replace(NEW, version="0.26.0"))
+
+
+def test_fp8_experts_of_m3_come_with_a_warning() -> None:
+    subject = open_subject(str(TESTS / "data" / "minimax-m3"))
+    models = {model.label: model for model in subject.precisions()}
+    config = {**subject.config, "quantization_config": {"quant_method": "compressed-tensors"}}
+    fp8 = assess(replace(models["fp8"], config=config), parse_node("8xH200"), Ask())
+    assert any("swiglu" in note for note in engines.weight_notes(fp8))
+    assert engines.weight_notes(assess(models["awq"], parse_node("8xH200"), Ask())) == []
+
+
 def test_sglang_gets_the_same_choices() -> None:
     launch = sglang_launch(
         fit_on(M3, "2xH100", context=4096, kv_dtype="fp8"), ServeRecipe(engine="sglang"), None, "KEY"
@@ -232,7 +249,14 @@ def test_no_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA H100 80GB HBM3, 81559'\n"
     )
     (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert detect_node(NEW).name == "2xH100"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert detect_node(NEW).name == "1xH100"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(NodeError, match="hides every GPU"):
+        detect_node(NEW)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA L4, 23034'\n")
     with pytest.raises(NodeError, match="GPUs differ"):
         detect_node(NEW)
@@ -484,3 +508,17 @@ def test_serve_imports_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={"PATH": "/usr/bin:/bin"}
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_reasoning_parser_needs_its_markers(tmp_path: Path) -> None:
+    folder = tmp_path / "m3"
+    shutil.copytree(M3, folder)
+    plain = decide(folder, node="1xH200").launch
+    assert "--reasoning-parser" not in plain.command and any("<mm:think>" in note for note in plain.notes)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] += [{"id": 10**6, "content": "<mm:think>"}, {"id": 10**6 + 1, "content": "</mm:think>"}]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    marked = decide(folder, node="1xH200").launch
+    assert "--reasoning-parser minimax_m3" in " ".join(marked.command) and not any(
+        "mm:think" in note for note in marked.notes
+    )

@@ -110,6 +110,8 @@ _LINES: tuple[tuple[re.Pattern[str], Fields], ...] = tuple(
         ),
         (r"`?--kv-cache-memory(?:-bytes)?=(\d+)`? \([\d.]+ GiB\) to fit into requested memory", (("suggested_pin", int, _smallest),)),
         (rf"reserved {_G} memory for KV Cache as specified by kv_cache_memory_bytes", (("kv_pinned", _bytes, _smallest),)),
+        # the CPU build, where VLLM_CPU_KVCACHE_SPACE is set
+        (rf"Explicitly set \({_N}/{_N}\) GiB for KV cache", (("kv_pinned", _bytes, _smallest), ("_node", str, _last))),
         (rf"Graph capturing finished in {_N} secs?, took {_G}", (("_seconds", str, _last), ("graphs", _bytes, _largest))),
         (rf"CUDA graph pool memory: {_G} \(actual\), {_G} \(estimated\)", (("graphs", _bytes, _largest), ("graphs_estimated", _bytes, _largest))),
         (rf"Estimated CUDA graph memory: {_G} total", (("graphs_estimated", _bytes, _largest),)),

@@ -28,6 +28,8 @@ class CalibrationError(M3QuantError):
 
 class EvaluationError(M3QuantError):
     """What was to be measured cannot be: models that do not match, a suite, gate or text that does not do."""
+
+
 class NodeError(M3QuantError):
     """A serving node, dtype, parallel split or price file that is unknown or impossible."""
 

@@ -16,7 +16,6 @@ from ..plan import Plan, bits_per_weight, make_plan, passed_through, role_table
 from ..recipe import recipe_names
 from ..resources import resources
 from ..timing_model import Rates, estimate, load_rates, sentence
-from .options import human_bytes, load_recipe, print_table, recipe_options
 from .options import ASK_OPTIONS, human_bytes, load_recipe, print_table, recipe_options, serving_options
 
 
@@ -62,8 +61,6 @@ def command(
         click.echo(json.dumps(plan_json(plan, rates), indent=2) if as_json else "", nl=as_json)
         if not as_json:
             print_plan(plan, rates)
-        return
-            print_plan(plan)
         return None
     plans, refused = [], {}
     for name in recipe_names():

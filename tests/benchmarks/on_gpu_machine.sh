@@ -8,6 +8,4 @@ cp -r "$root/m3quant" "$site/"
 cp -r "$root/calibration" "$root/recipes" "$root/runtime" "$site/m3quant/"
 export PYTHONPATH="$site:$root/tests:$root/tests/calibration:$root${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONSAFEPATH=1 # the tree itself, which has no m3quant/calibration, must come last, for tests.benchmarks
-export PYTHONPATH="$site:$root/tests:$root/tests/calibration${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONSAFEPATH=1 # the tree itself, which has no m3quant/calibration, must not come first
 exec "$@"

@@ -30,6 +30,22 @@ class EvaluationError(M3QuantError):
     """What was to be measured cannot be: models that do not match, a suite, gate or text that does not do."""
 
 
+class NodeError(M3QuantError):
+    """A serving node, dtype, parallel split or price file that is unknown or impossible."""
+
+
+class DoesNotFit(M3QuantError):
+    """The checkpoint cannot be served on that node as asked; the message says what would have to change."""
+
+    exit_code = 3
+
+
+class ServeError(M3QuantError):
+    """The engine cannot be started, did not become ready, or measured less than the plan promised."""
+
+    exit_code = 1
+
+
 class OutputError(M3QuantError):
     """The output folder cannot be used: not empty, not ours, inside the source, or begun under other settings."""
 

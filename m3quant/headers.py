@@ -13,7 +13,7 @@ from typing import Any
 
 from .checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
 from .errors import CheckpointError
-from .families import family_of
+from .families import QUANTIZABLE, family_of
 from .source import PLAIN, scale_layout, source_kind
 
 
@@ -64,9 +64,8 @@ def from_config(path: Path) -> HeaderSource:
     kind = source_kind(config, str(path))
     family = family_of(config, str(path))
     source = HeaderSource(str(path), config)
-    fp8 = ("routed_experts", "shared_experts", "dense_mlp", "attention", "indexer")
     for name, expected in family.expected_tensors(config).items():
-        quantized = kind != PLAIN and family.role(name).kind in fp8
+        quantized = kind != PLAIN and family.role(name).kind in QUANTIZABLE
         dtype = "F8_E4M3" if quantized else "F32" if expected.float32 else "BF16"
         source.add(name, dtype, expected.shape, kind if quantized else PLAIN)
     source.warnings.append(

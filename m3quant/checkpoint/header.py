@@ -140,8 +140,12 @@ def _metadata(value: Any, where: str) -> dict[str, str]:
 
 
 def _are_counts(values: list[Any]) -> bool:
-    # type() and not isinstance(): True is an int, but no size.
-    return not any(type(value) is not int or not 0 <= value <= MAX_COUNT for value in values)
+    # A loop takes a quarter of the time of all() over a generator, and a checkpoint has 140,000 tensors.
+    for value in values:  # noqa: SIM110
+        # type() and not isinstance(): True is an int, but no size.
+        if type(value) is not int or not 0 <= value <= MAX_COUNT:
+            return False
+    return True
 
 
 def _refusal(where: str, name: str, reason: str, remedy: str = DAMAGED) -> CheckpointError:

@@ -31,12 +31,14 @@ def parse_index(raw: bytes, where: str) -> Index:
     weight_map = parsed.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where} has no weight_map from tensor names to shard files. {_REMEDY}")
+    plain: set[str] = set()  # few names for many tensors: each is looked at once
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_plain_file_name(shard):
+        if not isinstance(shard, str) or (shard not in plain and not _is_plain_file_name(shard)):
             raise CheckpointError(
                 f"{where} puts tensor {shown(tensor)} into {described(shard, 160)}, which is not the plain name of a "
                 f".safetensors file beside the index. {_REMEDY}"
             )
+        plain.add(shard)
     metadata = parsed.get("metadata")
     total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
     if isinstance(total_size, bool) or not isinstance(total_size, int):

@@ -21,6 +21,7 @@ COMMANDS = {
     "card": ("card", "Write the model card of an output, and check that it may be published."),
     "publish": ("publish", "Put an output on the Hub: checked, licensed, private until it is whole."),
     "pull": ("pull", "Download a checkpoint from the Hub and verify every file."),
+    "serve": ("serve", "An OpenAI-compatible endpoint on one node, planned first and guarded."),
 }
 
 
@@ -47,7 +48,8 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """MiniMax M3 and M2.x weights to FP8 and AWQ INT4 checkpoints that engines load as they are.
 
-    Exit codes: 0 done, 1 a check failed, 2 bad input, 4 stopped by a full disk or GPU or a Hub that does not answer (the same command continues),
+    Exit codes: 0 done, 1 a check failed, 2 bad input, 3 does not fit the node,
+    4 stopped by a full disk or GPU or a Hub that does not answer (the same command continues),
     130 and 143 stopped by SIGINT and SIGTERM (the same command continues).
     """
 

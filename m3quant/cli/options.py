@@ -61,6 +61,43 @@ def recipe_options(default: str | None) -> Callable[[F], F]:
     return decorate
 
 
+# Options of `plan` and `serve` that are fields of runtime.fit.Ask. None means m3quant's choice.
+ASK_OPTIONS = (
+    "context", "concurrency", "kv_dtype", "index_dtype", "tp", "pp", "max_num_seqs", "max_num_batched_tokens", "utilization", "vision",
+)  # fmt: skip
+
+
+def ask_options(function: F) -> F:
+    """How a checkpoint is to be served: the fields of runtime.fit.Ask."""
+    tokens = click.IntRange(min=1)
+    for option in reversed((
+        click.option("--context", type=tokens, default=None, help="Tokens of one request, prompt and answer. [the longest that fits]"),
+        click.option("--concurrency", type=tokens, default=None, help="Requests of that length at once. [1]"),
+        click.option("--kv-dtype", default=None, help="KV cache: auto, bfloat16, fp8, fp8_e4m3, fp8_e5m2. [auto: what the checkpoint states]"),
+        click.option("--index-dtype", default=None, help="M3's index keys: bfloat16 or fp8. [bfloat16]"),
+        click.option("--tp", type=tokens, default=None, help="Tensor-parallel ranks. [all GPUs, at most the KV heads]"),
+        click.option("--pp", type=tokens, default=None, help="Pipeline stages. [1, or what TP leaves]"),
+        click.option("--max-num-seqs", type=tokens, default=None, help="Requests that run at once. [32, or --concurrency]"),
+        click.option("--max-num-batched-tokens", type=tokens, default=None, help="Tokens of one engine step. [8192]"),
+        click.option("--gpu-memory-utilization", "utilization", type=float, default=None, help="Share of each GPU for the engine. [0.92]"),
+        click.option("--vision/--language-model-only", "vision", default=None, help="Serve images too, or text alone. [text alone]"),
+    )):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def serving_options(function: F) -> F:
+    """`plan`'s questions about serving."""
+    for option in reversed((
+        click.option("--on", default=None, metavar="NODE", help="A node: 1xH200, 2xH100, ..., or 2x95.5GiB for another card."),
+        click.option("--all", "everything", is_flag=True, default=None, help="Every precision on every standard node, with prices."),
+        click.option("--check-log", type=click.Path(path_type=Path), default=None, help="Compare the prediction with a vLLM start-up log."),
+        click.option("--prices", type=click.Path(path_type=Path), default=None, help="Price file (YAML) in place of the one that ships."),
+    )):  # fmt: skip
+        function = option(function)
+    return ask_options(function)
+
+
 def load_recipe(
     checkpoint: Checkpoint, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None
 ) -> Recipe:

@@ -16,7 +16,7 @@ from ..plan import Plan, bits_per_weight, make_plan, passed_through, role_table
 from ..recipe import recipe_names
 from ..resources import resources
 from ..timing_model import Rates, estimate, load_rates, sentence
-from .options import human_bytes, load_recipe, print_table, recipe_options
+from .options import ASK_OPTIONS, human_bytes, load_recipe, print_table, recipe_options, serving_options
 
 
 @click.command("plan")
@@ -30,6 +30,7 @@ from .options import human_bytes, load_recipe, print_table, recipe_options
     default=None,
     help="Rates of a machine, for the time [one H200].",
 )
+@serving_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     src: str,
@@ -40,19 +41,27 @@ def command(
     revision: str | None,
     rates_file: Path | None,
     as_json: bool,
-) -> None:
+    **serving: Any,
+) -> int | None:
     """What SRC (a folder, a Hub repo, or a config.json alone) is, and what its conversion would write.
 
     With --to or --recipe: that conversion in detail. Without: one line for each recipe.
+    With --on, --all or --check-log: whether SRC, or what --to would make of it, can be served, and at which context; exit code 3 if not.
     """
     rates = load_rates(rates_file)
+    if any(serving[name] for name in ("on", "everything", "check_log")):
+        return _serving(src, revision, to, recipe_file, settings, format_name, as_json, serving)
+    if given := sorted(name for name, value in serving.items() if value is not None and value is not False):
+        raise click.UsageError(
+            f"--{given[0].replace('_', '-')} says how to serve: add --on NODE, for example --on 1xH200, or --all."
+        )
     checkpoint = from_config(Path(src)) if src.endswith(".json") else Checkpoint.open(src, revision)
     if to or recipe_file or settings or format_name:
         plan = make_plan(checkpoint, load_recipe(checkpoint, to, recipe_file, settings, format_name))
         click.echo(json.dumps(plan_json(plan, rates), indent=2) if as_json else "", nl=as_json)
         if not as_json:
             print_plan(plan, rates)
-        return
+        return None
     plans, refused = [], {}
     for name in recipe_names():
         try:
@@ -67,11 +76,24 @@ def command(
                 {"plans": {plan.recipe.name: plan_json(plan, rates) for plan in plans}, "refused": refused}, indent=2
             )
         )
-        return
+        return None
     print_source(plans[0])
     print_overview(plans, rates)
     for name, reason in refused.items():
         click.echo(f"{name}: {reason}")
+    return None
+
+
+def _serving(src: str, revision: str | None, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None,
+             as_json: bool, serving: dict[str, Any]) -> int:  # fmt: skip
+    from ..runtime.fit import Ask
+    from .fitting import run_fit
+
+    wanted = {name: serving[name] for name in ASK_OPTIONS if serving[name] is not None}
+    return run_fit(
+        src, revision, to, recipe_file, settings, format_name, serving["on"], bool(serving["everything"]), serving["check_log"],
+        Ask(**wanted), serving["prices"], as_json,
+    )  # fmt: skip
 
 
 def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:

@@ -92,6 +92,11 @@ class Family(ABC):
     awq_ignored: tuple[str, ...]
     awq_substrings: Mapping[str, tuple[str, ...]]
     refused_formats: Mapping[str, str]  # output format -> why engines cannot load this family in it, and what to use
+    # flags that `vllm serve` needs for this family, as in the official recipes, and the first release that has the model
+    serve_flags: tuple[str, ...] = ()
+    sglang_flags: tuple[str, ...] = ()
+    reasoning_tokens: tuple[str, ...] = ()  # the reasoning parser refuses a tokenizer without them
+    min_vllm: str = ""
     norm_one_plus: bool  # norms multiply by (1 + w) instead of w
     pair_fold: bool  # w3 -> w2 per expert is exact (plain SiLU GLU only)
 
@@ -119,6 +124,10 @@ class Family(ABC):
     def selected_tokens(self, config: Mapping[str, Any]) -> int:
         """Context that block-sparse attention reads whole: shorter ones never exercise its selection. 0 without it."""
         return 0
+
+    def has_index_keys(self, config: Mapping[str, Any], layer: int) -> bool:
+        """Whether this layer keeps MSA index keys beside its KV cache."""
+        return False
 
     @abstractmethod
     def recipe_aliases(self, module: str) -> tuple[str, ...]:

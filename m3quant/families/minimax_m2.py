@@ -27,6 +27,8 @@ class MiniMaxM2(Family):
     awq_ignored = ("lm_head", "block_sparse_moe.gate", "mlp.gate")
     awq_substrings: Mapping[str, tuple[str, ...]] = {"routed_experts": (".experts",), "attention": ("self_attn",)}
     refused_formats: Mapping[str, str] = {}
+    serve_flags = ("--tool-call-parser", "minimax_m2", "--enable-auto-tool-choice", "--reasoning-parser", "minimax_m2")
+    sglang_flags = ("--tool-call-parser", "minimax-m2", "--reasoning-parser", "minimax-append-think")
     norm_one_plus = False
     pair_fold = True
 

@@ -50,6 +50,10 @@ class MiniMaxM3VL(Family):
         "fp8": "vLLM's M3 loader renames every weight_scale_inv to weight_scale and then skips it without a word, "
         "because the fp8 layers have no such parameter; add --format compressed-tensors, which stores the same blocks",
     }
+    serve_flags = ("--tool-call-parser", "minimax_m3", "--enable-auto-tool-choice", "--reasoning-parser", "minimax_m3")
+    sglang_flags = ("--tool-call-parser", "minimax-m3", "--reasoning-parser", "minimax-m3")
+    reasoning_tokens = ("<mm:think>", "</mm:think>")
+    min_vllm = "0.24.0"  # vllm-project/vllm#45381
     norm_one_plus = True
     pair_fold = False  # swigluoai clamps up and adds 1: scaling it does not commute (facts: relative error 0.54)
 
@@ -96,6 +100,9 @@ class MiniMaxM3VL(Family):
     def is_sparse(self, config: Mapping[str, Any], layer: int) -> bool:
         sparse = self.text_config(config).get("sparse_attention_config") or {}
         return bool(sparse.get("use_sparse_attention")) and bool(sparse["sparse_attention_freq"][layer])
+
+    def has_index_keys(self, config: Mapping[str, Any], layer: int) -> bool:
+        return self.is_sparse(config, layer)
 
     def expected_tensors(self, config: Mapping[str, Any]) -> dict[str, Expected]:
         text = self.text_config(config)

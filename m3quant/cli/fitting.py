@@ -1,0 +1,258 @@
+"""m3quant plan --on, --all and --check-log: what a checkpoint needs of a serving node. No torch, no GPU, headers only."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import DoesNotFit, NodeError
+from ..recipe import build_recipe, named_recipe, read_recipe_file
+from ..runtime.checklog import LogCheck, check_log
+from ..runtime.command import vllm_command
+from ..runtime.cost import Prices, decode_bound, load_prices, price_per_million
+from ..runtime.enginelog import parse_log
+from ..runtime.fit import Ask, Fit, Remedy, assess, remedies
+from ..runtime.hardware import GIB, STANDARD_NODES, Node, parse_node
+from ..runtime.memory import Estimate
+from ..runtime.model import ServedModel, Subject, open_subject
+from .options import human_bytes, print_table
+
+TABLE_CONTEXT = 32768  # tokens that each request of the price column holds, unless --context says otherwise
+NO_FIT = DoesNotFit.exit_code
+
+
+def run_fit(src: str, revision: str | None, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None,
+            on: str | None, everything: bool, log_file: Path | None, ask: Ask, prices_file: Path | None, as_json: bool) -> int:  # fmt: skip
+    """The three modes. Returns the exit code: 0 fits (or the log agrees), 3 does not fit, 1 the log disagrees."""
+    gc.disable()  # 140,000 tensors become objects that all live to the end: collections would take a third of the time
+    node = parse_node(on) if on else None
+    subject = open_subject(src, revision)
+    models = _models(subject, to, recipe_file, settings, format_name, everything)
+    if log_file is not None:
+        return _log_mode(models[0], log_file, node, ask, as_json)
+    prices = load_prices(prices_file)
+    if everything or len(models) > 1:
+        nodes = [node] if node else [parse_node(name) for name in STANDARD_NODES]
+        return _table_mode(subject, models, nodes, ask, prices, as_json)
+    assert node is not None  # the command asks for --on, --all or --check-log
+    fit = assess(models[0], node, ask)
+    changes = [] if fit.fits else remedies(fit, subject if subject.convertible else None)
+    if as_json:
+        click.echo(json.dumps(fit_json(fit, changes, prices), indent=2))
+    else:
+        print_fit(fit, changes, prices)
+    return 0 if fit.fits else NO_FIT
+
+
+def _models(subject: Subject, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None,
+            everything: bool) -> list[ServedModel]:  # fmt: skip
+    if to and recipe_file:
+        raise NodeError("--to and --recipe are both given: a plan has one recipe.")
+    if to or recipe_file or settings or format_name:
+        document = read_recipe_file(recipe_file) if recipe_file else named_recipe(to or "awq")
+        return [subject.converted(build_recipe(document, settings=settings, format=format_name))]
+    if everything or subject.config_only:
+        return subject.precisions()
+    return [subject.stored]
+
+
+def _log_mode(model: ServedModel, path: Path, node: Node | None, ask: Ask, as_json: bool) -> int:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise NodeError(f"log {path} cannot be read: {error.strerror}.") from None
+    check = check_log(model, parse_log(text), node, ask)
+    if as_json:
+        click.echo(json.dumps(log_json(check), indent=2))
+    else:
+        print_log(check)
+    return 0 if check.holds else 1
+
+
+def log_json(check: LogCheck) -> dict[str, Any]:
+    return {"holds": check.holds, "engine": asdict(check.log), "lines": [line.to_json() for line in check.lines]}
+
+
+def print_log(check: LogCheck) -> None:
+    log, setup = check.log, check.fit.setup
+    click.echo(
+        f"vLLM {log.version or '(version not in the log)'}: TP {setup.split.tp}, PP {setup.split.pp}, KV {setup.kv_dtype}, "
+        f"utilization {setup.utilization:g}; {check.fit.model.label} of {check.fit.model.where}"
+    )
+    rows = [["quantity", "predicted", "range", "engine", "off", "verdict"]]
+    for line in check.lines:
+        digits = 2 if line.unit == "GiB" else 0
+        span = "" if line.low == line.high else f"{line.low:,.{digits}f} - {line.high:,.{digits}f}"
+        rows.append([
+            f"{line.name} [{line.unit}]", f"{line.predicted:,.{digits}f}", span, f"{line.measured:,.{digits}f}", f"{line.off:+.1%}",
+            "holds" if line.holds else f"OFF: {line.constant}",
+        ])  # fmt: skip
+    print_table(rows)
+    if not check.lines:
+        click.echo("nothing to compare: the log states no size that the prediction covers")
+
+
+def _table_mode(
+    subject: Subject, models: list[ServedModel], nodes: list[Node], ask: Ask, prices: Prices, as_json: bool
+) -> int:
+    fits = [assess(model, node, ask) for model in models for node in nodes]
+    if as_json:
+        found = [fit_json(fit, [], prices) for fit in fits]
+        click.echo(
+            json.dumps({"checkpoint": subject.where, "prices": prices.model_dump(mode="json"), "rows": found}, indent=2)
+        )
+        return 0 if any(fit.fits for fit in fits) else NO_FIT
+    kv = f"KV cache {fits[0].setup.kv_dtype}" + (
+        f", index keys {ask.index_dtype}" if subject.family.kv_geometry(subject.config).index_layers else ""
+    )
+    click.echo(
+        f"{subject.where}: {kv}; {ask.concurrency} request(s); config.json allows {subject.stored.max_positions:,} tokens. "
+        f"Pool: tokens at the high end of the overhead, and at the low end."
+    )
+    rows = [
+        [
+            "precision",
+            "weights",
+            "node",
+            "split",
+            "pool tokens",
+            "longest context",
+            f"at {_context(ask):,}",
+            f"{prices.currency}/h",
+            f"{prices.currency}/M out",
+            "verdict",
+        ]
+    ]
+    for fit in fits:
+        per_hour, bound = prices.per_hour(fit.node), _bound(fit)
+        rows.append([
+            fit.model.label, human_bytes(fit.model.stored_bytes), fit.node.name, split_name(fit),
+            f"{fit.pool.tokens:,} - {fit.prediction.pool('low').tokens:,}" if fit.prediction.pool("low").tokens else "0",
+            f"{fit.longest_context:,}", f"{_requests(fit)}x", "" if per_hour is None else f"{per_hour:.2f}",
+            "" if per_hour is None or not bound else f">= {price_per_million(per_hour, bound):.2f}", "fits" if fit.fits else "does not fit",
+        ])  # fmt: skip
+    print_table(rows)
+    click.echo(
+        f"prices of {prices.date}: {prices.source}; per million output tokens: the floor that HBM bandwidth sets when the pool is full of "
+        f"requests of {_context(ask):,} tokens (at most max-num-seqs), no prefill, no kernel or network loss"
+    )
+    return 0 if any(fit.fits for fit in fits) else NO_FIT
+
+
+def _context(ask: Ask) -> int:
+    return ask.context or TABLE_CONTEXT
+
+
+def _requests(fit: Fit) -> int:
+    return (
+        min(fit.pool.concurrency(_context(fit.ask)), fit.setup.max_num_seqs)
+        if fit.longest_context >= _context(fit.ask)
+        else 0
+    )
+
+
+def _bound(fit: Fit) -> float:
+    return decode_bound(fit, _context(fit.ask), _requests(fit)) if fit.fits else 0.0
+
+
+def split_name(fit: Fit) -> str:
+    split = fit.setup.split
+    return f"TP{split.tp}" + (f" PP{split.pp}" if split.pp > 1 else "") + (" EP" if split.expert_parallel else "")
+
+
+def fit_json(fit: Fit, changes: list[Remedy], prices: Prices) -> dict[str, Any]:
+    """Everything that the tables show, for programs. Bytes per GPU."""
+    per_hour, bound = prices.per_hour(fit.node), _bound(fit)
+    pools = {
+        name: fit.prediction.pool(which).tokens
+        for name, which in (("low", "high"), ("expected", "expected"), ("high", "low"))
+    }
+    return {
+        "checkpoint": fit.model.where,
+        "precision": fit.model.label,
+        "stored_bytes": fit.model.stored_bytes,
+        "node": {"name": fit.node.name, "gpus": fit.node.count, "bytes_per_gpu": fit.node.gpu.total_bytes, "source": fit.node.gpu.source},
+        "setup": asdict(fit.setup),
+        "fits": fit.fits,
+        "why_not": fit.why_not,
+        "pool_tokens": pools,
+        "longest_context": fit.longest_context,
+        "context": fit.context,
+        "max_position_embeddings": fit.model.max_positions,
+        "concurrency": fit.concurrency,
+        "ranks": [
+            {
+                "stage": r.stage, "layers": r.layers, "total": r.total, "requested": r.requested, "weights": r.weights,
+                "weight_bytes": r.weight_bytes, "non_torch": asdict(r.non_torch), "activation": asdict(r.activation),
+                "graphs": asdict(r.graphs), "kv_bytes": {w: r.kv_bytes(getattr(r.overhead, w)) for w in ("low", "expected", "high")},
+                "bytes_per_token": r.bytes_per_token,
+            }
+            for r in fit.prediction.ranks
+        ],
+        "price": {"per_hour": per_hour, "currency": prices.currency, "date": prices.date.isoformat(), "decode_bound_tokens_per_s": bound,
+                  "bound_context": _context(fit.ask), "bound_requests": _requests(fit),
+                  "per_million_output_floor": price_per_million(per_hour, bound) if per_hour is not None and bound else None},
+        "command": shlex.join(vllm_command(fit)) if fit.fits else None,
+        "changes": [{"change": r.change, "longest_context": r.fit.longest_context, "pool_tokens": r.fit.pool.tokens} for r in changes],
+    }  # fmt: skip
+
+
+def print_fit(fit: Fit, changes: list[Remedy], prices: Prices) -> None:
+    model, setup, rank = fit.model, fit.setup, fit.prediction.tightest
+    index = f", index keys {setup.index_dtype}" if model.family.kv_geometry(model.config).index_layers else ""
+    click.echo(
+        f"{model.where} ({model.label}, {human_bytes(model.stored_bytes)}) on {fit.node.name}: {split_name(fit)}, KV cache {setup.kv_dtype}{index}, "
+        f"utilization {setup.utilization:g}, max-num-seqs {setup.max_num_seqs}"
+    )
+    rows = [["per GPU" + (f", stage {rank.stage} of {setup.split.pp}" if setup.split.pp > 1 else ""), "GiB", "source"]]
+    rows.append(
+        [
+            "requested of the GPU",
+            f"{rank.requested / GIB:.2f}",
+            f"{rank.total / GIB:.2f} GiB x {setup.utilization:g}; {fit.node.gpu.source}",
+        ]
+    )
+    for role, size in sorted(rank.weights.items(), key=lambda item: -item[1]):
+        rows.append([f"- {role}", f"{size / GIB:.2f}", "headers"])
+    for name, estimate in (
+        ("non-torch", rank.non_torch),
+        ("peak activation", rank.activation),
+        ("CUDA graphs", rank.graphs),
+    ):
+        rows.append([f"- {name}", _span(estimate), estimate.source])
+    left = (
+        f"{max(0, rank.kv_bytes(rank.overhead.high)) / GIB:.2f} - {max(0, rank.kv_bytes(rank.overhead.low)) / GIB:.2f}"
+    )
+    rows.append(["= KV cache", left, f"{rank.bytes_per_token:,} bytes per token and GPU"])
+    print_table(rows)
+    low, high = fit.pool.tokens, fit.prediction.pool("low").tokens
+    click.echo(
+        f"KV pool: {low:,} to {high:,} tokens; longest context {fit.longest_context:,} of the {model.max_positions:,} that config.json allows"
+    )
+    if not fit.fits:
+        click.echo(f"DOES NOT FIT: {fit.why_not}.")
+        for remedy in changes:
+            click.echo(
+                f"  fits with {remedy.change}: context up to {remedy.fit.longest_context:,}, pool {remedy.fit.pool.tokens:,} tokens"
+            )
+        if not changes:
+            click.echo("  no change of flags, recipe or standard node makes it fit")
+        return
+    click.echo(f"FITS: {fit.concurrency} request(s) of {fit.context:,} tokens at once")
+    per_hour, bound = prices.per_hour(fit.node), _bound(fit)
+    if per_hour is not None and bound:
+        click.echo(
+            f"price: {per_hour:.2f} {prices.currency}/h ({prices.date}); at least {price_per_million(per_hour, bound):.2f} per million output tokens "
+            f"(bandwidth bound of {bound:,.0f} tokens/s, {_requests(fit)} requests of {_context(fit.ask):,} tokens)"
+        )
+    click.echo(shlex.join(vllm_command(fit)))
+
+
+def _span(estimate: Estimate) -> str:
+    return f"{estimate.low / GIB:.2f} - {estimate.high / GIB:.2f}"

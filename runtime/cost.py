@@ -1,0 +1,94 @@
+"""Price of a node, and the least that a million output tokens can cost on it.
+
+The throughput is a bound, not a forecast: decoding reads the weights it uses and each request's cache from HBM once a step, so
+    tokens/s <= requests x bandwidth / (bytes of weights used + bytes of cache read)    per GPU, the slowest stage deciding.
+Engines reach a part of it (kernels, all-reduce, scheduling, prefill); so the price shown is a floor.
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import NodeError
+from .fit import Fit
+from .hardware import Node
+from .memory import INDEX_BYTES, KV_BYTES
+from .weights import rank_weights, stage_of_layers
+
+PRICES = Path(__file__).with_name("prices.yaml")
+
+
+class Prices(BaseModel):
+    """Prices of one day. per_gpu_hour: GPU name as in `--on` -> price."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    date: datetime.date
+    currency: str = "USD"
+    source: str
+    per_gpu_hour: dict[str, float] = Field(min_length=1)
+
+    def per_hour(self, node: Node) -> float | None:
+        """Price of a node for an hour, or None where the file does not have the GPU."""
+        price = {name.lower(): value for name, value in self.per_gpu_hour.items()}.get(node.gpu.name.lower())
+        return None if price is None else node.count * price
+
+
+def load_prices(path: Path | None = None) -> Prices:
+    """The prices in `path`, or those that ship with m3quant. Raises NodeError with the key that is wrong."""
+    path = path or PRICES
+    try:
+        return Prices.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise NodeError(f"price file {path} cannot be read: {' '.join(str(error).split())}.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise NodeError(f"price file {path}, key '{'.'.join(map(str, first['loc']))}': {first['msg']}.") from None
+
+
+def decode_bound(fit: Fit, context: int, requests: int) -> float:
+    """Output tokens per second that memory bandwidth allows for `requests` at once, each `context` tokens long; 0.0 if unknown.
+
+    Experts read: all that `requests` tokens reach if each picks top_k of E at random, E x (1 - (1 - top_k / E)^requests).
+    """
+    bandwidth = fit.node.gpu.bandwidth
+    if not bandwidth or requests < 1:
+        return 0.0
+    text, family, config = fit.model.text, fit.model.family, fit.model.config
+    experts, top_k = int(text["num_local_experts"]), int(text["num_experts_per_tok"])
+    reached = 1 - (1 - top_k / experts) ** requests
+    geometry = family.kv_geometry(config)
+    stages = rank_weights(fit.model.groups, fit.setup.split, geometry.kv_heads, geometry.layers)
+    slowest = 0.0
+    for weights, layers in zip(stages, stage_of_layers(geometry.layers, fit.setup.split.pp), strict=True):
+        read = sum(
+            size * (reached if role == "routed_experts" else 1)
+            for role, size in weights.items()
+            if role not in _NOT_READ
+        )
+        slowest = max(slowest, read + requests * _cache_read(fit, layers, context))
+    return requests * bandwidth / slowest
+
+
+_NOT_READ = ("embedding", "vision", "projector", "mtp")  # looked up by row, or not part of a decoding step
+
+
+def _cache_read(fit: Fit, layers: range, context: int) -> float:
+    """Bytes of cache that one rank reads for one token of one request: block-sparse layers read all index keys and the chosen blocks."""
+    family, config, setup = fit.model.family, fit.model.config, fit.setup
+    geometry = family.kv_geometry(config)
+    heads = max(1, geometry.kv_heads // setup.split.tp)
+    per_layer = 2 * heads * geometry.head_dim * KV_BYTES[setup.kv_dtype]
+    chosen = min(context, family.selected_tokens(config) or context)
+    sparse = sum(family.has_index_keys(config, layer) for layer in layers)
+    index = sparse * context * geometry.index_dim * INDEX_BYTES[setup.index_dtype]
+    return index + per_layer * (sparse * chosen + (len(layers) - sparse) * context)
+
+
+def price_per_million(per_hour: float, tokens_per_second: float) -> float:
+    """Price of a million output tokens at that rate."""
+    return per_hour / 3600 / tokens_per_second * 1e6

@@ -1,0 +1,219 @@
+"""The verdict: does a model fit on a node, how long may a context be, how many at once, and what would have to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..errors import NodeError
+from .hardware import CPU, GIB, STANDARD_NODES, Node, parse_node
+from .memory import (
+    BLOCK_SIZE,
+    DEFAULT_BATCHED_TOKENS,
+    DEFAULT_NUM_SEQS,
+    DEFAULT_UTILIZATION,
+    KV_BYTES,
+    Pool,
+    Prediction,
+    Setup,
+    kv_dtype_of,
+    predict,
+)  # fmt: skip
+from .model import ServedModel, Subject
+from .weights import Split, split_problem
+
+MIN_CONTEXT = 4096  # tokens: a pool below this serves no useful request, so a plan without --context calls it too small
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the user wants of a node. None: m3quant chooses."""
+
+    context: int | None = None
+    concurrency: int = 1
+    kv_dtype: str = "auto"
+    index_dtype: str = "bfloat16"
+    tp: int | None = None
+    pp: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int = DEFAULT_BATCHED_TOKENS
+    utilization: float = DEFAULT_UTILIZATION
+    vision: bool = False
+    block_size: int = BLOCK_SIZE
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The verdict for one model on one node. longest_context: one request's, in memory and within config.json; 0 if none."""
+
+    model: ServedModel
+    node: Node
+    ask: Ask
+    setup: Setup
+    prediction: Prediction
+    longest_context: int
+    fits: bool
+    why_not: str
+
+    @property
+    def pool(self) -> Pool:
+        """What may be promised: the pool at the high end of every overhead."""
+        return self.prediction.pool("high")
+
+    @property
+    def context(self) -> int:
+        """--max-model-len: what was asked, else the longest."""
+        return self.ask.context or self.longest_context
+
+    @property
+    def concurrency(self) -> int:
+        return self.pool.concurrency(self.context) if self.fits else 0
+
+
+def assess(model: ServedModel, node: Node, ask: Ask) -> Fit:
+    """Judge one model on one node. Raises NodeError for a request that makes no sense anywhere."""
+    if ask.concurrency < 1 or (ask.context is not None and ask.context < 1):
+        raise NodeError("--context and --concurrency must be at least 1.")
+    split, problem = _split(model, node, ask)
+    setup = Setup(
+        split=split,
+        kv_dtype=kv_dtype_of(model.config, ask.kv_dtype),
+        index_dtype=ask.index_dtype,
+        utilization=ask.utilization,
+        max_num_seqs=ask.max_num_seqs or max(DEFAULT_NUM_SEQS, ask.concurrency),
+        max_num_batched_tokens=ask.max_num_batched_tokens,
+        block_size=ask.block_size,
+    )
+    prediction = predict(node, model.family, model.config, model.groups, setup)
+    pool = prediction.pool("high")
+    in_memory = max(0, pool.blocks - 1) // ask.concurrency * pool.block_size
+    longest = min(in_memory, model.max_positions or in_memory)
+    why = problem or _why_not(model, ask, setup, prediction, longest)
+    return Fit(model, node, ask, setup, prediction, 0 if problem else longest, not why, why)
+
+
+def _split(model: ServedModel, node: Node, ask: Ask) -> tuple[Split, str]:
+    """The split asked for, or the first that the model allows: TP over the node, then with whole experts, then with stages."""
+    if ask.tp or ask.pp:
+        tp = ask.tp or max(1, node.count // (ask.pp or 1))
+        pp = ask.pp or max(1, node.count // tp)
+        if tp < 1 or pp < 1 or tp * pp != node.count:
+            raise NodeError(
+                f"TP {tp} x PP {pp} is {tp * pp} ranks, but {node.name} has {node.count} GPUs: choose factors of {node.count}."
+            )
+        shapes = [(tp, pp)]
+    else:
+        # More ranks than KV heads save no cache (each keeps a head of its own), stages do: those splits come last.
+        heads = model.family.kv_geometry(model.config).kv_heads
+        divisors = [n for n in range(node.count, 0, -1) if node.count % n == 0]
+        shapes = sorted(((tp, node.count // tp) for tp in divisors), key=lambda shape: shape[0] > heads)
+    first = ""
+    for tp, pp in shapes:
+        for whole_experts in (False, True) if tp > 1 else (False,):
+            split = Split(tp, pp, whole_experts, ask.vision and model.has_vision)
+            problem = split_problem(model.groups, split, model.family, model.config)
+            if not problem:
+                return split, ""
+            first = first or problem
+    return Split(shapes[0][0], shapes[0][1], False, ask.vision and model.has_vision), first
+
+
+def _why_not(model: ServedModel, ask: Ask, setup: Setup, prediction: Prediction, longest: int) -> str:
+    rank, pool = prediction.tightest, prediction.pool("high")
+    left = rank.kv_bytes(rank.overhead.high)
+    if left <= 0:
+        return (
+            f"weights take {rank.weight_bytes / GIB:.1f} GiB and overhead up to {rank.overhead.high / GIB:.1f} GiB of the "
+            f"{rank.requested / GIB:.1f} GiB per GPU that utilization {setup.utilization:g} allows: {-left / GIB:.1f} GiB too much, before any KV cache"
+        )
+    if ask.context and model.max_positions and ask.context > model.max_positions:
+        return f"config.json allows {model.max_positions:,} tokens (max_position_embeddings), {ask.context:,} were asked for"
+    if setup.max_num_seqs < ask.concurrency:
+        return f"--max-num-seqs {setup.max_num_seqs} is less than the {ask.concurrency} requests asked for"
+    wanted = ask.context or min(MIN_CONTEXT, model.max_positions or MIN_CONTEXT)
+    if pool.concurrency(wanted) < ask.concurrency:
+        return (
+            f"{ask.concurrency} x {wanted:,} tokens need {ask.concurrency * wanted * rank.bytes_per_token / GIB:.1f} GiB of KV cache per GPU, "
+            f"{left / GIB:.1f} GiB are left: {pool.tokens:,} tokens in all, {longest:,} for each"
+        )
+    return ""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One change that was tried and makes it fit."""
+
+    change: str
+    fit: Fit
+
+
+def remedies(fit: Fit, subject: Subject | None = None) -> list[Remedy]:
+    """What would have to change for a model that does not fit: smallest change first, each judged like the original.
+
+    Of recipes and of nodes, the two nearest that fit are named.
+    """
+    small = _smallest_cache(fit)
+    found = [*_judged(_flag_changes(fit, small), 9)]
+    found += _judged(_recipe_changes(fit, small, subject) if subject else iter(()), 2)
+    return found + _judged(_node_changes(fit, small), 2)
+
+
+Change = tuple[str, ServedModel, Node, Ask]
+
+
+def _judged(changes: Iterator[Change], limit: int) -> list[Remedy]:
+    found: list[Remedy] = []
+    for change, model, node, ask in changes:
+        try:
+            tried = assess(model, node, ask)
+        except NodeError:
+            continue
+        repeated = limit <= 2 and any(r.fit.model is model and r.fit.node == node for r in found)
+        if tried.fits and not repeated and len(found) < limit:
+            found.append(Remedy(change, tried))
+    return found
+
+
+def _smallest_cache(fit: Fit) -> Ask:
+    has_index = fit.model.family.kv_geometry(fit.model.config).index_layers > 0
+    return replace(fit.ask, kv_dtype="fp8", index_dtype="fp8" if has_index else fit.ask.index_dtype)
+
+
+def _cache_flags(ask: Ask, small: Ask) -> str:
+    flags = " --kv-dtype fp8" if ask.kv_dtype != small.kv_dtype else ""
+    return flags + (" --index-dtype fp8" if ask.index_dtype != small.index_dtype else "")
+
+
+def _flag_changes(fit: Fit, small: Ask) -> Iterator[Change]:
+    model, node, ask = fit.model, fit.node, fit.ask
+    if KV_BYTES[fit.setup.kv_dtype] > 1:
+        yield "--kv-dtype fp8", model, node, replace(ask, kv_dtype="fp8")
+    if small.index_dtype != ask.index_dtype:
+        yield _cache_flags(ask, small).strip(), model, node, small
+    if ask.context and fit.longest_context >= MIN_CONTEXT:
+        yield (
+            f"--context {fit.longest_context} in place of {ask.context}",
+            model,
+            node,
+            replace(ask, context=fit.longest_context),
+        )
+    if ask.concurrency > 1:
+        yield f"--concurrency 1 in place of {ask.concurrency}", model, node, replace(ask, concurrency=1)
+
+
+def _recipe_changes(fit: Fit, small: Ask, subject: Subject) -> Iterator[Change]:
+    for other in subject.precisions():
+        if other.stored_bytes < fit.model.stored_bytes:
+            change = (
+                f"--to {other.label} ({other.stored_bytes / 1e9:.3g} GB in place of {fit.model.stored_bytes / 1e9:.3g})"
+            )
+            yield change, other, fit.node, fit.ask
+            yield change + _cache_flags(fit.ask, small), other, fit.node, small
+
+
+def _node_changes(fit: Fit, small: Ask) -> Iterator[Change]:
+    for name in STANDARD_NODES if fit.node.gpu.name != CPU else ():
+        larger = parse_node(name)
+        if larger.count * larger.gpu.total_bytes > fit.node.count * fit.node.gpu.total_bytes:
+            yield f"--on {name}", fit.model, larger, replace(fit.ask, tp=None, pp=None)
+            yield f"--on {name}{_cache_flags(fit.ask, small)}", fit.model, larger, replace(small, tp=None, pp=None)

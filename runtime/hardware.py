@@ -1,0 +1,94 @@
+"""Serving nodes: how many GPUs, and the bytes that an engine finds on each. Data with its source; no GPU is asked.
+
+`total_bytes` is what `torch.cuda.mem_get_info()[1]` returns, which vLLM multiplies by --gpu-memory-utilization. It is less than
+the number on the box: the driver and ECC take their part.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from ..errors import NodeError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator. total_bytes: usable by torch; bandwidth: HBM bytes per second (datasheet)."""
+
+    name: str
+    total_bytes: int
+    bandwidth: float
+    source: str
+    generation: str = "hopper"
+
+
+# 139.8 and 79.1 GiB: totals in vLLM's own start-up lines on these cards; seen 139.72-139.81 and 79.10-79.19 over driver releases.
+# Bandwidth: NVIDIA's datasheets of the SXM boards (RTX PRO 6000 and GB10: product pages).
+GPUS: dict[str, Gpu] = {
+    gpu.name.lower(): gpu
+    for gpu in (
+        Gpu("H200", int(139.8 * GIB), 4.8e12, "143,771 MiB in nvidia-smi; 139.8 GiB in torch"),
+        Gpu("H100", int(79.1 * GIB), 3.35e12, "81,559 MiB in nvidia-smi; 79.1 GiB in torch (H100 80GB HBM3)"),
+        Gpu("A100", int(79.15 * GIB), 2.04e12, "81,920 MiB in nvidia-smi; 79.15 GiB in torch (A100-SXM4-80GB)", "ampere"),
+        Gpu("RTXPRO6000", int(94.97 * GIB), 1.79e12, "94.97 GiB in a public vLLM log", "blackwell-workstation"),
+        Gpu("GB10", int(119.6 * GIB), 0.273e12, "DGX Spark: 128 GB shared with the host; 119.6 GiB in torch", "blackwell-workstation"),
+        Gpu("B200", int(178.3 * GIB), 8.0e12, "183,359 MiB in nvidia-smi; 178.3 GiB in torch", "blackwell"),
+    )
+}  # fmt: skip
+# Nodes that tables and model cards show, small to large.
+STANDARD_NODES = ("1xH200", "2xH100", "2xH200", "4xH100", "4xH200", "8xH100", "8xH200")
+CPU = "CPU"
+
+# GiB that vLLM's CPU build sets aside for the cache (VLLM_CPU_KVCACHE_SPACE takes whole ones)
+CPU_DEFAULT_GIB = 1
+
+_CPU = re.compile(r"cpu(?::(\d+)\s*GiB)?", re.IGNORECASE)
+_NODE = re.compile(r"(?:(\d+)\s*x\s*)?([A-Za-z][\w-]*|\d+(?:\.\d+)?\s*GiB)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Node:
+    """`count` equal GPUs of one host."""
+
+    count: int
+    gpu: Gpu
+
+    @property
+    def name(self) -> str:
+        return CPU if self.gpu.name == CPU else f"{self.count}x{self.gpu.name}"
+
+
+def parse_node(text: str) -> Node:
+    """The node that `text` names: 1xH200, 2xH100, h200, any card by its memory as 2x95.5GiB, or cpu:4GiB (its cache). Raises NodeError."""
+    if cpu := _CPU.fullmatch(text.strip()):
+        return cpu_node(int(cpu[1] or CPU_DEFAULT_GIB) * GIB)
+    match = _NODE.fullmatch(text.strip())
+    if not match:
+        raise NodeError(
+            f"node '{text}': write a count and a GPU, for example 1xH200 or 2xH100, or 2x95.5GiB for another card."
+        )
+    count, name = int(match[1] or 1), match[2].replace("-", "").replace("_", "")
+    if count < 1:
+        raise NodeError(f"node '{text}' has no GPU: write at least 1x.")
+    if name.lower().endswith("gib"):
+        size = float(name[:-3])
+        if size <= 0:
+            raise NodeError(f"node '{text}' has no memory.")
+        return Node(count, Gpu(f"{size:g}GiB", int(size * GIB), 0.0, "given on the command line", "unknown"))
+    gpu = GPUS.get(name.lower()) or GPUS.get(re.sub(r"(sxm\d?|80gb|141gb|80)$", "", name.lower()))
+    if gpu is None:
+        near = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.0)[0]
+        known = ", ".join(g.name for g in GPUS.values())
+        raise NodeError(
+            f"node '{text}': GPU '{name}' is not known, did you mean {GPUS[near].name}? Known: {known}; any other by its memory, as 2x95.5GiB."
+        )
+    return Node(count, gpu)
+
+
+def cpu_node(kv_bytes: int) -> Node:
+    """The CPU build of vLLM, whose KV cache is what VLLM_CPU_KVCACHE_SPACE reserves, not what a device has left."""
+    return Node(1, Gpu(CPU, kv_bytes, 0.0, "VLLM_CPU_KVCACHE_SPACE", "cpu"))

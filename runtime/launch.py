@@ -1,0 +1,119 @@
+"""An engine as a child process: in a session of its own, its output kept and shown, stopped with all its workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import ServeError
+from .failures import reason
+
+POLL_S = 0.5
+KILL_GRACE_S = 15.0  # beyond the engine's own shutdown timeout, before its processes are killed
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ServeError if something listens there already, before minutes of loading."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServeError(
+                f"{host}:{port} cannot be used ({error.strerror}): choose another --port or --host."
+            ) from None
+
+
+class EngineProcess:
+    """A started engine. `text` is its log so far."""
+
+    def __init__(
+        self, command: list[str], env: Mapping[str, str], log: Path, echo: Callable[[str], None] | None
+    ) -> None:
+        """Start. Raises ServeError where the command does not exist or the log cannot be written."""
+        self.log, self.echo = log, echo
+        self._parts: list[str] = []
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            self._file = log.open("w", encoding="utf-8")
+        except OSError as error:
+            raise ServeError(f"the log {log} cannot be written: {error.strerror}; name another with --log.") from None
+        try:
+            self.process = subprocess.Popen(
+                command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                start_new_session=True, text=True, encoding="utf-8", errors="replace",
+            )  # fmt: skip
+        except OSError as error:
+            self._file.close()
+            raise ServeError(f"{command[0]} cannot be started: {error.strerror}.") from None
+        self._reader = threading.Thread(target=self._tee, daemon=True)
+        self._reader.start()
+
+    def _tee(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._parts.append(line)
+            self._file.write(line)
+            self._file.flush()
+            if self.echo is not None:
+                self.echo(line.rstrip("\n"))
+        self._file.close()
+
+    @property
+    def text(self) -> str:
+        return "".join(list(self._parts))
+
+    def wait_ready(self, url: str, timeout_s: float, stopped: threading.Event) -> bool:
+        """True once `url` answers 200; False if `stopped` was set meanwhile. Raises ServeError when the engine ends or time is up."""
+        deadline = time.monotonic() + timeout_s
+        while not stopped.is_set():
+            code = self.process.poll()
+            if code is not None:
+                self._reader.join(timeout=5)
+                raise ServeError(
+                    f"the engine ended with exit code {code} before it was ready: {reason(self.text)}. Log: {self.log}"
+                )
+            if time.monotonic() > deadline:
+                raise ServeError(
+                    f"the engine was not ready after {timeout_s:.0f} s: {reason(self.text)}. Log: {self.log}"
+                )
+            with suppress(OSError, urllib.error.URLError), urllib.request.urlopen(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return True
+            stopped.wait(POLL_S)
+        return False
+
+    def wait(self, stopped: threading.Event) -> int | None:
+        """The engine's exit code, or None once `stopped` is set."""
+        while not stopped.is_set():
+            code = self.process.poll()
+            if code is not None:
+                self._reader.join(timeout=5)
+                return code
+            stopped.wait(POLL_S)
+        return None
+
+    def stop(self, grace_s: float) -> int:
+        """SIGTERM to the engine, which drains; after `grace_s` all its processes are killed. Returns its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(timeout=grace_s + KILL_GRACE_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with suppress(ProcessLookupError):  # workers that outlived the server, or the server itself
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self._reader.join(timeout=5)
+        return self.process.returncode

@@ -1,0 +1,273 @@
+"""The memory of one rank: weights, KV and index cache, and everything else an engine takes, as vLLM counts it.
+
+    requested = ceil(total_bytes * gpu_memory_utilization)        v1/worker/utils.py: request_memory
+    kv_bytes  = requested - weights - non_torch - activation - graphs      v1/worker/gpu_worker.py: determine_available_memory
+    blocks    = floor(kv_bytes / page_bytes), one of them the null block   v1/core/kv_cache_utils.py
+
+Weights and cache sizes are exact. The rest are `Estimate`s: a range with its source, never a single number. Torch-free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import NodeError
+from ..families import Family
+from .hardware import CPU, GIB, Node
+from .weights import Group, Split, rank_weights, stage_of_layers
+
+MIB = 2**20
+
+# Bytes of one cached element by --kv-cache-dtype (vLLM 0.33 config/cache.py). 'auto' is resolved first, from the checkpoint.
+KV_BYTES = {"bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+INDEX_BYTES = {"bfloat16": 2, "fp8": 1}
+DEFAULT_UTILIZATION = 0.92  # vLLM 0.26 to 0.33 config/cache.py
+DEFAULT_BATCHED_TOKENS = 8192  # what vLLM's API server takes on H100 and H200 (engine/arg_utils.py)
+DEFAULT_NUM_SEQS = 32  # ours: vLLM's 1024 reserve graphs and sampler memory that one node's KV cannot use
+BLOCK_SIZE = 128  # M3's kernels accept no other; M2 takes it too
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A quantity that no header tells: bytes expected, and the least and most seen or thought possible."""
+
+    low: int
+    expected: int
+    high: int
+    source: str
+
+    def __add__(self, other: Estimate) -> Estimate:
+        return Estimate(
+            self.low + other.low,
+            self.expected + other.expected,
+            self.high + other.high,
+            f"{self.source}; {other.source}",
+        )
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+def gib(low: float, expected: float, high: float, source: str) -> Estimate:
+    return Estimate(int(low * GIB), int(expected * GIB), int(high * GIB), source)
+
+
+# CUDA and NCCL buffers that appear after vLLM's first look at free memory, and what the allocator keeps beyond the tensors.
+NON_TORCH_ONE = gib(
+    0.05, 0.5, 1.8, "NCCL and attention buffers 0.5-1 GiB (comment in vLLM's mem_utils.py); allocator slack up to 0.8"
+)
+NON_TORCH_MANY = gib(
+    0.5, 1.2, 2.6, "1.8-2.1 GiB for Qwen3-235B at TP8 on 80 GB cards (vllm#18446); allocator slack up to 0.8"
+)
+# CUDA graphs by captured batch sizes: 0.19, 0.28, 0.71 and 1.42 GiB in public logs; the estimate that vLLM subtracts errs both ways.
+GRAPHS_BASE, GRAPHS_PER_SIZE = int(0.25 * GIB), int(2.3 * MIB)
+# Sum of the tensors below against logs of 1.66, 1.78 and 2.53 GiB peak activation on 80-95 GiB cards.
+ACTIVATION_RANGE = (0.6, 1.0, 1.8)
+HIDDEN_COPIES = 4  # residual, normed input, attention output and MoE output of one layer
+SAMPLER_COPIES = 4  # float32 logits, their sorted copy, probabilities and a mask
+VISION_PEAK = gib(1.0, 2.0, 4.0, "vision tower's profiling pass: 2-4 GiB, from serving reports; not measured here")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the engine is asked to run. kv_dtype and index_dtype are resolved names, never 'auto'."""
+
+    split: Split = field(default_factory=Split)
+    kv_dtype: str = "bfloat16"
+    index_dtype: str = "bfloat16"
+    utilization: float = DEFAULT_UTILIZATION
+    max_num_seqs: int = DEFAULT_NUM_SEQS
+    max_num_batched_tokens: int = DEFAULT_BATCHED_TOKENS
+    block_size: int = BLOCK_SIZE
+    enforce_eager: bool = False
+
+
+def check_setup(setup: Setup) -> None:
+    """Raise NodeError for a value that no engine takes."""
+    if setup.kv_dtype not in KV_BYTES:
+        raise NodeError(f"KV dtype '{setup.kv_dtype}' is not known: use auto, {', '.join(KV_BYTES)}.")
+    if setup.index_dtype not in INDEX_BYTES:
+        raise NodeError(f"index dtype '{setup.index_dtype}' is not known: use {' or '.join(INDEX_BYTES)}.")
+    if not 0 < setup.utilization <= 1:
+        raise NodeError(f"GPU memory utilization {setup.utilization:g} must lie in (0, 1].")
+    for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        if getattr(setup, name) < 1:
+            raise NodeError(f"{name.replace('_', '-')} must be at least 1.")
+    if setup.split.tp < 1 or setup.split.pp < 1:
+        raise NodeError("TP and PP must be at least 1.")
+
+
+def kv_dtype_of(config: Mapping[str, Any], asked: str = "auto", weights_dtype: str = "bfloat16") -> str:
+    """The KV dtype the engine will use: `asked`, or what the checkpoint states for 'auto' (`kv_cache_scheme`, ModelOpt's
+    `kv_cache_quant_algo`), or the model's dtype. FP8 weights alone never mean an FP8 cache."""
+    if asked != "auto":
+        return asked
+    quantization = (
+        config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
+    )
+    scheme = quantization.get("kv_cache_scheme")
+    if isinstance(scheme, Mapping) and scheme.get("num_bits") == 8 and scheme.get("type", "float") == "float":
+        return "fp8"
+    if str(quantization.get("kv_cache_quant_algo") or "").upper() == "FP8":
+        return "fp8"
+    return weights_dtype
+
+
+def kv_bytes_per_token(family: Family, config: Mapping[str, Any], setup: Setup) -> list[int]:
+    """Per pipeline stage: bytes of KV and index cache that one rank keeps for one token.
+
+    kv = 2 x layers x max(1, kv_heads / tp) x head_dim x bytes; index = index layers x index_dim x bytes, on every rank.
+    """
+    geometry = family.kv_geometry(config)
+    heads = max(1, geometry.kv_heads // setup.split.tp)
+    per_layer = 2 * heads * geometry.head_dim * KV_BYTES[setup.kv_dtype]
+    per_index = geometry.index_dim * INDEX_BYTES[setup.index_dtype]
+    return [
+        sum(per_layer + (per_index if family.has_index_keys(config, layer) else 0) for layer in stage)
+        for stage in stage_of_layers(geometry.layers, setup.split.pp)
+    ]
+
+
+def activation(family: Family, config: Mapping[str, Any], setup: Setup) -> Estimate:
+    """Transient peak of one step of max_num_batched_tokens on one rank.
+
+    The MoE caches are Marlin's (fused_moe/experts/marlin_moe.py): T x top_k x (max(2 x inner, hidden) + inner) elements.
+    """
+    text = family.text_config(config)
+    geometry = family.kv_geometry(config)
+    tokens, tp = setup.max_num_batched_tokens, setup.split.tp
+    hidden, vocab = int(text["hidden_size"]), int(text["vocab_size"])
+    inner = int(text["intermediate_size"]) // (1 if setup.split.expert_parallel else tp)
+    moe = tokens * int(text["num_experts_per_tok"]) * (max(2 * inner, hidden) + inner) * 2
+    heads = int(text["num_attention_heads"]) // tp + 2 * max(1, geometry.kv_heads // tp)
+    attention = 2 * tokens * heads * geometry.head_dim * 2
+    sampler = SAMPLER_COPIES * setup.max_num_seqs * vocab * 4
+    total = moe + attention + HIDDEN_COPIES * tokens * hidden * 2 + sampler
+    low, expected, high = (int(total * factor) for factor in ACTIVATION_RANGE)
+    estimate = Estimate(
+        low,
+        expected,
+        high,
+        "Marlin MoE caches, attention, hidden states and sampler of one step; range from public logs",
+    )
+    return estimate + VISION_PEAK if setup.split.vision else estimate
+
+
+def graphs(setup: Setup) -> Estimate:
+    """What vLLM sets aside for CUDA graphs: capture sizes up to min(2 x max_num_seqs, 512)."""
+    if setup.enforce_eager:
+        return Estimate(0, 0, 0, "--enforce-eager: no graphs")
+    largest = min(2 * setup.max_num_seqs, 512)
+    expected = GRAPHS_BASE + GRAPHS_PER_SIZE * largest
+    return Estimate(
+        expected // 5,
+        expected,
+        2 * expected,
+        "0.19-1.42 GiB in public logs, by captured sizes; vLLM's estimate errs both ways",
+    )
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One rank of one pipeline stage, bytes. `kv_*`: what is left for the cache at the high, expected and low overhead."""
+
+    stage: int
+    layers: int
+    total: int
+    requested: int
+    weights: dict[str, int]
+    non_torch: Estimate
+    activation: Estimate
+    graphs: Estimate
+    bytes_per_token: int
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.weights.values())
+
+    @property
+    def overhead(self) -> Estimate:
+        return self.non_torch + self.activation + self.graphs
+
+    def kv_bytes(self, overhead: int) -> int:
+        return self.requested - self.weight_bytes - overhead
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The KV pool that all requests share: the smallest rank's blocks. tokens: usable, without the null block."""
+
+    blocks: int
+    block_size: int
+
+    @property
+    def tokens(self) -> int:
+        return max(0, self.blocks - 1) * self.block_size
+
+    def concurrency(self, context: int) -> int:
+        """Whole requests of `context` tokens at once."""
+        return max(0, self.blocks - 1) // math.ceil(context / self.block_size) if context > 0 else 0
+
+    def engine_tokens(self, max_model_len: int) -> int:
+        """The number that vLLM prints as `GPU KV cache size`: int(blocks / blocks per request x max_model_len)."""
+        return int(max(0, self.blocks) / math.ceil(max_model_len / self.block_size) * max_model_len)
+
+
+def pool_of(kv_bytes: Sequence[int], bytes_per_token: Sequence[int], block_size: int) -> Pool:
+    """Blocks of the smallest rank, from each rank's cache bytes and bytes per token."""
+    pages = [
+        kv // (per_token * block_size) if kv > 0 else 0 for kv, per_token in zip(kv_bytes, bytes_per_token, strict=True)
+    ]
+    return Pool(min(pages), block_size)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Memory of every stage's rank on a node."""
+
+    node: Node
+    setup: Setup
+    ranks: tuple[RankMemory, ...]
+
+    def pool(self, which: str = "high") -> Pool:
+        """The pool if every overhead is 'low', 'expected' or 'high'; 'high' is what a plan may promise."""
+        kv = [rank.kv_bytes(getattr(rank.overhead, which)) for rank in self.ranks]
+        return pool_of(kv, [rank.bytes_per_token for rank in self.ranks], self.setup.block_size)
+
+    @property
+    def tightest(self) -> RankMemory:
+        """The rank that decides: most short of memory, then smallest pool."""
+        return min(self.ranks, key=lambda r: r.kv_bytes(r.overhead.high) / r.bytes_per_token)
+
+
+def predict(node: Node, family: Family, config: Mapping[str, Any], groups: Sequence[Group], setup: Setup) -> Prediction:
+    """Memory of each rank. Raises NodeError for a setup that no engine takes."""
+    check_setup(setup)
+    geometry = family.kv_geometry(config)
+    per_token = kv_bytes_per_token(family, config, setup)
+    weights = rank_weights(groups, setup.split, geometry.kv_heads, geometry.layers)
+    stages = stage_of_layers(geometry.layers, setup.split.pp)
+    none = Estimate(0, 0, 0, "the CPU build reserves the cache alone")
+    cpu = node.gpu.name == CPU
+    non_torch = none if cpu else NON_TORCH_ONE if setup.split.tp * setup.split.pp == 1 else NON_TORCH_MANY
+    return Prediction(
+        node,
+        setup,
+        tuple(
+            RankMemory(
+                stage=i,
+                layers=len(stages[i]),
+                total=node.gpu.total_bytes,
+                requested=node.gpu.total_bytes if cpu else math.ceil(node.gpu.total_bytes * setup.utilization),
+                weights={} if cpu else weights[i],
+                non_torch=non_torch,
+                activation=none if cpu else activation(family, config, setup),
+                graphs=none if cpu else graphs(setup),
+                bytes_per_token=per_token[i],
+            )
+            for i in range(setup.split.pp)
+        ),
+    )

@@ -1,0 +1,51 @@
+"""What a finished checkpoint serves on the standard nodes: the rows that `m3quant plan --all` and the model card show. Torch-free."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from .command import vllm_command
+from .fit import Ask, Fit, assess
+from .hardware import STANDARD_NODES, parse_node
+from .model import open_subject
+
+
+@dataclass(frozen=True)
+class ServingRow:
+    """One node and KV dtype. pool_tokens: KV tokens that all requests share; longest_context: of one request, within the model's
+    own limit; command: the exact `vllm serve` line, '' where it does not fit; why_not: '' where it fits."""
+
+    node: str
+    fits: bool
+    kv_dtype: str
+    pool_tokens: int
+    longest_context: int
+    command: str
+    why_not: str
+
+
+def serving_row(fit: Fit) -> ServingRow:
+    return ServingRow(
+        fit.node.name,
+        fit.fits,
+        fit.setup.kv_dtype,
+        fit.pool.tokens,
+        fit.longest_context,
+        shlex.join(vllm_command(fit)) if fit.fits else "",
+        fit.why_not,
+    )
+
+
+def serving_table(folder: Path) -> list[ServingRow]:
+    """Two rows per standard node, in order of size: the KV dtype that the checkpoint itself asks for, and FP8 where that differs.
+
+    Reads config.json and headers only. Raises CheckpointError.
+    """
+    model = open_subject(str(folder)).stored
+    rows = []
+    for name in STANDARD_NODES:
+        fits = [assess(model, parse_node(name), Ask(kv_dtype=dtype)) for dtype in ("auto", "fp8")]
+        rows += [serving_row(fit) for fit in (fits if fits[0].setup.kv_dtype != "fp8" else fits[:1])]
+    return rows

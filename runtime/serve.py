@@ -1,0 +1,341 @@
+"""serve: check the checkpoint, judge the node, start the engine, hold its own numbers against the plan, and stay until it ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import m3quant
+
+from ..convert.journal import FOLDER, MANIFEST
+from ..errors import CheckpointError, DoesNotFit, ServeError, VerifyError
+from .checklog import TOLERATED, LogCheck, check_log
+from .command import vllm_arguments
+from .enginelog import parse_log
+from .engines import (
+    GUARD,
+    SAFE_PATH,
+    Engine,
+    Launch,
+    check_dtypes,
+    detect_node,
+    find_engine,
+    sglang_launch,
+    version_notes,
+    vllm_launch,
+    weight_notes,
+)
+from .failures import reason
+from .fit import Fit, assess, remedies
+from .hardware import CPU, Node, parse_node
+from .launch import EngineProcess, check_port
+from .model import Subject, open_subject
+from .pins import pin_key, pinned_bytes, read_pin, write_pin
+from .serve_recipe import ServeRecipe
+
+Say = Callable[[str], None]
+TYPICAL_REQUEST = 8192  # tokens, prompt and answer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything decided before the engine starts."""
+
+    subject: Subject
+    fit: Fit
+    recipe: ServeRecipe
+    engine: Engine | None
+    launch: Launch
+    pin_key: str
+    pin: int | None
+
+
+def quick_check(src: str, subject: Subject) -> list[str]:
+    """What can be told without reading weights: finished, complete, sizes as written. Returns notes. Raises CheckpointError."""
+    if subject.config_only:
+        raise CheckpointError(f"{src} holds a config.json but no weights: give the folder of a finished checkpoint.")
+    folder = Path(src).expanduser()
+    if not folder.is_dir():
+        return [
+            f"{src} is on the Hub: its headers were read, the engine downloads it; m3quant verify checks a local copy"
+        ]
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        if (folder / FOLDER).exists():
+            raise CheckpointError(
+                f"{folder} is an unfinished conversion: run the same convert command again to finish it."
+            )
+        return [f"{folder} has no {MANIFEST}: not written by m3quant, so only headers were checked"]
+    try:
+        shards = json.loads(manifest.read_text(encoding="utf-8"))["shards"]
+        sizes = {name: int(facts["size"]) for name, facts in shards.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{manifest} is damaged: convert again, or run m3quant verify.") from None
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+            raise CheckpointError(f"{path}: {found}, {size} bytes were written: copy the checkpoint again.")
+    return []
+
+
+def full_check(src: str, say: Say) -> None:
+    """sha256 of every shard and file against the manifest. Raises VerifyError with the first difference."""
+    from ..verify.structure import hash_problems, read_manifest
+
+    folder = Path(src)
+    manifest = read_manifest(folder)
+    say(f"reading {len(manifest['shards'])} shards to check their sha256 ...")
+    for problem in hash_problems(folder, manifest):
+        raise VerifyError(f"{folder}: {problem}.")
+
+
+def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | None, api_key_env: str | None, dry: bool, pinning: bool,
+            say: Say) -> Prepared:  # fmt: skip
+    """All decisions. `dry`: nothing need be installed here. Raises M3QuantError where the engine would fail later."""
+    subject = open_subject(src)
+    for note in quick_check(src, subject):
+        say(f"note: {note}")
+    engine = _engine(recipe, python, dry)
+    if engine is not None:
+        for note in version_notes(engine, subject.family, subject.config):
+            say(f"warning: {note}")
+    node = _node(recipe, engine, dry)
+    where = str(Path(src).expanduser().resolve()) if Path(src).expanduser().is_dir() else subject.stored.where
+    fit = assess(replace(subject.stored, where=where), node, recipe.ask())
+    if not fit.fits:
+        tried = [f"{r.change} (context up to {r.fit.longest_context:,})" for r in remedies(fit)]
+        helps = f" It would with {', or '.join(tried)}." if tried else ""
+        raise DoesNotFit(f"{src} does not fit on {node.name}: {fit.why_not}.{helps}")
+    if engine is not None:
+        check_dtypes(fit, engine)
+    for note in weight_notes(fit):
+        say(f"note: {note}")
+    fit, recipe = _sized(fit, recipe, say)
+    version = engine.version if engine else "any"
+    key = pin_key(fit, version, vllm_arguments(fit))
+    pin = read_pin(key) if pinning and recipe.engine == "vllm" and node.gpu.name != CPU else None
+    if recipe.engine == "sglang":
+        launch = sglang_launch(fit, recipe, engine, api_key_env)
+    else:
+        launch = without_reasoning(vllm_launch(fit, recipe, engine, api_key, pin), fit, Path(src).expanduser())
+    return Prepared(subject, fit, recipe, engine, launch, key, pin)
+
+
+def without_reasoning(launch: Launch, fit: Fit, folder: Path) -> Launch:
+    """The launch, without the reasoning parser where the tokenizer lacks the markers that it insists on. Said in a note."""
+    tokenizer, wanted = folder / "tokenizer.json", fit.model.family.reasoning_tokens
+    if not wanted or "--reasoning-parser" not in launch.command or not tokenizer.is_file():
+        return launch
+    text = tokenizer.read_text(encoding="utf-8", errors="replace")
+    absent = [token for token in wanted if f'"{token}"' not in text]
+    if not absent:
+        return launch
+    at = launch.command.index("--reasoning-parser")
+    note = f"tokenizer.json has no {' and '.join(absent)}, which --reasoning-parser {launch.command[at + 1]} insists on: served without that parser"
+    return replace(launch, command=launch.command[:at] + launch.command[at + 2 :], notes=[*launch.notes, note])
+
+
+def _engine(recipe: ServeRecipe, python: str | None, dry: bool) -> Engine | None:
+    """The installed engine; None in a dry run on a machine that has none."""
+    from ..engine import find_engine_python
+
+    if recipe.engine == "sglang":
+        import sys
+
+        try:
+            return find_engine("sglang", python or sys.executable)
+        except ServeError:
+            if dry:
+                return None
+            raise
+    try:
+        return find_engine("vllm", find_engine_python(python))
+    except (VerifyError, ServeError):
+        if dry and python is None:
+            return None
+        raise
+
+
+def _node(recipe: ServeRecipe, engine: Engine | None, dry: bool) -> Node:
+    if recipe.node is None:
+        if engine is None:
+            raise ServeError(
+                "no engine is installed here, so the node is not known: say which with --on, for example --on 1xH200."
+            )
+        return detect_node(engine)
+    asked = parse_node(recipe.node)
+    if dry:
+        return asked
+    if (asked.gpu.name == CPU) != bool(engine and engine.is_cpu):
+        have = "vLLM's CPU build" if engine and engine.is_cpu else "a GPU build of the engine"
+        raise ServeError(
+            f"--on {recipe.node} does not go with {have} ({engine.python if engine else ''}): name another engine or node."
+        )
+    if asked.gpu.name == CPU:
+        return asked
+    here = detect_node(engine) if engine else asked
+    if here.count < asked.count or here.gpu.total_bytes < 0.99 * asked.gpu.total_bytes:
+        raise ServeError(
+            f"--on {recipe.node}, but this machine has {here.name} ({here.gpu.total_bytes / 2**30:.1f} GiB each): plan for that one."
+        )
+    return asked
+
+
+def _sized(fit: Fit, recipe: ServeRecipe, say: Say) -> tuple[Fit, ServeRecipe]:
+    """Context, watermark and max-num-seqs that go together.
+
+    Blocks under the watermark are never given out at admission, so a request that needs them would wait for ever: where the context
+    is ours to choose it leaves them free, and where it was given the watermark yields. max-num-seqs, unless given, is no larger than
+    the pool has room for requests of TYPICAL_REQUEST tokens.
+    """
+    blocks, block = fit.pool.blocks - 1, fit.pool.block_size
+    free = blocks - recipe.concurrency * math.ceil(fit.context / block)
+    if free < math.ceil(recipe.watermark * fit.pool.blocks):
+        if recipe.context is None:
+            context = (blocks - math.ceil(recipe.watermark * fit.pool.blocks)) // recipe.concurrency * block
+            fit = assess(fit.model, fit.node, replace(fit.ask, context=max(block, context)))
+        else:
+            watermark = max(0, math.floor(1000 * (free - 1) / fit.pool.blocks) / 1000)
+            say(
+                f"note: the watermark is {watermark:g} in place of {recipe.watermark:g}: a context of {fit.context:,} needs the blocks it would keep free"
+            )
+            recipe = recipe.model_copy(update={"watermark": watermark})
+    return (fit if recipe.max_num_seqs is not None else _with_useful_seqs(fit, recipe)), recipe
+
+
+def _with_useful_seqs(fit: Fit, recipe: ServeRecipe) -> Fit:
+    typical = fit.pool.concurrency(min(fit.context, TYPICAL_REQUEST))
+    useful = max(recipe.concurrency, min(fit.setup.max_num_seqs, typical), 1)
+    ask = replace(fit.ask, max_num_seqs=useful)
+    smaller = assess(fit.model, fit.node, ask)  # less sampler and graph memory: it fits at least as well
+    return smaller if smaller.fits else fit
+
+
+@contextmanager
+def importable(engine: Engine, launch: Launch) -> Iterator[dict[str, str]]:
+    """The launch's environment, with a folder on PYTHONPATH that holds only m3quant where the engine's Python lacks it.
+
+    The guard runs inside the engine; putting our site-packages on its path would replace the engine's own libraries.
+    """
+    env = {**launch.env, **SAFE_PATH}
+    if GUARD not in launch.command or engine.has_m3quant:
+        yield env
+        return
+    folder = Path(tempfile.mkdtemp(prefix="m3quant-path-"))
+    try:
+        package = folder / "m3quant"
+        package.mkdir()
+        for entry in Path(next(iter(m3quant.__path__))).iterdir():
+            if entry.name != "__pycache__":
+                (package / entry.name).symlink_to(entry)
+        if not (package / "runtime").exists():  # an editable install keeps it beside
+            (package / "runtime").symlink_to(Path(__file__).parent)
+        path = os.pathsep.join(part for part in (str(folder), os.environ.get("PYTHONPATH", "")) if part)
+        yield {**env, "PYTHONPATH": path}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_guard() -> None:
+    """Raise ServeError if this installation has no guard."""
+    if importlib.util.find_spec("m3quant.runtime.guard") is None:
+        raise ServeError(
+            "this m3quant has no guard (m3quant.runtime.guard): install it whole, or serve without it with --no-guard."
+        )
+
+
+def compare(prepared: Prepared, log_text: str) -> LogCheck:
+    """The engine's numbers beside the plan's. Raises ServeError if the pool is more than 5 % below what was promised."""
+    log = parse_log(log_text)
+    fit = prepared.fit
+    if log.pool_tokens is None:
+        raise ServeError(
+            "the engine printed no KV cache size, so the plan cannot be checked: use a vLLM of 0.24 to 0.33."
+        )
+    check = check_log(fit.model, log, fit.node, fit.ask)
+    promised = fit.pool.engine_tokens(log.max_model_len or fit.context)
+    if log.pool_tokens < promised * (1 - TOLERATED):
+        off = [
+            f"{line.name} {line.measured:,.2f} against {line.predicted:,.2f} {line.unit}"
+            for line in check.lines
+            if not line.holds
+        ]
+        raise ServeError(
+            f"the engine holds {log.pool_tokens:,} KV tokens, {1 - log.pool_tokens / promised:.0%} fewer than the {promised:,} planned, and was "
+            f"stopped: {'; '.join(off) or 'no single line is off'}. Give a smaller --context, or correct the constant (plan --check-log)."
+        )
+    return check
+
+
+class Stopping:
+    """SIGTERM and SIGINT as an event, for as long as an engine runs. A second signal changes nothing: the drain has a limit."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def __enter__(self) -> threading.Event:
+        self._old = {number: signal.signal(number, self._set) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self.event
+
+    def _set(self, number: int, frame: Any) -> None:
+        self.event.set()
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A serving engine. check is None for SGLang, whose log is not compared."""
+
+    url: str
+    check: LogCheck | None
+    pinned: Path | None
+
+
+def serve(
+    prepared: Prepared, log: Path, echo: Say | None, say: Say, on_ready: Callable[[Ready], None], pinning: bool
+) -> int:
+    """Run until the engine ends or a signal comes. 0: stopped by a signal, drained. Raises ServeError for everything else."""
+    recipe, engine = prepared.recipe, prepared.engine
+    assert engine is not None
+    if GUARD in prepared.launch.command:
+        check_guard()
+    check_port(recipe.host, recipe.port)
+    host = "127.0.0.1" if recipe.host in ("0.0.0.0", "") else "[::1]" if recipe.host == "::" else recipe.host
+    url = f"http://{host}:{recipe.port}"
+    with Stopping() as stopped, importable(engine, prepared.launch) as env:
+        process = EngineProcess(prepared.launch.command, env, log, echo)
+        try:
+            if process.wait_ready(f"{url}/health", recipe.start_timeout, stopped):
+                on_ready(_judge(prepared, process, url, pinning))
+                code = process.wait(stopped)
+                if code is not None:
+                    raise ServeError(
+                        f"the engine ended with exit code {code} while serving: {reason(process.text)}. Log: {log}"
+                    )
+            say("stopping: running requests have " + f"{recipe.shutdown_timeout} s to end")
+        finally:
+            process.stop(recipe.shutdown_timeout)
+    return 0
+
+
+def _judge(prepared: Prepared, process: EngineProcess, url: str, pinning: bool) -> Ready:
+    if prepared.recipe.engine != "vllm":
+        return Ready(url, None, None)
+    check = compare(prepared, process.text)
+    size = pinned_bytes(check.log) if pinning and prepared.pin is None and prepared.fit.node.gpu.name != CPU else None
+    return Ready(url, check, write_pin(prepared.pin_key, size, prepared.fit) if size else None)

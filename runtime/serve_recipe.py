@@ -1,0 +1,72 @@
+"""Choices for serving on one node, as YAML that a person copies and owns: recipes/serve-*.yaml. Options on the command line win."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import RecipeError
+from ..recipe import read_recipe_file, recipe_folder
+from .fit import Ask
+from .memory import DEFAULT_BATCHED_TOKENS, DEFAULT_UTILIZATION
+
+Count = Annotated[int, Field(ge=1, le=2**31)]
+
+
+class ServeRecipe(BaseModel):
+    """How one node serves. None: chosen by the plan. guard_settings: lower-case names of M3QUANT_GUARD_* variables."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = "defaults"
+    node: str | None = None  # as in --on; YAML would read a key `on` as true
+    engine: Literal["vllm", "sglang"] = "vllm"
+    context: Count | None = None
+    concurrency: Count = 1
+    kv_dtype: str = "auto"
+    index_dtype: str = "bfloat16"
+    tp: Count | None = None
+    pp: Count | None = None
+    max_num_seqs: Count | None = None
+    max_num_batched_tokens: Count = DEFAULT_BATCHED_TOKENS
+    utilization: float = Field(default=DEFAULT_UTILIZATION, gt=0, le=1)
+    vision: bool = False
+    watermark: float = Field(default=0.02, ge=0, lt=1)
+    shutdown_timeout: int = Field(default=60, ge=0, le=3600)
+    start_timeout: int = Field(default=3600, ge=1)
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    served_name: str | None = None
+    guard: bool = True
+    guard_settings: dict[str, str | int | float] = Field(default_factory=dict)
+    extra: list[str] = Field(default_factory=list)  # more arguments for the engine, as they are
+
+    def ask(self) -> Ask:
+        """The part that the plan judges."""
+        return Ask(
+            self.context, self.concurrency, self.kv_dtype, self.index_dtype, self.tp, self.pp, self.max_num_seqs, self.max_num_batched_tokens,
+            self.utilization, self.vision,
+        )  # fmt: skip
+
+
+def load_serve_recipe(path: str | Path | None, overrides: dict[str, Any]) -> ServeRecipe:
+    """The recipe in `path` (a file, or the name of one that ships, such as serve-1xh200) with `overrides` laid over it.
+
+    Raises RecipeError with the key that is wrong and the nearest valid one.
+    """
+    document: dict[str, Any] = {}
+    if path is not None:
+        shipped = recipe_folder() / f"{path}.yaml"
+        document = read_recipe_file(shipped if not Path(path).exists() and shipped.exists() else path)
+    try:
+        return ServeRecipe.model_validate({**document, **{k: v for k, v in overrides.items() if v is not None}})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where, ServeRecipe.model_fields, n=1, cutoff=0.0)[0]
+            raise RecipeError(f"serving recipe has an unknown key '{where}': did you mean '{near}'?") from None
+        raise RecipeError(f"serving recipe key '{where}': {first['msg']} (got {first['input']!r}).") from None

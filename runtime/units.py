@@ -1,0 +1,70 @@
+"""Files that run `m3quant serve` under another manager: a systemd unit and a compose file."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+import yaml
+
+from m3quant import __version__
+
+from .fit import Fit
+from .launch import KILL_GRACE_S
+from .serve_recipe import ServeRecipe
+
+
+def systemd_unit(program: Sequence[str], fit: Fit, recipe: ServeRecipe, api_key_env: str | None) -> str:
+    """A unit that runs `program` (m3quant serve ...). The key comes from a file that only root reads, never from the unit."""
+    key = f"# one line, mode 0600: {api_key_env}=...\nEnvironmentFile=/etc/m3quant/serve.env\n" if api_key_env else ""
+    quoted = " ".join(part.replace("%", "%%") for part in map(shlex.quote, program))
+    return f"""# Written by m3quant {__version__}. Install: copy to /etc/systemd/system/m3quant.service, systemctl daemon-reload, systemctl enable --now m3quant
+[Unit]
+Description=m3quant: {fit.model.where} on {fit.node.name}
+After=network-online.target
+Wants=network-online.target
+StartLimitIntervalSec=600
+StartLimitBurst=3
+
+[Service]
+Type=exec
+{key}ExecStart={quoted}
+Restart=on-failure
+RestartSec=10
+# Exit codes of m3quant that a restart cannot mend: bad input, does not fit
+RestartPreventExitStatus=2 3
+KillSignal=SIGTERM
+KillMode=mixed
+TimeoutStartSec={recipe.start_timeout}
+TimeoutStopSec={int(recipe.shutdown_timeout + KILL_GRACE_S + 15)}
+LimitNOFILE=65536
+LimitMEMLOCK=infinity
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def compose_file(engine_command: Sequence[str], env: dict[str, str], secret: frozenset[str], fit: Fit, recipe: ServeRecipe, image_version: str,
+                 api_key_env: str | None) -> str:  # fmt: skip
+    """A compose file around vLLM's image with m3quant in it (for the guard). The checkpoint is mounted read-only."""
+    model = "/model"
+    arguments = [model if part == fit.model.where else part for part in engine_command]
+    environment = {name: (f"${{{api_key_env}:?}}" if name in secret else value) for name, value in env.items()}
+    service = {
+        "build": {"dockerfile_inline": f"FROM vllm/vllm-openai:v{image_version}\nRUN pip install --no-deps m3quant=={__version__}\n"},
+        "command": arguments,
+        "environment": environment,
+        "volumes": [f"{fit.model.where}:{model}:ro"],
+        "ports": [f"127.0.0.1:{recipe.port}:{recipe.port}"],
+        "ipc": "host",
+        "stop_grace_period": f"{int(recipe.shutdown_timeout + KILL_GRACE_S)}s",
+        "restart": "on-failure:3",
+        "deploy": {"resources": {"reservations": {"devices": [{"driver": "nvidia", "count": fit.node.count, "capabilities": ["gpu"]}]}}},
+        "healthcheck": {
+            "test": ["CMD", "curl", "-sf", f"http://127.0.0.1:{recipe.port}/health"],
+            "interval": "10s", "timeout": "5s", "start_period": f"{recipe.start_timeout}s",
+        },
+    }  # fmt: skip
+    head = f"# Written by m3quant {__version__}: docker compose up. {fit.node.name}, {fit.pool.tokens:,} KV tokens planned.\n"
+    return head + yaml.safe_dump({"services": {"m3quant": service}}, sort_keys=False, width=1000)

@@ -1,0 +1,234 @@
+"""What each rank of an engine holds of a checkpoint's weights, from names, dtypes and shapes alone.
+
+Tensors are gathered into groups that differ in nothing but the expert, so that 140,000 headers cost a fraction of a second.
+How vLLM splits each part: vllm/model_executor/models/minimax_m2.py, models/minimax_m3/nvidia/model.py and
+model_executor/layers/linear.py (0.32).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint import DTYPE_BYTES, Checkpoint
+from ..families import QUANTIZABLE, Family, Role
+from ..quant.layout import stored_tensors
+from ..recipe import Recipe
+from ..source import FLOAT_DTYPES
+
+VOCAB_PADDING = 64  # DEFAULT_VOCAB_PADDING_SIZE of vocab_parallel_embedding.py
+_ROW = ("o_proj", "down_proj", "w2")  # RowParallelLinear: split along the input
+_LIKE_KV = ("k_proj", "v_proj", "index_q_proj")  # split by KV head, repeated where ranks outnumber heads
+_REPLICATED_PARTS = ("index_k_proj",)  # one shared head on every rank
+_SCALES = ("weight_scale", "weight_scale_inv", "scales", "qzeros", "weight_zero_point")
+_UNSPLIT = (
+    "weight_shape",
+    "input_scale",
+    "weight_scale_2",
+    "k_scale",
+    "v_scale",
+)  # a few numbers per tensor, on every rank
+_ROUTING = ("router", "router_bias")  # float32 in the engine whatever the file holds
+_TOWER = ("vision", "projector")
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` tensors of one role, part, dtype and shape in one layer. leaf: the name's last part (weight, weight_packed, ...)."""
+
+    role: str
+    part: str
+    layer: int | None
+    leaf: str
+    dtype: str
+    shape: tuple[int, ...]
+    count: int
+    per_expert: bool = False
+
+    @property
+    def elements(self) -> int:
+        return self.count * math.prod(self.shape)
+
+    @property
+    def engine_bytes(self) -> int:
+        """Bytes of the group in the engine: floats in the model's 16-bit dtype, routing and FP8 scales in float32, codes as stored."""
+        if self.role == "mtp":
+            return 0  # vLLM skips these tensors unless a draft model asks for them
+        if self.role in _ROUTING:
+            return 4 * self.elements
+        if self.dtype in FLOAT_DTYPES and (self.leaf in ("weight", "bias") or self.role not in QUANTIZABLE):
+            return 2 * self.elements
+        return DTYPE_BYTES[self.dtype] * self.elements
+
+
+def gather(
+    family: Family, config: Mapping[str, Any], tensors: Iterable[tuple[str, str, tuple[int, ...]]]
+) -> list[Group]:
+    """Groups of the tensors (name, dtype, shape) of a checkpoint."""
+    layers = family.num_layers(config)
+    counts: dict[tuple[str, str, str, tuple[int, ...]], int] = {}
+    for name, dtype, shape in tensors:
+        before, dot, after = name.partition(".experts.")
+        key = (before, after.partition(".")[2] if dot else "", dtype, shape)
+        counts[key] = counts.get(key, 0) + 1
+    roles: dict[tuple[str, str], tuple[Role, str]] = {}
+    merged: dict[tuple[str, str, int | None, str, str, tuple[int, ...], bool], int] = {}
+    for (before, tail, dtype, shape), count in counts.items():
+        found = roles.get((before, tail))
+        if found is None:
+            name = f"{before}.experts.0.{tail}" if tail else before
+            role = family.role(name)
+            if role.layer is not None and role.layer >= layers:
+                role = Role("mtp")
+            found = roles[(before, tail)] = (role, name.rpartition(".")[2])
+        role, leaf = found
+        group = (role.kind, role.part, role.layer, leaf, dtype, shape, bool(tail))
+        merged[group] = merged.get(group, 0) + count
+    return [
+        Group(r, part, layer, leaf, dtype, shape, n, expert)
+        for (r, part, layer, leaf, dtype, shape, expert), n in merged.items()
+    ]
+
+
+def checkpoint_groups(checkpoint: Checkpoint, family: Family) -> list[Group]:
+    """Groups of a checkpoint as it is stored."""
+    return gather(family, checkpoint.config, ((t.name, t.dtype, t.shape) for t in checkpoint.tensors.values()))
+
+
+def converted_groups(groups: Iterable[Group], recipe: Recipe) -> list[Group]:
+    """Groups after a conversion of a plain or FP8 source by `recipe`; the same sizes as `m3quant.plan.make_plan` gives.
+
+    Raises PlanError where a shape does not divide.
+    """
+    out = []
+    for group in groups:
+        scheme = recipe.scheme(group.role) if group.role in QUANTIZABLE else None
+        if group.leaf == "weight_scale_inv":
+            continue  # a source's FP8 scale: its weight is converted or dequantized below
+        if scheme is None or not scheme.quantizes or group.leaf != "weight":
+            plain = "BF16" if group.dtype not in FLOAT_DTYPES and group.leaf == "weight" else group.dtype
+            out.append(_with(group, group.leaf, plain, group.shape))
+            continue
+        stored = stored_tensors(group.shape, scheme, recipe.format)
+        out += [_with(group, leaf, dtype, tuple(shape)) for leaf, (dtype, shape) in stored.items()]
+    return out
+
+
+def _with(group: Group, leaf: str, dtype: str, shape: tuple[int, ...]) -> Group:
+    return Group(group.role, group.part, group.layer, leaf, dtype, shape, group.count, group.per_expert)
+
+
+def stored_bytes(groups: Iterable[Group]) -> int:
+    """Bytes of all tensors on disk."""
+    return sum(DTYPE_BYTES[g.dtype] * g.elements for g in groups)
+
+
+def bf16_release(family: Family, config: Mapping[str, Any]) -> list[Group]:
+    """Groups of the BF16 weights that a config.json describes."""
+    wanted = family.expected_tensors(config)
+    return gather(family, config, ((n, "F32" if e.float32 else "BF16", e.shape) for n, e in wanted.items()))
+
+
+@dataclass(frozen=True)
+class Split:
+    """How an engine divides the model: tp ranks a stage, pp stages, experts whole (expert_parallel) or split like the rest."""
+
+    tp: int = 1
+    pp: int = 1
+    expert_parallel: bool = False
+    vision: bool = False
+
+
+def stage_of_layers(layers: int, pp: int) -> list[range]:
+    """Layers of each pipeline stage, as vLLM's `get_pp_indices` divides them (distributed/utils.py)."""
+    sizes = [layers // pp] * pp
+    remaining = layers % pp
+    for i in range(2, remaining + 2):
+        sizes[-i] += 1
+    starts = [sum(sizes[:i]) for i in range(pp)]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def rank_weights(groups: Iterable[Group], split: Split, kv_heads: int, layers: int) -> list[dict[str, int]]:
+    """Per pipeline stage: bytes that one rank holds, by role. All tensor-parallel ranks of a stage hold the same."""
+    stages = stage_of_layers(layers, split.pp)
+    stage_by_layer = {layer: i for i, stage in enumerate(stages) for layer in stage}
+    totals: list[dict[str, int]] = [{} for _ in stages]
+    for group in groups:
+        if group.role in _TOWER and not split.vision:
+            continue
+        size = _rank_share(group, split, kv_heads)
+        if group.layer is not None and group.layer in stage_by_layer:
+            where = [stage_by_layer[group.layer]]
+        elif group.role == "embedding":
+            where = [0]
+        elif group.role in ("lm_head", "norm"):
+            where = [len(stages) - 1]
+        else:
+            where = list(range(len(stages)))  # the vision tower is built on every stage; unknown extras likewise
+        for stage in where:
+            totals[stage][group.role] = totals[stage].get(group.role, 0) + size
+    return totals
+
+
+def _rank_share(group: Group, split: Split, kv_heads: int) -> int:
+    whole, tp = group.engine_bytes, split.tp
+    if group.role in ("embedding", "lm_head"):
+        rows = group.shape[0]
+        padded = math.ceil(rows / VOCAB_PADDING) * VOCAB_PADDING
+        return whole // rows * math.ceil(padded / tp)
+    if group.role in _TOWER:
+        return math.ceil(whole / tp) if len(group.shape) == 2 else whole
+    if group.role not in QUANTIZABLE or group.part in _REPLICATED_PARTS or group.leaf in _UNSPLIT:
+        return whole
+    if group.part in _LIKE_KV:
+        return math.ceil(whole / min(tp, kv_heads))
+    if group.per_expert and split.expert_parallel:
+        return math.ceil(whole / tp)
+    if group.part in _ROW and group.leaf in _SCALES and _one_input_group(group):
+        return whole  # one scale per output row: every rank that holds part of the inputs needs it
+    return math.ceil(whole / tp)
+
+
+def _one_input_group(group: Group) -> bool:
+    if group.leaf in ("scales", "qzeros"):  # AutoAWQ keeps [groups, out]
+        return group.shape[0] == 1
+    return len(group.shape) == 1 or group.shape[-1] == 1
+
+
+def split_problem(groups: Iterable[Group], split: Split, family: Family, config: Mapping[str, Any]) -> str:
+    """Why this model cannot be divided so, or ''. Only what names and shapes tell: heads, groups and FP8 blocks."""
+    text = family.text_config(config)
+    heads, kv = int(text["num_attention_heads"]), family.kv_geometry(config).kv_heads
+    if heads % split.tp:
+        return f"{heads} attention heads do not divide by TP {split.tp}"
+    if max(kv, split.tp) % min(kv, split.tp):
+        return f"{kv} KV heads and TP {split.tp} do not divide"
+    if split.pp > family.num_layers(config):
+        return f"PP {split.pp} exceeds the {family.num_layers(config)} layers"
+    for group in groups:
+        if group.role not in QUANTIZABLE or group.part in ("", *_REPLICATED_PARTS) or group.leaf in _UNSPLIT:
+            continue
+        if group.per_expert and split.expert_parallel:
+            if text["num_local_experts"] % split.tp:
+                return f"{text['num_local_experts']} experts do not divide by {split.tp} ranks"
+            continue
+        ways = min(split.tp, kv) if group.part in _LIKE_KV else split.tp
+        pieces = _pieces(group)
+        if pieces % ways and pieces != 1:
+            return f"{group.role} {group.part}: its {pieces} {_piece_name(group)} do not divide by TP {split.tp}"
+    return ""
+
+
+def _pieces(group: Group) -> int:
+    """Along the axis that is split: rows or columns of a weight; blocks or groups of a scale, none of which may be cut."""
+    transposed = group.leaf in ("scales", "qzeros", "qweight")  # AutoAWQ keeps [in, out]
+    if len(group.shape) < 2:
+        return 1 if group.part in _ROW else group.shape[0]
+    return group.shape[-1 if (group.part in _ROW) != transposed else 0]
+
+
+def _piece_name(group: Group) -> str:
+    return "scale blocks or groups" if group.leaf in _SCALES else "rows or columns"

@@ -21,6 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from m3quant.calibration.corpus import Windows
+from m3quant.plan import Plan
+
 from .wide import RELEASES, ROOT, SMALL_VOCABULARY, wide_checkpoint, wide_config
 
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -68,9 +71,17 @@ def fixtures(work: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def random_windows(plan: Plan) -> Windows:
+    """Windows of random token ids of the shape that the plan's recipe asks for: wide checkpoints have no tokenizer."""
+    data = plan.recipe.data
+    shape = (data.windows + data.heldout_windows, data.window_length)
+    ids = np.random.default_rng(0).integers(0, SMALL_VOCABULARY, shape)
+    counts = np.full((shape[0], 1), shape[1])
+    return Windows(ids=ids, window_kind_tokens=counts, kinds=("text",), sha256="", corpus_sha256="", tokenizer_sha256="", seed=0, source="random")  # fmt: skip
+
+
 def wide_run(source: Path, output: Path, recipe_name: str, lines: list[str] | None = None) -> dict[str, Any]:
     """Convert in this process (a child), and report seconds and peaks; what the conversion says goes into `lines`."""
-    from m3quant.calibration.corpus import Windows
     from m3quant.checkpoint import Checkpoint
     from m3quant.convert.run import convert
     from m3quant.convert.settings import Settings
@@ -79,11 +90,7 @@ def wide_run(source: Path, output: Path, recipe_name: str, lines: list[str] | No
     from m3quant.resources import resources
 
     plan = make_plan(Checkpoint.open(source), build_recipe(named_recipe(recipe_name)))
-    data = plan.recipe.data
-    shape = (data.windows + data.heldout_windows, data.window_length)
-    ids = np.random.default_rng(0).integers(0, SMALL_VOCABULARY, shape)
-    counts = np.full((shape[0], 1), shape[1])
-    windows = Windows(ids=ids, window_kind_tokens=counts, kinds=("text",), sha256="", corpus_sha256="", tokenizer_sha256="", seed=0, source="random")  # fmt: skip
+    windows = random_windows(plan)
     started = time.perf_counter()
     manifest = convert(plan, output, Settings(device="cuda", windows=windows), Quiet(started, lines))
     seconds = time.perf_counter() - started

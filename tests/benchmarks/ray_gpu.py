@@ -1,0 +1,82 @@
+"""One GPU against all GPUs of this machine through Ray: `python -m tests.benchmarks.ray_gpu OUT [--work DIR] [--layers 2]`.
+
+M2 layers of the real shapes, random weights, files left in the page cache so that the disk does not hide the GPUs: seconds of
+`fp8` (data-free, one task a shard) and of `awq` (128 x 512 tokens, ranks in step), in one process on one GPU and with
+--engine ray, and whether every shard's sha256 is the same. Start-up and compiling count: `lines` has when each layer was done. Writes OUT/ray_gpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m3quant.checkpoint import Checkpoint, sha256_file
+from m3quant.convert.run import convert
+from m3quant.convert.settings import Settings
+from m3quant.plan import make_plan
+from m3quant.recipe import build_recipe, named_recipe
+
+from .gpu_check import Quiet, random_windows
+from .wide import wide_checkpoint, wide_config
+
+
+def run(source: Path, output: Path, recipe: str, engine: str) -> dict[str, Any]:
+    """Convert once; seconds, when each layer was told of, and the shards' hashes."""
+    shutil.rmtree(output, ignore_errors=True)
+    plan = make_plan(Checkpoint.open(source), build_recipe(named_recipe(recipe)))
+    settings = Settings(device="cuda", engine=engine)
+    if recipe == "awq":
+        settings.windows = random_windows(plan)
+    lines: list[str] = []
+    started = time.perf_counter()
+    convert(plan, output, settings, Quiet(started, lines))
+    seconds = time.perf_counter() - started
+    return {
+        "seconds": seconds,
+        "lines": lines,
+        "sha256": {p.name: sha256_file(p) for p in sorted(output.glob("*.safetensors"))},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("gpu-work"))
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--recipes", nargs="+", default=["awq", "fp8"])
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    import ray
+
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "torch": torch.__version__,
+        "ray": ray.__version__, "layers": arguments.layers, "runs": [],
+    }  # fmt: skip
+    source = work / "wide"
+    wide_checkpoint(source, wide_config("m2", arguments.layers), "cuda")
+    torch.cuda.empty_cache()
+    for recipe in arguments.recipes:
+        for engine in ("local", "ray"):
+            told = run(source, work / f"{recipe}-{engine}", recipe, engine)
+            result["runs"].append({"recipe": recipe, "engine": engine, **told})
+            print(recipe, engine, f"{told['seconds']:.2f} s", *told["lines"], sep="\n  ", flush=True)
+            (arguments.out / "ray_gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+        local, spread = result["runs"][-2:]
+        same = local["sha256"] == spread["sha256"]
+        print(
+            f"{recipe}: {local['seconds'] / spread['seconds']:.2f}x on {result['gpus']} GPUs, same bytes: {same}",
+            flush=True,
+        )
+        if not same:
+            raise SystemExit(f"{recipe}: shards differ between one process and Ray")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from m3quant.calibration.corpus import load_tokenizer
-from m3quant.evaluate.perplexity import cut_windows, token_ids
-from m3quant.evaluate.texts import load_texts
+from m3quant.evaluate.perplexity import cut_windows
+from m3quant.evaluate.texts import load_texts, token_ids
 
 
 def text_windows(checkpoint: str | Path, data: Path, length: int, count: int) -> torch.Tensor:

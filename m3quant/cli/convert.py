@@ -120,9 +120,9 @@ def _check_eval(suite: str, fail_over: str | None) -> None:
     from ..evaluate.gate import check_limits, parse_limits
     from ..evaluate.suites import load_suite
 
-    tasks = [entry.params.get("name") or entry.task for entry in load_suite(suite).tasks]
+    kinds = [entry.task for entry in load_suite(suite).tasks]
     if fail_over is not None:
-        check_limits(parse_limits(fail_over), tasks, source=True)
+        check_limits(parse_limits(fail_over), kinds, source=True)
 
 
 def _run(plan: Plan, dst: Path, settings: Settings, corpus: str | None) -> dict[str, Any]:

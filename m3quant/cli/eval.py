@@ -124,7 +124,7 @@ def run_eval(
     checkpoint = open_model(ckpt)
     origin = open_model(source, "source") if source else None
     tasks, notes = make_tasks(loaded, load_tokenizer(checkpoint.folder), checkpoint.config, data)
-    check_limits(limits, [task.name for task in tasks], origin is not None)
+    check_limits(limits, [task.kind for task in tasks], origin is not None)
     folder, pages = (report, report) if report else default_report(checkpoint)
     with BytesProgress("eval") as progress:
         for note in notes:
@@ -149,14 +149,18 @@ def _served(
     from ..checkpoint import Checkpoint, make_folder
     from ..evaluate.endpoint import evaluate_endpoint
     from ..evaluate.gate import check_limits, parse_limits
+    from ..evaluate.haystack import Reach
     from ..evaluate.run import write_record
     from ..evaluate.suites import load_suite, make_tasks
 
     limits = parse_limits(fail_over) if fail_over is not None else []
     loaded, tokenizer = load_suite(suite), load_tokenizer(ckpt)
-    tasks, notes = make_tasks(loaded, tokenizer, Checkpoint.open(ckpt).config, data)
-    check_limits(limits, [task.name for task in tasks], source=False)
-    record = evaluate_endpoint(endpoint, model, tasks, tokenizer, api_key_env=api_key_env, suite=loaded.name)
+    config = Checkpoint.open(ckpt).config
+    tasks, notes = make_tasks(loaded, tokenizer, config, data)
+    check_limits(limits, [task.kind for task in tasks], source=False)
+    record = evaluate_endpoint(
+        endpoint, model, tasks, tokenizer, Reach.of(config), api_key_env=api_key_env, suite=loaded.name
+    )
     record.notes.extend(notes)
     folder = report or Path(f"{ckpt.resolve().name}-endpoint-eval")
     make_folder(folder)

@@ -10,10 +10,10 @@ import numpy as np
 from pydantic import Field
 
 from . import metrics
-from .perplexity import WindowParams, cut_windows, token_ids
+from .perplexity import WindowParams, cut_windows
 from .record import Result
 from .task import Predictions, ScoredSequence
-from .texts import Texts, load_texts
+from .texts import Texts, load_texts, token_ids
 
 
 class DivergenceParams(WindowParams):
@@ -25,10 +25,12 @@ class DivergenceParams(WindowParams):
 class Divergence:
     """KL divergence, agreement and the true token's probability, on the windows of the GPTQ convention."""
 
+    kind = "divergence"
+
     def __init__(
         self, texts: Texts, windows: Sequence[np.ndarray], noise_windows: int, name: str | None = None
     ) -> None:
-        self.name = name or "divergence"
+        self.name = name or self.kind
         self._texts, self._length = texts, len(windows[0])
         self._sequences = [ScoredSequence(w, np.arange(1, self._length)) for w in windows]
         count = min(noise_windows, len(windows))

@@ -18,6 +18,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import EvaluationError
+from .haystack import Reach
 from .openai_server import FORMS, IDS_OUT, Offer, Refused, Server, finite, generated_ids, prompt_scores
 from .record import EvalRecord, Measured, Result
 from .task import Predictions, ScoredSequence, Task
@@ -36,6 +37,7 @@ def evaluate_endpoint(
     model: str | None,
     tasks: Sequence[Task],
     tokenizer: Any,
+    reach: Reach,
     *,
     api_key_env: str | None = None,
     suite: str = "endpoint",
@@ -43,7 +45,7 @@ def evaluate_endpoint(
     timeout_s: float = 600.0,
     progress: Progress | None = None,
 ) -> EvalRecord:
-    """Run tasks against the server at `url`; `tokenizer` is that of the served checkpoint, and makes the prompts.
+    """Run tasks against the server at `url`; `tokenizer` and `reach` are those of the served checkpoint.
 
     concurrency: requests under way at once. progress(done, sequences). Raises EvaluationError where there is no such
     server or it stops answering; a task that the server cannot answer has `not_run` with the reason.
@@ -67,9 +69,12 @@ def evaluate_endpoint(
         try:
             if offer is None:
                 raise Refused(f"the server does not take completions ({notes[0]})")
-            results += _run(server, offer, task, sequences[task.name], tokenizer, concurrency, done, total, progress)
+            found = _run(server, offer, task, sequences[task.name], tokenizer, concurrency, done, total, progress)
+            for result in found:
+                reach.mark(result, sequences[task.name])
         except Refused as error:
-            results.append(Result(task=task.name, convention="-", label=task.name, not_run=str(error)))
+            found = [Result(task=task.name, convention="-", label=task.name, not_run=str(error))]
+        results += [result.model_copy(update={"kind": task.kind}) for result in found]
         done += len(sequences[task.name])
     return EvalRecord(
         m3quant=__version__,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..errors import EvaluationError
 from .record import EvalRecord, Result
 
-# name in --fail-over -> (task prefix, metric, whether more is worse)
+# name in --fail-over -> (kind of task, metric, whether more is worse)
 METRICS = {
     "kld": ("divergence", "kl_mean", True),
     "kld-p99": ("divergence", "kl_p99", True),
@@ -66,12 +66,12 @@ def parse_limits(text: str) -> list[Limit]:
     return limits
 
 
-def check_limits(limits: Sequence[Limit], tasks: Sequence[str], source: bool) -> None:
-    """Before anything is computed: raise EvaluationError for limits on what this run will not measure."""
+def check_limits(limits: Sequence[Limit], kinds: Sequence[str], source: bool) -> None:
+    """Before anything is computed (kinds: of the suite's tasks): raise EvaluationError for limits on what this run will not measure."""
     for limit in limits:
-        prefix = METRICS[limit.name][0]
-        if not any(task.startswith(prefix) for task in tasks):
-            raise EvaluationError(f"--fail-over {limit.text}: the suite has no {prefix} task; choose another suite.")
+        kind = METRICS[limit.name][0]
+        if kind not in kinds:
+            raise EvaluationError(f"--fail-over {limit.text}: the suite has no {kind} task; choose another suite.")
         if limit.needs_source and not source:
             raise EvaluationError(f"--fail-over {limit.text}: compares with the source, so it needs --source.")
 
@@ -80,8 +80,8 @@ def broken(limits: Sequence[Limit], record: EvalRecord) -> list[str]:
     """A sentence for every limit that the record breaks, or that it cannot be held against."""
     sentences = []
     for limit in limits:
-        prefix, metric, more_is_worse = METRICS[limit.name]
-        found = [r for r in record.results if r.task.startswith(prefix) and metric in r.metrics and _judged(r)]
+        kind, metric, more_is_worse = METRICS[limit.name]
+        found = [r for r in record.results if r.kind == kind and _judged(r)]
         if not found:
             sentences.append(f"{limit.text}: {metric} was not measured")
         sentences += [s for r in found if (s := _broken_by(limit, r, metric, more_is_worse))]
@@ -93,10 +93,14 @@ def _judged(result: Result) -> bool:
 
 
 def _broken_by(limit: Limit, result: Result, metric: str, more_is_worse: bool) -> str | None:
+    if metric not in result.metrics:
+        return f"{limit.text}: {metric} of {result.task} was not measured"
     value = result.metrics[metric]
+    if not math.isfinite(value):
+        return f"{limit.text}: {metric} is {value} ({result.convention})"
     if not limit.relative:
         worse = value > limit.value if more_is_worse else value < limit.value
-        return f"{limit.text}: {metric} is {value:.6g} ({result.convention})" if worse else None
+        return f"{limit.text}: {metric} is {value:.6g} ({result.task}, {result.convention})" if worse else None
     if result.source_metrics is None or metric not in result.source_metrics:
         return f"{limit.text}: the source's {metric} was not measured"
     base = result.source_metrics[metric]
@@ -105,7 +109,7 @@ def _broken_by(limit: Limit, result: Result, metric: str, more_is_worse: bool) -
     change = 100 * (value / base - 1)
     worse = change > limit.value if more_is_worse else change < limit.value
     return (
-        f"{limit.text}: {metric} went from {base:.6g} to {value:.6g}, {change:+.2f} % ({result.convention})"
+        f"{limit.text}: {metric} went from {base:.6g} to {value:.6g}, {change:+.2f} % ({result.task}, {result.convention})"
         if worse
         else None
     )

@@ -17,8 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import EvaluationError
 from ..families import family_of
-from .record import Data
+from .record import Data, Result
+from .task import ScoredSequence
+from .texts import token_ids
 
+SHORT = "does not exercise MSA"
 P = TypeVar("P", bound="TextParams")
 Encode = Callable[[str], list[int]]
 
@@ -90,17 +93,25 @@ class Reach:
         """
         return length - 1 > self.read_whole if self.read_whole else None
 
-    def label(self, label: str, lengths: Sequence[int]) -> str:
-        return f"{label} - does not exercise MSA" if self.exercises(max(lengths)) is False else label
-
     def notes(self, lengths: Sequence[int]) -> list[str]:
         short = [f"{length:,}" for length in sorted(set(lengths)) if self.exercises(length) is False]
         if not short:
             return []
         return [
-            f"does not exercise MSA: {', '.join(short)} tokens (sparse attention selects every block up to "
-            f"{self.read_whole:,} tokens)"
+            f"{SHORT}: {', '.join(short)} tokens (sparse attention selects every block up to {self.read_whole:,} tokens)"
         ]
+
+    def mark(self, result: Result, sequences: Sequence[ScoredSequence]) -> None:
+        """Say of a result that no sequence of its task exercises the block selection, unless its own notes say it."""
+        longest = max((int(s.scored[-1]) + 1 for s in sequences), default=0)
+        if (
+            result.not_run is None
+            and self.exercises(longest) is False
+            and not any(note.startswith(SHORT) for note in result.notes)
+        ):
+            result.notes.append(
+                f"{SHORT}: sparse attention selects every block up to {self.read_whole:,} tokens, no sequence is longer"
+            )
 
 
 class Haystack:
@@ -111,7 +122,7 @@ class Haystack:
     """
 
     def __init__(self, tokenizer: Any, text: str, task: str) -> None:
-        self.ids = np.asarray(encoder(tokenizer)(text), dtype=np.int64)
+        self.ids = token_ids(tokenizer, text)
         if len(self.ids) < 16:
             raise EvaluationError(f"task {task}: the text has {len(self.ids)} tokens; give running text of some pages.")
         distinct = np.unique(self.ids)

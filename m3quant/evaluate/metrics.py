@@ -5,30 +5,48 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 
+from ..errors import EvaluationError
 from .task import Predictions
 
+_MOST = math.log(sys.float_info.max)  # nats
 # The tail that matters: a mean hides single tokens that went wrong.
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats. Raises EvaluationError where that is no number of float64's."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        raise EvaluationError(
+            f"the mean loss is {loss:.0f} nats per token, whose perplexity is no float64: the checkpoint predicts nothing; look "
+            "for damaged weights (m3quant verify)."
+        ) from None
 
 
 def gptq_perplexity(windows: Sequence[np.ndarray], length: int) -> float:
     """GPTQ and AWQ: per window the mean loss of its `length` - 1 predicted tokens counts `length` times (IST-DASLab/gptq)."""
     losses = [float(w.astype(np.float64).mean()) * length for w in windows]
-    return math.exp(sum(losses) / (len(windows) * length))
+    return perplexity(sum(losses) / (len(windows) * length))
 
 
 def rolling_perplexities(log_likelihood: float, words: int, characters: int) -> dict[str, float]:
     """lm-eval's word_perplexity, byte_perplexity and bits_per_byte from the summed log-likelihood (nats) of all documents.
 
-    words, characters: of the original documents; `characters` are UTF-8 bytes.
+    words, characters: of the original documents; `characters` are UTF-8 bytes. word_perplexity is left out where it is no
+    float64: text written without spaces is one long word.
     """
+    per_word = {}
+    if -log_likelihood / words < _MOST:
+        per_word["word_perplexity"] = math.exp(-log_likelihood / words)
     return {
-        "word_perplexity": math.exp(-log_likelihood / words),
-        "byte_perplexity": math.exp(-log_likelihood / characters),
+        **per_word,
+        "byte_perplexity": perplexity(-log_likelihood / characters),
         "bits_per_byte": -log_likelihood / characters / math.log(2),
     }
 
@@ -39,7 +57,7 @@ def llama_cpp_perplexity(nll: np.ndarray) -> tuple[float, float]:
     mean = float(wide.mean())
     variance = float((wide**2).mean()) - mean**2
     error = math.sqrt(max(0.0, variance) / (wide.size - 1)) if wide.size > 1 else math.nan
-    return math.exp(mean), error * math.exp(mean)
+    return perplexity(mean), error * perplexity(mean)
 
 
 def divergence(source: Sequence[Predictions], other: Sequence[Predictions]) -> dict[str, float]:

@@ -63,7 +63,7 @@ def make(tokenizer: Any, config: Mapping[str, Any], params: Mapping[str, Any]) -
         notes.append(f"{given.samples} samples a cell: fewer than {FEWEST}, intervals are wide")
     worded = given.phrasing if isinstance(given.phrasing, str) else "given"
     notes.append(f"phrasing: {worded}; distracting facts: {given.distractors}; seed: {given.seed}")
-    return RetrievalTask(name, "needle grid, length x depth", samples, given.data(), reach, tuple(notes))
+    return RetrievalTask("needle", name, "needle grid, length x depth", samples, given.data(), reach, tuple(notes))
 
 
 def _sample(

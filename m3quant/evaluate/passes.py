@@ -201,19 +201,37 @@ def _embed(stream: Stream) -> None:
     stream.states.begin(0)
     for start in range(0, len(ids), _EMBED_TOKENS):
         tokens = slice(start, min(start + _EMBED_TOKENS, len(ids)))
-        stream.states.write(tokens, embed(ids[tokens], table).to(stream.dtype))
+        states = embed(ids[tokens], table).to(stream.dtype)
+        if not bool(torch.isfinite(states).all()):
+            raise EvaluationError(
+                f"embed_tokens of {stream.model.folder} holds NaN or Inf: look at what it was made from (m3quant verify)."
+            )
+        stream.states.write(tokens, states)
     stream.states.finish()
 
 
 def predict(streams: Sequence[Stream], device: torch.device) -> dict[str, list[Predictions]]:
     """Compare the heads of all streams on the predicted tokens -> stream name -> one `Predictions` per its text."""
-    heads = {id(s.model): read_head(s.model.reader, device) for s in streams}
+    heads = {id(s.model): _finite_head(s.model, device) for s in streams}
     main = [s for s in streams if s.name != NOISE]
     out = _scored(main, [heads[id(s.model)] for s in main], [s.layout for s in main], device)
     for noise in (s for s in streams if s.name == NOISE):
         source, head = streams[0], heads[id(noise.model)]
         out[NOISE] = _scored([source, noise], [head, head], [_like(source, noise), noise.layout], device)[NOISE]
     return out
+
+
+def _finite_head(model: Model, device: torch.device) -> Head:
+    """The model's head. Raises EvaluationError naming the model and the tensor that is not finite."""
+    head = read_head(model.reader, device)
+    parts = (("final norm", head.norm[None]), ("lm_head", head.weight))
+    for name, tensor in parts:
+        if not all(bool(torch.isfinite(part).all()) for part in tensor.split(_EMBED_TOKENS)):
+            raise EvaluationError(
+                f"{name} of {model.folder} holds NaN or Inf, the layers before it are finite: look at what it was made from "
+                "(m3quant verify)."
+            )
+    return head
 
 
 def _like(source: Stream, noise: Stream) -> Layout:

@@ -14,7 +14,7 @@ from ..errors import EvaluationError
 from . import metrics
 from .record import Result
 from .task import Predictions, ScoredSequence
-from .texts import BUNDLED, Texts, load_texts
+from .texts import BUNDLED, Texts, load_texts, token_ids
 
 
 class _Params(BaseModel):
@@ -44,11 +44,6 @@ class ChunkParams(_Params):
     max_windows: int | None = Field(default=None, ge=1)
 
 
-def token_ids(tokenizer: Any, text: str) -> np.ndarray:
-    """Ids [N] int64 of a text, no special token added."""
-    return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
-
-
 def cut_windows(ids: np.ndarray, texts: Texts, length: int, most: int | None) -> list[np.ndarray]:
     """Whole windows from the start, the remainder dropped. Raises EvaluationError if there is not one."""
     count = len(ids) // length
@@ -62,8 +57,10 @@ def cut_windows(ids: np.ndarray, texts: Texts, length: int, most: int | None) ->
 class GptqPerplexity:
     """Non-overlapping windows of the joined text; the first token of a window is context, all others are predicted."""
 
+    kind = "perplexity-gptq"
+
     def __init__(self, texts: Texts, windows: Sequence[np.ndarray], name: str | None = None) -> None:
-        self.name = name or "perplexity-gptq"
+        self.name = name or self.kind
         self._texts, self._length = texts, len(windows[0])
         self._sequences = [ScoredSequence(w, np.arange(1, self._length)) for w in windows]
 
@@ -100,10 +97,12 @@ class RollingPerplexity:
     The first window is preceded by a prefix token; a last, shorter window keeps as much context as fits.
     """
 
+    kind = "perplexity-lm-eval"
+
     def __init__(
         self, texts: Texts, documents: Sequence[np.ndarray], prefix: int, window: int, name: str | None = None
     ) -> None:
-        self.name = name or "perplexity-lm-eval"
+        self.name = name or self.kind
         self._texts, self._window = texts, window
         self._documents = texts.documents[: len(documents)]
         self._sequences = [s for ids in documents for s in rolling_windows(ids, prefix, window)]
@@ -120,6 +119,8 @@ class RollingPerplexity:
             total = sum(float(p.nll.astype(np.float64).sum()) for p in predictions)
             return metrics.rolling_perplexities(-total, words, size)
 
+        measured = figures(checkpoint)
+        beyond = "word_perplexity" not in measured
         return [
             Result(
                 task=self.name,
@@ -128,8 +129,11 @@ class RollingPerplexity:
                 f"documents, max_length {self._window}",
                 data=self._texts.data(),
                 tokens=sum(len(s.scored) for s in self._sequences),
-                metrics=figures(checkpoint),
+                metrics=measured,
                 source_metrics=figures(source) if source is not None else None,
+                notes=[f"word_perplexity is beyond float64: the text is {words:,} words of {size:,} bytes"]
+                if beyond
+                else [],
             )
         ]
 
@@ -162,8 +166,10 @@ def lm_eval(tokenizer: Any, config: dict[str, Any], params: RollingParams) -> Ro
 class LlamaCppPerplexity:
     """llama-perplexity: chunks of n_ctx tokens, each begun with BOS where the model has one; only the second half counts."""
 
+    kind = "perplexity-llama-cpp"
+
     def __init__(self, texts: Texts, chunks: Sequence[np.ndarray], bos: bool, name: str | None = None) -> None:
-        self.name = name or "perplexity-llama-cpp"
+        self.name = name or self.kind
         self._texts, self._bos, self._length = texts, bos, len(chunks[0])
         first = self._length // 2 + 1
         self._sequences = [ScoredSequence(c, np.arange(first, self._length)) for c in chunks]

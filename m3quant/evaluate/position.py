@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from ..errors import EvaluationError
-from .haystack import Reach, TextParams, encoder, parse
+from .haystack import SHORT, Reach, TextParams, parse
+from .metrics import perplexity
 from .record import Data, Result
 from .task import Predictions, ScoredSequence
+from .texts import token_ids
 
 CONVENTION = "position buckets, one prefill per window, stride = window"
 EDGES = (1, 64, 256, 1024, 4096, 16384, 65536, 131072, 262144, 524288)
@@ -35,6 +37,7 @@ class PositionParams(TextParams):
 class PositionTask:
     """Windows of running text from an empty context, every token after the first predicted."""
 
+    kind: ClassVar[str] = "position"
     name: str
     windows: Sequence[ScoredSequence]
     edges: tuple[int, ...]
@@ -67,11 +70,13 @@ class PositionTask:
             Result(
                 task=self.name,
                 convention=CONVENTION,
-                label=self.reach.label(f"perplexity by position, windows of {length:,} tokens", [length]),
+                label=f"perplexity by position, windows of {length:,} tokens",
                 data=self.data,
                 tokens=nll.size,
-                metrics={"perplexity": math.exp(nll.mean()), **metrics},
-                source_metrics=None if others is None else {"perplexity": math.exp(others.mean()), **source_metrics},
+                metrics={"perplexity": perplexity(float(nll.mean())), **metrics},
+                source_metrics=None
+                if others is None
+                else {"perplexity": perplexity(float(others.mean())), **source_metrics},
                 cells=cells,
                 notes=[
                     f"{len(nll)} windows, not overlapping; position 0 has no context and is not scored",
@@ -82,7 +87,7 @@ class PositionTask:
 
     def _short(self, cells: Sequence[dict[str, Any]]) -> list[str]:
         ends = [cell["stop"] for cell in cells if cell["exercises_msa"] is False]
-        return [f"does not exercise MSA: positions below {max(ends):,}"] if ends else []
+        return [f"{SHORT}: positions below {max(ends):,}"] if ends else []
 
 
 def buckets(edges: Sequence[int], length: int) -> list[tuple[int, int]]:
@@ -98,7 +103,7 @@ def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
 def _loss(nll: np.ndarray) -> dict[str, float]:
     """Mean loss, its perplexity, and the standard error of the mean over tokens (none of a single one)."""
     mean = float(nll.mean())
-    out = {"nll": mean, "perplexity": math.exp(mean)}
+    out = {"nll": mean, "perplexity": perplexity(mean)}
     if nll.size > 1:
         out["nll_error"] = float(nll.std(ddof=1) / math.sqrt(nll.size))
     return out
@@ -115,7 +120,7 @@ def make(tokenizer: Any, config: Mapping[str, Any], params: Mapping[str, Any]) -
     reach.check([given.length], name)
     if min(given.edges) < 1 or sorted(set(given.edges)) != given.edges:
         raise EvaluationError(f"task {name}: edges must be ascending positions from 1 up.")
-    ids = np.asarray(encoder(tokenizer)(given.text), dtype=np.int64)
+    ids = token_ids(tokenizer, given.text)
     available = len(ids) // given.length
     if not available:
         raise EvaluationError(

@@ -25,12 +25,14 @@ class Data(_Record):
 class Result(_Record):
     """One labelled measurement. Metrics of different `convention`s are never comparable.
 
+    task: its name in the suite, which may be any; kind: what the suite names by `task`, None for what is no task.
     metrics, source_metrics: name -> number, in the order tables show them; the same names for the checkpoint and its source.
     cells: rows of a grid or buckets of a curve (needle length x depth, position buckets), JSON-able, for charts.
     not_run: why there is no figure; metrics is then empty, never zero.
     """
 
     task: str
+    kind: str | None = None
     convention: str
     label: str
     data: Data | None = None

@@ -45,6 +45,7 @@ def make_sample(pieces: Sequence[Any], answer: Answer, length: int, depth: float
 class RetrievalTask:
     """Samples scored by exact match, in cells of one length (and depth)."""
 
+    kind: str
     name: str
     label: str
     samples: Sequence[Sample]
@@ -74,7 +75,7 @@ class RetrievalTask:
             Result(
                 task=self.name,
                 convention=SEVERAL if several else CONVENTION,
-                label=self.reach.label(self.label, lengths),
+                label=self.label,
                 data=self.data,
                 tokens=sum(len(sample.sequence.scored) for sample in self.samples),
                 metrics=self._metrics(checkpoint),

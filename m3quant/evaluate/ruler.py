@@ -98,7 +98,7 @@ def make(tokenizer: Any, config: Mapping[str, Any], params: Mapping[str, Any]) -
     ]
     if given.samples < FEWEST:
         notes.append(f"fewer than {FEWEST} samples: intervals are wide")
-    return RetrievalTask(name, f"RULER {given.variant}: {label}", samples, given.data(), reach, tuple(notes))
+    return RetrievalTask("ruler", name, f"RULER {given.variant}: {label}", samples, given.data(), reach, tuple(notes))
 
 
 def _retrieval(

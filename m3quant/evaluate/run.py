@@ -22,6 +22,7 @@ from ..convert.stopping import StopFlag, stop_on_signals
 from ..device import device_name, pick_device
 from ..errors import EvaluationError, StoppedError
 from .batches import unique
+from .haystack import Reach
 from .heldout import heldout_result
 from .models import Model, check_same_model
 from .passes import NOISE, PassSettings, make_streams, predict, run_layers
@@ -127,14 +128,11 @@ class _Plan:
 
     def facts(self, suite: str) -> dict[str, Any]:
         """Everything that the figures depend on; an interrupted run is continued under the same only."""
-        digest = sha256()
-        for text in self.texts:
-            digest.update(np.int64(len(text.ids)).tobytes() + text.ids.tobytes() + text.scored.tobytes() + b"|")
         return {
             "checkpoint": self.checkpoint.fingerprint(),
             "source": self.source.fingerprint() if self.source else None,
             "suite": suite,
-            "tokens": digest.hexdigest(),
+            **{f"task {task.name}": _digest(given) for task, given in zip(self.tasks, self.given, strict=True)},
             "noise": self.noise,
             "device": device_name(self.settings.device),
             "batch_tokens": self.settings.batch_tokens,
@@ -181,6 +179,7 @@ class _Plan:
     def record(
         self, predictions: dict[str, list[Predictions]], layers: list[dict[str, float]], suite: str, seconds: float
     ) -> EvalRecord:
+        reach = Reach.of(self.checkpoint.config)
         results, start = [], 0
         for task, sequences in zip(self.tasks, self.given, strict=True):
             where = self.where[start : start + len(sequences)]
@@ -195,7 +194,8 @@ class _Plan:
                     [self._noise_of(predictions, where[i]) for i in task.noise_sequences()], self._noise_run()
                 )
             for result in task.results(mine["checkpoint"], mine.get("source")):
-                result.notes.extend(self._selection_note(sequences))
+                result.kind = task.kind
+                reach.mark(result, sequences)
                 results.append(result)
         manifest = self.checkpoint.manifest
         if manifest and (heldout := heldout_result(manifest)):
@@ -223,14 +223,6 @@ class _Plan:
         one, other = (str(d)[6:] for d in (self.settings.dtype, self.settings.noise_dtype))
         return f"{other} against {one} in other batches"
 
-    def _selection_note(self, sequences: Sequence[ScoredSequence]) -> list[str]:
-        covered = self.checkpoint.family.selected_tokens(self.checkpoint.config)
-        if covered and sequences and max(int(s.scored[-1]) for s in sequences) <= covered:
-            return [
-                f"does not exercise MSA: attention reads up to {covered:,} tokens whole, and no sequence here is longer"
-            ]
-        return []
-
 
 def _own(predictions: Sequence[Predictions], number: int, positions: np.ndarray) -> Predictions:
     """A task's own tokens out of those that were predicted of a text for all tasks together."""
@@ -238,6 +230,15 @@ def _own(predictions: Sequence[Predictions], number: int, positions: np.ndarray)
     return Predictions(
         all_of.nll[positions], all_of.best[positions], None if all_of.kl is None else all_of.kl[positions]
     )
+
+
+def _digest(sequences: Sequence[ScoredSequence]) -> str:
+    """What a task runs, for a person to tell two apart and for a hash to be sure."""
+    digest = sha256()
+    for one in sequences:
+        digest.update(np.int64(len(one.ids)).tobytes() + one.ids.tobytes() + one.scored.tobytes() + b"|")
+    tokens = sum(len(one.ids) for one in sequences)
+    return f"{len(sequences)} sequences, {tokens:,} tokens, sha256 {digest.hexdigest()[:16]}"
 
 
 def _check_sequences(task: str, sequences: Sequence[ScoredSequence], model: Model) -> None:

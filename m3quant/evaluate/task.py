@@ -41,7 +41,10 @@ class Predictions:
 
 
 class Task(Protocol):
-    """One measurement. `name` is unique in a suite and appears in reports."""
+    """One measurement. `name` is unique in a suite and appears in reports; `kind` is what the suite calls it by `task`."""
+
+    @property
+    def kind(self) -> str: ...
 
     @property
     def name(self) -> str: ...

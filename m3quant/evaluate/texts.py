@@ -7,8 +7,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..calibration.corpus import load_documents, render
 from ..calibration.documents import Document, corpus_sha256, read_file
@@ -42,6 +45,14 @@ class Texts:
     def joined(self) -> str:
         """All documents with a blank line between, as the GPTQ convention joins them."""
         return "\n\n".join(self.shown)
+
+
+@lru_cache(maxsize=64)
+def token_ids(tokenizer: Any, text: str) -> np.ndarray:
+    """Ids [N] int64 of a text, no special token added. Read-only: the tasks of a suite share the text, and so its ids."""
+    ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    ids.flags.writeable = False
+    return ids
 
 
 def load_texts(spec: str, tokenizer: Any) -> Texts:

@@ -22,6 +22,7 @@ from m3quant.calibration.stream import nll
 from m3quant.engine import find_engine_python
 from m3quant.evaluate import needle, position
 from m3quant.evaluate.endpoint import GENERATED, evaluate_endpoint
+from m3quant.evaluate.haystack import Reach
 from m3quant.evaluate.models import open_model
 from m3quant.evaluate.task import Predictions
 
@@ -68,7 +69,7 @@ def test_the_served_figures_are_the_streamed_ones(url: str) -> None:
     text = (FIXTURE.parent / "heldout.txt").read_text()
     windows = position.make(tokenizer, config, {"text": text, "length": 600, "windows": 4})
     needles = needle.make(tokenizer, config, {"text": text, "lengths": [512], "depths": [0.2, 0.8], "samples": 3})
-    record = evaluate_endpoint(url, "tiny-m2", [windows, needles], tokenizer)
+    record = evaluate_endpoint(url, "tiny-m2", [windows, needles], tokenizer, Reach.of(config))
     assert "prompt log-probs: prompt_logprobs" in record.notes[0]
 
     ids = torch.from_numpy(np.stack([s.ids for s in windows.sequences()]))

@@ -40,7 +40,7 @@ def teacher_forced(name: str, sequences: list[ScoredSequence]) -> list[Predictio
     """One forward pass per sequence, whole logits: the plain reference of what the streaming pass hands to tasks."""
     out = []
     for sequence in sequences:
-        ids = torch.from_numpy(sequence.ids)[None]
+        ids = torch.from_numpy(sequence.ids.copy())[None]
         logits = model(name)(input_ids=ids).logits[0, torch.from_numpy(sequence.scored) - 1].float()
         truth = ids[0, torch.from_numpy(sequence.scored)]
         nll = torch.nn.functional.cross_entropy(logits, truth, reduction="none")

@@ -37,6 +37,8 @@ class Silent:
 class Plain:
     """Asks for given sequences and keeps what it was told of them."""
 
+    kind = "plain"
+
     def __init__(self, sequences: Sequence[ScoredSequence], noise: Sequence[int] = (), name: str = "plain") -> None:
         self.name = name
         self._sequences, self._noise = sequences, noise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from long_context import TEXT, config, tokenizer
 from m3quant.errors import EvaluationError
 from m3quant.evaluate import needle, openai_server, position, ruler
 from m3quant.evaluate.endpoint import GENERATED, evaluate_endpoint
+from m3quant.evaluate.haystack import Reach
 from m3quant.evaluate.record import EvalRecord
 from m3quant.evaluate.task import Predictions, Task
 
+REACH = Reach.of(config("tiny-m2"))
 ALL = {"token_ids", "prompt_logprobs", "echo", "ids_out"}
 
 
@@ -30,7 +33,7 @@ def tasks() -> list[Task]:
 def run(offers: set[str], chosen: list[Task] | None = None, **options: Any) -> tuple[EvalRecord, Double]:
     double = Double(tokenizer("tiny-m2"), offers)
     with serving(double) as url:
-        return evaluate_endpoint(url, None, chosen or tasks(), tokenizer("tiny-m2"), **options), double
+        return evaluate_endpoint(url, None, chosen or tasks(), tokenizer("tiny-m2"), REACH, **options), double
 
 
 def in_hand(task: Task) -> list[Predictions]:
@@ -66,7 +69,7 @@ def test_needles_are_generated_and_counted(offers: set[str]) -> None:
     third = chosen[0].sequences()[2]
     double.told = third.ids[third.scored].tolist()
     with serving(double) as url:
-        (found,) = evaluate_endpoint(url, "toy", chosen, tokenizer("tiny-m2")).results
+        (found,) = evaluate_endpoint(url, "toy", chosen, tokenizer("tiny-m2"), REACH).results
     assert found.cells[0]["hits"] == 1 and found.cells[0]["samples"] == 4
     assert found.convention == GENERATED and "answer_nll" not in found.metrics
     # The prompt never holds the answer.
@@ -80,7 +83,7 @@ def test_a_wrong_last_digit_is_a_miss() -> None:
     third = chosen[0].sequences()[2]
     double.told = [*third.ids[third.scored][:-1].tolist(), int(third.ids[third.scored][-1]) + 1]
     with serving(double) as url:
-        (found,) = evaluate_endpoint(url, "toy", chosen, tokenizer("tiny-m2")).results
+        (found,) = evaluate_endpoint(url, "toy", chosen, tokenizer("tiny-m2"), REACH).results
     assert found.cells[0]["hits"] == 0
 
 
@@ -111,7 +114,8 @@ def test_a_server_of_text_prompts_gets_text_only_where_it_means_the_same_tokens(
 def test_text_that_is_tokenized_otherwise_is_not_scored() -> None:
     made = tokenizer("tiny-m2")
     task = position.make(made, config("tiny-m2"), {"text": TEXT, "length": 64, "windows": 1})
-    ids = task.sequences()[0].ids
+    ids = task.sequences()[0].ids.copy()
+    task = replace(task, windows=[replace(task.windows[0], ids=ids)])
     ids[10:12] = made(" a", add_special_tokens=False)["input_ids"][-1]  # a pair that no tokenizer would write
     split = made.convert_tokens_to_ids(["t", "h", "e"])
     ids[20:23] = split
@@ -124,7 +128,7 @@ def test_a_server_that_truncates_is_found_out() -> None:
     whole = double.complete
     double.complete = lambda body: whole({**body, "prompt": body["prompt"][:50]})  # type: ignore[method-assign]
     with serving(double) as url:
-        found = evaluate_endpoint(url, None, tasks()[:1], tokenizer("tiny-m2")).results[0]
+        found = evaluate_endpoint(url, None, tasks()[:1], tokenizer("tiny-m2"), REACH).results[0]
     assert found.not_run is not None and "log-probs of 50 tokens" in found.not_run and not found.metrics
 
 
@@ -133,7 +137,7 @@ def test_a_refused_prompt_is_not_run_with_the_servers_own_words() -> None:
     said = "This model's maximum context length is 100 tokens."
     double.before = lambda path, body, number: (400, said, {}) if len(body.get("prompt", "")) > 100 else None
     with serving(double) as url:
-        lost, needles = evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2")).results
+        lost, needles = evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), REACH).results
     assert lost.not_run is None and needles.not_run is not None and said in needles.not_run
 
 
@@ -141,7 +145,7 @@ def test_chat_only_servers_run_nothing() -> None:
     double = Double(tokenizer("tiny-m2"), ALL)
     double.before = lambda path, body, number: (404, "no such route", {}) if "completions" in path else None
     with serving(double) as url:
-        record = evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"))
+        record = evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), REACH)
     assert all(result.not_run and not result.metrics for result in record.results)
 
 
@@ -151,22 +155,22 @@ def test_a_busy_server_is_asked_again_and_a_broken_one_is_given_up(monkeypatch: 
     double = Double(tokenizer("tiny-m2"), ALL)
     double.before = lambda path, body, number: (429, "full", {"Retry-After": "7"}) if number in (2, 9) else None
     with serving(double) as url:
-        record = evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), concurrency=1)
+        record = evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), REACH, concurrency=1)
     assert waits == [7.0, 7.0] and all(result.not_run is None for result in record.results)
     double.before = lambda path, body, number: (503, "dead engine", {}) if body else None
     with serving(double) as url, pytest.raises(EvaluationError, match="503 4 times: dead engine"):
-        evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"))
+        evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), REACH)
 
 
 def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     double = Double(tokenizer("tiny-m2"), ALL, key=KEY)
     with serving(double) as url:
         with pytest.raises(EvaluationError, match="refuses the API key"):
-            evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"))
+            evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), REACH)
         with pytest.raises(EvaluationError, match="TOY_KEY: that variable is not set"):
-            evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), api_key_env="TOY_KEY")
+            evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), REACH, api_key_env="TOY_KEY")
         monkeypatch.setenv("TOY_KEY", KEY)
-        record = evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), api_key_env="TOY_KEY")
+        record = evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), REACH, api_key_env="TOY_KEY")
     assert KEY not in record.model_dump_json() and record.results[0].not_run is None
 
 
@@ -178,10 +182,10 @@ def test_wrong_servers_are_refused_in_one_sentence() -> None:
         ("http://127.0.0.1:9", "cannot be reached"),
     ):
         with pytest.raises(EvaluationError, match=words) as refused:
-            evaluate_endpoint(url, None, tasks(), made)
+            evaluate_endpoint(url, None, tasks(), made, REACH)
         assert "secret" not in str(refused.value)
     with serving(Double(made, ALL)) as url, pytest.raises(EvaluationError, match="does not serve other; it serves toy"):
-        evaluate_endpoint(url, "other", tasks(), made)
+        evaluate_endpoint(url, "other", tasks(), made, REACH)
 
 
 def test_several_values_need_the_true_prefix_only_where_it_is_known() -> None:

@@ -21,6 +21,7 @@ from m3quant.errors import EvaluationError, OutputError
 from m3quant.evaluate.batches import lay_out, unique
 from m3quant.evaluate.record import EVAL_FILE
 from m3quant.evaluate.run import JOURNAL
+from m3quant.evaluate.task import ScoredSequence
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,7 @@ def test_an_interrupted_run_continues_with_its_layer_and_a_changed_one_is_refuse
     assert [r["unit"] for r in records] == [0, 1]
     with pytest.raises(OutputError, match="batch_tokens was 16384, now 99"):
         run(m3, m3, [task], tmp_path, batch_tokens=99)
-    with pytest.raises(OutputError, match="tokens was"):
+    with pytest.raises(OutputError, match=r"task plain was .1 sequences, 80 tokens, .*now .1 sequences, 81 tokens"):
         run(m3, m3, [Plain([sequence(81)])], tmp_path)
     progress = Silent()
     resumed = run(m3, m3, [task], tmp_path, progress)
@@ -231,8 +232,14 @@ def test_the_layer_where_nan_began_is_named(m2: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"^layer 1 of .*layer gives NaN or Inf"):
         run(broken, m2, [Plain([sequence(30)])])
     broken = _broken(m2, tmp_path / "head", "lm_head.weight")
-    with pytest.raises(Exception, match="final norm or lm_head gives NaN"):
-        run(broken, None, [Plain([sequence(30)])])
+    for checkpoint, source in ((broken, m2), (m2, broken)):
+        with pytest.raises(
+            EvaluationError, match=r"^lm_head of .*head holds NaN or Inf, the layers before it are finite"
+        ):
+            run(checkpoint, source, [Plain([sequence(30)])])
+    broken = _broken(m2, tmp_path / "embedding", "embed_tokens.weight")
+    with pytest.raises(EvaluationError, match=r"^embed_tokens of .*embedding holds NaN or Inf"):
+        run(broken, m2, [Plain([ScoredSequence(np.zeros(30, dtype=np.int64), np.arange(1, 30))])])
 
 
 @pytest.mark.parametrize(("family", "kind"), [("m2", "fp8"), ("m3", "mxfp8")])

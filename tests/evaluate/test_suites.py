@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -161,7 +162,7 @@ def test_the_bundled_texts_state_their_licences() -> None:
 def record(
     metrics: dict[str, float], source: dict[str, float] | None = None, task: str = "perplexity-gptq"
 ) -> EvalRecord:
-    result = Result(task=task, convention="c", label="l", metrics=metrics, source_metrics=source)
+    result = Result(task="renamed", kind=task, convention="c", label="l", metrics=metrics, source_metrics=source)
     return EvalRecord(
         m3quant="0", finished="", seconds=0, device="cpu", versions={}, checkpoint=Measured(name="x"), suite="s", results=[result]
     )  # fmt: skip
@@ -178,6 +179,13 @@ def test_limits_absolute_and_relative() -> None:
         True, False, True, False,
     ]  # fmt: skip
     assert "kl_mean was not measured" in broken(parse_limits("kld=1"), ppl)[0]
+    assert "accuracy is nan" in broken(parse_limits("needle=0.5"), record({"accuracy": math.nan}, task="needle"))[0]
+    two = record({"accuracy": 1.0}, {"accuracy": 1.0}, task="needle")
+    assert broken(parse_limits("needle=-2%"), two) == []
+    two.results += record({"accuracy": 0.9}, {"accuracy": 1.0}, task="needle").results
+    assert "from 1 to 0.9, -10.00 % (renamed" in broken(parse_limits("needle=-2%"), two)[0]
+    two.results[1] = Result(task="long", kind="needle", convention="-", label="l", not_run="the server refused")
+    assert broken(parse_limits("needle=0.5"), two) == ["needle=0.5: accuracy of long was not measured"]
     floor = record({"kl_mean": 9.0}, task="divergence")
     floor.results[0].convention = "noise-floor-windows-2048"
     floor.results += kl.results

@@ -100,8 +100,12 @@ def _is_by_position(result: Result) -> bool:
     return bool(result.cells) and "start" in result.cells[0] and not _is_divergence(result)
 
 
+def _of_perplexity(metric: str) -> bool:
+    return "perplexity" in metric
+
+
 def _is_perplexity(result: Result) -> bool:
-    return any("perplexity" in name for name in result.metrics) and not _is_by_position(result)
+    return any(map(_of_perplexity, result.metrics)) and not _is_by_position(result)
 
 
 def _perplexity(run: Sequence[Result]) -> str:
@@ -119,7 +123,8 @@ def _metrics_table(result: Result) -> str:
     source = result.source_metrics
     head = ["figure", "checkpoint", *(["source", "change"] if source else [])]
     rows = []
-    for name, value in result.metrics.items():
+    for name in filter(_of_perplexity, result.metrics) if _is_divergence(result) else result.metrics:
+        value = result.metrics[name]
         row: list[Any] = [name.replace("_", " "), number(value, 5)]
         if source:
             before = source.get(name)
@@ -147,6 +152,8 @@ def _divergence(run: Sequence[Result]) -> str:
         head = ["per predicted token", "checkpoint", *(["noise floor"] if floor else [])]
         rows = []
         for name, value in result.metrics.items():
+            if _of_perplexity(name):  # stands in the section above, beside the source's
+                continue
             noise = [number(floor.metrics.get(name), 4)] if floor else []
             rows.append([name.replace("_", " "), number(value, 4), *noise])
         parts.append(f"<h3>{escape(result.label)}</h3>" + table(head, rows, text=(0,)) + _small(result))

@@ -128,10 +128,15 @@ def _fit(task: str, params: dict[str, Any], limit: int, notes: list[str]) -> boo
     beyond = [length for length in lengths if length > limit]
     if beyond:
         shown = ", ".join(f"{length:,}" for length in beyond)
-        notes.append(f"{params.get('name', task)}: not run at {shown} tokens, beyond max_position_embeddings {limit:,}")
+        notes.append(f"{_called(task, params)}: not run at {shown} tokens, beyond max_position_embeddings {limit:,}")
     if "lengths" in params:
         params["lengths"] = [length for length in lengths if length <= limit]
     return len(beyond) < len(lengths) or not lengths
+
+
+def _called(task: str, params: Mapping[str, Any]) -> str:
+    """What tells an entry of a suite from others of its kind."""
+    return str(params.get("name") or "_".join(filter(None, (task, params.get("variant")))))
 
 
 def _factory(name: str) -> Callable[[Any, dict[str, Any], Any], Task]:

@@ -88,7 +88,7 @@ def main() -> None:
             differing.append(at)
     # One folder, killed a little later each time until a run gets through.
     folder, kills = work / "again", 0
-    while child(folder, 8 + 3 * kills) == -signal.SIGKILL:
+    while child(folder, 8 + 6 * kills) == -signal.SIGKILL:
         kills += 1
     same = figures(folder) == expected
     print(json.dumps({"operations": operations, "points": len(points), "differing": differing, "again": [kills, same]}))

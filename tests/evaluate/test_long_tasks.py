@@ -55,7 +55,7 @@ def test_exact_match_is_what_greedy_decoding_generates(name: str) -> None:
         for sample, one in zip(task.samples, predictions, strict=True):
             ids, scored = sample.sequence.ids, sample.sequence.scored
             made = generated(name, ids[: scored[0]], len(scored))
-            (result,) = RetrievalTask("one", "", [sample], task.data, task.reach).results([one], None)
+            (result,) = RetrievalTask("needle", "one", "", [sample], task.data, task.reach).results([one], None)
             assert result.metrics["accuracy"] == (made == ids[scored].tolist())
             # Up to its first wrong token the generated answer is the teacher-forced one, that token included.
             wrong = np.flatnonzero(one.best != ids[scored])

@@ -41,7 +41,7 @@ def logits() -> Callable[[np.ndarray], torch.Tensor]:
 
     def of(ids: np.ndarray) -> torch.Tensor:
         with torch.no_grad():
-            return model(input_ids=torch.from_numpy(ids)[None]).logits[0]
+            return model(input_ids=torch.from_numpy(ids.copy())[None]).logits[0]
 
     return of
 

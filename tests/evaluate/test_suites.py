@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
 from click.testing import CliRunner
 
@@ -255,18 +256,21 @@ def test_convert_eval_json_gate_and_exit_code(tmp_path: Path) -> None:
 
 
 def test_a_calibrated_conversion_writes_its_own_figures(tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny.make_tiny_m2(source, vocab_size=CONFIG["vocab_size"], num_hidden_layers=1, num_local_experts=4)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(M2 / name, source / name)
     done = invoke(
-        "convert", M2, out, "--to", "awq", "--device", "cpu", "--windows", 8, "--window-length", 128, "--json"
+        "convert", source, out, "--to", "awq", "--device", "cpu", "--windows", 2, "--window-length", 32, "--json"
     )
     assert done.exit_code == 0, done.output
     manifest = json.loads(done.stdout)
     found = EvalRecord.model_validate_json((out / "eval.json").read_text())
-    assert found.suite == "conversion" and found.results[0].convention == "m3quant-heldout-128"
+    assert found.suite == "conversion" and found.results[0].convention == "m3quant-heldout-32"
     assert found.results[0].metrics["kl_mean"] == manifest["heldout"]["kl_mean"]
     assert found.checkpoint.fingerprint == open_model(out).fingerprint()
-    assert len(found.layers) == 3 and found.coverage == manifest["coverage"]
-    done = invoke("eval", out, "--source", M2, "--suite", few(tmp_path), "--device", "cpu", "--json")
+    assert len(found.layers) == 1 and found.coverage == manifest["coverage"]
+    done = invoke("eval", out, "--source", source, "--suite", few(tmp_path), "--device", "cpu", "--json")
     assert done.exit_code == 0, done.output
     results = json.loads(done.stdout)["results"]
     assert [r["task"] for r in results] == ["perplexity-gptq", "divergence", "divergence", "conversion-heldout"]

@@ -81,6 +81,15 @@ class CalibratedLayer:
         return scheme
 
 
+def require_finite_weights(layer: Layer) -> None:
+    """Raises CalibrationError naming the first weight of the layer that holds NaN or Inf."""
+    stacks = layer.expert_stacks()
+    whole = stacks is not None and all(bool(torch.isfinite(stack).all()) for stack in stacks)
+    for name in layer_shapes(layer.spec):
+        if not (whole and name.startswith(EXPERTS)):
+            require_finite(layer.weight(name), layer.spec.index, name)
+
+
 @torch.no_grad()
 def calibrate_layer(
     spec: LayerSpec,
@@ -108,10 +117,7 @@ def calibrate_layer(
         name: layer.weight(name) for name in layer_shapes(spec)
     }  # the layer's own tensors: one copy on the device
     stacks = layer.expert_stacks()
-    whole = stacks is not None and all(bool(torch.isfinite(stack).all()) for stack in stacks)
-    for name, tensor in resident.items():
-        if not (whole and name.startswith(EXPERTS)):
-            require_finite(tensor, spec.index, name)
+    require_finite_weights(layer)
 
     states = HiddenStates(x) if isinstance(x, torch.Tensor) else x
     attention = AttentionSearch(layer, spec, resident, schemes, states, settings)

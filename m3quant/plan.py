@@ -155,7 +155,7 @@ class Plan:
 
     @cached_property
     def output_bytes(self) -> int:
-        """Exact size of the finished checkpoint: shards, index, config, recipe and carried files (not m3quant's own report)."""
+        """Exact size of the finished checkpoint: shards, index, config, recipe and carried files (not m3quant's own manifest, eval.json and report)."""
         own = len(self.config_bytes) + len(self.index_bytes) + len(self.recipe.dump().encode())
         carried = sum(self.checkpoint.file_size(f) for f in self.copied_files)
         return sum(unit.bytes_out for unit in self.units) + own + carried

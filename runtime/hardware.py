@@ -26,7 +26,7 @@ class Gpu:
     generation: str = "hopper"
 
 
-# 139.8 and 79.1 GiB: totals in vLLM's own start-up lines on these cards; seen 139.72-139.81 and 79.10-79.19 over driver releases.
+# H200: 139.8 GiB in vLLM's start-up line (tests/data/serving-logs, measured). The others are not measured here: from nvidia-smi's MiB and public logs.
 # Bandwidth: NVIDIA's datasheets of the SXM boards (RTX PRO 6000 and GB10: product pages).
 GPUS: dict[str, Gpu] = {
     gpu.name.lower(): gpu

@@ -57,10 +57,16 @@ def gib(low: float, expected: float, high: float, source: str) -> Estimate:
 
 # CUDA and NCCL buffers that appear after vLLM's first look at free memory, and what the allocator keeps beyond the tensors.
 NON_TORCH_ONE = gib(
-    0.05, 0.5, 1.8, "NCCL and attention buffers 0.5-1 GiB (comment in vLLM's mem_utils.py); allocator slack up to 0.8"
+    0.05,
+    0.5,
+    1.8,
+    "0.26 GiB for M2 INT4 on an H200, vLLM 0.26 (serve_gpu.py); NCCL and attention buffers 0.5-1 (comment in vLLM's mem_utils.py)",
 )
 NON_TORCH_MANY = gib(
-    0.5, 1.2, 2.6, "1.8-2.1 GiB for Qwen3-235B at TP8 on 80 GB cards (vllm#18446); allocator slack up to 0.8"
+    0.1,
+    1.2,
+    2.6,
+    "0.11 GiB for M2 INT4 at TP2 on H200s, vLLM 0.26 (serve_gpu.py); 1.8-2.1 for Qwen3-235B at TP8 on 80 GB cards (vllm#18446)",
 )
 # CUDA graphs by captured batch sizes: 0.19, 0.28, 0.71 and 1.42 GiB in public logs; the estimate that vLLM subtracts errs both ways.
 GRAPHS_BASE, GRAPHS_PER_SIZE = int(0.25 * GIB), int(2.3 * MIB)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ..calibration.awq import CalibratedLayer, calibrate_layer
+from ..calibration.awq import CalibratedLayer, calibrate_layer, require_finite_weights
 from ..calibration.experts import ExpertLedger
 from ..calibration.layers import Layer, LayerTensors, layer_shapes, layer_spec
 from ..calibration.ranks import ALONE
@@ -157,8 +157,12 @@ class _Run:
         schemes = {t.name.removeprefix(prefix): t.scheme for t in unit.tensors if t.action == "quantize"}
         spec = layer_spec(self.plan.checkpoint.config, unit.layer)
         layer = Layer(spec, tensors, self.device, self.dtype)
-        with device_span("forward"):
-            run_layer(layer, streams.source, self.micro_batch, ranks=self.awq.ranks)
+        try:
+            with device_span("forward"):
+                run_layer(layer, streams.source, self.micro_batch, ranks=self.awq.ranks)
+        except CalibrationError:
+            require_finite_weights(layer)  # a broken weight is named; else the windows are
+            raise
         self.stop.check()
         seen = WindowView(streams.quantized, 0, self.plan.recipe.data.windows)
         with device_span("search"):

@@ -49,7 +49,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def check_exact(plan: Plan, output: Path) -> None:
     """Every file and tensor of `output` has the size, dtype and shape that `plan` gave it, and there is no other."""
     run_plan(plan, output)
-    written = files(output, but=("m3quant.json", "m3quant-report/"))
+    written = files(output, but=("m3quant.json", "eval.json", "m3quant-report/"))
     assert sum(map(len, written.values())) == plan.output_bytes
     assert {u.shard: len(written[u.shard]) for u in plan.units} == {u.shard: u.bytes_out for u in plan.units}
     expected = {u.shard for u in plan.units} | set(plan.copied_files)

@@ -30,6 +30,11 @@ def test_public_figures_within_one_percent(entry: dict) -> None:
     for line in check.lines:
         # One block may separate a rounded length from the formula's; 1 % covers the rest of what a post rounds.
         limit = entry.get("weights_within", 0.01) if line.name.startswith("weights") else 0.01
+        if (
+            entry.get("whole") and line.low < line.high
+        ):  # a whole log states the overheads too, which are predicted as ranges
+            assert line.holds, line
+            continue
         assert abs(line.off) < limit, (line, line.off)
     expect = entry["expect"]
     if "needed_gib" in expect:

@@ -60,7 +60,10 @@ def load_serve_recipe(path: str | Path | None, overrides: dict[str, Any]) -> Ser
     document: dict[str, Any] = {}
     if path is not None:
         shipped = recipe_folder() / f"{path}.yaml"
-        document = read_recipe_file(shipped if not Path(path).exists() and shipped.exists() else path)
+        if not Path(path).exists() and not shipped.exists():
+            names = ", ".join(sorted(file.stem for file in recipe_folder().glob("serve-*.yaml")))
+            raise RecipeError(f"serving recipe {path} does not exist: give a YAML file, or one of {names}.")
+        document = read_recipe_file(path if Path(path).exists() else shipped)
     try:
         return ServeRecipe.model_validate({**document, **{k: v for k, v in overrides.items() if v is not None}})
     except ValidationError as error:

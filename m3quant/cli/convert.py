@@ -77,6 +77,8 @@ def command(
     """Quantize SRC into the folder DST. Run again after any interruption: it continues."""
     if address and engine != "ray":
         raise PlanError("--address names a Ray cluster: give --engine ray with it.")
+    if engine == "ray" and ":" in device:
+        raise PlanError(f"--device {device} names one GPU of this machine: with --engine ray give cuda, cpu or auto.")
     checkpoint = Checkpoint.open(src)
     recipe = load_recipe(checkpoint, to, recipe_file, settings, format_name)
     given = {"windows": windows, "window_length": window_length, "min_expert_tokens": min_expert_tokens}

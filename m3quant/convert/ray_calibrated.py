@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import M3QuantError, OutputError, PlanError
 from ..plan import Plan
 from .journal import Journal
-from .ray_engine import MAX_RETRIES, POLL_SECONDS, Job, cluster, describe, job_of, same_plan, unit_resources
+from .ray_engine import MAX_RETRIES, POLL_SECONDS, Job, cluster, describe, failure_of, job_of, same_plan, unit_resources
 from .settings import Progress, Settings
 from .stopping import StopFlag, stop_on_signals
 
@@ -31,7 +31,7 @@ def convert_on_ranks(plan: Plan, output: Path, settings: Settings, device: str, 
     if settings.spill:
         raise PlanError("--spill keeps one process's hidden states on the disk: leave it out with --engine ray.")
     with cluster(settings.address) as ray, stop_on_signals() as stop:
-        amount = unit_resources(ray.cluster_resources(), device)
+        amount = unit_resources(ray, device)
         size = int(ray.cluster_resources()["GPU" if device == "cuda" else "CPU"])
         output.mkdir(parents=True, exist_ok=True)  # what a node is asked whether it sees
         for attempt in range(MAX_RETRIES + 1):
@@ -83,10 +83,10 @@ def _try(
                     return dict(manifest)
     except ray.exceptions.RayActorError:
         return None
-    except ray.exceptions.RayTaskError:
+    except ray.exceptions.RayTaskError as error:
         if _somebody_died(ray, running):
             return None
-        raise
+        raise OutputError(f"{output}: {failure_of(error)}: finished layers are kept.") from None
     finally:
         for worker in workers:
             ray.kill(worker)

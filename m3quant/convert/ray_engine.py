@@ -66,7 +66,7 @@ def run_units(
     """
     job = job_of(plan, output, device)
     with cluster(address) as ray:
-        amount = unit_resources(ray.cluster_resources(), device)
+        amount = unit_resources(ray, device)
         say(f"ray: {len(units)} shards over {describe(ray)}, {amount} for each")
         remote = ray.remote(max_retries=MAX_RETRIES, scheduling_strategy="SPREAD", **amount)(_convert_unit)
         running = {remote.remote(job, unit.index): unit for unit in units}
@@ -88,6 +88,8 @@ def run_units(
 def _result(ray: Any, reference: Any, unit: Unit) -> dict[str, Any]:
     try:
         facts, refusal = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:  # the task itself failed: its worker was not lost
+        raise OutputError(f"{unit.label}: {failure_of(error)}: finished shards are kept.") from None
     except ray.exceptions.RayError as error:
         raise OutputError(
             f"{unit.label}: its Ray worker was lost {MAX_RETRIES + 1} times ({type(error).__name__}: {str(error).splitlines()[0]}): "
@@ -99,12 +101,18 @@ def _result(ray: Any, reference: Any, unit: Unit) -> dict[str, Any]:
     return facts
 
 
+def failure_of(error: Any) -> str:
+    """What a RayTaskError stands for, in one line: the error that the task raised, and where."""
+    return f"a Ray worker failed ({type(error.cause).__name__}: {(str(error.cause).splitlines() or [''])[0]})"
+
+
 def _convert_unit(job: Job, index: int) -> tuple[dict[str, Any] | None, M3QuantError | None]:
     """The task: one unit into place. A refusal is returned, not raised, so that Ray neither retries nor wraps it."""
     import torch
 
     from ..reading import SourceReader
     from .pipeline import convert_unit
+    from .run import out_of_memory
     from .units import shard_facts
 
     attempt = Path(job.output) / FOLDER / f"{_ATTEMPT}{uuid.uuid4().hex}"
@@ -121,24 +129,10 @@ def _convert_unit(job: Job, index: int) -> tuple[dict[str, Any] | None, M3QuantE
         return shard_facts(record), None
     except M3QuantError as error:
         return None, error
+    except torch.OutOfMemoryError as error:
+        return None, out_of_memory(f"{job.device} on node {socket.gethostname()}", error)
     finally:
         shutil.rmtree(attempt, ignore_errors=True)
-
-
-@lru_cache(maxsize=1)
-def _planned(job: Job) -> Plan:
-    """The plan as this node sees it. Raises PlanError where this node sees another checkpoint or another output folder."""
-    here = socket.gethostname()
-    if not Path(job.output).is_dir():
-        raise PlanError(
-            f"node {here} does not see the output folder {job.output}: put it on a file system that all nodes share."
-        )
-    plan = make_plan(Checkpoint.open(job.source), build_recipe(json.loads(job.recipe)))
-    if plan.fingerprint() != job.fingerprint:
-        raise PlanError(
-            f"node {here} sees another checkpoint at {job.source}, or has another version of m3quant: use one shared copy of both."
-        )
-    return plan
 
 
 @lru_cache(maxsize=1)
@@ -196,14 +190,14 @@ def _check_reachable(address: str) -> None:
             pass
 
 
-def unit_resources(cluster: dict[str, float], device: str) -> dict[str, Any]:
-    """What one unit takes of the cluster: a GPU and its share of the cores, or one core."""
-    cpus, gpus = int(cluster.get("CPU", 0)), int(cluster.get("GPU", 0))
-    if device == "cuda":
-        if not gpus:
-            raise PlanError("the Ray cluster has no GPU: give --device cpu, or start its nodes with --num-gpus.")
-        return {"num_gpus": 1, "num_cpus": max(1, cpus // gpus)}
-    return {"num_cpus": 1}
+def unit_resources(ray: Any, device: str) -> dict[str, Any]:
+    """What one unit takes of the cluster: a GPU and its share of the cores of a node (the smallest, where nodes differ), or one core."""
+    if device != "cuda":
+        return {"num_cpus": 1}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    if not nodes:
+        raise PlanError("the Ray cluster has no GPU: give --device cpu, or start its nodes with --num-gpus.")
+    return {"num_gpus": 1, "num_cpus": min(int(node.get("CPU", 0)) // int(node["GPU"]) for node in nodes)}
 
 
 def describe(ray: Any) -> str:

@@ -52,7 +52,7 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
             return done
         return _convert(plan, output, settings, device, journal, facts, progress)
     except torch.OutOfMemoryError as error:
-        raise _out_of_memory(device, error) from None
+        raise out_of_memory(device, error) from None
     finally:
         journal.release()
 
@@ -68,10 +68,10 @@ def follow(plan: Plan, output: Path, settings: Settings, progress: Progress) -> 
     try:
         convert_calibrated(plan, output, reader, settings, pick_device(settings.device), journal, StopFlag(), progress)
     except torch.OutOfMemoryError as error:
-        raise _out_of_memory(settings.device, error) from None
+        raise out_of_memory(settings.device, error) from None
 
 
-def _out_of_memory(device: object, error: torch.OutOfMemoryError) -> StoppedError:
+def out_of_memory(device: object, error: torch.OutOfMemoryError) -> StoppedError:
     return StoppedError(
         f"{device} has too little free memory ({str(error).split('. ')[0]}); finished shards are kept: free memory on it, "
         "or keep hidden states on the disk with --spill, and run the same command again."

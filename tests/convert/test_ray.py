@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,9 +117,35 @@ def test_no_gpu_in_the_cluster_is_refused() -> None:
     from m3quant.convert.ray_engine import unit_resources
     from m3quant.errors import PlanError
 
+    def ray(*nodes: dict[str, float]) -> Any:
+        return SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": node} for node in nodes])
+
+    head = {"CPU": 64.0}  # its cores are no share of another node's GPU: a task that asks for them would wait for ever
     with pytest.raises(PlanError, match="no GPU"):
-        unit_resources({"CPU": 4.0}, "cuda")
-    assert unit_resources({"CPU": 32.0, "GPU": 2.0}, "cuda") == {"num_gpus": 1, "num_cpus": 16}
+        unit_resources(ray(head), "cuda")
+    gpus = [{"CPU": 32.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 1.0}]
+    assert unit_resources(ray(head, *gpus), "cuda") == {"num_gpus": 1, "num_cpus": 8}
+    assert unit_resources(ray(head), "cpu") == {"num_cpus": 1}
+
+
+def test_an_error_in_a_worker_is_told_as_what_it_is() -> None:
+    import ray
+
+    from m3quant.convert.ray_engine import _result
+    from m3quant.errors import OutputError
+
+    def get(_: object) -> None:
+        raise ray.exceptions.RayTaskError("convert", "", ValueError("no such thing"))
+
+    double: Any = SimpleNamespace(get=get, exceptions=ray.exceptions)
+    unit: Any = SimpleNamespace(label="layer 0")
+    with pytest.raises(OutputError, match=r"layer 0: a Ray worker failed \(ValueError: no such thing\)"):
+        _result(double, None, unit)
+
+
+def test_one_gpu_of_this_machine_is_no_device_of_a_cluster(tmp_path: Path) -> None:
+    done = m3quant("convert", FIXTURE, tmp_path / "out", "--to", "int4", "--engine", "ray", "--device", "cuda:0")
+    assert done.returncode == 2 and "names one GPU" in done.stderr, done.stderr
 
 
 def test_a_cluster_that_is_not_there_is_refused(tmp_path: Path) -> None:

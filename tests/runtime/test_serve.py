@@ -241,6 +241,13 @@ def test_bad_serving_recipes_are_one_sentence(text: str, message: str, tmp_path:
         load_serve_recipe(path, {})
 
 
+def test_a_serving_recipe_that_does_not_exist_names_those_that_ship() -> None:
+    with pytest.raises(
+        RecipeError, match="nope does not exist: give a YAML file, or one of serve-1xh200, serve-2xh100"
+    ):
+        load_serve_recipe("nope", {})
+
+
 def test_no_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(NodeError, match="no GPU was found"):

@@ -38,7 +38,7 @@ from .engines import (
 )
 from .failures import reason
 from .fit import Fit, assess, remedies
-from .hardware import CPU, Node, parse_node
+from .hardware import CPU, STANDARD_NODES, Node, parse_node
 from .launch import EngineProcess, check_port
 from .model import Subject, open_subject
 from .pins import pin_key, pinned_bytes, read_pin, write_pin
@@ -111,7 +111,7 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
     if engine is not None:
         for note in version_notes(engine, subject.family, subject.config):
             say(f"warning: {note}")
-    node = _node(recipe, engine, dry)
+    node = _node(recipe, engine, dry, say)
     where = str(Path(src).expanduser().resolve()) if Path(src).expanduser().is_dir() else subject.stored.where
     fit = assess(replace(subject.stored, where=where), node, recipe.ask())
     if not fit.fits:
@@ -168,12 +168,13 @@ def _engine(recipe: ServeRecipe, python: str | None, dry: bool) -> Engine | None
         raise
 
 
-def _node(recipe: ServeRecipe, engine: Engine | None, dry: bool) -> Node:
+def _node(recipe: ServeRecipe, engine: Engine | None, dry: bool, say: Say) -> Node:
     if recipe.node is None:
-        if engine is None:
-            raise ServeError(
-                "no engine is installed here, so the node is not known: say which with --on, for example --on 1xH200."
+        if engine is None:  # in a dry run only
+            say(
+                f"note: no engine is installed here: this is the command for {STANDARD_NODES[0]}; --on names another node"
             )
+            return parse_node(STANDARD_NODES[0])
         return detect_node(engine)
     asked = parse_node(recipe.node)
     if dry:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import HubError
+from ..errors import HubError, PublishError
+from ..publish.files import files_to_publish
 from ..publish.upload import DEFAULT_TAG
 from ..verify.run import require_converted
+from ..verify.structure import read_manifest
 from .options import human_bytes, print_table, publish_asked, publish_options
 from .progress import BytesProgress
 
@@ -59,7 +61,12 @@ def command(
     if not dry_run:  # before the gates, which read every byte of the output
         check_answerable(yes, repo)
         Remote(repo, say).check_token()
-    prepared = prepare(out, publish_asked(repo, given, online=not dry_run), say)
+    try:
+        prepared = prepare(out, publish_asked(repo, given, online=not dry_run), say)
+    except PublishError as error:
+        if dry_run:
+            tell_refused(out, repo, error, as_json)
+        raise
     if as_json and dry_run:
         click.echo(json.dumps(dry_run_facts(prepared, repo, tag, public), indent=2))
         return
@@ -97,6 +104,18 @@ def tell(prepared: Prepared, repo: str, public: bool, err: bool) -> None:
     click.echo(f"Base: {prepared.base.repo} at {prepared.base.revision}. Its licence asks of you:", err=err)
     for line in prepared.obligations:
         click.echo(f"  {line}", err=err)
+
+
+def tell_refused(out: Path, repo: str, refusal: PublishError, as_json: bool) -> None:
+    """What a dry run that a gate refuses would send once the gate is satisfied."""
+    files = files_to_publish(out, read_manifest(out))
+    listed = [{"path": f.path_in_repo, "size": f.size, "sha256": f.sha256} for f in files]
+    total = sum(f.size for f in files)
+    if as_json:
+        click.echo(json.dumps({"repo": repo, "refused": str(refusal), "files": listed, "bytes": total}, indent=2))
+        return
+    print_table([["file", "size", "sha256"], *([f.path_in_repo, human_bytes(f.size), f.sha256[:16]] for f in files)])
+    click.echo(f"{len(files)} files, {human_bytes(total)}, for {repo}: not to be sent yet")
 
 
 def check_answerable(yes: bool, repo: str) -> None:

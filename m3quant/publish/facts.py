@@ -94,7 +94,7 @@ class CardFacts:
     @property
     def min_vllm(self) -> str:
         """The first vLLM release that has this architecture, as the family states it, or ''."""
-        return getattr(self.family, "min_vllm", "")
+        return self.family.min_vllm
 
     @property
     def max_context(self) -> int:

@@ -119,10 +119,7 @@ def prepare(out: Path, asked: Asked, say: Say = lambda line: None) -> Prepared:
 def _serving(out: Path, asked: Asked) -> Sequence[Serving]:
     if asked.serving is not None:
         return asked.serving
-    try:
-        from ..runtime.plan import serving_table
-    except ModuleNotFoundError:
-        return ()
+    from ..runtime.plan import serving_table
 
     rows: Sequence[Serving] = serving_table(out)
     return rows

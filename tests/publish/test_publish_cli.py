@@ -1,6 +1,7 @@
 """m3quant publish from end to end: gates, then the upload to a Hub on localhost, then what a stranger gets from it."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,21 @@ def test_a_dry_run_lists_everything_and_asks_nobody(hub: Hub, client: Client, ou
     assert told.code == 0 and all(name in told.out for name in listed) and "Its licence asks of you" in told.out
     assert all(line in told.out for line in facts["obligations"])
     assert hub.log == []
+
+
+def test_a_dry_run_that_a_gate_refuses_still_lists_the_files(client: Client, out: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "of-unknown-base"
+    shutil.copytree(out, copy)
+    manifest = json.loads((copy / "m3quant.json").read_text())
+    manifest["source"]["repo"] = None
+    (copy / "m3quant.json").write_text(json.dumps(manifest))
+    unlicensed = {"cli": ["publish", str(copy), REPO, "--dry-run"]}
+    done = client.run({"cli": [*unlicensed["cli"], "--json"]}, token=None)
+    assert done.code == 1 and "base model is unknown" in done.json["refused"] and done.json["refused"] in done.err
+    listed = {file["path"]: file["size"] for file in done.json["files"]}
+    assert {"config.json", "m3quant.json", "README.md"} <= set(listed) and done.json["bytes"] == sum(listed.values())
+    told = client.run(unlicensed, token=None)
+    assert told.code == 1 and "not to be sent yet" in told.out and all(name in told.out for name in listed)
 
 
 def test_published_then_pulled_and_verified_by_a_stranger(

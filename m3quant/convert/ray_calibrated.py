@@ -7,6 +7,7 @@ all are started anew and continue from the last finished layer, to the same byte
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from .ray_engine import MAX_RETRIES, POLL_SECONDS, Job, cluster, describe, failu
 from .settings import Progress, Settings
 from .stopping import StopFlag, stop_on_signals
 
-SETTLE_SECONDS = 30.0  # for Ray to notice a dead process after its peers have lost the connection to it
+SETTLE_SECONDS = (
+    30.0  # for Ray to notice a dead process after its peers have lost the connection to it, or to start workers
+)
 
 
 def convert_on_ranks(plan: Plan, output: Path, settings: Settings, device: str, progress: Progress) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def _try(
     workers = [actor.remote() for _ in range(size)]
     running: list[Any] = []
     try:
-        meeting = "{}:{}".format(*ray.get(workers[0].node.remote()))
+        meeting = "{}:{}".format(*_all_started(ray, workers, progress, stop))
         job, local = job_of(plan, output, device), replace(settings, engine="local", address=None)
         running = [
             worker.run.remote(job, local, rank, size, meeting, amount["num_cpus"])
@@ -90,6 +93,22 @@ def _try(
     finally:
         for worker in workers:
             ray.kill(worker)
+
+
+def _all_started(ray: Any, workers: Sequence[Any], progress: Progress, stop: StopFlag) -> tuple[str, int]:
+    """Wait until the cluster has room for every rank; where rank 0 can be met. A signal ends the waiting."""
+    answers = [worker.node.remote() for worker in workers]
+    waiting, begun, told = list(answers), time.monotonic(), False
+    while waiting:
+        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
+        stop.check()
+        if waiting and not told and time.monotonic() - begun > SETTLE_SECONDS:
+            told = True
+            progress.say(
+                f"ray: waiting for {len(waiting)} of {len(workers)} workers: the cluster has no room for them yet"
+            )
+    meeting: tuple[str, int] = ray.get(answers[0])
+    return meeting
 
 
 def _somebody_died(ray: Any, running: Sequence[Any]) -> bool:

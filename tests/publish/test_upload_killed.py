@@ -7,6 +7,7 @@ the owner does; then the same command runs again and must come to the same end, 
 import os
 import re
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +24,34 @@ def changes(line: str) -> bool:
 
 
 def kill_at(hub: Hub, client: Client, wanted: dict[str, Any], number: int, after: bool) -> str | None:
-    """Run `wanted`; kill its process at the change with this number. The request, or None if there are fewer changes."""
-    seen: list[str] = []
+    """Run `wanted`; kill its process at the change with this number. The request, or None if there are fewer changes.
+
+    Files travel side by side, so that other changes may begin before this one is carried out: it is known by its thread.
+    """
+    seen: list[int] = []  # the threads of the changes, in the order in which they began
     killed: list[str] = []
     process: list[int] = []
+    lock = threading.Lock()
 
     def strike(line: str) -> None:
         killed.append(line)
         os.kill(process[0], signal.SIGKILL)
 
     def before(line: str) -> bool | None:
-        if not changes(line) or killed:
-            return False if killed else None
-        seen.append(line)
-        if len(seen) == number + 1 and not after:
-            strike(line)
-            return False
-        return None
+        with lock:
+            if not changes(line) or killed:
+                return False if killed else None
+            seen.append(threading.get_ident())
+            if len(seen) == number + 1 and not after:
+                strike(line)
+                return False
+            return None
 
     def carried_out(line: str) -> None:
-        if after and changes(line) and len(seen) == number + 1 and not killed:
-            strike(line)
+        with lock:
+            mine = len(seen) > number and seen[number] == threading.get_ident()
+            if after and changes(line) and mine and not killed:
+                strike(line)
 
     hub.before, hub.after = before, carried_out
     done = client.run(wanted, started=process.append)

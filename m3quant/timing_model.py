@@ -1,7 +1,11 @@
 """How long a conversion takes on a measured machine: the slowest of its stages, since they overlap. Needs no torch.
 
     data-free    max over stages of bytes / rate
-    calibrated   per layer max(read, compute, write), where compute = search + forward, plus one read to begin with
+    calibrated   read of the first layer + for every layer but the last max(stages of its output and of the next one's
+                 reading, compute) + of the last: compute, then hash or write; compute = search + forward, and "write"
+                 holds both streams, which are saved after every layer
+
+Starting the process is not counted: 2 s, and some 6 s more where Triton compiles its kernels for the first time.
 
 A record of rates names the machine and the command that measured it. The one that ships, rates.json, is the benchmark
 machine's; `python -m tests.benchmarks.rates` makes one from figures of `tests.benchmarks.convert`, and `--rates` reads it.
@@ -10,6 +14,7 @@ machine's; `python -m tests.benchmarks.rates` makes one from figures of `tests.b
 from __future__ import annotations
 
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,8 +28,8 @@ RATES_FILE = "rates.json"
 class Rates(BaseModel):
     """What one machine does, in bytes or floating-point operations per second. None: not measured, and not counted.
 
-    shared: how far reading and writing at once get into each other's way: 0, the disk does both at full rate, to 1, one
-    after the other. pack: BF16 bytes rounded, by all workers together. search and forward: calibration's operations as
+    shared: how far reading and writing at once get into each other's way: 0, the disk does both at full rate; 1, one after
+    the other; above 1, both at once take longer than that. pack: BF16 bytes rounded, by all workers together. search and forward: calibration's operations as
     `search_flops` and `forward_flops` count them, over the seconds that they took.
     """
 
@@ -36,7 +41,7 @@ class Rates(BaseModel):
     source: dict[str, str]  # rate -> the command or file that it is from
     read: float = Field(gt=0)
     write: float = Field(gt=0)
-    shared: float = Field(default=1.0, ge=0, le=1)
+    shared: float = Field(default=1.0, ge=0)
     hash: float | None = Field(default=None, gt=0)
     h2d: float | None = Field(default=None, gt=0)
     d2h: float | None = Field(default=None, gt=0)
@@ -73,36 +78,45 @@ def load_rates(path: Path | None = None) -> Rates:
 def estimate(plan: Plan, rates: Rates) -> Estimate | None:
     """Seconds to convert `plan` on that machine; None where it needs a rate that the record lacks."""
     if plan.recipe.calibration == "none":
-        stages = _io(plan.units, rates)
+        stages = _of(plan.units, rates)
         bound = max(stages, key=lambda name: stages[name])
         return Estimate(machine=rates.machine, seconds=stages[bound], bound_by=bound, stages=stages)
     if rates.search is None or rates.forward is None:
         return None
     layers = [unit for unit in plan.units if unit.layer is not None]
-    compute = {
-        "search": search_flops(plan) / rates.search,
-        "forward": forward_flops(plan) / rates.forward,
-    }
-    stages = {**_io(plan.units, rates), **{name: seconds * len(layers) for name, seconds in compute.items()}}
-    work, seconds = sum(compute.values()), 0.0
+    compute = search_flops(plan) / rates.search + forward_flops(plan) / rates.forward
+    saved = stream_bytes(plan)
     bounds: dict[str, float] = {}
-    for unit in layers:
-        io = _io([unit], rates)
+    for unit, following in pairwise(layers):
+        io = _io(following.bytes_in, unit.bytes_out, saved, rates)
         slowest = max(io, key=lambda name: io[name])
-        name, took = ("search", work) if work >= io[slowest] else (slowest, io[slowest])
+        name, took = ("search", compute) if compute >= io[slowest] else (slowest, io[slowest])
         bounds[name] = bounds.get(name, 0.0) + took
-        seconds += took
+    last = _io(0, layers[-1].bytes_out, saved, rates)
+    for name, took in (
+        ("read", layers[0].bytes_in / rates.read),
+        ("search", compute),
+        ("hash" if "hash" in last and last["hash"] > last["write"] else "write", max(last.values())),
+    ):
+        bounds[name] = bounds.get(name, 0.0) + took
     others = [unit for unit in plan.units if unit.layer is None]
-    seconds += max(_io(others, rates).values()) + layers[0].bytes_in / rates.read
+    seconds = sum(bounds.values()) + max(_of(others, rates).values())
+    stages = _of(plan.units, rates, saved * len(layers)) | {
+        "search": search_flops(plan) / rates.search * len(layers),
+        "forward": forward_flops(plan) / rates.forward * len(layers),
+    }
     return Estimate(
         machine=rates.machine, seconds=seconds, bound_by=max(bounds, key=lambda name: bounds[name]), stages=stages
     )
 
 
-def _io(units: list[Unit], rates: Rates) -> dict[str, float]:
-    """Seconds of every stage that moves bytes; "disk" is reading and writing together."""
-    bytes_in, bytes_out = sum(u.bytes_in for u in units), sum(u.bytes_out for u in units)
-    read, write = bytes_in / rates.read, bytes_out / rates.write
+def _of(units: list[Unit], rates: Rates, saved: int = 0) -> dict[str, float]:
+    return _io(sum(u.bytes_in for u in units), sum(u.bytes_out for u in units), saved, rates)
+
+
+def _io(bytes_in: int, bytes_out: int, saved: int, rates: Rates) -> dict[str, float]:
+    """Seconds of every stage that moves bytes; "disk" is reading and writing together. saved: written, and not hashed."""
+    read, write = bytes_in / rates.read, (bytes_out + saved) / rates.write
     out = {"read": read, "write": write, "disk": max(read, write) + rates.shared * min(read, write)}
     moved = {"hash": bytes_out, "h2d": bytes_in, "d2h": bytes_out, "pack": bytes_in}
     for name, count in moved.items():
@@ -133,8 +147,17 @@ def forward_flops(plan: Plan) -> float:
     return 2 * 2 * _active(plan) * _tokens(plan) * (1 + heldout)
 
 
+def stream_bytes(plan: Plan) -> int:
+    """Of both streams as they are saved after a layer, in BF16, held-out windows too."""
+    data, text = plan.recipe.data, plan.family.text_config(plan.checkpoint.config)
+    return 2 * (data.windows + data.heldout_windows) * data.window_length * int(text["hidden_size"]) * 2
+
+
 def search_flops(plan: Plan) -> float:
-    """One forward of the layer's searched weights for each candidate of the grid, and one for the reference."""
+    """One forward of the layer's searched weights for each candidate of the grid, and one for the reference.
+
+    A measure of size, not a count: the search takes a sample of the tokens and rounds all experts, hit or not.
+    """
     return 2 * _active(plan) * _tokens(plan) * (plan.recipe.awq.n_grid + 1)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 
 import pytest
+from benchmarks.rates import of_awq_gpu, plan_of
 from click.testing import CliRunner
 from convert.common import make_plan_of, make_source
 
 from m3quant.cli.plan import command
 from m3quant.errors import PlanError
-from m3quant.timing_model import Rates, estimate, forward_flops, load_rates, search_flops
+from m3quant.timing_model import Rates, estimate, forward_flops, load_rates, search_flops, stream_bytes
 
 
 def rates(**changes: float) -> Rates:
@@ -48,6 +50,34 @@ def test_a_calibrated_conversion_needs_its_own_rates_and_grows_with_tokens(tmp_p
     assert forward_flops(double) == pytest.approx(2 * forward_flops(plan))
     quick = estimate(plan, rates(search=1e18, forward=1e18))
     assert quick is not None and quick.bound_by == "read"
+
+
+def test_a_calibrated_conversion_overlaps_all_but_its_first_read_and_last_layer(tmp_path: Path) -> None:
+    plan = make_plan_of(make_source(tmp_path / "src", "m3"), "awq")
+    outside, *layers = plan.units
+    computing = rates(search=search_flops(plan), forward=forward_flops(plan), hash=1e3)  # 2 s a layer
+    found = estimate(plan, computing)
+    hashing = [unit.bytes_out / 1e3 for unit in plan.units]
+    assert min(hashing) > 2 and found is not None and found.bound_by == "hash"
+    assert found.seconds == pytest.approx(layers[0].bytes_in / 1e6 + 2 + sum(hashing))
+    saved = found.stages["write"] - sum(unit.bytes_out for unit in plan.units) / 1e6
+    assert saved == pytest.approx(stream_bytes(plan) * len(layers) / 1e6)
+    busy = estimate(plan, rates(search=search_flops(plan) / 1e6, forward=1e18))
+    tail = (layers[-1].bytes_out + stream_bytes(plan)) / 1e6
+    assert busy is not None and busy.bound_by == "search"
+    rest = layers[0].bytes_in / 1e6 + tail + max(outside.bytes_in, outside.bytes_out) / 1e6
+    assert busy.seconds == pytest.approx(1e6 * len(layers) + rest)
+
+
+@pytest.mark.parametrize(("shape", "layers", "recipe"), [("m2", 1, "fp8"), ("m2", 4, "awq")])
+def test_the_shipped_rates_tell_what_was_measured_to_25_percent(shape: str, layers: int, recipe: str) -> None:
+    figures = Path(__file__).parent / "benchmarks" / "figures"
+    documents = [json.loads((figures / name).read_text()) for name in ("h200_convert_m2.json", "h200_awq.json")]
+    results = documents[0] + of_awq_gpu(documents[1])
+    (result,) = (r for r in results if (r["shape"], r["layers"], r["recipe"]) == (shape, layers, recipe))
+    found = estimate(plan_of(result), load_rates())
+    assert found is not None
+    assert found.seconds == pytest.approx(median(run["seconds"] for run in result["ours"]), rel=0.25)
 
 
 def test_rates_ship_and_may_be_replaced(tmp_path: Path) -> None:

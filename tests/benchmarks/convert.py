@@ -148,6 +148,7 @@ def measure(work: Path, source: Path, arguments: argparse.Namespace) -> dict[str
     device = pick_device(arguments.device)
     plan = plan_of(source, arguments.to, arguments.windows, arguments.window_length)
     result: dict[str, Any] = {
+        "measured": time.strftime("%Y-%m-%d"),
         "shape": arguments.shape, "layers": arguments.layers, "recipe": arguments.to, "experts": arguments.experts,
         "narrower": arguments.narrower, "windows": arguments.windows, "window_length": arguments.window_length,
         "machine": {

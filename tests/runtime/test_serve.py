@@ -421,7 +421,7 @@ def test_an_engine_and_its_workers_end(kind: str, code: int, tmp_path: Path, mon
     monkeypatch.setattr("m3quant.runtime.launch.KILL_GRACE_S", 0.3)
     process, port, child = run_server(kind, tmp_path)
     assert process.wait_ready(f"http://127.0.0.1:{port}/health", 30, threading.Event())
-    assert process.stop(0.1) == code
+    assert process.stop(30 if code == 0 else 0.1) == code
     deadline = time.monotonic() + 10
     while not gone(child) and time.monotonic() < deadline:
         time.sleep(0.02)

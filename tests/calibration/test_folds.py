@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from plain_folds import apply_folds
 from planted import Tensors, linears, tiny_layer
 
 from m3quant.calibration import layers
@@ -14,7 +15,6 @@ from m3quant.calibration.folds import (
     MLP_NORM,
     ROUTER,
     all_groups,
-    apply_folds,
     fold_groups,
     fold_norm,
     pair_folds,

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from convert.common import Silent, bits, config_of, make_plan_of, make_source, rewrite, run_plan, stored
+from convert.common import bits, config_of, make_plan_of, make_source, rewrite, run_plan, stored
 from convert.sources import quantized_source
 
 from m3quant.checkpoint import entry_bytes
 from m3quant.convert import pipeline
 from m3quant.convert.batches import COPY, FUSED, WHOLE, make_batches, output_ranges, working_bytes
 from m3quant.convert.pipeline import Buffers
+from m3quant.convert.settings import Silent
 from m3quant.convert.units import quantize_tensor
 from m3quant.errors import CheckpointError
 from m3quant.plan import Plan

@@ -124,7 +124,7 @@ def test_buffers_in_use_are_never_handed_out_twice_and_stay_few() -> None:
 
 def test_the_estimate_counts_one_read_buffer_a_worker_and_one_write_buffer_a_batch_in_flight(tmp_path: Path) -> None:
     plan = make_plan_of(make_source(tmp_path / "src", "m2"), "int4")
-    taken = [working_bytes(plan.units, False, plan.recipe.format, workers) for workers in (1, 2, 3)]
+    taken = [working_bytes(plan.units, False, plan.recipe.format, workers).host for workers in (1, 2, 3)]
     assert taken[2] - taken[1] == taken[1] - taken[0] > 0
 
 

@@ -128,7 +128,7 @@ def layer_spec(config: dict[str, Any], index: int) -> LayerSpec:
         num_kv_heads=text.get("num_key_value_heads"),
         head_dim=text.get("head_dim"),
         qk_norm_per_head=m3,
-        rotary_dim=text.get("rotary_dim"),
+        rotary_dim=_rotary_dim(text),
         rope_theta=float(text.get("rope_theta")),
         sparse=_sparse(text, index) if m3 else None,
         moe=_moe(text, activation, m3) if is_moe else None,
@@ -136,6 +136,26 @@ def layer_spec(config: dict[str, Any], index: int) -> LayerSpec:
         activation=activation,
         config=config,
     )
+
+
+def _rotary_dim(text: _Config) -> int:
+    """How many channels of a head are rotated. Raises CheckpointError where config.json also says otherwise, or scales angles."""
+    size, nested = text.get("rotary_dim"), text.values.get("rope_parameters") or {}
+    for key in ("rope_scaling", "rope_parameters"):
+        found = text.values.get(key) or {}
+        if found.get("rope_type", found.get("type", "default")) != "default":
+            raise CheckpointError(
+                f"config.json says {text.where}{key} = {found!r}, but only unscaled rotary embedding is implemented for this "
+                "architecture; a model that differs needs its own in calibration/attention.py"
+            )
+    share = nested.get("partial_rotary_factor", text.values.get("partial_rotary_factor"))
+    rotated = size if share is None else int(text.get("head_dim") * share)
+    if rotated != size or float(nested.get("rope_theta", text.get("rope_theta"))) != float(text.get("rope_theta")):
+        raise CheckpointError(
+            f"config.json says rotary_dim = {size} and rope_theta = {text.get('rope_theta')}, but its other rotary settings "
+            f"rotate {rotated} dimensions of a head by {nested or share}; take config.json from the original model repository"
+        )
+    return int(size)
 
 
 def _activation(text: _Config) -> Activation:

@@ -1,7 +1,6 @@
 """What a conversion needs: host memory, device memory, disk. Predicted from the plan before anything is read.
 
-Estimates are upper bounds of what m3quant itself holds; the interpreter with torch adds about 0.5 GB of host memory,
-2.5 GB once CUDA is initialised.
+Host memory is the peak of the whole process: what m3quant holds, and what the interpreter with its libraries takes.
 """
 
 from __future__ import annotations
@@ -16,6 +15,13 @@ from .errors import StoppedError
 from .plan import Plan, PlannedTensor
 
 FLOAT32 = 4
+# Resident before the first byte is read: interpreter, torch and, on a GPU, CUDA's libraries and context, which a torch of its
+# own build may make larger. `rss_before` in tests/benchmarks/figures/cpu_convert_fp8.json and h200_convert_m2.json.
+CPU_PROCESS_BYTES = 250 * 10**6
+GPU_PROCESS_BYTES = 660 * 10**6
+# What a calibrated run imports besides, transformers and the tokenizer above all: 0.47 GB were resident at the first forward
+# pass of tests/fixtures/tiny-m2 on a CPU.
+CALIBRATION_BYTES = 250 * 10**6
 # A tensor being quantized exists as stored, as a float32 working copy, as one temporary of it, and as codes.
 WORK_COPIES = 3
 # Weights that a GPU searches at once (calibration/glu.py), and bytes for each: float32 copies of them folded, rounded and
@@ -51,13 +57,16 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool 
     spill: both streams lie on the disk too, beside the boundaries.
     """
     workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
+    process = GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES
     largest = max(
         t.source.stored_bytes + _elements(t) * FLOAT32 * (WORK_COPIES if t.action == "quantize" else 0)
         for t in plan.tensors
     )
     if plan.recipe.calibration == "none":
         working = working_bytes(plan.units, on_gpu, plan.recipe.format, workers)
-        return Resources(working, working if on_gpu else 0, plan.output_bytes + DISK_MARGIN, 0)
+        disk = plan.output_bytes + DISK_MARGIN
+        return Resources(process + working.host, working.device, disk, 0)
+    process += CALIBRATION_BYTES
     layer = max(sum(_elements(t) * 2 for t in unit.tensors) for unit in plan.units if unit.layer is not None)
     stream = hidden_state_bytes(plan, 2 if on_gpu else FLOAT32)
     # Two boundaries exist for a moment: the next is in place before the old one goes.
@@ -69,9 +78,10 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool 
         # On the host, pinned: one layer's packed output beside the one being written, and the boundary being saved.
         scratch = SEARCH_BYTES_PER_WEIGHT * min(SEARCH_CHUNK, layer // 2)
         packed = max(unit.bytes_out for unit in plan.units if unit.layer is not None)
-        return Resources(2 * packed + streams + largest, 2 * layer + streams + scratch + largest, disk, boundary)
+        host = process + 2 * packed + streams + largest
+        return Resources(host, 2 * layer + streams + scratch + largest, disk, boundary)
     # Measured: about three layers (tests/convert/test_memory.py), of which one is read ahead; a fourth is margin.
-    return Resources(4 * layer + streams + largest, 0, disk, boundary)
+    return Resources(process + 4 * layer + streams + largest, 0, disk, boundary)
 
 
 def _elements(tensor: PlannedTensor) -> int:

@@ -144,9 +144,17 @@ def _stretches(planned: PlannedTensor, stored: TensorInfo, output: OutputTensor,
         yield Item(planned, COPY, stored, first, min(first + step, stored.nbytes), (output,))
 
 
-def working_bytes(units: Iterable[Unit], on_gpu: bool, fmt: str, workers: int) -> int:
-    """Most host memory that buffers take while `units` are converted: one read buffer a worker, one write buffer a batch
-    in flight. Tensors on the general path exist as stored, as a float32 copy with one temporary, and as outputs instead.
+@dataclass(frozen=True)
+class Working:
+    """Most bytes that buffers take while units are converted."""
+
+    host: int
+    device: int
+
+
+def working_bytes(units: Iterable[Unit], on_gpu: bool, fmt: str, workers: int) -> Working:
+    """One read buffer a worker and one write buffer a batch in flight, pinned where there is a GPU, which has its own of
+    both. Tensors on the general path exist as stored, as a float32 copy with one temporary, and as outputs instead.
     """
     limit = GPU_BATCH_BYTES if on_gpu else CPU_BATCH_BYTES
     staged = written = whole = 0
@@ -154,8 +162,17 @@ def working_bytes(units: Iterable[Unit], on_gpu: bool, fmt: str, workers: int) -
         for batch in make_batches(unit, limit, fmt):
             staged, written = max(staged, batch.staged_bytes), max(written, batch.buffered_bytes)
             whole = max(whole, sum(i.bytes_in + i.bytes_out + i.elements * 8 for i in batch.items if i.kind == WHOLE))
-    scratch = 0 if on_gpu else SCRATCH_BYTES
-    return workers * (staged + scratch) + (workers + AHEAD) * (written + ALIGNMENT + whole)
+    written += ALIGNMENT
+    flying = workers + AHEAD
+    if not on_gpu:
+        return Working(workers * (staged + SCRATCH_BYTES) + flying * (written + whole), 0)
+    host = workers * pinned_bytes(staged) + flying * (pinned_bytes(written) + whole)
+    return Working(host, workers * staged + flying * (written + whole))
+
+
+def pinned_bytes(size: int) -> int:
+    """What torch pins for a buffer: a whole power of two (c10/core: CachingHostAllocator)."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def output_ranges(item: Item, offset: int) -> list[tuple[int, int]]:

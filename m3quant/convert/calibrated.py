@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,65 +20,54 @@ from ..calibration.ranks import ALONE
 from ..calibration.settings import AwqSettings
 from ..calibration.stream import Prefetcher, read_head, read_layer, run_layer
 from ..errors import CalibrationError
-from ..plan import Plan, PlannedTensor, Unit
+from ..plan import PlannedTensor, Unit
 from ..quant.formats import TORCH_DTYPES, compress, decompress
 from ..quant.layout import scale_dtype
-from ..reading import SourceReader
 from ..schemes import Scheme
 from ..timing import device_span
 from .boundary import Streams, WindowView
 from .device_layers import DeviceLoader
 from .device_warm_up import WarmUp
 from .expert_stacks import pack_experts
-from .journal import Journal
-from .layer_writer import LayerWriter, NoWriter
+from .layer_writer import LayerSink, LayerWriter, NoWriter
 from .pipeline import convert_unit
 from .quality import coverage, heldout_quality
 from .report import write_report
-from .stopping import StopFlag
 from .units import shard_facts
 
 if TYPE_CHECKING:
-    from .settings import Progress, Settings
+    from .settings import Run
 
 
-def convert_calibrated(
-    plan: Plan,
-    output: Path,
-    reader: SourceReader,
-    settings: Settings,
-    device: torch.device,
-    journal: Journal,
-    stop: StopFlag,
-    progress: Progress,
-) -> dict[str, Any]:
+def convert_calibrated(run: Run) -> dict[str, Any]:
     """Convert all units that the journal has no record of; returns what the manifest tells of calibration.
 
-    settings.ranks: one of several processes that do so together; all but the first write nothing and return {}.
+    run.settings.ranks: one of several processes that do so together; all but the first write nothing and return {}.
     Raises CalibrationError, CheckpointError, StoppedError or InterruptedRun; a layer in progress is then dropped whole.
     """
-    assert settings.windows is not None, "a calibrated recipe needs windows"
-    run = _Run(plan, output, reader, settings, device, journal, stop, progress)
-    ranks = run.awq.ranks
-    todo = [u for u in plan.units if u.layer is not None and u.index not in journal.records]
-    first = plan.units[0]
+    layerwise = _Layerwise(run)
+    ranks = layerwise.awq.ranks
+    todo = [u for u in run.plan.units if u.layer is not None and u.index not in run.journal.records]
+    first = run.plan.units[0]
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(contextlib.closing(run.writer))
-        warm_up = stack.enter_context(contextlib.closing(run.warm_up(todo)))
+        writer = stack.enter_context(contextlib.closing(layerwise.writer))
+        warm_up = stack.enter_context(contextlib.closing(layerwise.warm_up(todo)))
         # The first layer is read while the tensors outside layers are converted.
-        layers = stack.enter_context(Prefetcher[Unit, dict[str, torch.Tensor]](run.loader(stack), todo))
-        if ranks.first and first.index not in journal.records:
-            record = convert_unit(output, first, reader, plan.recipe.format, device, stop, progress.advance)
-            journal.finish_unit(first.index, shard_facts(record))
-        streams = stack.enter_context(contextlib.closing(run.streams(todo[0] if todo else None)))
+        layers = stack.enter_context(Prefetcher[Unit, dict[str, torch.Tensor]](layerwise.loader(stack), todo))
+        if ranks.first and first.index not in run.journal.records:
+            fmt = run.plan.recipe.format
+            record = convert_unit(run.output, first, run.reader, fmt, run.device, run.stop, run.progress.advance)
+            run.journal.finish_unit(first.index, shard_facts(record))
+        streams = stack.enter_context(contextlib.closing(layerwise.streams(todo[0] if todo else None)))
         warm_up.close()
         for unit in todo:
-            run.convert_layer(unit, next(layers), streams)
+            layerwise.convert_layer(unit, next(layers), streams)
         if not ranks.first:
             return {}
-        quality = heldout_quality(read_head(reader, device), streams, run.tokens, plan.recipe.data.windows)
+        head = read_head(run.reader, run.device)
+        quality = heldout_quality(head, streams, layerwise.tokens, run.plan.recipe.data.windows)
         writer.wait()
-    return _summary(plan, output, journal, settings, quality)
+    return _summary(run, quality)
 
 
 def stacked_on(device: torch.device) -> bool:
@@ -87,32 +75,22 @@ def stacked_on(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-class _Run:
+class _Layerwise:
     """What stays the same from layer to layer."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        output: Path,
-        reader: SourceReader,
-        settings: Settings,
-        device: torch.device,
-        journal: Journal,
-        stop: StopFlag,
-        progress: Progress,
-    ) -> None:
-        self.plan, self.output, self.reader, self.journal = plan, output, reader, journal
-        self.device, self.stop, self.progress = device, stop, progress
-        assert settings.windows is not None
+    def __init__(self, run: Run) -> None:
+        self.run, self.plan, self.reader, self.device = run, run.plan, run.reader, run.device
+        plan, settings, device = run.plan, run.settings, run.device
+        assert settings.windows is not None, "a calibrated recipe needs windows"
         self.tokens = torch.from_numpy(settings.windows.ids)
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.micro_batch = max(1, settings.micro_batch_tokens // self.tokens.shape[1])
-        self.spill = journal.folder if settings.spill else None
+        self.spill = run.journal.folder if settings.spill else None
         # On a CPU stacks would be a second copy of a layer, and writing would take cores from the search.
         self.stacked = stacked_on(device)
         ranks = settings.ranks or ALONE
         background = self.stacked and not settings.spill
-        self.writer = LayerWriter(output, journal, background) if ranks.first else NoWriter()
+        self.writer: LayerSink = LayerWriter(run.output, run.journal, background) if ranks.first else NoWriter()
         data, awq = plan.recipe.data, plan.recipe.awq
         self.awq = AwqSettings(
             scale_search=awq.smooth,
@@ -134,7 +112,7 @@ class _Run:
             return Streams.embedded(self.reader, self.tokens, self.dtype, self.device, self.spill)
         hidden = int(self.plan.family.text_config(self.plan.checkpoint.config)["hidden_size"])
         shape = (self.tokens.shape[0], self.tokens.shape[1], hidden)
-        return Streams.restored(self.journal.boundary(index), shape, self.dtype, self.device, self.spill)
+        return Streams.restored(self.run.journal.boundary(index), shape, self.dtype, self.device, self.spill)
 
     def loader(self, stack: contextlib.ExitStack) -> Callable[[Unit], dict[str, torch.Tensor]]:
         """Reads a unit's layer, by relative name: to the GPU, if there is one, or into host memory."""
@@ -152,7 +130,7 @@ class _Run:
     def convert_layer(self, unit: Unit, tensors: dict[str, torch.Tensor], streams: Streams) -> None:
         """Calibrate one layer and hand it to the writer. tensors: relative name -> dense source; changed in place."""
         assert unit.layer is not None
-        self.stop.check()
+        self.run.stop.check()
         prefix = self.plan.family.layer_prefix(unit.layer)
         schemes = {t.name.removeprefix(prefix): t.scheme for t in unit.tensors if t.action == "quantize"}
         spec = layer_spec(self.plan.checkpoint.config, unit.layer)
@@ -163,12 +141,12 @@ class _Run:
         except CalibrationError:
             require_finite_weights(layer)  # a broken weight is named; else the windows are
             raise
-        self.stop.check()
+        self.run.stop.check()
         seen = WindowView(streams.quantized, 0, self.plan.recipe.data.windows)
         with device_span("search"):
             calibrated = calibrate_layer(spec, tensors, schemes, seen, self.awq, self.device, self.dtype, layer)
         calibrated.device = self.device
-        self.stop.check()
+        self.run.stop.check()
         self.writer.begin(unit)
         with device_span("pack"):
             self._store(unit, prefix, layer, tensors, calibrated)
@@ -177,7 +155,7 @@ class _Run:
         ledger = calibrated.ledger.to_json() if calibrated.ledger else None
         record = {"layer": unit.layer, "stream_error": error, "log": calibrated.log, "ledger": ledger}
         self.writer.finish(unit, record, streams.snapshot() if self.writer.background else streams)
-        self.progress.say(layer_line(unit.layer, calibrated, error or 0.0))
+        self.run.progress.say(layer_line(unit.layer, calibrated, error or 0.0))
 
     def _store(
         self, unit: Unit, prefix: str, layer: Layer, tensors: dict[str, torch.Tensor], calibrated: CalibratedLayer
@@ -187,22 +165,22 @@ class _Run:
         packed: set[str] = set()
         if isinstance(tensors, LayerTensors):
             for names, outputs, ready in pack_experts(planned, calibrated, tensors.stacks, self.plan.recipe.format):
-                self.stop.check()
+                self.run.stop.check()
                 self.writer.add(outputs, ready)
                 packed.update(names)
-                self.progress.advance(sum(planned[name].source.stored_bytes for name in names))
+                self.run.progress.advance(sum(planned[name].source.stored_bytes for name in names))
         used = layer_shapes(layer.spec)
         for name, tensor in planned.items():
             if name in packed:
                 continue
-            self.stop.check()
+            self.run.stop.check()
             outputs, dense = self._one(tensor, name, tensors[name], calibrated)
             if not isinstance(tensors, LayerTensors):
                 tensors[name] = dense
             if name in used:
                 layer.set_weight(name, dense)
             self.writer.add(outputs)
-            self.progress.advance(tensor.source.stored_bytes)
+            self.run.progress.advance(tensor.source.stored_bytes)
 
     def _one(
         self, planned: PlannedTensor, name: str, tensor: torch.Tensor, calibrated: CalibratedLayer
@@ -241,16 +219,14 @@ def layer_line(layer: int, calibrated: CalibratedLayer, error: float) -> str:
     return "; ".join(parts)
 
 
-def _summary(
-    plan: Plan, output: Path, journal: Journal, settings: Settings, quality: dict[str, Any] | None
-) -> dict[str, Any]:
-    records = [journal.records[u.index] for u in plan.units if u.layer is not None]
+def _summary(run: Run, quality: dict[str, Any] | None) -> dict[str, Any]:
+    records = [run.journal.records[u.index] for u in run.plan.units if u.layer is not None]
     ledgers = [ExpertLedger.from_json(r["ledger"]) for r in records if r["ledger"]]
-    assert settings.windows is not None
+    assert run.settings.windows is not None
     facts = {
-        "calibration": settings.windows.record(),
+        "calibration": run.settings.windows.record(),
         "heldout": quality,
         "coverage": coverage(ledgers),
         "stream_error": {str(r["layer"]): r["stream_error"] for r in records},
     }
-    return {**facts, "report": write_report(plan, output, records, facts)}
+    return {**facts, "report": write_report(run.plan, run.output, records, facts)}

@@ -1,4 +1,4 @@
-"""What a GPU run would else do before its first search: import the model's code, compile kernels, pin host memory."""
+"""What a GPU run would else do before its first search: compile kernels, pin host memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..calibration.layers import import_modeling
 from ..calibration.ops import grouped_linear
 from ..calibration.spec import LayerSpec
 from ..plan import Unit
@@ -34,7 +33,6 @@ class WarmUp:
     def _run(self, spec: LayerSpec) -> None:
         from ..calibration.kernels import warm_up
 
-        import_modeling(spec)
         with torch.cuda.device(self.device):
             self._pin(max(unit.bytes_out for unit in self.units))
             self._touch(spec)

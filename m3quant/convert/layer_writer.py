@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +18,23 @@ from ..timing import span
 from .boundary import Streams, drop_saved
 from .journal import Journal
 from .units import UnitWriter, shard_facts
+
+
+class LayerSink(Protocol):
+    """Where a calibrated layer goes; LayerWriter says what each call means. background: whether `finish` returns before it has read its streams."""
+
+    @property
+    def background(self) -> bool: ...
+
+    def begin(self, unit: Unit) -> None: ...
+
+    def add(self, outputs: dict[str, torch.Tensor], ready: torch.cuda.Event | None = None) -> None: ...
+
+    def finish(self, unit: Unit, record: dict[str, Any], streams: Streams) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class LayerWriter:
@@ -94,14 +111,17 @@ class LayerWriter:
             self._writer = None
 
 
-class NoWriter(LayerWriter):
+class NoWriter:
     """For a process that calibrates with others and writes nothing: its numbers are those of the one that does."""
 
-    def __init__(self) -> None:
-        super().__init__(Path(), Journal(Path()), background=False)
+    background = False
 
     def begin(self, unit: Unit) -> None: ...
 
     def add(self, outputs: dict[str, torch.Tensor], ready: torch.cuda.Event | None = None) -> None: ...
 
     def finish(self, unit: Unit, record: dict[str, Any], streams: Streams) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def close(self) -> None: ...

@@ -7,7 +7,6 @@ all are started anew and continue from the last finished layer, to the same byte
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Any
 from ..errors import M3QuantError, OutputError, PlanError
 from ..plan import Plan
 from .journal import Journal
-from .ray_engine import MAX_RETRIES, POLL_SECONDS, Job, cluster, describe, failure_of, job_of, same_plan, unit_resources
-from .settings import Progress, Settings
+from .ray_cluster import POLL_SECONDS, Cluster, Patience, amount_words, cluster, counted, describe, failure_of
+from .ray_engine import MAX_RETRIES, Job, job_of, same_plan
+from .settings import Progress, Settings, Silent
 from .stopping import StopFlag, stop_on_signals
 
-SETTLE_SECONDS = (
-    30.0  # for Ray to notice a dead process after its peers have lost the connection to it, or to start workers
-)
+SETTLE_SECONDS = 30.0  # for Ray to notice a dead process after its peers have lost the connection to it
 
 
 def convert_on_ranks(plan: Plan, output: Path, settings: Settings, device: str, progress: Progress) -> dict[str, Any]:
@@ -33,13 +31,13 @@ def convert_on_ranks(plan: Plan, output: Path, settings: Settings, device: str, 
     """
     if settings.spill:
         raise PlanError("--spill keeps one process's hidden states on the disk: leave it out with --engine ray.")
-    with cluster(settings.address) as ray, stop_on_signals() as stop:
-        amount = unit_resources(ray, device)
-        size = int(ray.cluster_resources()["GPU" if device == "cuda" else "CPU"])
+    with stop_on_signals() as stop, cluster(settings.address, device, stop) as found:
+        size = int(found.ray.cluster_resources()["GPU" if device == "cuda" else "CPU"])
         output.mkdir(parents=True, exist_ok=True)  # what a node is asked whether it sees
         for attempt in range(MAX_RETRIES + 1):
-            progress.say(f"ray: {size} ranks in step over {describe(ray)}, {amount} for each")
-            manifest = _try(ray, plan, output, settings, device, size, amount, progress, stop)
+            told = f"{counted(size, 'rank')} in step over {describe(found.ray)}, {amount_words(found.amount)} for each"
+            progress.say(f"ray: {told}")
+            manifest = _try(found, plan, output, settings, size, progress, stop)
             if manifest is not None:
                 return manifest
             if attempt < MAX_RETRIES:
@@ -51,27 +49,18 @@ def convert_on_ranks(plan: Plan, output: Path, settings: Settings, device: str, 
 
 
 def _try(
-    ray: Any,
-    plan: Plan,
-    output: Path,
-    settings: Settings,
-    device: str,
-    size: int,
-    amount: dict[str, Any],
-    progress: Progress,
-    stop: StopFlag,
+    found: Cluster, plan: Plan, output: Path, settings: Settings, size: int, progress: Progress, stop: StopFlag
 ) -> dict[str, Any] | None:
     """One start of all ranks; None if a worker died."""
-    actor = ray.remote(scheduling_strategy="SPREAD", **amount)(_Worker)
+    ray = found.ray
+    actor = ray.remote(scheduling_strategy="SPREAD", **found.amount)(_Worker)
     workers = [actor.remote() for _ in range(size)]
     running: list[Any] = []
     try:
-        meeting = "{}:{}".format(*_all_started(ray, workers, progress, stop))
-        job, local = job_of(plan, output, device), replace(settings, engine="local", address=None)
-        running = [
-            worker.run.remote(job, local, rank, size, meeting, amount["num_cpus"])
-            for rank, worker in enumerate(workers)
-        ]
+        meeting = "{}:{}".format(*_all_started(found, workers, progress, stop))
+        job, local = job_of(plan, output, found.device), replace(settings, engine="local", address=None)
+        threads = found.amount["num_cpus"]
+        running = [worker.run.remote(job, local, rank, size, meeting, threads) for rank, worker in enumerate(workers)]
         watch = _Watch(plan, output, progress)
         first, waiting = running[0], list(running)
         while True:
@@ -95,18 +84,17 @@ def _try(
             ray.kill(worker)
 
 
-def _all_started(ray: Any, workers: Sequence[Any], progress: Progress, stop: StopFlag) -> tuple[str, int]:
+def _all_started(found: Cluster, workers: Sequence[Any], progress: Progress, stop: StopFlag) -> tuple[str, int]:
     """Wait until the cluster has room for every rank; where rank 0 can be met. A signal ends the waiting."""
+    ray = found.ray
     answers = [worker.node.remote() for worker in workers]
-    waiting, begun, told = list(answers), time.monotonic(), False
+    waiting = list(answers)
+    wanted = f"every one of {counted(len(workers), 'rank')} wants {amount_words(found.amount)}"
+    patience = Patience(wanted, found, progress)
     while waiting:
         _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
         stop.check()
-        if waiting and not told and time.monotonic() - begun > SETTLE_SECONDS:
-            told = True
-            progress.say(
-                f"ray: waiting for {len(waiting)} of {len(workers)} workers: the cluster has no room for them yet"
-            )
+        patience.look(not waiting)
     meeting: tuple[str, int] = ray.get(answers[0])
     return meeting
 
@@ -148,16 +136,6 @@ class _Watch:
         self.seen.update(new)
 
 
-class _Silent:
-    """The driver tells of progress."""
-
-    def start(self, total_bytes: int, done_bytes: int) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def say(self, line: str) -> None: ...
-
-
 class _Worker:
     """One rank. Ray shows it its own GPU only, as cuda:0."""
 
@@ -188,10 +166,11 @@ class _Worker:
         try:
             plan = same_plan(job)
             _check_alike(job.device)
+            # The driver tells of progress.
             if rank:
-                follow(plan, Path(job.output), settings, _Silent())
+                follow(plan, Path(job.output), settings, Silent())
                 return {}, None
-            return convert(plan, Path(job.output), settings, _Silent()), None
+            return convert(plan, Path(job.output), settings, Silent()), None
         except M3QuantError as error:
             return None, error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from .finish import finish
 from .gpu_stage import why_plain
 from .journal import MANIFEST, Journal, check_apart, check_output_folder, refuse_other_facts, remove_leftover
 from .pipeline import convert_units
-from .settings import Progress, Settings
+from .settings import Progress, Run, Settings
 from .stopping import StopFlag, stop_on_signals
 from .units import shard_facts
 
@@ -45,16 +46,24 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
 
         return convert_on_ranks(plan, output, settings, device.type, progress)
     check_disk(plan, output, resources(plan, device.type == "cuda", spill=settings.spill))
-    journal = Journal.begin(output, facts)
-    try:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        cluster = None
+        if settings.engine == "ray":
+            from . import ray_cluster
+
+            # Before there is a folder: a cluster that cannot be used leaves nothing behind.
+            cluster = stack.enter_context(ray_cluster.cluster(settings.address, device.type, stop))
+        journal = Journal.begin(output, facts)
+        stack.callback(journal.release)
         if (done := _finished(output, facts)) is not None:  # by another process, while this one waited to begin
             journal.remove()
             return done
-        return _convert(plan, output, settings, device, journal, facts, progress)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(device, error) from None
-    finally:
-        journal.release()
+        reader = SourceReader(plan.checkpoint, plan.sources)
+        try:
+            return _convert(Run(plan, output, reader, settings, device, journal, stop, progress, cluster), facts)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(device, error) from None
 
 
 def follow(plan: Plan, output: Path, settings: Settings, progress: Progress) -> None:
@@ -66,7 +75,8 @@ def follow(plan: Plan, output: Path, settings: Settings, progress: Progress) -> 
     journal.records = settings.ranks.share(None)
     reader = SourceReader(plan.checkpoint, plan.sources)
     try:
-        convert_calibrated(plan, output, reader, settings, pick_device(settings.device), journal, StopFlag(), progress)
+        device = pick_device(settings.device)
+        convert_calibrated(Run(plan, output, reader, settings, device, journal, StopFlag(), progress))
     except torch.OutOfMemoryError as error:
         raise out_of_memory(settings.device, error) from None
 
@@ -133,39 +143,30 @@ def _finished(output: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
     return manifest
 
 
-def _convert(
-    plan: Plan,
-    output: Path,
-    settings: Settings,
-    device: torch.device,
-    journal: Journal,
-    facts: dict[str, Any],
-    progress: Progress,
-) -> dict[str, Any]:
-    reader = SourceReader(plan.checkpoint, plan.sources)
+def _convert(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
+    plan, output, journal = run.plan, run.output, run.journal
     _drop_lost_records(plan, output, journal)
     done = sum(plan.units[i].bytes_in for i in journal.records)
-    progress.start(sum(u.bytes_in for u in plan.units), done)
+    run.progress.start(sum(u.bytes_in for u in plan.units), done)
     if journal.records:
-        progress.say(f"continuing: {len(journal.records)} of {len(plan.units)} shards are finished")
+        run.progress.say(f"continuing: {len(journal.records)} of {len(plan.units)} shards are finished")
     started = time.monotonic()
-    with stop_on_signals() as stop:
-        if plan.recipe.calibration == "none":
-            _convert_units(plan, output, reader, settings, device, journal, stop, progress)
-            extra: dict[str, Any] = {}
-        else:
-            from .calibrated import convert_calibrated
+    if plan.recipe.calibration == "none":
+        _convert_units(run)
+        extra: dict[str, Any] = {}
+    else:
+        from .calibrated import convert_calibrated
 
-            if settings.ranks is not None:
-                settings.ranks.share(journal.records)
-            extra = convert_calibrated(plan, output, reader, settings, device, journal, stop, progress)
-        stop.check()
-        extra["job"] = facts
-        extra["seconds"] = round(time.monotonic() - started, 3)
-        # A signal from here on finds less than a second of work left: it is done rather than dropped.
-        manifest = finish(plan, output, journal, extra)
-        _write_own_figures(plan, output, manifest)
-        journal.remove()
+        if run.settings.ranks is not None:
+            run.settings.ranks.share(journal.records)
+        extra = convert_calibrated(run)
+    run.stop.check()
+    extra["job"] = facts
+    extra["seconds"] = round(time.monotonic() - started, 3)
+    # A signal from here on finds less than a second of work left: it is done rather than dropped.
+    manifest = finish(plan, output, journal, extra)
+    _write_own_figures(plan, output, manifest)
+    journal.remove()
     return manifest
 
 
@@ -177,28 +178,21 @@ def _write_own_figures(plan: Plan, output: Path, manifest: dict[str, Any]) -> No
         write_json_atomic(output / EVAL_FILE, record.model_dump(mode="json"))
 
 
-def _convert_units(
-    plan: Plan,
-    output: Path,
-    reader: SourceReader,
-    settings: Settings,
-    device: torch.device,
-    journal: Journal,
-    stop: StopFlag,
-    progress: Progress,
-) -> None:
+def _convert_units(run: Run) -> None:
     """All units that the journal has no record of, rounded to nearest: none depends on another."""
-    todo = [unit for unit in plan.units if unit.index not in journal.records]
-    if settings.engine == "ray":
+    todo = [unit for unit in run.plan.units if unit.index not in run.journal.records]
+    if run.cluster is not None:
         from .ray_engine import run_units
 
-        run_units(plan, output, todo, device.type, settings.address, journal, stop, progress.advance, progress.say)
+        run_units(run, todo)
         return
-    if device.type == "cuda" and (reason := why_plain(device)):
-        progress.say(f"note: rounding with plain torch operations, because Triton's kernels do not run here ({reason})")
+    if run.device.type == "cuda" and (reason := why_plain(run.device)):
+        run.progress.say(
+            f"note: rounding with plain torch operations, because Triton's kernels do not run here ({reason})"
+        )
     convert_units(
-        output, todo, reader, plan.recipe.format, device, stop, progress.advance,
-        lambda unit, record: journal.finish_unit(unit.index, shard_facts(record)),
+        run.output, todo, run.reader, run.plan.recipe.format, run.device, run.stop, run.progress.advance,
+        lambda unit, record: run.journal.finish_unit(unit.index, shard_facts(record)),
     )  # fmt: skip
 
 

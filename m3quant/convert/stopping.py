@@ -15,7 +15,13 @@ class InterruptedRun(M3QuantError):
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
+        self.number = number
         self.exit_code = 128 + number
+
+    def __reduce__(self) -> tuple[type[InterruptedRun], tuple[int, str], dict[str, object]]:
+        # An exception is pickled as its class called with `args`, here the message alone; one that is raised in a worker
+        # must arrive as what it is.
+        return type(self), (self.number, str(self)), vars(self)
 
 
 class StopFlag:

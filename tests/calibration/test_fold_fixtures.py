@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_folds import apply_folds
 from test_folds import forward, relative, scales
 from text_windows import text_windows
 
-from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, apply_folds, pair_folds
+from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, pair_folds
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.ops import rms_norm
 from m3quant.calibration.spec import layer_spec

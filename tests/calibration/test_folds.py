@@ -6,15 +6,15 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from plain_folds import apply_folds
 from planted import Tensors, linears, tiny_layer
 
-from m3quant.calibration import layers
+from m3quant.calibration import attention
 from m3quant.calibration.folds import (
     ATTENTION_NORM,
     MLP_NORM,
     ROUTER,
     all_groups,
-    apply_folds,
     fold_groups,
     fold_norm,
     pair_folds,
@@ -113,7 +113,7 @@ def forward(
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """(hidden states after the last layer, experts chosen per MoE layer, key blocks chosen per sparse layer)."""
     blocks: list[torch.Tensor] = []
-    select = layers.select_blocks
+    select = attention.select_blocks
 
     def recorded(*args: Any) -> torch.Tensor:
         blocks.append(select(*args))
@@ -121,7 +121,7 @@ def forward(
 
     experts = []
     with monkeypatch.context() as patch:
-        patch.setattr(layers, "select_blocks", recorded)
+        patch.setattr(attention, "select_blocks", recorded)
         for spec, tensors in zip(specs, per_layer, strict=True):
             layer = Layer(spec, tensors, dtype=torch.float32)
             x = x + layer.attention(layer.attention_input(x))

@@ -1,5 +1,6 @@
 """Layers against transformers' full models loaded from the same folder, and what layer_spec refuses."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from tiny import FolderSource, load_reference, m2_config, m3_config, make_tiny_m2, make_tiny_m3
 
 from m3quant.calibration import ops
+from m3quant.calibration.attention import rotary_embedding, rotate
 from m3quant.calibration.layers import Layer, layer_shapes, layer_spec, stack_experts
 from m3quant.calibration.stream import layer_prefix, read_layer
 from m3quant.errors import CheckpointError
@@ -58,6 +60,25 @@ def test_every_layer_equals_transformers(model: Model, length: int) -> None:
     for index in range(model.layers - 1):
         error = relative(model.layer(index).forward(hidden[index]), hidden[index + 1])
         assert error < 2e-6, f"layer {index}, {length} tokens: {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_is_transformers_bit_for_bit(model: Model, dtype: torch.dtype) -> None:
+    spec = layer_spec(model.source.config, 1)
+    embedding = next(
+        m for m in model.reference.modules() if type(m).__name__.endswith(("M2RotaryEmbedding", "M3VLRotaryEmbedding"))
+    )
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 300, spec.head_dim, generator=generator).to(dtype) for heads in (4, 2))
+    with torch.no_grad():
+        cos, sin = embedding(q, torch.arange(300)[None])
+    modeling = sys.modules[type(embedding).__module__]
+    ours = rotary_embedding(spec, 300, torch.device("cpu"), dtype)
+    assert torch.equal(ours[0], cos[0]) and torch.equal(ours[1], sin[0])
+    for found, expected in zip(
+        (rotate(q, ours), rotate(k, ours)), modeling.apply_rotary_pos_emb(q, k, cos, sin), strict=True
+    ):
+        assert torch.equal(found, expected)
 
 
 def test_parts_add_up_to_the_layer(model: Model) -> None:
@@ -224,11 +245,30 @@ def test_what_the_layer_maths_does_not_cover_is_refused(make: Any, overrides: di
         layer_spec(make(**overrides), 1)
 
 
-def test_a_rotary_size_that_transformers_reads_otherwise_is_refused(m3: Model) -> None:
-    config = dict(m3.source.config, text_config={**m3.source.config["text_config"], "partial_rotary_factor": 1.0})
-    layer = Layer(layer_spec(config, 1), read_layer(m3.source, 1))
-    with pytest.raises(CheckpointError, match="rotary_dim = 64"):
-        layer.attention(torch.ones(1, 8, 256))
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("partial_rotary_factor", 1.0, "rotary_dim = 64"),
+        ("rope_parameters", {"rope_theta": 5e6, "partial_rotary_factor": 1.0}, "rotate 128 dimensions"),
+        ("rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "rope_theta = 5000000"),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}, "only unscaled rotary embedding"),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling = .*only unscaled rotary embedding"),
+    ],
+)
+def test_rotary_settings_that_contradict_or_scale_are_refused(key: str, value: Any, message: str) -> None:
+    config = m3_config()
+    text = {**config["text_config"], key: value}
+    with pytest.raises(CheckpointError, match=message):
+        layer_spec({**config, "text_config": text}, 1)
+
+
+def test_rotary_settings_said_twice_alike_are_read() -> None:
+    config = m2_config()
+    said = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+        "rope_scaling": None,
+    }
+    assert layer_spec({**config, **said}, 0) == layer_spec(config, 0)
 
 
 def test_a_layer_past_the_last_is_refused() -> None:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from m3quant.calibration.corpus import Windows
 from m3quant.checkpoint import Checkpoint
 from m3quant.convert.run import convert
-from m3quant.convert.settings import Settings
+from m3quant.convert.settings import Settings, Silent
 from m3quant.plan import Plan, make_plan
 from m3quant.recipe import build_recipe, named_recipe
 
@@ -35,23 +35,6 @@ REPORT_PAGE = "m3quant-report/report.html"
 def served_format(family: str, to: str, fmt: str | None) -> str | None:
     """The format to ask for: vLLM loads the DeepSeek-style `fp8` for M2 only, so M3's blocks go to compressed-tensors."""
     return "compressed-tensors" if family == "m3" and to == "fp8-block" else fmt
-
-
-class Silent:
-    """A Progress that keeps what it was told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.total = self.done = 0
-
-    def start(self, total_bytes: int, done_bytes: int) -> None:
-        self.total, self.done = total_bytes, done_bytes
-
-    def advance(self, count: int) -> None:
-        self.done += count
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 def make_source(folder: Path, family: str, seed: int = 0, **overrides: Any) -> Path:

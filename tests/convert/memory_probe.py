@@ -3,7 +3,7 @@
     python memory_probe.py SOURCE OUTPUT RECIPE
 
 converts a tiny checkpoint first, so that nothing is imported later, and prints {"imported": bytes, "peak": bytes, "predicted": bytes, "layer": bytes} - resident set after the imports, its peak at
-the end (VmHWM), what `resources` predicts on top of the imports, and the largest layer of the source.
+the end (VmHWM), what `resources` predicts above what it counts for the imports, and the largest layer of the source.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from convert.common import make_plan_of, make_source, run_plan
 
-from m3quant.resources import resources
+from m3quant.resources import CALIBRATION_BYTES, CPU_PROCESS_BYTES, resources
 
 
 def status(field: str) -> int:
@@ -36,7 +36,8 @@ def main() -> None:
     imported = status("VmRSS")
     run_plan(plan, Path(output))
     layer = max(u.bytes_in for u in plan.units)
-    predicted = resources(plan, on_gpu=False).host
+    process = CPU_PROCESS_BYTES + (CALIBRATION_BYTES if plan.recipe.calibration != "none" else 0)
+    predicted = resources(plan, on_gpu=False).host - process
     print(json.dumps({"imported": imported, "peak": status("VmHWM"), "predicted": predicted, "layer": layer}))
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from convert.common import Silent
 
 from m3quant.calibration.corpus import load_tokenizer
 from m3quant.cli import cli
+from m3quant.convert.settings import Silent
 from m3quant.evaluate.divergence import DivergenceParams, divergence
 from m3quant.evaluate.models import open_model
 from m3quant.evaluate.run import Settings, evaluate

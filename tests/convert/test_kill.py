@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert.common import Silent, files, make_plan_of, make_source, run_plan, same_output
+from convert.common import files, make_plan_of, make_source, run_plan, same_output
 
 from m3quant.convert.journal import Journal
+from m3quant.convert.settings import Silent
 from m3quant.errors import OutputError
 
 DRIVER = Path(__file__).with_name("kill_driver.py")

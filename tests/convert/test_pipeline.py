@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from convert.common import Silent, bits, config_of, make_plan_of, make_source, rewrite, run_plan, stored
+from convert.common import bits, config_of, make_plan_of, make_source, rewrite, run_plan, stored
 from convert.sources import quantized_source
 
 from m3quant.checkpoint import entry_bytes
 from m3quant.convert import pipeline
 from m3quant.convert.batches import COPY, FUSED, WHOLE, make_batches, output_ranges, working_bytes
 from m3quant.convert.pipeline import Buffers
+from m3quant.convert.settings import Silent
 from m3quant.convert.units import quantize_tensor
 from m3quant.errors import CheckpointError
 from m3quant.plan import Plan
@@ -123,7 +124,7 @@ def test_buffers_in_use_are_never_handed_out_twice_and_stay_few() -> None:
 
 def test_the_estimate_counts_one_read_buffer_a_worker_and_one_write_buffer_a_batch_in_flight(tmp_path: Path) -> None:
     plan = make_plan_of(make_source(tmp_path / "src", "m2"), "int4")
-    taken = [working_bytes(plan.units, False, plan.recipe.format, workers) for workers in (1, 2, 3)]
+    taken = [working_bytes(plan.units, False, plan.recipe.format, workers).host for workers in (1, 2, 3)]
     assert taken[2] - taken[1] == taken[1] - taken[0] > 0
 
 

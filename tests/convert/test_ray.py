@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,12 +16,20 @@ from typing import Any
 
 import pytest
 
-from m3quant.checkpoint import sha256_file
+from m3quant import __version__ as m3quant_version
+from m3quant.checkpoint import Checkpoint, sha256_file
+from m3quant.convert import ray_cluster
+from m3quant.convert.run import convert
+from m3quant.convert.settings import Settings, Silent
+from m3quant.errors import PlanError
+from m3quant.plan import make_plan
+from m3quant.recipe import build_recipe, named_recipe
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster, one worker
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-m2"
 STORE_BYTES = 80_000_000
+AWQ = ("--to", "awq", "--device", "cpu", "--windows", "2", "--window-length", "64")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +82,7 @@ def test_units_on_two_nodes_give_the_bytes_of_one_process(address: str, alone: d
         "convert", FIXTURE, tmp_path / "out", "--to", "int4", "--device", "cpu", "--engine", "ray", "--address", address
     )
     assert done.returncode == 0, done.stderr
-    assert "2 nodes" in done.stderr
+    assert "over 2 nodes, 2 cores, 1 core for each" in done.stderr, done.stderr
     assert hashes(tmp_path / "out") == alone
     assert not (tmp_path / "out" / ".m3quant").exists()
 
@@ -114,18 +123,15 @@ def test_a_stopped_run_is_continued_by_a_single_process(address: str, alone: dic
 
 
 def test_no_gpu_in_the_cluster_is_refused() -> None:
-    from m3quant.convert.ray_engine import unit_resources
-    from m3quant.errors import PlanError
-
     def ray(*nodes: dict[str, float]) -> Any:
         return SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": node} for node in nodes])
 
     head = {"CPU": 64.0}  # its cores are no share of another node's GPU: a task that asks for them would wait for ever
     with pytest.raises(PlanError, match="no GPU"):
-        unit_resources(ray(head), "cuda")
+        ray_cluster.unit_resources(ray(head), "cuda")
     gpus = [{"CPU": 32.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 1.0}]
-    assert unit_resources(ray(head, *gpus), "cuda") == {"num_gpus": 1, "num_cpus": 8}
-    assert unit_resources(ray(head), "cpu") == {"num_cpus": 1}
+    assert ray_cluster.unit_resources(ray(head, *gpus), "cuda") == {"num_gpus": 1, "num_cpus": 8}
+    assert ray_cluster.unit_resources(ray(head), "cpu") == {"num_cpus": 1}
 
 
 def test_an_error_in_a_worker_is_told_as_what_it_is() -> None:
@@ -156,6 +162,101 @@ def test_a_cluster_that_is_not_there_is_refused(tmp_path: Path) -> None:
         "convert", FIXTURE, tmp_path / "out", "--to", "int4", "--engine", "ray", "--address", f"127.0.0.1:{free}"
     )
     assert done.returncode == 2 and "cannot be reached" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_node_with_another_version_is_refused_before_there_is_a_folder(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(Checkpoint.open(FIXTURE), build_recipe(named_recipe("int4")))
+    monkeypatch.setattr(ray_cluster, "__version__", "9.9")
+    with pytest.raises(PlanError, match=rf"node \S+ has m3quant {m3quant_version}, this machine 9\.9: install one"):
+        convert(plan, tmp_path / "out", Settings("cpu", engine="ray", address=address), Silent())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_node_without_m3quant_is_told_as_such() -> None:
+    import ray
+
+    def get(_: object) -> None:
+        raise ray.exceptions.RayTaskError("versions", "", ModuleNotFoundError("No module named 'm3quant'"))
+
+    double: Any = SimpleNamespace(get=get, exceptions=ray.exceptions)
+    with pytest.raises(PlanError, match=r"node seven cannot run m3quant: .*No module named 'm3quant'.*install there"):
+        ray_cluster._compare(double, None, "seven", ray_cluster.versions())
+
+
+HOLD = """
+import sys, time, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+class Holder:
+    def here(self): return True
+held = [Holder.remote() for _ in range(2)]
+ray.get([one.here.remote() for one in held])
+print("held", flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("recipe", [("--to", "int4", "--device", "cpu"), AWQ], ids=["data-free", "calibrated"])
+def test_waiting_for_a_busy_cluster_is_told_once_and_ends_at_ctrl_c(
+    address: str, tmp_path: Path, recipe: tuple[str, ...]
+) -> None:
+    command = ["convert", FIXTURE, tmp_path / "out", *recipe]
+    with subprocess.Popen([sys.executable, "-c", HOLD, address], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            run = subprocess.Popen(
+                [sys.executable, "-m", "m3quant", *map(str, command), "--engine", "ray", "--address", address],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            assert run.stderr is not None
+            told = []
+            while not told or "waiting for room" not in told[-1]:
+                told.append(run.stderr.readline())
+                assert told[-1], told
+            time.sleep(2)  # more than one look at the cluster: it is not told again
+            run.send_signal(signal.SIGINT)
+            _, errors = run.communicate(timeout=60)
+        finally:
+            holder.kill()
+    assert re.search(r"wants 1 core, and 0 of 2 cores are free", told[-1]), told
+    assert run.returncode == 130 and "waiting for room" not in errors and "Traceback" not in errors, errors
+    assert "stopped by SIGINT" in errors
+    assert not list((tmp_path / "out" / ".m3quant").glob("attempt-*"))
+
+
+def test_what_is_told_of_a_cluster_is_words() -> None:
+    def ray(nodes: int, **resources: float) -> Any:
+        return SimpleNamespace(nodes=lambda: [{"Alive": True}] * nodes, cluster_resources=lambda: resources)
+
+    assert ray_cluster.describe(ray(1, CPU=1.0)) == "1 node, 1 core"
+    assert ray_cluster.describe(ray(2, CPU=32.0, GPU=1.0)) == "2 nodes, 32 cores, 1 GPU"
+    assert ray_cluster.describe(ray(2, CPU=32.0, GPU=16.0)) == "2 nodes, 32 cores, 16 GPUs"
+    assert ray_cluster.amount_words({"num_gpus": 1, "num_cpus": 8}) == "1 GPU and 8 cores"
+    assert ray_cluster.amount_words({"num_gpus": 1, "num_cpus": 0}) == "1 GPU"
+    assert ray_cluster.amount_words({"num_cpus": 1}) == "1 core"
+
+
+def test_waiting_is_told_by_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "TELL_SECONDS", 0.0)
+    ray: Any = SimpleNamespace(
+        cluster_resources=lambda: {"CPU": 16.0, "GPU": 2.0, "memory": 1e9}, available_resources=lambda: {"CPU": 3.0}
+    )
+    progress = Silent()
+    found = ray_cluster.Cluster(ray, "cuda", {"num_gpus": 1, "num_cpus": 8})
+    patience = ray_cluster.Patience("a shard wants 1 GPU and 8 cores", found, progress)
+    patience.look(at_work=True)
+    assert progress.lines == []
+    for _ in range(2):
+        time.sleep(0.01)
+        patience.look(at_work=False)
+    assert progress.lines == [
+        "ray: waiting for room: a shard wants 1 GPU and 8 cores, and 0 of 2 GPUs and 3 of 16 cores are free "
+        "in the cluster now; it goes on by itself, and Ctrl-C ends it"
+    ]
 
 
 def test_an_address_without_ray_is_refused(tmp_path: Path) -> None:
@@ -164,11 +265,7 @@ def test_an_address_without_ray_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_node_that_sees_another_checkpoint_says_so(tmp_path: Path) -> None:
-    from m3quant.checkpoint import Checkpoint
     from m3quant.convert.ray_engine import Job, job_of, same_plan
-    from m3quant.errors import PlanError
-    from m3quant.plan import make_plan
-    from m3quant.recipe import build_recipe, named_recipe
 
     plan = make_plan(Checkpoint.open(FIXTURE), build_recipe(named_recipe("int4")))
     job: Any = job_of(plan, tmp_path / "out", "cpu")
@@ -178,9 +275,6 @@ def test_a_node_that_sees_another_checkpoint_says_so(tmp_path: Path) -> None:
     assert same_plan(job).fingerprint() == plan.fingerprint()
     with pytest.raises(PlanError, match="another checkpoint"):
         same_plan(Job(job.source, job.output, job.recipe, "0" * 64, "cpu"))
-
-
-AWQ = ("--to", "awq", "--device", "cpu", "--windows", "2", "--window-length", "64")
 
 
 @pytest.fixture(scope="module")

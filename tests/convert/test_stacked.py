@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from convert.common import Silent, make_plan_of, make_source, run_plan, same_output
+from convert.common import make_plan_of, make_source, run_plan, same_output
 
 from m3quant.calibration.layers import layer_spec
 from m3quant.calibration.stream import read_layer
@@ -18,6 +18,7 @@ from m3quant.checkpoint import Checkpoint, ShardRecord
 from m3quant.convert import calibrated, expert_stacks, layer_writer
 from m3quant.convert.boundary import Streams
 from m3quant.convert.device_layers import DeviceLoader
+from m3quant.convert.settings import Silent
 from m3quant.errors import StoppedError
 from m3quant.reading import SourceReader
 

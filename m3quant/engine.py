@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import VerifyError
+from .errors import EngineMissing, VerifyError
 
 ENGINE_PYTHON = "M3QUANT_ENGINE_PYTHON"
 PROBE = Path(__file__).with_name("engine_probe.py")
@@ -155,20 +155,21 @@ def difference(
 
 
 def find_engine_python(explicit: str | None = None) -> str:
-    """The Python that runs vLLM: `explicit`, else the variable M3QUANT_ENGINE_PYTHON, else this one. Raises VerifyError."""
+    """The Python that runs vLLM: `explicit`, else the variable M3QUANT_ENGINE_PYTHON, else this one. Raises EngineMissing."""
     asked = explicit or os.environ.get(ENGINE_PYTHON)
     if not asked:
         if importlib.util.find_spec("vllm") is None:
-            raise VerifyError(f"vLLM is not installed for {sys.executable}: {HOW_TO_GET}.")
+            raise EngineMissing(f"vLLM is not installed for {sys.executable}: {HOW_TO_GET}.")
         return sys.executable
     where = "--engine-python" if explicit else ENGINE_PYTHON
     check = "import importlib.util, sys; sys.exit(0 if importlib.util.find_spec('vllm') else 3)"
     try:
         code = subprocess.run([asked, "-c", check], capture_output=True, timeout=120).returncode
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise VerifyError(f"{where} names {asked}, which does not run ({error}): {HOW_TO_GET}.") from error
+        why = error.strerror if isinstance(error, OSError) else "it did not answer within 120 s"
+        raise EngineMissing(f"{where} names {asked}, which does not run ({why}): {HOW_TO_GET}.") from None
     if code != 0:
-        raise VerifyError(f"{where} names {asked}, which has no vllm: {HOW_TO_GET}.")
+        raise EngineMissing(f"{where} names {asked}, which has no vllm: {HOW_TO_GET}.")
     return asked
 
 

@@ -40,8 +40,16 @@ class DoesNotFit(M3QuantError):
     exit_code = 3
 
 
+class OptionError(M3QuantError):
+    """An option names what is not there, or does not go with another one, with this machine, or with what is recorded."""
+
+
+class EngineMissing(M3QuantError):
+    """No engine is installed where it was looked for, or one that cannot serve this checkpoint."""
+
+
 class ServeError(M3QuantError):
-    """The engine cannot be started, did not become ready, or measured less than the plan promised."""
+    """The engine that was started ended, did not become ready, or measured less than the plan promised."""
 
     exit_code = 1
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -30,7 +31,7 @@ class Prices(BaseModel):
     date: datetime.date
     currency: str = "USD"
     source: str
-    per_gpu_hour: dict[str, float] = Field(min_length=1)
+    per_gpu_hour: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(min_length=1)
 
     def per_hour(self, node: Node) -> float | None:
         """Price of a node for an hour, or None where the file does not have the GPU."""
@@ -42,9 +43,15 @@ def load_prices(path: Path | None = None) -> Prices:
     """The prices in `path`, or those that ship with m3quant. Raises NodeError with the key that is wrong."""
     path = path or PRICES
     try:
-        return Prices.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise NodeError(f"price file {path} cannot be read: {' '.join(str(error).split())}.") from None
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NodeError(f"price file {path} cannot be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise NodeError(f"price file {path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(document, dict):
+        raise NodeError(f"price file {path} holds no mapping: write the keys {', '.join(Prices.model_fields)}.")
+    try:
+        return Prices.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         raise NodeError(f"price file {path}, key '{'.'.join(map(str, first['loc']))}': {first['msg']}.") from None

@@ -15,7 +15,7 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from ..errors import NodeError, ServeError
+from ..errors import EngineMissing, NodeError
 from ..families import Family
 from ..schemes import Scheme
 from .command import vllm_arguments
@@ -80,18 +80,18 @@ class Engine:
 
 
 def find_engine(name: str, python: str) -> Engine:
-    """The engine `name` (vllm or sglang) of that Python. Raises ServeError where there is none."""
+    """The engine `name` (vllm or sglang) of that Python. Raises EngineMissing where there is none."""
     try:
         done = subprocess.run(
             [python, "-c", PROBE, name], capture_output=True, text=True, timeout=120, env={**os.environ, **SAFE_PATH}
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ServeError(f"the Python {python} does not run ({error}): name another with --engine-python.") from None
+        raise EngineMissing(f"the Python {python} does not run ({error}): name another with --engine-python.") from None
     if done.returncode != 0:
-        raise ServeError(f"the Python {python} cannot say what it has installed: {last_line(done.stderr)}")
+        raise EngineMissing(f"the Python {python} cannot say what it has installed: {last_line(done.stderr)}")
     found = json.loads(done.stdout)
     if not found["found"]:
-        raise ServeError(
+        raise EngineMissing(
             f"{python} has no {name}: install it there, or name the Python that has it with --engine-python."
         )
     versions: list[str] = sorted(found["versions"], key=lambda v: "cpu" not in v)
@@ -104,14 +104,14 @@ def last_line(text: str) -> str:
 
 
 def version_notes(engine: Engine, family: Family, config: Mapping[str, Any]) -> list[str]:
-    """Warnings about this release. Raises ServeError where it is too old for the model."""
+    """Warnings about this release. Raises EngineMissing where it is too old for the model."""
     release = engine.release
     if engine.name != "vllm":
         return []
     if release is None:
         return [f"vLLM calls itself '{engine.version}': its version was not checked against the checkpoint"]
     if family.min_vllm and release < Version(family.min_vllm):
-        raise ServeError(
+        raise EngineMissing(
             f"vLLM {engine.version} does not have {family.model_type}: install {family.min_vllm} or newer."
         )
     first, beyond = KNOWN_VLLM
@@ -123,7 +123,7 @@ def version_notes(engine: Engine, family: Family, config: Mapping[str, Any]) -> 
 
 
 def check_dtypes(fit: Fit, engine: Engine) -> None:
-    """Raise ServeError for a cache that this release cannot keep on this GPU.
+    """Raise EngineMissing for a cache that this release cannot keep on this GPU.
 
     0.26's models/minimax_m3/common/indexer.py refuses FP8 index keys off SM100, 0.32's takes them wherever CUDA has FP8.
     """
@@ -137,7 +137,7 @@ def check_dtypes(fit: Fit, engine: Engine) -> None:
     ):
         return
     if engine.is_cpu or (release is not None and release < FP8_INDEX_ON_HOPPER):
-        raise ServeError(
+        raise EngineMissing(
             f"vLLM {engine.version} keeps M3's index keys in BF16 on this device: leave --index-dtype out, or install {FP8_INDEX_ON_HOPPER} or newer on a GPU."
         )
 
@@ -209,7 +209,7 @@ class Launch:
 def vllm_launch(fit: Fit, recipe: ServeRecipe, engine: Engine | None, api_key: str | None, pin: int | None) -> Launch:
     """`vllm serve` for a verdict that fits. engine None: a release that is not here, so every flag of 0.33 is used.
 
-    Raises ServeError where the installed engine lacks a flag that the checkpoint or the guard needs.
+    Raises EngineMissing where the installed engine lacks a flag that the checkpoint or the guard needs.
     """
     needed = [fit.model.where, *vllm_arguments(fit), "--host", recipe.host, "--port", str(recipe.port)]
     if recipe.served_name:
@@ -229,7 +229,7 @@ def vllm_launch(fit: Fit, recipe: ServeRecipe, engine: Engine | None, api_key: s
     if engine is not None:
         missing = [flag for flag in needed if flag.startswith("--") and not engine.takes(flag)]
         if missing:
-            raise ServeError(
+            raise EngineMissing(
                 f"vLLM {engine.version} does not know {', '.join(missing)}, which this checkpoint or the guard needs: install a newer one."
             )
         for flag, _ in optional:

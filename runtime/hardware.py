@@ -46,8 +46,14 @@ CPU = "CPU"
 # GiB that vLLM's CPU build sets aside for the cache (VLLM_CPU_KVCACHE_SPACE takes whole ones)
 CPU_DEFAULT_GIB = 1
 
-_CPU = re.compile(r"cpu(?::(\d+)\s*GiB)?", re.IGNORECASE)
-_NODE = re.compile(r"(?:(\d+)\s*x\s*)?([A-Za-z][\w-]*|\d+(?:\.\d+)?\s*GiB)", re.IGNORECASE)
+# More than any host has: beyond these a typing error is likelier than a machine.
+MAX_GPUS = 1024
+MAX_GIB = 2**20
+MAX_COUNT = 2**31  # tokens, requests or ranks
+
+_CPU = re.compile(r"cpu(?::([0-9]+)\s*GiB)?", re.IGNORECASE)
+_MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*GiB", re.IGNORECASE)
+_NODE = re.compile(rf"(?:([0-9]+)\s*x\s*)?([A-Za-z][\w-]*|{_MEMORY.pattern})", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -64,29 +70,45 @@ class Node:
 
 def parse_node(text: str) -> Node:
     """The node that `text` names: 1xH200, 2xH100, h200, any card by its memory as 2x95.5GiB, or cpu:4GiB (its cache). Raises NodeError."""
+    shown = text if len(text) <= 80 else f"{text[:80]}..."
+    if not text.strip():
+        raise NodeError("--on is empty: name a node, for example 1xH200 or 2xH100, or 2x95.5GiB for another card.")
     if cpu := _CPU.fullmatch(text.strip()):
-        return cpu_node(int(cpu[1] or CPU_DEFAULT_GIB) * GIB)
+        return cpu_node(int(_memory(cpu[1] or str(CPU_DEFAULT_GIB), shown)) * GIB)
     match = _NODE.fullmatch(text.strip())
     if not match:
         raise NodeError(
-            f"node '{text}': write a count and a GPU, for example 1xH200 or 2xH100, or 2x95.5GiB for another card."
+            f"node '{shown}': write a count and a GPU, for example 1xH200 or 2xH100, or 2x95.5GiB for another card."
         )
-    count, name = int(match[1] or 1), match[2].replace("-", "").replace("_", "")
-    if count < 1:
-        raise NodeError(f"node '{text}' has no GPU: write at least 1x.")
-    if name.lower().endswith("gib"):
-        size = float(name[:-3])
-        if size <= 0:
-            raise NodeError(f"node '{text}' has no memory.")
+    digits = (match[1] or "1").lstrip("0")
+    if not digits:
+        raise NodeError(f"node '{shown}' has no GPU: write at least 1x.")
+    if len(digits) > len(str(MAX_GPUS)) or int(digits) > MAX_GPUS:
+        raise NodeError(f"node '{shown}': one host has at most {MAX_GPUS} GPUs here; write how many it really has.")
+    count = int(digits)
+    if match[3]:
+        size = _memory(match[3], shown)
         return Node(count, Gpu(f"{size:g}GiB", int(size * GIB), 0.0, "given on the command line", "unknown"))
+    name = match[2].replace("-", "").replace("_", "")
     gpu = GPUS.get(name.lower()) or GPUS.get(re.sub(r"(sxm\d?|80gb|141gb|80)$", "", name.lower()))
     if gpu is None:
-        near = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(name.lower(), GPUS, n=1)
+        meant = f", did you mean {GPUS[near[0]].name}?" if near else "."
         known = ", ".join(g.name for g in GPUS.values())
         raise NodeError(
-            f"node '{text}': GPU '{name}' is not known, did you mean {GPUS[near].name}? Known: {known}; any other by its memory, as 2x95.5GiB."
+            f"node '{shown}' names no known GPU{meant} Known: {known}; any other by its memory, as 2x95.5GiB."
         )
     return Node(count, gpu)
+
+
+def _memory(digits: str, shown: str) -> float:
+    """GiB of one device. Raises NodeError for none, or for more than any has."""
+    size = float(digits)
+    if int(min(size, MAX_GIB) * GIB) < 1:
+        raise NodeError(f"node '{shown}' has no memory: write the GiB that a device has.")
+    if size > MAX_GIB:
+        raise NodeError(f"node '{shown}': no device has more than {MAX_GIB:,} GiB; write the GiB that it really has.")
+    return size
 
 
 def cpu_node(kv_bytes: int) -> Node:

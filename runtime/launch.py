@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import ServeError
+from ..errors import OptionError, ServeError
 from .failures import reason
 
 POLL_S = 0.5
@@ -22,14 +22,14 @@ KILL_GRACE_S = 15.0  # beyond the engine's own shutdown timeout, before its proc
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise ServeError if something listens there already, before minutes of loading."""
+    """Raise OptionError if something listens there already or the address is not of this machine, before minutes of loading."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ServeError(
+            raise OptionError(
                 f"{host}:{port} cannot be used ({error.strerror}): choose another --port or --host."
             ) from None
 
@@ -40,14 +40,14 @@ class EngineProcess:
     def __init__(
         self, command: list[str], env: Mapping[str, str], log: Path, echo: Callable[[str], None] | None
     ) -> None:
-        """Start. Raises ServeError where the command does not exist or the log cannot be written."""
+        """Start. Raises ServeError where the command does not exist, OptionError where the log cannot be written."""
         self.log, self.echo = log, echo
         self._parts: list[str] = []
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             self._file = log.open("w", encoding="utf-8")
         except OSError as error:
-            raise ServeError(f"the log {log} cannot be written: {error.strerror}; name another with --log.") from None
+            raise OptionError(f"the log {log} cannot be written: {error.strerror}; name another with --log.") from None
         try:
             self.process = subprocess.Popen(
                 command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -223,11 +223,13 @@ class Pool:
 
 
 def pool_of(kv_bytes: Sequence[int], bytes_per_token: Sequence[int], block_size: int) -> Pool:
-    """Blocks of the smallest rank, from each rank's cache bytes and bytes per token."""
+    """Blocks of the smallest rank, from each rank's cache bytes and bytes per token. A stage without layers keeps no cache."""
     pages = [
-        kv // (per_token * block_size) if kv > 0 else 0 for kv, per_token in zip(kv_bytes, bytes_per_token, strict=True)
+        kv // (per_token * block_size) if kv > 0 else 0
+        for kv, per_token in zip(kv_bytes, bytes_per_token, strict=True)
+        if per_token
     ]
-    return Pool(min(pages), block_size)
+    return Pool(min(pages, default=0), block_size)
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,8 @@ class Prediction:
     @property
     def tightest(self) -> RankMemory:
         """The rank that decides: most short of memory, then smallest pool."""
-        return min(self.ranks, key=lambda r: r.kv_bytes(r.overhead.high) / r.bytes_per_token)
+        caching = [rank for rank in self.ranks if rank.bytes_per_token] or self.ranks
+        return min(caching, key=lambda r: r.kv_bytes(r.overhead.high) / max(1, r.bytes_per_token))
 
 
 def predict(node: Node, family: Family, config: Mapping[str, Any], groups: Sequence[Group], setup: Setup) -> Prediction:

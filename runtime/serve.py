@@ -19,7 +19,7 @@ from typing import Any
 import m3quant
 
 from ..convert.journal import FOLDER, MANIFEST
-from ..errors import CheckpointError, DoesNotFit, ServeError, VerifyError
+from ..errors import CheckpointError, DoesNotFit, EngineMissing, OptionError, ServeError, VerifyError
 from .checklog import TOLERATED, LogCheck, check_log
 from .command import vllm_arguments
 from .enginelog import parse_log
@@ -91,10 +91,12 @@ def quick_check(src: str, subject: Subject) -> list[str]:
 
 
 def full_check(src: str, say: Say) -> None:
-    """sha256 of every shard and file against the manifest. Raises VerifyError with the first difference."""
+    """sha256 of every shard and file against the manifest. Raises VerifyError with the first difference, CheckpointError for no output of m3quant."""
+    from ..publish.files import require_output
     from ..verify.structure import hash_problems, read_manifest
 
-    folder = Path(src)
+    folder = Path(src).expanduser()
+    require_output(folder)
     manifest = read_manifest(folder)
     say(f"reading {len(manifest['shards'])} shards to check their sha256 ...")
     for problem in hash_problems(folder, manifest):
@@ -156,13 +158,13 @@ def _engine(recipe: ServeRecipe, python: str | None, dry: bool) -> Engine | None
 
         try:
             return find_engine("sglang", python or sys.executable)
-        except ServeError:
-            if dry:
+        except EngineMissing:
+            if dry and python is None:
                 return None
             raise
     try:
         return find_engine("vllm", find_engine_python(python))
-    except (VerifyError, ServeError):
+    except EngineMissing:
         if dry and python is None:
             return None
         raise
@@ -181,14 +183,14 @@ def _node(recipe: ServeRecipe, engine: Engine | None, dry: bool, say: Say) -> No
         return asked
     if (asked.gpu.name == CPU) != bool(engine and engine.is_cpu):
         have = "vLLM's CPU build" if engine and engine.is_cpu else "a GPU build of the engine"
-        raise ServeError(
+        raise OptionError(
             f"--on {recipe.node} does not go with {have} ({engine.python if engine else ''}): name another engine or node."
         )
     if asked.gpu.name == CPU:
         return asked
     here = detect_node(engine) if engine else asked
     if here.count < asked.count or here.gpu.total_bytes < 0.99 * asked.gpu.total_bytes:
-        raise ServeError(
+        raise OptionError(
             f"--on {recipe.node}, but this machine has {here.name} ({here.gpu.total_bytes / 2**30:.1f} GiB each): plan for that one."
         )
     return asked
@@ -250,9 +252,9 @@ def importable(engine: Engine, launch: Launch) -> Iterator[dict[str, str]]:
 
 
 def check_guard() -> None:
-    """Raise ServeError if this installation has no guard."""
+    """Raise EngineMissing if this installation has no guard."""
     if importlib.util.find_spec("m3quant.runtime.guard") is None:
-        raise ServeError(
+        raise EngineMissing(
             "this m3quant has no guard (m3quant.runtime.guard): install it whole, or serve without it with --no-guard."
         )
 
@@ -310,7 +312,7 @@ class Ready:
 def serve(
     prepared: Prepared, log: Path, echo: Say | None, say: Say, on_ready: Callable[[Ready], None], pinning: bool
 ) -> int:
-    """Run until the engine ends or a signal comes. 0: stopped by a signal, drained. Raises ServeError for everything else."""
+    """Run until the engine ends or a signal comes. 0: stopped by a signal, drained. Raises ServeError for everything else, OptionError before the start."""
     recipe, engine = prepared.recipe, prepared.engine
     assert engine is not None
     if GUARD in prepared.launch.command:

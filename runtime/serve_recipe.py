@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..errors import RecipeError
 from ..recipe import read_recipe_file, recipe_folder
 from .fit import Ask
+from .hardware import MAX_COUNT
 from .memory import DEFAULT_BATCHED_TOKENS, DEFAULT_UTILIZATION
 
-Count = Annotated[int, Field(ge=1, le=2**31)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Word = Annotated[str, Field(pattern=r"^\S+$")]  # what an engine's argument may be: not empty, no white space
 
 
 class ServeRecipe(BaseModel):
@@ -36,10 +38,10 @@ class ServeRecipe(BaseModel):
     vision: bool = False
     watermark: float = Field(default=0.02, ge=0, lt=1)
     shutdown_timeout: int = Field(default=60, ge=0, le=3600)
-    start_timeout: int = Field(default=3600, ge=1)
-    host: str = "127.0.0.1"
+    start_timeout: Count = 3600
+    host: Word = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
-    served_name: str | None = None
+    served_name: Word | None = None
     guard: bool = True
     guard_settings: dict[str, str | int | float] = Field(default_factory=dict)
     extra: list[str] = Field(default_factory=list)  # more arguments for the engine, as they are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -10,7 +11,7 @@ import sys
 import click
 
 from .. import __version__
-from ..errors import M3QuantError
+from ..errors import M3QuantError, StoppedError
 
 # command -> (module under m3quant.cli, the line that --help shows)
 COMMANDS = {
@@ -54,6 +55,21 @@ def cli() -> None:
     """
 
 
+# What any path that a person gives, or any disk, may answer to any of our calls: told like a refusal of ours.
+_UNFORESEEN = {
+    **dict.fromkeys(
+        (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+        M3QuantError.exit_code,
+    ),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), StoppedError.exit_code),
+}
+
+
+def _discard_output() -> None:
+    """Let the interpreter's last flush of stdout go nowhere, instead of failing once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     """Entry point: refusals of ours become one line on stderr and an exit code, never a traceback."""
     try:
@@ -71,6 +87,14 @@ def main() -> None:
         )
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(1)
+    except OSError as error:
+        code = _UNFORESEEN.get(error.errno or 0)
+        if code is None:
+            raise
+        if error.filename is None:  # of the streams, stdout alone is ours to fill
+            _discard_output()
+        click.echo(f"m3quant: {error.filename or 'the output'} cannot be used: {error.strerror}.", err=True)
+        sys.exit(code)
     sys.exit(code if isinstance(code, int) else 0)

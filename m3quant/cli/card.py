@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from ..verify.run import require_converted
+from ..errors import OptionError
+from ..publish.files import require_output
 from .options import publish_options
 
 
@@ -31,7 +32,9 @@ def command(out: Path, repo: str | None, checking: bool, online: bool, as_json: 
     from ..publish.gates import check, make_card
     from .options import publish_asked
 
-    require_converted(out)
+    if online and not checking:
+        raise OptionError("--online says how to check: give --check with it.")
+    require_output(out)
     asked = publish_asked(repo, given, online)
     written = make_card(out, asked)
     problems, explained = written.problems, {}

@@ -31,7 +31,7 @@ def run_fit(src: str, revision: str | None, to: str | None, recipe_file: Path | 
             on: str | None, everything: bool, log_file: Path | None, ask: Ask, prices_file: Path | None, as_json: bool) -> int:  # fmt: skip
     """The three modes. Returns the exit code: 0 fits (or the log agrees), 3 does not fit, 1 the log disagrees."""
     gc.disable()  # 140,000 tensors become objects that all live to the end: collections would take a third of the time
-    node = parse_node(on) if on else None
+    node = parse_node(on) if on is not None else None
     subject = open_subject(src, revision)
     models = _models(subject, to, recipe_file, settings, format_name, everything)
     if log_file is not None:
@@ -108,6 +108,7 @@ def _table_mode(
             json.dumps({"checkpoint": subject.where, "prices": prices.model_dump(mode="json"), "rows": found}, indent=2)
         )
         return 0 if any(fit.fits for fit in fits) else NO_FIT
+    context = _context(ask, subject.stored)
     kv = f"KV cache {fits[0].setup.kv_dtype}" + (
         f", index keys {ask.index_dtype}" if subject.family.kv_geometry(subject.config).index_layers else ""
     )
@@ -123,7 +124,7 @@ def _table_mode(
             "split",
             "pool tokens",
             "longest context",
-            f"at {_context(ask):,}",
+            f"at {context:,}",
             f"{prices.currency}/h",
             f"{prices.currency}/M out",
             "verdict",
@@ -140,25 +141,28 @@ def _table_mode(
     print_table(rows)
     click.echo(
         f"prices of {prices.date}: {prices.source}; per million output tokens: the floor that HBM bandwidth sets when the pool is full of "
-        f"requests of {_context(ask):,} tokens (at most max-num-seqs), no prefill, no kernel or network loss"
+        f"requests of {context:,} tokens (at most max-num-seqs), no prefill, no kernel or network loss"
     )
+    if ask.context is None and context < TABLE_CONTEXT:
+        click.echo(f"at {context:,}: the longest context that config.json allows, in place of {TABLE_CONTEXT:,}")
     return 0 if any(fit.fits for fit in fits) else NO_FIT
 
 
-def _context(ask: Ask) -> int:
-    return ask.context or TABLE_CONTEXT
+def _context(ask: Ask, model: ServedModel) -> int:
+    """Tokens of each request in the table and the price: as asked, else TABLE_CONTEXT or the model's own longest."""
+    return ask.context or min(TABLE_CONTEXT, model.max_positions or TABLE_CONTEXT)
 
 
 def _requests(fit: Fit) -> int:
     return (
-        min(fit.pool.concurrency(_context(fit.ask)), fit.setup.max_num_seqs)
-        if fit.longest_context >= _context(fit.ask)
+        min(fit.pool.concurrency(_context(fit.ask, fit.model)), fit.setup.max_num_seqs)
+        if fit.longest_context >= _context(fit.ask, fit.model)
         else 0
     )
 
 
 def _bound(fit: Fit) -> float:
-    return decode_bound(fit, _context(fit.ask), _requests(fit)) if fit.fits else 0.0
+    return decode_bound(fit, _context(fit.ask, fit.model), _requests(fit)) if fit.fits else 0.0
 
 
 def split_name(fit: Fit) -> str:
@@ -196,7 +200,7 @@ def fit_json(fit: Fit, changes: list[Remedy], prices: Prices) -> dict[str, Any]:
             for r in fit.prediction.ranks
         ],
         "price": {"per_hour": per_hour, "currency": prices.currency, "date": prices.date.isoformat(), "decode_bound_tokens_per_s": bound,
-                  "bound_context": _context(fit.ask), "bound_requests": _requests(fit),
+                  "bound_context": _context(fit.ask, fit.model), "bound_requests": _requests(fit),
                   "per_million_output_floor": price_per_million(per_hour, bound) if per_hour is not None and bound else None},
         "command": shlex.join(vllm_command(fit)) if fit.fits else None,
         "changes": [{"change": r.change, "longest_context": r.fit.longest_context, "pool_tokens": r.fit.pool.tokens} for r in changes],
@@ -249,7 +253,7 @@ def print_fit(fit: Fit, changes: list[Remedy], prices: Prices) -> None:
     if per_hour is not None and bound:
         click.echo(
             f"price: {per_hour:.2f} {prices.currency}/h ({prices.date}); at least {price_per_million(per_hour, bound):.2f} per million output tokens "
-            f"(bandwidth bound of {bound:,.0f} tokens/s, {_requests(fit)} requests of {_context(fit.ask):,} tokens)"
+            f"(bandwidth bound of {bound:,.0f} tokens/s, {_requests(fit)} requests of {_context(fit.ask, fit.model):,} tokens)"
         )
     click.echo(shlex.join(vllm_command(fit)))
 

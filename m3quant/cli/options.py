@@ -11,6 +11,7 @@ import click
 from ..errors import RecipeError
 from ..quant.layout import FORMATS
 from ..recipe import Recipe, build_recipe, named_recipe, read_recipe_file
+from ..runtime.hardware import MAX_COUNT
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -69,7 +70,7 @@ ASK_OPTIONS = (
 
 def ask_options(function: F) -> F:
     """How a checkpoint is to be served: the fields of runtime.fit.Ask."""
-    tokens = click.IntRange(min=1)
+    tokens = click.IntRange(1, MAX_COUNT)
     for option in reversed((
         click.option("--context", type=tokens, default=None, help="Tokens of one request, prompt and answer. [the longest that fits]"),
         click.option("--concurrency", type=tokens, default=None, help="Requests of that length at once. [1]"),
@@ -147,16 +148,21 @@ def publish_options(function: F) -> F:
 
 
 def publish_asked(repo: str | None, given: dict[str, Any], online: bool = False) -> Asked:
-    """The options of `publish_options` as the gates take them."""
+    """The options of `publish_options` as the gates take them. Raises HubError or OptionError for values that are wrong anywhere."""
     from ..publish.gates import Asked
-    from ..publish.licences import GivenLicence
+    from ..publish.licences import GivenLicence, check_given
+    from ..publish.remote import check_repo_id
 
+    if repo is not None:
+        check_repo_id(repo)
+    licence = GivenLicence(given["licence_file"], given["licence_id"], given["licence_name"])
+    check_given(licence)
     return Asked(
         base_repo=given["base_repo"],
         base_revision=given["base_revision"],
         repo=repo,
         source=given["source"],
-        licence=GivenLicence(given["licence_file"], given["licence_id"], given["licence_name"]),
+        licence=licence,
         online=online,
     )
 

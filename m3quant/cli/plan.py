@@ -49,7 +49,7 @@ def command(
     With --on, --all or --check-log: whether SRC, or what --to would make of it, can be served, and at which context; exit code 3 if not.
     """
     rates = load_rates(rates_file)
-    if any(serving[name] for name in ("on", "everything", "check_log")):
+    if serving["everything"] or serving["on"] is not None or serving["check_log"] is not None:
         return _serving(src, revision, to, recipe_file, settings, format_name, as_json, serving)
     if given := sorted(name for name, value in serving.items() if value is not None and value is not False):
         raise click.UsageError(

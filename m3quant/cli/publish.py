@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import HubError, PublishError
-from ..publish.files import files_to_publish
+from ..publish.files import files_to_publish, require_output
 from ..publish.upload import DEFAULT_TAG
-from ..verify.run import require_converted
 from ..verify.structure import read_manifest
 from .options import human_bytes, print_table, publish_asked, publish_options
 from .progress import BytesProgress
@@ -57,7 +56,7 @@ def command(
 
     check_repo_id(repo)
     check_tag(tag)
-    require_converted(out)
+    require_output(out)
     if not dry_run:  # before the gates, which read every byte of the output
         check_answerable(yes, repo)
         Remote(repo, say).check_token()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -11,9 +13,9 @@ from typing import Any
 
 import click
 
-from ..errors import OutputError, ServeError
+from ..errors import OptionError, OutputError, StoppedError
 from ..runtime.engines import shown
-from ..runtime.hardware import CPU
+from ..runtime.hardware import CPU, MAX_COUNT
 from ..runtime.serve import Prepared, Ready, full_check, prepare, serve
 from ..runtime.serve_recipe import load_serve_recipe
 from ..runtime.units import compose_file, systemd_unit
@@ -30,6 +32,7 @@ RECIPE_OPTIONS = (
     "start_timeout",
     *ASK_OPTIONS,
 )
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 NEWEST_READ = "0.33.0"  # the image named in a compose file when no engine is installed here
 
 
@@ -68,7 +71,10 @@ NEWEST_READ = "0.33.0"  # the image named in a compose file when no engine is in
     help="Seconds running requests get on SIGTERM. [60]",
 )
 @click.option(
-    "--start-timeout", type=click.IntRange(min=1), default=None, help="Seconds until the engine must be ready. [3600]"
+    "--start-timeout",
+    type=click.IntRange(1, MAX_COUNT),
+    default=None,
+    help="Seconds until the engine must be ready. [3600]",
 )
 @click.option(
     "--log",
@@ -118,12 +124,14 @@ def command(checkpoint: str, recipe_file: str | None, api_key_env: str | None, e
 def _api_key(name: str | None, dry: bool) -> str | None:
     if name is None:
         return None
+    if not _VARIABLE.fullmatch(name):
+        raise OptionError(f"--api-key-env {name!r} is no name of an environment variable: give the name, not the key.")
     value = os.environ.get(name)
     if value:
         return value
     if dry:
         return ""
-    raise ServeError(
+    raise OptionError(
         f"--api-key-env {name}: this variable is not set; export it, or leave the option out to serve without a key."
     )
 
@@ -144,7 +152,7 @@ def _own_command() -> list[str]:
 def _compose(prepared: Prepared, api_key_env: str | None) -> str:
     fit = prepared.fit
     if fit.node.gpu.name == CPU or prepared.recipe.engine != "vllm":
-        raise ServeError("--write-compose is for vLLM on GPUs: its image has no CPU build and no SGLang.")
+        raise OptionError("--write-compose is for vLLM on GPUs: its image has no CPU build and no SGLang.")
     version = prepared.engine.version if prepared.engine else NEWEST_READ
     launch = prepared.launch
     arguments = launch.command[launch.command.index("serve") + 1 :]
@@ -158,6 +166,8 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoppedError(f"{path} cannot be written: {error.strerror}. Free space and run it again.") from None
         raise OutputError(f"{path} cannot be written: {error.strerror}.") from None
 
 

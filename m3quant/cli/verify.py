@@ -8,7 +8,8 @@ import math
 import click
 
 from ..errors import VerifyError
-from ..verify.run import Check, Verification, require_converted, sqnr_by_scheme, verify
+from ..verify.run import Check, Verification, sqnr_by_scheme, verify
+from ..verify.structure import require_converted
 from ..verify.values import worst
 from .progress import local_folder
 
@@ -54,6 +55,10 @@ def command(
     def say(line: str) -> None:
         click.echo(line, err=True)
 
+    if engine:  # before hours of reading
+        from ..engine import find_engine_python
+
+        engine_python = find_engine_python(engine_python)
     folder = local_folder(dst)
     require_converted(folder)
     result, plan = verify(folder, source, say)
@@ -63,7 +68,7 @@ def command(
         options = {"timeout_s": engine_timeout, "tensor_parallel_size": tensor_parallel_size}
         try:
             check, result.engine = engine_check(folder, plan, engine_python, say, **options)
-        except VerifyError as error:  # no engine, or it crashed: what the other checks found is still worth printing
+        except VerifyError as error:  # it crashed: what the other checks found is still worth printing
             check = Check("engine", "vLLM", [str(error)])
         result.checks.append(check)
     if as_json:

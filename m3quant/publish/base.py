@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import PublishError
+from ..errors import OptionError, PublishError
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -27,21 +27,21 @@ class Base:
 
 
 def resolve_base(manifest: Mapping[str, Any], repo: str | None, revision: str | None) -> Base:
-    """The base from what convert recorded and what is given. Raises PublishError where it is unknown or the two disagree."""
+    """The base from what convert recorded and what is given. Raises PublishError where it is unknown, OptionError where the two disagree."""
     source = manifest["source"]
     recorded_repo, recorded_revision = source.get("repo"), source.get("revision")
     if repo is not None and not _REPO.fullmatch(repo):
-        raise PublishError(f"--base-repo {repo} is no Hub repo: give it as org/name.")
+        raise OptionError(f"--base-repo {repo} is no Hub repo: give it as org/name.")
     if repo and recorded_repo and repo.lower() != recorded_repo.lower():
-        raise PublishError(
+        raise OptionError(
             f"--base-repo {repo} is given, but the source came from {recorded_repo}: leave the option out."
         )
     if revision is not None and not _COMMIT.fullmatch(revision):
-        raise PublishError(
+        raise OptionError(
             f"--base-revision {revision} is no commit: branches and tags move, so give the 40 hex digits of the commit."
         )
     if revision and recorded_revision and revision != recorded_revision:
-        raise PublishError(
+        raise OptionError(
             f"--base-revision {revision} is given, but the download recorded {recorded_revision}: leave the option out."
         )
     name, commit = recorded_repo or repo, recorded_revision or revision

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..checkpoint import CONFIG_NAME, INDEX_NAME, sha256_file
 from ..convert.journal import FOLDER, MANIFEST
-from ..errors import PublishError
+from ..errors import CheckpointError, PublishError, VerifyError
 from ..evaluate.record import EVAL_FILE
 from ..plan import RECIPE_FILE
+from ..verify.structure import read_manifest, require_converted
 
 CARD = "README.md"
 NOTICE = "NOTICE"
@@ -39,6 +40,16 @@ class PublishFile:
     size: int
     sha256: str
     base_copy: bool = False
+
+
+def require_output(out: Path) -> None:
+    """Raise CheckpointError where `out` is no finished output of m3quant convert: to `card`, `publish` and `serve` that is wrong
+    input, while to `verify` it is what it finds."""
+    require_converted(out)
+    try:
+        read_manifest(out)
+    except VerifyError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def files_to_publish(out: Path, manifest: Mapping[str, Any]) -> list[PublishFile]:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ..checkpoint import sha256_file
-from ..errors import PublishError
+from ..errors import OptionError, PublishError
 from .base import Base
 from .files import LICENCE_FILE
 
@@ -78,14 +78,41 @@ def recognise(text: str) -> tuple[str, str | None] | None:
     return None
 
 
+def check_given(given: GivenLicence) -> None:
+    """Raise OptionError for words on a licence that no base could make right."""
+    common = data()["common"]
+    if given.identifier == "other":
+        if not given.name:
+            raise OptionError("--licence-id other needs --licence-name NAME, the Hub's license_name of the base.")
+    elif given.identifier is not None and given.identifier not in common:
+        raise OptionError(
+            f"--licence-id {given.identifier}: m3quant can compare a text with {', '.join(common)}; for others give other and --licence-name."
+        )
+    elif given.name is not None:
+        raise OptionError(f"--licence-name {given.name} goes with --licence-id other: give both, or leave it out.")
+    if given.file is not None:
+        _given_text(given.file)
+
+
+def _given_text(file: Path) -> bytes:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise OptionError(f"--licence-file {file} cannot be read: {error.strerror}.") from None
+    if not content.strip():
+        raise OptionError(f"--licence-file {file} is empty: give the licence text of the base.")
+    return content
+
+
 def resolve_licence(
     out: Path, manifest: Mapping[str, Any], config: Mapping[str, Any], base: Base, given: GivenLicence
 ) -> Licence:
     """The licence of `out`, whose base is `base`. Copies `given.file` into it as LICENSE where the base had none.
 
-    Raises PublishError: no licence text, a text that is not this base's, a base card or config.json that says another, or a
-    base that m3quant does not know without what a person must then supply.
+    Raises OptionError for words that cannot be right; PublishError: no licence text, a text that is not this base's, a base
+    card or config.json that says another, or a base that m3quant does not know without what a person must then supply.
     """
+    check_given(given)
     known = {name.lower(): facts for name, facts in data()["bases"].items()}.get(base.repo.lower())
     if known and config.get("model_type") != known["model_type"]:
         raise PublishError(
@@ -114,18 +141,13 @@ def resolve_licence(
 
 
 def supply(out: Path, file: Path) -> None:
-    """Copy a licence text into an output that has none. Raises PublishError for another one there, or an unreadable file."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise PublishError(f"--licence-file {file} cannot be read: {error.strerror}.") from None
-    if not content.strip():
-        raise PublishError(f"--licence-file {file} is empty: give the licence text of the base.")
+    """Copy a licence text into an output that has none. Raises OptionError for another one there, or an unreadable file."""
+    content = _given_text(file)
     present = licence_files(out)
     if any(p.read_bytes() == content for p in present):
         return
     if present:
-        raise PublishError(
+        raise OptionError(
             f"{out / present[0].name} is there already and differs from --licence-file {file}: leave the option out."
         )
     (out / "LICENSE").write_bytes(content)
@@ -203,16 +225,8 @@ def _custom(path: Path, manifest: Mapping[str, Any], base: Base, given: GivenLic
             f"m3quant does not know the licence of {base.repo} ({path.name}): name it with --licence-id, as the Hub does "
             "(apache-2.0, mit, ...), or with --licence-id other --licence-name NAME."
         )
-    patterns = data()["common"].get(given.identifier)
-    if given.identifier == "other":
-        if not given.name:
-            raise PublishError("--licence-id other needs --licence-name NAME, the Hub's license_name of the base.")
-    elif patterns is None:
-        common = ", ".join(data()["common"])
-        raise PublishError(
-            f"--licence-id {given.identifier}: m3quant can compare a text with {common}; for others give other and --licence-name."
-        )
-    elif not all(
+    patterns = data()["common"].get(given.identifier, ())  # "other" has none
+    if not all(
         re.search(p, _flat(path.read_text(encoding="utf-8", errors="replace")), re.IGNORECASE) for p in patterns
     ):
         raise PublishError(f"{path.name} does not read like {given.identifier}: give the licence that the base has.")

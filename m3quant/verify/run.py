@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError
 from ..plan import Plan
 from ..reading import ConvertedReader, SourceReader
 from .structure import check_same_kind, hash_problems, output_plan, read_manifest, structure_problems
@@ -126,9 +125,3 @@ def error_problems(plan: Plan, errors: dict[str, TensorError]) -> list[str]:
         elif error.defect:
             problems.append(f"tensor '{error.name}' {error.defect}")
     return problems
-
-
-def require_converted(output: Path) -> None:
-    """Raise CheckpointError if there is no such folder."""
-    if not output.is_dir():
-        raise CheckpointError(f"there is no folder {output}: give the output of m3quant convert.")

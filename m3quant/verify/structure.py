@@ -19,6 +19,12 @@ from ..recipe import Recipe, build_recipe
 from ..source import FP8_BLOCK, PLAIN, source_kind
 
 
+def require_converted(output: Path) -> None:
+    """Raise CheckpointError if there is no such folder."""
+    if not output.is_dir():
+        raise CheckpointError(f"there is no folder {output}: give the output of m3quant convert.")
+
+
 def read_manifest(output: Path) -> dict[str, Any]:
     """m3quant.json of an output. Raises VerifyError if the folder is unfinished or not ours."""
     path = output / MANIFEST

@@ -34,32 +34,32 @@ def bad_request(message: str, param: str | None, reason: str = "invalid") -> Ref
     return Refusal(400, message, "BadRequestError", reason, param)
 
 
+def never_fits(message: str, param: str, value: int) -> Refusal:
+    """What no wait would help. Ends as vLLM's messages do, with the parameter that is at fault."""
+    return bad_request(f"{message} (parameter={param}, value={value})", param, "never_fits")
+
+
 def prompt_too_long(limit: int, prompt: int) -> Refusal:
-    return bad_request(
+    return never_fits(
         f"This model's maximum context length is {limit} tokens. However, your prompt contains {prompt} input tokens, which "
-        f"exceeds this limit even without any output tokens. Please reduce the length of the input prompt. "
-        f"(parameter=input_tokens, value={prompt})",
+        f"exceeds this limit even without any output tokens. Please reduce the length of the input prompt.",
         "input_tokens",
-        "never_fits",
+        prompt,
     )
 
 
 def too_many_output_tokens(name: str, asked: int, limit: int) -> Refusal:
-    return bad_request(
-        f"{name}={asked} cannot be greater than max_model_len={limit}. Please request fewer output tokens. "
-        f"(parameter={name}, value={asked})",
-        name,
-        "never_fits",
-    )
+    message = f"{name}={asked} cannot be greater than max_model_len={limit}. Please request fewer output tokens."
+    return never_fits(message, name, asked)
 
 
 def over_context(limit: int, prompt: int, output: int) -> Refusal:
-    return bad_request(
+    return never_fits(
         f"This model's maximum context length is {limit} tokens. However, you requested {output} output tokens and your prompt "
         f"contains {prompt} input tokens, for a total of {prompt + output} tokens. Please reduce the length of the input prompt "
-        f"or the number of requested output tokens. (parameter=input_tokens, value={prompt})",
+        "or the number of requested output tokens.",
         "input_tokens",
-        "never_fits",
+        prompt,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from m3quant import engine
 from m3quant.engine import Difference, difference, find_engine_python, run_engine
 from m3quant.engine_probe import WeightLedger, account, empty_response, header_names, watch_writes
-from m3quant.errors import VerifyError
+from m3quant.errors import EngineMissing, VerifyError
 
 PROMPTS = [[1, 2, 3]]
 
@@ -52,18 +52,18 @@ def respond(**fields: object) -> str:
 def test_no_vllm_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(engine.ENGINE_PYTHON, raising=False)
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(VerifyError, match=r"vLLM is not installed.*--engine-python.*M3QUANT_ENGINE_PYTHON"):
+    with pytest.raises(EngineMissing, match=r"vLLM is not installed.*--engine-python.*M3QUANT_ENGINE_PYTHON"):
         find_engine_python()
 
 
 def test_a_python_that_does_not_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(VerifyError, match=r"--engine-python names .*nowhere, which does not run"):
+    with pytest.raises(EngineMissing, match=r"--engine-python names .*nowhere, which does not run"):
         find_engine_python(str(tmp_path / "nowhere"))
 
 
 def test_a_python_without_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(engine.ENGINE_PYTHON, sys.executable)
-    with pytest.raises(VerifyError, match=r"M3QUANT_ENGINE_PYTHON names .*, which has no vllm"):
+    with pytest.raises(EngineMissing, match=r"M3QUANT_ENGINE_PYTHON names .*, which has no vllm"):
         find_engine_python()
 
 

@@ -9,29 +9,13 @@ from typing import Any
 import numpy as np
 import tiny
 import torch
+from convert.common import Silent
 from safetensors.torch import load_file, save_file
 
 from m3quant.evaluate.models import open_model
 from m3quant.evaluate.record import EvalRecord, Result
 from m3quant.evaluate.run import Settings, evaluate
 from m3quant.evaluate.task import Predictions, ScoredSequence
-
-
-class Silent:
-    """A Progress that keeps what it was told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.total = self.done = 0
-
-    def start(self, total_bytes: int, done_bytes: int) -> None:
-        self.total, self.done = total_bytes, done_bytes
-
-    def advance(self, count: int) -> None:
-        self.done += count
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 class Plain:

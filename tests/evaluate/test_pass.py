@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from convert.common import Silent
 from convert.sources import quantized_source
-from measuring import Plain, Silent, changed_copy, full_logits, reference, run, sequence
+from measuring import Plain, changed_copy, full_logits, reference, run, sequence
 from safetensors.torch import load_file, save_file
 
 from m3quant.calibration import head
@@ -170,9 +171,10 @@ def test_killed_at_durable_operations_it_continues_with_the_same_figures(
     source = tiny.make_tiny_m3(tmp_path / "source", num_local_experts=2, num_experts_per_tok=1, num_hidden_layers=2)
     other = changed_copy(source, tmp_path / "other", 0.02)
     here = Path(__file__).parent
+    paths = os.pathsep.join([str(here.parent), str(here.parent / "calibration")])
     done = subprocess.run(
         [sys.executable, str(here / "kill_evaluation.py"), str(other), str(source), str(tmp_path), place, "17"],
-        env={**os.environ, "PYTHONPATH": str(here.parent / "calibration"), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from guard_app import FakeEngine, ask, completion, make_guard, settle, start
+from guard_app import Call, FakeEngine, ask, completion, make_guard, settle, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +28,15 @@ def clean(guard: Guard) -> bool:
 
 def run(coroutine: Any) -> Any:
     return asyncio.run(coroutine)
+
+
+async def overload(engine: FakeEngine, guard: Guard, count: int, key: str | None = None) -> list[Call]:
+    """`count` requests of 256 tokens, of which the pool holds four, at an engine that stands still."""
+    engine.go.clear()
+    headers = {"Authorization": f"Bearer {key}"} if key else None
+    calls = [start(guard, COMPLETIONS, completion(200, 56), headers=headers) for _ in range(count)]
+    await settle()
+    return calls
 
 
 def test_a_stream_passes_byte_for_byte_and_gives_its_tokens_back() -> None:
@@ -172,9 +181,7 @@ def test_what_does_not_fit_now_waits_and_then_runs() -> None:
     async def scenario() -> None:
         engine = FakeEngine()
         guard = make_guard(engine)
-        engine.go.clear()
-        calls = [start(guard, COMPLETIONS, completion(200, 56)) for _ in range(8)]  # 256 tokens each, four fit
-        await settle()
+        calls = await overload(engine, guard, 8)
         assert engine.running == 4 and guard.admission.ledger.waiting == 4
         assert guard.admission.ledger.reserved == 1024
         engine.go.set()
@@ -188,9 +195,7 @@ def test_a_full_queue_and_a_deadline_say_when_to_come_back() -> None:
     async def scenario() -> None:
         engine = FakeEngine()
         guard = make_guard(engine, queue_tokens=256, queue_timeout_s=0.05, retry_after_s=7)
-        engine.go.clear()
-        calls = [start(guard, COMPLETIONS, completion(200, 56)) for _ in range(6)]
-        await settle()
+        calls = await overload(engine, guard, 6)
         assert (
             calls[5].status == 429 and calls[5].headers["retry-after"] == "7"
         )  # nothing observed yet: the configured guess
@@ -210,9 +215,7 @@ def test_retry_after_follows_the_observed_release_rate() -> None:
         guard = make_guard(engine, queue_tokens=0)
         now = [1000.0]
         guard.admission.clock = lambda: now[0]
-        engine.go.clear()
-        calls = [start(guard, COMPLETIONS, completion(200, 56)) for _ in range(4)]
-        await settle()
+        calls = await overload(engine, guard, 4)
         now[0] += 20  # one request of 256 tokens ends after 20 seconds: 12.8 tokens a second
         calls[0].hang_up()
         await settle()
@@ -234,9 +237,7 @@ def test_hanging_up_while_waiting_and_while_running_frees_the_tokens() -> None:
     async def scenario() -> None:
         engine = FakeEngine()
         guard = make_guard(engine)
-        engine.go.clear()
-        calls = [start(guard, COMPLETIONS, completion(200, 56)) for _ in range(6)]
-        await settle()
+        calls = await overload(engine, guard, 6)
         calls[4].hang_up()
         await settle()
         assert guard.admission.ledger.waiting == 1 and engine.running == 4
@@ -265,9 +266,7 @@ def test_cancelling_the_server_task_frees_the_tokens() -> None:
     async def scenario() -> None:
         engine = FakeEngine()
         guard = make_guard(engine)
-        engine.go.clear()
-        calls = [start(guard, COMPLETIONS, completion(200, 56)) for _ in range(6)]
-        await settle()
+        calls = await overload(engine, guard, 6)
         for call in calls:
             call.task.cancel()
         await asyncio.gather(*(call.task for call in calls), return_exceptions=True)
@@ -323,11 +322,7 @@ def test_a_burst_cannot_fill_the_queue_against_another_key() -> None:
     async def scenario() -> None:
         engine = FakeEngine()
         guard = make_guard(engine, api_keys="hog,guest", queue_tokens=1024)
-        engine.go.clear()
-        hogs = [
-            start(guard, COMPLETIONS, completion(200, 56), headers={"Authorization": "Bearer hog"}) for _ in range(8)
-        ]
-        await settle()
+        hogs = await overload(engine, guard, 8, key="hog")
         guest = start(guard, COMPLETIONS, completion(200, 56), headers={"Authorization": "Bearer guest"})
         await settle()
         assert hogs[7].status == 429 and guest.status == 0  # the hog's newest made room

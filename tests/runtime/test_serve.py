@@ -20,7 +20,16 @@ import yaml
 from click.testing import CliRunner
 
 from m3quant.cli import cli
-from m3quant.errors import CheckpointError, DoesNotFit, M3QuantError, NodeError, RecipeError, ServeError
+from m3quant.errors import (
+    CheckpointError,
+    DoesNotFit,
+    EngineMissing,
+    M3QuantError,
+    NodeError,
+    OptionError,
+    RecipeError,
+    ServeError,
+)
 from m3quant.recipe import recipe_folder, recipe_names
 from m3quant.runtime import engines, failures
 from m3quant.runtime.enginelog import parse_log
@@ -101,7 +110,7 @@ def test_an_older_engine_loses_optional_flags_with_a_word_and_needed_ones_with_a
     old = replace(NEW, version="0.26.0", flags=frozenset(FLAGS) - {"watermark"})
     launch = vllm_launch(fit, ServeRecipe(), old, None, None)
     assert "--watermark" not in launch.command and any("--watermark" in note for note in launch.notes)
-    with pytest.raises(ServeError, match=r"0\.26\.0 does not know --middleware"):
+    with pytest.raises(EngineMissing, match=r"0\.26\.0 does not know --middleware"):
         vllm_launch(fit, ServeRecipe(), replace(old, flags=old.flags - {"middleware"}), None, None)
 
 
@@ -115,7 +124,7 @@ def test_unknown_versions_warn(version: str, warns: bool) -> None:
 
 def test_a_version_without_the_model_is_refused() -> None:
     subject = open_subject(str(M3))
-    with pytest.raises(ServeError, match=r"0\.23\.0 does not have minimax_m3_vl: install 0\.24\.0"):
+    with pytest.raises(EngineMissing, match=r"0\.23\.0 does not have minimax_m3_vl: install 0\.24\.0"):
         version_notes(replace(NEW, version="0.23.0"), subject.family, subject.config)
 
 
@@ -123,7 +132,7 @@ def test_an_fp8_index_cache_needs_a_release_that_has_it() -> None:
     fit = fit_on(M3, "1xH200", index_dtype="fp8")
     engines.check_dtypes(fit, NEW)
     engines.check_dtypes(fit_on(M2, "1xH200", index_dtype="fp8"), replace(NEW, version="0.26.0"))
-    with pytest.raises(ServeError, match=r"0\.26\.0 keeps M3's index keys in BF16"):
+    with pytest.raises(EngineMissing, match=r"0\.26\.0 keeps M3's index keys in BF16"):
         engines.check_dtypes(fit, replace(NEW, version="0.26.0"))
 
 
@@ -278,9 +287,9 @@ def test_gpus_by_their_nvidia_smi_names() -> None:
 
 
 def test_an_engine_that_is_not_installed() -> None:
-    with pytest.raises(ServeError, match="has no sglang"):
+    with pytest.raises(EngineMissing, match="has no sglang"):
         find_engine("sglang", sys.executable)
-    with pytest.raises(ServeError, match="does not run"):
+    with pytest.raises(EngineMissing, match="does not run"):
         find_engine("vllm", "/nowhere/python")
 
 
@@ -381,7 +390,7 @@ def test_a_port_in_use_is_met_before_loading(port: int) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(ServeError, match="choose another --port"):
+        with pytest.raises(OptionError, match="choose another --port"):
             check_port("127.0.0.1", taken.getsockname()[1])
 
 

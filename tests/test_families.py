@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,37 @@ def test_text_config_keys_are_named_where_they_are_missing() -> None:
     del config["text_config"]["moe_layer_freq"]
     with pytest.raises(CheckpointError, match="text_config has no 'moe_layer_freq'"):
         family.expected_tensors(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("num_hidden_layers", 10**9, "num_hidden_layers"),
+        ("num_local_experts", True, "num_local_experts"),
+        ("num_local_experts", "256", "'256', not a whole number"),
+        ("hidden_size", 0, "'hidden_size' is 0, not a whole number from 1"),
+        ("head_dim", 10**40, "a number of 133 bits"),
+        ("num_experts_per_tok", 257, "257 experts per token"),
+        ("quantization_config", [], "'quantization_config' is [], not an object"),
+    ],
+)
+def test_values_that_no_model_has_are_refused_by_name(key: str, value: object, told: str) -> None:
+    config, family = load("minimax-m2.7")
+    assert config["shared_intermediate_size"] == 0 and family_of(config) is family
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        family_of({**config, key: value})
+
+
+@pytest.mark.parametrize("value", [[1, 1], {"0": 1}, 4])
+def test_lists_that_do_not_reach_every_layer_are_refused(value: object) -> None:
+    config, _ = load("minimax-m3")
+    with pytest.raises(CheckpointError, match=r"'moe_layer_freq' is .*an entry for each layer"):
+        family_of({**config, "text_config": {**config["text_config"], "moe_layer_freq": value}})
+
+
+def test_a_text_config_or_architectures_of_the_wrong_kind_are_refused() -> None:
+    config, _ = load("minimax-m3")
+    with pytest.raises(CheckpointError, match="'text_config' is no object"):
+        family_of({**config, "text_config": [1]})
+    with pytest.raises(CheckpointError, match="'architectures' is no list of names"):
+        family_of({**config, "architectures": {"a": 1}})

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..errors import CheckpointError
 from ..schemes import Scheme
 from .base import EngineModule, Expected, Family, KvGeometry, Role, need
 
@@ -59,7 +60,10 @@ class MiniMaxM3VL(Family):
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         text = need(config, "text_config")
-        assert isinstance(text, Mapping)
+        if not isinstance(text, Mapping):
+            raise CheckpointError(
+                "config.json: 'text_config' is no object: copy the original config.json of the release."
+            )
         return text
 
     def num_layers(self, config: Mapping[str, Any]) -> int:

@@ -38,6 +38,17 @@ class _Variant:
     error_after: float = 0.0
 
 
+@dataclass
+class _Part:
+    """What ranks tell one another of a chunk. Of its weights only what they put out travels, an eighteenth of their bytes."""
+
+    rows: torch.Tensor
+    shrink: list[torch.Tensor | None]
+    pair: torch.Tensor | None
+    error_before: float
+    error_after: float
+
+
 class MlpSearch:
     """The search of one layer's feed-forward block over its normed input h [T, H] in the quantized stream."""
 
@@ -147,8 +158,14 @@ class MlpSearch:
         variant, output = _Variant(sample.h), self.block.collect(sample, quantized=True)
         rounder = Rounder(self.block, self.settings, effective, self.moment, ranges, pair)
         chunks = self.block.chunks(quantized=True)
-        for (indices, _), rounded in self.settings.ranks.each(lambda chunk: rounder(*chunk), chunks):
-            output.add(indices, rounded.weights)
+
+        def part(chunk: tuple[list[int], Glu]) -> _Part:
+            rounded = rounder(*chunk)
+            rows = output.rows(chunk[0], rounded.weights)
+            return _Part(rows, rounded.shrink, rounded.pair, rounded.error_before, rounded.error_after)
+
+        for (indices, _), rounded in self.settings.ranks.each(part, chunks):
+            output.add(indices, rounded.rows)
             variant.error_before += rounded.error_before
             variant.error_after += rounded.error_after
             for slot, index in enumerate(indices):

@@ -25,6 +25,7 @@ from m3quant.schemes import KEEP, Scheme
 # M2 14 M. On a GPU a chunk is one batch of products: 9 experts of M3, 37 of M2, and with all that is made of it 8 GB.
 _CHUNK = {"cpu": 1 << 21, "cuda": 1 << 29}
 _ROWS = 8192  # activation rows multiplied at once
+_SHARES = 8  # GPUs of a node; the chunks, and so the sums, do not depend on how many there are
 
 
 @dataclass(frozen=True)
@@ -61,27 +62,35 @@ class Sample:
     sums: dict[tuple[int, ...], PairSum] = field(default_factory=dict)
 
 
-class _Output:
-    """A block's output on a sample, collected chunk by chunk in the order of `units`."""
+class Output:
+    """A block's output on a sample, put together chunk by chunk in the order of `units`."""
 
     def __init__(self, block: "GluBlock", sample: Sample, units: list[int]) -> None:
         self.block, self.sample = block, sample
         self.out = torch.zeros_like(sample.h)
 
-    def add(self, indices: list[int], weights: Glu) -> None:
-        """A token appears once per unit, so index_add_ has one order anywhere."""
+    def rows(self, indices: list[int], weights: Glu) -> torch.Tensor:
+        """What these units add: [m, H], unit by unit a row for each of its rows in the sample, times its gate weight."""
+        parts = [self.sample.h[:0]]
         for slot, index in enumerate(indices):
             rows, gates = self.sample.rows[index]
             for part, gate in zip(rows.split(_ROWS), gates.split(_ROWS), strict=True):
                 if len(part):
                     hidden = self.block.intermediate(self.sample.h[part], weights.gate[slot], weights.up[slot])
-                    self.out.index_add_(0, part, F.linear(hidden, weights.down[slot]) * gate[:, None])
+                    parts.append(F.linear(hidden, weights.down[slot]) * gate[:, None])
+        return torch.cat(parts)
+
+    def add(self, indices: list[int], rows: torch.Tensor) -> None:
+        """Add what `rows` gave, chunks in order. A token appears once per unit, so index_add_ has one order anywhere."""
+        tokens = [self.sample.rows[index][0] for index in indices]
+        for own, part in zip(tokens, rows.split([len(own) for own in tokens]), strict=True):
+            self.out.index_add_(0, own, part)
 
     def total(self) -> torch.Tensor:
         return self.out
 
 
-class _GroupedOutput:
+class _GroupedOutput(Output):
     """The same in batched products."""
 
     def __init__(self, block: "GluBlock", sample: Sample, units: list[int]) -> None:
@@ -91,14 +100,20 @@ class _GroupedOutput:
             sample.sums[key] = PairSum([sample.rows[i] for i in units], sample.h)
         self.sum, self.first = sample.sums[key], 0
 
-    def add(self, indices: list[int], weights: Glu) -> None:
+    def rows(self, indices: list[int], weights: Glu) -> torch.Tensor:
         rows = [self.sample.rows[i] for i in indices]
         blocks = self.sample.blocks.setdefault(tuple(indices), []) or row_blocks(rows)
         self.sample.blocks[tuple(indices)] = blocks
+        out = self.sample.h.new_empty(sum(len(tokens) for tokens, _ in rows), self.sample.h.shape[1])
         for block in blocks:
             hidden = self.block.hidden(self.sample.h[block.tokens], block, weights.gate, weights.up)
-            self.sum.put(block, self.first, times(hidden, block.of(weights.down)).mul_(block.gates[..., None]))
-        self.first += sum(len(tokens) for tokens, _ in rows)
+            outputs = times(hidden, block.of(weights.down)).mul_(block.gates[..., None])
+            out[block.pairs] = outputs.flatten(0, 1)[block.kept]
+        return out
+
+    def add(self, indices: list[int], rows: torch.Tensor) -> None:
+        self.sum.put(self.first, rows)
+        self.first += len(rows)
 
     def total(self) -> torch.Tensor:
         return self.sum.total()
@@ -158,20 +173,20 @@ class GluBlock:
         wanted = [i for i, unit in enumerate(self.units) if quantized is None or unit.quantized == quantized]
         start = 0
         while start < len(wanted):
-            first = self.units[wanted[start]]
-            shape = self.tensors[first.names[0]].shape
-            most = max(1, limit // (3 * shape.numel()))
             stop = start + 1
-            while (
-                stop < len(wanted)
-                and stop - start < most
-                and self.units[wanted[stop]].schemes == first.schemes
-                and self.tensors[self.units[wanted[stop]].names[0]].shape == shape
-            ):
+            while stop < len(wanted) and self._alike(wanted[start], wanted[stop]):
                 stop += 1
-            indices = wanted[start:stop]
-            yield indices, self._stack(indices)
+            most = max(1, limit // (3 * self.tensors[self.units[wanted[start]].names[0]].numel()))
+            if self.grouped:
+                most = _even(stop - start, most)
+            for at in range(start, stop, most):
+                indices = wanted[at : min(at + most, stop)]
+                yield indices, self._stack(indices)
             start = stop
+
+    def _alike(self, one: int, other: int) -> bool:
+        a, b = self.units[one], self.units[other]
+        return a.schemes == b.schemes and self.tensors[a.names[0]].shape == self.tensors[b.names[0]].shape
 
     def _stack(self, indices: list[int]) -> Glu:
         routed = self.spec.moe.num_experts if self.spec.moe else 0
@@ -186,10 +201,10 @@ class GluBlock:
             parts.append(part if self.grouped else part.float())
         return Glu(*parts)
 
-    def collect(self, sample: Sample, quantized: bool | None = None) -> _Output | _GroupedOutput:
-        """Where the outputs of `chunks(quantized)` are added up, in that order: add(indices, weights), total()."""
+    def collect(self, sample: Sample, quantized: bool | None = None) -> Output:
+        """Where the outputs of `chunks(quantized)` are added up, in that order."""
         units = [i for i, unit in enumerate(self.units) if quantized is None or unit.quantized == quantized]
-        return (_GroupedOutput if self.grouped and units else _Output)(self, sample, units)
+        return (_GroupedOutput if self.grouped and units else Output)(self, sample, units)
 
     def output(
         self, sample: Sample, change: Callable[[list[int], Glu], Glu] | None = None, quantized: bool | None = None
@@ -197,7 +212,7 @@ class GluBlock:
         """Sum over units on the sample, [n, H] float32, with weights replaced by change(indices, weights) if given."""
         out = self.collect(sample, quantized)
         for indices, weights in self.chunks(quantized):
-            out.add(indices, change(indices, weights) if change else weights)
+            out.add(indices, out.rows(indices, change(indices, weights) if change else weights))
         return out.total()
 
     def intermediate(self, h: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -258,6 +273,16 @@ class GluBlock:
             rows: Rows = [(self.units[i].tokens, self.units[i].weights) for i in indices]
             self._blocks[key] = row_blocks(rows)
         return self._blocks[key]
+
+
+def _even(units: int, most: int) -> int:
+    """Units of a chunk, at most `most`, so that the chunks of `units` divide among 2, 4 or 8 ranks."""
+    if units <= most:
+        return most
+    chunks = _SHARES
+    while -(-units // chunks) > most:
+        chunks += _SHARES
+    return -(-units // chunks)
 
 
 def _schemes(names: tuple[str, str, str], schemes: Mapping[str, Scheme]) -> tuple[Scheme, Scheme, Scheme]:

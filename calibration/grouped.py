@@ -118,9 +118,9 @@ class PairSum:
         self._position = torch.full((most, tokens), len(flat), device=device)
         self._position[rank, flat[order]] = order
 
-    def put(self, block: Block, first: int, outputs: torch.Tensor) -> None:
-        """Store a block's outputs [u, n, H], already times their gates; first: where the chunk's pairs begin."""
-        self._outputs[first + block.pairs] = outputs.flatten(0, 1)[block.kept]
+    def put(self, first: int, outputs: torch.Tensor) -> None:
+        """Store a chunk's outputs [m, H], already times their gates; first: where the chunk's pairs begin."""
+        self._outputs[first : first + len(outputs)] = outputs
 
     def total(self) -> torch.Tensor:
         out = self._outputs.new_zeros(self._position.shape[1], self._outputs.shape[1])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from planted import salient, tiny_layer
 
-from m3quant.calibration import grouped, kernels, ranges, round_weight
+from m3quant.calibration import glu, grouped, kernels, ranges, round_weight
 from m3quant.calibration.awq import calibrate_layer
 from m3quant.calibration.ops import Activation, gated
 from m3quant.calibration.settings import AwqSettings
@@ -79,14 +79,24 @@ def test_rows_are_cut_into_blocks_and_summed_in_order() -> None:
     for slot, (own, gates) in enumerate(rows):
         expected.index_add_(0, own, h[own] * (slot + 1) * gates[:, None])
     for _ in range(2):  # a second pass overwrites the first
-        seen = 0
+        seen, found = 0, torch.full((8, 6), torch.nan)
         for block in grouped.row_blocks(rows, width=2):
             slots = torch.arange(4) if block.units is None else block.units
             assert set(slots.tolist()) <= {0, 2, 3}
-            total.put(block, 0, h[block.tokens] * (slots + 1)[:, None, None] * block.gates[..., None])
+            outputs = h[block.tokens] * (slots + 1)[:, None, None] * block.gates[..., None]
+            found[block.pairs] = outputs.flatten(0, 1)[block.kept]
             seen += len(block.kept)
         assert seen == 8
+        total.put(0, found[:5])
+        total.put(5, found[5:])
         torch.testing.assert_close(total.total(), expected)
+
+
+@pytest.mark.parametrize(
+    ("units", "most", "each"), [(256, 37, 32), (128, 9, 8), (37, 37, 37), (5, 1, 1), (300, 37, 19)]
+)
+def test_chunks_divide_among_the_gpus_of_a_node(units: int, most: int, each: int) -> None:
+    assert glu._even(units, most) == each <= most
 
 
 @pytest.mark.parametrize(("family", "scheme"), [("m2", "int4-g128"), ("m3", "int4-g128-asym")])

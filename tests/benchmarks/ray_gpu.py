@@ -1,8 +1,9 @@
-"""One GPU against all GPUs of this machine through Ray: `python -m tests.benchmarks.ray_gpu OUT [--work DIR] [--layers 2]`.
+"""One GPU against all GPUs of this machine through Ray: `python -m tests.benchmarks.ray_gpu OUT [--work DIR] [--layers 3]`.
 
-M2 layers of the real shapes, random weights, files left in the page cache so that the disk does not hide the GPUs: seconds of
-`fp8` (data-free, one task a shard) and of `awq` (128 x 512 tokens, ranks in step), in one process on one GPU and with
---engine ray, and whether every shard's sha256 is the same. Start-up and compiling count: `lines` has when each layer was done. Writes OUT/ray_gpu.json.
+M2 layers of the real shapes and random weights: seconds of `fp8` (data-free, one task a shard) and of `awq` (128 x 512 tokens,
+ranks in step), in one process on one GPU and with --engine ray, and whether every shard's sha256 is the same. --work /dev/shm/...
+keeps the disk from hiding the GPUs. Whole seconds count start-up and compiling; `finished` is when each shard was whole, so
+the differences between layers are the steady state, and `search` what each layer's search took. Writes OUT/ray_gpu.json.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import argparse
 import json
 import shutil
 import time
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,28 +30,39 @@ from .wide import wide_checkpoint, wide_config
 
 
 def run(source: Path, output: Path, recipe: str, engine: str) -> dict[str, Any]:
-    """Convert once; seconds, when each layer was told of, and the shards' hashes."""
+    """Convert once; seconds, when each shard was whole, what each search took, and the shards' hashes."""
     shutil.rmtree(output, ignore_errors=True)
     plan = make_plan(Checkpoint.open(source), build_recipe(named_recipe(recipe)))
     settings = Settings(device="cuda", engine=engine)
     if recipe == "awq":
         settings.windows = random_windows(plan)
     lines: list[str] = []
-    started = time.perf_counter()
+    began, started = time.time(), time.perf_counter()
     convert(plan, output, settings, Quiet(started, lines))
     seconds = time.perf_counter() - started
+    shards = sorted(output.glob("*.safetensors"))
+    report = output / "m3quant-report" / "calibration.json"
+    layers = json.loads(report.read_text())["layers"] if report.exists() else []
     return {
         "seconds": seconds,
         "lines": lines,
-        "sha256": {p.name: sha256_file(p) for p in sorted(output.glob("*.safetensors"))},
+        "finished": [round(shard.stat().st_mtime - began, 3) for shard in shards],
+        "search": [layer["seconds"] for layer in layers],
+        "sha256": {shard.name: sha256_file(shard) for shard in shards},
     }
+
+
+def steady(told: dict[str, Any]) -> float:
+    """Median seconds between the shards of layers in a row. The first shard holds what is outside layers."""
+    times = told["finished"][1:]
+    return median(b - a for a, b in pairwise(times))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--work", type=Path, default=Path("gpu-work"))
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--recipes", nargs="+", default=["awq", "fp8"])
     arguments = parser.parse_args()
     work: Path = arguments.work
@@ -60,18 +74,30 @@ def main() -> None:
         "ray": ray.__version__, "layers": arguments.layers, "runs": [],
     }  # fmt: skip
     source = work / "wide"
+    work.mkdir(parents=True, exist_ok=True)
+    result["work"] = (
+        f"{shutil.disk_usage(work).total / 1e9:.0f} GB {'in memory' if str(work).startswith('/dev/shm') else 'on a disk'}"
+    )
     wide_checkpoint(source, wide_config("m2", arguments.layers), "cuda")
     torch.cuda.empty_cache()
     for recipe in arguments.recipes:
         for engine in ("local", "ray"):
             told = run(source, work / f"{recipe}-{engine}", recipe, engine)
             result["runs"].append({"recipe": recipe, "engine": engine, **told})
-            print(recipe, engine, f"{told['seconds']:.2f} s", *told["lines"], sep="\n  ", flush=True)
+            print(
+                recipe,
+                engine,
+                f"{told['seconds']:.2f} s, shards at {told['finished']}",
+                *told["lines"],
+                sep="\n  ",
+                flush=True,
+            )
             (arguments.out / "ray_gpu.json").write_text(json.dumps(result, indent=1) + "\n")
         local, spread = result["runs"][-2:]
         same = local["sha256"] == spread["sha256"]
         print(
-            f"{recipe}: {local['seconds'] / spread['seconds']:.2f}x on {result['gpus']} GPUs, same bytes: {same}",
+            f"{recipe} on {result['gpus']} GPUs: {local['seconds'] / spread['seconds']:.2f}x as a whole; a layer in a row "
+            f"{steady(local):.2f} and {steady(spread):.2f} s; search {local['search']} and {spread['search']} s; same bytes: {same}",
             flush=True,
         )
         if not same:

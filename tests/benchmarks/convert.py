@@ -3,7 +3,8 @@
 Makes a checkpoint of real-width layers with random weights, measures the disk in the same folder (read, write, both at
 once) and the machine's other rates, converts with m3quant and, where asked, with llm-compressor in alternation, each in a
 process of its own with the source dropped from the page cache, and prints seconds, bytes per second, peak memory, the
-floor of each stage and what overlapped what. --json keeps all of it, --chart a page with the timeline.
+floor of each stage and what overlapped what. A data-free recipe is compared with `model_free_ptq`, AWQ with llm-compressor's
+own AWQ (peers.py). --json keeps all of it, --chart a page with the timeline.
 
 On a CPU take few experts: `--experts 8`. --narrower divides the widths, for trying the program out.
 """
@@ -30,12 +31,9 @@ from m3quant.plan import Plan, make_plan
 from m3quant.recipe import build_recipe, named_recipe
 from m3quant.timing import recording
 
-from . import floors
+from . import floors, peers
 from .chart import write_chart
-from .wide import ROOT, wide_checkpoint, wide_config
-
-PEER = Path(__file__).with_name("peer_llmcompressor.py")
-PEER_WORKERS = min(8, os.cpu_count() or 1)
+from .wide import wide_checkpoint, wide_config
 
 
 class Quiet:
@@ -111,25 +109,15 @@ def ours(source: Path, output: Path, answer: Path, arguments: argparse.Namespace
         "--to", arguments.to, "--device", arguments.device,
         "--windows", str(arguments.windows), "--window-length", str(arguments.window_length),
     ]  # fmt: skip
-    return _run(command, answer)
+    return peers.run(command, answer)
 
 
 def peer(source: Path, output: Path, answer: Path, arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     answer.with_suffix(".config.json").write_text(json.dumps(plan.quantization))
+    shape = [arguments.windows, arguments.window_length, arguments.peer_batch]
     device = str(pick_device(arguments.device))
-    return _run(
-        [arguments.peer_python, str(PEER), str(source), str(output), str(answer), device, str(PEER_WORKERS)], answer
-    )
-
-
-def _run(command: list[str], answer: Path) -> dict[str, Any]:
-    started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    seconds = time.perf_counter() - started
-    if done.returncode:
-        return {"failed": done.stderr[-2000:], "process_seconds": seconds}
-    result: dict[str, Any] = json.loads(answer.read_text())
-    return {**result, "process_seconds": seconds}
+    command = peers.command(arguments.peer_python, plan.recipe.calibration, [source, output, answer], device, shape)
+    return peers.run(command, answer, arguments.peer_limit)
 
 
 def make_source(work: Path, arguments: argparse.Namespace) -> Path:
@@ -171,7 +159,7 @@ def measure(work: Path, source: Path, arguments: argparse.Namespace) -> dict[str
             else:
                 row = peer(source, output, answer, arguments, plan)
             result[name].append(row)
-            print(f"{name}: {row.get('seconds', row.get('failed'))}", flush=True)
+            print(f"{name}: {peers.outcome(row)}", flush=True)
             shutil.rmtree(output, ignore_errors=True)
     return {**result, "stages": stage_rows(result, plan)}
 
@@ -248,13 +236,13 @@ def print_result(result: dict[str, Any]) -> None:
             f"{disk['bytes_in'] / median(seconds) / 1e9:.2f} GB/s of source, peak RSS {middle['peak_rss'] / 1e9:.2f} GB, "
             f"GPU {middle['peak_device'] / 1e9:.2f} GB, {median(seconds) / disk['both_seconds']:.2f}x the disk floor"
         )
-    for row in (*result["ours"], *result["peer"]):
+    for row in result["ours"]:
         if "failed" in row:
             print(f"failed: {row['failed']}")
-    if runs and (others := finished(result["peer"])):
-        print(
-            f"ratio to the peer: {median(r['seconds'] for r in others) / median(r['seconds'] for r in runs):.2f}x faster"
-        )
+    for row in result["peer"]:
+        print(f"llm-compressor{' ' * ('version' in row)}{row.get('version', '')}: {peers.outcome(row)}")
+    if speed := peers.ratio(runs, result["peer"]):
+        print(f"m3quant is {speed}")
     if result.get("peer_note"):
         print(result["peer_note"])
     print(
@@ -286,6 +274,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto")
     p.add_argument("--against", choices=("llm-compressor",), default=None)
     p.add_argument("--peer-python", default=sys.executable, help="a Python that has llmcompressor")
+    p.add_argument(
+        "--peer-batch", type=int, default=8, help="windows of a batch of its calibration (its own default: 1)"
+    )
+    p.add_argument("--peer-limit", type=float, default=None, help="stop a run of it that is longer than these seconds")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--warm", action="store_true", help="leave the source in the page cache")
     p.add_argument("--same-bytes", action="store_true", help="convert on the CPU first, and compare all shards")
@@ -306,6 +298,11 @@ def main() -> None:
         return
     note = None
     if arguments.against:
+        device = str(pick_device(arguments.device))
+        for recipe in arguments.to.split(","):
+            calibration = str(named_recipe(recipe).get("calibration", "none"))
+            if refused := peers.refusal(arguments.shape, calibration, device):
+                raise SystemExit(f"--against {arguments.against} --to {recipe}: {refused}")
         found = subprocess.run([arguments.peer_python, "-c", "import llmcompressor"], capture_output=True)
         if found.returncode:
             note = f"llm-compressor is not installed in {arguments.peer_python}: give --peer-python"

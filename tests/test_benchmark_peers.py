@@ -1,0 +1,120 @@
+"""The benchmark's peer: which program it is, when it is refused, and what is said of a run that is stopped or fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from benchmarks import peers
+
+PATHS = [Path("source"), Path("output"), Path("answer.json")]
+STARTED = (
+    "import json, pathlib, subprocess, sys, time; progress = pathlib.Path(sys.argv[1]).with_suffix('.progress.json')"
+)
+HANGS = f"""{STARTED}
+child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
+progress.with_name('child').write_text(str(child.pid))
+progress.write_text(json.dumps(dict(started=time.time(), stage='oneshot', mapping=12, mappings=258)))
+child.wait()
+"""
+
+
+def script(text: str, answer: Path) -> list[str]:
+    return [sys.executable, "-c", text, str(answer)]
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended may wait for its new parent to collect it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_calibrated_recipe_is_compared_with_llm_compressors_awq_and_never_with_round_to_nearest() -> None:
+    free = peers.command("python", "none", PATHS, "cpu", [128, 512, 8])
+    awq = peers.command("python", "awq", PATHS, "cuda", [128, 512, 8])
+    assert [Path(line[1]).name for line in (free, awq)] == ["peer_llmcompressor.py", "peer_awq.py"]
+    assert free[2:] == ["source", "output", "answer.json", "cpu", str(peers.WORKERS)]
+    assert awq[2:] == ["source", "output", "answer.json", "cuda", "128", "512", "8"]
+    assert all(Path(line[1]).is_file() for line in (free, awq))
+
+
+@pytest.mark.parametrize(
+    ("shape", "calibration", "device", "reason"),
+    [
+        ("m3", "awq", "cuda", "swiglu_alpha"),
+        ("m2", "awq", "cuda:1", "CUDA_VISIBLE_DEVICES"),
+        ("m2", "gptq", "cpu", "'gptq'"),
+        ("m2", "awq", "cuda", None),
+        ("m2", "awq", "cpu", None),
+        ("m3", "none", "cuda:1", None),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused_with_its_reason(
+    shape: str, calibration: str, device: str, reason: str | None
+) -> None:
+    refused = peers.refusal(shape, calibration, device)
+    assert refused is None if reason is None else refused is not None and reason in refused
+
+
+def test_the_benchmark_refuses_before_it_makes_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import convert
+
+    work = tmp_path / "work"
+    line = ["convert", "--shape", "m3", "--to", "int4,awq", "--device", "cpu", "--against", "llm-compressor"]
+    monkeypatch.setattr(sys, "argv", [*line, "--work", str(work)])
+    with pytest.raises(SystemExit, match=r"--to awq: llm-compressor 0\.14's AWQ does not run on M3 shapes"):
+        convert.main()
+    assert not work.exists()
+
+
+def test_a_run_past_its_limit_is_stopped_with_all_that_it_started(tmp_path: Path) -> None:
+    began = time.perf_counter()
+    row = peers.run(script(HANGS, tmp_path / "answer.json"), tmp_path / "answer.json", limit=3)
+    assert time.perf_counter() - began < 3 + peers.GRACE
+    assert not alive(int((tmp_path / "child").read_text()))
+    assert 0 < row["stopped"] < row["process_seconds"]
+    assert peers.outcome(row) == f"stopped after {row['process_seconds']:.0f} s, at mapping 12 of 258 (in oneshot)"
+    assert peers.ratio([{"seconds": row["stopped"] / 4}], [row]) == "more than 4.00 times as fast as the peer"
+
+
+def test_a_run_that_ignores_the_request_to_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "GRACE", 1)
+    deaf = (
+        f"{STARTED}; import os, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "progress.with_name('child').write_text(str(os.getpid())); time.sleep(600)"
+    )
+    row = peers.run(script(deaf, tmp_path / "answer.json"), tmp_path / "answer.json", limit=2)
+    assert not alive(int((tmp_path / "child").read_text()))
+    assert (row["stopped"], row["progress"]) == (0.0, {})
+    assert peers.outcome(row).endswith("before its imports were done")
+
+
+def test_what_an_earlier_run_had_got_to_is_not_this_ones(tmp_path: Path) -> None:
+    (tmp_path / "answer.progress.json").write_text(json.dumps({"started": 0, "stage": "oneshot"}))
+    row = peers.run(script("import time; time.sleep(600)", tmp_path / "answer.json"), tmp_path / "answer.json", limit=1)
+    assert row["progress"] == {}
+
+
+def test_a_failed_run_is_reported_with_its_last_words_and_has_no_ratio(tmp_path: Path) -> None:
+    row = peers.run(script("raise SystemExit('no such layer')", tmp_path / "answer.json"), tmp_path / "answer.json")
+    assert peers.outcome(row) == "failed: no such layer\n"
+    assert peers.ratio([{"seconds": 1.0}], [row]) is None
+
+
+def test_a_finished_run_is_reported_with_its_parts(tmp_path: Path) -> None:
+    answer = {
+        "seconds": 6.0, "split": {"load": 1.0, "oneshot": 4.5, "save": 0.5},
+        "mappings": 10, "packed": 24, "batch": 8, "cache": "cpu",
+    }  # fmt: skip
+    writes = f"import pathlib, sys; pathlib.Path(sys.argv[1]).write_text({json.dumps(answer)!r})"
+    row = peers.run(script(writes, tmp_path / "answer.json"), tmp_path / "answer.json", limit=60)
+    assert peers.outcome(row).startswith(
+        "6.00 s: load 1.00 s, oneshot 4.50 s, save 0.50 s (10 mappings, 24 INT4 tensors"
+    )
+    slower, failed = {"seconds": 8.0}, {"failed": "no memory"}
+    assert peers.ratio([{"seconds": 2.0}], [row, slower, failed]) == "3.50 times as fast as the peer"

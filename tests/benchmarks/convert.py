@@ -33,14 +33,8 @@ from m3quant.timing import recording
 
 from . import floors, peers
 from .chart import write_chart
+from .told import Told, random_windows
 from .wide import wide_checkpoint, wide_config
-
-
-class Quiet:
-    def start(self, total_bytes: int, done_bytes: int) -> None: ...
-    def advance(self, count: int) -> None: ...
-    def say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
 
 def plan_of(source: Path, recipe: str, windows: int, length: int) -> Plan:
@@ -48,20 +42,6 @@ def plan_of(source: Path, recipe: str, windows: int, length: int) -> Plan:
     if document.get("calibration") != "none":
         document = {**document, "data": {**document.get("data", {}), "windows": windows, "window_length": length}}
     return make_plan(Checkpoint.open(source), build_recipe(document))
-
-
-def random_windows(plan: Plan) -> Any:
-    """Random token ids in the shape that the recipe asks for: what calibration costs does not depend on the text."""
-    import numpy as np
-
-    from m3quant.calibration.corpus import Windows
-
-    data = plan.recipe.data
-    vocabulary = int(plan.family.text_config(plan.checkpoint.config)["vocab_size"])
-    shape = (data.windows + data.heldout_windows, data.window_length)
-    ids = np.random.default_rng(0).integers(0, vocabulary, shape)
-    counts = np.full((shape[0], 1), shape[1])
-    return Windows(ids=ids, window_kind_tokens=counts, kinds=("text",), sha256="", corpus_sha256="", tokenizer_sha256="", seed=0, source="random")  # fmt: skip
 
 
 def child(arguments: argparse.Namespace) -> None:
@@ -81,11 +61,13 @@ def child(arguments: argparse.Namespace) -> None:
     before = status("VmRSS")
     with recording() as timeline:
         started = time.perf_counter()
-        manifest = convert(plan, output, settings, Quiet())
+        told = Told(started)
+        manifest = convert(plan, output, settings, told)
         seconds = time.perf_counter() - started
     need = resources(plan, on_gpu=device.type == "cuda")
     result = {
         "seconds": seconds,
+        "told": told.lines,
         "bytes_in": sum(u.bytes_in for u in plan.units),
         "output_bytes": manifest["output_bytes"],
         "peak_rss": status("VmHWM"),
@@ -245,6 +227,8 @@ def print_result(result: dict[str, Any]) -> None:
         print(f"m3quant is {speed}")
     if result.get("peer_note"):
         print(result["peer_note"])
+    for line in runs[(len(runs) - 1) // 2]["told"] if runs else ():
+        print(f"  at {line}")
     print(
         f"\n{'stage':>8} {'spans':>6} {'GB':>7} {'busy s':>7} {'GB/s':>6} {'floor s':>8} {'busy/floor':>10} {'of run':>7}"
     )

@@ -25,7 +25,7 @@ from m3quant.convert.settings import Settings
 from m3quant.plan import make_plan
 from m3quant.recipe import build_recipe, named_recipe
 
-from .gpu_check import Quiet, random_windows
+from .told import Told, random_windows
 from .wide import wide_checkpoint, wide_config
 
 
@@ -36,16 +36,16 @@ def run(source: Path, output: Path, recipe: str, engine: str) -> dict[str, Any]:
     settings = Settings(device="cuda", engine=engine)
     if recipe == "awq":
         settings.windows = random_windows(plan)
-    lines: list[str] = []
     began, started = time.time(), time.perf_counter()
-    convert(plan, output, settings, Quiet(started, lines))
+    told = Told(started)
+    convert(plan, output, settings, told)
     seconds = time.perf_counter() - started
     shards = sorted(output.glob("*.safetensors"))
     report = output / "m3quant-report" / "calibration.json"
     layers = json.loads(report.read_text())["layers"] if report.exists() else []
     return {
         "seconds": seconds,
-        "lines": lines,
+        "lines": told.lines,
         "finished": [round(shard.stat().st_mtime - began, 3) for shard in shards],
         "search": [layer["seconds"] for layer in layers],
         "sha256": {shard.name: sha256_file(shard) for shard in shards},

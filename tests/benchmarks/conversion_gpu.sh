@@ -1,0 +1,38 @@
+#!/bin/bash
+# Conversions of real-width layers on a GPU machine: conversion_gpu.sh OUT [PART...]
+# Parts: check (kernels against their reference, GPU bytes against the CPU's), m2 (one layer: fp8, int4 twice, awq three times, the
+# first with nothing compiled), m2x4 and m3 (four layers, one layer: fp8, int4, awq), peer (m2: fp8 and int4 in alternation with
+# llm-compressor), peer-awq (one M2 layer: awq and llm-compressor's). peer and peer-awq need PEER_PYTHON, a Python with llmcompressor.
+# WORK: a folder with 50 GB. Figures of every part are written when it is done.
+set -uo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+cd "$here/../.."
+out=$1
+shift
+parts=${*:-check m2 m2x4 m3 peer peer-awq}
+work=${WORK:-$(mktemp -d "$PWD/bench-work.XXXX")}
+mkdir -p "$out" "$work"
+run() { "$here/on_gpu_machine.sh" python3 -m tests.benchmarks.convert --work "$work" "$@" || failed=1; }
+against=(--against llm-compressor --peer-python "${PEER_PYTHON:-python3}")
+failed=0
+for part in $parts; do
+  began=$SECONDS
+  figures=(--json "$out/$part.json" --chart "$out/$part.html")
+  case $part in
+    check)
+      "$here/on_gpu_machine.sh" python3 tests/quant/kernel_check.py cuda || failed=1
+      "$here/on_gpu_machine.sh" python3 -m pytest -q -p no:cacheprovider tests/calibration/kernel_cases.py tests/calibration/test_gpu.py || failed=1
+      run --shape m2 --experts 6 --to fp8,int4,fp8-block --repeats 1 --same-bytes --json "$out/check.json" ;;
+    m2)
+      run --shape m2 --layers 1 --to awq --repeats 3 --keep --json "$out/m2-awq.json" --chart "$out/m2.html"
+      run --shape m2 --layers 1 --to fp8,int4 --repeats 2 --json "$out/m2.json" --chart "$out/m2.html" ;;
+    m2x4) run --shape m2 --layers 4 --to awq,fp8,int4 --repeats 1 "${figures[@]}" ;;
+    m3) run --shape m3 --layers 1 --to awq,fp8,int4 --repeats 1 "${figures[@]}" ;;
+    peer) run --shape m2 --layers 1 --to fp8,int4 --repeats 2 "${against[@]}" "${figures[@]}" ;;
+    peer-awq) run --shape m2 --layers 1 --to awq --repeats 1 "${against[@]}" "${figures[@]}" ;;
+    *) echo "no such part: $part"; failed=1 ;;
+  esac
+  echo "== $part: $((SECONDS - began)) s"
+done
+rm -rf "$work"
+exit $failed

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from benchmarks import peers
+from convert.common import make_plan_of, make_source
 
 PATHS = [Path("source"), Path("output"), Path("answer.json")]
 STARTED = (
@@ -44,20 +48,20 @@ def test_a_calibrated_recipe_is_compared_with_llm_compressors_awq_and_never_with
 
 
 @pytest.mark.parametrize(
-    ("shape", "calibration", "device", "reason"),
+    ("calibration", "device", "reason"),
     [
-        ("m3", "awq", "cuda", "swiglu_alpha"),
-        ("m2", "awq", "cuda:1", "CUDA_VISIBLE_DEVICES"),
-        ("m2", "gptq", "cpu", "'gptq'"),
-        ("m2", "awq", "cuda", None),
-        ("m2", "awq", "cpu", None),
-        ("m3", "none", "cuda:1", None),
+        ("awq", "cuda:1", "CUDA_VISIBLE_DEVICES"),
+        ("gptq", "cpu", "'gptq'"),
+        ("awq", "cuda", None),
+        ("awq", "cuda:0", None),
+        ("awq", "cpu", None),
+        ("none", "cuda:1", None),
     ],
 )
 def test_a_comparison_that_cannot_be_made_is_refused_with_its_reason(
-    shape: str, calibration: str, device: str, reason: str | None
+    calibration: str, device: str, reason: str | None
 ) -> None:
-    refused = peers.refusal(shape, calibration, device)
+    refused = peers.refusal(calibration, device)
     assert refused is None if reason is None else refused is not None and reason in refused
 
 
@@ -65,9 +69,12 @@ def test_the_benchmark_refuses_before_it_makes_a_checkpoint(tmp_path: Path, monk
     from benchmarks import convert
 
     work = tmp_path / "work"
-    line = ["convert", "--shape", "m3", "--to", "int4,awq", "--device", "cpu", "--against", "llm-compressor"]
+    line = ["convert", "--to", "int4,awq", "--device", "cuda:1", "--against", "llm-compressor"]
+    monkeypatch.setattr(convert, "pick_device", torch.device)  # this machine may have no second GPU
     monkeypatch.setattr(sys, "argv", [*line, "--work", str(work)])
-    with pytest.raises(SystemExit, match=r"--to awq: llm-compressor 0\.14's AWQ does not run on M3 shapes"):
+    with pytest.raises(
+        SystemExit, match=r"--to awq: llm-compressor's AWQ takes the first GPU that it sees, not cuda:1"
+    ):
         convert.main()
     assert not work.exists()
 
@@ -118,3 +125,30 @@ def test_a_finished_run_is_reported_with_its_parts(tmp_path: Path) -> None:
     )
     slower, failed = {"seconds": 8.0}, {"failed": "no memory"}
     assert peers.ratio([{"seconds": 2.0}], [row, slower, failed]) == "3.50 times as fast as the peer"
+
+
+def test_the_peer_quantizes_what_we_do_but_m3s_shared_expert_by_the_scheme_of_the_routed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(peers.AWQ.parent))  # where a peer's script finds its sibling
+    from benchmarks.peer_awq import groups
+
+    layer = {"m2": "model.layers.0", "m3": "model.language_model.layers.0"}  # transformers' names
+    bits = {
+        "m2": {"mlp.experts.3.up_proj": 4, "self_attn.q_proj": 8, "mlp.gate": None},
+        "m3": {
+            "mlp.experts.3.up_proj": 4, "mlp.shared_experts.gate_up_proj": 4, "mlp.shared_experts.down_proj": 4,
+            "self_attn.q_proj": 8, "self_attn.indexer.k_proj": 8, "mlp.gate": None,
+        },
+    }  # fmt: skip
+    for shape, wanted in bits.items():
+        found = groups(make_plan_of(make_source(tmp_path / shape, shape), "awq").quantization)
+        assert {name: _bits(found, f"{layer[shape]}.{name}") for name in wanted} == wanted
+
+
+def _bits(groups: dict[str, Any], name: str) -> int | None:
+    """Weight bits of the module called `name`, by the first group with a target that matches it."""
+    for group in groups.values():
+        if any(re.match(target.removeprefix("re:"), name) for target in group["targets"]):
+            return int(group["weights"]["num_bits"])
+    return None

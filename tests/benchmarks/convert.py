@@ -285,7 +285,7 @@ def main() -> None:
         device = str(pick_device(arguments.device))
         for recipe in arguments.to.split(","):
             calibration = str(named_recipe(recipe).get("calibration", "none"))
-            if refused := peers.refusal(arguments.shape, calibration, device):
+            if refused := peers.refusal(calibration, device):
                 raise SystemExit(f"--against {arguments.against} --to {recipe}: {refused}")
         found = subprocess.run([arguments.peer_python, "-c", "import llmcompressor"], capture_output=True)
         if found.returncode:

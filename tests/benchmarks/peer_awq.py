@@ -5,6 +5,8 @@ For the Python that has llmcompressor (0.14): `load_quantizable_moe`, then `ones
 random token ids, as ours are. Everything else is llm-compressor's default (20 grid points, every expert calibrated by every
 token), except what makes it faster: the weights are loaded onto the device and, where they fit, the cached activations stay
 there. Writes the seconds of load, oneshot and save and the peaks; imports are not counted.
+
+M3 needs four things that llm-compressor 0.14 lacks, each given where it lets others be added (load_m3, mappings).
 """
 
 from __future__ import annotations
@@ -23,37 +25,103 @@ BF16_BYTES = 2
 ROOM = 0.8  # of free memory: the rest is for outputs of the unquantized layer and for the search itself
 
 
-def mappings() -> list[Any]:
+def is_m3(config: Any) -> bool:
+    return bool(config.model_type == "minimax_m3_vl")
+
+
+def mappings(m3: bool) -> list[Any]:
     """What AWQ smooths in a MiniMax layer: it has no entry in llm-compressor's registry of mappings.
 
     The router is a balance layer, as in llm-compressor's mappings for other mixtures of experts, so that it sees what it
-    saw before. v_proj to o_proj is left out: with grouped queries their sizes differ, and llm-compressor skips it.
+    saw before; so are M3's indexer and shared expert. v_proj to o_proj is left out: with grouped queries their sizes differ,
+    and llm-compressor skips it. up_proj to down_proj is left out of M3: its gate adds 1 to up, which no scale commutes with.
     """
     from llmcompressor.modifiers.transform.awq import AWQMapping
 
-    return [
-        AWQMapping("re:.*input_layernorm$", ["re:.*q_proj$", "re:.*k_proj$", "re:.*v_proj$"]),
-        AWQMapping(
-            "re:.*post_attention_layernorm$",
-            ["re:.*mlp.gate$", "re:.*mlp.experts.*.gate_proj$", "re:.*mlp.experts.*.up_proj$"],
-        ),
-        AWQMapping("re:.*up_proj$", ["re:.*down_proj$"]),
+    layer = "re:.*language_model.*" if m3 else "re:.*"
+    attention = ["q_proj", "k_proj", "v_proj", *(["indexer.q_proj", "indexer.k_proj"] if m3 else [])]
+    experts = ["gate", "experts.*.gate_proj", "experts.*.up_proj", *(["shared_experts.gate_up_proj"] if m3 else [])]
+    norms = [
+        AWQMapping(f"{layer}input_layernorm$", [f"{layer}self_attn.{name}$" for name in attention]),
+        AWQMapping(f"{layer}post_attention_layernorm$", [f"{layer}mlp.{name}$" for name in experts]),
     ]
+    return norms if m3 else [*norms, AWQMapping("re:.*up_proj$", ["re:.*down_proj$"])]
 
 
-def cached_bytes(config: Any, tokens: int) -> int:
-    """Activations that AWQ holds of one layer: what attention, the experts and each expert's down_proj take in."""
-    return tokens * BF16_BYTES * (2 * config.hidden_size + config.num_local_experts * config.intermediate_size)
+def groups(wanted: dict[str, Any]) -> dict[str, Any]:
+    """The config groups that m3quant would write, with two changes for M3.
+
+    Its indexer is targeted by transformers' name for it too. Its shared expert takes the routed experts' scheme: the norm
+    before them is searched as one, and AWQModifier quantizes all layers of one search by the scheme of the last.
+    """
+    found: dict[str, Any] = wanted["config_groups"]
+    routed = next(group for group in found.values() if any(r"\.experts\.\d+" in target for target in group["targets"]))
+    for group in list(found.values()):
+        targets = group["targets"]
+        shared = [target for target in targets if "shared_experts" in target]
+        group["targets"] = [target for target in targets if target not in shared]
+        routed["targets"] += shared
+        if any("index_q_proj" in target for target in targets):
+            group["targets"].append(r"re:.*\.self_attn\.indexer\.(q_proj|k_proj)$")
+    return found
 
 
-def cache_device(config: Any, tokens: int, device: str) -> str:
+def load_model(source: str, device: str) -> Any:
+    """The model with a module for each expert, on the device."""
+    import torch
+    from llmcompressor.modeling.moe.linearize import load_quantizable_moe
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source)
+    if is_m3(config):
+        return load_m3(source, config, device)
+    with load_quantizable_moe():
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, device_map=device)
+
+
+def load_m3(source: str, config: Any, device: str) -> Any:
+    """M3, which transformers knows only with its vision tower: the source has none, so that it gets one of no size."""
+    import torch
+    from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+    from llmcompressor.modeling.moe.linearize import load_quantizable_moe
+    from llmcompressor.modeling.offset_norm import CalibrationOffsetNorm, NormCalibrationModule
+    from transformers import AutoModelForImageTextToText
+
+    NormCalibrationModule.register_value(CalibrationOffsetNorm, name="MiniMaxM3VLRMSNorm")  # scales by 1 + weight
+    for name, size in (
+        ("num_hidden_layers", 0),
+        ("hidden_size", 8),
+        ("intermediate_size", 8),
+        ("num_attention_heads", 1),
+    ):
+        setattr(config.vision_config, name, size)
+    config.projector_hidden_size = 1
+    with load_quantizable_moe(AutoModelForImageTextToText):
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, config=config, dtype=torch.bfloat16, device_map=device
+        )
+    for module in model.modules():
+        if isinstance(module, LinearExperts2D):
+            module.swiglu_alpha = (
+                config.text_config.swiglu_alpha
+            )  # M3's gate reads it; LinearExperts2D does not keep it
+    return model
+
+
+def cached_bytes(config: Any, tokens: int, m3: bool) -> int:
+    """Activations that AWQ holds of one layer: what attention and the experts take in, and on M2 each expert's down_proj."""
+    pairs = 0 if m3 else config.num_local_experts * config.intermediate_size
+    return int(tokens * BF16_BYTES * (2 * config.hidden_size + pairs))
+
+
+def cache_device(needed: int, device: str) -> str:
     """Where the cached activations go: the device if one layer's fit, otherwise llm-compressor's default, the host."""
     import torch
 
     if not device.startswith("cuda"):
         return "cpu"
     free, _ = torch.cuda.mem_get_info()
-    return device if cached_bytes(config, tokens) < ROOM * free else "cpu"
+    return device if needed < ROOM * free else "cpu"
 
 
 def packed_tensors(folder: str) -> int:
@@ -93,11 +161,10 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # llm-compressor takes the first GPU that it sees
     import torch
     from llmcompressor import oneshot
-    from llmcompressor.modeling.moe.linearize import load_quantizable_moe
+    from llmcompressor.args import DatasetArguments
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.pipelines.cache import IntermediatesCache
-    from transformers import AutoModelForCausalLM
 
     if device == "cpu":
         # AWQModifier pins its cache whatever the machine, which torch refuses without a GPU.
@@ -110,19 +177,17 @@ def main() -> None:
     write_progress(answer, started=clock, stage="load")
     marks = [time.perf_counter()]
 
-    with load_quantizable_moe():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, device_map=device)
+    model = load_model(source, device)
+    config, m3 = model.config.get_text_config(), is_m3(model.config)
     marks.append(time.perf_counter())
 
     write_progress(answer, started=clock, stage="oneshot")
-    ids = torch.randint(
-        0, model.config.vocab_size, (int(windows), int(length)), generator=torch.Generator().manual_seed(0)
-    )
+    ids = torch.randint(0, config.vocab_size, (int(windows), int(length)), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
-    cache = cache_device(model.config, ids.numel(), device)
+    cache = cache_device(cached_bytes(config, ids.numel(), m3), device)
     recipe = [
-        AWQModifier(mappings=mappings(), offload_device=torch.device(cache)),
-        QuantizationModifier(config_groups=wanted["config_groups"], ignore=wanted["ignore"]),
+        AWQModifier(mappings=mappings(m3), offload_device=torch.device(cache)),
+        QuantizationModifier(config_groups=groups(wanted), ignore=wanted["ignore"]),
     ]
     oneshot(
         model=model,
@@ -132,6 +197,8 @@ def main() -> None:
         num_calibration_samples=int(windows),
         max_seq_length=int(length),
         sequential_offload_device=cache,
+        sequential_targets=["MiniMaxM3VLDecoderLayer" if m3 else "MiniMaxM2DecoderLayer"],
+        tracing_ignore=[*DatasetArguments().tracing_ignore, "get_placeholder_mask"],  # M3's, of images
     )
     marks.append(time.perf_counter())
 
@@ -140,7 +207,7 @@ def main() -> None:
     marks.append(time.perf_counter())
 
     packed = packed_tensors(output)
-    experts = 3 * model.config.num_local_experts * model.config.num_hidden_layers
+    experts = 3 * config.num_local_experts * config.num_hidden_layers
     if not searched or packed < experts:
         raise SystemExit(
             f"llm-compressor's AWQ searched {len(searched)} mappings and wrote {packed} INT4 tensors of {experts} expert weights: "

@@ -22,18 +22,12 @@ GRACE = 10  # seconds between asking a run to stop and killing it
 TAIL = 2000  # characters of a failed run's error output
 
 
-def refusal(shape: str, calibration: str, device: str) -> str | None:
+def refusal(calibration: str, device: str) -> str | None:
     """Why llm-compressor cannot be measured on this, in one sentence, or None."""
     if calibration == "none":
         return None
     if calibration != "awq":
         return f"no llm-compressor run is written for calibration '{calibration}': leave --against away."
-    if shape == "m3":
-        return (
-            "llm-compressor 0.14's AWQ does not run on M3 shapes: its LinearExperts2D, which takes the place of MiniMaxM3VLExperts, "
-            "lacks the swiglu_alpha that M3's gate reads, so its first forward pass raises AttributeError; leave --against away, "
-            "or take --shape m2."
-        )
     if device not in ("cpu", "cuda", "cuda:0"):
         return f"llm-compressor's AWQ takes the first GPU that it sees, not {device}: set CUDA_VISIBLE_DEVICES and use --device cuda."
     return None

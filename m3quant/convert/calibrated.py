@@ -125,7 +125,9 @@ class _Layerwise:
     def warm_up(self, todo: Sequence[Unit]) -> WarmUp:
         """Started; does nothing without a GPU or without a layer to do."""
         spec = layer_spec(self.plan.checkpoint.config, cast("int", todo[0].layer)) if todo else None
-        return WarmUp(todo, spec if self.device.type == "cuda" else None, self.device)
+        background = self.writer.background
+        saved = self.tokens.numel() * spec.hidden_size * self.dtype.itemsize if spec and background else 0
+        return WarmUp(todo, spec if self.device.type == "cuda" else None, self.device, saved)
 
     def convert_layer(self, unit: Unit, tensors: dict[str, torch.Tensor], streams: Streams) -> None:
         """Calibrate one layer and hand it to the writer. tensors: relative name -> dense source; changed in place."""

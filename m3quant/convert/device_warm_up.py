@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
-from ..calibration.ops import grouped_linear
-from ..calibration.spec import LayerSpec
+from ..calibration.layers import Layer
+from ..calibration.spec import LayerSpec, layer_shapes
 from ..plan import Unit
 
 PIECE_BYTES = 32 * 2**20  # torch pins whole powers of two; what `expert_stacks` copies at once fits one of these
+TOKENS = 128
 
 
 class WarmUp:
     """Runs beside the read of the first layer; close waits for it. What fails here fails again, in words, in the search."""
 
-    def __init__(self, units: Sequence[Unit], spec: LayerSpec | None, device: torch.device) -> None:
-        """units: layers to come; spec: of the first, None to do nothing."""
-        self.units, self.device = units, device
+    def __init__(
+        self, units: Sequence[Unit], spec: LayerSpec | None, device: torch.device, stream_bytes: int = 0
+    ) -> None:
+        """units: layers to come; spec: of the first, None to do nothing. stream_bytes: of one stream, copied to the host
+        after every layer; 0 if it is not."""
+        self.units, self.device, self.stream_bytes = units, device, stream_bytes
         self._thread = threading.Thread(target=self._run, args=(spec,), name="warm-up", daemon=True) if spec else None
         if self._thread:
             self._thread.start()
@@ -34,24 +37,30 @@ class WarmUp:
         from ..calibration.kernels import warm_up
 
         with torch.cuda.device(self.device):
-            self._pin(max(unit.bytes_out for unit in self.units))
-            self._touch(spec)
+            largest = max(unit.bytes_out for unit in self.units)
+            self._pin([PIECE_BYTES] * (largest // PIECE_BYTES + 1) + [self.stream_bytes] * 2)
+            pass_once(spec, self.device)
+            wide = torch.zeros(2, 128, 128, device=self.device)
+            torch.bmm(wide, wide)
             schemes = {t.scheme for unit in self.units for t in unit.tensors if t.scheme.kind == "int"}
             warm_up(sorted(schemes, key=str), self.device)
 
-    def _touch(self, spec: LayerSpec) -> None:
-        """Run one small product and attention of each kind: CUDA loads a library's code when it is first used."""
-        new: dict[str, Any] = {"dtype": torch.bfloat16, "device": self.device}
-        counts = torch.tensor([8, 8], device=self.device)
-        grouped_linear(torch.zeros(16, 128, **new), torch.zeros(2, 128, 128, **new), counts)
-        q = torch.zeros(1, spec.num_heads, 128, spec.head_dim, **new)
-        kv = torch.zeros(1, spec.num_kv_heads, 128, spec.head_dim, **new)
-        F.scaled_dot_product_attention(q, kv, kv, is_causal=True, enable_gqa=True)
-        wide = torch.zeros(2, 128, 128, device=self.device)
-        torch.bmm(wide, wide)
-
     @staticmethod
-    def _pin(size: int) -> None:
-        """Pin and free host memory for `size` bytes of packed experts: torch keeps it and hands it out again."""
-        held = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(size // PIECE_BYTES + 1)]
+    def _pin(sizes: Sequence[int]) -> None:
+        """Pin and free host memory of these sizes: torch keeps it and hands it out again."""
+        held = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes if size]
         del held
+
+
+def pass_once(spec: LayerSpec, device: torch.device) -> torch.Tensor:
+    """A short window of zeros through a layer like this one with few experts: CUDA loads code when it is first used.
+
+    Returns the output, [1, TOKENS, H].
+    """
+    if spec.moe is not None:
+        spec = replace(spec, moe=replace(spec.moe, num_experts=spec.moe.top_k))
+    weights = {
+        name: torch.zeros(shape, dtype=torch.bfloat16, device=device) for name, shape in layer_shapes(spec).items()
+    }
+    window = torch.zeros(1, TOKENS, spec.hidden_size, dtype=torch.bfloat16, device=device)
+    return Layer(spec, weights, device, torch.bfloat16).forward(window)

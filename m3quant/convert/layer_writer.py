@@ -1,13 +1,15 @@
 """A finished layer to the disk: shard, boundary, journal record, in that order; behind the next layer's search if asked.
 
-One thread does all of it, so that the order of durability (see journal.py) is that of the calls. A layer is begun only
-when the one before it is durable, which bounds what waits in memory to one layer's output and two streams.
+One thread does all of it but saving the streams, which another begins at once: the hash of the shard takes longer. The
+record waits for both, so that the order of durability (see journal.py) is that of the calls. A layer is begun only when the
+one before it is durable, which bounds what waits in memory to one layer's output and two streams.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +45,7 @@ class LayerWriter:
     def __init__(self, output: Path, journal: Journal, background: bool) -> None:
         self.output, self.journal, self.background = output, journal, background
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-layer") if background else None
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="save-streams") if background else None
         self._jobs: list[Future[None]] = []
         self._writer: UnitWriter | None = None
 
@@ -60,7 +63,9 @@ class LayerWriter:
 
         In the background, streams must be a copy that nobody changes.
         """
-        self._do(lambda: self._finish(unit, record, streams))
+        stem = self.journal.boundary(unit.index + 1)
+        saved = self._saver.submit(_save, streams, stem).result if self._saver else partial(_save, streams, stem)
+        self._do(lambda: self._finish(unit, record, saved))
 
     def wait(self) -> None:
         """Return when everything so far is durable. Raises what went wrong, the shard in progress being dropped."""
@@ -70,8 +75,9 @@ class LayerWriter:
 
     def close(self) -> None:
         """Let finished layers become durable and drop a layer in progress; idempotent, raises nothing of theirs."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
+        for pool in (self._pool, self._saver):
+            if pool is not None:
+                pool.shutdown(wait=True)
         self._abort()
 
     def _do(self, work: Callable[[], None]) -> None:
@@ -91,7 +97,7 @@ class LayerWriter:
             self._abort()
             raise
 
-    def _finish(self, unit: Unit, record: dict[str, Any], streams: Streams) -> None:
+    def _finish(self, unit: Unit, record: dict[str, Any], saved: Callable[[], None]) -> None:
         if self._writer is None:
             return
         try:
@@ -100,8 +106,7 @@ class LayerWriter:
             self._abort()
             raise
         self._writer = None
-        with span("save", streams.source.nbytes + streams.quantized.nbytes):
-            streams.save(self.journal.boundary(unit.index + 1))
+        saved()
         self.journal.finish_unit(unit.index, {**shard, **record})
         drop_saved(self.journal.boundary(unit.index))
 
@@ -109,6 +114,11 @@ class LayerWriter:
         if self._writer is not None:
             self._writer.abort()
             self._writer = None
+
+
+def _save(streams: Streams, stem: Path) -> None:
+    with span("save", streams.source.nbytes + streams.quantized.nbytes):
+        streams.save(stem)
 
 
 class NoWriter:

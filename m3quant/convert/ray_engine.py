@@ -56,7 +56,9 @@ def run_units(run: Run, units: list[Unit]) -> None:
     job = job_of(run.plan, run.output, cluster.device)
     each = amount_words(cluster.amount)
     run.progress.say(f"ray: {counted(len(units), 'shard')} over {describe(ray)}, {each} for each")
-    remote = ray.remote(max_retries=MAX_RETRIES, scheduling_strategy="SPREAD", **cluster.amount)(_convert_unit)
+    # max_calls: by default a worker that had a GPU ends with its task, and each shard would wait for imports and CUDA anew.
+    options = {"max_retries": MAX_RETRIES, "max_calls": 0, "scheduling_strategy": "SPREAD", **cluster.amount}
+    remote = ray.remote(**options)(_convert_unit)
     running = {remote.remote(job, unit.index): unit for unit in units}
     patience = Patience(f"a shard wants {each}", cluster, run.progress)
     left_before = _attempts(run.output)

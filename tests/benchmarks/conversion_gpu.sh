@@ -1,19 +1,20 @@
 #!/bin/bash
 # Conversions of real-width layers on a GPU machine: conversion_gpu.sh OUT [PART...]
 # Parts: check (kernels against their reference, GPU bytes against the CPU's), m2 (one layer: fp8, int4 twice, awq three times, the
-# first with nothing compiled), m2x4 and m3 (four layers, one layer: fp8, int4, awq), peer (m2: fp8 and int4 in alternation with
-# llm-compressor), peer-awq (one M2 layer: awq and llm-compressor's). peer and peer-awq need PEER_PYTHON, a Python with llmcompressor.
-# WORK: a folder with 50 GB. Figures of every part are written when it is done.
+# first with nothing compiled), m2x4 (four layers: fp8, int4, awq), m3 (one layer: the same), m3x3 (three layers: awq), and with
+# llm-compressor on the same files, for which PEER_PYTHON is a Python that has it: peer (one M2 layer: fp8, int4, twice in
+# alternation), peer-awq and peer-awq-m3 (one layer: awq), peer-awq-one (M2's with the peer's own default of one window a batch).
+# PEER_LIMIT: seconds after which a run of it is stopped. WORK: a folder with 62 GB. Figures of every part are written when it is done.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
 out=$1
 shift
-parts=${*:-check m2 m2x4 m3 peer peer-awq}
+parts=${*:-check m2 m2x4 m3 m3x3 peer peer-awq peer-awq-m3 peer-awq-one}
 work=${WORK:-$(mktemp -d "$PWD/bench-work.XXXX")}
 mkdir -p "$out" "$work"
 run() { "$here/on_gpu_machine.sh" python3 -m tests.benchmarks.convert --work "$work" "$@" || failed=1; }
-against=(--against llm-compressor --peer-python "${PEER_PYTHON:-python3}")
+against=(--against llm-compressor --peer-python "${PEER_PYTHON:-python3}" ${PEER_LIMIT:+--peer-limit "$PEER_LIMIT"})
 failed=0
 for part in $parts; do
   began=$SECONDS
@@ -28,8 +29,11 @@ for part in $parts; do
       run --shape m2 --layers 1 --to fp8,int4 --repeats 2 --json "$out/m2.json" --chart "$out/m2.html" ;;
     m2x4) run --shape m2 --layers 4 --to awq,fp8,int4 --repeats 1 "${figures[@]}" ;;
     m3) run --shape m3 --layers 1 --to awq,fp8,int4 --repeats 1 "${figures[@]}" ;;
+    m3x3) run --shape m3 --layers 3 --to awq --repeats 1 "${figures[@]}" ;;
     peer) run --shape m2 --layers 1 --to fp8,int4 --repeats 2 "${against[@]}" "${figures[@]}" ;;
     peer-awq) run --shape m2 --layers 1 --to awq --repeats 1 "${against[@]}" "${figures[@]}" ;;
+    peer-awq-m3) run --shape m3 --layers 1 --to awq --repeats 1 "${against[@]}" "${figures[@]}" ;;
+    peer-awq-one) run --shape m2 --layers 1 --to awq --repeats 1 --peer-batch 1 "${against[@]}" "${figures[@]}" ;;
     *) echo "no such part: $part"; failed=1 ;;
   esac
   echo "== $part: $((SECONDS - began)) s"

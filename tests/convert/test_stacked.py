@@ -5,6 +5,7 @@ It must write the bytes of the plain flow, and survive what that survives.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from m3quant.checkpoint import Checkpoint, ShardRecord
 from m3quant.convert import calibrated, expert_stacks, layer_writer
 from m3quant.convert.boundary import Streams
 from m3quant.convert.device_layers import DeviceLoader
+from m3quant.convert.device_warm_up import TOKENS, pass_once
 from m3quant.convert.settings import Silent
 from m3quant.errors import StoppedError
 from m3quant.reading import SourceReader
@@ -90,3 +92,12 @@ def test_a_layer_that_cannot_be_written_leaves_no_shard(
     with pytest.raises(StoppedError, match="disk full"):
         run_plan(plan, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name != ".m3quant") == [plan.units[0].shard]
+
+
+@pytest.mark.parametrize("family", ["m2", "m3"])
+def test_what_warms_a_gpu_up_is_a_pass_through_a_layer_of_every_kind(family: str, tmp_path: Path) -> None:
+    config = json.loads((make_source(tmp_path / "src", family) / "config.json").read_text())
+    layers = config.get("text_config", config)["num_hidden_layers"]
+    for index in range(layers):
+        spec = layer_spec(config, index)
+        assert pass_once(spec, torch.device("cpu")).shape == (1, TOKENS, spec.hidden_size)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
-from benchmarks.rates import of_awq_gpu, plan_of
+from benchmarks.rates import plan_of
 from click.testing import CliRunner
 from convert.common import make_plan_of, make_source
 
@@ -69,12 +70,13 @@ def test_a_calibrated_conversion_overlaps_all_but_its_first_read_and_last_layer(
     assert busy.seconds == pytest.approx(1e6 * len(layers) + rest)
 
 
-@pytest.mark.parametrize(("shape", "layers", "recipe"), [("m2", 1, "fp8"), ("m2", 4, "awq")])
-def test_the_shipped_rates_tell_what_was_measured_to_25_percent(shape: str, layers: int, recipe: str) -> None:
+def measured() -> list[dict[str, Any]]:
     figures = Path(__file__).parent / "benchmarks" / "figures"
-    documents = [json.loads((figures / name).read_text()) for name in ("h200_convert_m2.json", "h200_awq.json")]
-    results = documents[0] + of_awq_gpu(documents[1])
-    (result,) = (r for r in results if (r["shape"], r["layers"], r["recipe"]) == (shape, layers, recipe))
+    return [result for path in sorted(figures.glob("h200_convert_*.json")) for result in json.loads(path.read_text())]
+
+
+@pytest.mark.parametrize("result", measured(), ids=lambda r: f"{r['shape']}x{r['layers']}-{r['recipe']}")
+def test_the_shipped_rates_tell_what_was_measured_to_25_percent(result: dict[str, Any]) -> None:
     found = estimate(plan_of(result), load_rates())
     assert found is not None
     assert found.seconds == pytest.approx(median(run["seconds"] for run in result["ours"]), rel=0.25)

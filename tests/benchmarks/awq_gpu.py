@@ -1,11 +1,11 @@
-"""The AWQ search on one GPU: kernels against their references and floors, one layer by stage, whole conversions.
+"""The AWQ search on one GPU: kernels against their references and floors, one layer by stage.
 
-    python -m tests.benchmarks.awq_gpu OUT [--mode kernels|same|layer-m2|layer-m3|convert-m2|convert-m3|convert-m2x4 ...]
+    python -m tests.benchmarks.awq_gpu OUT [--mode kernels|same|layer-m2|layer-m3 ...]
 
 Writes OUT/awq_gpu.json after every section; a section that fails leaves its traceback there and the next one runs.
 kernels: every Triton kernel on fresh random data at real-width slices, error against the plain form in float32 on the same
 GPU, seconds against the floor. same: a whole layer's search by the GPU's path and by the reference. layer-*: stages of
-`calibrate_layer` on random weights of a release's shapes, 128 x 512 tokens. convert-*: the conversion, with input and output.
+`calibrate_layer` on random weights of a release's shapes, 128 x 512 tokens. Whole conversions are tests.benchmarks.convert's.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import shutil
 import time
 import traceback
 from collections import defaultdict
@@ -30,10 +28,8 @@ from m3quant.calibration.ops import Activation, gated, grouped_linear
 from m3quant.calibration.ranges import COARSE_FACTORS, FACTORS
 from m3quant.calibration.settings import AwqSettings
 from m3quant.schemes import parse_scheme
-from m3quant.timing import recording
 
-from .gpu_check import floor, wide_run
-from .wide import wide_checkpoint, wide_config
+from .wide import wide_config
 
 HBM = 4.3e12  # bytes/s read and written, measured on an H200 by a device-to-device copy
 FP32_ISSUE = 132 * 128 * 1.98e9  # float32 instructions a second: SMs x lanes x clock
@@ -327,41 +323,11 @@ def layer_stages(release: str) -> dict[str, Any]:
     return result
 
 
-def conversion(work: Path, release: str, layers: int) -> dict[str, Any]:
-    source, output = work / f"awq-{release}-{layers}", work / f"awq-out-{release}-{layers}"
-    shutil.rmtree(output, ignore_errors=True)
-    if not source.exists():
-        started = time.perf_counter()
-        wide_checkpoint(source, wide_config(release, layers), "cuda")
-        print(f"made {source.name} in {time.perf_counter() - started:.1f} s", flush=True)
-        torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    lines: list[str] = []
-    drop_cache(source)
-    with recording() as timeline:
-        result = wide_run(source, output, "awq", lines)
-    shutil.rmtree(output)
-    table = timeline.to_json()
-    spans = [[s.stage, s.lane, round(s.start, 3), round(s.end, 3)] for s in timeline.spans if s.stage in ("forward", "search", "pack", "save")]  # fmt: skip
-    return result | {"release": release, "layers": layers, "lines": lines, "timeline": table, "spans": spans}
-
-
-def drop_cache(folder: Path) -> None:
-    """Have the kernel forget the files' pages, so that they are read from the disk."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("gpu-work"))
     parser.add_argument("--mode", nargs="+", default=["kernels", "same", "layer-m2"])
     arguments = parser.parse_args()
-    work: Path = arguments.work
-    work.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     sections: dict[str, dict[str, Section]] = {
         "kernels": {
@@ -371,10 +337,6 @@ def main() -> None:
         "same": {"layer_against_reference": compare_layer},
         "layer-m2": {"layer_m2": lambda: layer_stages(M2)},
         "layer-m3": {"layer_m3": lambda: layer_stages(M3)},
-        "disk": {"disk": lambda: floor(work, 1 << 32)},
-        "convert-m2": {"convert_m2": lambda: conversion(work, M2, 1)},
-        "convert-m2x4": {"convert_m2x4": lambda: conversion(work, M2, 4)},
-        "convert-m3": {"convert_m3": lambda: conversion(work, M3, 1)},
     }  # fmt: skip
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     for mode in arguments.mode:

@@ -1,8 +1,7 @@
 """A record of rates for `m3quant plan --rates` from figures of the benchmark: `python -m tests.benchmarks.rates OUT FIGURES.json...`.
 
-FIGURES are what `tests.benchmarks.convert --json` and `tests.benchmarks.awq_gpu` wrote on one machine. Each rate is the median
-of those in the files; what the calibrated stages do comes from runs of calibrated recipes (awq_gpu's conversions tell of
-search and forward only). Prints how far the model is from every run in them.
+FIGURES are what `tests.benchmarks.convert --json` wrote on one machine. Each rate is the median of those in the files; what the
+calibrated stages do comes from runs of calibrated recipes. Prints how far the model is from every run in them.
 """
 
 from __future__ import annotations
@@ -40,18 +39,8 @@ def shared(disk: dict[str, Any]) -> float:
     return max(0.0, (disk["both_seconds"] - high) / low)
 
 
-def of_awq_gpu(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """Its conversions as results of tests.benchmarks.convert, without machine, disk and rates."""
-    data = {"experts": None, "narrower": 1, "windows": 128, "window_length": 512}
-    return [
-        {"shape": name.split("_")[1][:2], "layers": len(run["chosen"]), "recipe": run["recipe"], "ours": [run], **data}
-        for name, run in figures.items()
-        if name.startswith("convert_") and "seconds" in run
-    ]
-
-
-def record(results: list[dict[str, Any]], conversions: list[dict[str, Any]], source: str) -> Rates:
-    """Medians over results of one machine and calibrated conversions of it. Raises SystemExit where they are of several."""
+def record(results: list[dict[str, Any]], source: str) -> Rates:
+    """Medians over results of one machine. Raises SystemExit where they are of several."""
     machines = {(r["machine"]["device"], r["machine"]["cores"]) for r in results}
     if len(machines) != 1:
         raise SystemExit(f"the figures are of several machines: {sorted(machines)}")
@@ -67,7 +56,7 @@ def record(results: list[dict[str, Any]], conversions: list[dict[str, Any]], sou
             rates[name] = median(found) * (cores if name == "pack" and device == "cpu" else 1)
     for name, flops in (("search", search_flops), ("forward", forward_flops)):
         speeds = []
-        for result in results + conversions:
+        for result in results:
             plan = plan_of(result)
             if plan.recipe.calibration == "none":
                 continue
@@ -90,13 +79,11 @@ def main() -> None:
     out, *figures = (Path(p) for p in sys.argv[1:])
     if not figures:
         raise SystemExit(__doc__)
-    documents = [json.loads(path.read_text()) for path in figures]
-    results = [result for document in documents if isinstance(document, list) for result in document]
-    conversions = [result for document in documents if isinstance(document, dict) for result in of_awq_gpu(document)]
-    rates = record(results, conversions, "tests.benchmarks: " + ", ".join(path.name for path in figures))
+    results = [result for path in figures for result in json.loads(path.read_text())]
+    rates = record(results, "tests.benchmarks: " + ", ".join(path.name for path in figures))
     out.write_text(rates.model_dump_json(indent=2, exclude_none=True) + "\n")
     print(rates.model_dump_json(indent=2, exclude_none=True))
-    for result in results + conversions:
+    for result in results:
         seconds = [run["seconds"] for run in result["ours"] if "seconds" in run]
         found = estimate(plan_of(result), rates)
         if seconds and found:

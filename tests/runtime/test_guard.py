@@ -519,13 +519,15 @@ def test_a_shared_beginning_is_counted_once_when_the_settings_say_so() -> None:
         config = SimpleNamespace(cache_config=cache, model_config=None)
         scope = {"app": SimpleNamespace(state=SimpleNamespace(vllm_config=config))}
         guard = make_guard(engine, prefix_hits=prefix_hits)
-        first = start(guard, COMPLETIONS, completion(160, 16), scope=scope, read_s=0.05)
+        first = start(guard, COMPLETIONS, completion(160, 16), scope=scope, read_s=0.3)
         while not first.first.is_set():
             await asyncio.sleep(0.001)
         second = start(guard, COMPLETIONS, completion(160, 16), scope=scope, read_s=1)
         await settle()
         early = guard.admission.ledger.reserved
-        await asyncio.sleep(0.06)  # the first has had its first token, not only vLLM's sign of life
+        while len(first.chunks) < 2:  # the first has had its first token, not only vLLM's sign of life
+            await asyncio.sleep(0.001)
+        await settle()
         third = start(guard, COMPLETIONS, completion(160, 16), scope=scope, read_s=1)
         await settle()
         late = guard.admission.ledger.reserved

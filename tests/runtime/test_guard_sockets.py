@@ -51,14 +51,18 @@ def serve(guard: Guard, scenario: Callable[[int], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
-async def talk(port: int, *parts: bytes, pause_s: float = 0.0, close_after: bool = False) -> bytes:
-    """Sends the parts; returns all that comes back, or nothing when it closes right after sending."""
+async def talk(
+    port: int, *parts: bytes, pause_s: float = 0.0, close_after: bool = False, leave: asyncio.Event | None = None
+) -> bytes:
+    """Sends the parts; returns all that comes back, or nothing when it closes right after sending, or at `leave`."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for part in parts:
         writer.write(part)
         await writer.drain()
         await asyncio.sleep(pause_s)
-    answer = b"" if close_after else await reader.read()
+    if leave is not None:
+        await leave.wait()
+    answer = b"" if close_after or leave else await reader.read()
     writer.close()
     return answer
 
@@ -72,13 +76,17 @@ def chunked(*chunks: bytes) -> bytes:
     return HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + framed + b"0\r\n\r\n"
 
 
-async def idle(guard: Guard) -> None:
-    for _ in range(200):
-        ledger = guard.admission.ledger
-        if (ledger.reserved, ledger.admitted, ledger.waiting, len(guard.inside)) == (0, 0, 0, 0):
+async def until(guard: Guard, true: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if true():
             return
         await asyncio.sleep(0.01)
     raise AssertionError(guard.state())
+
+
+async def idle(guard: Guard) -> None:
+    ledger = guard.admission.ledger
+    await until(guard, lambda: (ledger.reserved, ledger.admitted, ledger.waiting, len(guard.inside)) == (0, 0, 0, 0))
 
 
 BODY = json.dumps(completion(20, 12)).encode()
@@ -113,12 +121,16 @@ def test_hanging_up_waiting_running_and_while_streaming() -> None:
     async def scenario(port: int) -> None:
         engine.go.clear()
         body = request(json.dumps(completion(200, 56)).encode())
-        running = [asyncio.ensure_future(talk(port, body, pause_s=0.3, close_after=True)) for _ in range(4)]
-        await asyncio.sleep(0.1)
-        waiting = [asyncio.ensure_future(talk(port, body, pause_s=0.05, close_after=True)) for _ in range(3)]
-        await asyncio.sleep(0.03)
-        assert guard.admission.ledger.waiting == 3
-        await asyncio.gather(*running, *waiting)
+        leave_running, leave_waiting = asyncio.Event(), asyncio.Event()
+        running = [asyncio.ensure_future(talk(port, body, leave=leave_running)) for _ in range(4)]
+        await until(guard, lambda: guard.admission.ledger.admitted == 4)
+        waiting = [asyncio.ensure_future(talk(port, body, leave=leave_waiting)) for _ in range(3)]
+        await until(guard, lambda: guard.admission.ledger.waiting == 3)
+        leave_waiting.set()
+        await asyncio.gather(*waiting)
+        await until(guard, lambda: guard.admission.ledger.waiting == 0)
+        leave_running.set()
+        await asyncio.gather(*running)
         await idle(guard)
         assert engine.aborted == 4 and engine.most == 4
         engine.go.set()
@@ -138,8 +150,9 @@ def test_a_client_that_reads_nothing_is_given_up() -> None:
     async def scenario(port: int) -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         writer.write(request(BODY))
-        await asyncio.sleep(0.1)
-        assert guard.admission.ledger.admitted == 1  # the stream is stuck in the client's full buffer
+        await until(
+            guard, lambda: guard.admission.ledger.admitted == 1
+        )  # the stream is stuck in the client's full buffer
         await idle(guard)
         writer.close()
 

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .convert.batches import MAX_WORKERS, working_bytes
+from .convert.batches import MAX_WORKERS, pinned_bytes, working_bytes
 from .errors import StoppedError
 from .plan import Plan, PlannedTensor
 
@@ -28,6 +28,9 @@ WORK_COPIES = 3
 # paired, and their activations. 17 GB for 2^30 weights were measured on an H200.
 SEARCH_CHUNK = 1 << 29
 SEARCH_BYTES_PER_WEIGHT = 20
+# Pinned host memory of a layer's packed output, in its bytes: torch pins powers of two, and pieces of several sizes do not share
+# them. 1.5 was measured for M2 and M3 (tests/benchmarks/figures/h200_convert_*.json).
+PINNED_SHARE = 1.75
 # Headroom on the disk for the journal, the report and the file system's own needs.
 DISK_MARGIN = 64 * 2**20
 
@@ -75,10 +78,10 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool 
     streams = 4 * stream  # two streams, each with the layer's output beside its input
     if on_gpu:
         # On the device: this layer and the next, streams and activations, and what the search of a chunk of experts takes.
-        # On the host, pinned: one layer's packed output beside the one being written, and the boundary being saved.
+        # On the host, pinned: one layer's packed output (the next is packed when it is durable), and the streams being saved.
         scratch = SEARCH_BYTES_PER_WEIGHT * min(SEARCH_CHUNK, layer // 2)
         packed = max(unit.bytes_out for unit in plan.units if unit.layer is not None)
-        host = process + 2 * packed + streams + largest
+        host = process + int(PINNED_SHARE * packed) + 2 * pinned_bytes(stream) + largest
         return Resources(host, 2 * layer + streams + scratch + largest, disk, boundary)
     # Measured: about three layers (tests/convert/test_memory.py), of which one is read ahead; a fourth is margin.
     return Resources(process + 4 * layer + streams + largest, 0, disk, boundary)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 from convert.common import run_convert
-from running import Shell
+from shell import Shell
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 

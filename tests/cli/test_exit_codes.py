@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import Shell
+from shell import Shell
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 M2 = FIXTURES / "tiny-m2"

@@ -37,29 +37,29 @@ def hollow_plan(folder: Path, config: dict[str, Any], recipe: str) -> Plan:
     return make_plan(Checkpoint.open(folder), build_recipe(named_recipe(recipe)))
 
 
-@pytest.mark.parametrize("name", ["h200_convert_m2.json", "cpu_convert_fp8.json"])
-def test_the_predicted_peak_of_a_data_free_run_is_above_the_measured_one_by_at_most_a_quarter(
-    tmp_path: Path, name: str
-) -> None:
-    for number, case in enumerate(json.loads((FIGURES / name).read_text())):
-        config = wide_config(case["shape"], case["layers"], case["experts"], case["narrower"])
-        machine = case["machine"]
-        on_gpu = machine["device"] != "cpu"
-        workers = min(MAX_WORKERS, machine["cores"])
-        need = resources(hollow_plan(tmp_path / str(number), config, case["recipe"]), on_gpu, workers)
-        peak = max(run["peak_rss"] for run in case["ours"])
-        assert peak <= need.host <= 1.25 * peak
-        assert max(run["peak_device"] for run in case["ours"]) <= need.device
+def measured() -> list[dict[str, Any]]:
+    return [
+        case
+        for pattern in ("h200_convert_*.json", "cpu_convert_fp8.json")
+        for path in sorted(FIGURES.glob(pattern))
+        for case in json.loads(path.read_text())
+    ]
 
 
-@pytest.mark.parametrize(("run", "family"), [("convert_m2", "m2"), ("convert_m2x4", "m2"), ("convert_m3", "m3")])
-def test_the_predicted_peak_of_a_calibrated_gpu_run_is_above_the_measured_one(
-    tmp_path: Path, run: str, family: str
+@pytest.mark.parametrize(
+    "case", measured(), ids=lambda c: f"{c['machine']['device']}-{c['shape']}x{c['layers']}-{c['recipe']}"
+)
+def test_the_predicted_peak_is_above_the_measured_one_by_less_than_a_third(
+    tmp_path: Path, case: dict[str, Any]
 ) -> None:
-    measured = json.loads((FIGURES / "h200_awq.json").read_text())[run]
-    need = resources(hollow_plan(tmp_path / "src", wide_config(family, measured["layers"]), "awq"), True)
-    assert measured["peak_rss"] <= need.host <= 1.25 * measured["peak_rss"]
-    assert measured["peak_device"] <= need.device
+    config = wide_config(case["shape"], case["layers"], case["experts"], case["narrower"])
+    machine = case["machine"]
+    workers = min(MAX_WORKERS, machine["cores"])
+    plan = hollow_plan(tmp_path / "src", config, case["recipe"])
+    need = resources(plan, machine["device"] != "cpu", workers)
+    peak = max(run["peak_rss"] for run in case["ours"])
+    assert peak <= need.host < 1.33 * peak
+    assert max(run["peak_device"] for run in case["ours"]) <= need.device
 
 
 def test_a_pinned_buffer_is_a_power_of_two() -> None:

@@ -118,6 +118,8 @@ def test_serve_before_the_engine_starts(shell: Shell, options: list[str]) -> Non
 def test_serve_without_an_engine_or_a_key(shell: Shell) -> None:
     assert "vLLM is not installed" in shell.refuses("serve", M2, "--on", "1xH200")
     assert "this variable is not set" in shell.refuses("serve", M2, "--on", "1xH200", "--api-key-env", "M3QUANT_UNSET")
+    told = shell.refuses("serve", M2, "--on", "1xH200", "--dry-run", "--api-key-env", "sk-given-by-mistake")
+    assert "mistake" not in told
 
 
 def test_verify_says_before_it_reads_that_there_is_no_engine(shell: Shell, outputs: dict[str, Path]) -> None:

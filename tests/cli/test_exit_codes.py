@@ -172,3 +172,12 @@ def test_a_full_disk_is_told_with_4(shell: Shell) -> None:
             [sys.executable, "-m", "m3quant", "plan", M2, "--all"], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert (done.returncode, done.stderr) == (4, "m3quant: the output cannot be used: No space left on device.\n")
+
+
+def test_a_full_disk_under_the_log_changes_no_exit_code() -> None:
+    for arguments, code in ((["plan", "/nowhere"], 2), (["no-such-command"], 2), (["plan", str(M2), "--all"], 4)):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "m3quant", *arguments], stdout=full if code == 4 else None, stderr=full
+            )
+        assert done.returncode == code

@@ -181,3 +181,10 @@ def test_a_full_disk_under_the_log_changes_no_exit_code() -> None:
                 [sys.executable, "-m", "m3quant", *arguments], stdout=full if code == 4 else None, stderr=full
             )
         assert done.returncode == code
+
+
+def test_a_context_limit_of_null_is_none_at_all(shell: Shell, tmp_path: Path) -> None:
+    shutil.copytree(M2, tmp_path / "it")
+    config = tmp_path / "it" / "config.json"
+    config.write_text(config.read_text().replace('"max_position_embeddings": 8192', '"max_position_embeddings": null'))
+    assert shell("plan", tmp_path / "it", "--on", "1xH200").code == 0

@@ -140,22 +140,33 @@ def layer_spec(config: dict[str, Any], index: int) -> LayerSpec:
 
 def _rotary_dim(text: _Config) -> int:
     """How many channels of a head are rotated. Raises CheckpointError where config.json also says otherwise, or scales angles."""
-    size, nested = text.get("rotary_dim"), text.values.get("rope_parameters") or {}
+    size, theta, head_dim = text.get("rotary_dim"), text.get("rope_theta"), text.get("head_dim")
+    if type(size) is not int or size % 2 or not 0 < size <= head_dim or not _is_positive(theta):
+        raise CheckpointError(
+            f"config.json says {text.where}rotary_dim = {size!r} and rope_theta = {theta!r}, but an even number of a head's "
+            f"{head_dim} channels is rotated, by a positive theta; take config.json from the original model repository"
+        )
     for key in ("rope_scaling", "rope_parameters"):
         found = text.values.get(key) or {}
-        if found.get("rope_type", found.get("type", "default")) != "default":
+        if not isinstance(found, Mapping) or found.get("rope_type", found.get("type", "default")) != "default":
             raise CheckpointError(
                 f"config.json says {text.where}{key} = {found!r}, but only unscaled rotary embedding is implemented for this "
                 "architecture; a model that differs needs its own in calibration/attention.py"
             )
+    nested = text.values.get("rope_parameters") or {}
     share = nested.get("partial_rotary_factor", text.values.get("partial_rotary_factor"))
-    rotated = size if share is None else int(text.get("head_dim") * share)
-    if rotated != size or float(nested.get("rope_theta", text.get("rope_theta"))) != float(text.get("rope_theta")):
+    rotated = size if share is None else int(head_dim * share) if _is_positive(share) else share
+    if rotated != size or nested.get("rope_theta", theta) != theta:
         raise CheckpointError(
-            f"config.json says rotary_dim = {size} and rope_theta = {text.get('rope_theta')}, but its other rotary settings "
-            f"rotate {rotated} dimensions of a head by {nested or share}; take config.json from the original model repository"
+            f"config.json says {text.where}rotary_dim = {size} and rope_theta = {theta}, but its other rotary settings "
+            f"rotate {rotated!r} dimensions of a head by {nested.get('rope_theta', theta)!r}; take config.json from the "
+            "original model repository"
         )
-    return int(size)
+    return size
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
 
 
 def _activation(text: _Config) -> Activation:

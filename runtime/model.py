@@ -34,7 +34,7 @@ class ServedModel:
     @property
     def max_positions(self) -> int:
         """Longest context that config.json allows, in tokens."""
-        return int(self.text.get("max_position_embeddings", 0))
+        return int(self.text.get("max_position_embeddings") or 0)
 
     @property
     def stored_bytes(self) -> int:

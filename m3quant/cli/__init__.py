@@ -7,6 +7,8 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Callable
+from typing import NoReturn, TextIO
 
 import click
 
@@ -65,36 +67,43 @@ _UNFORESEEN = {
 }
 
 
-def _discard_output() -> None:
-    """Let the interpreter's last flush of stdout go nowhere, instead of failing once more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _discard(stream: TextIO | None) -> None:
+    """Let the interpreter's last flush of stdout or stderr go nowhere, instead of failing once more."""
+    if stream is not None:  # None: closed before we began
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _end(code: int, tell: Callable[[], None]) -> NoReturn:
+    """Leave with `code`, whatever becomes of the words: a log on the disk that is full must not turn 4 into Python's 1."""
+    try:
+        tell()
+    except OSError:
+        _discard(sys.stderr)
+    sys.exit(code)
 
 
 def main() -> None:
     """Entry point: refusals of ours become one line on stderr and an exit code, never a traceback."""
+
+    def end(code: int, words: str) -> NoReturn:
+        _end(code, lambda: click.echo(f"m3quant: {words}", err=True))
+
     try:
         code = cli(standalone_mode=False)  # click's own handling would end a Ctrl-C with 1
     except M3QuantError as error:
-        click.echo(f"m3quant: {error}", err=True)
-        sys.exit(error.exit_code)
+        end(error.exit_code, str(error))
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        _end(error.exit_code, error.show)
     except (click.Abort, KeyboardInterrupt):
-        click.echo(
-            "m3quant: stopped by SIGINT; what is finished is kept, and the same command continues.",
-            err=True,
-        )
-        sys.exit(128 + signal.SIGINT)
+        end(128 + signal.SIGINT, "stopped by SIGINT; what is finished is kept, and the same command continues.")
     except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
-        _discard_output()
+        _discard(sys.stdout)
         sys.exit(1)
     except OSError as error:
         code = _UNFORESEEN.get(error.errno or 0)
         if code is None:
             raise
-        if error.filename is None:  # of the streams, stdout alone is ours to fill
-            _discard_output()
-        click.echo(f"m3quant: {error.filename or 'the output'} cannot be used: {error.strerror}.", err=True)
-        sys.exit(code)
+        if error.filename is None:  # a stream of ours, stdout as a rule; stderr is seen to by `_end`
+            _discard(sys.stdout)
+        end(code, f"{error.filename or 'the output'} cannot be used: {error.strerror}.")
     sys.exit(code if isinstance(code, int) else 0)

@@ -125,7 +125,10 @@ def _api_key(name: str | None, dry: bool) -> str | None:
     if name is None:
         return None
     if not _VARIABLE.fullmatch(name):
-        raise OptionError(f"--api-key-env {name!r} is no name of an environment variable: give the name, not the key.")
+        # What was given is not repeated: it may be the key itself, and messages end in logs.
+        raise OptionError(
+            "--api-key-env was not given the name of an environment variable: give the name, not the key."
+        )
     value = os.environ.get(name)
     if value:
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,13 +26,19 @@ class WarmUp:
         """units: layers to come; spec: of the first, None to do nothing. stream_bytes: of one stream, copied to the host
         after every layer; 0 if it is not."""
         self.units, self.device, self.stream_bytes = units, device, stream_bytes
-        self._thread = threading.Thread(target=self._run, args=(spec,), name="warm-up", daemon=True) if spec else None
+        self._thread = (
+            threading.Thread(target=self._quietly, args=(spec,), name="warm-up", daemon=True) if spec else None
+        )
         if self._thread:
             self._thread.start()
 
     def close(self) -> None:
         if self._thread:
             self._thread.join()
+
+    def _quietly(self, spec: LayerSpec) -> None:
+        with contextlib.suppress(Exception):  # or the thread would end in a traceback on stderr
+            self._run(spec)
 
     def _run(self, spec: LayerSpec) -> None:
         from ..calibration.kernels import warm_up

@@ -65,8 +65,9 @@ def _connect(ray: Any, address: str | None) -> None:
             _check_reachable(address)
             ray.init(address=address, **how)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PlanError(
-            f"Ray at {address or 'this machine'} cannot be reached ({str(error).splitlines()[0]}): "
+            f"Ray at {address or 'this machine'} cannot be reached ({reason}): "
             "start it with `ray start --head` and give the address that it prints."
         ) from None
     for number, handler in handlers.items():  # Ray puts its own in their place, which end the process at once

@@ -15,12 +15,13 @@ LIMITS = {
     "num_hidden_layers": 1024,
     "num_local_experts": 8192,
     "num_experts_per_tok": 8192,
+    "n_shared_experts": 8192,
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2**16),
     **dict.fromkeys(("hidden_size", "intermediate_size", "shared_intermediate_size", "dense_intermediate_size", "head_dim"), 2**24),
     **dict.fromkeys(("vocab_size", "max_position_embeddings"), 2**31),
     **dict.fromkeys(("sparse_index_dim", "sparse_num_index_heads", "sparse_topk_blocks", "sparse_block_size"), 2**24),
 }  # fmt: skip
-NONE_OF_IT = {"shared_intermediate_size"}  # M2's configs say 0: no shared expert
+NONE_OF_IT = {"shared_intermediate_size", "n_shared_experts"}  # M2's configs say 0: no shared expert
 PER_LAYER = ("moe_layer_freq", "sparse_attention_freq")
 REMEDY = "copy the original config.json of the release beside the weights"
 

@@ -253,6 +253,15 @@ def test_what_the_layer_maths_does_not_cover_is_refused(make: Any, overrides: di
         ("rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "rope_theta = 5000000"),
         ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}, "only unscaled rotary embedding"),
         ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling = .*only unscaled rotary embedding"),
+        ("rope_scaling", "linear", "rope_scaling = 'linear', but only unscaled rotary embedding"),
+        ("rope_parameters", ["x"], "rope_parameters = .*only unscaled rotary embedding"),
+        ("rope_parameters", {"rope_theta": None}, "by None"),
+        ("partial_rotary_factor", "0.5", "rotate '0.5' dimensions"),
+        ("rotary_dim", "64", "rotary_dim = '64'"),
+        ("rotary_dim", 33, "an even number of a head's 128 channels"),
+        ("rotary_dim", 256, "an even number of a head's 128 channels"),
+        ("rope_theta", 0, "by a positive theta"),
+        ("rope_theta", "x", "rope_theta = 'x'"),
     ],
 )
 def test_rotary_settings_that_contradict_or_scale_are_refused(key: str, value: Any, message: str) -> None:

@@ -118,6 +118,8 @@ def test_serve_before_the_engine_starts(shell: Shell, options: list[str]) -> Non
 def test_serve_without_an_engine_or_a_key(shell: Shell) -> None:
     assert "vLLM is not installed" in shell.refuses("serve", M2, "--on", "1xH200")
     assert "this variable is not set" in shell.refuses("serve", M2, "--on", "1xH200", "--api-key-env", "M3QUANT_UNSET")
+    told = shell.refuses("serve", M2, "--on", "1xH200", "--dry-run", "--api-key-env", "sk-given-by-mistake")
+    assert "mistake" not in told
 
 
 def test_verify_says_before_it_reads_that_there_is_no_engine(shell: Shell, outputs: dict[str, Path]) -> None:
@@ -170,3 +172,19 @@ def test_a_full_disk_is_told_with_4(shell: Shell) -> None:
             [sys.executable, "-m", "m3quant", "plan", M2, "--all"], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert (done.returncode, done.stderr) == (4, "m3quant: the output cannot be used: No space left on device.\n")
+
+
+def test_a_full_disk_under_the_log_changes_no_exit_code() -> None:
+    for arguments, code in ((["plan", "/nowhere"], 2), (["no-such-command"], 2), (["plan", str(M2), "--all"], 4)):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "m3quant", *arguments], stdout=full if code == 4 else None, stderr=full
+            )
+        assert done.returncode == code
+
+
+def test_a_context_limit_of_null_is_none_at_all(shell: Shell, tmp_path: Path) -> None:
+    shutil.copytree(M2, tmp_path / "it")
+    config = tmp_path / "it" / "config.json"
+    config.write_text(config.read_text().replace('"max_position_embeddings": 8192', '"max_position_embeddings": null'))
+    assert shell("plan", tmp_path / "it", "--on", "1xH200").code == 0

@@ -19,7 +19,7 @@ from m3quant.checkpoint import Checkpoint, ShardRecord
 from m3quant.convert import calibrated, expert_stacks, layer_writer
 from m3quant.convert.boundary import Streams
 from m3quant.convert.device_layers import DeviceLoader
-from m3quant.convert.device_warm_up import TOKENS, pass_once
+from m3quant.convert.device_warm_up import TOKENS, WarmUp, pass_once
 from m3quant.convert.settings import Silent
 from m3quant.errors import StoppedError
 from m3quant.reading import SourceReader
@@ -101,3 +101,18 @@ def test_what_warms_a_gpu_up_is_a_pass_through_a_layer_of_every_kind(family: str
     for index in range(layers):
         spec = layer_spec(config, index)
         assert pass_once(spec, torch.device("cpu")).shape == (1, TOKENS, spec.hidden_size)
+
+
+def test_a_warm_up_that_fails_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr("threading.excepthook", seen.append)
+
+    def fail(self: WarmUp, spec: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(WarmUp, "_run", fail)
+    config = json.loads((make_source(tmp_path / "src", "m2") / "config.json").read_text())
+    WarmUp([], layer_spec(config, 0), torch.device("cpu")).close()
+    assert not seen and not capfd.readouterr().err

@@ -205,6 +205,6 @@ def test_a_text_config_or_architectures_of_the_wrong_kind_are_refused() -> None:
 def test_a_number_of_shared_experts_is_a_count_that_may_be_none() -> None:
     config, family = load("minimax-m3")
     for value in ("x", -1, 0.5):
-        with pytest.raises(CheckpointError, match="'n_shared_experts' is .*not a whole number from 0"):
+        with pytest.raises(CheckpointError, match=r"'n_shared_experts' is .*not a whole number from 0"):
             family_of({**config, "text_config": {**config["text_config"], "n_shared_experts": value}})
     assert family_of({**config, "text_config": {**config["text_config"], "n_shared_experts": 0}}) is family

@@ -104,9 +104,10 @@ def peer(source: Path, output: Path, answer: Path, arguments: argparse.Namespace
 
 def make_source(work: Path, arguments: argparse.Namespace) -> Path:
     """The checkpoint under `work`, made unless an earlier call kept it."""
-    source = work / f"{arguments.shape}-{arguments.layers}x{arguments.experts or 'all'}-{arguments.narrower}"
+    kind = "" if arguments.stored == "plain" else f"-{arguments.stored}"
+    source = work / f"{arguments.shape}-{arguments.layers}x{arguments.experts or 'all'}-{arguments.narrower}{kind}"
     if not source.exists():
-        config = wide_config(arguments.shape, arguments.layers, arguments.experts, arguments.narrower)
+        config = wide_config(arguments.shape, arguments.layers, arguments.experts, arguments.narrower, arguments.stored)
         started = time.perf_counter()
         size = wide_checkpoint(source, config, pick_device(arguments.device).type)
         print(f"made {source} in {time.perf_counter() - started:.1f} s: {size / 1e9:.2f} GB", flush=True)
@@ -120,7 +121,7 @@ def measure(work: Path, source: Path, arguments: argparse.Namespace) -> dict[str
     result: dict[str, Any] = {
         "measured": time.strftime("%Y-%m-%d"),
         "shape": arguments.shape, "layers": arguments.layers, "recipe": arguments.to, "experts": arguments.experts,
-        "narrower": arguments.narrower, "windows": arguments.windows, "window_length": arguments.window_length,
+        "narrower": arguments.narrower, "stored": arguments.stored, "windows": arguments.windows, "window_length": arguments.window_length,
         "machine": {
             "device": device_name(device), "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version(),
         },
@@ -190,7 +191,7 @@ def stage_rows(result: dict[str, Any], plan: Plan) -> list[dict[str, Any]]:
 def print_result(result: dict[str, Any]) -> None:
     disk, runs = result["disk"], finished(result["ours"])
     print(
-        f"\n{result['shape']} x{result['layers']} to {result['recipe']} on {result['machine']['device']}, {result['machine']['cores']} cores, "
+        f"\n{result['shape']} x{result['layers']}, {result['stored']}, to {result['recipe']} on {result['machine']['device']}, {result['machine']['cores']} cores, "
         f"torch {result['machine']['torch']}; {disk['bytes_in'] / 1e9:.2f} GB in, {disk['bytes_out'] / 1e9:.2f} GB out"
     )
     print(
@@ -254,6 +255,9 @@ def parser() -> argparse.ArgumentParser:
         "--to", default="fp8", help="a shipped recipe, such as fp8, fp8-block, int4 or awq; several with commas"
     )
     p.add_argument("--experts", type=int, default=None, help="experts of a layer, instead of the release's")
+    p.add_argument(
+        "--stored", choices=("plain", "fp8-block", "mxfp8"), default="plain", help="how the source stores its weights"
+    )
     p.add_argument("--narrower", type=int, default=1, help="divide hidden and expert sizes by this")
     p.add_argument("--device", default="auto")
     p.add_argument("--against", choices=("llm-compressor",), default=None)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from m3quant.checkpoint import ShardWriter, write_json_atomic
 from m3quant.families import family_of
+from m3quant.quant.fp8 import E4M3_MAX
+from m3quant.source import FP8_BLOCK, PLAIN, scale_layout, source_kind
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASES = {"m2": "minimax-m2.7", "m3": "minimax-m3"}
@@ -18,11 +21,32 @@ SMALL_VOCABULARY = 8192  # the embedding table is not what is measured
 SHARD_BYTES = 2_000_000_000
 LEAST_SHARDS = 4  # so that a program that works shard by shard has several to work on at once
 POOL = 1 << 22  # random values that a CPU draws weights from
-CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
+FP8_SPREAD = 100.0  # standard deviation of FP8 codes' values, so that the largest of a block are near 448
+SCALE = "_scale_inv"
+NOT_IN_FP8 = ("router", "embed", "lm_head")  # of the matrices of a language model
 
 
-def wide_config(shape: str, layers: int, experts: int | None = None, narrower: int = 1) -> dict[str, Any]:
-    """config.json of `shape` ("m2" or "m3") with this many MoE layers; fewer experts and narrower by a factor if asked."""
+class Entry(NamedTuple):
+    """A tensor of the checkpoint; spread: the standard deviation of its values, of a scale the mean."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    spread: float
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def wide_config(
+    shape: str, layers: int, experts: int | None = None, narrower: int = 1, stored: str = PLAIN
+) -> dict[str, Any]:
+    """config.json of `shape` ("m2" or "m3") with this many MoE layers; fewer experts and narrower by a factor if asked.
+
+    stored: "plain" (BF16), or as the vendor's FP8 releases store their linear layers, "fp8-block" (M2's) or "mxfp8" (M3's).
+    """
     config: dict[str, Any] = json.loads((ROOT / "tests" / "data" / RELEASES[shape] / "config.json").read_text())
     text = config.get("text_config", config)
     text.update(num_hidden_layers=layers, vocab_size=SMALL_VOCABULARY // narrower)
@@ -40,6 +64,13 @@ def wide_config(shape: str, layers: int, experts: int | None = None, narrower: i
     else:
         text["attn_type_list"] = [1] * layers
     config.pop("quantization_config", None)
+    if stored != PLAIN:
+        method, block = ("fp8", [128, 128]) if stored == FP8_BLOCK else ("mxfp8", [1, 32])
+        config["quantization_config"] = {
+            "quant_method": method,
+            "activation_scheme": "dynamic",
+            "weight_block_size": block,
+        }
     return config
 
 
@@ -47,17 +78,23 @@ def wide_checkpoint(folder: Path, config: dict[str, Any], device: str = "cpu") -
     """Write the checkpoint that `config` describes with random weights in shards of about 2 GB, or four; its bytes."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    facts = family_of(config).expected_tensors(config)
-    entries = []
-    for name, fact in facts.items():
-        dtype = torch.float32 if fact.float32 else torch.bfloat16
-        entries.append((name, dtype, tuple(fact.shape)))
-    whole = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in entries)
+    family, kind = family_of(config), source_kind(config, folder.name)
+    entries: list[Entry] = []
+    for name, fact in family.expected_tensors(config).items():
+        shape = tuple(fact.shape)
+        if kind == PLAIN or len(shape) != 2 or fact.float32 or family.role(name).kind in NOT_IN_FP8:
+            entries.append(Entry(name, torch.float32 if fact.float32 else torch.bfloat16, shape, shape[-1] ** -0.5))
+            continue
+        scale = torch.float32 if kind == FP8_BLOCK else torch.uint8
+        blocks, _ = scale_layout(kind, (shape[0], shape[1]))
+        entries.append(Entry(name, torch.float8_e4m3fn, shape, FP8_SPREAD))
+        entries.append(Entry(f"{name}{SCALE}", scale, blocks, shape[-1] ** -0.5 / FP8_SPREAD))
+    whole = sum(entry.nbytes for entry in entries)
     shard_bytes = min(SHARD_BYTES, -(-whole // LEAST_SHARDS))
-    groups: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
+    groups: list[list[Entry]] = [[]]
     taken = 0
-    for entry in sorted(entries, key=lambda e: e[1].itemsize, reverse=True):  # F32 first: every tensor is aligned
-        size = math.prod(entry[2]) * entry[1].itemsize
+    for entry in sorted(entries, key=lambda e: e.dtype.itemsize, reverse=True):  # F32 first: every tensor is aligned
+        size = entry.nbytes
         if groups[-1] and taken + size > shard_bytes:
             groups.append([])
             taken = 0
@@ -68,10 +105,10 @@ def wide_checkpoint(folder: Path, config: dict[str, Any], device: str = "cpu") -
     total = 0
     for number, group in enumerate(groups):
         shard = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        with ShardWriter(folder, shard, [(name, CODES[dtype], shape) for name, dtype, shape in group]) as writer:
-            for name, dtype, shape in group:
-                writer.write(name, draw(shape, dtype))
-                weight_map[name] = shard
+        with ShardWriter(folder, shard, [(e.name, CODES[e.dtype], e.shape) for e in group]) as writer:
+            for entry in group:
+                writer.write(entry.name, draw(entry))
+                weight_map[entry.name] = shard
         assert writer.record is not None
         total += writer.record.size
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -79,21 +116,30 @@ def wide_checkpoint(folder: Path, config: dict[str, Any], device: str = "cpu") -
     return total
 
 
-def _drawer(device: str) -> Any:
-    """(shape, dtype) -> random weights: fresh normal values on a GPU; on a CPU, stretches of a pool, each at its own scale."""
+def _drawer(device: str) -> Callable[[Entry], torch.Tensor]:
+    """Random weights: fresh normal values on a GPU; on a CPU, stretches of a pool, each at its own scale."""
     generator = torch.Generator(device).manual_seed(0)
     pool = torch.randn(POOL, generator=generator, device=device, dtype=torch.float32) if device == "cpu" else None
 
-    def draw(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        count = math.prod(shape)
-        if len(shape) == 1:
-            return (torch.randn(shape, generator=generator, device=device) * 0.1 + 1).to(dtype).cpu()
-        spread = shape[-1] ** -0.5
+    def normal(entry: Entry) -> torch.Tensor:
         if pool is None:
-            return (torch.randn(shape, generator=generator, device=device) * spread).to(dtype).cpu()
+            return torch.randn(entry.shape, generator=generator, device=device).mul_(entry.spread)
+        count = math.prod(entry.shape)
         start = int(torch.randint(0, POOL, (1,), generator=generator))
-        spread *= 0.5 + float(torch.rand(1, generator=generator))
-        scaled = (pool * spread).to(dtype).roll(-start)
-        return scaled.repeat(-(-count // POOL))[:count].view(shape)
+        spread = entry.spread * (0.5 + float(torch.rand(1, generator=generator)))
+        return (pool * spread).roll(-start).repeat(-(-count // POOL))[:count].view(entry.shape)
+
+    def draw(entry: Entry) -> torch.Tensor:
+        if len(entry.shape) == 1:
+            return (torch.randn(entry.shape, generator=generator, device=device) * 0.1 + 1).to(entry.dtype).cpu()
+        if entry.name.endswith(SCALE):
+            factors = torch.rand(entry.shape, generator=generator, device=device) + 0.5
+            if entry.dtype == torch.uint8:  # E8M0: a power of two
+                return (factors.log2() + math.log2(entry.spread) + 127).round().to(torch.uint8).cpu()
+            return (factors * entry.spread).cpu()
+        values = normal(entry)
+        if entry.dtype == torch.float8_e4m3fn:
+            values.clamp_(-E4M3_MAX, E4M3_MAX)
+        return values.to(entry.dtype).cpu()
 
     return draw

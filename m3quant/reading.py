@@ -45,16 +45,16 @@ class SourceReader:
         return self.read_many([name])[name]
 
 
-def densify(source: SourceTensor, raw: Mapping[str, Tensor]) -> Tensor:
-    """One source tensor from its raw stored parts."""
+def densify(source: SourceTensor, raw: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
+    """One source tensor from its raw stored parts. out: BF16 to fill, for FP8 sources."""
     name = source.info.name
     if source.kind == PLAIN:
         return raw[name]
     assert source.scale is not None
     scale = raw[source.scale.name]
     if source.kind == FP8_BLOCK:
-        return dequantize_fp8_block(raw[name], scale, torch.bfloat16, name=name)
-    return dequantize_mxfp8(raw[name], scale, torch.bfloat16, name=name)
+        return dequantize_fp8_block(raw[name], scale, torch.bfloat16, out=out, name=name)
+    return dequantize_mxfp8(raw[name], scale, torch.bfloat16, out=out, name=name)
 
 
 class ConvertedReader:

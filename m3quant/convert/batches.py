@@ -33,8 +33,9 @@ COPY, FUSED, WHOLE = "copy", "fused", "whole"
 class Item:
     """One source tensor's way through a batch, or a stretch of a copied one.
 
-    kind: "copy" (bytes first..last of one stored tensor), "fused" (BF16, rounded from buffer to buffer), or "whole"
-    (read and converted by the general path). outputs: what it writes, whole or for a copy the tensor it is part of.
+    kind: "copy" (bytes first..last of one stored tensor), "fused" (rounded from buffer to buffer; an FP8 source becomes
+    BF16 first, or only that), or "whole" (read and converted by the general path). outputs: what it writes, whole or for
+    a copy the tensor it is part of.
     """
 
     planned: PlannedTensor
@@ -46,7 +47,24 @@ class Item:
 
     @property
     def bytes_in(self) -> int:
-        return self.planned.source.stored_bytes if self.kind == WHOLE else self.last - self.first
+        return self.last - self.first if self.kind == COPY else self.planned.source.stored_bytes
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """What is stored of the tensor: itself and, of an FP8 one, its scale."""
+        scale = self.planned.source.scale
+        return (self.stored,) if scale is None else (self.stored, scale)
+
+    @property
+    def staged_bytes(self) -> int:
+        """Of a fused item in the read buffer: its parts one after the other, each aligned."""
+        return sum(aligned(part.nbytes) for part in self.parts)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of the BF16 weight that a fused item of an FP8 source passes through; 0 where it is read as that."""
+        passes = self.kind == FUSED and len(self.parts) > 1 and self.planned.action == "quantize"
+        return aligned(self.elements * 2) if passes else 0
 
     @property
     def elements(self) -> int:
@@ -85,7 +103,12 @@ class Batch:
     @property
     def staged_bytes(self) -> int:
         """Size of the read buffer: the inputs of fused items, aligned. Copies are read where they are written from."""
-        return sum(aligned(item.bytes_in) for item in self.items if item.kind == FUSED)
+        return sum(item.staged_bytes for item in self.items if item.kind == FUSED)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of all BF16 weights that the batch's FP8 ones become."""
+        return sum(item.dense_bytes for item in self.items)
 
 
 def aligned(count: int) -> int:
@@ -126,7 +149,7 @@ def _items(unit: Unit, limit: int, fmt: str) -> Iterator[Item]:
             parts = (source.info,) if source.scale is None else (source.info, source.scale)
             for stored, output in zip(parts, planned.outputs, strict=True):
                 yield from _stretches(planned, stored, output, limit)
-        elif planned.action == "quantize" and ordered and _fusable(planned, fmt):
+        elif planned.action != "copy" and ordered and _fusable(planned, fmt):
             yield Item(planned, FUSED, source.info, 0, source.info.nbytes, planned.outputs)
         else:
             yield Item(planned, WHOLE, source.info, 0, source.info.nbytes, planned.outputs)
@@ -134,7 +157,8 @@ def _items(unit: Unit, limit: int, fmt: str) -> Iterator[Item]:
 
 def _fusable(planned: PlannedTensor, fmt: str) -> bool:
     source = planned.source
-    return source.kind == PLAIN and source.info.dtype == "BF16" and one_pass(planned.scheme, fmt)
+    readable = source.kind != PLAIN or source.info.dtype == "BF16"
+    return readable and (planned.action == "dequantize" or one_pass(planned.scheme, fmt))
 
 
 def _stretches(planned: PlannedTensor, stored: TensorInfo, output: OutputTensor, limit: int) -> Iterator[Item]:
@@ -154,20 +178,22 @@ class Working:
 
 def working_bytes(units: Iterable[Unit], on_gpu: bool, fmt: str, workers: int) -> Working:
     """One read buffer a worker and one write buffer a batch in flight, pinned where there is a GPU, which has its own of
-    both. Tensors on the general path exist as stored, as a float32 copy with one temporary, and as outputs instead.
+    both. FP8 weights become BF16 one after the other on a CPU, a batch at a time on a GPU. Tensors on the general path
+    exist as stored, as a float32 copy with one temporary, and as outputs instead.
     """
     limit = GPU_BATCH_BYTES if on_gpu else CPU_BATCH_BYTES
-    staged = written = whole = 0
+    staged = written = whole = dense = 0
     for unit in units:
         for batch in make_batches(unit, limit, fmt):
             staged, written = max(staged, batch.staged_bytes), max(written, batch.buffered_bytes)
+            dense = max(dense, batch.dense_bytes if on_gpu else max(item.dense_bytes for item in batch.items))
             whole = max(whole, sum(i.bytes_in + i.bytes_out + i.elements * 8 for i in batch.items if i.kind == WHOLE))
     written += ALIGNMENT
     flying = workers + AHEAD
     if not on_gpu:
-        return Working(workers * (staged + SCRATCH_BYTES) + flying * (written + whole), 0)
+        return Working(workers * (staged + dense + SCRATCH_BYTES) + flying * (written + whole), 0)
     host = workers * pinned_bytes(staged) + flying * (pinned_bytes(written) + whole)
-    return Working(host, workers * staged + flying * (written + whole))
+    return Working(host, workers * (staged + dense) + flying * (written + whole))
 
 
 def pinned_bytes(size: int) -> int:
@@ -191,3 +217,12 @@ def output_views(item: Item, buffer: Tensor, offset: int) -> dict[str, Tensor]:
         o.name.removeprefix(stem): buffer[start:end].view(torch_dtype(o.dtype)).view(o.shape)
         for o, (start, end) in zip(item.outputs, output_ranges(item, offset), strict=True)
     }
+
+
+def staged_parts(item: Item, staged: Tensor, start: int) -> dict[str, Tensor]:
+    """The stored parts of a fused item by name, as views of a uint8 buffer that holds them from `start` on."""
+    views = {}
+    for part in item.parts:
+        views[part.name] = staged[start : start + part.nbytes].view(torch_dtype(part.dtype)).view(part.shape)
+        start += aligned(part.nbytes)
+    return views

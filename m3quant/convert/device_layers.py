@@ -23,6 +23,7 @@ from ..checkpoint.reader import bytes_view, torch_dtype
 from ..reading import densify
 from ..source import PLAIN
 from ..timing import span
+from .device_fp8 import Expert, StoredExperts
 
 if TYPE_CHECKING:
     from ..checkpoint.header import TensorInfo
@@ -65,20 +66,29 @@ class DeviceLoader:
         tensors = LayerTensors({}, stacks)
         raw: dict[str, dict[str, Tensor]] = {}
         targets: list[tuple[TensorInfo, Tensor]] = []
+        stored: list[Expert] = []
         for name, source in sources.items():
             if source.kind == PLAIN and not (name in tensors and _dtype(source.info) != tensors[name].dtype):
                 if name not in tensors:
                     tensors[name] = self._empty(source.info)
                 targets.append((source.info, tensors[name]))
-                continue
-            infos = [source.info] + ([source.scale] if source.scale else [])
-            raw[name] = {info.name: self._empty(info) for info in infos}
-            targets += [(info, raw[name][info.name]) for info in infos]
+            elif source.scale is not None and name in tensors:
+                expert, _, which = name.removeprefix(EXPERTS).removesuffix(".weight").partition(".")
+                stored.append((which, int(expert), source))
+            else:
+                infos = [source.info] + ([source.scale] if source.scale else [])
+                raw[name] = {info.name: self._empty(info) for info in infos}
+                targets += [(info, raw[name][info.name]) for info in infos]
+        experts = StoredExperts(stored, self.device) if stored else None
+        if experts:
+            targets += experts.targets()
         # What these tensors' memory was used for before may still be running on this stream.
         ready = torch.cuda.current_stream(self.device).record_event() if self.on_gpu else None
         jobs = [self._pool.submit(self._fill, batch, ready) for batch in _batches(targets)]
         for job in jobs:
             job.result()
+        if experts:
+            experts.dense_into(stacks)
         for name, parts in raw.items():
             dense = densify(sources[name], parts)
             if name in tensors:

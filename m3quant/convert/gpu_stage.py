@@ -12,11 +12,12 @@ from torch import Tensor
 from ..checkpoint import torch_dtype
 from ..quant.formats import compress
 from ..quant.integer import ensure_finite, int_qparams
+from ..reading import densify
 from ..timing import device_span
-from .batches import Item, aligned, output_ranges, output_views
+from .batches import Item, aligned, output_ranges, output_views, staged_parts
 
 # Building a kernel is not something that two threads should do at once.
-_LAUNCH = threading.Lock()
+LAUNCH = threading.Lock()
 Place = tuple[Item, int, int]  # a fused item, its offset in the read buffer and in the write buffer
 
 
@@ -26,7 +27,7 @@ def why_plain(device: torch.device) -> str | None:
     try:
         from ..quant.gpu_kernels import check_device
 
-        with _LAUNCH, torch.cuda.device(device):
+        with LAUNCH, torch.cuda.device(device):
             check_device(device)
     except Exception as error:  # Triton raises what its compiler, the C compiler or the driver raise
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
@@ -39,16 +40,16 @@ class GpuStage:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self._source = self._out = torch.empty(0, dtype=torch.uint8, device=device)
+        self._source = self._out = self._dense = torch.empty(0, dtype=torch.uint8, device=device)
 
     def round(self, places: list[Place], staged: Tensor, buffer: Tensor, fmt: str) -> None:
         """From the pinned read buffer to the pinned write buffer; returns when the bytes are there.
 
         Raises CheckpointError on NaN/Inf, naming the tensor.
         """
-        taken = max(start + aligned(item.bytes_in) for item, start, _ in places)
+        taken = max(start + item.staged_bytes for item, start, _ in places)
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            self._make_room(taken, buffer.numel())
+            self._make_room(taken, buffer.numel(), sum(item.dense_bytes for item, _, _ in places))
             with device_span("h2d", taken):
                 self._source[:taken].copy_(staged[:taken], non_blocking=True)
             with device_span("pack", sum(item.bytes_in for item, _, _ in places)):
@@ -66,11 +67,13 @@ class GpuStage:
                     shape = torch.tensor(item.stored.shape, dtype=torch_dtype(o.dtype))
                     buffer[start:end] = shape.view(torch.uint8)
 
-    def _make_room(self, source: int, out: int) -> None:
+    def _make_room(self, source: int, out: int, dense: int) -> None:
         if self._source.numel() < source:
             self._source = torch.empty(source, dtype=torch.uint8, device=self.device)
         if self._out.numel() < out:
             self._out = torch.empty(out, dtype=torch.uint8, device=self.device)
+        if self._dense.numel() < dense:
+            self._dense = torch.empty(dense, dtype=torch.uint8, device=self.device)
 
     def _round_there(self, places: list[Place], fmt: str) -> Tensor | None:
         """Run the kernels, like with like; the flags of refused weights, by place, or None where `compress` looked."""
@@ -80,30 +83,63 @@ class GpuStage:
             return None
         from ..quant import gpu_kernels
 
+        order = sorted(range(len(places)), key=lambda i: _kind(places[i]))
         flags = torch.zeros(len(places), dtype=torch.int32, device=self.device)
-        order = sorted(range(len(places)), key=lambda i: (places[i][0].planned.scheme.name, places[i][0].stored.shape))
-        done = 0
-        by_kind = [places[i] for i in order]
-        for _, alike in groupby(by_kind, key=lambda p: (p[0].planned.scheme.name, p[0].stored.shape)):
+        done = dense = 0
+        for _, alike in groupby((places[i] for i in order), key=_kind):
             group = list(alike)
-            scheme, shape = group[0][0].planned.scheme, group[0][0].stored.shape
+            item = group[0][0]
+            scheme, shape = item.planned.scheme, item.stored.shape
             own = flags[done : done + len(group)]
             done += len(group)
+            source, begins = self._source, [start for _, start, _ in group]
+            if item.planned.source.scale is not None:
+                source, begins, dense = self._make_dense(group, own, dense)
+                if item.planned.action == "dequantize":
+                    continue
             if gpu_kernels.covers(scheme, shape[1]):
-                table = torch.tensor([table_row(place) for place in group]).to(self.device, non_blocking=True)
-                with _LAUNCH:
-                    gpu_kernels.compress_group(self._source, self._out, table, own, (shape[0], shape[1]), scheme)
+                rows = [table_row(place, begin) for place, begin in zip(group, begins, strict=True)]
+                table = torch.tensor(rows).to(self.device, non_blocking=True)
+                with LAUNCH:
+                    gpu_kernels.compress_group(source, self._out, table, own, (shape[0], shape[1]), scheme)
             else:
                 for place in group:
                     self._plainly(place, fmt)
         # back into the order of `places`
         return flags[torch.tensor([order.index(i) for i in range(len(places))], device=self.device)]
 
+    def _make_dense(self, group: list[Place], flags: Tensor, begin: int) -> tuple[Tensor, list[int], int]:
+        """BF16 of FP8 weights of one kind: in the outputs' places if that is all, else in `_dense` from `begin` on.
+
+        Returns where they are: the memory, the offset of each in it, and the first free one after them.
+        """
+        from ..quant import gpu_source
+
+        item = group[0][0]
+        scale = item.planned.source.scale
+        assert scale is not None
+        only = item.planned.action == "dequantize"
+        places, rows = [], []
+        for own, start, output in group:
+            places.append(output if only else begin)
+            begin += own.dense_bytes
+            rows.append((start, start + aligned(own.stored.nbytes), places[-1]))
+        out = self._out if only else self._dense
+        table = torch.tensor(rows).to(self.device, non_blocking=True)
+        with LAUNCH:
+            rows_columns = (item.stored.shape[0], item.stored.shape[1])
+            gpu_source.dense_group(self._source, out, table, flags, rows_columns, scale.dtype)
+        return out, places, begin
+
     def _plainly(self, place: Place, fmt: str) -> None:
         item, start, output = place
-        weight = self._source[start : start + item.bytes_in].view(torch.bfloat16).view(item.stored.shape)
+        weight = densify(item.planned.source, staged_parts(item, self._source, start))
+        outputs = output_views(item, self._out, output)
+        if item.planned.action == "dequantize":
+            next(iter(outputs.values())).copy_(weight)
+            return
         parts = compress(weight, item.planned.scheme, fmt, name=item.planned.name)
-        for suffix, view in output_views(item, self._out, output).items():
+        for suffix, view in outputs.items():
             view.copy_(parts[suffix])
 
     @staticmethod
@@ -112,17 +148,24 @@ class GpuStage:
             return
         for (item, start, _), flag in zip(places, refused.tolist(), strict=True):
             if flag:
-                weight = staged[start : start + item.bytes_in].view(torch.bfloat16).view(item.stored.shape)
+                weight = densify(item.planned.source, staged_parts(item, staged, start))
                 ensure_finite(weight, item.planned.name)
                 int_qparams(weight, item.planned.scheme, name=item.planned.name)
                 raise AssertionError(f"{item.planned.name} was refused on the GPU alone")
 
 
-def table_row(place: Place) -> tuple[int, int, int]:
-    """Byte offsets of a weight and of its codes and its scale, the first two outputs of every one-pass format."""
-    item, start, output = place
+def _kind(place: Place) -> tuple[str, str, tuple[int, ...], str]:
+    """What one launch has in common."""
+    planned = place[0].planned
+    scale = planned.source.scale
+    return planned.action, planned.scheme.name, planned.source.info.shape, scale.dtype if scale else ""
+
+
+def table_row(place: Place, begin: int) -> tuple[int, int, int]:
+    """Byte offsets of a BF16 weight and of its codes and its scale, the first two outputs of every one-pass format."""
+    item, _, output = place
     ranges = output_ranges(item, output)
-    return start, ranges[0][0], ranges[1][0]
+    return begin, ranges[0][0], ranges[1][0]
 
 
 def covered(places: list[Place]) -> list[tuple[int, int]]:

@@ -26,7 +26,7 @@ from ..checkpoint.reader import bytes_view
 from ..plan import PASSED_THROUGH, Unit
 from ..quant.fused import compress_into
 from ..quant.integer import ensure_finite
-from ..reading import SourceReader
+from ..reading import SourceReader, densify
 from ..timing import span
 from .batches import (
     AHEAD,
@@ -44,6 +44,7 @@ from .batches import (
     make_batches,
     output_ranges,
     output_views,
+    staged_parts,
 )  # fmt: skip
 from .stopping import StopFlag
 from .units import FLOATS, UnitWriter, quantize_tensor
@@ -94,6 +95,7 @@ class Worker(threading.local):
     """What one thread of the pool keeps from batch to batch: its read buffer and, for a GPU, its stream and memory."""
 
     staged: Tensor | None = None
+    dense: Tensor | None = None  # the BF16 weight that an FP8 one becomes, on a CPU
     gpu: GpuStage | None = None
 
 
@@ -163,10 +165,14 @@ class Pipeline:
             self._gpu().round(places, staged, buffer, self.fmt)
             return
         for item, start, output in places:
-            weight = staged[start : start + item.bytes_in].view(torch.bfloat16).view(item.stored.shape)
             with span("pack", item.bytes_in):
-                parts = output_views(item, buffer, output)
-                compress_into(weight, item.planned.scheme, self.fmt, parts, name=item.planned.name)
+                outputs = output_views(item, buffer, output)
+                parts = staged_parts(item, staged, start)
+                if item.planned.action == "dequantize":
+                    densify(item.planned.source, parts, next(iter(outputs.values())))
+                    continue
+                weight = densify(item.planned.source, parts, self._dense(item))
+                compress_into(weight, item.planned.scheme, self.fmt, outputs, name=item.planned.name)
 
     def _read(self, batch: Batch, buffer: Tensor, base: int) -> list[tuple[Item, int, int]]:
         """Read what a batch needs; returns each item with its offsets in the read and in the write buffer."""
@@ -176,8 +182,9 @@ class Pipeline:
         for item in batch.items:
             places.append((item, staged, output))
             if item.kind == FUSED:
-                ranges.append((item.stored, 0, bytes_view(read_buffer[staged : staged + item.bytes_in])))
-                staged += aligned(item.bytes_in)
+                for part in item.parts:
+                    ranges.append((part, 0, bytes_view(read_buffer[staged : staged + part.nbytes])))
+                    staged += aligned(part.nbytes)
             elif item.kind == COPY:
                 ranges.append((item.stored, item.first, bytes_view(buffer[output : output + item.bytes_out])))
             output += 0 if item.kind == WHOLE else item.bytes_out
@@ -190,6 +197,14 @@ class Pipeline:
             self._worker.staged = None
             self._worker.staged = host_buffer(size, self.on_gpu)
         return self._worker.staged
+
+    def _dense(self, item: Item) -> Tensor | None:
+        """BF16 of the shape of an FP8 item, None of a BF16 one; it holds until the next call of this thread."""
+        if not item.dense_bytes:
+            return None
+        if self._worker.dense is None or self._worker.dense.numel() < item.elements:
+            self._worker.dense = torch.empty(item.elements, dtype=torch.bfloat16)
+        return self._worker.dense[: item.elements].view(item.stored.shape)
 
     def _gpu(self) -> GpuStage:
         if self._worker.gpu is None:

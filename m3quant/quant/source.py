@@ -19,34 +19,44 @@ _SIGN_AND_MAGNITUDE = -(1 << 15) | 0x7F << 4  # of an int16 made of an E4M3 byte
 
 
 def dequantize_fp8_block(
-    weight: Tensor, scale_inv: Tensor, out_dtype: torch.dtype = torch.bfloat16, *, name: str = "weight"
+    weight: Tensor,
+    scale_inv: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+    *,
+    out: Tensor | None = None,
+    name: str = "weight",
 ) -> Tensor:
     """weight * scale_inv per 128x128 block (`_inv` multiplies: DeepSeek-V3, MiniMax-M2).
 
     weight: float8_e4m3fn [..., N, K]. scale_inv: F32 or BF16 [..., ceil(N/128), ceil(K/128)].
-    out_dtype: bfloat16 or float32.
+    out_dtype: bfloat16 or float32; or out, a tensor of one of them to fill, of the weight's shape and on its device.
     Raises CheckpointError on a wrong scale shape, a NaN in weight or scale, or a product beyond `out_dtype`.
     """
     _check_codes(weight, name)
     check_block_scale(tuple(weight.shape), scale_inv, SQUARE, name)
     ensure_finite(scale_inv, f"the scale of {name}")
-    return _product(weight, scale_inv.float(), SQUARE, out_dtype, name)
+    return _product(weight, scale_inv.float(), SQUARE, out_dtype if out is None else out, name)
 
 
 def dequantize_mxfp8(
-    weight: Tensor, scale: Tensor, out_dtype: torch.dtype = torch.bfloat16, *, name: str = "weight"
+    weight: Tensor,
+    scale: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+    *,
+    out: Tensor | None = None,
+    name: str = "weight",
 ) -> Tensor:
     """weight * 2^(scale - 127) per 1x32 along K (OCP MXFP8, E8M0 scales).
 
     weight: float8_e4m3fn [..., N, K]. scale: uint8 (or float8_e8m0fnu) [..., N, ceil(K/32)].
-    out_dtype: bfloat16 or float32.
+    out_dtype, out: as `dequantize_fp8_block`.
     Raises CheckpointError on a wrong scale shape, the scale 255 (NaN), a NaN weight, or a product beyond `out_dtype`.
     """
     _check_codes(weight, name)
     if scale.element_size() != 1:
         raise CheckpointError(f"the scale of {name} is {scale.dtype}, but MXFP8 scales are one byte (E8M0).")
     check_block_scale(tuple(weight.shape), scale, MX_BLOCK, name)
-    return _product(weight, e8m0_to_float(scale, name=name), MX_BLOCK, out_dtype, name)
+    return _product(weight, e8m0_to_float(scale, name=name), MX_BLOCK, out_dtype if out is None else out, name)
 
 
 def e8m0_to_float(scale: Tensor, *, name: str = "weight") -> Tensor:
@@ -65,25 +75,26 @@ def _check_codes(weight: Tensor, name: str) -> None:
         raise CheckpointError(f"{name} has a scale but is {weight.dtype}, not float8_e4m3fn: the source is damaged.")
 
 
-def _product(weight: Tensor, scale: Tensor, block: Block, out_dtype: torch.dtype, name: str) -> Tensor:
-    if out_dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"a source is dequantized to bfloat16 or float32, not {out_dtype}")
+def _product(weight: Tensor, scale: Tensor, block: Block, out: Tensor | torch.dtype, name: str) -> Tensor:
+    dtype = out if isinstance(out, torch.dtype) else out.dtype
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"a source is dequantized to bfloat16 or float32, not {dtype}")
+    target = torch.empty(weight.shape, dtype=dtype, device=weight.device) if isinstance(out, torch.dtype) else out
     if weight.device.type == "cpu" and weight.numel():
-        out = torch.empty(weight.shape, dtype=out_dtype)
-        for part, own, target in zip(_matrices(weight), _matrices(scale), _matrices(out), strict=True):
-            _product_into(part, own, block, target, name)
-        return out
+        for part, own, matrix in zip(_matrices(weight), _matrices(scale), _matrices(target), strict=True):
+            _product_into(part, own, block, matrix, name)
+        return target
     work = multiply_blocks_(weight.to(torch.float32), scale, block)
     low, high = torch.aminmax(work)  # NaN fails the comparison below
-    if not float(max(-low, high)) <= torch.finfo(out_dtype).max:
+    if not float(max(-low, high)) <= torch.finfo(dtype).max:
         ensure_finite(weight, name)
-        raise _too_large(out_dtype, name)
-    return work.to(out_dtype)
+        raise _too_large(dtype, name)
+    return target.copy_(work)
 
 
 def _matrices(tensor: Tensor) -> Tensor:
-    """[..., N, K] as [M, N, K]."""
-    return tensor.reshape(-1, *tensor.shape[-2:])
+    """[..., N, K] as [M, N, K], the same memory."""
+    return tensor.view(-1, *tensor.shape[-2:])
 
 
 def _product_into(codes: Tensor, scale: Tensor, block: Block, out: Tensor, name: str) -> None:

@@ -24,7 +24,7 @@ POOL = 1 << 22  # random values that a CPU draws weights from
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
 FP8_SPREAD = 100.0  # standard deviation of FP8 codes' values, so that the largest of a block are near 448
 SCALE = "_scale_inv"
-NOT_IN_FP8 = ("router", "embed", "lm_head")  # of the matrices of a language model
+NOT_IN_FP8 = ("router", "embedding", "lm_head")  # of the matrices of a language model
 
 
 class Entry(NamedTuple):

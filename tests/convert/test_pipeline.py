@@ -68,16 +68,43 @@ def test_any_batch_size_writes_the_bytes_of_the_general_path(
     assert_same(tmp_path / "out", plainly(plan))
 
 
-@pytest.mark.parametrize(("kind", "family"), [("fp8", "m2"), ("mxfp8", "m3")])
-def test_a_quantized_source_goes_the_general_way(tmp_path: Path, kind: str, family: str) -> None:
-    source, _ = quantized_source(make_source(tmp_path / "src", family), tmp_path / "quantized", kind)
-    plan = make_plan_of(source, "int4")
-    kinds = {
-        item.kind for unit in plan.units for b in make_batches(unit, 1 << 20, plan.recipe.format) for item in b.items
-    }
-    assert kinds == {COPY, WHOLE}
-    run_plan(plan, tmp_path / "out")
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("settings", [[], ["attention=keep"]], ids=["all", "attention-kept"])
+@pytest.mark.parametrize(
+    ("kind", "family", "recipe"), [("fp8", "m2", "int4"), ("fp8", "m2", "fp8"), ("mxfp8", "m3", "int4")]
+)
+def test_an_fp8_source_is_rounded_from_buffer_to_buffer_too(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    family: str,
+    recipe: str,
+    settings: list[str],
+    limit: int,
+) -> None:
+    """Its scales lie in a shard of their own; a projection that is kept becomes BF16."""
+    bf16 = make_source(tmp_path / "src", family)
+    source, _ = quantized_source(bf16, tmp_path / "quantized", kind, scales_apart=True)
+    plan = make_plan_of(source, recipe, settings)
+    monkeypatch.setattr(pipeline, "CPU_BATCH_BYTES", limit)
+    items = [i for unit in plan.units for b in make_batches(unit, limit, plan.recipe.format) for i in b.items]
+    assert {item.kind for item in items} == {COPY, FUSED}
+    assert ("dequantize" in {item.planned.action for item in items}) == bool(settings)
+    progress = Silent()
+    run_plan(plan, tmp_path / "out", progress=progress)
+    assert progress.done == sum(unit.bytes_in for unit in plan.units)
     assert_same(tmp_path / "out", plainly(plan))
+
+
+@pytest.mark.parametrize("settings", [[], ["routed_experts=keep"]], ids=["quantized", "kept"])
+def test_a_nan_in_an_fp8_source_is_told_by_tensor(tmp_path: Path, settings: list[str]) -> None:
+    source, _ = quantized_source(make_source(tmp_path / "src", "m2"), tmp_path / "quantized", "fp8")
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    tensors = stored(source)
+    tensors[name].view(torch.uint8)[-1, -1] = 0x7F
+    plan = make_plan_of(rewrite(tmp_path / "bad", tensors, config_of(source)), "fp8", settings)
+    with pytest.raises(CheckpointError, match=rf"NaN/Inf in {name}: 1 of"):
+        run_plan(plan, tmp_path / "out")
 
 
 def test_a_shard_in_another_order_than_its_plan_is_written_all_the_same(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from convert.common import make_plan_of, make_source, run_plan, same_output
+from convert.common import config_of, make_plan_of, make_source, rewrite, run_plan, same_output, stored
+from convert.sources import quantized_source
 
 from m3quant.calibration.layers import layer_spec
 from m3quant.calibration.stream import read_layer
@@ -21,8 +22,10 @@ from m3quant.convert.boundary import Streams
 from m3quant.convert.device_layers import DeviceLoader
 from m3quant.convert.device_warm_up import TOKENS, WarmUp, pass_once
 from m3quant.convert.settings import Silent
-from m3quant.errors import StoppedError
+from m3quant.errors import CheckpointError, StoppedError
 from m3quant.reading import SourceReader
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 @pytest.fixture
@@ -46,15 +49,31 @@ def test_the_bytes_are_those_of_the_plain_flow(
     assert same_output(tmp_path / "plain", tmp_path / "stacked") == []
 
 
-@pytest.mark.parametrize("family", ["m2", "m3"])
-def test_a_layer_loads_as_it_is_read(tmp_path: Path, family: str) -> None:
-    checkpoint = Checkpoint.open(make_source(tmp_path / "src", family))
-    reader = SourceReader(checkpoint)
-    with DeviceLoader(reader, torch.device("cpu")) as loader:
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("family", "kind"), [("m2", None), ("m3", None), ("m2", "fp8"), ("m3", "mxfp8")])
+def test_a_layer_loads_as_it_is_read(tmp_path: Path, family: str, kind: str | None, device: str) -> None:
+    source = make_source(tmp_path / "src", family)
+    if kind:
+        source, _ = quantized_source(source, tmp_path / "quantized", kind, scales_apart=True)
+    reader = SourceReader(Checkpoint.open(source))
+    with DeviceLoader(reader, torch.device(device)) as loader:
         for index in range(2):
-            loaded, expected = loader.load(layer_spec(checkpoint.config, index)), read_layer(reader, index)
+            loaded, expected = loader.load(layer_spec(reader.config, index)), read_layer(reader, index)
             assert loaded.keys() == expected.keys()
-            assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+            assert all(torch.equal(loaded[name].cpu(), expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_nan_among_fp8_experts_is_told_by_tensor(tmp_path: Path, device: str) -> None:
+    source, _ = quantized_source(make_source(tmp_path / "src", "m2"), tmp_path / "quantized", "fp8")
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    tensors = stored(source)
+    tensors[name].view(torch.uint8)[-1, -1] = 0x7F
+    reader = SourceReader(Checkpoint.open(rewrite(tmp_path / "bad", tensors, config_of(source))))
+    with DeviceLoader(reader, torch.device(device)) as loader:
+        loader.load(layer_spec(reader.config, 0))
+        with pytest.raises(CheckpointError, match=rf"NaN/Inf in {name}: 1 of"):
+            loader.load(layer_spec(reader.config, 1))
 
 
 def test_a_failure_behind_the_search_stops_the_run_and_the_same_command_continues(

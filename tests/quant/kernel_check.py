@@ -20,20 +20,25 @@ if not ON_GPU:
 
 import torch  # noqa: E402
 
-from m3quant.checkpoint import TensorInfo  # noqa: E402
+from m3quant.checkpoint import TensorInfo, torch_dtype  # noqa: E402
 from m3quant.convert import batches, gpu_stage  # noqa: E402
 from m3quant.errors import CheckpointError  # noqa: E402
 from m3quant.families import Role  # noqa: E402
 from m3quant.plan import OutputTensor, PlannedTensor  # noqa: E402
 from m3quant.quant.formats import compress  # noqa: E402
 from m3quant.quant.layout import stored_tensors  # noqa: E402
-from m3quant.schemes import parse_scheme  # noqa: E402
-from m3quant.source import PLAIN, SourceTensor  # noqa: E402
+from m3quant.reading import densify  # noqa: E402
+from m3quant.schemes import KEEP, parse_scheme  # noqa: E402
+from m3quant.source import FP8_BLOCK, MXFP8, SourceTensor, scale_layout  # noqa: E402
 
-SCHEMES = {
-    "fp8-channel": "compressed-tensors", "fp8-block": "fp8", "int4-g128": "compressed-tensors",
-    "int4-g32": "compressed-tensors", "int8-g64": "compressed-tensors", "int4-channel": "compressed-tensors",
-}  # fmt: skip
+Parts = tuple[torch.Tensor, ...]  # a BF16 weight, or codes and scale
+# Scheme, or None for BF16; format; dtype of an FP8 source's scales, or None for a BF16 source.
+CASES: list[tuple[str | None, str, str | None]] = [
+    ("fp8-channel", "compressed-tensors", None), ("fp8-block", "fp8", None), ("int4-g128", "compressed-tensors", None),
+    ("int4-g32", "compressed-tensors", None), ("int8-g64", "compressed-tensors", None), ("int4-channel", "compressed-tensors", None),
+    (None, "compressed-tensors", "F32"), (None, "compressed-tensors", "BF16"), (None, "compressed-tensors", "U8"),
+    ("int4-g128", "compressed-tensors", "F32"), ("int4-channel", "compressed-tensors", "BF16"), ("fp8-channel", "compressed-tensors", "U8"),
+]  # fmt: skip
 SMALL = [(40, 256), (136, 384), (4, 128)]  # every size keeps outputs aligned, as plans do
 REAL = [(1536, 3072), (3072, 1536), (3072, 6144), (6144, 3072), (128, 12288), (200, 24576)]
 
@@ -56,57 +61,106 @@ def hard_weight(shape: tuple[int, int], generator: torch.Generator) -> torch.Ten
     return weight.bfloat16()
 
 
-def planned(name: str, shape: tuple[int, int], scheme_name: str, fmt: str) -> PlannedTensor:
-    scheme = parse_scheme(scheme_name)
-    info = TensorInfo(f"{name}.weight", "BF16", shape, "s", 0, shape[0] * shape[1] * 2)
-    outputs = tuple(
-        OutputTensor(f"{name}.{k}", code, dims) for k, (code, dims) in stored_tensors(shape, scheme, fmt).items()
-    )
-    return PlannedTensor(SourceTensor(info, PLAIN, None), Role("routed_experts"), "quantize", scheme, "", outputs)
+def hard_codes(shape: tuple[int, int], scale_dtype: str, generator: torch.Generator) -> Parts:
+    """Every E4M3 value but NaN, and scales of every magnitude: 128x128 blocks, negative ones too, or 1x32 in E8M0."""
+    codes = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+    codes = torch.where(codes & 0x7F == 0x7F, codes - 1, codes)
+    dims, _ = scale_layout(FP8_BLOCK if scale_dtype in ("F32", "BF16") else MXFP8, shape)
+    if scale_dtype == "U8":
+        return codes.view(torch.float8_e4m3fn), torch.randint(0, 240, dims, generator=generator).to(torch.uint8)
+    scale = torch.randn(dims, generator=generator) * torch.exp2(torch.randint(-110, 100, dims, generator=generator))
+    return codes.view(torch.float8_e4m3fn), scale.to(torch_dtype(scale_dtype))
 
 
-def laid_out(weights: list[tuple[PlannedTensor, torch.Tensor]], pinned: bool) -> tuple[Any, torch.Tensor, torch.Tensor]:
+def planned(name: str, shape: tuple[int, int], scheme_name: str | None, fmt: str, scale: str | None) -> PlannedTensor:
+    """scheme_name: None for a tensor that only becomes BF16. scale: dtype of an FP8 source's scales, None for a BF16 one."""
+    scheme = parse_scheme(scheme_name) if scheme_name else KEEP
+    stored = stored_tensors(shape, scheme, fmt) if scheme_name else {"weight": ("BF16", shape)}
+    outputs = tuple(OutputTensor(f"{name}.{k}", code, dims) for k, (code, dims) in stored.items())
+    source = SourceTensor(TensorInfo(f"{name}.weight", "BF16", shape, "s", 0, shape[0] * shape[1] * 2))
+    if scale:
+        kind = FP8_BLOCK if scale in ("F32", "BF16") else MXFP8
+        dims, _ = scale_layout(kind, shape)
+        size = dims[0] * dims[1] * torch_dtype(scale).itemsize
+        weight = TensorInfo(f"{name}.weight", "F8_E4M3", shape, "s", 0, shape[0] * shape[1])
+        source = SourceTensor(weight, kind, TensorInfo(f"{name}.weight_scale_inv", scale, dims, "s", 0, size))
+    action = "quantize" if scheme_name else "dequantize"
+    return PlannedTensor(source, Role("routed_experts"), action, scheme, "", outputs)
+
+
+def laid_out(weights: list[tuple[PlannedTensor, Parts]], pinned: bool) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """Places, the read buffer and a poisoned write buffer, as the pipeline makes them."""
     places, staged, output = [], 0, 24
-    for tensor, weight in weights:
-        item = batches.Item(tensor, batches.FUSED, tensor.source.info, 0, weight.nbytes, tensor.outputs)
+    for tensor, _ in weights:
+        item = batches.Item(tensor, batches.FUSED, tensor.source.info, 0, tensor.source.info.nbytes, tensor.outputs)
         places.append((item, staged, output))
-        staged += batches.aligned(item.bytes_in)
+        staged += item.staged_bytes
         output += item.bytes_out
     source = torch.full((staged,), 99, dtype=torch.uint8, pin_memory=pinned)
-    for (item, start, _), (_, weight) in zip(places, weights, strict=True):
-        source[start : start + item.bytes_in] = weight.view(torch.uint8).view(-1)
+    for (item, start, _), (_, parts) in zip(places, weights, strict=True):
+        for view, part in zip(batches.staged_parts(item, source, start).values(), parts, strict=True):
+            view.copy_(part)
     return places, source, torch.full((output + 64,), 77, dtype=torch.uint8, pin_memory=pinned)
 
 
+def expected_of(tensor: PlannedTensor, parts: Parts, fmt: str) -> dict[str, torch.Tensor]:
+    dense = densify(tensor.source, dict(zip(tensor.source.names, parts, strict=True)))
+    return compress(dense, tensor.scheme, fmt) if tensor.action == "quantize" else {"weight": dense}
+
+
+def spoiled(parts: Parts, value: float) -> Parts:
+    """The last value NaN or Inf; FP8 has a NaN alone, so Inf stands in its scale."""
+    first = parts[0].clone()
+    if len(parts) == 1:
+        first[-1, -1] = value
+        return (first,)
+    scale = parts[1].clone()
+    if value != value:
+        first.view(torch.uint8)[-1, -1] = 0xFF
+    elif scale.dtype == torch.uint8:
+        scale[-1, -1] = 255
+    else:
+        scale[-1, -1] = value
+    return first, scale
+
+
 def check(
-    stage: gpu_stage.GpuStage, scheme_name: str, fmt: str, shapes: list[tuple[int, int]], generator: torch.Generator
+    stage: gpu_stage.GpuStage,
+    scheme_name: str | None,
+    fmt: str,
+    scale: str | None,
+    shapes: list[tuple[int, int]],
+    generator: torch.Generator,
 ) -> bool:
     """One batch of every shape, twice each and interleaved; every output byte against the reference on the CPU."""
-    weights = []
+    weights: list[tuple[PlannedTensor, Parts]] = []
     for number, shape in enumerate([*shapes, *shapes]):
-        weights.append((planned(f"w{number}", shape, scheme_name, fmt), hard_weight(shape, generator)))
+        parts = hard_codes(shape, scale, generator) if scale else (hard_weight(shape, generator),)
+        weights.append((planned(f"w{number}", shape, scheme_name, fmt, scale), parts))
     places, source, buffer = laid_out(weights, ON_GPU)
     stage.round(places, source, buffer, fmt)
+    what = f"{f'FP8 with {scale} scales' if scale else 'BF16'} to {scheme_name or 'BF16'} in {fmt}"
     good = bool((buffer[:24] == 77).all()) and bool((buffer[-64:] == 77).all())
-    for (item, _, output), (tensor, weight) in zip(places, weights, strict=True):
-        expected = compress(weight, tensor.scheme, fmt)
+    for (item, _, output), (tensor, parts) in zip(places, weights, strict=True):
+        expected = expected_of(tensor, parts, fmt)
         for suffix, view in batches.output_views(item, buffer, output).items():
             same = torch.equal(view.contiguous().view(torch.uint8), expected[suffix].contiguous().view(torch.uint8))
             if not same:
-                print(f"{scheme_name} {item.stored.shape} {suffix}: bytes differ")
+                print(f"{what} {item.stored.shape} {suffix}: bytes differ")
             good &= same
     for value in (float("nan"), float("inf"), float("-inf")):
-        bad = weights[1][1].clone()
-        bad[-1, -1] = value
+        bad = spoiled(weights[1][1], value)
         places, source, buffer = laid_out([weights[0], (weights[1][0], bad), weights[2]], ON_GPU)
         try:
             stage.round(places, source, buffer, fmt)
-            print(f"{scheme_name}: {value} was not refused")
+            print(f"{what}: {value} was not refused")
             good = False
         except CheckpointError as error:
-            good &= "w1.weight: 1 of" in str(error)
-    print(f"{scheme_name} in {fmt}, {len(weights)} weights: {'same bytes' if good else 'DIFFERS'}", flush=True)
+            told = "w1.weight: 1 " in str(error)
+            good &= told
+            if not told:
+                print(f"{what}: {value}: {error}")
+    print(f"{what}, {len(weights)} weights: {'same bytes' if good else 'DIFFERS'}", flush=True)
     return good
 
 
@@ -127,7 +181,7 @@ def main() -> None:
         if reason:
             raise SystemExit(f"Triton does not run here: {reason}")
         shapes = [*SMALL, *REAL] if ON_GPU else SMALL
-        good = [check(stage, name, fmt, shapes, generator) for name, fmt in SCHEMES.items()]
+        good = [check(stage, *case, shapes, generator) for case in CASES]
         if not all(good):
             raise SystemExit(1)
 

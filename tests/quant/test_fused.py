@@ -98,7 +98,7 @@ def test_the_gpu_stage_writes_the_same_bytes_in_tritons_interpreter() -> None:
     check = Path(__file__).with_name("kernel_check.py")
     done = subprocess.run([sys.executable, str(check), "interpreter"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert done.stdout.count("same bytes") == 6
+    assert done.stdout.count("same bytes") == 12
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

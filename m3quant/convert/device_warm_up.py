@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from ..calibration.spec import LayerSpec, layer_shapes
 from ..plan import Unit
 
 PIECE_BYTES = 32 * 2**20  # torch pins whole powers of two; what `expert_stacks` copies at once fits one of these
+PAUSE_SECONDS = 0.015  # about what pinning a piece takes
 TOKENS = 128
 
 
@@ -44,18 +46,25 @@ class WarmUp:
         from ..calibration.kernels import warm_up
 
         with torch.cuda.device(self.device):
-            largest = max(unit.bytes_out for unit in self.units)
-            self._pin([PIECE_BYTES] * (largest // PIECE_BYTES + 1) + [self.stream_bytes] * 2)
             pass_once(spec, self.device)
             wide = torch.zeros(2, 128, 128, device=self.device)
             torch.bmm(wide, wide)
             schemes = {t.scheme for unit in self.units for t in unit.tensors if t.scheme.kind == "int"}
             warm_up(sorted(schemes, key=str), self.device)
+            largest = max(unit.bytes_out for unit in self.units)
+            self._pin([PIECE_BYTES] * (largest // PIECE_BYTES + 1) + [self.stream_bytes] * 2)
 
     @staticmethod
     def _pin(sizes: Sequence[int]) -> None:
-        """Pin and free host memory of these sizes: torch keeps it and hands it out again."""
-        held = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes if size]
+        """Pin and free host memory of these sizes: torch keeps it and hands it out again.
+
+        While the driver pins, every copy to the GPU waits, those of the layer being read too; hence the pauses, and hence
+        last: the packed layer needs it only after its search.
+        """
+        held = []
+        for size in filter(None, sizes):
+            held.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+            time.sleep(PAUSE_SECONDS)
         del held
 
 

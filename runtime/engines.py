@@ -15,11 +15,12 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from ..errors import EngineMissing, NodeError
+from ..errors import EngineMissing, NodeError, RecipeError
 from ..families import Family
 from ..schemes import Scheme
 from .command import vllm_arguments
 from .fit import Fit
+from .guard.settings import PREFIX, read_settings
 from .hardware import CPU, GPUS, Gpu, Node, cpu_node
 from .serve_recipe import ServeRecipe
 
@@ -219,8 +220,7 @@ def vllm_launch(fit: Fit, recipe: ServeRecipe, engine: Engine | None, api_key: s
     env, secret, notes = dict[str, str](), set[str](), list[str]()
     if recipe.guard:
         needed += ["--middleware", GUARD]
-        env |= {f"M3QUANT_GUARD_{name.upper()}": str(value) for name, value in recipe.guard_settings.items()}
-        env.setdefault("M3QUANT_GUARD_WATERMARK", f"{recipe.watermark:g}")
+        env |= guard_environment(recipe)
     if api_key is not None:
         names = ("VLLM_API_KEY", "M3QUANT_GUARD_API_KEYS") if recipe.guard else ("VLLM_API_KEY",)
         env |= dict.fromkeys(names, api_key)
@@ -242,6 +242,18 @@ def vllm_launch(fit: Fit, recipe: ServeRecipe, engine: Engine | None, api_key: s
     program = ["vllm", "serve"] if engine is None else [engine.python, "-m", "vllm.entrypoints.cli.main", "serve"]
     arguments = [*needed, *(part for pair in optional for part in pair), *recipe.extra]
     return Launch([*program, *arguments], env, frozenset(secret), notes)
+
+
+def guard_environment(recipe: ServeRecipe) -> dict[str, str]:
+    """The guard's variables. Raises RecipeError for a key in the recipe, GuardError for what the guard would refuse once all weights are loaded."""
+    env = {f"{PREFIX}{name.upper()}": str(value) for name, value in recipe.guard_settings.items()}
+    if f"{PREFIX}API_KEYS" in env:  # not repeated here: commands, recipes and the files for other managers are shown
+        raise RecipeError(
+            "guard_settings holds API keys, which would be printed: name their variable with --api-key-env."
+        )
+    env.setdefault(f"{PREFIX}WATERMARK", f"{recipe.watermark:g}")
+    read_settings({**os.environ, **env})
+    return env
 
 
 def sglang_launch(fit: Fit, recipe: ServeRecipe, engine: Engine | None, api_key_env: str | None) -> Launch:

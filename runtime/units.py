@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
@@ -15,7 +16,7 @@ from .serve_recipe import ServeRecipe
 
 
 def systemd_unit(program: Sequence[str], fit: Fit, recipe: ServeRecipe, api_key_env: str | None) -> str:
-    """A unit that runs `program` (m3quant serve ...). The key comes from a file that only root reads, never from the unit."""
+    """A unit that runs `program` (m3quant serve ...) where it was written: paths in it may be relative. The key comes from a file that only root reads, never from the unit."""
     key = f"# one line, mode 0600: {api_key_env}=...\nEnvironmentFile=/etc/m3quant/serve.env\n" if api_key_env else ""
     quoted = " ".join(part.replace("%", "%%") for part in map(shlex.quote, program))
     return f"""# Written by m3quant {__version__}. Install: copy to /etc/systemd/system/m3quant.service, systemctl daemon-reload, systemctl enable --now m3quant
@@ -28,7 +29,8 @@ StartLimitBurst=3
 
 [Service]
 Type=exec
-{key}ExecStart={quoted}
+{key}WorkingDirectory={str(Path.cwd()).replace("%", "%%")}
+ExecStart={quoted}
 Restart=on-failure
 RestartSec=10
 # Exit codes of m3quant that a restart cannot mend: bad input, does not fit

@@ -250,6 +250,18 @@ def test_bad_serving_recipes_are_one_sentence(text: str, message: str, tmp_path:
         load_serve_recipe(path, {})
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"api_keys": "sk-secret"}, "--api-key-env"), ({"API_KEYS": "sk-secret"}, "--api-key-env"),
+     ({"max_bodi_bytes": 5}, "M3QUANT_GUARD_MAX_BODI_BYTES: the guard has no such setting"), ({"watchdog_s": -1}, "WATCHDOG_S")],
+)  # fmt: skip
+def test_guard_settings_are_checked_before_an_engine_is_loaded(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(M3QuantError, match=message) as refused:
+        decide(M2, node="1xH200", guard_settings=given)
+    assert "sk-secret" not in str(refused.value)
+    assert "--middleware" not in decide(M2, node="1xH200", guard_settings=given, guard=False).launch.command
+
+
 def test_a_serving_recipe_that_does_not_exist_names_those_that_ship() -> None:
     with pytest.raises(
         RecipeError, match="nope does not exist: give a YAML file, or one of serve-1xh200, serve-2xh100"
@@ -352,6 +364,12 @@ def test_pins_are_kept_by_what_changes_the_measurement(tmp_path: Path) -> None:
     )
     assert pinned_bytes(log) == 10500000000
     assert pinned_bytes(parse_log("Available KV cache memory: 10.0 GiB")) is None
+
+
+def test_a_pin_is_for_one_set_of_the_recipes_own_arguments() -> None:
+    """A draft model, for one, takes memory that the pinned cache would not leave."""
+    plain, drafting = (decide(M2, node="1xH200", extra=extra) for extra in ([], ["--speculative-config", "{}"]))
+    assert plain.pin_key != drafting.pin_key
 
 
 @pytest.mark.parametrize(
@@ -493,6 +511,7 @@ def test_files_for_other_managers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     text = unit.read_text()
     line = next(line for line in text.splitlines() if line.startswith("ExecStart="))
+    assert f"WorkingDirectory={Path.cwd()}\n" in text  # what was given as a relative path is found from there
     assert "--write-systemd" not in line and "-m m3quant serve" in line and "TimeoutStopSec=90" in text and "K=" in text
 
 

@@ -278,16 +278,25 @@ def test_no_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     )
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     assert detect_node(NEW).name == "2xH100"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert detect_node(NEW).name == "1xH100"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(NodeError, match="hides every GPU"):
         detect_node(NEW)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A]'\n")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert detect_node(NEW).name == "1xGB10"
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA L4, 23034'\n")
-    with pytest.raises(NodeError, match="GPUs differ"):
-        detect_node(NEW)
+    for visible, order in ((None, None), ("0", None), ("0,1", "PCI_BUS_ID")):
+        for variable, value in (("CUDA_VISIBLE_DEVICES", visible), ("CUDA_DEVICE_ORDER", order)):
+            monkeypatch.delenv(variable, raising=False) if value is None else monkeypatch.setenv(variable, value)
+        with pytest.raises(NodeError, match=r"GPUs differ.*CUDA_DEVICE_ORDER=PCI_BUS_ID"):
+            detect_node(NEW)
+    for visible, found in (("0", "H100"), ("1", "NVIDIA L4")):  # what the refusal advises
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert detect_node(NEW).name == f"1x{found}"
 
 
 def test_gpus_by_their_nvidia_smi_names() -> None:
@@ -295,6 +304,9 @@ def test_gpus_by_their_nvidia_smi_names() -> None:
         gpu_called("NVIDIA H200", 143771).name == "H200" and gpu_called("NVIDIA A100-SXM4-80GB", 81920).name == "A100"
     )
     other = gpu_called("NVIDIA L40S", 46068)
+    assert gpu_called("NVIDIA GB10", None).name == "GB10"
+    with pytest.raises(NodeError, match="does not tell the memory of NVIDIA L40S"):
+        gpu_called("NVIDIA L40S", None)
     assert other.name == "NVIDIA L40S" and 0.99 * 46068 * 2**20 < other.total_bytes < 46068 * 2**20
 
 

@@ -87,6 +87,18 @@ def interleave(documents: Sequence[Document], *, seed: int) -> list[Document]:
 
 
 def parse_record(record: object, where: str) -> Document:
+    """As `_record`. Raises CalibrationError too for half of a surrogate pair, which JSON can escape and no tokenizer takes."""
+    document = _record(record, where)
+    try:
+        document.content_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        raise CalibrationError(
+            f"{where} holds half of a surrogate pair (\\ud800 to \\udfff): write the character whole."
+        ) from None
+    return document
+
+
+def _record(record: object, where: str) -> Document:
     """A document from one JSON or Parquet record; `where` names file and line in errors and as the default source.
 
     Raises:

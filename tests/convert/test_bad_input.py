@@ -316,6 +316,28 @@ def test_a_resume_with_something_else_is_refused_by_name(
     refused(m3quant("convert", made["m2"], out, "--to", "int4"), "recipe was")  # a finished one is protected as well
 
 
+def test_strict_coverage_holds_for_layers_that_are_finished(
+    m3quant: Run, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 tokens to 2 of 4 experts each: some expert has fewer than 60 of them."""
+    from m3quant.convert import stopping
+
+    out, asked = tmp_path / "out", ("--to", "awq", *SHORT, "--min-expert-tokens", 60)
+
+    def check(self: stopping.StopFlag) -> None:
+        units = out / ".m3quant" / "units.jsonl"
+        if units.exists() and '"ledger": {' in units.read_text():
+            raise stopping.InterruptedRun(2, "stopped by SIGINT")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stopping.StopFlag, "check", check)
+        assert m3quant("convert", made["m2"], out, *asked)[0] == 130
+    refused(m3quant("convert", made["m2"], out, *asked, "--strict-coverage"), "topped up (layer ")
+    assert m3quant("convert", made["m2"], out, *asked)[0] == 0
+    refused(m3quant("convert", made["m2"], out, *asked, "--strict-coverage"), "finished layers", "--strict-coverage")
+    assert m3quant("convert", made["m2"], out, *asked)[0] == 0
+
+
 def test_json_is_json(m3quant: Run, made: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     for arguments in (

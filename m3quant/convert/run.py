@@ -135,7 +135,7 @@ def _finished(output: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise OutputError(f"{path} is damaged: remove {output} and start again.") from None
-    if not isinstance(manifest, dict):
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("job", "shards")):
         raise OutputError(f"{path} is damaged: remove {output} and start again.")
     refuse_other_facts(output, manifest.get("job", {}), facts)
     for shard, written in manifest["shards"].items():

@@ -316,6 +316,24 @@ def test_a_resume_with_something_else_is_refused_by_name(
     refused(m3quant("convert", made["m2"], out, "--to", "int4"), "recipe was")  # a finished one is protected as well
 
 
+@pytest.mark.parametrize("text", [b"5\n", b"{}\n", b'{"unit": "x"}\n', b"[]\n", b"\xff\n", b"{\n"])
+@pytest.mark.parametrize("name", ["units.jsonl", "job.json", "m3quant.json"])
+def test_damaged_records_are_named(
+    m3quant: Run, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: bytes
+) -> None:
+    out = tmp_path / "out"
+    if name == "m3quant.json":
+        assert m3quant("convert", made["m2"], out, "--to", "int4")[0] == 0
+        path = out / name
+    else:
+        begin(m3quant, monkeypatch, made["m2"], out, "--to", "int4")
+        path = out / ".m3quant" / name
+    path.write_bytes(text)
+    said = refused(m3quant("convert", made["m2"], out, "--to", "int4"), str(out))
+    mapping = name == "job.json" and text.startswith(b"{") and text != b"{\n"  # facts, if other ones
+    assert ("other settings" if mapping else f"{path} is damaged") in said
+
+
 def test_strict_coverage_holds_for_layers_that_are_finished(
     m3quant: Run, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -458,6 +459,7 @@ def gone(pid: int) -> bool:
 @pytest.mark.parametrize(("kind", "code"), [("polite", 0), ("deaf", -signal.SIGKILL)])
 def test_an_engine_and_its_workers_end(kind: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("m3quant.runtime.launch.KILL_GRACE_S", 0.3)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # an office's, which knows nothing of this machine
     process, port, child = run_server(kind, tmp_path)
     assert process.wait_ready(f"http://127.0.0.1:{port}/health", 30, threading.Event())
     assert process.stop(30 if code == 0 else 0.1) == code
@@ -485,6 +487,24 @@ def test_an_engine_that_ends_or_stalls_is_reported(tmp_path: Path) -> None:
     stalled.stop(0)
     with pytest.raises(ServeError, match="cannot be started"):
         EngineProcess(["/nowhere/engine"], {}, tmp_path / "c", None)
+
+
+def closed(line: str) -> None:
+    raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_an_engine_is_read_on_though_its_words_have_nowhere_to_go(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Else its pipe fills up, and it waits."""
+    monkeypatch.setattr("m3quant.runtime.launch.KEPT_LINES", 100)
+    talk = "for number in range(20_000): print('line', number)"
+    process = EngineProcess([sys.executable, "-c", talk], {}, Path("/dev/full"), closed)
+    process.process.wait(timeout=30)
+    assert process.stop(0) == 0
+    assert process.text.endswith("line 19999\n") and 100 <= process.text.count("\n") <= 200
+    said = capfd.readouterr().err
+    assert said.count("the log /dev/full ends here: No space left") == said.count("shown no more: Broken pipe") == 1
 
 
 # --- the command line ---

@@ -309,6 +309,30 @@ def test_a_hang_fails_health_and_is_told_once(caplog: pytest.LogCaptureFixture) 
     assert "capacity_tokens" in told[0] and "topsecret" not in told[0]
 
 
+def test_gauges_that_cannot_be_read_once_do_not_end_the_watch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """prometheus_client raises where it meets a file in the middle of another process's write."""
+    answers = iter([RuntimeError("Read beyond file size detected, file is corrupted."), OSError("gone")])
+
+    def read(names: tuple[str, ...]) -> dict[str, float]:
+        if (error := next(answers, None)) is not None:
+            raise error
+        return STUCK
+
+    async def scenario() -> None:
+        guard = make_guard(FakeEngine(), watchdog_s=0.001, watchdog_interval_s=0.001)
+        monkeypatch.setattr("m3quant.runtime.guard.middleware.read_gauges", read)
+        watching = asyncio.create_task(guard._watch())
+        while not guard.watchdog.hanging and not watching.done():
+            await asyncio.sleep(0.005)
+        assert not watching.done()
+        watching.cancel()
+
+    run(asyncio.wait_for(scenario(), 30))
+    assert "file is corrupted" in caplog.text and "gone" not in caplog.text  # told once until it can be read again
+
+
 def test_sigterm_lets_what_runs_finish_and_nothing_new_in() -> None:
     async def scenario() -> None:
         seen: list[int] = []

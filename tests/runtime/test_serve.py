@@ -50,6 +50,7 @@ from m3quant.runtime.model import open_subject
 from m3quant.runtime.pins import pin_key, pinned_bytes, read_pin, write_pin
 from m3quant.runtime.serve import compare, importable, prepare, quick_check
 from m3quant.runtime.serve_recipe import ServeRecipe, load_serve_recipe
+from m3quant.runtime.units import compose_file, systemd_unit
 
 TESTS = Path(__file__).parents[1]
 M3 = TESTS / "fixtures" / "tiny-m3"
@@ -545,6 +546,28 @@ def test_files_for_other_managers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     line = next(line for line in text.splitlines() if line.startswith("ExecStart="))
     assert f"WorkingDirectory={Path.cwd()}\n" in text  # what was given as a relative path is found from there
     assert "--write-systemd" not in line and "-m m3quant serve" in line and "TimeoutStopSec=90" in text and "K=" in text
+
+
+def test_files_for_other_managers_hold_names_as_they_are(tmp_path: Path) -> None:
+    """Both managers replace what looks like a variable, systemd also its specifiers."""
+    folder = tmp_path / "a$b%n"
+    shutil.copytree(M2, folder)
+    prepared = decide(folder, node="1xH200", served_name="x$y")
+    command = prepared.launch.command[2:]
+    text = compose_file(command, {"V": "1$2"}, frozenset(), prepared.fit, prepared.recipe, "0.33.0", None)
+    service = yaml.safe_load(text)["services"]["m3quant"]
+    assert service["volumes"] == [f"{tmp_path.resolve()}/a$$b%n:/model:ro"] and service["environment"] == {"V": "1$$2"}
+    assert service["command"][0] == "/model" and "x$$y" in service["command"]
+    unit = systemd_unit(["m3quant", "serve", str(folder)], prepared.fit, prepared.recipe, None)
+    assert "/a$$b%%n'\n" in unit and "/a$b%%n on 1xH200\n" in unit
+
+
+def test_a_compose_file_of_a_checkpoint_on_the_hub_mounts_its_cache() -> None:
+    fit = fit_on(M2, "1xH200")
+    fit = replace(fit, model=replace(fit.model, where="org/name"))
+    text = compose_file(["org/name", "--port", "8000"], {}, frozenset(), fit, ServeRecipe(), "0.33.0", None)
+    service = yaml.safe_load(text)["services"]["m3quant"]
+    assert service["command"][0] == "org/name" and service["volumes"][0].endswith(":/root/.cache/huggingface")
 
 
 @pytest.mark.parametrize(

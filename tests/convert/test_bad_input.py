@@ -334,6 +334,17 @@ def test_damaged_records_are_named(
     assert ("other settings" if mapping else f"{path} is damaged") in said
 
 
+@pytest.mark.parametrize("left", [None, 100])
+def test_hidden_states_that_are_not_what_was_saved_say_what_to_remove(tmp_path: Path, left: int | None) -> None:
+    from m3quant.convert.boundary import Streams
+    from m3quant.errors import CalibrationError
+
+    if left is not None:
+        (tmp_path / "boundary-00001-source.states").write_bytes(bytes(left))
+    with pytest.raises(CalibrationError, match=r"cannot go on from its last layer; remove the output and start again"):
+        Streams.restored(tmp_path / "boundary-00001", (2, 3, 4), torch.float32, torch.device("cpu"), None)
+
+
 def test_strict_coverage_holds_for_layers_that_are_finished(
     m3quant: Run, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

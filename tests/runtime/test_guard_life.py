@@ -52,6 +52,12 @@ def test_a_wrong_setting_is_named_in_one_sentence(name: str, value: str) -> None
     assert f"M3QUANT_GUARD_{name}" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["", " ", ",", " , "])
+def test_keys_that_came_out_empty_do_not_open_the_door(value: str) -> None:
+    with pytest.raises(GuardError, match="API_KEYS is set and holds no key"):
+        read_settings({"M3QUANT_GUARD_API_KEYS": value})
+
+
 def test_keys_are_not_shown() -> None:
     found = read_settings({"M3QUANT_GUARD_API_KEYS": "hunter2,hunter3"})
     assert "hunter" not in repr(found) and "hunter" not in found.model_dump_json()

@@ -22,7 +22,6 @@ from m3quant.calibration.windows import (
     Windows,
     load_tokenizer,
     render,
-    split_heldout,
     tokenize_windows,
     tokenizer_sha256,
 )
@@ -118,7 +117,6 @@ __all__ = [
     "load_documents",
     "load_tokenizer",
     "render",
-    "split_heldout",
     "tokenize_windows",
     "tokenizer_sha256",
 ]

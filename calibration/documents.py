@@ -87,6 +87,18 @@ def interleave(documents: Sequence[Document], *, seed: int) -> list[Document]:
 
 
 def parse_record(record: object, where: str) -> Document:
+    """As `_record`. Raises CalibrationError too for half of a surrogate pair, which JSON can escape and no tokenizer takes."""
+    document = _record(record, where)
+    try:
+        document.content_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        raise CalibrationError(
+            f"{where} holds half of a surrogate pair (\\ud800 to \\udfff): write the character whole."
+        ) from None
+    return document
+
+
+def _record(record: object, where: str) -> Document:
     """A document from one JSON or Parquet record; `where` names file and line in errors and as the default source.
 
     Raises:
@@ -122,17 +134,22 @@ def _message(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise CalibrationError(f'{where} is not an object with "role" and "content".')
     message = {key: item for key, item in value.items() if item is not None}
-    if "from" in message and "role" not in message:  # the ShareGPT spelling
+    if isinstance(message.get("from"), str) and "role" not in message:  # the ShareGPT spelling
         speaker = message.pop("from")
         message = {"role": SHAREGPT_ROLES.get(speaker, speaker), "content": message.pop("value", ""), **message}
     if not isinstance(message.get("role"), str):
         raise CalibrationError(f'{where} has no "role" (or "from").')
-    if not isinstance(message.get("content", ""), str | list):
+    content = message.get("content", "")
+    if not isinstance(content, str) and not (
+        isinstance(content, list) and all(isinstance(p, Mapping) for p in content)
+    ):
         raise CalibrationError(f'{where}: "content" must be a string or a list of parts.')
     if "content" not in message and not message.get("tool_calls"):
         raise CalibrationError(f'{where} has neither "content" nor "tool_calls".')
     message.setdefault("content", "")  # templates differ in whether they survive a message without it
     if message.get("tool_calls"):
+        if not isinstance(message["tool_calls"], list):
+            raise CalibrationError(f'{where}: "tool_calls" must be a list.')
         message["tool_calls"] = [_tool_call(call, where) for call in message["tool_calls"]]
     return message
 

@@ -81,9 +81,7 @@ class HiddenStates:
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)
         elif path.stat().st_size != size:
-            raise CalibrationError(
-                f"spilled activations {path} hold {path.stat().st_size} bytes, not {size}; delete that file and repeat"
-            )
+            raise CalibrationError(f"spilled activations {path} hold {path.stat().st_size} bytes, not {size}")
         states._data, states.path = None, path
         states._file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0), 0o644)
         if create:

@@ -231,39 +231,3 @@ def _notes(used: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> tu
     if with_tools and "tools" not in str(tokenizer.chat_template):
         return (f"The chat template does not use tools: the schemas of {with_tools} records are not in the windows.",)
     return ()
-
-
-def split_heldout(windows: Windows, held_out: int | float, *, seed: int) -> tuple[Windows, Windows]:
-    """(calibration, held-out) windows: disjoint, in their old order, and the same for the same `seed` everywhere.
-
-    Neighbouring windows can share a document, so held-out loss guards against overfitting to windows; it is no
-    measure of quality on other text.
-
-    Args:
-        held_out: a count (int), or a share of the windows between 0 and 1 (float), rounded, at least one.
-
-    Raises:
-        CalibrationError: either part would be empty.
-    """
-    total = windows.ids.shape[0]
-    count = held_out if isinstance(held_out, int) else max(1, round(total * held_out))
-    if not 0 < count < total:
-        raise CalibrationError(
-            f"Holding out {held_out} of {total} calibration windows leaves one part empty; hold out fewer or use more."
-        )
-    order = sorted(range(total), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
-    return _subset(windows, sorted(order[count:])), _subset(windows, sorted(order[:count]))
-
-
-def _subset(windows: Windows, indices: list[int]) -> Windows:
-    return Windows(
-        ids=windows.ids[indices],
-        window_kind_tokens=windows.window_kind_tokens[indices],
-        kinds=windows.kinds,
-        sha256=hashlib.sha256(f"{windows.sha256}:{indices}".encode()).hexdigest(),
-        corpus_sha256=windows.corpus_sha256,
-        tokenizer_sha256=windows.tokenizer_sha256,
-        seed=windows.seed,
-        source=windows.source,
-        notes=windows.notes,
-    )

@@ -72,14 +72,23 @@ def asked_by(log: EngineLog, ask: Ask) -> Ask:
         changes["kv_dtype"] = kv.removeprefix("torch.")
     if (index := log.setting("indexer_kv_dtype")) and ask.index_dtype == Ask().index_dtype:
         changes["index_dtype"] = index
-    utilization = log.utilization or log.setting("gpu_memory_utilization")
+    utilization = log.utilization or _float(log.setting("gpu_memory_utilization"))
     if utilization and ask.utilization == Ask().utilization:
-        changes["utilization"] = float(utilization)
+        changes["utilization"] = utilization
     return replace(ask, **changes)
 
 
+def _float(text: str | None) -> float | None:
+    """None for what is no number, such as auto."""
+    try:
+        return float(text or "")
+    except ValueError:
+        return None
+
+
 def check_log(model: ServedModel, log: EngineLog, node: Node | None, ask: Ask) -> LogCheck:
-    """Compare. Without a node, one is made of the log's own memory total and rank count. Raises NodeError where neither tells."""
+    """Compare. Without a node, one is made of the log's own memory total and rank count. Raises NodeError where neither tells, or
+    where nothing can be compared."""
     if is_empty(log):
         raise NodeError(
             "the log holds none of vLLM's memory lines: give the output of a start-up, with INFO logging on."
@@ -93,7 +102,12 @@ def check_log(model: ServedModel, log: EngineLog, node: Node | None, ask: Ask) -
     elif log.total is not None:
         node = Node(node.count, replace(node.gpu, total_bytes=log.total))
     fit = assess(model, node, ask)
-    return LogCheck(log, fit, list(_lines(log, fit)))
+    lines = list(_lines(log, fit))
+    if not lines:  # nothing that could be off is no agreement
+        raise NodeError(
+            "the log states no size that the prediction covers: give the whole start-up, or say with --on which node it is from."
+        )
+    return LogCheck(log, fit, lines)
 
 
 def _lines(log: EngineLog, fit: Fit) -> Iterator[Line]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .hardware import GIB
 
-_N = r"(-?[\d,]+(?:\.\d+)?)"
+_N = r"(-?\d[\d,]*(?:\.\d+)?)"
 _G = rf"{_N} Gi?B"
 
 
@@ -47,11 +47,16 @@ class EngineLog:
 
     @property
     def tp(self) -> int:
-        return int(self.settings.get("tensor_parallel_size", 1))
+        return self._count("tensor_parallel_size")
 
     @property
     def pp(self) -> int:
-        return int(self.settings.get("pipeline_parallel_size", 1))
+        return self._count("pipeline_parallel_size")
+
+    def _count(self, name: str) -> int:
+        """What is no number (None, auto) is the engine's default, 1."""
+        value = self.settings.get(name, "")
+        return int(value) if value.isdigit() else 1
 
     def setting(self, *names: str) -> str | None:
         return next((self.settings[name] for name in names if name in self.settings), None)

@@ -15,11 +15,12 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from ..errors import EngineMissing, NodeError
+from ..errors import EngineMissing, NodeError, RecipeError
 from ..families import Family
 from ..schemes import Scheme
 from .command import vllm_arguments
 from .fit import Fit
+from .guard.settings import PREFIX, read_settings
 from .hardware import CPU, GPUS, Gpu, Node, cpu_node
 from .serve_recipe import ServeRecipe
 
@@ -174,25 +175,38 @@ def detect_node(engine: Engine) -> Node:
         raise NodeError(
             "no GPU was found (nvidia-smi lists none): start where the GPUs are, or ask for a plan with --dry-run --on 1xH200."
         )
-    names = {name.strip() for name, _ in rows}
-    if len(names) > 1:
-        raise NodeError(
-            f"the GPUs differ ({', '.join(sorted(names))}): choose equal ones with CUDA_VISIBLE_DEVICES and --on."
-        )
+    kinds = {name.strip() for name, _ in rows}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        rows = rows[: len([part for part in visible.split(",") if part.strip() not in ("", "-1")])]
+        parts = [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
+        numbers = [int(part) for part in parts if part.isdigit()]
+        rows = [rows[i] for i in numbers if i < len(rows)] if len(numbers) == len(parts) else rows[: len(parts)]
         if not rows:
             raise NodeError("CUDA_VISIBLE_DEVICES hides every GPU: unset it, or name those to use.")
-    return Node(len(rows), gpu_called(names.pop(), int(rows[0][1])))
+    names = {name.strip() for name, _ in rows}
+    # Unless told otherwise CUDA numbers the fastest first, nvidia-smi goes by the bus: among unlike GPUs a number names two.
+    if len(names) > 1 or (len(kinds) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID"):
+        raise NodeError(
+            f"the GPUs differ ({', '.join(sorted(kinds))}): choose equal ones by nvidia-smi's numbers, with "
+            "CUDA_DEVICE_ORDER=PCI_BUS_ID and CUDA_VISIBLE_DEVICES."
+        )
+    size = rows[0][1].strip()
+    return Node(len(rows), gpu_called(names.pop(), int(size) if size.isdigit() else None))
 
 
-def gpu_called(name: str, mib: int) -> Gpu:
-    """The known GPU of an nvidia-smi name, or one of its memory less what the driver keeps (0.5 %, as on H100 and H200)."""
+def gpu_called(name: str, mib: int | None) -> Gpu:
+    """The known GPU of an nvidia-smi name, or one of its memory less what the driver keeps (0.5 %, as on H100 and H200).
+
+    mib is None where nvidia-smi says [N/A], as for GB10, whose memory is the host's. Raises NodeError if the name is unknown too.
+    """
     flat = name.upper().replace(" ", "")
     for gpu in GPUS.values():
-        if gpu.name in flat and abs(gpu.total_bytes / 2**20 / mib - 1) < 0.05:
+        if gpu.name in flat and (mib is None or abs(gpu.total_bytes / 2**20 / mib - 1) < 0.05):
             return gpu
+    if mib is None:
+        raise NodeError(
+            f"nvidia-smi does not tell the memory of {name}: plan for its GiB with --dry-run --on, as 1x95.5GiB."
+        )
     return Gpu(name, int(mib * 2**20 * 0.995), 0.0, "nvidia-smi", "unknown")
 
 
@@ -219,8 +233,7 @@ def vllm_launch(fit: Fit, recipe: ServeRecipe, engine: Engine | None, api_key: s
     env, secret, notes = dict[str, str](), set[str](), list[str]()
     if recipe.guard:
         needed += ["--middleware", GUARD]
-        env |= {f"M3QUANT_GUARD_{name.upper()}": str(value) for name, value in recipe.guard_settings.items()}
-        env.setdefault("M3QUANT_GUARD_WATERMARK", f"{recipe.watermark:g}")
+        env |= guard_environment(recipe)
     if api_key is not None:
         names = ("VLLM_API_KEY", "M3QUANT_GUARD_API_KEYS") if recipe.guard else ("VLLM_API_KEY",)
         env |= dict.fromkeys(names, api_key)
@@ -242,6 +255,18 @@ def vllm_launch(fit: Fit, recipe: ServeRecipe, engine: Engine | None, api_key: s
     program = ["vllm", "serve"] if engine is None else [engine.python, "-m", "vllm.entrypoints.cli.main", "serve"]
     arguments = [*needed, *(part for pair in optional for part in pair), *recipe.extra]
     return Launch([*program, *arguments], env, frozenset(secret), notes)
+
+
+def guard_environment(recipe: ServeRecipe) -> dict[str, str]:
+    """The guard's variables. Raises RecipeError for a key in the recipe, GuardError for what the guard would refuse once all weights are loaded."""
+    env = {f"{PREFIX}{name.upper()}": str(value) for name, value in recipe.guard_settings.items()}
+    if f"{PREFIX}API_KEYS" in env:  # not repeated here: commands, recipes and the files for other managers are shown
+        raise RecipeError(
+            "guard_settings holds API keys, which would be printed: name their variable with --api-key-env."
+        )
+    env.setdefault(f"{PREFIX}WATERMARK", f"{recipe.watermark:g}")
+    read_settings({**os.environ, **env})
+    return env
 
 
 def sglang_launch(fit: Fit, recipe: ServeRecipe, engine: Engine | None, api_key_env: str | None) -> Launch:

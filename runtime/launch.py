@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,6 +19,8 @@ from ..errors import OptionError, ServeError
 from .failures import reason
 
 POLL_S = 0.5
+KEPT_LINES = 20_000  # of the engine's output in memory: its start-up, and later what came before its end
+LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_proxy is for other machines than this one
 KILL_GRACE_S = 15.0  # beyond the engine's own shutdown timeout, before its processes are killed
 
 
@@ -35,7 +38,7 @@ def check_port(host: str, port: int) -> None:
 
 
 class EngineProcess:
-    """A started engine. `text` is its log so far."""
+    """A started engine. `text` is its log so far, of which the last KEPT_LINES at least."""
 
     def __init__(
         self, command: list[str], env: Mapping[str, str], log: Path, echo: Callable[[str], None] | None
@@ -61,13 +64,29 @@ class EngineProcess:
 
     def _tee(self) -> None:
         assert self.process.stdout is not None
+        outlets: list[Callable[[str], None]] = [self._keep] if self.echo is None else [self._keep, self.echo]
         for line in self.process.stdout:
             self._parts.append(line)
-            self._file.write(line)
-            self._file.flush()
-            if self.echo is not None:
-                self.echo(line.rstrip("\n"))
-        self._file.close()
+            if len(self._parts) > 2 * KEPT_LINES:  # an engine that serves for months says something for every request
+                del self._parts[:-KEPT_LINES]
+            for outlet in list(outlets):
+                try:
+                    outlet(line.rstrip("\n"))
+                except OSError as error:  # read on: an engine whose pipe is full waits, and so does every request
+                    outlets.remove(outlet)
+                    lost = (
+                        f"the log {self.log} ends here"
+                        if outlet == self._keep
+                        else "the engine's output is shown no more"
+                    )
+                    with suppress(OSError):
+                        print(f"m3quant: {lost}: {error.strerror}", file=sys.stderr)
+        with suppress(OSError):  # told above
+            self._file.close()
+
+    def _keep(self, line: str) -> None:
+        self._file.write(f"{line}\n")
+        self._file.flush()
 
     @property
     def text(self) -> str:
@@ -87,7 +106,7 @@ class EngineProcess:
                 raise ServeError(
                     f"the engine was not ready after {timeout_s:.0f} s: {reason(self.text)}. Log: {self.log}"
                 )
-            with suppress(OSError, urllib.error.URLError), urllib.request.urlopen(url, timeout=5) as answer:
+            with suppress(OSError, http.client.HTTPException), LOCAL.open(url, timeout=5) as answer:
                 if answer.status == 200:
                     return True
             stopped.wait(POLL_S)

@@ -126,7 +126,7 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
         say(f"note: {note}")
     fit, recipe = _sized(fit, recipe, say)
     version = engine.version if engine else "any"
-    key = pin_key(fit, version, vllm_arguments(fit))
+    key = pin_key(fit, version, [*vllm_arguments(fit), *recipe.extra])
     pin = read_pin(key) if pinning and recipe.engine == "vllm" and node.gpu.name != CPU else None
     if recipe.engine == "sglang":
         launch = sglang_launch(fit, recipe, engine, api_key_env)

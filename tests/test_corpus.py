@@ -284,6 +284,10 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("item.jsonl", b'{"messages": ["hi"]}\n', r'item.jsonl, line 1: "messages", message 1 is not an object'),
     ("role.jsonl", b'{"messages": [{"content": "hi"}]}\n', r'role.jsonl, line 1: .*message 1 has no "role"'),
     ("content.jsonl", b'{"messages": [{"role": "user"}]}\n', r'message 1 has neither "content" nor "tool_calls"'),
+    ("parts.jsonl", b'{"messages": [{"role": "user", "content": ["hi"]}]}\n', r'message 1: "content" must be a string'),
+    ("calls.jsonl", b'{"messages": [{"role": "user", "tool_calls": 5}]}\n', r'message 1: "tool_calls" must be a list'),
+    ("from.jsonl", b'{"messages": [{"from": [], "value": "a"}]}\n', r'message 1 has no "role" \(or "from"\)'),
+    ("half.jsonl", rb'{"messages": [{"role": "user", "content": "\udfff"}]}', "line 1 holds half of a surrogate pair"),
     ("kind.jsonl", b'{"messages": [{"role": "user", "content": 3}]}\n', r'message 1: "content" must be a string'),
     ("call.jsonl", b'{"messages": [{"role": "a", "tool_calls": [{"id": 1}]}]}\n', 'a tool call needs "function"'),
     (

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -159,27 +158,6 @@ class TestWindows:
         assert windows.ids.shape == (128, 512)
         assert min(windows.kind_tokens[kind] for kind in ("text", "code", "chat", "tools")) > 500
         assert windows.source.startswith("bundled corpus: ") and f"of {len(bundled)} documents" in windows.source
-
-
-class TestHeldOut:
-    def test_parts_are_disjoint_complete_and_repeatable(self, tokenizer: Any) -> None:
-        text = "".join(chr(97 + number % 26) for number in range(400))
-        windows = corpus.tokenize_windows([text_document(text)], tokenizer, 20, 16, seed=0)
-        calibration, heldout = corpus.split_heldout(windows, 5, seed=2)
-        assert calibration.ids.shape == (15, 16) and heldout.ids.shape == (5, 16)
-        rows = [tuple(row) for row in windows.ids.tolist()]
-        parts = [tuple(row) for part in (calibration, heldout) for row in part.ids.tolist()]
-        assert Counter(parts) == Counter(rows)
-        again = corpus.split_heldout(windows, 0.25, seed=2)
-        assert np.array_equal(again[1].ids, heldout.ids) and again[1].sha256 == heldout.sha256
-        assert len({windows.sha256, calibration.sha256, heldout.sha256}) == 3
-        assert not np.array_equal(corpus.split_heldout(windows, 5, seed=3)[1].ids, heldout.ids)
-
-    @pytest.mark.parametrize("held_out", [0, 20, 25, -1, 1.0])
-    def test_no_part_may_be_empty(self, tokenizer: Any, held_out: int | float) -> None:
-        windows = corpus.tokenize_windows([text_document("x" * 400)], tokenizer, 20, 16, seed=0)
-        with pytest.raises(CalibrationError, match="leaves one part empty"):
-            corpus.split_heldout(windows, held_out, seed=0)
 
 
 class TestTokenizerFolder:

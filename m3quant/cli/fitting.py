@@ -94,8 +94,6 @@ def print_log(check: LogCheck) -> None:
             "holds" if line.holds else f"OFF: {line.constant}",
         ])  # fmt: skip
     print_table(rows)
-    if not check.lines:
-        click.echo("nothing to compare: the log states no size that the prediction covers")
 
 
 def _table_mode(

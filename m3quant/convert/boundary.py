@@ -63,11 +63,15 @@ class Streams:
         streams = []
         for name in STREAMS:
             path = _saved(saved, name)
+            over = "the run cannot go on from its last layer; remove the output and start again."
             if not path.exists():
-                raise CalibrationError(
-                    f"{path} is missing: the run cannot go on from its last layer; remove the output and start again."
-                )
-            with disk_errors(), HiddenStates.opened(path, shape, dtype) as stored:
+                raise CalibrationError(f"{path} is missing: {over}")
+            try:
+                with disk_errors():
+                    stored = HiddenStates.opened(path, shape, dtype)
+            except CalibrationError as error:
+                raise CalibrationError(f"{error}: {over}") from None
+            with disk_errors(), stored:
                 live = HiddenStates.empty(shape, dtype, device, _file(spill, name))
                 _copy(stored, live)
             streams.append(live)

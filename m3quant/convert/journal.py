@@ -95,8 +95,13 @@ class Journal:
         try:
             begun = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise OutputError(f"{path} is damaged: remove {self._restart} and start again.") from None
+            raise self._damaged(path) from None
+        if not isinstance(begun, dict):
+            raise self._damaged(path)
         refuse_other_facts(self._restart, begun, facts)
+
+    def _damaged(self, path: Path) -> OutputError:
+        return OutputError(f"{path} is damaged: remove {self._restart} and start again.")
 
     def look(self) -> int:
         """Take in the records of units.jsonl, which another process may be appending to; returns the bytes of whole lines.
@@ -104,18 +109,18 @@ class Journal:
         Raises OutputError if it is damaged.
         """
         path = self.folder / RECORDS
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         good = 0
         for line in lines:
             # A line without its newline was being appended when the run was killed: its unit is done again.
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 break
             try:
                 record = json.loads(line)
-            except ValueError:
-                raise OutputError(f"{path} is damaged: remove {self._restart} and start again.") from None
-            self.records[record["unit"]] = record
-            good += len(line.encode())
+                self.records[int(record["unit"])] = record
+            except (ValueError, KeyError, TypeError):
+                raise self._damaged(path) from None
+            good += len(line)
         return good
 
     def _read_records(self) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__
+from ..calibration.experts import ExpertLedger
 from ..checkpoint import Checkpoint, write_json_atomic
 from ..device import device_name, pick_device
-from ..errors import CheckpointError, OutputError, StoppedError
+from ..errors import CalibrationError, CheckpointError, OutputError, StoppedError
 from ..evaluate.heldout import conversion_record, output_fingerprint
 from ..evaluate.record import EVAL_FILE
 from ..plan import Plan, Unit
@@ -37,6 +39,8 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
     device = pick_device(settings.device)
     facts = job_facts(plan, settings, device)
     if (done := _finished(output, facts)) is not None:
+        if settings.strict_coverage:
+            _refuse_starved(output, (done.get("coverage") or {}).get("starved", {}))
         _write_own_figures(plan, output, done)
         remove_leftover(output)
         progress.say(f"{output} is already complete")
@@ -131,7 +135,7 @@ def _finished(output: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise OutputError(f"{path} is damaged: remove {output} and start again.") from None
-    if not isinstance(manifest, dict):
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("job", "shards")):
         raise OutputError(f"{path} is damaged: remove {output} and start again.")
     refuse_other_facts(output, manifest.get("job", {}), facts)
     for shard, written in manifest["shards"].items():
@@ -146,6 +150,9 @@ def _finished(output: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
 def _convert(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     plan, output, journal = run.plan, run.output, run.journal
     _drop_lost_records(plan, output, journal)
+    if run.settings.strict_coverage:
+        ledgers = [ExpertLedger.from_json(r["ledger"]) for r in journal.records.values() if r.get("ledger")]
+        _refuse_starved(output, {str(ledger.layer): ledger.starved for ledger in ledgers if ledger.starved})
     done = sum(plan.units[i].bytes_in for i in journal.records)
     run.progress.start(sum(u.bytes_in for u in plan.units), done)
     if journal.records:
@@ -168,6 +175,16 @@ def _convert(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     _write_own_figures(plan, output, manifest)
     journal.remove()
     return manifest
+
+
+def _refuse_starved(output: Path, starved: Mapping[str, list[int]]) -> None:
+    """Raise CalibrationError for layers that a run without --strict-coverage finished: nobody would look at them again."""
+    if starved:
+        layer, experts = next(iter(starved.items()))
+        raise CalibrationError(
+            f"{output}: finished layers have experts that were topped up (layer {layer}: {', '.join(map(str, experts[:8]))}): "
+            "drop --strict-coverage to keep them, or remove the folder and start again with more text or fewer --min-expert-tokens."
+        )
 
 
 def _write_own_figures(plan: Plan, output: Path, manifest: dict[str, Any]) -> None:

@@ -51,13 +51,18 @@ def rolling_perplexities(log_likelihood: float, words: int, characters: int) -> 
     }
 
 
-def llama_cpp_perplexity(nll: np.ndarray) -> tuple[float, float]:
-    """llama.cpp's final estimate and its +/-: exp(mean), and that times sigma / sqrt(n - 1), sigma with n (llama-perplexity)."""
+def llama_cpp_perplexity(nll: np.ndarray) -> dict[str, float]:
+    """llama.cpp's final estimate and its +/-: exp(mean), and that times sigma / sqrt(n - 1), sigma with n (llama-perplexity).
+
+    A single token has no +/-.
+    """
     wide = nll.astype(np.float64)
     mean = float(wide.mean())
     variance = float((wide**2).mean()) - mean**2
-    error = math.sqrt(max(0.0, variance) / (wide.size - 1)) if wide.size > 1 else math.nan
-    return perplexity(mean), error * perplexity(mean)
+    found = {"perplexity": perplexity(mean)}
+    if wide.size > 1:
+        found["perplexity_error"] = math.sqrt(max(0.0, variance) / (wide.size - 1)) * found["perplexity"]
+    return found
 
 
 def divergence(source: Sequence[Predictions], other: Sequence[Predictions]) -> dict[str, float]:

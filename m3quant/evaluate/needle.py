@@ -51,6 +51,10 @@ def make(tokenizer: Any, config: Mapping[str, Any], params: Mapping[str, Any]) -
     name = given.name or "needle"
     reach = Reach.of(config)
     reach.check(given.lengths, name)
+    if (pairs := phrasing(given.phrasing).pairs) <= given.distractors:
+        raise EvaluationError(
+            f"task {name}: {given.distractors} distractors and the fact need more keys than the {pairs} pairs of words."
+        )
     haystack = Haystack(tokenizer, given.text, name)
     samples = [
         _sample(tokenizer, haystack, given, name, length, depth, number)

@@ -5,6 +5,7 @@ Only /v1/models and /v1/completions are used, over the standard library's HTTP c
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import os
@@ -48,7 +49,7 @@ class Server:
 
     def __init__(self, url: str, model: str | None, api_key_env: str | None = None, timeout_s: float = 600.0) -> None:
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts):
             raise EvaluationError(f"--endpoint {url}: not a URL of a server; give one like http://localhost:8000.")
         if parts.username or parts.password:
             raise EvaluationError(
@@ -69,7 +70,12 @@ class Server:
             answer = self._request("/v1/models", None)
         except Refused as error:
             raise EvaluationError(f"{self.url}/v1/models: {error}; is this an OpenAI-compatible server?") from error
-        return [str(one.get("id")) for one in answer.get("data") or []]
+        listed = answer.get("data")
+        return (
+            [str(one["id"]) for one in listed if isinstance(one, Mapping) and "id" in one]
+            if isinstance(listed, list)
+            else []
+        )
 
     def complete(self, prompt: str | Sequence[int], **options: Any) -> dict[str, Any]:
         """The first choice of a completion at temperature 0. Raises Refused with the server's words for a 4xx."""
@@ -129,6 +135,12 @@ class Server:
                 # Nothing listens there: waiting does not help. A timeout is a minute's work thrown away: not repeated.
                 if last or isinstance(reason, ConnectionRefusedError | TimeoutError):
                     raise EvaluationError(f"{self.url} cannot be reached ({reason}); is the server up?") from error
+                pause = wait
+            except http.client.HTTPException as error:  # another protocol, or an answer that was cut short
+                if last:
+                    raise EvaluationError(
+                        f"{self.url} does not answer in HTTP ({type(error).__name__}); is this the server's port?"
+                    ) from error
                 pause = wait
             time.sleep(pause)
             wait *= 2
@@ -193,12 +205,24 @@ def finite(value: float) -> bool:
     return math.isfinite(value) and value > -9999
 
 
+def _has_port(parts: urllib.parse.SplitResult) -> bool:
+    """Whether what stands for a port is one, or nothing does."""
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
+
+
 def _authorization(variable: str | None) -> dict[str, str]:
     if variable is None:
         return {}
     key = os.environ.get(variable)
     if not key:
         raise EvaluationError(f"--api-key-env {variable}: that variable is not set; export it with the server's key.")
+    if not key.isascii() or not key.isprintable():  # the HTTP client's own refusal would show the key
+        raise EvaluationError(
+            f"--api-key-env {variable}: that variable holds a line break or another character that no key has."
+        )
     return {"Authorization": f"Bearer {key}"}
 
 

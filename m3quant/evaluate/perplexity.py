@@ -179,8 +179,7 @@ class LlamaCppPerplexity:
 
     def results(self, checkpoint: Sequence[Predictions], source: Sequence[Predictions] | None) -> list[Result]:
         def figures(predictions: Sequence[Predictions]) -> dict[str, float]:
-            perplexity, error = metrics.llama_cpp_perplexity(np.concatenate([p.nll for p in predictions]))
-            return {"perplexity": perplexity, "perplexity_error": error}
+            return metrics.llama_cpp_perplexity(np.concatenate([p.nll for p in predictions]))
 
         start = "BOS at the start of each" if self._bos else "no BOS"
         return [

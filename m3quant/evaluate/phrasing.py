@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 _ADJECTIVES = """amber ancient awake bitter bold brave bright broad calm careful clever cold cool curious damp dark
 deep distant dry dull eager early elegant empty fair faint famous fast fierce fine firm flat fond frank free fresh full
@@ -36,6 +36,14 @@ happy heavy hidden honest large little lucky narrow noble old pale quiet rapid s
 _CODE_NOUNS = """apple bird boat book bridge castle city clock cloud door field fire forest garden hill horse house island
 king lake letter market mirror moon mountain queen river road ship stone tower tree"""
 
+_PLACEHOLDERS = {
+    "fact": ("key", "value", "kind"),
+    "intro": ("kind",),
+    "many_intro": ("kind",),
+    "question": ("key", "keys", "kind"),
+    "many_question": ("key", "keys", "kind"),
+}
+
 
 class Phrasing(BaseModel):
     """Templates: {key}, {value}; {keys} in a question about several; a value follows the question after a space.
@@ -58,6 +66,17 @@ class Phrasing(BaseModel):
     nouns: tuple[str, ...] = Field(default=tuple(_NOUNS.split()), min_length=1)
     digits: int = Field(default=5, ge=1, le=18)
 
+    @field_validator(*_PLACEHOLDERS)
+    @classmethod
+    def _fills(cls, template: str, info: ValidationInfo) -> str:
+        names = _PLACEHOLDERS[str(info.field_name)]
+        try:
+            template.format(**dict.fromkeys(names, "1"))
+        except (KeyError, IndexError, AttributeError, ValueError):
+            known = ", ".join(f"{{{name}}}" for name in names)
+            raise ValueError(f"the placeholders here are {known}; any other brace is written twice") from None
+        return template
+
     @field_validator("fact")
     @classmethod
     def _states_both(cls, fact: str) -> str:
@@ -73,6 +92,11 @@ class Phrasing(BaseModel):
         if question != question.rstrip():
             raise ValueError("the question must not end in white space: a space belongs to the value that follows")
         return question
+
+    @property
+    def pairs(self) -> int:
+        """How many keys there are."""
+        return len({f"{adjective}{self.word_join}{noun}" for adjective in self.adjectives for noun in self.nouns})
 
     def state(self, key: str, value: str) -> str:
         return self.fact.format(key=key, value=value, kind=_kind(value))

@@ -19,7 +19,7 @@ import torch
 from ..calibration.stream import HiddenStates
 from ..checkpoint import sync_folder
 from ..convert.boundary import disk_errors
-from ..errors import EvaluationError, StoppedError
+from ..errors import CalibrationError, EvaluationError, StoppedError
 
 PLACES = ("auto", "device", "host", "disk")
 DISK_MARGIN = 64 * 2**20
@@ -62,13 +62,16 @@ class StreamStates:
                 self._output = HiddenStates.empty(self.shape, self.dtype, spill=self._path(layer))
 
     def restore(self, layer: int) -> None:
-        """Take up the saved input of `layer`. Raises EvaluationError if it is gone."""
+        """Take up the saved input of `layer`. Raises EvaluationError if it is gone or of another size."""
         path = self._path(layer)
         if not path.exists():
             raise EvaluationError(f"{path} is missing: remove {path.parent} to start this evaluation again.")
         self._layer = layer
         with disk_errors():
-            self._input = HiddenStates.opened(path, self.shape, self.dtype)
+            try:
+                self._input = HiddenStates.opened(path, self.shape, self.dtype)
+            except CalibrationError as error:
+                raise EvaluationError(f"{error}: remove {path.parent} to start this evaluation again.") from None
             if self._live is not None:
                 for tokens in self._input.batches(1 << 14):
                     self._live.write(tokens, self._input.read(tokens))

@@ -125,6 +125,8 @@ def make_tasks(
 def _fit(task: str, params: dict[str, Any], limit: int, notes: list[str]) -> bool:
     """Take lengths beyond the model's context out of params, saying so; False if none is left."""
     lengths = params.get("lengths") or ([params["length"]] if "length" in params else [])
+    if not isinstance(lengths, list) or not all(isinstance(length, int) for length in lengths):
+        return True  # the task says what is wrong with them
     beyond = [length for length in lengths if length > limit]
     if beyond:
         shown = ", ".join(f"{length:,}" for length in beyond)

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult
 from pydantic import ValidationError
 
 from ..errors import PublishError
+from ..evaluate.position import CONVENTION as POSITION
 from ..evaluate.record import EVAL_FILE, EvalRecord, Result
 
 # What a reader looks for, by how the conventions of `m3quant eval` begin; a kind without a result is said to be missing.
@@ -25,7 +26,6 @@ KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
 _PERCENTILE = re.compile(r"_p\d+(\.\d+)?$")
 _SHOWN_PERCENTILE = re.compile(r"_p99$")
 _WINDOW = re.compile(r"-(\d+)$")
-_REACH_KEYS = ("length", "to")  # of a retrieval cell and of a position bucket
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,11 @@ def tested_tokens(record: EvalRecord | None, manifest: dict[str, Any]) -> int | 
     reached = []
     for result in record.results if record else []:
         if result.metrics:
-            reached += [int(c[k]) for c in result.cells for k in _REACH_KEYS if isinstance(c.get(k), int | float)]
+            reached += [int(cell["length"]) for cell in result.cells if "length" in cell]
+            if (
+                result.convention == POSITION
+            ):  # whose last bucket ends with the window; a divergence's may end beyond it
+                reached += [int(cell["stop"]) for cell in result.cells]
             if match := _WINDOW.search(result.convention):
                 reached.append(int(match[1]))
     if heldout := manifest.get("heldout"):

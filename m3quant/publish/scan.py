@@ -5,6 +5,7 @@ Findings name the kind and the place, and show at most the first characters: a r
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from .files import PublishFile
 SECRETS: tuple[tuple[str, str], ...] = (
     ("Hugging Face token", r"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{30,}"),
     ("API key", r"(?<![A-Za-z0-9_-])sk-(?:[a-z]+-)*(?=[A-Za-z0-9_]*[0-9])(?=[A-Za-z0-9_]*[A-Za-z])[A-Za-z0-9_]{20,}"),
+    ("API key", r"(?<![A-Za-z0-9_-])sk-ant-[a-z]+[0-9]+-[A-Za-z0-9_-]{40,}"),
     ("AWS access key", r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])"),
     ("AWS secret key", r"(?i)aws_?secret_?access_?key[\"'\s]*[:=][\"'\s]*[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])"),
     ("GitHub token", r"(?<![A-Za-z0-9_])(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40,})"),
@@ -32,9 +34,9 @@ SECRETS: tuple[tuple[str, str], ...] = (
 PATHS: tuple[tuple[str, str], ...] = (
     (
         "machine path",
-        r"(?<![\w./~$}-])/(?:home|Users|mnt|media|scratch|workspace)/[A-Za-z0-9._-]+(?:/[^\s\"'<>:,;)\\]*)?",
+        r"(?:(?<![\w./~$}-])|(?<=file://))/(?:home|Users|mnt|media|scratch|workspace)/[A-Za-z0-9._-]+(?:/[^\s\"'<>:,;)\\]*)?",
     ),
-    ("machine path", r"(?<![\w./~$}-])/(?:root|tmp|var/tmp)/[A-Za-z0-9._-]+[^\s\"'<>:,;)\\]*"),
+    ("machine path", r"(?:(?<![\w./~$}-])|(?<=file://))/(?:root|tmp|var/tmp)/[A-Za-z0-9._-]+[^\s\"'<>:,;)\\]*"),
     ("machine path", r"(?<![A-Za-z])[A-Za-z]:\\{1,2}Users\\{1,2}[A-Za-z0-9._ -]+"),
 )
 DISTINCT = 10
@@ -94,7 +96,9 @@ def _text(path: Path) -> str:
         _, raw, stamp = read_header(path)
         parse_header(raw, stamp.size, path.name, str(path))
         return raw.decode()
-    return path.read_bytes().decode("utf-8", errors="replace")
+    data = path.read_bytes()
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if wide else "utf-8", errors="replace")
 
 
 def _without_vocabulary(text: str) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from ..checkpoint import Checkpoint, sha256_file
+from ..checkpoint import CONFIG_NAME, Checkpoint, sha256_file
 from ..convert.journal import FOLDER, MANIFEST
 from ..engine_config import engine_problems
 from ..errors import CheckpointError, M3QuantError, VerifyError
 from ..headers import HeaderSource
-from ..plan import RECIPE_FILE, Plan, make_plan, unquantized
+from ..plan import INDEX_FILE, RECIPE_FILE, Plan, make_plan, unquantized
 from ..recipe import Recipe, build_recipe
 from ..source import FP8_BLOCK, PLAIN, source_kind
 
@@ -39,10 +39,12 @@ def read_manifest(output: Path) -> dict[str, Any]:
     except ValueError:
         raise VerifyError(f"{path} is damaged: convert again.") from None
     needed = ("source", "recipe", "shards", "files")
-    if not isinstance(manifest, dict) or any(key not in manifest for key in needed):
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in needed):
         raise VerifyError(
             f"{path} lacks one of {', '.join(needed)}: it is damaged or of another version; convert again."
         )
+    if not all(isinstance(facts, dict) and {"size", "sha256"} <= facts.keys() for facts in manifest["shards"].values()):
+        raise VerifyError(f"{path} lacks size or sha256 of a shard: it is damaged; convert again.")
     return manifest
 
 
@@ -98,6 +100,11 @@ def structure_problems(
     for name, info in output.tensors.items():
         if name not in expected:
             yield f"{info.shard}: tensor '{name}' is not in the plan: an engine may skip it without a word"
+    # What the manifest does not list is neither hashed nor published.
+    listed = {*manifest["shards"], *manifest["files"]}
+    for name in (*(unit.shard for unit in plan.units), INDEX_FILE, RECIPE_FILE, CONFIG_NAME):
+        if name not in listed:
+            yield f"{MANIFEST} does not list {name}: convert again, for its bytes cannot be told from others"
     yield from _config_problems(output, plan, source)
     if source is not None and manifest["source"]["fingerprint"] != source.fingerprint():
         yield f"the output was made from another source than {source.root}: its headers or config.json differ"

@@ -77,7 +77,8 @@ class Admission:
     async def admit(self, ticket: Ticket, hang_up: Callable[[], asyncio.Task[Message]]) -> float:
         """Returns the seconds waited once the ticket holds its tokens; raises Refusal or ClientGone, and then it holds none."""
         began = self.clock()
-        self.precheck(ticket.key, ticket.tokens, ticket.tokens)
+        if self.draining:
+            raise going_down(self.timeout_s)
         evicted = self.ledger.offer(ticket)
         for other in evicted:
             self._waiters[other].set_exception(self.full(other.tokens))
@@ -113,9 +114,12 @@ class Admission:
 
     def release(self, ticket: Ticket) -> None:
         """Gives back whatever the ticket holds or waits for; harmless when repeated."""
-        if self.ledger.release(ticket):
-            self.rate.add(ticket.tokens, self.clock(), idle=not self.ledger.admitted)
+        released = self.ledger.release(ticket)
         self._pump()
+        if (
+            released
+        ):  # after the pump: between two requests that each fill the pool nobody is idle, and the rate goes on
+            self.rate.add(ticket.tokens, self.clock(), idle=not self.ledger.admitted)
 
     def resize(self, capacity: int, queue_limit: int, block_size: int) -> None:
         ledger = self.ledger

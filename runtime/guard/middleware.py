@@ -151,14 +151,22 @@ class Guard:
 
     async def _watch(self) -> None:
         """Empties the queue once the server drains, and looks at the engine's gauges."""
-        seen = 0.0
+        seen, failed = 0.0, False
         while True:
             await asyncio.sleep(min(0.2, self.settings.watchdog_interval_s))
             if self.admission.draining:
                 self.admission.drain()
             if time.monotonic() - seen >= self.settings.watchdog_interval_s:
                 seen = time.monotonic()
-                self._look(read_gauges(GAUGES))
+                try:
+                    self._look(read_gauges(GAUGES))
+                    failed = False
+                except (
+                    Exception
+                ) as error:  # prometheus_client on a file that another process writes or removes just now
+                    if not failed:
+                        logger.warning("m3quant guard: the engine's gauges cannot be read now: %s", error)
+                    failed = True
 
     def _look(self, gauges: dict[str, float]) -> None:
         unanswered = sum(not answer.sending for answer in self.inside)

@@ -316,6 +316,57 @@ def test_a_resume_with_something_else_is_refused_by_name(
     refused(m3quant("convert", made["m2"], out, "--to", "int4"), "recipe was")  # a finished one is protected as well
 
 
+@pytest.mark.parametrize("text", [b"5\n", b"{}\n", b'{"unit": "x"}\n', b"[]\n", b"\xff\n", b"{\n"])
+@pytest.mark.parametrize("name", ["units.jsonl", "job.json", "m3quant.json"])
+def test_damaged_records_are_named(
+    m3quant: Run, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: bytes
+) -> None:
+    out = tmp_path / "out"
+    if name == "m3quant.json":
+        assert m3quant("convert", made["m2"], out, "--to", "int4")[0] == 0
+        path = out / name
+    else:
+        begin(m3quant, monkeypatch, made["m2"], out, "--to", "int4")
+        path = out / ".m3quant" / name
+    path.write_bytes(text)
+    said = refused(m3quant("convert", made["m2"], out, "--to", "int4"), str(out))
+    mapping = name == "job.json" and text.startswith(b"{") and text != b"{\n"  # facts, if other ones
+    assert ("other settings" if mapping else f"{path} is damaged") in said
+
+
+@pytest.mark.parametrize("left", [None, 100])
+def test_hidden_states_that_are_not_what_was_saved_say_what_to_remove(tmp_path: Path, left: int | None) -> None:
+    from m3quant.convert.boundary import Streams
+    from m3quant.errors import CalibrationError
+
+    if left is not None:
+        (tmp_path / "boundary-00001-source.states").write_bytes(bytes(left))
+    with pytest.raises(CalibrationError, match=r"cannot go on from its last layer; remove the output and start again"):
+        Streams.restored(tmp_path / "boundary-00001", (2, 3, 4), torch.float32, torch.device("cpu"), None)
+
+
+def test_strict_coverage_holds_for_layers_that_are_finished(
+    m3quant: Run, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 tokens to 2 of 4 experts each: some expert has fewer than 60 of them."""
+    from m3quant.convert import stopping
+
+    out, asked = tmp_path / "out", ("--to", "awq", *SHORT, "--min-expert-tokens", 60)
+
+    def check(self: stopping.StopFlag) -> None:
+        units = out / ".m3quant" / "units.jsonl"
+        if units.exists() and '"ledger": {' in units.read_text():
+            raise stopping.InterruptedRun(2, "stopped by SIGINT")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stopping.StopFlag, "check", check)
+        assert m3quant("convert", made["m2"], out, *asked)[0] == 130
+    refused(m3quant("convert", made["m2"], out, *asked, "--strict-coverage"), "topped up (layer ")
+    assert m3quant("convert", made["m2"], out, *asked)[0] == 0
+    refused(m3quant("convert", made["m2"], out, *asked, "--strict-coverage"), "finished layers", "--strict-coverage")
+    assert m3quant("convert", made["m2"], out, *asked)[0] == 0
+
+
 def test_json_is_json(m3quant: Run, made: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     for arguments in (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import socketserver
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -169,21 +171,41 @@ def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> Non
             evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), REACH)
         with pytest.raises(EvaluationError, match="TOY_KEY: that variable is not set"):
             evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), REACH, api_key_env="TOY_KEY")
+        monkeypatch.setenv("TOY_KEY", KEY + "\n")  # as read from a file
+        with pytest.raises(EvaluationError, match="TOY_KEY: that variable holds a line break") as refused:
+            evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), REACH, api_key_env="TOY_KEY")
+        assert KEY not in str(refused.value)
         monkeypatch.setenv("TOY_KEY", KEY)
         record = evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), REACH, api_key_env="TOY_KEY")
     assert KEY not in record.model_dump_json() and record.results[0].not_run is None
 
 
-def test_wrong_servers_are_refused_in_one_sentence() -> None:
+class Greeter(socketserver.BaseRequestHandler):
+    """Speaks another protocol."""
+
+    def handle(self) -> None:
+        self.request.recv(1000)
+        self.request.sendall(b"SSH-2.0-OpenSSH_9\r\n")
+
+
+def test_wrong_servers_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     made = tokenizer("tiny-m2")
     for url, words in (
         ("localhost:8000", "not a URL"),
         ("http://user:secret@localhost:1", "out of the URL"),
         ("http://127.0.0.1:9", "cannot be reached"),
+        ("http://127.0.0.1:port", "not a URL"),
+        ("http://127.0.0.1:99999", "not a URL"),
     ):
         with pytest.raises(EvaluationError, match=words) as refused:
             evaluate_endpoint(url, None, tasks(), made, REACH)
         assert "secret" not in str(refused.value)
+    monkeypatch.setattr(openai_server.time, "sleep", lambda seconds: None)
+    with socketserver.TCPServer(("127.0.0.1", 0), Greeter) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(EvaluationError, match="does not answer in HTTP"):
+            evaluate_endpoint(f"http://127.0.0.1:{server.server_address[1]}", None, tasks(), made, REACH)
+        server.shutdown()
     with serving(Double(made, ALL)) as url, pytest.raises(EvaluationError, match="does not serve other; it serves toy"):
         evaluate_endpoint(url, "other", tasks(), made, REACH)
 

@@ -211,6 +211,33 @@ def test_position_perplexity_is_the_windows_own() -> None:
         (needle.make, {}, ["lengths"]),
         (needle.make, {"lengths": [512], "text": "short"}, ["tokens", "some pages"]),
         (needle.make, {"lengths": [512], "phrasing": {"fact": "{key}", "question": "x {key}"}}, ["{value}"]),
+        *(
+            (
+                needle.make,
+                {"lengths": [512], "phrasing": {"fact": "{key} {value}", "question": "{key}", **one}},
+                ["{kind}", *one],
+            )
+            for one in (
+                {"question": "{key} {other}"},
+                {"intro": "{"},
+                {"intro": "{key}"},
+                {"fact": "{key} {value} {0}"},
+            )
+        ),
+        (
+            needle.make,
+            {
+                "lengths": [512],
+                "distractors": 4,
+                "phrasing": {
+                    "fact": "{key} {value}",
+                    "question": "{key}",
+                    "adjectives": ["a", "b"],
+                    "nouns": ["c", "d"],
+                },
+            },
+            ["4 distractors", "4 pairs"],
+        ),
         (ruler.make, {"lengths": [512], "variant": "cwe"}, ["variant"]),
         (ruler.make, {"lengths": [60], "variant": "vt"}, ["do not hold"]),
         (ruler.make, {"lengths": [512, 512], "variant": "vt"}, ["distinct"]),

@@ -15,11 +15,13 @@ import torch
 from measuring import run
 
 from m3quant.calibration.corpus import load_tokenizer
+from m3quant.checkpoint import json_bytes
 from m3quant.evaluate import metrics
 from m3quant.evaluate.divergence import Divergence
 from m3quant.evaluate.perplexity import (
     ChunkParams,
     GptqPerplexity,
+    LlamaCppPerplexity,
     RollingParams,
     WindowParams,
     gptq,
@@ -250,3 +252,16 @@ def test_gptq_mean_is_of_window_means() -> None:
     losses = [np.full(10, 1.0, np.float32), np.full(10, 2.0, np.float32)]
     predictions = [Predictions(nll, np.zeros(10, np.int64)) for nll in losses]
     assert task.results(predictions, predictions)[0].metrics["perplexity"] == pytest.approx(math.exp(1.5))
+
+
+def test_figures_of_a_single_token_are_numbers_that_eval_json_can_hold() -> None:
+    window = np.arange(4)
+    said = [Predictions(np.ones(1, np.float32), np.zeros(1, np.int64), np.ones(1, np.float32))]
+    data = Texts("text", "0" * 64, None, ("a",), ("a",))
+    results = [
+        *LlamaCppPerplexity(data, [window], bos=False).results(said, said),
+        *GptqPerplexity(data, [window[:2]]).results(said, said),
+        *Divergence(data, [window[:2]], 1).results(said, said),
+    ]
+    assert "perplexity" in results[0].metrics and "perplexity_error" not in results[0].metrics
+    json_bytes([result.model_dump(mode="json") for result in results])

@@ -210,6 +210,12 @@ def test_an_interrupted_run_continues_with_its_layer_and_a_changed_one_is_refuse
         run(m3, m3, [task], tmp_path, batch_tokens=99)
     with pytest.raises(OutputError, match=r"task plain was .1 sequences, 80 tokens, .*now .1 sequences, 81 tokens"):
         run(m3, m3, [Plain([sequence(81)])], tmp_path)
+    cut = tmp_path / JOURNAL / "states-00002-source.states"
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:100])
+    with pytest.raises(EvaluationError, match=rf"hold 100 bytes, not {len(whole)}: remove .*{JOURNAL} to start"):
+        run(m3, m3, [task], tmp_path)
+    cut.write_bytes(whole)
     progress = Silent()
     resumed = run(m3, m3, [task], tmp_path, progress)
     assert "continuing: 2 of 3 layers are finished" in progress.lines

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from convert.common import make_plan_of
@@ -22,8 +23,12 @@ from m3quant.checkpoint import Checkpoint
 from m3quant.cli import cli
 from m3quant.cli.convert import calibration_windows
 from m3quant.errors import PublishError
+from m3quant.evaluate.haystack import Reach
 from m3quant.evaluate.heldout import output_fingerprint
+from m3quant.evaluate.metrics import by_position
+from m3quant.evaluate.position import EDGES, PositionTask
 from m3quant.evaluate.record import Data, EvalRecord, Measured, Result
+from m3quant.evaluate.task import Predictions, ScoredSequence
 from m3quant.publish.card import NOTES_BEGIN, check_metadata
 from m3quant.publish.gates import Asked, Prepared, check, make_card, prepare
 from m3quant.publish.licences import GivenLicence
@@ -46,6 +51,24 @@ def out(made: tuple[Path, Path], tmp_path: Path) -> Path:
 
 def asked(out: Path, **changes: Any) -> Asked:
     return Asked(**{"base_repo": BASE, "repo": "someone/MiniMax-M3-int4", "serving": serving(out), **changes})
+
+
+def test_a_long_prefill_counts_as_tested_context(out: Path) -> None:
+    """Buckets of positions reach as far as the window; those of a divergence may end beyond it."""
+    nothing = Data(name="text", sha256="0" * 64)
+    window = ScoredSequence(np.arange(3000), np.arange(1, 3000))
+    said = [Predictions(np.ones(2999, np.float32), np.zeros(2999, np.int64), np.ones(2999, np.float32))]
+    prefill = PositionTask("position", [window], EDGES, nothing, Reach(None, 0)).results(said, None)
+    cells = by_position([window.scored], said, said)
+    assert cells[-1]["stop"] > 3000
+    close = Result(
+        task="d", convention="kl-full-vocabulary-windows-3000", label="l", metrics={"kl_mean": 1.0}, cells=cells
+    )
+    record(out, [*prefill, close])
+    text = make_card(out, asked(out)).card_path.read_text()
+    assert "| longest context measured here | 3,000 tokens |" in text and "Not tested beyond 3,000 tokens" in text
+    record(out, prefill)
+    assert "Not tested beyond 3,000 tokens" in make_card(out, asked(out)).card_path.read_text()
 
 
 def record(out: Path, results: list[Result], fingerprint: str | None = None) -> None:

@@ -39,6 +39,7 @@ SECRETS = {
 PATHS = [
     "/home/someone/models/m3",
     "/root/m3/weights",
+    "file:///home/someone/m3",
     "/mnt/disk1/m3",
     "/Users/someone/m3",
     "/tmp/run-1/out",
@@ -78,6 +79,19 @@ def test_a_planted_secret_is_found_and_not_repeated(secret: str, kind: str, tmp_
 @pytest.mark.parametrize("path", PATHS)
 def test_a_planted_machine_path_is_found(path: str, kind: str, tmp_path: Path) -> None:
     assert [f.kind for f in scan([planted(tmp_path, kind, f"from {path} on")])] == ["machine path"]
+
+
+def test_a_key_with_hyphens_in_it_is_found(tmp_path: Path) -> None:
+    key = "sk-ant-api03-" + "-".join(_letters(9) for _ in range(9))
+    found = scan([planted(tmp_path, "txt", key)])
+    assert [f.kind for f in found] == ["API key"] and key not in str(found[0])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_other_encodings_hide_nothing(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(f"{SECRETS['Hugging Face token']} in /home/someone/m3", encoding=encoding)
+    assert {f.kind for f in scan([as_file(path)])} == {"Hugging Face token", "machine path"}
 
 
 INNOCENT = [

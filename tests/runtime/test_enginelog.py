@@ -143,3 +143,23 @@ def test_a_log_of_something_else_is_refused() -> None:
     assert is_empty(parse_log("hello\nworld"))
     with pytest.raises(NodeError, match="none of vLLM's memory lines"):
         check_log(model_of({"model": "minimax-m2.7"}), EngineLog(), parse_node("1xH200"), Ask())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "non-default args: {'tensor_parallel_size': None, 'pipeline_parallel_size': 'auto'}",
+        "non-default args: {'gpu_memory_utilization': 'auto'}",
+        "GPU KV cache size: , tokens",
+        "Available KV cache memory: , GiB",
+    ],
+)
+def test_values_that_are_no_numbers_are_passed_over(line: str) -> None:
+    log = parse_log(f"{line}\n{FOUR_PARTS}")
+    assert (log.tp, log.pp, log.pool_tokens, log.kv_available) == (1, 1, None, None)
+    assert check_log(model_of({"model": "minimax-m2.7"}), log, None, Ask()).lines
+
+
+def test_a_log_in_which_nothing_can_be_compared_is_no_agreement() -> None:
+    with pytest.raises(NodeError, match="states no size that the prediction covers"):
+        check_log(model_of({"model": "minimax-m2.7"}), parse_log("Available KV cache memory: 10.0 GiB"), None, Ask())

@@ -233,6 +233,30 @@ def test_retry_after_follows_the_observed_release_rate() -> None:
     run(scenario())
 
 
+def test_the_rate_is_kept_between_requests_that_each_fill_the_pool() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        guard = make_guard(engine, queue_tokens=2048, max_model_len=1024, retry_after_s=7)
+        now = [1000.0]
+        guard.admission.clock = lambda: now[0]
+        engine.go.clear()
+        calls = [start(guard, COMPLETIONS, completion(1000, 24)) for _ in range(3)]
+        await settle()
+        now[0] += 20  # 1024 tokens end after 20 seconds, and the next request takes their place at once
+        calls[0].hang_up()
+        await settle()
+        calls.append(start(guard, COMPLETIONS, completion(1000, 24)))
+        await settle()
+        refused = await ask(guard, COMPLETIONS, {"prompt": [1] * 1000, "max_tokens": 24})
+        assert refused.status == 429 and refused.headers["retry-after"] == "60"  # two waiting and itself
+        for call in calls:
+            call.hang_up()
+        await settle()
+        assert clean(guard)
+
+    run(scenario())
+
+
 def test_hanging_up_while_waiting_and_while_running_frees_the_tokens() -> None:
     async def scenario() -> None:
         engine = FakeEngine()
@@ -512,12 +536,15 @@ def test_a_text_that_looks_like_an_array_of_ids_stays_text() -> None:
     assert read_demand(COMPLETIONS, twice).prompts[0].ids == 3
 
 
+def prefix_caching_scope() -> dict[str, Any]:
+    config = SimpleNamespace(cache_config=SimpleNamespace(enable_prefix_caching=True), model_config=None)
+    return {"app": SimpleNamespace(state=SimpleNamespace(vllm_config=config))}
+
+
 def test_a_shared_beginning_is_counted_once_when_the_settings_say_so() -> None:
     async def scenario(prefix_hits: str) -> int:
         engine = FakeEngine(stream=[b": still alive\n\n", b"data: token\n\n"])
-        cache = SimpleNamespace(enable_prefix_caching=True)
-        config = SimpleNamespace(cache_config=cache, model_config=None)
-        scope = {"app": SimpleNamespace(state=SimpleNamespace(vllm_config=config))}
+        scope = prefix_caching_scope()
         guard = make_guard(engine, prefix_hits=prefix_hits)
         first = start(guard, COMPLETIONS, completion(160, 16), scope=scope, read_s=0.3)
         while not first.first.is_set():
@@ -539,6 +566,38 @@ def test_a_shared_beginning_is_counted_once_when_the_settings_say_so() -> None:
 
     assert run(scenario("ignore")) == 176
     assert run(scenario("count")) == 176 - 144  # nine blocks of 16, the tenth holds the last token
+
+
+def test_a_shared_beginning_fits_although_the_whole_would_not() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(stream=[b"data: token\n\n"])
+        scope = prefix_caching_scope()
+        guard = make_guard(engine, prefix_hits="count", queue_tokens=0, max_model_len=1024)
+        first = start(guard, COMPLETIONS, completion(600, 16), scope=scope, read_s=0.2)
+        while not first.chunks:
+            await asyncio.sleep(0.001)
+        second = await ask(
+            guard, COMPLETIONS, completion(600, 16), scope=scope
+        )  # 32 of its 624 tokens are new, 400 are free
+        assert second.status == 200
+        await first.task
+        assert clean(guard)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("inside", ["1 2", "1,,2", "01"])
+def test_a_long_array_that_is_no_json_is_left_to_the_server(inside: str) -> None:
+    """Its ids are counted by their commas, so only reading them for the shared blocks finds out."""
+
+    async def scenario() -> None:
+        engine = FakeEngine()
+        guard = make_guard(engine, prefix_hits="count", max_model_len=512)
+        body = b'{"prompt":[%b%b],"max_tokens":1}' % (inside.encode(), b" " * 70_000)
+        call = await ask(guard, COMPLETIONS, body, scope=prefix_caching_scope())
+        assert call.error is None and engine.bodies == [body] and clean(guard)
+
+    run(scenario())
 
 
 def test_without_tokenize_bytes_are_the_bound() -> None:

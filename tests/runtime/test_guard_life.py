@@ -52,6 +52,12 @@ def test_a_wrong_setting_is_named_in_one_sentence(name: str, value: str) -> None
     assert f"M3QUANT_GUARD_{name}" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["", " ", ",", " , "])
+def test_keys_that_came_out_empty_do_not_open_the_door(value: str) -> None:
+    with pytest.raises(GuardError, match="API_KEYS is set and holds no key"):
+        read_settings({"M3QUANT_GUARD_API_KEYS": value})
+
+
 def test_keys_are_not_shown() -> None:
     found = read_settings({"M3QUANT_GUARD_API_KEYS": "hunter2,hunter3"})
     assert "hunter" not in repr(found) and "hunter" not in found.model_dump_json()
@@ -307,6 +313,30 @@ def test_a_hang_fails_health_and_is_told_once(caplog: pytest.LogCaptureFixture) 
         len(told) == 2 and "the engine hangs: 2 requests waiting, none running" in told[0] and "moves again" in told[1]
     )
     assert "capacity_tokens" in told[0] and "topsecret" not in told[0]
+
+
+def test_gauges_that_cannot_be_read_once_do_not_end_the_watch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """prometheus_client raises where it meets a file in the middle of another process's write."""
+    answers = iter([RuntimeError("Read beyond file size detected, file is corrupted."), OSError("gone")])
+
+    def read(names: tuple[str, ...]) -> dict[str, float]:
+        if (error := next(answers, None)) is not None:
+            raise error
+        return STUCK
+
+    async def scenario() -> None:
+        guard = make_guard(FakeEngine(), watchdog_s=0.001, watchdog_interval_s=0.001)
+        monkeypatch.setattr("m3quant.runtime.guard.middleware.read_gauges", read)
+        watching = asyncio.create_task(guard._watch())
+        while not guard.watchdog.hanging and not watching.done():
+            await asyncio.sleep(0.005)
+        assert not watching.done()
+        watching.cancel()
+
+    run(asyncio.wait_for(scenario(), 30))
+    assert "file is corrupted" in caplog.text and "gone" not in caplog.text  # told once until it can be read again
 
 
 def test_sigterm_lets_what_runs_finish_and_nothing_new_in() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -49,6 +50,7 @@ from m3quant.runtime.model import open_subject
 from m3quant.runtime.pins import pin_key, pinned_bytes, read_pin, write_pin
 from m3quant.runtime.serve import compare, importable, prepare, quick_check
 from m3quant.runtime.serve_recipe import ServeRecipe, load_serve_recipe
+from m3quant.runtime.units import compose_file, systemd_unit
 
 TESTS = Path(__file__).parents[1]
 M3 = TESTS / "fixtures" / "tiny-m3"
@@ -250,6 +252,18 @@ def test_bad_serving_recipes_are_one_sentence(text: str, message: str, tmp_path:
         load_serve_recipe(path, {})
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"api_keys": "sk-secret"}, "--api-key-env"), ({"API_KEYS": "sk-secret"}, "--api-key-env"),
+     ({"max_bodi_bytes": 5}, "M3QUANT_GUARD_MAX_BODI_BYTES: the guard has no such setting"), ({"watchdog_s": -1}, "WATCHDOG_S")],
+)  # fmt: skip
+def test_guard_settings_are_checked_before_an_engine_is_loaded(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(M3QuantError, match=message) as refused:
+        decide(M2, node="1xH200", guard_settings=given)
+    assert "sk-secret" not in str(refused.value)
+    assert "--middleware" not in decide(M2, node="1xH200", guard_settings=given, guard=False).launch.command
+
+
 def test_a_serving_recipe_that_does_not_exist_names_those_that_ship() -> None:
     with pytest.raises(
         RecipeError, match="nope does not exist: give a YAML file, or one of serve-1xh200, serve-2xh100"
@@ -266,16 +280,25 @@ def test_no_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     )
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     assert detect_node(NEW).name == "2xH100"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert detect_node(NEW).name == "1xH100"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(NodeError, match="hides every GPU"):
         detect_node(NEW)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A]'\n")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert detect_node(NEW).name == "1xGB10"
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA L4, 23034'\n")
-    with pytest.raises(NodeError, match="GPUs differ"):
-        detect_node(NEW)
+    for visible, order in ((None, None), ("0", None), ("0,1", "PCI_BUS_ID")):
+        for variable, value in (("CUDA_VISIBLE_DEVICES", visible), ("CUDA_DEVICE_ORDER", order)):
+            monkeypatch.delenv(variable, raising=False) if value is None else monkeypatch.setenv(variable, value)
+        with pytest.raises(NodeError, match=r"GPUs differ.*CUDA_DEVICE_ORDER=PCI_BUS_ID"):
+            detect_node(NEW)
+    for visible, found in (("0", "H100"), ("1", "NVIDIA L4")):  # what the refusal advises
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert detect_node(NEW).name == f"1x{found}"
 
 
 def test_gpus_by_their_nvidia_smi_names() -> None:
@@ -283,6 +306,9 @@ def test_gpus_by_their_nvidia_smi_names() -> None:
         gpu_called("NVIDIA H200", 143771).name == "H200" and gpu_called("NVIDIA A100-SXM4-80GB", 81920).name == "A100"
     )
     other = gpu_called("NVIDIA L40S", 46068)
+    assert gpu_called("NVIDIA GB10", None).name == "GB10"
+    with pytest.raises(NodeError, match="does not tell the memory of NVIDIA L40S"):
+        gpu_called("NVIDIA L40S", None)
     assert other.name == "NVIDIA L40S" and 0.99 * 46068 * 2**20 < other.total_bytes < 46068 * 2**20
 
 
@@ -352,6 +378,12 @@ def test_pins_are_kept_by_what_changes_the_measurement(tmp_path: Path) -> None:
     )
     assert pinned_bytes(log) == 10500000000
     assert pinned_bytes(parse_log("Available KV cache memory: 10.0 GiB")) is None
+
+
+def test_a_pin_is_for_one_set_of_the_recipes_own_arguments() -> None:
+    """A draft model, for one, takes memory that the pinned cache would not leave."""
+    plain, drafting = (decide(M2, node="1xH200", extra=extra) for extra in ([], ["--speculative-config", "{}"]))
+    assert plain.pin_key != drafting.pin_key
 
 
 @pytest.mark.parametrize(
@@ -428,6 +460,7 @@ def gone(pid: int) -> bool:
 @pytest.mark.parametrize(("kind", "code"), [("polite", 0), ("deaf", -signal.SIGKILL)])
 def test_an_engine_and_its_workers_end(kind: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("m3quant.runtime.launch.KILL_GRACE_S", 0.3)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # an office's, which knows nothing of this machine
     process, port, child = run_server(kind, tmp_path)
     assert process.wait_ready(f"http://127.0.0.1:{port}/health", 30, threading.Event())
     assert process.stop(30 if code == 0 else 0.1) == code
@@ -455,6 +488,24 @@ def test_an_engine_that_ends_or_stalls_is_reported(tmp_path: Path) -> None:
     stalled.stop(0)
     with pytest.raises(ServeError, match="cannot be started"):
         EngineProcess(["/nowhere/engine"], {}, tmp_path / "c", None)
+
+
+def closed(line: str) -> None:
+    raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_an_engine_is_read_on_though_its_words_have_nowhere_to_go(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Else its pipe fills up, and it waits."""
+    monkeypatch.setattr("m3quant.runtime.launch.KEPT_LINES", 100)
+    talk = "for number in range(20_000): print('line', number)"
+    process = EngineProcess([sys.executable, "-c", talk], {}, Path("/dev/full"), closed)
+    process.process.wait(timeout=30)
+    assert process.stop(0) == 0
+    assert process.text.endswith("line 19999\n") and 100 <= process.text.count("\n") <= 200
+    said = capfd.readouterr().err
+    assert said.count("the log /dev/full ends here: No space left") == said.count("shown no more: Broken pipe") == 1
 
 
 # --- the command line ---
@@ -493,7 +544,30 @@ def test_files_for_other_managers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     text = unit.read_text()
     line = next(line for line in text.splitlines() if line.startswith("ExecStart="))
+    assert f"WorkingDirectory={Path.cwd()}\n" in text  # what was given as a relative path is found from there
     assert "--write-systemd" not in line and "-m m3quant serve" in line and "TimeoutStopSec=90" in text and "K=" in text
+
+
+def test_files_for_other_managers_hold_names_as_they_are(tmp_path: Path) -> None:
+    """Both managers replace what looks like a variable, systemd also its specifiers."""
+    folder = tmp_path / "a$b%n"
+    shutil.copytree(M2, folder)
+    prepared = decide(folder, node="1xH200", served_name="x$y")
+    command = prepared.launch.command[2:]
+    text = compose_file(command, {"V": "1$2"}, frozenset(), prepared.fit, prepared.recipe, "0.33.0", None)
+    service = yaml.safe_load(text)["services"]["m3quant"]
+    assert service["volumes"] == [f"{tmp_path.resolve()}/a$$b%n:/model:ro"] and service["environment"] == {"V": "1$$2"}
+    assert service["command"][0] == "/model" and "x$$y" in service["command"]
+    unit = systemd_unit(["m3quant", "serve", str(folder)], prepared.fit, prepared.recipe, None)
+    assert "/a$$b%%n'\n" in unit and "/a$b%%n on 1xH200\n" in unit
+
+
+def test_a_compose_file_of_a_checkpoint_on_the_hub_mounts_its_cache() -> None:
+    fit = fit_on(M2, "1xH200")
+    fit = replace(fit, model=replace(fit.model, where="org/name"))
+    text = compose_file(["org/name", "--port", "8000"], {}, frozenset(), fit, ServeRecipe(), "0.33.0", None)
+    service = yaml.safe_load(text)["services"]["m3quant"]
+    assert service["command"][0] == "org/name" and service["volumes"][0].endswith(":/root/.cache/huggingface")
 
 
 @pytest.mark.parametrize(

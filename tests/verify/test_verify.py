@@ -465,6 +465,30 @@ def test_folders_that_are_no_finished_output(made: dict[str, Path], tmp_path: Pa
     assert status == 1 and "m3quant.json" in said
 
 
+@pytest.mark.parametrize("where", ["shards", "files"])
+def test_what_the_manifest_does_not_list_is_a_problem(made: dict[str, Path], tmp_path: Path, where: str) -> None:
+    """It would be neither hashed nor published."""
+    folder = tmp_path / "out"
+    shutil.copytree(made["m2-int4"], folder)
+    manifest = json.loads((folder / "m3quant.json").read_text())
+    own = [name for name in manifest[where] if where == "shards" or name in ("config.json", "recipe.yaml")]
+    for name in own:
+        rest = {key: value for key, value in manifest[where].items() if key != name}
+        (folder / "m3quant.json").write_text(json.dumps({**manifest, where: rest}))
+        status, said = check(folder)
+        assert status == 1 and f"m3quant.json does not list {name}" in said
+
+
+@pytest.mark.parametrize("changes", [{"shards": []}, {"source": 5}, {"shards": {"a": 5}}, {"shards": {"a": {}}}])
+def test_a_manifest_of_wrong_types_is_damaged(made: dict[str, Path], tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(made["m2-int4"], folder)
+    manifest = json.loads((folder / "m3quant.json").read_text())
+    (folder / "m3quant.json").write_text(json.dumps({**manifest, **changes}))
+    status, said = check(folder)
+    assert status == 1 and "damaged" in said
+
+
 def test_the_plan_rebuilt_from_the_manifest_is_the_plan(made: dict[str, Path], tmp_path: Path) -> None:
     from m3quant.checkpoint import Checkpoint
     from m3quant.verify.structure import output_plan, read_manifest

@@ -83,9 +83,7 @@ def tested_tokens(record: EvalRecord | None, manifest: dict[str, Any]) -> int | 
     for result in record.results if record else []:
         if result.metrics:
             reached += [int(cell["length"]) for cell in result.cells if "length" in cell]
-            if (
-                result.convention == POSITION
-            ):  # whose last bucket ends with the window; a divergence's may end beyond it
+            if result.convention == POSITION:  # its last bucket ends with the window; a divergence's may end beyond it
                 reached += [int(cell["stop"]) for cell in result.cells]
             if match := _WINDOW.search(result.convention):
                 reached.append(int(match[1]))

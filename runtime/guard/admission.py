@@ -116,9 +116,8 @@ class Admission:
         """Gives back whatever the ticket holds or waits for; harmless when repeated."""
         released = self.ledger.release(ticket)
         self._pump()
-        if (
-            released
-        ):  # after the pump: between two requests that each fill the pool nobody is idle, and the rate goes on
+        if released:
+            # After the pump: between two requests that each fill the pool nobody is idle, and the rate goes on.
             self.rate.add(ticket.tokens, self.clock(), idle=not self.ledger.admitted)
 
     def resize(self, capacity: int, queue_limit: int, block_size: int) -> None:

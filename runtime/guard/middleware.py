@@ -161,9 +161,8 @@ class Guard:
                 try:
                     self._look(read_gauges(GAUGES))
                     failed = False
-                except (
-                    Exception
-                ) as error:  # prometheus_client on a file that another process writes or removes just now
+                except Exception as error:
+                    # prometheus_client, on a file that another process writes or removes just now
                     if not failed:
                         logger.warning("m3quant guard: the engine's gauges cannot be read now: %s", error)
                     failed = True

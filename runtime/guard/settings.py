@@ -77,9 +77,8 @@ def read_settings(environ: Mapping[str, str] | None = None) -> GuardSettings:
     if unknown:
         names = ", ".join(PREFIX + name.upper() for name in unknown)
         raise GuardError(f"{names}: the guard has no such setting; docs/guard.md lists them.")
-    if "api_keys" in given and not split_commas(
-        given["api_keys"]
-    ):  # a variable that came out empty must not open the door
+    if "api_keys" in given and not split_commas(given["api_keys"]):
+        # A variable that came out empty must not open the door.
         raise GuardError(f"{PREFIX}API_KEYS is set and holds no key: give one, or unset it to serve without.")
     try:
         return GuardSettings(**{name: value for name, value in given.items() if value.strip()})  # type: ignore[arg-type]

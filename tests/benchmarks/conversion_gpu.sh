@@ -1,8 +1,8 @@
 #!/bin/bash
 # Conversions of real-width layers on a GPU machine: conversion_gpu.sh OUT [PART...]
 # Parts: check (kernels against their reference, GPU bytes against the CPU's), m2 (one layer: fp8, int4 twice, awq three times, the
-# first with nothing compiled), m2x4 (four layers: fp8, int4, awq), m3 (one layer: the same), m3x3 (three layers: awq), m2-fp8 and
-# m3-mxfp8 (one layer from weights stored as the FP8 releases store them: awq, fp8, int4), and with
+# first with nothing compiled), m2x4 (four layers: fp8, int4, awq), m3 (one layer: the same), m3x3 (three layers: awq), m2-fp8, m2x4-fp8
+# and m3-mxfp8 (one layer or four from weights stored as the FP8 releases store them: awq, fp8, int4), and with
 # llm-compressor on the same files, for which PEER_PYTHON is a Python that has it: peer (one M2 layer: fp8, int4, twice in
 # alternation), peer-awq and peer-awq-m3 (one layer: awq), peer-awq-one (M2's with the peer's own default of one window a batch).
 # PEER_LIMIT: seconds after which a run of it is stopped. WORK: a folder with 62 GB. Figures of every part are written when it is done.
@@ -11,7 +11,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
 out=$1
 shift
-parts=${*:-check m2 m2x4 m3 m3x3 m2-fp8 m3-mxfp8 peer peer-awq peer-awq-m3 peer-awq-one}
+parts=${*:-check m2 m2x4 m3 m3x3 m2-fp8 m2x4-fp8 m3-mxfp8 peer peer-awq peer-awq-m3 peer-awq-one}
 work=${WORK:-$(mktemp -d "$PWD/bench-work.XXXX")}
 mkdir -p "$out" "$work"
 run() { "$here/on_gpu_machine.sh" python3 -m tests.benchmarks.convert --work "$work" "$@" || failed=1; }
@@ -34,6 +34,7 @@ for part in $parts; do
     m2x4) run --shape m2 --layers 4 --to awq,fp8,int4 --repeats 1 "${figures[@]}" ;;
     m3) run --shape m3 --layers 1 --to awq,fp8,int4 --repeats 1 "${figures[@]}" ;;
     m2-fp8) run --shape m2 --layers 1 --stored fp8-block --to awq,fp8,int4 --repeats 2 "${figures[@]}" ;;
+    m2x4-fp8) run --shape m2 --layers 4 --stored fp8-block --to awq,fp8,int4 --repeats 1 "${figures[@]}" ;;
     m3-mxfp8) run --shape m3 --layers 1 --stored mxfp8 --to awq,fp8,int4 --repeats 1 "${figures[@]}" ;;
     m3x3) run --shape m3 --layers 3 --to awq --repeats 1 "${figures[@]}" ;;
     peer) run --shape m2 --layers 1 --to fp8,int4 --repeats 2 "${against[@]}" "${figures[@]}" ;;

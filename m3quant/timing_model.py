@@ -2,10 +2,10 @@
 
     data-free    max over stages of bytes / rate
     calibrated   read of the first layer + for every layer but the last max(stages of its output and of the next one's
-                 reading, compute) + of the last: compute, then hash or write; compute = search + forward, and "write"
-                 holds both streams, which are saved after every layer
+                 reading, compute) + of the last: compute, then hash or write + start; compute = search + forward, and
+                 "write" holds both streams, which are saved after every layer
 
-Starting the process is not counted: 2 s, and some 6 s more where Triton compiles its kernels for the first time.
+Starting the process is not counted: 2 s, and some 4 s more where Triton compiles its kernels for the first time.
 
 A record of rates names the machine and the command that measured it. The one that ships, rates.json, is the benchmark
 machine's; `python -m tests.benchmarks.rates` makes one from figures of `tests.benchmarks.convert`, and `--rates` reads it.
@@ -30,7 +30,8 @@ class Rates(BaseModel):
 
     shared: how far reading and writing at once get into each other's way: 0, the disk does both at full rate; 1, one after
     the other; above 1, both at once take longer than that. pack: BF16 bytes rounded, by all workers together. search and forward: calibration's operations as
-    `search_flops` and `forward_flops` count them, over the seconds that they took.
+    `search_flops` and `forward_flops` count them, over the seconds that they took. start: seconds of a calibrated run, once,
+    that no stage tells: CUDA's code and pinned memory made ready beyond the first layer's read, packing and closing at the end.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -48,6 +49,7 @@ class Rates(BaseModel):
     pack: float | None = Field(default=None, gt=0)
     search: float | None = Field(default=None, gt=0)
     forward: float | None = Field(default=None, gt=0)
+    start: float = Field(default=0.0, ge=0)
 
 
 class Estimate(BaseModel):
@@ -94,6 +96,7 @@ def estimate(plan: Plan, rates: Rates) -> Estimate | None:
         bounds[name] = bounds.get(name, 0.0) + took
     last = _io(0, layers[-1].bytes_out, saved, rates)
     for name, took in (
+        ("start", rates.start),
         ("read", layers[0].bytes_in / rates.read),
         ("search", compute),
         ("hash" if "hash" in last and last["hash"] > last["write"] else "write", max(last.values())),

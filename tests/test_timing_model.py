@@ -75,7 +75,9 @@ def measured() -> list[dict[str, Any]]:
     return [result for path in sorted(figures.glob("h200_convert_*.json")) for result in json.loads(path.read_text())]
 
 
-@pytest.mark.parametrize("result", measured(), ids=lambda r: f"{r['shape']}x{r['layers']}-{r['recipe']}")
+@pytest.mark.parametrize(
+    "result", measured(), ids=lambda r: f"{r['shape']}x{r['layers']}-{r.get('stored', 'plain')}-{r['recipe']}"
+)
 def test_the_shipped_rates_tell_what_was_measured_to_25_percent(result: dict[str, Any]) -> None:
     found = estimate(plan_of(result), load_rates())
     assert found is not None

@@ -1,7 +1,7 @@
 """A record of rates for `m3quant plan --rates` from figures of the benchmark: `python -m tests.benchmarks.rates OUT FIGURES.json...`.
 
 FIGURES are what `tests.benchmarks.convert --json` wrote on one machine. Each rate is the median of those in the files; what the
-calibrated stages do comes from runs of calibrated recipes. Prints how far the model is from every run in them.
+calibrated stages do comes from runs of calibrated recipes, and what these take beyond all stages is "start". Prints how far the model is from every run in them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from .wide import wide_config
 
 def plan_of(result: dict[str, Any]) -> Plan:
     """The plan that a result is of, from its shape alone."""
-    config = wide_config(result["shape"], result["layers"], result["experts"], result["narrower"])
+    stored = result.get("stored", "plain")
+    config = wide_config(result["shape"], result["layers"], result["experts"], result["narrower"], stored)
     document = named_recipe(result["recipe"])
     if document.get("calibration") != "none":
         data = {"windows": result["windows"], "window_length": result["window_length"]}
@@ -66,13 +67,30 @@ def record(results: list[dict[str, Any]], source: str) -> Rates:
                     speeds.append(flops(plan) * result["layers"] / stages[name])
         if speeds:
             rates[name] = median(speeds)
-    return Rates(
+    found = Rates(
         machine=f"{device}, {cores} cores",
         measured=max(r["measured"] for r in results),
         versions={"torch": results[0]["machine"]["torch"]},
-        source=dict.fromkeys(rates, source),
+        source=dict.fromkeys([*rates, "start"], source),
         **rates,
     )
+    return found.model_copy(update={"start": beyond(results, found)})
+
+
+def seconds_of(result: dict[str, Any]) -> float | None:
+    """Median of a result's runs; None if all failed."""
+    seconds = [run["seconds"] for run in result["ours"] if "seconds" in run]
+    return median(seconds) if seconds else None
+
+
+def beyond(results: list[dict[str, Any]], rates: Rates) -> float:
+    """Median seconds that calibrated runs took beyond what their stages tell, at least 0."""
+    rest = []
+    for result in results:
+        plan, seconds = plan_of(result), seconds_of(result)
+        if plan.recipe.calibration != "none" and seconds and (told := estimate(plan, rates)):
+            rest.append(seconds - told.seconds)
+    return max(0.0, median(rest)) if rest else 0.0
 
 
 def main() -> None:
@@ -84,12 +102,11 @@ def main() -> None:
     out.write_text(rates.model_dump_json(indent=2, exclude_none=True) + "\n")
     print(rates.model_dump_json(indent=2, exclude_none=True))
     for result in results:
-        seconds = [run["seconds"] for run in result["ours"] if "seconds" in run]
-        found = estimate(plan_of(result), rates)
+        seconds, found = seconds_of(result), estimate(plan_of(result), rates)
         if seconds and found:
             print(
-                f"{result['shape']} x{result['layers']} {result['recipe']}: estimated {found.seconds:.2f} s (bound by {found.bound_by}), "
-                f"measured {median(seconds):.2f} s: {found.seconds / median(seconds) - 1:+.0%}"
+                f"{result['shape']} x{result['layers']}, {result.get('stored', 'plain')}, {result['recipe']}: estimated {found.seconds:.2f} s (bound by {found.bound_by}), "
+                f"measured {seconds:.2f} s: {found.seconds / seconds - 1:+.0%}"
             )
 
 

@@ -74,11 +74,9 @@ def wide_config(
     return config
 
 
-def wide_checkpoint(folder: Path, config: dict[str, Any], device: str = "cpu") -> int:
-    """Write the checkpoint that `config` describes with random weights in shards of about 2 GB, or four; its bytes."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    family, kind = family_of(config), source_kind(config, folder.name)
+def stored_tensors(config: dict[str, Any]) -> list[Entry]:
+    """Every tensor of the checkpoint that `config` describes."""
+    family, kind = family_of(config), source_kind(config, "this checkpoint")
     entries: list[Entry] = []
     for name, fact in family.expected_tensors(config).items():
         shape = tuple(fact.shape)
@@ -89,6 +87,14 @@ def wide_checkpoint(folder: Path, config: dict[str, Any], device: str = "cpu") -
         blocks, _ = scale_layout(kind, (shape[0], shape[1]))
         entries.append(Entry(name, torch.float8_e4m3fn, shape, FP8_SPREAD))
         entries.append(Entry(f"{name}{SCALE}", scale, blocks, shape[-1] ** -0.5 / FP8_SPREAD))
+    return entries
+
+
+def wide_checkpoint(folder: Path, config: dict[str, Any], device: str = "cpu") -> int:
+    """Write the checkpoint that `config` describes with random weights in shards of about 2 GB, or four; its bytes."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    entries = stored_tensors(config)
     whole = sum(entry.nbytes for entry in entries)
     shard_bytes = min(SHARD_BYTES, -(-whole // LEAST_SHARDS))
     groups: list[list[Entry]] = [[]]

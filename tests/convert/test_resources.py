@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.wide import wide_config
+from benchmarks.wide import CODES, stored_tensors, wide_config
 
 from m3quant.checkpoint import Checkpoint
 from m3quant.convert.batches import MAX_WORKERS, pinned_bytes
-from m3quant.families import family_of
 from m3quant.plan import Plan, make_plan
 from m3quant.recipe import build_recipe, named_recipe
 from m3quant.resources import resources
@@ -26,10 +24,13 @@ def hollow_plan(folder: Path, config: dict[str, Any], recipe: str) -> Plan:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     header, end = {}, 0
-    for name, fact in family_of(config).expected_tensors(config).items():
-        start, end = end, end + math.prod(fact.shape) * (4 if fact.float32 else 2)
-        code = "F32" if fact.float32 else "BF16"
-        header[name] = {"dtype": code, "shape": list(fact.shape), "data_offsets": [start, end]}
+    for entry in stored_tensors(config):
+        start, end = end, end + entry.nbytes
+        header[entry.name] = {
+            "dtype": CODES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, end],
+        }
     raw = json.dumps(header).encode()
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
@@ -47,12 +48,14 @@ def measured() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "case", measured(), ids=lambda c: f"{c['machine']['device']}-{c['shape']}x{c['layers']}-{c['recipe']}"
+    "case",
+    measured(),
+    ids=lambda c: f"{c['machine']['device']}-{c['shape']}x{c['layers']}-{c.get('stored', 'plain')}-{c['recipe']}",
 )
 def test_the_predicted_peak_is_above_the_measured_one_by_less_than_a_third(
     tmp_path: Path, case: dict[str, Any]
 ) -> None:
-    config = wide_config(case["shape"], case["layers"], case["experts"], case["narrower"])
+    config = wide_config(case["shape"], case["layers"], case["experts"], case["narrower"], case.get("stored", "plain"))
     machine = case["machine"]
     workers = min(MAX_WORKERS, machine["cores"])
     plan = hollow_plan(tmp_path / "src", config, case["recipe"])

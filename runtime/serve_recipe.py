@@ -6,7 +6,8 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from ..errors import RecipeError
 from ..recipe import read_recipe_file, recipe_folder
@@ -16,6 +17,10 @@ from .memory import DEFAULT_BATCHED_TOKENS, DEFAULT_UTILIZATION
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Word = Annotated[str, Field(pattern=r"^\S+$")]  # what an engine's argument may be: not empty, no white space
+SECRET_FLAGS = {
+    "--api-key": "name the key's variable with --api-key-env",
+    "--hf-token": "set the variable HF_TOKEN",
+}
 
 
 class ServeRecipe(BaseModel):
@@ -46,6 +51,16 @@ class ServeRecipe(BaseModel):
     guard_settings: dict[str, str | int | float] = Field(default_factory=dict)
     extra: list[str] = Field(default_factory=list)  # more arguments for the engine, as they are
 
+    @field_validator("extra")
+    @classmethod
+    def _no_key(cls, extra: list[str]) -> list[str]:
+        for argument in extra:  # also as the engines' parsers take them: abbreviated, with underscores
+            name = argument.split("=")[0].replace("_", "-")
+            for flag, instead in SECRET_FLAGS.items():
+                if len(name) > 5 and flag.startswith(name):
+                    raise PydanticCustomError("secret", f"{flag} would be printed with its secret: {instead}")
+        return extra
+
     def ask(self) -> Ask:
         """The part that the plan judges."""
         return Ask(
@@ -74,4 +89,5 @@ def load_serve_recipe(path: str | Path | None, overrides: dict[str, Any]) -> Ser
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(where, ServeRecipe.model_fields, n=1, cutoff=0.0)[0]
             raise RecipeError(f"serving recipe has an unknown key '{where}': did you mean '{near}'?") from None
-        raise RecipeError(f"serving recipe key '{where}': {first['msg']} (got {first['input']!r}).") from None
+        got = "" if first["type"] == "secret" else f" (got {first['input']!r})"
+        raise RecipeError(f"serving recipe key '{where}': {first['msg']}{got}.") from None

@@ -134,7 +134,7 @@ class Haystack:
     def place(self, room: int, facts: Sequence[tuple[float, list[int]]], rng: random.Random) -> list[np.ndarray]:
         """`room` tokens of text from a random start with facts (depth 0 to 1, ids) between its sentences, as pieces."""
         size = len(self.ids)
-        start = rng.randrange(size - room + 1) if size > room else rng.randrange(size)
+        start = rng.randrange(size - room + 1) if size >= room else rng.randrange(size)
         self.repeats = max(self.repeats, -(-(start + room) // size))
         text = self.ids[(start + np.arange(room)) % size]
         places = sorted((self._nearest(round(depth * room), start, room), i) for i, (depth, _) in enumerate(facts))

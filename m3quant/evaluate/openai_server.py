@@ -6,6 +6,7 @@ Only /v1/models and /v1/completions are used, over the standard library's HTTP c
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import json
 import math
 import os
@@ -57,6 +58,9 @@ class Server:
             )
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout_s = timeout_s
+        # A proxy for the outside world cannot reach this machine's own ports, and would be shown the key and the texts.
+        own = (urllib.request.ProxyHandler({}),) if _is_loopback(parts.hostname) else ()
+        self._opener = urllib.request.build_opener(*own)
         self._headers = {"Content-Type": "application/json", **_authorization(api_key_env)}
         served = self._models()
         if model is None and len(served) != 1:
@@ -116,7 +120,7 @@ class Server:
         for attempt in range(TRIES):
             last = attempt == TRIES - 1
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                with self._opener.open(request, timeout=self.timeout_s) as response:
                     return _json_object(response.read(), self.url + path)
             except urllib.error.HTTPError as error:
                 said = _message(error)
@@ -160,7 +164,17 @@ def prompt_scores(choice: Mapping[str, Any], form: str) -> list[tuple[float, int
 
     `prompt_logprobs` is vLLM's: a dict of the prompt's own token and the most likely one at each place. `echo` is the
     legacy OpenAI form, which names tokens by text: the best one is known only where it is the prompt's own.
+    Raises EvaluationError for rows of another form.
     """
+    try:
+        return _scores(choice, form)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise EvaluationError(
+            f"the server answers {form} in a form that is not known here ({type(error).__name__}: {error}); leave out the tasks that need log-probs."
+        ) from error
+
+
+def _scores(choice: Mapping[str, Any], form: str) -> list[tuple[float, int | None, bool] | None] | None:
     if form == "prompt_logprobs":
         rows = choice.get("prompt_logprobs")
         if not isinstance(rows, list) or len(rows) < 2:
@@ -192,12 +206,14 @@ def _row(row: Any) -> tuple[float, int | None, bool] | None:
 
 def generated_ids(choice: Mapping[str, Any]) -> list[int] | None:
     """Ids of the generated tokens, where the server gives them."""
-    if isinstance(choice.get("token_ids"), list):
-        return [int(token) for token in choice["token_ids"]]
-    tokens = (choice.get("logprobs") or {}).get("tokens") or []
-    if tokens and all(isinstance(t, str) and t.startswith("token_id:") for t in tokens):
-        return [int(token.removeprefix("token_id:")) for token in tokens]
-    return None
+    ids, given = choice.get("token_ids"), choice.get("logprobs")
+    if not isinstance(ids, list):
+        tokens = given.get("tokens") if isinstance(given, Mapping) else None
+        marked = [str(token).partition("token_id:") for token in tokens] if isinstance(tokens, list) else []
+        ids = [
+            number if not before and mark else "" for before, mark, number in marked
+        ]  # without the mark they are texts
+    return [int(token) for token in ids] if ids and all(str(token).isdecimal() for token in ids) else None
 
 
 def finite(value: float) -> bool:
@@ -211,6 +227,13 @@ def _has_port(parts: urllib.parse.SplitResult) -> bool:
         return parts.port != 0
     except ValueError:
         return False
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _authorization(variable: str | None) -> dict[str, str]:

@@ -67,7 +67,7 @@ def scan(files: Iterable[PublishFile], own: Iterable[str] = ()) -> list[Finding]
 
 def scan_file(file: PublishFile, own: Iterable[str] = ()) -> Iterator[Finding]:
     """Findings in one file: of safetensors the header alone (tensor bytes are noise), of everything else all bytes."""
-    text = _text(file.local_path)
+    text = _text(file.local_path).replace("\\/", "/")  # as some writers of JSON escape it
     for string in own:
         for at in _occurrences(text, string):
             yield _finding(file, "text of this machine", text, at, string)

@@ -210,6 +210,39 @@ def test_wrong_servers_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPat
         evaluate_endpoint(url, "other", tasks(), made, REACH)
 
 
+def test_a_proxy_is_not_asked_for_a_server_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    record, _ = run(ALL)
+    assert all(result.not_run is None for result in record.results)
+    with pytest.raises(
+        EvaluationError, match=r"elsewhere\.invalid cannot be reached .*refused"
+    ):  # by the proxy: it is asked
+        evaluate_endpoint("http://elsewhere.invalid", None, tasks(), tokenizer("tiny-m2"), REACH)
+
+
+@pytest.mark.parametrize(
+    "rows", [[None, [1]], [None, {"x": {"logprob": 0}}], [None, {"1": {}}], [None, {"1": {"logprob": None}}]]
+)
+def test_log_probs_of_another_form_are_one_sentence(rows: list[Any]) -> None:
+    with pytest.raises(EvaluationError, match="prompt_logprobs in a form that is not known"):
+        openai_server.prompt_scores({"prompt_logprobs": rows}, "prompt_logprobs")
+    for token_logprobs in ([None, "x", 1.0], 5):
+        with pytest.raises(EvaluationError, match="echo in a form that is not known"):
+            openai_server.prompt_scores(
+                {"logprobs": {"token_logprobs": token_logprobs, "top_logprobs": [None, {"a": 1.0}]}}, "echo"
+            )
+
+
+def test_texts_of_tokens_are_not_taken_for_ids() -> None:
+    ids = openai_server.generated_ids
+    assert ids({"token_ids": [5, 6]}) == ids({"logprobs": {"tokens": ["token_id:5", "token_id:6"]}}) == [5, 6]
+    for tokens in (["5", "6"], ["token_id:5", "6"], ["x token_id:5"], [], None, "56"):
+        assert ids({"logprobs": {"tokens": tokens}}) is None
+    assert ids({"logprobs": [5]}) is None and ids({"token_ids": ["a"]}) is None
+
+
 def test_several_values_need_the_true_prefix_only_where_it_is_known() -> None:
     task = ruler.make(
         tokenizer("tiny-m2"), config("tiny-m2"), {"text": TEXT, "variant": "niah_multivalue", "lengths": [700], "samples": 2}

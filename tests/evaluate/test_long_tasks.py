@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from needles import query
 
 from m3quant.errors import EvaluationError
 from m3quant.evaluate import needle, position, ruler
+from m3quant.evaluate.haystack import Haystack
 from m3quant.evaluate.phrasing import CODE
 from m3quant.evaluate.retrieval import RetrievalTask
 from m3quant.evaluate.task import Predictions
@@ -257,3 +259,11 @@ def test_a_text_shorter_than_the_prompt_is_repeated_and_said() -> None:
     (result,) = task.results(said(task), None)
     assert any("repeated up to" in note for note in result.notes)
     assert all(len(s.ids) == 2048 for s in task.sequences())
+
+
+def test_a_text_as_long_as_the_room_is_used_whole_and_not_repeated() -> None:
+    haystack = Haystack(tokenizer("tiny-m2"), TEXT[:600], "needle")
+    (piece,) = haystack.place(len(haystack.ids), [], random.Random(3))
+    assert piece.tolist() == haystack.ids.tolist() and haystack.notes() == []
+    haystack.place(len(haystack.ids) + 1, [], random.Random(3))
+    assert "repeated up to 2 times" in haystack.notes()[0]

@@ -94,6 +94,11 @@ def test_other_encodings_hide_nothing(encoding: str, tmp_path: Path) -> None:
     assert {f.kind for f in scan([as_file(path)])} == {"Hugging Face token", "machine path"}
 
 
+def test_slashes_that_json_escapes_hide_nothing(tmp_path: Path) -> None:
+    file = planted(tmp_path, "txt", '{"made in": "\\/home\\/someone\\/m3", "from": "\\/opt\\/mine"}')
+    assert {f.kind for f in scan([file], ["/opt/mine"])} == {"machine path", "text of this machine"}
+
+
 INNOCENT = [
     "hf_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
     "hf download org/name --local-dir m3",

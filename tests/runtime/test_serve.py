@@ -264,6 +264,16 @@ def test_guard_settings_are_checked_before_an_engine_is_loaded(given: dict[str, 
     assert "--middleware" not in decide(M2, node="1xH200", guard_settings=given, guard=False).launch.command
 
 
+@pytest.mark.parametrize(
+    "extra", [["--api-key", "sk-1"], ["--enforce-eager", "--api_key=sk-1"], ["--api-ke", "sk-1"], ["--hf-token=sk-1"]]
+)
+def test_secrets_among_more_arguments_are_refused_and_not_repeated(extra: list[str]) -> None:
+    with pytest.raises(RecipeError, match="would be printed") as refused:
+        load_serve_recipe(None, {"extra": extra})
+    assert "sk-1" not in str(refused.value)
+    assert load_serve_recipe(None, {"extra": ["--api-server-count", "1", "--host"]}).extra
+
+
 def test_a_serving_recipe_that_does_not_exist_names_those_that_ship() -> None:
     with pytest.raises(
         RecipeError, match="nope does not exist: give a YAML file, or one of serve-1xh200, serve-2xh100"

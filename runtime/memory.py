@@ -66,7 +66,7 @@ NON_TORCH_MANY = gib(
     0.1,
     1.2,
     2.6,
-    "0.11 GiB for M2 INT4 at TP2 on H200s, vLLM 0.26 (serve_gpu.py); 1.8-2.1 for Qwen3-235B at TP8 on 80 GB cards (vllm#18446)",
+    "0.11-0.15 GiB for M2 and M3 INT4 at TP2 on H100s and H200s, vLLM 0.26 (serve_gpu.py); 1.8-2.1 for Qwen3-235B at TP8 on 80 GB cards (vllm#18446)",
 )
 # CUDA graphs by captured batch sizes: 0.19, 0.28, 0.71 and 1.42 GiB in public logs; the estimate that vLLM subtracts errs both ways.
 GRAPHS_BASE, GRAPHS_PER_SIZE = int(0.25 * GIB), int(2.3 * MIB)

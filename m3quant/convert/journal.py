@@ -17,7 +17,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -206,13 +206,31 @@ def check_apart(source: Path, output: Path) -> None:
         )
 
 
+def _differences(begun: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key, value then, value now, wherever they differ; of values that are objects, in JSON or not, their entries."""
+    for key in sorted({*begun, *facts}):
+        was, now = (_plain(values.get(key)) for values in (begun, facts))
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            for inner, before, after in _differences(was, now):
+                yield f"{key}.{inner}", before, after
+        elif was != now:
+            yield key, was, now
+
+
+def _plain(value: Any) -> Any:
+    """An object for its JSON text, anything else as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+    except ValueError:
+        return value
+
+
 def refuse_other_facts(output: Path, begun: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Raise OutputError naming the first facts in which `begun` and `facts` differ."""
-    differing = [key for key in sorted({*begun, *facts}) if begun.get(key) != facts.get(key)]
-    if not differing:
+    if all(begun.get(key) == facts.get(key) for key in {*begun, *facts}):
         return
     told = "; ".join(
-        f"{key} was {begun.get(key)!r}, now {facts.get(key)!r}" for key in differing if key != "fingerprint"
+        f"{key} was {was!r}, now {now!r}" for key, was, now in _differences(begun, facts) if key != "fingerprint"
     )
     raise OutputError(
         f"{output} was begun with other settings ({told or 'another plan'}): repeat the first command to continue it, "

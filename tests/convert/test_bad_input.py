@@ -303,17 +303,31 @@ def test_a_resume_with_something_else_is_refused_by_name(
     other = changed(made["m2"], tmp_path / "other", poison(EXPERT, 0.5), rms_norm_eps=1e-5)
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(97 + (i * i) % 23) for i in range(4000)))
-    refused(m3quant("convert", made["m2"], out, "--to", "awq-g32", *SHORT), "recipe was", "int4-g32", "another folder")
-    refused(m3quant("convert", made["m2"], out, "--to", "int4"), "recipe was")
+    refused(
+        m3quant("convert", made["m2"], out, "--to", "awq-g32", *SHORT),
+        "recipe.schemes.routed_experts was 'int4-g128', now 'int4-g32'",
+        "int4-g32",
+        "another folder",
+    )
+    refused(
+        m3quant("convert", made["m2"], out, "--to", "int4"),
+        "recipe.calibration was 'awq', now 'none'",
+    )
     refused(m3quant("convert", other, out, "--to", "awq", *SHORT), "source was")
     refused(m3quant("convert", made["m2"], out, "--to", "awq", *SHORT, "--calibration", text), "calibration was")
-    refused(m3quant("convert", made["m2"], out, "--to", "awq", "--windows", 3, *SHORT[2:]), "recipe was")
+    refused(
+        m3quant("convert", made["m2"], out, "--to", "awq", "--windows", 3, *SHORT[2:]),
+        "recipe.data.windows was",
+        "now 3)",
+    )
     with monkeypatch.context() as patch:
         patch.setattr("m3quant.convert.run.__version__", "99.0")
         refused(m3quant("convert", made["m2"], out, "--to", "awq", *SHORT), "version was", "99.0")
     assert files(out) == begun
     assert m3quant("convert", made["m2"], out, "--to", "awq", *SHORT)[0] == 0
-    refused(m3quant("convert", made["m2"], out, "--to", "int4"), "recipe was")  # a finished one is protected as well
+    # A finished one is protected as well, and of the recipe only what differs is told.
+    said = refused(m3quant("convert", made["m2"], out, "--to", "int4"), "recipe.name was 'awq', now 'int4'")
+    assert "schemes" not in said
 
 
 @pytest.mark.parametrize("text", [b"5\n", b"{}\n", b'{"unit": "x"}\n', b"[]\n", b"\xff\n", b"{\n"])

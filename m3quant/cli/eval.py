@@ -211,8 +211,10 @@ def print_record(record: EvalRecord) -> None:
         if not is_noise(result):
             click.echo(f"\n{result.label}")
             _print_result(result, floors.get(result.task))
+    if record.notes:
+        click.echo()
     for note in record.notes:
-        click.echo(f"\nnote: {note}")
+        click.echo(f"note: {note}")
 
 
 def is_noise(result: Result) -> bool:

@@ -100,7 +100,7 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(
-            f"recipe {path} does not exist: give a YAML file, or --to with one of {recipe_names()}."
+            f"recipe {path} does not exist: give a YAML file, or --to with one of {', '.join(recipe_names())}."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}.") from None

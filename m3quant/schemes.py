@@ -18,7 +18,7 @@ _INT = re.compile(r"int(4|8)-(?:g(\d+)|(channel))(-asym)?")
 _COMMON = (
     "keep", "int4-g128", "int4-g64", "int4-g32", "int4-channel", "int4-g128-asym", "int4-g64-asym",
     "int4-g32-asym", "int4-channel-asym", "int8-g128", "int8-g64", "int8-g32", "int8-channel",
-    "int8-g128-asym", "int8-channel-asym", "fp8-channel", "fp8-block",
+    "int8-g128-asym", "int8-g64-asym", "int8-g32-asym", "int8-channel-asym", "fp8-channel", "fp8-block",
 )  # fmt: skip
 
 

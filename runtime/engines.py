@@ -294,9 +294,10 @@ def sglang_launch(fit: Fit, recipe: ServeRecipe, engine: Engine | None, api_key_
     return Launch(command, {}, frozenset(), notes)
 
 
-def shown(launch: Launch, quote: Any) -> str:
-    """The command as a shell line, with the environment before it and secrets by name."""
+def shown(launch: Launch, quote: Any, api_key_env: str | None) -> str:
+    """The command as a shell line, with the environment before it; the key as the variable that the user named."""
     env: Sequence[str] = [
-        f"{name}=${name}" if name in launch.secret else f"{name}={quote(value)}" for name, value in launch.env.items()
+        f"{name}=${api_key_env}" if name in launch.secret else f"{name}={quote(value)}"
+        for name, value in launch.env.items()
     ]
     return " ".join([*env, *(quote(part) for part in launch.command)])

@@ -202,7 +202,7 @@ def _flag_changes(fit: Fit, small: Ask) -> Iterator[Change]:
 
 
 def _recipe_changes(fit: Fit, small: Ask, subject: Subject) -> Iterator[Change]:
-    for other in subject.precisions():
+    for other in subject.precisions()[0]:
         if other.stored_bytes < fit.model.stored_bytes:
             change = (
                 f"--to {other.label} ({other.stored_bytes / 1e9:.3g} GB in place of {fit.model.stored_bytes / 1e9:.3g})"

@@ -68,9 +68,9 @@ class Subject:
         groups = converted_groups(self.source_groups, recipe)
         return ServedModel(f"OUTPUT-OF-{recipe.name}", recipe.name, self.family, unquantized(self.config), groups)
 
-    def precisions(self) -> list[ServedModel]:
-        """The checkpoint itself and every shipped recipe's output, largest first. Refused recipes are left out."""
-        models = [self.stored]
+    def precisions(self) -> tuple[list[ServedModel], dict[str, str]]:
+        """The checkpoint itself and every shipped recipe's output, largest first; and why the other recipes are refused, by name."""
+        models, refused = [self.stored], dict[str, str]()
         if self.config_only and self.stored.label != "bf16":
             models.append(ServedModel(self.where, "bf16", self.family, unquantized(self.config), self.source_groups))
         for name in recipe_names() if self.convertible else ():
@@ -78,9 +78,9 @@ class Subject:
                 continue  # the checkpoint is stored in this format already
             try:
                 models.append(self.converted(build_recipe(named_recipe(name))))
-            except PlanError:
-                continue
-        return sorted(models, key=lambda model: -model.stored_bytes)
+            except PlanError as error:
+                refused[name] = str(error)
+        return sorted(models, key=lambda model: -model.stored_bytes), refused
 
 
 def open_subject(src: str, revision: str | None = None) -> Subject:

@@ -189,7 +189,7 @@ def test_refusals_and_failures_of_the_hub_are_one_sentence(server: Hub, tmp_path
 
 @pytest.mark.parametrize(
     ("environment", "phrase"),
-    [({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids asking the Hub"), ({}, "check the network, or give a folder")],
+    [({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids asking the Hub"), ({}, "check the path, or the network")],
 )
 def test_without_a_network_the_refusal_says_so(tmp_path: Path, environment: dict[str, str], phrase: str) -> None:
     # Port 9 (discard) is closed on any ordinary machine.

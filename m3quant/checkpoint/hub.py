@@ -27,6 +27,8 @@ TRANSIENT_STATUS = frozenset({None, 429, 500, 502, 503, 504})
 class TransientError(CheckpointError):
     """A failure that may be gone at the next try."""
 
+    exit_code = 4
+
 
 class HubStore:
     """One commit of a Hub repo. `revision` is resolved to that commit when the store is made.
@@ -154,4 +156,7 @@ class HubStore:
         if isinstance(error, errors.OfflineModeIsEnabled):
             return f"{self.where} is no folder here, and HF_HUB_OFFLINE forbids asking the Hub: give a local folder."
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"The Hub could not be asked for {what} of {self.where} ({reason}): check the network, or give a folder."
+        return (
+            f"{self.repo} is no folder here, and the Hub could not be asked for {what} of {self.where} ({reason}): "
+            f"check the path, or the network."
+        )

@@ -24,6 +24,7 @@ from ..runtime.model import ServedModel, Subject, open_subject
 from .options import human_bytes, print_table
 
 TABLE_CONTEXT = 32768  # tokens that each request of the price column holds, unless --context says otherwise
+START = "non-default args: "  # vLLM prints it once a start
 NO_FIT = DoesNotFit.exit_code
 
 
@@ -33,13 +34,14 @@ def run_fit(src: str, revision: str | None, to: str | None, recipe_file: Path | 
     gc.disable()  # 140,000 tensors become objects that all live to the end: collections would take a third of the time
     node = parse_node(on) if on is not None else None
     subject = open_subject(src, revision)
-    models = _models(subject, to, recipe_file, settings, format_name, everything)
+    models, refused = _models(subject, to, recipe_file, settings, format_name, everything)
     if log_file is not None:
-        return _log_mode(models[0], log_file, node, ask, as_json)
+        chosen = to or recipe_file or settings or format_name  # else a config.json is judged as what it describes
+        return _log_mode(models[0] if chosen else subject.stored, log_file, node, ask, as_json)
     prices = load_prices(prices_file)
     if everything or len(models) > 1:
         nodes = [node] if node else [parse_node(name) for name in STANDARD_NODES]
-        return _table_mode(subject, models, nodes, ask, prices, as_json)
+        return _table_mode(subject, models, refused, nodes, ask, prices, as_json)
     assert node is not None  # the command asks for --on, --all or --check-log
     fit = assess(models[0], node, ask)
     changes = [] if fit.fits else remedies(fit, subject if subject.convertible else None)
@@ -51,15 +53,16 @@ def run_fit(src: str, revision: str | None, to: str | None, recipe_file: Path | 
 
 
 def _models(subject: Subject, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None,
-            everything: bool) -> list[ServedModel]:  # fmt: skip
+            everything: bool) -> tuple[list[ServedModel], dict[str, str]]:  # fmt: skip
+    """What to judge, and the recipes that are refused. everything: all precisions, which a config.json alone is judged in too."""
     if to and recipe_file:
         raise NodeError("--to and --recipe are both given: a plan has one recipe.")
     if to or recipe_file or settings or format_name:
         document = read_recipe_file(recipe_file) if recipe_file else named_recipe(to or "awq")
-        return [subject.converted(build_recipe(document, settings=settings, format=format_name))]
+        return [subject.converted(build_recipe(document, settings=settings, format=format_name))], {}
     if everything or subject.config_only:
         return subject.precisions()
-    return [subject.stored]
+    return [subject.stored], {}
 
 
 def _log_mode(model: ServedModel, path: Path, node: Node | None, ask: Ask, as_json: bool) -> int:
@@ -67,6 +70,9 @@ def _log_mode(model: ServedModel, path: Path, node: Node | None, ask: Ask, as_js
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise NodeError(f"log {path} cannot be read: {error.strerror}.") from None
+    starts = text.count(START)
+    if starts > 1:
+        raise NodeError(f"log {path} holds {starts} starts of an engine: cut it to one (each begins with '{START}').")
     check = check_log(model, parse_log(text), node, ask)
     if as_json:
         click.echo(json.dumps(log_json(check), indent=2))
@@ -94,16 +100,34 @@ def print_log(check: LogCheck) -> None:
             "holds" if line.holds else f"OFF: {line.constant}",
         ])  # fmt: skip
     print_table(rows)
+    if any(line.name.startswith("weights") and not line.holds for line in check.lines):
+        click.echo(
+            f"note: is {check.fit.model.label} of {check.fit.model.where} what the log is of? --to and CKPT say what is compared"
+        )
 
 
 def _table_mode(
-    subject: Subject, models: list[ServedModel], nodes: list[Node], ask: Ask, prices: Prices, as_json: bool
+    subject: Subject,
+    models: list[ServedModel],
+    refused: dict[str, str],
+    nodes: list[Node],
+    ask: Ask,
+    prices: Prices,
+    as_json: bool,
 ) -> int:
     fits = [assess(model, node, ask) for model in models for node in nodes]
     if as_json:
         found = [fit_json(fit, [], prices) for fit in fits]
         click.echo(
-            json.dumps({"checkpoint": subject.where, "prices": prices.model_dump(mode="json"), "rows": found}, indent=2)
+            json.dumps(
+                {
+                    "checkpoint": subject.where,
+                    "prices": prices.model_dump(mode="json"),
+                    "rows": found,
+                    "refused": refused,
+                },
+                indent=2,
+            )
         )
         return 0 if any(fit.fits for fit in fits) else NO_FIT
     context = _context(ask, subject.stored)
@@ -137,6 +161,8 @@ def _table_mode(
             "" if per_hour is None or not bound else f">= {price_per_million(per_hour, bound):.2f}", "fits" if fit.fits else "does not fit",
         ])  # fmt: skip
     print_table(rows)
+    for name, reason in refused.items():
+        click.echo(f"not in the table: {name}: {reason}")
     click.echo(
         f"prices of {prices.date}: {prices.source}; per million output tokens: the floor that HBM bandwidth sets when the pool is full of "
         f"requests of {context:,} tokens (at most max-num-seqs), no prefill, no kernel or network loss"

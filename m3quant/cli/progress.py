@@ -18,6 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+KNOWN = 0.005  # share of the work after which its rate says something: a third of a layer of M2's 62
 LINE_SECONDS = 10.0  # without a terminal: at most one progress line in this time
 
 
@@ -59,10 +60,12 @@ class BytesProgress:
             self._bar.advance(self._task, count)
         elif now - self._last >= LINE_SECONDS:
             self._last = now
-            rate = (self._done - self._begun_at) / (now - self._started)
-            eta = (self._total - self._done) / rate if rate else float("inf")
+            done, left = self._done - self._begun_at, self._total - self._done
+            rate = done / (now - self._started)
+            # The first bytes of a layer come long before those that take the time.
+            eta = f"{left / rate:.0f} s" if done > KNOWN * (done + left) else "not known yet"
             print(
-                f"{self.label}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, ETA {eta:.0f} s",
+                f"{self.label}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, ETA {eta}",
                 file=sys.stderr,
             )
 

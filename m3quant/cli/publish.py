@@ -50,6 +50,7 @@ def command(
     Nothing is visible until every file is there and verified; without --public the repo stays private. The same command
     continues an upload that was stopped.
     """
+    from ..publish.card import card_kept
     from ..publish.gates import prepare
     from ..publish.remote import Remote, check_repo_id
     from ..publish.upload import Target, check_tag, upload
@@ -60,18 +61,20 @@ def command(
     if not dry_run:  # before the gates, which read every byte of the output
         check_answerable(yes, repo)
         Remote(repo, say).check_token()
-    try:
-        prepared = prepare(out, publish_asked(repo, given, online=not dry_run), say)
-    except PublishError as error:
-        if dry_run:
-            tell_refused(out, repo, error, as_json)
-        raise
-    if as_json and dry_run:
-        click.echo(json.dumps(dry_run_facts(prepared, repo, tag, public), indent=2))
-        return
-    tell(prepared, repo, public, err=as_json)
     if dry_run:
+        with card_kept(out):
+            try:
+                would = prepare(out, publish_asked(repo, given, online=False), say)
+            except PublishError as error:
+                tell_refused(out, repo, error, as_json)
+                raise
+        if as_json:
+            click.echo(json.dumps(dry_run_facts(would, repo, tag, public), indent=2))
+        else:
+            tell(would, repo, public, err=False)
         return
+    prepared = prepare(out, publish_asked(repo, given, online=True), say)
+    tell(prepared, repo, public, err=as_json)
     if not yes and not click.confirm(f"Send it to {repo}?", err=True):
         raise HubError("Nothing was sent.")
     base = (prepared.base.repo, prepared.base.revision)

@@ -108,9 +108,11 @@ def command(checkpoint: str, recipe_file: str | None, api_key_env: str | None, e
         full_check(checkpoint, say)
     if write_compose:
         _write(write_compose, _compose(prepared, api_key_env))
+        say(f"written: {write_compose}; start it with docker compose -f {write_compose} up")
     if write_systemd:
         _write(write_systemd, systemd_unit(_own_command(), prepared.fit, prepared.recipe, api_key_env))
-    _show(prepared, as_json)
+        say(f"written: {write_systemd}; its first line says how to install it")
+    _show(prepared, as_json, api_key_env)
     if dry:
         return 0
     code = serve(
@@ -133,6 +135,9 @@ def _api_key(name: str | None, dry: bool) -> str | None:
     if value:
         return value
     if dry:
+        click.echo(
+            f"note: {name}, which --api-key-env names, is not set here: it must be where the command runs", err=True
+        )
         return ""
     raise OptionError(
         f"--api-key-env {name}: this variable is not set; export it, or leave the option out to serve without a key."
@@ -174,7 +179,7 @@ def _write(path: Path, text: str) -> None:
         raise OutputError(f"{path} cannot be written: {error.strerror}.") from None
 
 
-def _show(prepared: Prepared, as_json: bool) -> None:
+def _show(prepared: Prepared, as_json: bool, api_key_env: str | None) -> None:
     fit, launch = prepared.fit, prepared.launch
     if as_json:
         env = {name: (None if name in launch.secret else value) for name, value in launch.env.items()}
@@ -190,7 +195,7 @@ def _show(prepared: Prepared, as_json: bool) -> None:
         f"{fit.model.where} ({fit.model.label}) on {fit.node.name}: context {fit.context:,}, at least {fit.pool.tokens:,} KV tokens ({fit.setup.kv_dtype}), "
         f"{fit.concurrency} request(s) of full length at once{pinned}"
     )
-    click.echo(shown(launch, shlex.quote))
+    click.echo(shown(launch, shlex.quote, api_key_env))
 
 
 def _ready(prepared: Prepared, ready: Ready, as_json: bool) -> None:

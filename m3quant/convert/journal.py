@@ -225,14 +225,24 @@ def _plain(value: Any) -> Any:
         return value
 
 
-def refuse_other_facts(output: Path, begun: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Raise OutputError naming the first facts in which `begun` and `facts` differ."""
+def refuse_other_facts(
+    output: Path, begun: Mapping[str, Any], facts: Mapping[str, Any], finished: bool = False
+) -> None:
+    """Raise OutputError naming the facts in which `begun` and `facts` differ. finished: nothing is left to continue."""
     if all(begun.get(key) == facts.get(key) for key in {*begun, *facts}):
         return
+    differing = {key: (was, now) for key, was, now in _differences(begun, facts) if key != "fingerprint"}
+    if any(key.startswith("recipe.") for key in differing):
+        # Another recipe; what only one of the two records (calibration, device, ...) follows from it.
+        differing = {key: both for key, both in differing.items() if None not in both}
     told = "; ".join(
-        f"{key} was {was!r}, now {now!r}" for key, was, now in _differences(begun, facts) if key != "fingerprint"
+        "another source" if key == "source" else f"{key} was {was!r}, now {now!r}"
+        for key, (was, now) in differing.items()
     )
+    told = told or "another plan"
+    if finished:
+        raise OutputError(f"{output} is complete and was made otherwise ({told}): choose another folder.")
     raise OutputError(
-        f"{output} was begun with other settings ({told or 'another plan'}): repeat the first command to continue it, "
+        f"{output} was begun with other settings ({told}): repeat the first command to continue it, "
         "or choose another folder."
     )

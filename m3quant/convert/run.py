@@ -137,7 +137,7 @@ def _finished(output: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
         raise OutputError(f"{path} is damaged: remove {output} and start again.") from None
     if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("job", "shards")):
         raise OutputError(f"{path} is damaged: remove {output} and start again.")
-    refuse_other_facts(output, manifest.get("job", {}), facts)
+    refuse_other_facts(output, manifest.get("job", {}), facts, finished=True)
     for shard, written in manifest["shards"].items():
         path = output / shard
         if not path.exists() or path.stat().st_size != written["size"]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..checkpoint.strict_json import shown
 from ..cli.options import human_bytes
 from ..errors import PublishError
 from ..plan import RECIPE_FILE
+from ..verify.structure import read_manifest
 from .base import Base
 from .facts import CardFacts, Serving
 from .files import CARD, CHECKSUMS, files_to_publish, notice_name
@@ -58,6 +60,21 @@ def write_card(out: Path, facts: CardFacts, left_out: Mapping[str, str]) -> Path
     text = render(facts, left_out, kept, sha256_file(out / CHECKSUMS))
     write_bytes_atomic(out / CARD, text.encode())
     return out / CARD
+
+
+@contextlib.contextmanager
+def card_kept(out: Path) -> Iterator[None]:
+    """At the end the files that `write_card` writes are as they were at the beginning, or gone if they were not there."""
+    paths = [out / name for name in (CARD, CHECKSUMS, notice_name(read_manifest(out)))]
+    before = {path: path.read_bytes() if path.exists() else None for path in paths}
+    try:
+        yield
+    finally:
+        for path, data in before.items():
+            if data is None:
+                path.unlink(missing_ok=True)
+            elif path.read_bytes() != data:
+                write_bytes_atomic(path, data)
 
 
 def render(facts: CardFacts, left_out: Mapping[str, str], notes: str = "", checksums_sha256: str = "") -> str:

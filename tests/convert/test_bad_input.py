@@ -313,7 +313,7 @@ def test_a_resume_with_something_else_is_refused_by_name(
         m3quant("convert", made["m2"], out, "--to", "int4"),
         "recipe.calibration was 'awq', now 'none'",
     )
-    refused(m3quant("convert", other, out, "--to", "awq", *SHORT), "source was")
+    refused(m3quant("convert", other, out, "--to", "awq", *SHORT), "another source")
     refused(m3quant("convert", made["m2"], out, "--to", "awq", *SHORT, "--calibration", text), "calibration was")
     refused(
         m3quant("convert", made["m2"], out, "--to", "awq", "--windows", 3, *SHORT[2:]),
@@ -326,8 +326,12 @@ def test_a_resume_with_something_else_is_refused_by_name(
     assert files(out) == begun
     assert m3quant("convert", made["m2"], out, "--to", "awq", *SHORT)[0] == 0
     # A finished one is protected as well, and of the recipe only what differs is told.
-    said = refused(m3quant("convert", made["m2"], out, "--to", "int4"), "recipe.name was 'awq', now 'int4'")
-    assert "schemes" not in said
+    said = refused(
+        m3quant("convert", made["m2"], out, "--to", "int4"),
+        "complete and was made otherwise",
+        "recipe.name was 'awq', now 'int4'",
+    )
+    assert "schemes" not in said and "device" not in said and "continue" not in said
 
 
 @pytest.mark.parametrize("text", [b"5\n", b"{}\n", b'{"unit": "x"}\n', b"[]\n", b"\xff\n", b"{\n"])

@@ -39,12 +39,16 @@ def publish(out: Path, *options: str) -> dict[str, Any]:
 
 
 def test_a_dry_run_lists_everything_and_asks_nobody(hub: Hub, client: Client, out: Path) -> None:
+    (out / "README.md").unlink(missing_ok=True)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     done = client.run(publish(out, "--dry-run", "--json"), token=None)
     assert done.code == 0, done.err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     facts = done.json
     listed = {file["path"]: file["size"] for file in facts["files"]}
     assert {"README.md", "LICENSE", "SHA256SUMS", "config.json", "m3quant.json", "tokenizer.json"} <= set(listed)
-    assert listed == {name: (out / name).stat().st_size for name in listed} and facts["bytes"] == sum(listed.values())
+    written = {name: (out / name).stat().st_size for name in listed if (out / name).exists()}
+    assert written.items() <= listed.items() and "m3quant.json" in written and facts["bytes"] == sum(listed.values())
     assert facts["base"] == {"repo": BASE, "revision": COMMIT} and facts["obligations"]
     told = client.run(publish(out, "--dry-run"), token=None)
     assert told.code == 0 and all(name in told.out for name in listed) and "Its licence asks of you" in told.out
@@ -58,6 +62,9 @@ def test_a_dry_run_that_a_gate_refuses_still_lists_the_files(client: Client, out
     manifest = json.loads((copy / "m3quant.json").read_text())
     manifest["source"]["repo"] = None
     (copy / "m3quant.json").write_text(json.dumps(manifest))
+    assert client.run({"cli": ["card", str(copy), "--base-repo", BASE, "--base-revision", COMMIT]}).code == 0
+    carded = (copy / "README.md").read_text(encoding="utf-8")
+    assert BASE in carded
     unlicensed = {"cli": ["publish", str(copy), REPO, "--dry-run"]}
     done = client.run({"cli": [*unlicensed["cli"], "--json"]}, token=None)
     assert done.code == 1 and "base model is unknown" in done.json["refused"] and done.json["refused"] in done.err
@@ -65,6 +72,7 @@ def test_a_dry_run_that_a_gate_refuses_still_lists_the_files(client: Client, out
     assert {"config.json", "m3quant.json", "README.md"} <= set(listed) and done.json["bytes"] == sum(listed.values())
     told = client.run(unlicensed, token=None)
     assert told.code == 1 and "not to be sent yet" in told.out and all(name in told.out for name in listed)
+    assert (copy / "README.md").read_text(encoding="utf-8") == carded  # the base that it names was not given again
 
 
 def test_published_then_pulled_and_verified_by_a_stranger(

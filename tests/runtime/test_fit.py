@@ -32,7 +32,7 @@ def recipe(name: str):
 
 
 def by_label(subject: Subject) -> dict[str, ServedModel]:
-    return {model.label: model for model in subject.precisions()}
+    return {model.label: model for model in subject.precisions()[0]}
 
 
 def test_the_reference_table_of_m2() -> None:
@@ -355,6 +355,14 @@ def test_command_line_verdicts_and_exit_codes(tmp_path: Path) -> None:
         "fp8",
     )
     assert bad.returncode == 1 and "OFF: bytes per token" in bad.stdout
+    log.write_text("non-default args: {}\nGPU KV cache size: 5 tokens\n" * 2)
+    two = cli(str(DATA / "minimax-m2.7"), "--check-log", str(log))
+    assert two.returncode == 2 and "holds 2 starts" in two.stderr
+    log.write_text("Model loading took 113.0 GiB memory\nAvailable KV cache memory: 13.89 GiB\n")
+    other = cli(str(DATA / "minimax-m2.7"), "--check-log", str(log), "--on", "1xH200")
+    assert other.returncode == 1 and "is fp8-block of" in other.stdout and "--to" in other.stdout
+    m3 = json.loads(cli(str(DATA / "minimax-m3" / "config.json"), "--all", "--json").stdout)
+    assert "--format compressed-tensors" in m3["refused"]["fp8-block"]
     for arguments, part in (
         (("--on", "2xH900"), "did you mean"), (("--context", "5"), "--on NODE"), (("--on", "1xH200", "--prices", "nowhere.yaml"), "price file"),
         (("--check-log", "nowhere"), "cannot be read"),

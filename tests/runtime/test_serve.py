@@ -102,7 +102,8 @@ def test_the_command_holds_what_the_family_and_the_node_need() -> None:
         and launch.env["VLLM_API_KEY"] == "secret"
         and launch.secret >= {"VLLM_API_KEY", "M3QUANT_GUARD_API_KEYS"}
     )
-    assert "secret" not in engines.shown(launch, str) and "$VLLM_API_KEY" in engines.shown(launch, str)
+    line = engines.shown(launch, str, "MY_KEY")
+    assert "secret" not in line and "VLLM_API_KEY=$MY_KEY M3QUANT_GUARD_API_KEYS=$MY_KEY" in line
     with_vision = vllm_launch(fit_on(M3, "2xH100", vision=True), ServeRecipe(), NEW, None, 5)
     assert "--language-model-only" not in with_vision.command and "--kv-cache-memory-bytes" in with_vision.command
 
@@ -140,7 +141,7 @@ def test_an_fp8_index_cache_needs_a_release_that_has_it() -> None:
 
 def test_fp8_experts_of_m3_come_with_a_warning() -> None:
     subject = open_subject(str(TESTS / "data" / "minimax-m3"))
-    models = {model.label: model for model in subject.precisions()}
+    models = {model.label: model for model in subject.precisions()[0]}
     config = {**subject.config, "quantization_config": {"quant_method": "compressed-tensors"}}
     fp8 = assess(replace(models["fp8"], config=config), parse_node("8xH200"), Ask())
     assert any("swiglu" in note for note in engines.weight_notes(fp8))
@@ -229,7 +230,7 @@ def test_shipped_serving_recipes_are_valid_and_no_conversion_recipes() -> None:
             and recipe.port == 1234
         )
     m2 = open_subject(str(TESTS / "data" / "minimax-m2.7"))
-    awq = next(model for model in m2.precisions() if model.label == "awq")
+    awq = next(model for model in m2.precisions()[0] if model.label == "awq")
     for name in files:
         recipe = load_serve_recipe(name, {})
         assert recipe.node and assess(awq, parse_node(recipe.node), recipe.ask()).fits

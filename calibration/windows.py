@@ -207,7 +207,11 @@ def tokenize_windows(
 
 def _too_little(tokens: int, documents: int, n_windows: int, window_length: int) -> str:
     fits = tokens // window_length
-    fewer = f"fewer windows (at most {fits}), or shorter ones" if fits else f"shorter windows (at most {tokens} tokens)"
+    fewer = (
+        f"fewer windows (at most {fits}), or shorter ones"
+        if fits
+        else f"shorter windows (at most {tokens // n_windows} tokens)"
+    )
     return (
         f"The calibration text is too short: {documents} document{'' if documents == 1 else 's'} gave {tokens:,} tokens, and {n_windows} windows of "
         f"{window_length} tokens need {n_windows * window_length:,}; ask for {fewer}, or give more text."

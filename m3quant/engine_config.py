@@ -122,7 +122,7 @@ def check_format(recipe: Recipe) -> None:
         for role, scheme in used.items():
             if scheme.kind != "int" or scheme.bits != 4:
                 raise PlanError(
-                    f"format 'autoawq' holds int4 only, but {role} is {scheme}: --set {role}=keep or int4-g128."
+                    f"format 'autoawq' holds int4 only, but {role} is {scheme}: --to awq-attn-bf16 or awq-all-int4, or --set {role}=keep or int4-g128."
                 )
         sizes = {scheme.group_size for scheme in used.values()}
         if len(sizes) > 1:

@@ -61,6 +61,13 @@ class Prepared:
     pin: int | None
 
 
+def require_finished(src: str) -> None:
+    """Raise CheckpointError for a conversion that was interrupted; its config.json comes last, which the reader would miss first."""
+    folder = Path(src).expanduser()
+    if (folder / FOLDER).exists() and not (folder / MANIFEST).exists():
+        raise CheckpointError(f"{folder} is an unfinished conversion: run the same convert command again to finish it.")
+
+
 def quick_check(src: str, subject: Subject) -> list[str]:
     """What can be told without reading weights: finished, complete, sizes as written. Returns notes. Raises CheckpointError."""
     if subject.config_only:
@@ -72,10 +79,6 @@ def quick_check(src: str, subject: Subject) -> list[str]:
         ]
     manifest = folder / MANIFEST
     if not manifest.exists():
-        if (folder / FOLDER).exists():
-            raise CheckpointError(
-                f"{folder} is an unfinished conversion: run the same convert command again to finish it."
-            )
         return [f"{folder} has no {MANIFEST}: not written by m3quant, so only headers were checked"]
     try:
         shards = json.loads(manifest.read_text(encoding="utf-8"))["shards"]
@@ -106,6 +109,7 @@ def full_check(src: str, say: Say) -> None:
 def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | None, api_key_env: str | None, dry: bool, pinning: bool,
             say: Say) -> Prepared:  # fmt: skip
     """All decisions. `dry`: nothing need be installed here. Raises M3QuantError where the engine would fail later."""
+    require_finished(src)
     subject = open_subject(src)
     for note in quick_check(src, subject):
         say(f"note: {note}")

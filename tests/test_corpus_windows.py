@@ -141,6 +141,9 @@ class TestWindows:
             corpus.tokenize_windows([text_document("x" * 100)], tokenizer, 5, 32, seed=0)
         with pytest.raises(CalibrationError, match="ask for shorter windows"):
             corpus.tokenize_windows([text_document("x" * 100)], tokenizer, 1, 320, seed=0)
+        with pytest.raises(CalibrationError, match=r"shorter windows \(at most 20 tokens\)"):
+            corpus.tokenize_windows([text_document("x" * 100)], tokenizer, 5, 320, seed=0)
+        assert corpus.tokenize_windows([text_document("x" * 100)], tokenizer, 5, 20, seed=0).ids.shape == (5, 20)
 
     @pytest.mark.parametrize(("count", "length"), [(0, 8), (8, 0), (-1, 4)])
     def test_sizes_below_one(self, tokenizer: Any, count: int, length: int) -> None:

@@ -92,7 +92,7 @@ def print_verification(result: Verification) -> None:
         )
     listed = worst(result.errors)
     if listed:
-        click.echo(f"worst {len(listed)} tensors:")
+        click.echo(f"the {len(listed)} tensors nearest to their scheme's floor:")
     for error in listed:
         value = f"{error.sqnr_db:.1f} dB" if math.isfinite(error.sqnr_db) else str(error.sqnr_db)
         click.echo(f"  {error.name}  {error.scheme}  {value}")

@@ -213,6 +213,14 @@ def test_a_checkpoint_with_a_short_shard_is_refused(tmp_path: Path) -> None:
         quick_check(str(folder), open_subject(str(folder)))
 
 
+def test_an_interrupted_conversion_is_called_that(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    (folder / ".m3quant").mkdir(parents=True)
+    shutil.copy(next(M2.glob("*.safetensors")), folder)
+    with pytest.raises(CheckpointError, match="unfinished conversion: run the same convert command again"):
+        decide(folder, node="1xH200")
+
+
 def test_a_config_without_weights_cannot_be_served() -> None:
     with pytest.raises(CheckpointError, match="no weights"):
         decide(TESTS / "data" / "minimax-m3", node="8xH200")

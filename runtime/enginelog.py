@@ -138,6 +138,7 @@ _SETTING = re.compile(
     r"gpu_memory_utilization|block_size|enforce_eager|enable_expert_parallel|language_model_only|indexer_kv_dtype|kv_cache_memory_bytes)"
     r"\b['\"]?\s*[=:]\s*['\"]?([\w.]+)"
 )
+START = "non-default args: "  # printed once a start
 _SETTING_LINES = re.compile(r"LLM engine \(v|non-default args|Chunked prefill is enabled|engine args")
 _NO_MEMORY = re.compile(r"No available memory for the cache blocks")
 

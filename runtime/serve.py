@@ -18,7 +18,7 @@ from typing import Any
 
 import m3quant
 
-from ..convert.journal import FOLDER, MANIFEST
+from ..convert.journal import MANIFEST, unfinished
 from ..errors import CheckpointError, DoesNotFit, EngineMissing, OptionError, ServeError, VerifyError
 from .checklog import TOLERATED, LogCheck, check_log
 from .command import vllm_arguments
@@ -59,13 +59,6 @@ class Prepared:
     launch: Launch
     pin_key: str
     pin: int | None
-
-
-def require_finished(src: str) -> None:
-    """Raise CheckpointError for a conversion that was interrupted; its config.json comes last, which the reader would miss first."""
-    folder = Path(src).expanduser()
-    if (folder / FOLDER).exists() and not (folder / MANIFEST).exists():
-        raise CheckpointError(f"{folder} is an unfinished conversion: run the same convert command again to finish it.")
 
 
 def quick_check(src: str, subject: Subject) -> list[str]:
@@ -109,7 +102,8 @@ def full_check(src: str, say: Say) -> None:
 def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | None, api_key_env: str | None, dry: bool, pinning: bool,
             say: Say) -> Prepared:  # fmt: skip
     """All decisions. `dry`: nothing need be installed here. Raises M3QuantError where the engine would fail later."""
-    require_finished(src)
+    if sentence := unfinished(Path(src).expanduser()):  # before the reader misses its config.json
+        raise CheckpointError(sentence)
     subject = open_subject(src)
     for note in quick_check(src, subject):
         say(f"note: {note}")

@@ -16,7 +16,7 @@ from ..recipe import build_recipe, named_recipe, read_recipe_file
 from ..runtime.checklog import LogCheck, check_log
 from ..runtime.command import vllm_command
 from ..runtime.cost import Prices, decode_bound, load_prices, price_per_million
-from ..runtime.enginelog import parse_log
+from ..runtime.enginelog import START, parse_log
 from ..runtime.fit import Ask, Fit, Remedy, assess, remedies
 from ..runtime.hardware import GIB, STANDARD_NODES, Node, parse_node
 from ..runtime.memory import Estimate
@@ -24,7 +24,6 @@ from ..runtime.model import ServedModel, Subject, open_subject
 from .options import human_bytes, print_table
 
 TABLE_CONTEXT = 32768  # tokens that each request of the price column holds, unless --context says otherwise
-START = "non-default args: "  # vLLM prints it once a start
 NO_FIT = DoesNotFit.exit_code
 
 
@@ -34,10 +33,11 @@ def run_fit(src: str, revision: str | None, to: str | None, recipe_file: Path | 
     gc.disable()  # 140,000 tensors become objects that all live to the end: collections would take a third of the time
     node = parse_node(on) if on is not None else None
     subject = open_subject(src, revision)
-    models, refused = _models(subject, to, recipe_file, settings, format_name, everything)
+    # A log is of one checkpoint: a config.json is then what it describes.
+    table = log_file is None and (everything or subject.config_only)
+    models, refused = _models(subject, to, recipe_file, settings, format_name, table)
     if log_file is not None:
-        chosen = to or recipe_file or settings or format_name  # else a config.json is judged as what it describes
-        return _log_mode(models[0] if chosen else subject.stored, log_file, node, ask, as_json)
+        return _log_mode(models[0], log_file, node, ask, as_json)
     prices = load_prices(prices_file)
     if everything or len(models) > 1:
         nodes = [node] if node else [parse_node(name) for name in STANDARD_NODES]
@@ -53,14 +53,14 @@ def run_fit(src: str, revision: str | None, to: str | None, recipe_file: Path | 
 
 
 def _models(subject: Subject, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None,
-            everything: bool) -> tuple[list[ServedModel], dict[str, str]]:  # fmt: skip
-    """What to judge, and the recipes that are refused. everything: all precisions, which a config.json alone is judged in too."""
+            table: bool) -> tuple[list[ServedModel], dict[str, str]]:  # fmt: skip
+    """What to judge, and why some recipes are refused. table: all precisions, where no recipe is given."""
     if to and recipe_file:
         raise NodeError("--to and --recipe are both given: a plan has one recipe.")
     if to or recipe_file or settings or format_name:
         document = read_recipe_file(recipe_file) if recipe_file else named_recipe(to or "awq")
         return [subject.converted(build_recipe(document, settings=settings, format=format_name))], {}
-    if everything or subject.config_only:
+    if table:
         return subject.precisions()
     return [subject.stored], {}
 

@@ -197,6 +197,13 @@ def check_output_folder(output: Path) -> None:
         )
 
 
+def unfinished(output: Path) -> str | None:
+    """The sentence for a folder in which a conversion was begun and its last files, manifest and config.json, are missing; else None."""
+    if not (output / FOLDER).exists() or all((output / name).exists() for name in (MANIFEST, "config.json")):
+        return None
+    return f"{output} is an unfinished conversion: run the same convert command again to finish it."
+
+
 def check_apart(source: Path, output: Path) -> None:
     """Raise OutputError if one folder lies inside the other."""
     src, dst = source.resolve(), output.resolve()

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..checkpoint import CONFIG_NAME, Checkpoint, sha256_file
-from ..convert.journal import FOLDER, MANIFEST
+from ..convert.journal import MANIFEST, unfinished
 from ..engine_config import engine_problems
 from ..errors import CheckpointError, M3QuantError, VerifyError
 from ..headers import HeaderSource
@@ -28,8 +28,8 @@ def require_converted(output: Path) -> None:
 def read_manifest(output: Path) -> dict[str, Any]:
     """m3quant.json of an output. Raises VerifyError if the folder is unfinished or not ours."""
     path = output / MANIFEST
-    if (output / FOLDER).exists() and not (output / "config.json").exists():
-        raise VerifyError(f"{output} is an unfinished conversion: run the same convert command again to finish it.")
+    if sentence := unfinished(output):
+        raise VerifyError(sentence)
     if not path.exists():
         raise VerifyError(
             f"{output} has no {MANIFEST}: it was not written by m3quant convert, or the file was removed."

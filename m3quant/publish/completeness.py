@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, sha256_file
+from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
+from ..checkpoint.links import require_regular
 from ..convert.journal import FOLDER
+from ..errors import PublishError
 from .files import CARD, PublishFile, files_to_publish
 from .scan import machine_strings, scan
 
@@ -88,12 +91,22 @@ def check_carried(out: Path, manifest: Mapping[str, Any], findings: Findings) ->
         path = out / name
         if name == CARD:
             findings.explained[name] = "the model card is written anew; the base's own is at the base"
-        elif not path.is_file():
+        elif not path.is_symlink() and not path.is_file():
             findings.problems.append(
                 f"{name} of the source is missing from {out}: convert again, or copy it from the source."
             )
+        elif problem := _not_plain(out, name):
+            findings.problems.append(problem)
         elif sha256_file(path) != digest:
             findings.problems.append(f"{out / name} differs from the source's: copy it again, byte for byte.")
+
+
+def _not_plain(out: Path, name: str) -> str | None:
+    try:
+        require_regular(out, name, PublishError)
+    except PublishError as error:
+        return str(error)
+    return None
 
 
 def check_needed(out: Path, manifest: Mapping[str, Any], findings: Findings) -> None:
@@ -105,7 +118,7 @@ def check_needed(out: Path, manifest: Mapping[str, Any], findings: Findings) -> 
             f"{out} has no tokenizer ({', '.join(TOKENIZERS)}): nobody can serve it; copy the base's."
         )
     settings = out / "tokenizer_config.json"
-    embedded = settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8")
+    embedded = settings.is_file() and b'"chat_template"' in read_bounded(settings, CONFIG_BYTES, error=PublishError)
     if not embedded and not any((out / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         findings.explained["chat_template.jinja"] = (
             "the source has no chat template: chat requests need one given to the engine"

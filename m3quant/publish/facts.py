@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from huggingface_hub import EvalResult
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.bounded import TEXT_BYTES, read_text
 from ..evaluate.heldout import output_fingerprint
 from ..families import Family, family_of
 from ..plan import RECIPE_FILE
@@ -121,7 +122,7 @@ def gather(
     """Read `out` and return what the card says. Raises CheckpointError, RecipeError or PublishError (eval.json)."""
     checkpoint = Checkpoint.open(out)
     record = read_eval(out, output_fingerprint(checkpoint, manifest))
-    text = (out / RECIPE_FILE).read_text(encoding="utf-8")
+    text = read_text(out / RECIPE_FILE, TEXT_BYTES)
     return CardFacts(
         name=repo.split("/")[-1] if repo else out.resolve().name,
         repo=repo,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.bounded import TEXT_BYTES, read_text
 from ..errors import PublishError
 from ..verify.structure import read_manifest
 from .base import Base, resolve_base
@@ -97,7 +98,7 @@ def check(out: Path, written: Written, asked: Asked, say: Say) -> Findings:
     findings = check_complete_for_publish(out, written.manifest, asked.source, say)
     findings.problems[:0] = [*written.problems, *from_hub]
     if not written.problems:
-        findings.problems += check_metadata(written.card_path.read_text(encoding="utf-8"), out)
+        findings.problems += check_metadata(read_text(written.card_path, TEXT_BYTES), out)
     return findings
 
 

@@ -18,7 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from ..errors import HubError, PublishError
+from ..checkpoint.bounded import read_bounded
+from ..checkpoint.copying import hash_file
+from ..errors import CheckpointError, HubError, PublishError
 from .files import PublishFile
 from .remote import Conflict, Remote, RemoteFile, RepoState, copies_between_repos, uses_xet
 
@@ -169,8 +171,7 @@ class _Run:
         if there.sha256 is not None:
             return there.sha256 == file.sha256
         if file.path_in_repo not in self._git_sha1:
-            data = checked_bytes(file)
-            self._git_sha1[file.path_in_repo] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            self._git_sha1[file.path_in_repo] = checked_git_sha1(file)
         return there.git_sha1 == self._git_sha1[file.path_in_repo]
 
     def _copy_from_base(self, missing: list[PublishFile], result: Published) -> list[PublishFile]:
@@ -329,12 +330,20 @@ def groups(files: Sequence[PublishFile]) -> Iterator[list[PublishFile]]:
         yield group
 
 
+def checked_git_sha1(file: PublishFile) -> str:
+    """git's sha1 of a file of any size. Raises PublishError if its bytes are not those that were checked."""
+    try:
+        found = hash_file(file.local_path)
+    except CheckpointError as error:
+        raise PublishError(str(error)) from None
+    if found.sha256 != file.sha256:
+        raise changed(file)
+    return found.git_sha1
+
+
 def checked_bytes(file: PublishFile) -> bytes:
     """A small file's bytes. Raises PublishError if they are not those that were checked."""
-    try:
-        data = file.local_path.read_bytes()
-    except OSError as error:
-        raise PublishError(f"{file.local_path} cannot be read: {error.strerror}.") from None
+    data = read_bounded(file.local_path, SMALL_BYTES, error=PublishError)
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise changed(file)
     return data
@@ -343,7 +352,7 @@ def checked_bytes(file: PublishFile) -> bytes:
 def stamp(file: PublishFile) -> tuple[int, int, int]:
     """What changes when a file is written to. Raises PublishError if the file is gone."""
     try:
-        facts = os.stat(file.local_path)
+        facts = os.lstat(file.local_path)
     except OSError as error:
         raise PublishError(f"{file.local_path} cannot be read: {error.strerror}.") from None
     if facts.st_size != file.size:

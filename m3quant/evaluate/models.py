@@ -11,7 +11,7 @@ from ..calibration.stream import layer_prefix
 from ..checkpoint import Checkpoint
 from ..checkpoint.bounded import TOKENIZER_BYTES, read_bounded
 from ..convert.journal import MANIFEST
-from ..errors import CheckpointError, EvaluationError
+from ..errors import EvaluationError
 from ..families import Family, family_of
 from ..plan import nbytes
 from ..reading import ConvertedReader, SourceReader

@@ -15,12 +15,23 @@ import numpy as np
 import numpy.typing as npt
 
 from m3quant.calibration.documents import Document, corpus_sha256, interleave
-from m3quant.errors import CalibrationError
+from m3quant.calibration.template import TemplateError, rendered_chat
+from m3quant.checkpoint.bounded import CONFIG_BYTES, TEXT_BYTES, TOKENIZER_BYTES, check_size
+from m3quant.errors import CalibrationError, CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+
+# What transformers reads whole, with the most that each may have.
+TOKENIZER_LIMITS = {
+    **dict.fromkeys(("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"), TOKENIZER_BYTES),
+    **dict.fromkeys(
+        ("tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json"), CONFIG_BYTES
+    ),
+    **dict.fromkeys(("chat_template.jinja", "chat_template.json"), TEXT_BYTES),
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,12 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> "Pre
         )
     if not folder.exists() and str(path).count("/") != 1:
         raise CalibrationError(f"{path} does not exist, so its tokenizer cannot be read; check the path.")
+    try:
+        for name, limit in TOKENIZER_LIMITS.items():
+            if (folder / name).exists():
+                check_size(folder / name, limit)
+    except CheckpointError as error:
+        raise CalibrationError(str(error)) from None
     from transformers import AutoTokenizer
 
     # Broken tokenizer files surface as OSError, ValueError, KeyError or an exception of the Rust library.
@@ -112,17 +129,14 @@ def render(document: Document, tokenizer: "PreTrainedTokenizerBase") -> str:
         return document.text
     if not tokenizer.chat_template:
         return _render_plainly(document)
-    tools: Any = list(document.tools) or None
-    # A template is a program of the model's authors; what it raises is theirs to choose.
+    tools = list(document.tools) or None
     try:
-        rendered = tokenizer.apply_chat_template(list(document.messages), tools=tools, tokenize=False)
-    except Exception as error:
+        return rendered_chat(tokenizer, list(document.messages), tools)
+    except TemplateError as error:
         raise CalibrationError(
             f"{document.source}: the tokenizer's chat template refuses these messages ({error}); change or remove the "
             f"record, or give it as plain text."
-        ) from error
-    assert isinstance(rendered, str)
-    return rendered
+        ) from None
 
 
 def _render_plainly(document: Document) -> str:

@@ -55,6 +55,14 @@ def read_bounded(path: Path, limit: int, *, error: type[M3QuantError] = Checkpoi
     return data
 
 
+def check_size(path: Path, limit: int) -> None:
+    """Raise CheckpointError for a file of more than `limit` bytes, a link, or one that cannot be read: for files that others read."""
+    with open_file(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+    if size > limit:
+        raise CheckpointError(too_large(str(path), size, limit))
+
+
 def too_large(where: str, size: int, limit: int) -> str:
     return (
         f"{where} has {size:,} bytes, more than the {limit:,} that such a file may have. Replace it by the right file."

@@ -92,9 +92,9 @@ def _texts(value: Any, where: str) -> str | list[str] | None:
         return value
     if isinstance(value, bool | int | float | datetime.date):
         return str(value)
-    if isinstance(value, list) and len(value) <= VALUE_CHARACTERS and all(isinstance(v, str) for v in value):
-        if sum(map(len, value)) <= VALUE_CHARACTERS:
-            return value
+    texts = isinstance(value, list) and all(isinstance(v, str) for v in value)
+    if texts and sum(map(len, value)) <= VALUE_CHARACTERS and len(value) <= VALUE_CHARACTERS:
+        return list(value)
     raise CheckpointError(
         f"{where} is {described(value, 60)}, neither a text nor a list of texts of at most {VALUE_CHARACTERS} characters: "
         "correct the card, or take it out of the folder."

@@ -21,7 +21,7 @@ from m3quant.checkpoint.copying import copy_file, hash_file
 from m3quant.checkpoint.links import require_regular
 from m3quant.errors import CheckpointError, OutputError, PublishError, RecipeError
 from m3quant.evaluate.suites import load_suite
-from m3quant.recipe import read_recipe_file
+from m3quant.recipe.recipe import read_recipe_file
 from m3quant.runtime.cost import load_prices
 
 GB = 2**30

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..artifact.journal import FOLDER
 from ..checkpoint import Checkpoint, sha256_file
 from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.links import require_regular
-from ..convert.journal import FOLDER
 from ..errors import PublishError
 from .files import CARD, PublishFile, files_to_publish
 from .scan import machine_strings, scan
@@ -53,7 +53,7 @@ def check_complete_for_publish(
 
 
 def _verify(out: Path, source: str | None, say: Callable[[str], None]) -> list[str]:
-    from ..verify.run import verify
+    from ..verify.verification import verify
 
     result, _ = verify(out, source, say)
     problems = [f"verify, {check.name}: {problem}" for check in result.checks for problem in check.problems]

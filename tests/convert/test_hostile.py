@@ -82,12 +82,12 @@ def test_odd_but_harmless_cards_are_recorded(source: Path, m3quant: Run, tmp_pat
         "---\n- a\n---\n": {},
     }.items():
         (source / "README.md").write_text(text, encoding="utf-8")
-        from m3quant.convert.source_record import card_facts
+        from m3quant.artifact.source_record import card_facts
 
         assert card_facts(Checkpoint.open(source)) == card
     (source / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")
     assert m3quant("convert", source, tmp_path / "out", "--to", "int4")[0] == 0
-    from m3quant.verify.structure import read_manifest
+    from m3quant.artifact.output import read_manifest
 
     assert "is not YAML" in read_manifest(tmp_path / "out")["source"]["card"]["unreadable"]
 
@@ -126,8 +126,8 @@ def test_a_manifest_that_lists_files_outside(listed: str, source: Path, m3quant:
     out = tmp_path / "out"
     assert m3quant("convert", source, out, "--to", "int4")[0] == 0
     (tmp_path / "aside").write_text("a secret")
+    from m3quant.artifact.output import read_manifest
     from m3quant.publish.files import files_to_publish
-    from m3quant.verify.structure import read_manifest
 
     manifest = read_manifest(out)
     for key in ("files", "shards"):
@@ -145,9 +145,9 @@ def test_a_manifest_that_lists_files_outside(listed: str, source: Path, m3quant:
 def test_what_lies_in_a_linked_report_folder_is_not_sent(source: Path, m3quant: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert m3quant("convert", source, out, "--to", "int4")[0] == 0
+    from m3quant.artifact.output import read_manifest
     from m3quant.errors import PublishError
     from m3quant.publish.files import files_to_publish
-    from m3quant.verify.structure import read_manifest
 
     (tmp_path / "aside").mkdir()
     (tmp_path / "aside" / "page.html").write_text("a secret")

@@ -134,7 +134,9 @@ def _finished(output: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
     path = output / MANIFEST
     if not path.exists() or not (output / "config.json").exists():
         return None
-    manifest = read_json(path, MANIFEST_BYTES, f"It is damaged: remove {output} and start again.", error=OutputError)
+    manifest = read_json(
+        path, MANIFEST_BYTES, f"{path} is damaged: remove {output} and start again.", error=OutputError
+    )
     if not all(isinstance(manifest.get(key), dict) for key in ("job", "shards")):
         raise OutputError(f"{path} is damaged: remove {output} and start again.")
     refuse_other_facts(output, manifest.get("job", {}), facts, finished=True)

@@ -141,6 +141,12 @@ def publish_options(function: F) -> F:
             click.option(
                 "--licence-name", metavar="NAME", default=None, help="The Hub's license_name, with --licence-id other."
             ),
+            click.option(
+                "--allow",
+                type=click.Path(path_type=Path),
+                default=None,
+                help="YAML list of what the scan finds and is harmless: text (a regex), reason, and optionally file and kind.",
+            ),
         )
     ):
         function = option(function)
@@ -162,6 +168,7 @@ def publish_asked(repo: str | None, given: dict[str, Any], online: bool = False)
         base_revision=given["base_revision"],
         repo=repo,
         source=given["source"],
+        allow=given["allow"],
         licence=licence,
         online=online,
     )

@@ -13,7 +13,7 @@ from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.links import require_regular
 from ..errors import PublishError
 from .files import CARD, PublishFile, files_to_publish
-from .scan import machine_strings, scan
+from .scan import OF_A_MACHINE, Allowed, machine_strings, scan
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROCESSORS = (
@@ -41,14 +41,18 @@ def check_complete_for_publish(
     manifest: Mapping[str, Any],
     source: str | None = None,
     say: Callable[[str], None] = lambda line: None,
+    allowed: Allowed | None = None,
 ) -> Findings:
-    """Run every check on a converted folder. source: a folder or Hub id, compared file by file and tensor by tensor."""
+    """Run every check on a converted folder. source: a folder or Hub id, compared file by file and tensor by tensor.
+
+    allowed: what the scan finds and a person knows to be harmless.
+    """
     findings = Findings(problems=_verify(out, source, say))
     findings.problems += leftovers(out)
     check_carried(out, manifest, findings)
     check_needed(out, manifest, findings)
-    say("looking for keys, tokens and machine paths ...")
-    findings.problems += secrets(out, files_to_publish(out, manifest), manifest)
+    say("looking for keys, machine paths, hosts and addresses ...")
+    findings.problems += secrets(out, files_to_publish(out, manifest), manifest, allowed)
     return findings
 
 
@@ -144,12 +148,15 @@ def custom_code(config: Mapping[str, Any]) -> list[str]:
     return sorted({f"{r.split('.')[0]}.py" for r in flat if "--" not in r and "." in r})
 
 
-def secrets(out: Path, files: list[PublishFile], manifest: Mapping[str, Any]) -> list[str]:
-    """Sentences about keys, tokens and machine paths. Paths in files that are the Hub's own bytes are the base's affair."""
+def secrets(
+    out: Path, files: list[PublishFile], manifest: Mapping[str, Any], allowed: Allowed | None = None
+) -> list[str]:
+    """Sentences about keys, paths, hosts and people. All but keys are the base's affair in files that are the Hub's own bytes."""
     public = {name for name, facts in manifest["source"].get("files", {}).items() if facts["as_on_hub"]}
     found = [
         f
-        for f in scan(files, machine_strings(out))
-        if not (f.kind == "machine path" and f.file in public and f.file != CARD)
+        for f in scan(files, machine_strings(out), allowed)
+        if not (f.kind in OF_A_MACHINE and f.file in public and f.file != CARD)
     ]
-    return [f"{finding}: take it out before anything is sent." for finding in found]
+    remedy = "take it out before anything is sent, or give --allow FILE with the reason why it is harmless"
+    return [f"{finding}: {remedy}." for finding in found]

@@ -19,6 +19,7 @@ from .files import PublishFile, files_left_out, files_to_publish
 from .hub_benchmarks import read_benchmarks, registration_problems
 from .licences import GivenLicence, Licence, obligations, resolve_licence
 from .on_hub import base_problems
+from .scan.allow import read_allowed, shipped
 
 Say = Callable[[str], None]
 
@@ -33,6 +34,7 @@ class Asked:
     source: str | None = None  # to compare with, file by file and tensor by tensor
     licence: GivenLicence = field(default_factory=GivenLicence)
     serving: Sequence[Serving] | None = None
+    allow: Path | None = None  # a list of what the scan finds and is harmless, with reasons
     online: bool = False  # compare with the base on the Hub, file by file
 
 
@@ -90,12 +92,13 @@ def check(out: Path, written: Written, asked: Asked, say: Say) -> Findings:
 
     Raises CheckpointError where asked.online and the Hub cannot be reached.
     """
+    allowed = shipped() + read_allowed(asked.allow) if asked.allow else None
     from_hub = []
     if asked.online and written.base and written.licence:
         say(f"comparing with {written.base.repo} on the Hub ...")
         from_hub = base_problems(out, written.manifest, written.base, written.licence)
         from_hub += registration_problems(read_benchmarks(out))
-    findings = check_complete_for_publish(out, written.manifest, asked.source, say)
+    findings = check_complete_for_publish(out, written.manifest, asked.source, say, allowed)
     findings.problems[:0] = [*written.problems, *from_hub]
     if not written.problems:
         findings.problems += check_metadata(read_text(written.card_path, TEXT_BYTES), out)

@@ -36,15 +36,15 @@ _MAGIC = (
 )  # fmt: skip
 _TAR_MAGIC, _TAR_OFFSET = b"ustar", 257
 _ZLIB = (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
-_UNICODE = re.compile(
-    r"\\+u\{?([0-9a-fA-F]{4,6})\}?|\\+U([0-9a-fA-F]{8})|\\+x([0-9a-fA-F]{2})|%([0-9a-fA-F]{2})|\\([0-3][0-7]{2})"
+_CODES = re.compile(
+    r"\\+u(?:\{([0-9a-fA-F]{1,6})\}|([0-9a-fA-F]{4}))|\\+U([0-9a-fA-F]{8})|\\+x([0-9a-fA-F]{2})|%([0-9a-fA-F]{2})|\\([0-3][0-7]{2})"
 )
 _LETTER = re.compile(r"\\+([nrt/\"'])")
 _LETTERS = {"n": "\n", "r": "\n", "t": "\t"}
 _INVISIBLE = re.compile("[\u00ad\u034f\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 _JOINED = re.compile(r"=\r?\n")  # a soft line break of quoted-printable
 _BASE64 = re.compile(rb"(?:[A-Za-z0-9+/_-]{20,}(?:\\n|\r?\n[ \t]*)?)+[A-Za-z0-9+/_-]*={0,2}")
-_HEX = re.compile(rb"(?:\\x)?(?:[0-9a-fA-F]{2}){20,}")
+_HEX = re.compile(rb"(?:\\x)?(?:[0-9a-fA-F]{2}){12,}")
 _STRINGS = re.compile(rb"[\x20-\x7e\t\r\n]{6,}")
 
 
@@ -141,17 +141,25 @@ def texts(piece: bytes, encoding: str = "utf-8") -> Iterator[tuple[str, str]]:
         if narrow:
             text = narrow.decode("ascii")
             yield text, "UTF-16"
-    plain = unescaped(text)
-    if plain != text:
-        yield plain, "escapes"
+    told = {text}
+    for letters in (False, True):
+        plain = unescaped(text, letters)
+        if plain not in told:
+            told.add(plain)
+            yield plain, "escapes"
 
 
-def unescaped(text: str) -> str:
-    r"""Without JSON's, URLs', HTML's and quoted-printable's escapes (also escaped again), invisible and wide characters."""
+def unescaped(text: str, letters: bool) -> str:
+    r"""Without JSON's, URLs', HTML's and quoted-printable's escapes (also escaped again), invisible and wide characters.
+
+    letters: also \n, \t, \/ and the like, which in a path of Windows are no escapes.
+    """
     for _ in range(ROUNDS):
         before = text
         if "\\" in text or "%" in text:
-            text = _LETTER.sub(lambda m: _LETTERS.get(m[1], m[1]), _UNICODE.sub(_character, text))
+            text = _CODES.sub(_character, text)
+        if letters and "\\" in text:
+            text = _LETTER.sub(lambda m: _LETTERS.get(m[1], m[1]), text)
         if "&" in text:
             text = html.unescape(text)
         if "=\n" in text or "=\r\n" in text:
@@ -164,9 +172,8 @@ def unescaped(text: str) -> str:
 
 
 def _character(match: re.Match[str]) -> str:
-    if match[5]:
-        return chr(int(match[5], 8))
-    code = int(next(group for group in match.groups() if group), 16)
+    digits = next(group for group in match.groups() if group)
+    code = int(digits, 8 if match[6] else 16)
     return chr(code) if code < 0x110000 and not 0xD800 <= code < 0xE000 else match[0]
 
 

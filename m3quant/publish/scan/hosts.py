@@ -6,7 +6,8 @@ import re
 
 from .rules import Rule
 
-_START = r"(?:(?<![\w./~$}\\-])|(?<=file://)|(?<=file://localhost))"
+# The slash comes first, so that the regex engine can search for it; what stands before it is looked at from there.
+_ROOT = r"/(?:(?<![\w./~$}\\-]/)|(?<=file:///)|(?<=file://localhost/))"
 _PART = r"[^\s\"'`<>|:,;)\]}\\*?]"
 # Below a person's or a machine's own root, with at least one name after it. Not /usr, /etc or ~, which all machines have.
 _OWN = "home|Users|mnt|media|scratch|workspace|workspaces|nfs|lustre|gpfs|beegfs|fsx|efs|Volumes|cygdrive|autofs|raid[0-9]*|nvme[0-9]*|ssd[0-9]*|disk[0-9]*"
@@ -23,19 +24,19 @@ HOST = "host or address"
 PERSON = "e-mail address"
 STORAGE = "storage address"
 RULES: list[Rule] = [
-    _rule(PATH, rf"{_START}/(?:{_OWN})/[A-Za-z0-9._-]+(?:/{_PART}*)?", "/"),
-    _rule(PATH, rf"{_START}/(?:root|tmp|var/tmp|dev/shm|run/user|private/var|private/tmp)/[A-Za-z0-9._-]+{_PART}*", "/root", "/tmp", "/dev/shm", "/run/", "/private"),
-    _rule(PATH, rf"{_START}/(?:{_SHARED})/[A-Za-z0-9._-]{{2,}}/[A-Za-z0-9._-]{{2,}}{_PART}*", "/"),
-    _rule(PATH, rf"{_START}/var/(?:lib|log|spool|www|data|run|opt)/[A-Za-z0-9._-]+/[A-Za-z0-9._-]+{_PART}*", "/var/"),
+    _rule(PATH, rf"{_ROOT}(?:{_OWN})/[A-Za-z0-9._-]+(?:/{_PART}*)?", "/"),
+    _rule(PATH, rf"{_ROOT}(?:root|tmp|var/tmp|dev/shm|run/user|private/var|private/tmp)/[A-Za-z0-9._-]+{_PART}*", "/root", "/tmp", "/dev/shm", "/run/", "/private"),
+    _rule(PATH, rf"{_ROOT}(?:{_SHARED})/[A-Za-z0-9._-]{{2,}}/[A-Za-z0-9._-]{{2,}}{_PART}*", "/"),
+    _rule(PATH, rf"{_ROOT}var/(?:lib|log|spool|www|data|run|opt)/[A-Za-z0-9._-]+/[A-Za-z0-9._-]+{_PART}*", "/var/"),
     _rule(PATH, r"(?<![\w~./-])~[a-z][a-z0-9_-]{1,31}/[A-Za-z0-9._-]+/[A-Za-z0-9._-]+", "~"),
     _rule(PATH, r"(?i)(?<![A-Za-z])[A-Z]:\\{1,2}(?:Users|Documents and Settings|Program Files(?: \(x86\))?|ProgramData)\\{1,2}[A-Za-z0-9._ -]+", ":\\"),
     _rule(PATH, r"(?<![A-Za-z0-9])[A-Za-z]:\\(?![nrtbfuvx0\\])[A-Za-z0-9._-]{2,}\\[A-Za-z0-9._-]{2,}", ":\\"),
     _rule(PATH, r"(?<![A-Za-z0-9])[A-Za-z]:\\\\[A-Za-z0-9._-]{2,}\\\\[A-Za-z0-9._-]{2,}", ":\\\\"),
     _rule(PATH, r"(?<![A-Za-z0-9])[A-Za-z]:/(?:Users|[A-Za-z0-9._-]{2,}/[A-Za-z0-9._-]{2,})[A-Za-z0-9._/-]*", ":/"),
-    _rule(PATH, r"(?<![\\\w])\\\\(?:\\\\)?(?:wsl\$|wsl\.localhost|[A-Za-z][\w-]*[\d.-][\w.-]*)\\{1,2}[\w$.-]+", "\\\\"),
-    _rule(PATH, r"(?<![\\\w])\\\\(?:\\\\)?[A-Za-z][\w-]{2,}\\{1,2}[\w$.-]{2,}\\{1,2}[\w.-]{2,}\.[a-z0-9]{1,12}", "\\\\"),
+    _rule(PATH, r"(?<![\\\w])\\{2,4}(?:wsl\$|wsl\.localhost|[A-Za-z][\w-]*[\d.-][\w.-]*)\\{1,2}[\w$.-]+", "\\\\"),
+    _rule(PATH, r"(?<![\\\w])\\{2,4}[A-Za-z][\w-]{2,}\\{1,2}[\w$.-]{2,}\\{1,2}[\w.-]{2,}\.[a-z0-9]{1,12}", "\\\\"),
     _rule(STORAGE, r"(?<![A-Za-z0-9])(?:s3[an]?|gs|gcs|abfss?|wasbs?|adl|hdfs|viewfs|oss|cosn?|obs|r2|nfs|smb|cifs|sftp|scp|webhdfs|dbfs|alluxio|juicefs)://?[A-Za-z0-9][^\s\"'<>`)\]},]{2,}", "://", "dbfs:/"),
-    _rule(HOST, r"(?i)(?<![\w.-])(?:[a-z0-9-]+\.)*[a-z0-9-]*(?:[0-9]|[a-z0-9]-[a-z0-9])[a-z0-9-]*(?:\.[a-z0-9-]+)*\.(?:internal|local|lan|corp|intranet|intra|localdomain|priv|home\.arpa|svc)(?![\w-]|\.[a-z_])", ".internal", ".local", ".lan", ".corp", ".intra", ".priv", ".home.arpa", ".svc"),
+    _rule(HOST, r"(?i)(?<![\w.\\-])(?:[a-z0-9-]+\.)*[a-z0-9-]*(?:[0-9]|[a-z0-9]-[a-z0-9])[a-z0-9-]*(?:\.[a-z0-9-]+)*\.(?:internal|local|lan|corp|intranet|intra|localdomain|priv|home\.arpa|svc)(?![\w-]|\.[a-z_])", ".internal", ".local", ".lan", ".corp", ".intra", ".priv", ".home.arpa", ".svc"),
     _rule(HOST, r"(?i)(?:(?<=://)|(?<=@))(?:[a-z0-9-]+\.)+(?:internal|local|lan|corp|intranet|intra|localdomain|priv|home|svc)(?![\w-]|\.[a-z_])", ".internal", ".local", ".lan", ".corp", ".intra", ".priv", ".home", ".svc"),
     _rule(HOST, r"(?i)(?<![\w.-])[a-z0-9-]+\.[a-z0-9-]+\.(?:lan|corp|intranet|localdomain)(?![\w.-])", ".lan", ".corp", ".intranet", ".localdomain"),
     _rule(HOST, r"(?<![\w.])(?:10(?:\.(?:25[0-5]|2[0-4]\d|1?\d?\d))|192\.168|172\.(?:1[6-9]|2\d|3[01])|169\.254|100\.(?:6[4-9]|[7-9]\d|1[01]\d|12[0-7]))(?:\.(?:25[0-5]|2[0-4]\d|1?\d?\d)){2}(?![\w.]*\d)", "10.", "192.168.", "172.", "169.254.", "100."),

@@ -19,7 +19,6 @@ DISTINCT = 10
 _PLACEHOLDER = re.compile(
     r"(?i)example|placeholder|your[_-]|changeme|redacted|dummy|xxxx|\*\*\*|0{8}|1234567890|abcdefgh"
 )
-_KEY = r"(?<![A-Za-z0-9_-])"
 _END = r"(?![A-Za-z0-9_-])"
 
 
@@ -61,17 +60,25 @@ def entropy(value: str) -> float:
 
 
 def _prefixed(kind: str, *shapes: str) -> list[Rule]:
-    return [Rule(kind, re.compile(_KEY + shape), (_literal(shape),)) for shape in shapes]
+    """Rules for shapes with no letter, digit, _ or - before them.
+
+    What stands before is looked at behind the shape's plain beginning, so that the regex engine can search for that.
+    """
+    rules = []
+    for shape in shapes:
+        plain = _plain_beginning(shape)
+        before = f"(?<![A-Za-z0-9_-]{plain})" if plain else "(?<![A-Za-z0-9_-])"
+        hints = (plain.replace("\\", "").lower(),) if plain else ()
+        rules.append(Rule(kind, re.compile(plain + before + shape[len(plain) :]), hints))
+    return rules
 
 
-def _literal(shape: str) -> str:
-    """The plain characters that a shape begins with, in lower case."""
-    found = re.match(r"(?:[A-Za-z0-9_:/@ -]|\\[.-])+", shape)
-    if found is None:  # a class of characters: no hint
-        return ""
-    text = found[0]
+def _plain_beginning(shape: str) -> str:
+    """The plain characters that a shape begins with, as they stand in it."""
+    found = re.match(r"(?:[A-Za-z0-9_:/@ -]|\\[.-])*", shape)
+    assert found is not None
     # A quantifier behind the run applies to its last character.
-    return (text[:-1] if shape[found.end() : found.end() + 1] in ("?", "*", "{") else text).replace("\\", "").lower()
+    return found[0][:-1] if shape[found.end() : found.end() + 1] in ("?", "*", "{") else found[0]
 
 
 ISSUED: list[Rule] = [
@@ -120,7 +127,7 @@ ISSUED: list[Rule] = [
 _ASSIGNED = r"[\"']?\]?\s*(?::=|=>|[:=])\s*[\"']?([A-Za-z0-9+/=_.~!@#%%^&*-]{%d,200})(?![\w(\[.])"
 ASSIGNED: list[Rule] = [
     Rule("assigned secret", re.compile(r"(?i)(?:passw(?:or)?d|passphrase|\bpwd|secret|api_?-?key|access_?-?key|account_?-?key|auth_?-?key|encryption_?-?key|signing_?-?key|credentials?)" + _ASSIGNED % 8),
-         ("passw", "passphrase", "pwd", "secret", "key", "credential"), vocabulary=False, least_entropy=2.75),
+         ("passw", "passphrase", "pwd", "secret", "credential", "api_key", "apikey", "api-key", "api_-key", "access", "account", "auth", "encryption", "signing"), vocabulary=False, least_entropy=2.75),
     Rule("assigned secret", re.compile(r"(?i)(?:[a-z]_?token|\btoken)" + _ASSIGNED % 20), ("token",), vocabulary=False, least_entropy=3.5),
 ]  # fmt: skip
 _WORD = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])")
@@ -133,6 +140,28 @@ LEFT_OUT = {
     "Basic Auth Credentials": "the rule on passwords in URLs here leaves out ${VARIABLES}",
     "Secret Keyword": "takes any value, such as a variable's name; the rules on assignments here look at the value",
     "Artifactory Credentials": "ten capitals and letters between quotes are found in every vocabulary; AKC and AP keys are assigned",
+}
+
+
+# What stands in lower case in every match of a detector; one that is not named here looks at all text.
+_HINTS = {
+    "AWS Access Key": ("a3t", "abia", "acca", "akia", "asia", "aws"),
+    "Azure Storage Account access key": ("accountkey=",),
+    "Cloudant Credentials": ("cloudant", "cl_", "cl-", "clou", "clapi", "clkey", "clp", "cltoken"),
+    "GitHub Token": ("ghp_", "gho_", "ghu_", "ghs_", "ghr_"),
+    "GitLab Token": ("gl", "gr1348941"),
+    "IBM Cloud IAM Key": ("key", "pwd", "pass", "token"),
+    "IBM COS HMAC Credentials": ("secret",),
+    "JSON Web Token": ("eyj",),
+    "Mailchimp Access Key": ("-us",),
+    "NPM tokens": ("_authtoken",),
+    "OpenAI Token": ("t3blbkfj",),
+    "PyPI Token": ("pypi-age",),
+    "SendGrid API Key": ("sg.",),
+    "Slack Token": ("xox", "hooks.slack"),
+    "SoftLayer Credentials": ("softlayer", "sl_", "sl-", "slapi", "slkey", "slp", "sltoken"),
+    "Square OAuth Secret": ("sq0csp-",),
+    "Stripe Access Key": ("k_live_",),
 }
 
 
@@ -150,9 +179,11 @@ def library() -> tuple[tuple[str, tuple[re.Pattern[str], ...]], ...]:
     )
 
 
-def library_matches(text: str) -> Iterator[tuple[str, int, str]]:
-    """(kind, place, text) of what detect-secrets finds in a text of few lines."""
+def library_matches(text: str, lowered: str) -> Iterator[tuple[str, int, str]]:
+    """(kind, place, text) of what detect-secrets finds in a text of few lines; lowered: the same in lower case."""
     for kind, patterns in library():
+        if (hints := _HINTS.get(kind)) and not any(hint in lowered for hint in hints):
+            continue
         for pattern in patterns:
             for match in pattern.finditer(text):
                 value = next((group for group in match.groups() if group), match[0])

@@ -22,7 +22,7 @@ REQUESTS_AT_ONCE = 8
 TIMEOUT_SECONDS = 30.0
 RETRY_PAUSES_SECONDS = (1.0, 3.0)
 # None: no answer at all, such as a dropped connection.
-TRANSIENT_STATUS = frozenset({None, 429, 500, 502, 503, 504})
+TRANSIENT_STATUS = frozenset({None, 408, 429, 500, 502, 503, 504})
 
 
 class TransientError(CheckpointError):

@@ -278,16 +278,21 @@ class _Run:
         operations += [CommitOperationCopy(path, path, staged) for path in paths]
         try:
             commit = self.remote.commit(operations, "main", "Publish with m3quant", parent=before.main)
-        except Conflict:
-            commit = self._merged_after_all(before)
+        except Conflict as refused:
+            commit = self._merged_after_all(before, refused)
         self._verify(self.remote.tree(commit), "main", "it is not tagged; look at it there")
         return commit
 
-    def _merged_after_all(self, before: RepoState) -> str:
-        """main's commit if it is this upload's (the answer to the first try was lost). Raises Conflict otherwise."""
+    def _merged_after_all(self, before: RepoState, refused: Conflict) -> str:
+        """main's commit if it is this upload's (the answer to the first try was lost). Raises Conflict otherwise: `refused`, with
+        what the Hub said, where main has not moved."""
         now = _seen(self.remote)
         if now.main != before.main and not self.differing(self.remote.tree(now.main)):
             return now.main
+        if now.main == before.main:
+            raise Conflict(
+                f"{str(refused).rstrip('.')}. main is still at {now.main[:8]} and nothing was merged: run the same command again."
+            )
         raise Conflict(
             f"main of {self.remote.repo} moved from {before.main[:8]} to {now.main[:8]} during the upload: somebody else "
             "committed to it, and nothing was merged. Look at it there, then run the same command again."

@@ -50,8 +50,11 @@ def test_text_that_only_looks_like_one_passes(text: str, tmp_path: Path) -> None
         assert look(tmp_path, samples.FORMS[form](text)) == [], form
 
 
-@pytest.mark.parametrize("place", [0, decoding.PIECE_BYTES - 20, decoding.PIECE_BYTES + 4096])
-def test_a_secret_at_the_seam_of_two_pieces_is_found_once(place: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [0, 2**18 - 20, 2**18 + 4096])
+def test_a_secret_at_the_seam_of_two_pieces_is_found_once(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "PIECE_BYTES", 2**18)
     text = b"x\n" * (place // 2) + samples.SECRETS["hugging face"].encode() + b"\n" + b"y\n" * 100
     found = look(tmp_path, text)
     assert [(f.kind, f.line) for f in found] == [("Hugging Face token", place // 2 + 1)]

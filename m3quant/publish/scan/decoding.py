@@ -37,9 +37,9 @@ _MAGIC = (
 _TAR_MAGIC, _TAR_OFFSET = b"ustar", 257
 _ZLIB = (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
 _CODES = re.compile(
-    r"\\+u(?:\{([0-9a-fA-F]{1,6})\}|([0-9a-fA-F]{4}))|\\+U([0-9a-fA-F]{8})|\\+x([0-9a-fA-F]{2})|%([0-9a-fA-F]{2})|\\([0-3][0-7]{2})"
+    r"\\{1,8}u(?:\{([0-9a-fA-F]{1,6})\}|([0-9a-fA-F]{4}))|\\{1,8}U([0-9a-fA-F]{8})|\\{1,8}x([0-9a-fA-F]{2})|%([0-9a-fA-F]{2})|\\([0-3][0-7]{2})"
 )
-_LETTER = re.compile(r"\\+([nrt/\"'])")
+_LETTER = re.compile(r"\\{1,8}([nrt/\"'])")
 _LETTERS = {"n": "\n", "r": "\n", "t": "\t"}
 _INVISIBLE = re.compile("[\u00ad\u034f\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 _JOINED = re.compile(r"=\r?\n")  # a soft line break of quoted-printable
@@ -220,12 +220,13 @@ def _members(stream: IO[bytes], kind: str, where: str, budget: Budget, depth: in
         else:
             raise Unread(f"{where or 'it'} is a {kind} archive, which is not opened")
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, struct.error, NotImplementedError, ValueError) as error:  # fmt: skip
-        if depth == 0:
-            raise Unread(f"its {kind} archive cannot be opened ({error})") from None
+        # Two bytes of what stands in base64 are those of an archive now and then; a file or a member that begins so is one.
+        if not where.endswith(("base64", "hex")):
+            raise Unread(f"{where or 'its'} {kind} archive cannot be opened ({error})") from None
 
 
 _OPEN: dict[str, Callable[[IO[bytes]], Any]] = {
-    "gzip": lambda stream: gzip.GzipFile(fileobj=stream),
+    "gzip": lambda stream: gzip.GzipFile(fileobj=stream, mode="rb"),
     "bzip2": bz2.BZ2File,
     "xz": lzma.LZMAFile,
     "zlib": lambda stream: io.BytesIO(zlib.decompressobj().decompress(stream.read(), DECODED_BYTES)),

@@ -139,6 +139,7 @@ LEFT_OUT = {
     "Private Key": "its words alone are no key: the rule here wants key material after them",
     "Basic Auth Credentials": "the rule on passwords in URLs here leaves out ${VARIABLES}",
     "Secret Keyword": "takes any value, such as a variable's name; the rules on assignments here look at the value",
+    "JSON Web Token": "its regex takes quadratic time on runs of eyJ; the rule here asks for all three parts",
     "Artifactory Credentials": "ten capitals and letters between quotes are found in every vocabulary; AKC and AP keys are assigned",
 }
 
@@ -152,7 +153,6 @@ _HINTS = {
     "GitLab Token": ("gl", "gr1348941"),
     "IBM Cloud IAM Key": ("key", "pwd", "pass", "token"),
     "IBM COS HMAC Credentials": ("secret",),
-    "JSON Web Token": ("eyj",),
     "Mailchimp Access Key": ("-us",),
     "NPM tokens": ("_authtoken",),
     "OpenAI Token": ("t3blbkfj",),

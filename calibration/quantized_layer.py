@@ -53,6 +53,11 @@ class StoredWeight:
         zero_point = None if self.zero_point is None else self.zero_point[index]
         return StoredWeight(self.codes[index], self.scale[index], zero_point)
 
+    def part(self, experts: slice) -> StoredWeight:
+        """Some weights of a stack, as views."""
+        zero_point = None if self.zero_point is None else self.zero_point[experts]
+        return StoredWeight(self.codes[experts], self.scale[experts], zero_point)
+
 
 @dataclass
 class QuantizedLayer:

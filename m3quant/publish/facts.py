@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from huggingface_hub import EvalResult
+from packaging.version import Version
 
 from ..checkpoint import Checkpoint
+from ..engine_config import config_schemes
+from ..engine_integers import min_vllm
 from ..evaluate.heldout import output_fingerprint
 from ..families import Family, family_of
 from ..plan import RECIPE_FILE
@@ -89,12 +92,12 @@ class CardFacts:
 
     @property
     def engine_notes(self) -> tuple[str, ...]:
-        return self.family.engine_notes(self.recipe.scheme("routed_experts"), self.recipe.format)
+        return self.family.engine_notes(self.recipe.schemes_of("routed_experts"), self.recipe.format)
 
     @property
     def min_vllm(self) -> str:
-        """The first vLLM release that has this architecture, as the family states it, or ''."""
-        return self.family.min_vllm
+        """The first vLLM release that has this architecture, as the family states it, and its integers, or ''."""
+        return max(self.family.min_vllm, min_vllm(config_schemes(self.config)), key=lambda v: Version(v or "0"))
 
     @property
     def max_context(self) -> int:

@@ -15,9 +15,9 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from ..engine_integers import FIRST_VLLM, integer_notes, is_humming_only
 from ..errors import EngineMissing, NodeError, RecipeError
 from ..families import Family
+from ..planning.engine_integers import FIRST_VLLM, integer_notes, is_humming_only
 from ..schemes import Scheme
 from .command import vllm_arguments
 from .fit import Fit

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 from huggingface_hub import EvalResult
 from packaging.version import Version
 
+from ..artifact.conversion_eval import output_fingerprint
 from ..checkpoint import Checkpoint
-from ..engine_config import config_schemes
-from ..engine_integers import min_vllm
-from ..evaluate.heldout import output_fingerprint
 from ..families import Family, family_of
-from ..plan import RECIPE_FILE
-from ..recipe import Recipe, build_recipe
+from ..planning.engine_config import config_schemes
+from ..planning.engine_integers import min_vllm
+from ..planning.plan import RECIPE_FILE
+from ..recipe.recipe import Recipe, build_recipe
 from .base import Base
 from .hub_benchmarks import BenchmarkResult, read_benchmarks
 from .licences import Licence
@@ -29,7 +29,7 @@ PLACEHOLDER_REPO = "ORG/NAME"
 
 
 class Serving(Protocol):
-    """A row of `m3quant.runtime.plan.serving_table`."""
+    """A row of `m3quant.runtime.serving_table.serving_table`."""
 
     @property
     def node(self) -> str: ...

@@ -123,7 +123,8 @@ def _roles(roles: Sequence[Json]) -> str:
     rows = [
         [
             r["role"],
-            r["scheme"] if r["action"] == "quantize" else r["action"],
+            (r["scheme"] if r["action"] == "quantize" else r["action"])
+            + (f" in layers {r['layers']}" if "layers" in r else ""),
             r["tensors"],
             r["bytes_in"],
             r["bytes_out"],

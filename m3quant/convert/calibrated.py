@@ -19,6 +19,7 @@ from ..calibration.layers import Layer, LayerSpec, LayerTensors, layer_shapes, l
 from ..calibration.quantized_layer import QuantizedLayer
 from ..calibration.quantizers import layer_quantizer
 from ..calibration.ranks import ALONE
+from ..calibration.rounding_errors import ROUNDING_ERROR, RoundingErrors
 from ..calibration.stream import Prefetcher, read_head, read_layer, run_layer
 from ..errors import CalibrationError
 from ..planning.layout import scale_dtype
@@ -147,11 +148,13 @@ class _Layerwise:
             run_layer(layer, streams.source, self.micro_batch, ranks=self.ranks)
         self.writer.begin(unit)
         with device_span("pack"):
-            self._store(unit, prefix, layer, tensors, quantized)
+            errors = self._store(unit, prefix, layer, tensors, quantized)
         with device_span("forward"):
             error = run_layer(layer, streams.quantized, self.micro_batch, streams.source, self.ranks)
         ledger = quantized.ledger.to_json() if quantized.ledger else None
         record = {"layer": unit.layer, "stream_error": error, "log": quantized.log, "ledger": ledger}
+        if self.plan.recipe.rounding == "feedback":
+            record[ROUNDING_ERROR] = errors.to_json()
         self.writer.finish(unit, record, streams.snapshot() if self.writer.background else streams)
         self.run.progress.say(layer_line(unit.layer, quantized, error or 0.0))
 
@@ -162,12 +165,15 @@ class _Layerwise:
 
     def _store(
         self, unit: Unit, prefix: str, layer: Layer, tensors: dict[str, torch.Tensor], quantized: QuantizedLayer
-    ) -> None:
+    ) -> RoundingErrors:
         """Hand every tensor of the shard to the writer, and put into `layer` what an engine computes with."""
+        errors = RoundingErrors()
         planned = {t.name.removeprefix(prefix): t for t in unit.tensors}
         packed: set[str] = set()
         if isinstance(tensors, LayerTensors):
-            for names, outputs, ready in pack_experts(planned, quantized, tensors.stacks, self.plan.recipe.format):
+            for names, outputs, ready in pack_experts(
+                planned, quantized, tensors.stacks, self.plan.recipe.format, errors
+            ):
                 self.run.stop.check()
                 self.writer.add(outputs, ready)
                 packed.update(names)
@@ -177,16 +183,22 @@ class _Layerwise:
             if name in packed:
                 continue
             self.run.stop.check()
-            outputs, dense = self._one(tensor, name, tensors[name], quantized)
+            outputs, dense = self._one(tensor, name, tensors[name], quantized, errors)
             if not isinstance(tensors, LayerTensors):
                 tensors[name] = dense
             if name in used:
                 layer.set_weight(name, dense)
             self.writer.add(outputs)
             self.run.progress.advance(tensor.source.stored_bytes)
+        return errors
 
     def _one(
-        self, planned: PlannedTensor, name: str, tensor: torch.Tensor, quantized: QuantizedLayer
+        self,
+        planned: PlannedTensor,
+        name: str,
+        tensor: torch.Tensor,
+        quantized: QuantizedLayer,
+        errors: RoundingErrors,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """What is stored of one tensor, on the CPU, and the tensor that an engine computes with."""
         if planned.action == "copy" and planned.source.scale is not None:
@@ -200,7 +212,9 @@ class _Layerwise:
             return {planned.name: kept}, kept
         stored = quantized.weights[name]
         parts = pack(stored.codes, stored.scale, stored.zero_point, planned.scheme, self.plan.recipe.format)
-        dense = stored.dequantized().to(torch.bfloat16)
+        values = stored.dequantized()
+        errors.add([planned.name], tensor[None], values[None])
+        dense = values.to(torch.bfloat16)
         return {f"{planned.module}.{suffix}": part.cpu() for suffix, part in parts.items()}, dense
 
 
@@ -224,10 +238,12 @@ def _summary(run: Run, quality: dict[str, Any] | None) -> dict[str, Any]:
     records = [run.journal.records[u.index] for u in run.plan.units if u.layer is not None]
     ledgers = [ExpertLedger.from_json(r["ledger"]) for r in records if r["ledger"]]
     assert run.settings.windows is not None
+    errors = {name: value for r in records for name, value in r.get(ROUNDING_ERROR, {}).items()}
     facts = {
         "calibration": run.settings.windows.record(),
         "heldout": quality,
         "coverage": coverage(ledgers),
         "stream_error": {str(r["layer"]): r["stream_error"] for r in records},
     }
-    return {**facts, "report": write_report(run.plan, run.output, records, facts)}
+    extra = {ROUNDING_ERROR: errors} if errors else {}
+    return {**facts, **extra, "report": write_report(run.plan, run.output, records, facts)}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.quantized_layer import QuantizedLayer, StoredWeight
+from ..calibration.rounding_errors import RoundingErrors
 from ..calibration.spec import EXPERTS
 from ..planning.plan import PlannedTensor
 from ..quant.formats import pack
@@ -16,11 +17,16 @@ _ELEMENTS = 1 << 26  # weights packed at once; each costs about 20 bytes of scra
 
 
 def pack_experts(
-    planned: Mapping[str, PlannedTensor], quantized: QuantizedLayer, stacks: Mapping[str, Tensor], fmt: str
+    planned: Mapping[str, PlannedTensor],
+    quantized: QuantizedLayer,
+    stacks: Mapping[str, Tensor],
+    fmt: str,
+    errors: RoundingErrors,
 ) -> Iterator[tuple[list[str], dict[str, Tensor], torch.cuda.Event | None]]:
     """What is stored of the experts that `quantized.stacks` holds, some at a time.
 
-    planned: by relative name; stacks: "w1", "w3", "w2" [E, N, K], overwritten by the dequantized weights. Yields relative
+    planned: by relative name; stacks: "w1", "w3", "w2" [E, N, K], overwritten by the dequantized weights; errors: takes
+    what rounding changed. Yields relative
     names, their outputs in pinned host memory, and the event after which those are there.
     """
     for which, codes in quantized.stacks.items():
@@ -31,7 +37,9 @@ def pack_experts(
             run = names[start : start + most]
             part = codes.part(slice(start, start + len(run)))
             yield run, *_pack(run, planned, part, fmt)
-            stack[start : start + len(run)].copy_(part.dequantized())
+            values = part.dequantized()
+            errors.add([planned[name].name for name in run], stack[start : start + len(run)], values)
+            stack[start : start + len(run)].copy_(values)
 
 
 def _pack(

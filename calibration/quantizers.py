@@ -8,6 +8,8 @@ import torch
 
 from m3quant.calibration.awq_quantizer import AwqQuantizer
 from m3quant.calibration.awq_settings import AwqSettings
+from m3quant.calibration.feedback.quantizer import FeedbackQuantizer
+from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.quantized_layer import LayerQuantizer
 from m3quant.calibration.ranks import Ranks
 from m3quant.recipe.recipe import Recipe
@@ -20,7 +22,16 @@ def layer_quantizer(
 
     strict_coverage: fail instead of topping starved experts up. ranks: the processes that quantize together.
     """
-    data, awq = recipe.data, recipe.awq
+    data = recipe.data
+    if recipe.rounding == "feedback":
+        return FeedbackQuantizer(), FeedbackSettings(
+            **recipe.feedback.model_dump(),
+            min_expert_tokens=data.min_expert_tokens,
+            strict_coverage=strict_coverage,
+            scale_dtype=scale_dtype,
+            ranks=ranks,
+        )
+    awq = recipe.awq
     return AwqQuantizer(), AwqSettings(
         scale_search=awq.smooth,
         n_grid=awq.n_grid,

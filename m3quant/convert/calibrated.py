@@ -222,8 +222,8 @@ def layer_line(layer: int, quantized: QuantizedLayer, error: float) -> str:
     """One line a layer while it runs: what was chosen, what it gained, who starved."""
     parts = [f"layer {layer}"]
     for block in quantized.log["blocks"]:
-        if block["chosen"] != "unquantized":
-            parts.append(f"{block['block']}: {block['chosen']}")
+        if (chosen := block.get("chosen", "feedback")) != "unquantized":
+            parts.append(f"{block['block']}: {chosen}")
     parts.append(f"stream error {error:.4f}")
     if quantized.ledger is not None and quantized.ledger.starved:
         starved = quantized.ledger.starved

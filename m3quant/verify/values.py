@@ -49,10 +49,16 @@ class TensorError:
     scheme: str
     sqnr_db: float
     defect: str = ""
+    floor: float | None = None  # dB below which it is wrong; None: that of rounding to nearest in this scheme
+
+    @property
+    def margin(self) -> float:
+        """dB above what is wrong."""
+        return self.sqnr_db - (floor_db(self.scheme) if self.floor is None else self.floor)
 
     @property
     def wrong(self) -> bool:
-        return self.sqnr_db < floor_db(self.scheme)
+        return self.margin < 0
 
 
 def floor_db(scheme: str) -> float:
@@ -217,8 +223,10 @@ def _fed_back_error(
 ) -> TensorError:
     source, parts = reader.read(planned.name), _parts(converted, planned)
     stored = decompress(parts, planned.scheme, plan.recipe.format, tuple(source.shape), name=planned.name)
-    found = fed_back.defect(source, stored, planned.scheme, recorded)
-    return TensorError(planned.name, planned.scheme.name, sqnr_db(source, stored), found)
+    found = fed_back.defect(source, stored, recorded)
+    return TensorError(
+        planned.name, planned.scheme.name, sqnr_db(source, stored), found, fed_back.floor_db(planned.scheme)
+    )
 
 
 def _kept_error(planned: PlannedTensor, source: Tensor, column: Tensor, stored: Tensor) -> TensorError:
@@ -271,4 +279,4 @@ def sqnr_db(source: Tensor, stored: Tensor) -> float:
 def worst(errors: Mapping[str, TensorError], count: int = 10) -> list[TensorError]:
     """The tensors with the least margin over their scheme's floor."""
     finite = [e for e in errors.values() if e.sqnr_db != math.inf]
-    return sorted(finite, key=lambda e: e.sqnr_db - floor_db(e.scheme))[:count]
+    return sorted(finite, key=lambda e: e.margin)[:count]

@@ -20,6 +20,7 @@ from ..calibration.folds import expert_names, fold_groups, scale_columns
 from ..calibration.layers import layer_spec
 from ..calibration.ranges import FACTORS
 from ..planning.plan import PASSED_THROUGH, Plan, PlannedTensor, Unit
+from ..planning.quantizers import facts_of
 from ..quant.formats import code_errors, decompress
 from ..quant.reading import ConvertedReader, SourceReader
 from . import fed_back
@@ -99,7 +100,7 @@ def unit_errors(
 
     recorded: tensor name -> squared distance from the source that the conversion wrote down, for rounding with feedback.
     """
-    if plan.recipe.rounding == "feedback":
+    if not facts_of(plan.recipe.rounding).nearest_codes:
         for planned in unit.tensors:
             if planned.scheme.quantizes:
                 yield _fed_back_error(plan, planned, reader, converted, (recorded or {}).get(planned.name))
@@ -143,7 +144,7 @@ def unit_errors(
 
 def _searched(plan: Plan) -> bool:
     """Whether this conversion may have folded scales."""
-    return plan.recipe.rounding == "awq" and plan.recipe.awq.smooth
+    return facts_of(plan.recipe.rounding).folds and plan.recipe.awq.smooth
 
 
 def _pairs(plan: Plan, layer: int) -> dict[str, str]:

@@ -154,7 +154,7 @@ def print_overview(plans: list[Plan], rates: Rates) -> None:
         share = plan.output_bytes / sum(u.bytes_in for u in plan.units)
         rows.append([
             plan.recipe.name, human_bytes(plan.output_bytes), f"{share:.1%}", f"{bits_per_weight(plan):.2f}",
-            *(", ".join(map(str, role_schemes(plan, role))) for role in ("routed_experts", "attention")), plan.recipe.calibration,
+            *(", ".join(map(str, role_schemes(plan, role))) for role in ("routed_experts", "attention")), plan.recipe.rounding,
             f"{time.seconds / 60:.1f} min" if (time := estimate(plan, rates)) else "not measured",
         ])  # fmt: skip
     print_table(rows)
@@ -163,7 +163,7 @@ def print_overview(plans: list[Plan], rates: Rates) -> None:
 
 def print_plan(plan: Plan, rates: Rates | None = None) -> None:
     print_source(plan)
-    click.echo(f"recipe {plan.recipe.name}, format {plan.recipe.format}, calibration {plan.recipe.calibration}")
+    click.echo(f"recipe {plan.recipe.name}, format {plan.recipe.format}, rounding {plan.recipe.rounding}")
     table = role_table(plan)
     rows = [["role", "action", "scheme", "tensors", "in", "out"]]
     for row in table:

@@ -231,7 +231,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
 
 def _calibration_notes(family: Family, recipe: Recipe, config: Mapping[str, Any]) -> list[str]:
     covered, length = family.selected_tokens(config), recipe.data.window_length
-    if recipe.calibration == "none" or length > covered:
+    if not recipe.calibrated or length > covered:
         return []
     return [
         f"calibration windows of {length} tokens never exercise block selection, which begins past {covered} tokens: the error of "
@@ -245,11 +245,11 @@ def _natural(name: str) -> list[Any]:
 
 
 def _check_roles(recipe: Recipe, family: Family) -> None:
-    if recipe.calibration == "awq" and not any(
+    if recipe.rounding == "awq" and not any(
         scheme.kind == "int" for r in QUANTIZABLE if r in family.targets for scheme in recipe.schemes_of(r)
     ):
         raise PlanError(
-            "calibration 'awq' needs at least one role in integers: FP8 weights take no calibration; use --to fp8, or set calibration: none."
+            "rounding 'awq' needs at least one role in integers: it does not calibrate FP8 weights; use --to fp8, or set rounding: feedback or nearest."
         )
 
 

@@ -88,7 +88,7 @@ class CardFacts:
     @property
     def folded(self) -> bool:
         """Whether kept tensors may hold folded scales."""
-        return self.recipe.calibration == "awq" and self.recipe.awq.smooth
+        return self.recipe.rounding == "awq" and self.recipe.awq.smooth
 
     @property
     def engine_notes(self) -> tuple[str, ...]:

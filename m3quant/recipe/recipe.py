@@ -22,12 +22,16 @@ from pydantic import (
     ValidationError,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
 from ..errors import RecipeError
 from ..families.base import KEPT, QUANTIZABLE
 from ..schemes import KEEP, Scheme, parse_scheme
 from .layer_ranges import parse_layers, show_layers
+
+Rounding = Literal["nearest", "awq", "feedback"]
+CALIBRATION_OF = {"nearest": "none", "awq": "awq", "feedback": "text"}  # the `calibration` key that goes with each
 
 
 class AwqOptions(BaseModel):
@@ -40,6 +44,18 @@ class AwqOptions(BaseModel):
     signed_scales: bool = True  # a negative scale where a group's largest weight is positive (symmetric schemes)
     n_grid: int = Field(default=20, ge=1, le=200)  # ratios tried between 0 and 1, identity besides
     duo_scaling: bool = True  # s = x^r / w^(1-r) instead of x^r
+
+
+class FeedbackOptions(BaseModel):
+    """Knobs of rounding with error feedback. Defaults are the ones the fixtures' figures were made with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source_targets: bool = True  # aim at the outputs of the source model's stream, not at the weight's own
+    residual: bool = True  # o_proj and w2 make good the residual stream's error too
+    rounds: int = Field(default=4, ge=0, le=100)  # of coordinate descent and scale refit after the first sweep
+    refit: bool = True  # least-squares scales for fixed codes
+    signed_scales: bool = True  # a negative scale where a group's largest weight is positive (symmetric schemes)
 
 
 class CalibrationOptions(BaseModel):
@@ -67,11 +83,38 @@ class Recipe(BaseModel):
 
     name: str = "custom"
     format: Literal["compressed-tensors", "autoawq", "fp8"] = "compressed-tensors"
-    calibration: Literal["awq", "none"] = "none"
+    calibration: Literal["awq", "text", "none"] = "none"
+    rounding: Rounding = "nearest"
     schemes: dict[str, str] = Field(default_factory=dict)
     layers: dict[str, dict[str, str]] = Field(default_factory=dict)
     awq: AwqOptions = Field(default_factory=lambda: AwqOptions())
+    feedback: FeedbackOptions = Field(default_factory=lambda: FeedbackOptions())
     data: CalibrationOptions = Field(default_factory=lambda: CalibrationOptions())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_rounding(cls, document: Any) -> Any:
+        """`rounding` and `calibration` follow from one another; recipes older than `rounding` name the latter alone."""
+        if not isinstance(document, Mapping):
+            return document
+        calibration, rounding = document.get("calibration"), document.get("rounding")
+        if rounding is None:
+            rounding = {"awq": "awq", "text": "feedback"}.get(str(calibration), "nearest")
+            return {**document, "rounding": rounding}
+        fitting = CALIBRATION_OF.get(str(rounding))
+        if fitting and calibration is None:
+            return {**document, "calibration": fitting}
+        if fitting and calibration in ("none", "awq", "text") and calibration != fitting:
+            raise RecipeError(
+                f"recipe keys 'rounding: {rounding}' and 'calibration: {calibration}' contradict one another: leave "
+                f"'calibration' out, or write '{fitting}'."
+            )
+        return document
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether rounding reads calibration text, and layers therefore depend on one another."""
+        return self.rounding != "nearest"
 
     @field_validator("schemes")
     @classmethod
@@ -84,10 +127,17 @@ class Recipe(BaseModel):
         return join_layers(split_layers(layers))
 
     @model_serializer(mode="wrap")
-    def _without_empty_layers(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A recipe of one scheme a role is written without `layers`."""
+    def _without_what_follows(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys that say nothing are left out: no layers, options of another rounding, and a rounding that `calibration`
+        implies, so that recipes older than these keys are written as they were."""
         out: dict[str, Any] = handler(self)
-        return out if self.layers else {key: value for key, value in out.items() if key != "layers"}
+        empty = {
+            "layers": not self.layers,
+            "feedback": self.rounding != "feedback",
+            "awq": self.rounding == "feedback",
+            "rounding": self.rounding != "feedback",
+        }
+        return {key: value for key, value in out.items() if not empty.get(key, False)}
 
     @cached_property
     def layer_schemes(self) -> dict[int, dict[str, Scheme]]:
@@ -266,7 +316,12 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        keys = [*Recipe.model_fields, *AwqOptions.model_fields, *CalibrationOptions.model_fields]
+        keys = [
+            *Recipe.model_fields,
+            *AwqOptions.model_fields,
+            *FeedbackOptions.model_fields,
+            *CalibrationOptions.model_fields,
+        ]
         near = difflib.get_close_matches(str(first["loc"][-1]), keys, n=1, cutoff=0.0)[0]
         return f"recipe has an unknown key '{where}': did you mean '{near}'?"
     return f"recipe key '{where}': {first['msg']} (got {first['input']!r})."

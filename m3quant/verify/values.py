@@ -22,6 +22,7 @@ from ..calibration.ranges import FACTORS
 from ..planning.plan import PASSED_THROUGH, Plan, PlannedTensor, Unit
 from ..quant.formats import code_errors, decompress
 from ..quant.reading import ConvertedReader, SourceReader
+from . import fed_back
 
 # Signal-to-quantization-noise ratio below which a tensor is wrong rather than coarse, in dB: what has nothing to do with
 # its source has 0 or less. Honest rounding of groups gives 4-6 for 2 bits and about 6.5 more for each further one (Gaussian
@@ -81,8 +82,24 @@ def unit_stored_problems(plan: Plan, unit: Unit, converted: ConvertedReader) -> 
             yield from stored_problems(name, tensor)
 
 
-def unit_errors(plan: Plan, unit: Unit, reader: SourceReader, converted: ConvertedReader) -> Iterator[TensorError]:
-    """Error of every tensor of the unit that was quantized, dequantized or folded. Others must be equal byte for byte."""
+def unit_errors(
+    plan: Plan,
+    unit: Unit,
+    reader: SourceReader,
+    converted: ConvertedReader,
+    recorded: Mapping[str, float] | None = None,
+) -> Iterator[TensorError]:
+    """Error of every tensor of the unit that was quantized, dequantized or folded. Others must be equal byte for byte.
+
+    recorded: tensor name -> squared distance from the source that the conversion wrote down, for rounding with feedback.
+    """
+    if plan.recipe.rounding == "feedback":
+        for planned in unit.tensors:
+            if planned.scheme.quantizes:
+                yield _fed_back_error(plan, planned, reader, converted, (recorded or {}).get(planned.name))
+            else:
+                yield _plain_error(plan, planned, reader, converted)
+        return
     if unit.layer is None:
         for planned in unit.tensors:
             yield _plain_error(plan, planned, reader, converted)
@@ -120,7 +137,7 @@ def unit_errors(plan: Plan, unit: Unit, reader: SourceReader, converted: Convert
 
 def _searched(plan: Plan) -> bool:
     """Whether this conversion may have folded scales."""
-    return plan.recipe.calibration == "awq" and plan.recipe.awq.smooth
+    return plan.recipe.rounding == "awq" and plan.recipe.awq.smooth
 
 
 def _pairs(plan: Plan, layer: int) -> dict[str, str]:
@@ -195,6 +212,15 @@ def _plain_error(plan: Plan, planned: PlannedTensor, reader: SourceReader, conve
     return TensorError(planned.name, planned.scheme.name, sqnr_db(source, parts[planned.name]), defect)
 
 
+def _fed_back_error(
+    plan: Plan, planned: PlannedTensor, reader: SourceReader, converted: ConvertedReader, recorded: float | None
+) -> TensorError:
+    source, parts = reader.read(planned.name), _parts(converted, planned)
+    stored = decompress(parts, planned.scheme, plan.recipe.format, tuple(source.shape), name=planned.name)
+    found = fed_back.defect(source, stored, planned.scheme, recorded)
+    return TensorError(planned.name, planned.scheme.name, sqnr_db(source, stored), found)
+
+
 def _kept_error(planned: PlannedTensor, source: Tensor, column: Tensor, stored: Tensor) -> TensorError:
     """Error of an unquantized reader of a folded norm: the source times the fold, rounded once to its own dtype."""
     same = same_bytes(scale_columns(source, column), stored)
@@ -214,7 +240,7 @@ def _quantized_error(
     allowed = 1 + (codes.abs() * _PAIR_SLACK).round() if paired else 1
     far, near = int((steps > allowed).sum()), int((steps > 0).sum())
     low = high = 1.0
-    if plan.recipe.calibration == "awq" and plan.recipe.awq.range_search and scheme.kind == "int":
+    if plan.recipe.rounding == "awq" and plan.recipe.awq.range_search and scheme.kind == "int":
         low, high = min(FACTORS), max(FACTORS)
     slack = 1 + _SCALE_ROUNDING + (_PAIR_SLACK if paired else 0)
     outside = int(((ratio < low / slack) | (ratio > high * slack)).sum())

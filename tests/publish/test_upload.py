@@ -80,7 +80,7 @@ def test_who_may_not_publish_is_told_before_anything_is_sent(hub: Hub, client: C
     refused(client, job(files), 2, "can only read", "write permission", token=READ_TOKEN)
     refused(client, job(files), 2, "401", "not valid", token="hf_unknown")
     refused(client, job(files), 2, "another character", token="hf_two\x7fparts")
-    refused(client, job(files) | {"repo": "elsewhere/model"}, 2, "403", "write permission for elsewhere")
+    refused(client, job(files) | {"repo": "elsewhere/model"}, 2, "403", "says: You don't have the rights")
     refused(client, job(files) | {"repo": "model"}, 2, "ORG/NAME")
     refused(client, job(files, tag="a b"), 2, "no name for a tag")
     refused(client, job(files, tag="main"), 2, "no name for a tag")

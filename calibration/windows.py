@@ -220,13 +220,13 @@ def tokenize_windows(
     grid = np.array(cut.ids[:needed], dtype=np.int64).reshape(n_windows, window_length)
     repeats = [tokens for _, tokens in cut.used]
     labels = np.repeat([kinds.index(document.kind) for document, _ in cut.used], repeats)
-    labels = labels[:needed].reshape(n_windows, window_length)
+    by_window = labels[:needed].reshape(n_windows, window_length)
     corpus, tokenizer_hash = corpus_sha256(documents), tokenizer_sha256(tokenizer)
     parameters = json.dumps([corpus, tokenizer_hash, n_windows, window_length, seed]).encode()
     used = [document for document, _ in cut.used]
     return Windows(
         ids=grid,
-        window_kind_tokens=np.stack([(labels == kind).sum(axis=1) for kind in range(len(kinds))], axis=1),
+        window_kind_tokens=np.stack([(by_window == kind).sum(axis=1) for kind in range(len(kinds))], axis=1),
         kinds=kinds,
         sha256=hashlib.sha256(parameters + grid.astype("<i8").tobytes()).hexdigest(),
         corpus_sha256=corpus,

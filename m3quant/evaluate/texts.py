@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from ..artifact.eval_record import Data
 from ..calibration.corpus import load_documents
 from ..calibration.documents import Document, Skipped, corpus_sha256
 from ..calibration.files import read_file
 from ..calibration.windows import refusals, rendered
 from ..errors import CalibrationError, EvaluationError
-from .record import Data
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ The rest of the package imports from here; `files` has the file formats, `dialec
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from m3quant.errors import CalibrationError
 logger = logging.getLogger(__name__)
 
 BUNDLED_PATH = Path(__file__).parent / "data" / "corpus.jsonl"
+EXTENSION_PATH = BUNDLED_PATH.with_name("extension.jsonl.gz")
 BUNDLED_NAME = "bundled corpus"
 BUNDLED_SPEC = "bundled"
 # About 16 million tokens, over a hundred times what a calibration uses: a folder or dataset is read no further.
@@ -49,11 +50,13 @@ def load_documents(spec: str | None, *, max_characters: int = MAX_CHARACTERS) ->
 
 @dataclass(frozen=True)
 class Loaded:
-    """What one source of text gave. notes: what a person should know of it: records left out, reading cut short."""
+    """What one source of text gave. notes: what a person should know of it: records left out, reading cut short.
+    more: further documents, for runs that these are too little for."""
 
     name: str
     documents: tuple[Document, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    more: Callable[[], Sequence[Document]] | None = None
 
 
 def read_source(spec: str | None, *, max_characters: int = MAX_CHARACTERS) -> Loaded:
@@ -70,7 +73,7 @@ def read_source(spec: str | None, *, max_characters: int = MAX_CHARACTERS) -> Lo
     """
     skipped = Skipped()
     if spec is None or spec == BUNDLED_SPEC:
-        return Loaded(BUNDLED_NAME, tuple(read_file(BUNDLED_PATH, skipped)), ())
+        return Loaded(BUNDLED_NAME, tuple(read_file(BUNDLED_PATH, skipped)), more=bundled_extension)
     if not spec.strip():
         raise CalibrationError("The name of the calibration data is empty; give a file, folder or Hub dataset id.")
     path = Path(spec)
@@ -86,6 +89,11 @@ def read_source(spec: str | None, *, max_characters: int = MAX_CHARACTERS) -> Lo
         )
     split = hub["split"] or "train"
     return _at_most(_hub(hub["name"], hub["config"] or None, split, skipped), skipped, max_characters, spec, spec)
+
+
+def bundled_extension() -> tuple[Document, ...]:
+    """What the bundled corpus has beyond its first part, which the default run is cut from."""
+    return tuple(read_file(EXTENSION_PATH, Skipped()))
 
 
 def _at_most(

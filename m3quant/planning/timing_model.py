@@ -128,11 +128,17 @@ def _io(bytes_in: int, bytes_out: int, saved: int, rates: Rates) -> dict[str, fl
     return out
 
 
+def layer_io(plan: Plan, rates: Rates) -> float:
+    """Seconds in which an average layer is read and its output written, saved hidden states not counted."""
+    layers = [unit for unit in plan.units if unit.layer is not None]
+    return _of(layers, rates)["disk"] / len(layers)
+
+
 def _tokens(plan: Plan) -> int:
     return plan.recipe.data.windows * plan.recipe.data.window_length
 
 
-def _active(plan: Plan) -> float:
+def active_weights(plan: Plan) -> float:
     """Weights of an average layer that a token passes through: all but the routed experts that it is not sent to."""
     text = plan.family.text_config(plan.checkpoint.config)
     share = int(text["num_experts_per_tok"]) / int(text["num_local_experts"])
@@ -147,7 +153,7 @@ def _active(plan: Plan) -> float:
 def forward_flops(plan: Plan) -> float:
     """Of both streams through an average layer, held-out windows too, attention scores not counted."""
     heldout = plan.recipe.data.heldout_windows / plan.recipe.data.windows
-    return 2 * 2 * _active(plan) * _tokens(plan) * (1 + heldout)
+    return 2 * 2 * active_weights(plan) * _tokens(plan) * (1 + heldout)
 
 
 def stream_bytes(plan: Plan) -> int:
@@ -161,7 +167,7 @@ def search_flops(plan: Plan) -> float:
 
     A measure of size, not a count: the search takes a sample of the tokens and rounds all experts, hit or not.
     """
-    return 2 * _active(plan) * _tokens(plan) * (plan.recipe.awq.n_grid + 1)
+    return 2 * active_weights(plan) * _tokens(plan) * (plan.recipe.awq.n_grid + 1)
 
 
 def sentence(found: Estimate) -> str:

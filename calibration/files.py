@@ -126,7 +126,10 @@ def _utf8_lines(path: Path, stream: BinaryIO) -> Iterator[str]:
         _check_line(path, number, len(line))
         where = f"{path}, line {number}"
         if b"\0" in line:
-            raise CalibrationError(f"{where} has a NUL byte: this is no text; give a text file, or save it as UTF-8.")
+            raise CalibrationError(
+                f"{where} has a NUL byte: this is no text, or UTF-16 that was converted as if it were another encoding; give "
+                f"a text file, or save the original as UTF-8."
+            )
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:

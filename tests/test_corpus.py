@@ -38,6 +38,29 @@ def characters(document: Document) -> int:
     return sum(len(message.get("content") or "") for message in document.messages or ())
 
 
+def check_dialogues(documents: list[Document]) -> None:
+    """Calls name declared tools with their required arguments, and every call is answered before anyone speaks."""
+    for document in documents:
+        declared = {tool["function"]["name"]: tool["function"]["parameters"] for tool in document.tools}
+        open_calls: list[str] = []
+        roles = [message["role"] for message in document.messages or ()]
+        for first, second in pairwise(roles):  # strict templates refuse two turns of one side
+            assert first != second or first == "tool", document.source
+        for message in document.messages or ():
+            if message["role"] == "tool":
+                open_calls.remove(message["tool_call_id"])
+                continue
+            assert not open_calls, f"{document.source}: {message['role']} speaks before {open_calls} are answered"
+            for call in message.get("tool_calls", ()):
+                parameters = declared[call["function"]["name"]]
+                arguments = call["function"]["arguments"]
+                assert set(arguments) <= set(parameters["properties"]), document.source
+                assert set(parameters.get("required", ())) <= set(arguments), document.source
+                open_calls.append(call["id"])
+        if document.messages:
+            assert document.messages[-1]["role"] == "assistant" and not open_calls, document.source
+
+
 class TestBundle:
     def test_has_the_languages_and_kinds_it_promises(self, bundled: list[Document]) -> None:
         assert {document.kind for document in bundled} == {"text", "code", "chat", "tools"}
@@ -89,26 +112,7 @@ class TestBundle:
             assert row.split("|")[3].strip() == str(count)
 
     def test_dialogues_are_sound(self, bundled: list[Document]) -> None:
-        """Calls name declared tools with their required arguments, and every call is answered before anyone speaks."""
-        for document in bundled:
-            declared = {tool["function"]["name"]: tool["function"]["parameters"] for tool in document.tools}
-            open_calls: list[str] = []
-            roles = [message["role"] for message in document.messages or ()]
-            for first, second in pairwise(roles):  # strict templates refuse two turns of one side
-                assert first != second or first == "tool", document.source
-            for message in document.messages or ():
-                if message["role"] == "tool":
-                    open_calls.remove(message["tool_call_id"])
-                    continue
-                assert not open_calls, f"{document.source}: {message['role']} speaks before {open_calls} are answered"
-                for call in message.get("tool_calls", ()):
-                    parameters = declared[call["function"]["name"]]
-                    arguments = call["function"]["arguments"]
-                    assert set(arguments) <= set(parameters["properties"]), document.source
-                    assert set(parameters.get("required", ())) <= set(arguments), document.source
-                    open_calls.append(call["id"])
-            if document.messages:
-                assert document.messages[-1]["role"] == "assistant" and not open_calls, document.source
+        check_dialogues(bundled)
 
     def test_dialogues_in_the_bundle_are_those_of_the_yaml_files(self, bundled: list[Document]) -> None:
         written = [
@@ -136,6 +140,78 @@ class TestBundle:
 
     def test_the_file_is_in_the_order_that_interleave_gives(self, bundled: list[Document]) -> None:
         assert interleave(list(reversed(bundled)), seed=0) == bundled
+
+
+class TestExtension:
+    """What longer runs read after the first part."""
+
+    @pytest.fixture(scope="class")
+    def extension(self) -> list[Document]:
+        return list(corpus.bundled_extension())
+
+    def test_with_it_the_bundle_feeds_a_million_tokens_by_a_low_estimate(
+        self, bundled: list[Document], extension: list[Document]
+    ) -> None:
+        size = sum(len(document.content_bytes()) for document in [*bundled, *extension])
+        assert size / OTHER_CHARACTERS > 900_000
+        assert (DATA / "extension.jsonl.gz").stat().st_size < 2_000_000
+
+    def test_has_the_kinds_and_languages_it_promises(self, extension: list[Document]) -> None:
+        assert {document.kind for document in extension} == {"text", "code", "chat", "tools"}
+        code = {document.lang for document in extension if document.kind == "code"}
+        assert {"python", "cpp", "go", "rust", "typescript", "javascript", "java", "kotlin", "swift", "objective-c", "ruby", "php", "lua"} == code  # fmt: skip
+        assert len({document.lang for document in extension if document.kind == "text"}) >= 24
+        assert len({document.lang for document in extension if document.kind == "chat"}) >= 14
+        long = [document for document in extension if len(document.text or "") > 30_000]
+        assert len(long) >= 8, "documents that fill a window past M3's selection"
+        thinking = [m for d in extension for m in d.messages or () if m.get("reasoning_content")]
+        calls = [m for d in extension if d.kind == "tools" for m in d.messages or () if m.get("tool_calls")]
+        assert len(thinking) > 500 and len(calls) >= 250
+
+    def test_every_document_is_freely_licensed_and_its_source_named(self, extension: list[Document]) -> None:
+        sources = yaml.safe_load((DATA / "extension.yaml").read_text(encoding="utf-8"))
+        readme = (DATA / "README.md").read_text(encoding="utf-8")
+        for name, spec in sources.items():
+            assert spec["licence"] in FREE_LICENCES | {"BSD-3-Clause", "PostgreSQL"}
+            assert f"| {name} |" in readme and re.fullmatch("[0-9a-f]{64}", spec["sha256"])
+            assert spec["licence"] in ("PSF-2.0", "Apache-2.0", "public-domain") or (DATA / "licences" / f"{name}.txt").is_file()  # fmt: skip
+        for document in extension:
+            found = re.match(r"(?:made from )?([\w-]+): \S+", document.source)
+            assert found and document.licence == sources[found[1]]["licence"], document.source
+        assert set(sources) == {re.match(r"(?:made from )?([\w-]+):", d.source)[1] for d in extension}  # type: ignore[index]
+
+    def test_shares_no_passage_with_the_texts_that_are_judged(self, extension: list[Document]) -> None:
+        def grams(text: str) -> set[int]:
+            words = re.findall(r"\w+", text.lower())
+            return set(map(hash, zip(*(words[i:] for i in range(13)), strict=False)))
+
+        tests = Path(__file__).parent
+        evaluation = tests.parent / "m3quant" / "evaluate" / "data" / "texts.jsonl"
+        judged = [json.loads(line)["text"] for line in evaluation.read_text(encoding="utf-8").splitlines()]
+        judged.append((tests / "fixtures" / "heldout.txt").read_text(encoding="utf-8"))
+        known = set().union(*map(grams, judged))
+        assert len(known) > 50_000
+        for document in extension:
+            said = [document.text or "", *(str(message["content"]) for message in document.messages or ())]
+            assert not any(grams(text) & known for text in said), document.source
+
+    def test_dialogues_are_sound(self, extension: list[Document]) -> None:
+        check_dialogues(extension)
+
+    def test_readme_states_its_figures(self, extension: list[Document]) -> None:
+        readme = (DATA / "README.md").read_text(encoding="utf-8")
+        assert f"{len(extension)} documents" in readme
+        for kind, count in Counter(document.kind for document in extension).items():
+            assert re.search(rf"^\| {kind} \|[^|]*\| {count} \|", readme, re.MULTILINE), kind
+
+    def test_the_file_is_in_the_order_that_interleave_gives(self, extension: list[Document]) -> None:
+        assert interleave(list(reversed(extension)), seed=0) == extension
+
+    def test_both_models_templates_take_every_record(self, extension: list[Document]) -> None:
+        for model in ("tiny-m2", "tiny-m3"):
+            tokenizer = corpus.load_tokenizer(Path(__file__).parent / "fixtures" / model)
+            for document in extension[::7]:
+                assert corpus.render(document, tokenizer)
 
 
 class TestInputs:

@@ -101,7 +101,7 @@ def command(
         windows = -(-calibration_tokens // length)  # whole windows, and not fewer tokens than were asked for
     given = {"windows": windows, "window_length": window_length, "min_expert_tokens": min_expert_tokens}
     changes = {key: value for key, value in given.items() if value is not None}
-    if recipe.calibration == "none" and (changes or corpus or strict_coverage):
+    if not recipe.calibrated and (changes or corpus or strict_coverage):
         raise RecipeError(
             f"recipe '{recipe.name}' uses no calibration data: leave calibration options out, or use --to awq."
         )
@@ -121,7 +121,7 @@ def command(
             click.echo(json.dumps(plan_json(plan), indent=2))
         else:
             print_plan(plan)
-        if recipe.calibration != "none" and not as_json:
+        if recipe.calibrated and not as_json:
             found = calibration_windows(plan, parts)
             for line in (f"calibration text: {found.source}", *(f"note: {note}" for note in found.notes)):
                 click.echo(line)
@@ -160,7 +160,7 @@ def _run(plan: Plan, dst: Path, settings: Settings, parts: Sequence[Part]) -> di
 
     check_places(plan, dst)
     pick_device(settings.device)
-    if plan.recipe.calibration != "none":
+    if plan.recipe.calibrated:
         settings.windows = calibration_windows(plan, parts)
     with BytesProgress(plan.recipe.name) as progress:
         for note in settings.windows.notes if settings.windows else ():

@@ -32,6 +32,11 @@ def bundled() -> list[Document]:
     return load_documents(None)
 
 
+@pytest.fixture(scope="module")
+def extension() -> list[Document]:
+    return list(corpus.bundled_extension())
+
+
 def characters(document: Document) -> int:
     if document.text is not None:
         return len(document.text)
@@ -144,10 +149,6 @@ class TestBundle:
 
 class TestExtension:
     """What longer runs read after the first part."""
-
-    @pytest.fixture(scope="class")
-    def extension(self) -> list[Document]:
-        return list(corpus.bundled_extension())
 
     def test_with_it_the_bundle_feeds_a_million_tokens_by_a_low_estimate(
         self, bundled: list[Document], extension: list[Document]

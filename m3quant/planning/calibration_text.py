@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .plan import Plan
-from .timing_model import Rates, active_weights, layer_io
+from .quantizers import active_weights
+from .timing_model import Rates, layer_io
 
 # Measured on the trained fixtures: from 8 rows per K on, twice the text takes off 3 % of the KL divergence or less.
 MOST_ROWS_PER_K = 8.0

@@ -21,7 +21,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from m3quant.calibration.documents import Document, interleave, parse_record
+from m3quant.calibration.dialects import parse_record
+from m3quant.calibration.documents import Document, interleave
 from m3quant.checkpoint.bounded import read_yaml
 
 HERE = Path(__file__).parent

@@ -7,6 +7,7 @@ large body, works on one at a time, knows a few pure functions and nothing else,
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import pickle
 import signal
@@ -80,6 +81,7 @@ class Aside:
 def work(descriptor: int) -> None:
     """The process: answers until its parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which closes the pipe when it is done
+    gc.disable()  # parsed JSON has no cycles, and looking for some would cost more than parsing it
     pipe = Connection(descriptor)
     while True:
         try:

@@ -24,7 +24,7 @@ from .prompts import (
     responses_prompts,
     token_prompts,
 )
-from .replies import Refusal, bad_request
+from .replies import Refusal, bad_request, too_many_prompts
 
 CHAT, COMPLETION, RESPONSES, MESSAGES, COHERE, TOKENS = (
     "chat",
@@ -53,6 +53,7 @@ ROUTES = {
 TRUNCATING = ("/v1/chat/completions", "/v1/completions", EITHER_ROUTE)
 
 COMPLETION_DEFAULT = 16  # OpenAI's and vLLM's default of `max_tokens` for /v1/completions
+MOST_PROMPTS = 8192  # of one request, whatever the pool; more would only keep the guard busy
 MOST = 2**63 - 1  # vLLM's own integers end here or earlier
 
 INTEGER = TypeAdapter(int | None)
@@ -116,7 +117,9 @@ def parse_json(body: bytes) -> Any:
         raise Unreadable from None
 
 
-def read_demands(route: str, request: Any, span: IdSpan | None = None) -> list[Demand]:
+def read_demands(
+    route: str, request: Any, span: IdSpan | None = None, most_prompts: int = MOST_PROMPTS
+) -> list[Demand]:
     """Every way in which vLLM may read the request, at least one.
 
     `request` is the parsed body, in which a long array of ids may have been replaced by its marker (`span`).
@@ -126,6 +129,10 @@ def read_demands(route: str, request: Any, span: IdSpan | None = None) -> list[D
         raise Unreadable
     kind = ROUTES[route]
     kinds = [kind] if kind is not None else kinds_of(request)
+    for name in ("prompt", "messages", "prompt_embeds"):
+        several = request.get(name)
+        if isinstance(several, list) and len(several) > most_prompts and isinstance(several[0], str | list):
+            raise too_many_prompts(len(several), most_prompts)
     found, refusals = [], []
     for one in kinds:
         try:

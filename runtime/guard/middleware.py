@@ -26,7 +26,7 @@ from .answer import Answer, Send
 from .aside import ASIDE_BYTES, Aside
 from .clamp import with_number
 from .counting import LEAST_S, Counter
-from .demand import ID_NAMES, ROUTES, TOKEN_ROUTE, Unreadable
+from .demand import ID_NAMES, MOST_PROMPTS, ROUTES, TOKEN_ROUTE, Unreadable
 from .door import Door, known_keys
 from .idspan import IdSpan, shorten
 from .inbox import ClientGone, Inbox, Receive
@@ -324,7 +324,9 @@ class Guard:
     async def _read(self, path: str, key: str, body: bytes, inbox: Inbox) -> list[Reading]:
         keep_ids = self.settings.prefix_hits == "count"
         short, span = shorten(body, ID_NAMES[path == TOKEN_ROUTE])
-        return await self._aside(key, inbox, len(short), read_short, path, short, span, len(body), keep_ids)
+        assert self.pool is not None
+        most = min(MOST_PROMPTS, self.pool.usable // self.pool.block_size)
+        return await self._aside(key, inbox, len(short), read_short, path, short, span, len(body), keep_ids, most)
 
     async def _aside(self, key: str, inbox: Inbox, size: int, function: Callable[..., Any], *arguments: Any) -> Any:
         """What the function makes of `size` bytes: here when they are few, else in its turn and in another process."""

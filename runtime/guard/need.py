@@ -60,7 +60,11 @@ def plan_need(
     clamp = alter and settings.oversize == "clamp"
     if reading.output is not None and reading.output > pool.max_model_len and not clamp:
         raise too_many_output_tokens(reading.output_field, reading.output, pool.max_model_len)
-    wanted = reading.output or 1
+    asked, given, reason = reading.output, None, ""
+    if asked is not None and pool.output_cap is not None and reading.rules.capped:
+        asked = min(asked, pool.output_cap)
+    default = settings.default_max_tokens if asked is None and alter else None
+    wanted = asked or default or 1
     lengths = [count.tokens if count.exact else bounded(count.tokens, wanted, pool) for count in counts]
     longest_prompt = max(lengths)
     if longest_prompt > pool.max_model_len:
@@ -68,12 +72,11 @@ def plan_need(
     if longest_prompt >= pool.longest:
         raise over_context(pool.longest, longest_prompt, 1)
     room = pool.longest - longest_prompt
-    asked, given, reason = reading.output, None, ""
-    if asked is None and alter and settings.default_max_tokens is not None:
-        asked = given = min(settings.default_max_tokens, room)
+    if default is not None:
+        asked = given = min(default, room)
         reason = "default"
-    if asked is not None and pool.output_cap is not None and reading.rules.capped:
-        asked = min(asked, pool.output_cap)
+        if pool.output_cap is not None and reading.rules.capped:
+            asked = min(asked, pool.output_cap)
     if asked is not None and asked > room:
         if not clamp:
             raise over_context(pool.longest, longest_prompt, asked)

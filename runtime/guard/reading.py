@@ -11,7 +11,7 @@ from typing import Any
 
 import pydantic_core
 
-from .demand import CHAT, ID_NAMES, RULES, TOKEN_ROUTE, Demand, Rules, parse_json, read_demands
+from .demand import CHAT, ID_NAMES, MOST_PROMPTS, RULES, TOKEN_ROUTE, Demand, Rules, parse_json, read_demands
 from .idspan import IdSpan, shorten
 from .prompts import Prompt
 
@@ -71,16 +71,18 @@ class Reading:
         return len(self.prompts) * self.copies
 
 
-def read_body(route: str, body: bytes, keep_ids: bool) -> list[Reading]:
+def read_body(route: str, body: bytes, keep_ids: bool, most_prompts: int = MOST_PROMPTS) -> list[Reading]:
     """The readings of a body; raises what `read_demands` raises. `keep_ids`: keep short arrays of ids too, to name their blocks."""
     short, span = shorten(body, ID_NAMES[route == TOKEN_ROUTE])
-    return read_short(route, short, span, len(body), keep_ids)
+    return read_short(route, short, span, len(body), keep_ids, most_prompts)
 
 
-def read_short(route: str, short: bytes, span: IdSpan | None, size: int, keep_ids: bool) -> list[Reading]:
+def read_short(
+    route: str, short: bytes, span: IdSpan | None, size: int, keep_ids: bool, most_prompts: int
+) -> list[Reading]:
     """`read_body` of a body of `size` bytes whose long array of ids was already taken out."""
     request = parse_json(short)
-    return [digest(demand, request, size, keep_ids) for demand in read_demands(route, request, span)]
+    return [digest(demand, request, size, keep_ids) for demand in read_demands(route, request, span, most_prompts)]
 
 
 def digest(demand: Demand, request: dict[str, Any], size: int, keep_ids: bool) -> Reading:

@@ -58,7 +58,8 @@ class Turns:
         running.add_done_callback(
             lambda task: task.cancelled() or task.exception()
         )  # seen, also when nobody waits any more
-        await asyncio.wait({running, inbox.hang_up()}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {running, inbox.hang_up()}
+        await asyncio.wait(either, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         if inbox.gone:
             raise ClientGone
         if not running.done():
@@ -68,7 +69,8 @@ class Turns:
     async def _wait(self, turn: asyncio.Future[None], key: str, inbox: Inbox, deadline: float) -> None:
         try:
             left = max(0.0, deadline - time.monotonic())
-            await asyncio.wait({turn, inbox.hang_up()}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {turn, inbox.hang_up()}
+            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if inbox.gone:
                 raise ClientGone
             if not turn.done():

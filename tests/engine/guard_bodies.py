@@ -20,7 +20,7 @@ ROUTES = (
     "/inference/v1/generate",
     "/invocations",
 )
-WORDS = "It is a truth universally acknowledged, that a single man in possession of “good” fortune — café, 漢字, 🙂 <|im_end|> must\n".split(" ")
+WORDS = ["It", "is", "a", "truth", "universally", "acknowledged,", "that", "a", "single", "man", "in", "possession", "of", "“good”", "fortune", "—", "café,", "漢字,", "🙂", "<|im_end|>", "must\n"]
 TOOL = {
     "type": "function",
     "function": {
@@ -41,9 +41,7 @@ class Bodies:
         route = self.rng.choice(ROUTES)
         body = PROMPTS[route](self)
         body.update(self.members(route))
-        if self.rng.random() < 0.3:
-            body["model"] = "tiny"
-        elif route in ("/v1/messages", "/cohere/v2/chat"):
+        if self.rng.random() < 0.3 or route in ("/v1/messages", "/cohere/v2/chat"):
             body["model"] = "tiny"
         items = list(body.items())
         self.rng.shuffle(items)
@@ -165,7 +163,9 @@ class Bodies:
         if self.rng.random() < 0.7:
             body.update(self.completion())
         if self.rng.random() < 0.6:
-            body.update(self.chat() if self.rng.random() < 0.6 else {"messages": self.rng.choice((None, 5, [], ["a"], [5]))})
+            body.update(
+                self.chat() if self.rng.random() < 0.6 else {"messages": self.rng.choice((None, 5, [], ["a"], [5]))}
+            )
         return body
 
 

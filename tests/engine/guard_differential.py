@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import http.client
 import json
+import os
 import sys
 import tempfile
 from collections import Counter
@@ -38,7 +39,10 @@ class Seen:
     status: int
     used: int
     reserved: int
-    by: str  # who answered: "engine" when it was asked, else "guard" or "vllm"
+
+    @property
+    def asked(self) -> bool:
+        return self.reserved >= 0
 
 
 @contextlib.contextmanager
@@ -46,7 +50,8 @@ def recording(work: Path, override: bool) -> Iterator[Server]:
     path = importable(work / "path-recorder")
     (path / "guard_recorder.py").symlink_to(Path(__file__).with_name("guard_recorder.py"))
     arguments = (*ARGUMENTS, *(OVERRIDE if override else ()), "--middleware", "guard_recorder.Recorder")
-    env = {"PYTHONPATH": str(path), "M3QUANT_GUARD_POOL_TOKENS": str(2**40)}  # a pool that cuts nothing off
+    paths = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {"PYTHONPATH": paths, "M3QUANT_GUARD_POOL_TOKENS": str(2**40)}  # a pool that cuts nothing off
     with serving(work, guard=False, max_model_len=CONTEXT, env=env, arguments=arguments) as server:
         yield server
 
@@ -60,9 +65,7 @@ def send(server: Server, route: str, body: bytes) -> Seen:
             answer.read()
     finally:
         connection.close()
-    used, reserved = int(answer.headers["x-used"]), int(answer.headers["x-reserved"])
-    by = "engine" if reserved >= 0 else "vllm" if "server" in answer.headers and answer.status != 400 else "refused"
-    return Seen(route, answer.status, used, reserved, by)
+    return Seen(route, answer.status, int(answer.headers["x-used"]), int(answer.headers["x-reserved"]))
 
 
 def compare(server: Server, bodies: int, seed: int) -> tuple[list[Seen], list[tuple[Seen, bytes]]]:
@@ -73,7 +76,7 @@ def compare(server: Server, bodies: int, seed: int) -> tuple[list[Seen], list[tu
         route, body = source.draw()
         found = send(server, route, body)
         seen.append(found)
-        if found.by == "engine" and found.reserved < found.used:
+        if found.asked and found.reserved < found.used:
             short.append((found, body))
     return seen, short
 
@@ -83,14 +86,14 @@ def table(seen: list[Seen]) -> dict[str, dict[str, Any]]:
     found = {}
     for route in dict.fromkeys(one.route for one in sorted(seen, key=lambda one: one.route)):
         mine = [one for one in seen if one.route == route]
-        ratios = [one.reserved / one.used for one in mine if one.by == "engine" and one.used]
+        ratios = [one.reserved / one.used for one in mine if one.asked and one.used]
         found[route] = {
             "bodies": len(mine),
             "reached_the_engine": len(ratios),
             "reserved_exactly": sum(ratio == 1 for ratio in ratios),
             "median_reserved_over_used": round(median(ratios), 2) if ratios else None,
             "least_reserved_over_used": round(min(ratios), 2) if ratios else None,
-            "statuses": dict(Counter(one.status for one in mine if one.by != "engine")),
+            "statuses": dict(Counter(one.status for one in mine if not one.asked)),
         }
     return found
 
@@ -108,11 +111,13 @@ def main() -> int:
             more, fell_short = compare(server, options.bodies // 2, options.seed + number)
             seen, short = seen + more, short + fell_short
     for one, body in short:
-        print(f"reserved {one.reserved}, may use {one.used}: {one.route} {body[:600].decode()}", file=sys.stderr)
+        print(f"reserved {one.reserved}, may use {one.used}: {one.route} {body[:4000].decode()}", file=sys.stderr)
     routes = table(seen)
     for route, figures in routes.items():
         print(f"{route:30} {json.dumps(figures)}")
-    print(f"{len(seen)} bodies, {sum(one.by == 'engine' for one in seen)} reached the engine, {len(short)} reserved too little")
+    print(
+        f"{len(seen)} bodies, {sum(one.by == 'engine' for one in seen)} reached the engine, {len(short)} reserved too little"
+    )
     if options.json:
         record = {"bodies": len(seen), "seed": options.seed, "reserved_too_little": len(short), "routes": routes}
         options.json.write_text(json.dumps(record | {"short": [asdict(one) for one, _ in short]}, indent=1) + "\n")

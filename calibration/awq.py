@@ -15,6 +15,7 @@ import torch
 
 from m3quant.calibration.awq_attention import AttentionSearch
 from m3quant.calibration.awq_mlp import MlpSearch
+from m3quant.calibration.awq_settings import AwqSettings
 from m3quant.calibration.experts import ExpertLedger, ExpertTokens, assign_tokens
 from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, ROUTER, fold_groups, scale_columns
 from m3quant.calibration.head import Windows
@@ -22,7 +23,6 @@ from m3quant.calibration.layers import Layer
 from m3quant.calibration.ops import Routing, router_scores
 from m3quant.calibration.ranges import fake_quantize, qparams
 from m3quant.calibration.search import BlockResult, require_finite
-from m3quant.calibration.settings import AwqSettings
 from m3quant.calibration.spec import EXPERTS, LayerSpec, layer_shapes
 from m3quant.calibration.stream import HiddenStates
 from m3quant.errors import CalibrationError

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from m3quant.calibration.awq_settings import AwqSettings
 from m3quant.calibration.folds import FoldGroup, all_groups, fold_norm
 from m3quant.calibration.head import Windows
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.ranges import COARSE_FACTORS, FACTORS, fake_quantize, search_range, weighted_error
 from m3quant.calibration.scales import candidate, ratios, weight_mean
 from m3quant.calibration.search import BlockResult, best_ratio, choose, energy, range_log, require_finite, squared_error
-from m3quant.calibration.settings import AwqSettings
 from m3quant.calibration.spec import LayerSpec
 from m3quant.quant.formats import round_trip
 from m3quant.schemes import KEEP, Scheme

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from m3quant.calibration.awq_settings import AwqSettings
 from m3quant.calibration.experts import ExpertTokens
 from m3quant.calibration.folds import FoldGroup, fold_norm, pair_folds
 from m3quant.calibration.glu import Glu, GluBlock, Sample
@@ -20,7 +21,6 @@ from m3quant.calibration.round_weight import round_weight
 from m3quant.calibration.rounding import Rounder
 from m3quant.calibration.scales import candidate, ratios, weight_mean
 from m3quant.calibration.search import BlockResult, best_ratio, choose, energy, range_log, squared_error
-from m3quant.calibration.settings import AwqSettings
 from m3quant.calibration.spec import LayerSpec
 from m3quant.schemes import Scheme
 

@@ -18,13 +18,7 @@ from m3quant.calibration.documents import (
     read_file,
     read_folder,
 )
-from m3quant.calibration.windows import (
-    Windows,
-    load_tokenizer,
-    render,
-    tokenize_windows,
-    tokenizer_sha256,
-)
+from m3quant.calibration.windows import Windows, load_tokenizer, render, tokenize_windows, tokenizer_sha256
 from m3quant.errors import CalibrationError
 
 logger = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from m3quant.calibration.awq_settings import AwqSettings
 from m3quant.calibration.glu import Glu, GluBlock
 from m3quant.calibration.grouped import gated_rows, times
 from m3quant.calibration.ranges import blend
 from m3quant.calibration.round_weight import RoundedWeight, round_weight
 from m3quant.calibration.scales import candidate, ratios, relative_magnitude
-from m3quant.calibration.settings import AwqSettings
 from m3quant.schemes import Scheme
 
 # A second moment from n rows is blended with a prior worth so many rows. For w1/w3 that is the layer's mean over all

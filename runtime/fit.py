@@ -18,7 +18,7 @@ from .memory import (
     Setup,
     kv_dtype_of,
     predict,
-)  # fmt: skip
+)
 from .model import ServedModel, Subject
 from .weights import Split, split_problem
 

@@ -11,9 +11,9 @@ from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..checkpoint.strict_json import parse_object
 from ..errors import CheckpointError, PlanError
 from ..families import QUANTIZABLE, Family, family_of
-from ..plan import unquantized
-from ..recipe import Recipe, build_recipe, named_recipe, recipe_names
-from ..source import PLAIN, scale_layout, source_kind
+from ..planning.plan import unquantized
+from ..planning.source_tensors import PLAIN, scale_layout, source_kind
+from ..recipe.recipe import Recipe, build_recipe, named_recipe, recipe_names
 from .weights import Group, bf16_release, checkpoint_groups, converted_groups, stored_bytes
 
 

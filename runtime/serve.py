@@ -18,7 +18,7 @@ from typing import Any
 
 import m3quant
 
-from ..convert.journal import MANIFEST, unfinished
+from ..artifact.journal import MANIFEST, unfinished
 from ..errors import CheckpointError, DoesNotFit, EngineMissing, OptionError, ServeError, VerifyError
 from .checklog import TOLERATED, LogCheck, check_log
 from .command import vllm_arguments
@@ -88,8 +88,7 @@ def quick_check(src: str, subject: Subject) -> list[str]:
 
 def full_check(src: str, say: Say) -> None:
     """sha256 of every shard and file against the manifest. Raises VerifyError with the first difference, CheckpointError for no output of m3quant."""
-    from ..publish.files import require_output
-    from ..verify.structure import hash_problems, read_manifest
+    from ..artifact.output import hash_problems, read_manifest, require_output
 
     folder = Path(src).expanduser()
     require_output(folder)
@@ -149,7 +148,7 @@ def without_reasoning(launch: Launch, fit: Fit, folder: Path) -> Launch:
 
 def _engine(recipe: ServeRecipe, python: str | None, dry: bool) -> Engine | None:
     """The installed engine; None in a dry run on a machine that has none."""
-    from ..engine import find_engine_python
+    from ..verify.engine_python import find_engine_python
 
     if recipe.engine == "sglang":
         import sys

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from ..errors import RecipeError
-from ..recipe import read_recipe_file, recipe_folder
+from ..recipe.recipe import read_recipe_file, recipe_folder
 from .fit import Ask
 from .hardware import MAX_COUNT
 from .memory import DEFAULT_BATCHED_TOKENS, DEFAULT_UTILIZATION

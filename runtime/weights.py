@@ -14,9 +14,9 @@ from typing import Any
 
 from ..checkpoint import DTYPE_BYTES, Checkpoint
 from ..families import QUANTIZABLE, Family, Role
-from ..quant.layout import stored_tensors
-from ..recipe import Recipe
-from ..source import FLOAT_DTYPES
+from ..planning.layout import stored_tensors
+from ..planning.source_tensors import FLOAT_DTYPES
+from ..recipe.recipe import Recipe
 
 VOCAB_PADDING = 64  # DEFAULT_VOCAB_PADDING_SIZE of vocab_parallel_embedding.py
 _ROW = ("o_proj", "down_proj", "w2")  # RowParallelLinear: split along the input
@@ -98,7 +98,7 @@ def checkpoint_groups(checkpoint: Checkpoint, family: Family) -> list[Group]:
 
 
 def converted_groups(groups: Iterable[Group], recipe: Recipe) -> list[Group]:
-    """Groups after a conversion of a plain or FP8 source by `recipe`; the same sizes as `m3quant.plan.make_plan` gives.
+    """Groups after a conversion of a plain or FP8 source by `recipe`; the same sizes as `m3quant.planning.plan.make_plan` gives.
 
     Raises PlanError where a shape does not divide.
     """

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from m3quant.errors import RecipeError
-from m3quant.recipe import Recipe, build_recipe, named_recipe, read_recipe_file, recipe_folder, recipe_names
+from m3quant.recipe.recipe import Recipe, build_recipe, named_recipe, read_recipe_file, recipe_folder, recipe_names
 from m3quant.schemes import KEEP, parse_scheme
 
 SHIPPED = {"awq", "awq-all-int4", "awq-attn-bf16", "awq-g32", "fp8", "fp8-block", "int4"}

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from m3quant.engine_config import compressed_tensors_group
 from m3quant.errors import RecipeError
 from m3quant.families import family_of
-from m3quant.llmcompressor_schemes import PRESETS, group_scheme, preset_scheme
-from m3quant.recipe import Recipe, build_recipe, named_recipe, recipe_names
-from m3quant.recipe_llmcompressor import _Matcher, _Module, is_llmcompressor, translate
+from m3quant.planning.engine_config import compressed_tensors_group
+from m3quant.recipe.llmcompressor import _Matcher, _Module, is_llmcompressor, translate
+from m3quant.recipe.llmcompressor_schemes import PRESETS, group_scheme, preset_scheme
+from m3quant.recipe.recipe import Recipe, build_recipe, named_recipe, recipe_names
 from m3quant.schemes import KEEP
 
 M2: dict[str, Any] = {

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from m3quant import timing
-from m3quant.timing import Span, Timeline, common, device_span, recording, span, total, union
+from m3quant.running import timing
+from m3quant.running.timing import Span, Timeline, common, device_span, recording, span, total, union
 
 
 def spans_of(*stretches: tuple[str, float, float]) -> Timeline:

@@ -14,7 +14,7 @@ from convert.common import make_plan_of, make_source
 
 from m3quant.cli.plan import command
 from m3quant.errors import PlanError
-from m3quant.timing_model import Rates, estimate, forward_flops, load_rates, search_flops, stream_bytes
+from m3quant.planning.timing_model import Rates, estimate, forward_flops, load_rates, search_flops, stream_bytes
 
 
 def rates(**changes: float) -> Rates:

@@ -3,6 +3,7 @@
 Importing this imports neither torch nor huggingface_hub.
 """
 
+from .checkpoint import Checkpoint, Shard
 from .header import (
     DTYPE_BYTES,
     Entry,
@@ -17,7 +18,6 @@ from .header import (
 from .index import INDEX_NAME
 from .listing import CONFIG_NAME
 from .reader import torch_dtype
-from .source import Checkpoint, Shard
 from .writer import (
     ShardRecord,
     ShardWriter,

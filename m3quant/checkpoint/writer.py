@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, StoppedError
-from ..timing import span
+from ..running.timing import span
 from .header import Entry, entry_bytes, header_bytes
 from .reader import bytes_view, torch_dtype
 

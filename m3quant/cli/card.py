@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
+from ..artifact.output import require_output
 from ..errors import OptionError
-from ..publish.files import require_output
 from .options import publish_options
 
 

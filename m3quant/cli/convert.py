@@ -10,12 +10,13 @@ import click
 
 from ..checkpoint import Checkpoint
 from ..errors import EvaluationError, PlanError, RecipeError
-from ..plan import Plan, make_plan
-from ..recipe import build_recipe
-from .options import human_bytes, load_recipe, recipe_options
+from ..planning.plan import Plan, make_plan
+from ..recipe.recipe import build_recipe
+from ..running.words import human_bytes
+from .options import load_recipe, recipe_options
 
 if TYPE_CHECKING:
-    from ..convert.settings import Settings
+    from ..convert.job import Settings
 
 
 @click.command("convert")
@@ -101,7 +102,7 @@ def command(
         else:
             print_plan(plan)
         return
-    from ..convert.settings import Settings
+    from ..convert.job import Settings
 
     how = Settings(device=device, strict_coverage=strict_coverage, spill=spill, engine=engine, address=address)
     manifest = _run(plan, dst, how, corpus)
@@ -111,7 +112,7 @@ def command(
     elif suite is None:
         click.echo(json.dumps(told, indent=2))
     if suite is not None:
-        from ..evaluate.run import Settings as Evaluating
+        from ..evaluate.evaluation import Settings as Evaluating
         from .eval import run_eval
 
         run_eval(dst, Path(src), suite, None, Evaluating(device), None, fail_over, as_json, told)
@@ -128,8 +129,9 @@ def _check_eval(suite: str, fail_over: str | None) -> None:
 
 
 def _run(plan: Plan, dst: Path, settings: Settings, corpus: str | None) -> dict[str, Any]:
-    from ..convert.run import check_places, convert
-    from ..device import pick_device
+    from ..convert.conversion import check_places
+    from ..convert.start import convert
+    from ..running.device import pick_device
     from .progress import BytesProgress
 
     check_places(plan, dst)

@@ -13,9 +13,9 @@ from ..errors import EvaluationError
 from .options import print_table
 
 if TYPE_CHECKING:
+    from ..artifact.eval_record import EvalRecord, Result
     from ..evaluate.gate import Limit
     from ..evaluate.models import Model
-    from ..evaluate.record import EvalRecord, Result
 
 _PLACES = ("auto", "device", "host", "disk")
 
@@ -85,7 +85,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Measure CKPT (a source or an output of m3quant; a folder or a Hub repo), and its distance from --source. Run again after an interruption: it continues."""
-    from ..evaluate.run import Settings
+    from ..evaluate.evaluation import Settings
     from .progress import local_folder
 
     if endpoint is not None:
@@ -113,9 +113,9 @@ def run_eval(
 
     Raises SystemExit(1) if a limit is broken, M3QuantError for what cannot be measured."""
     from ..calibration.corpus import load_tokenizer
+    from ..evaluate.evaluation import evaluate
     from ..evaluate.gate import check_limits, parse_limits
     from ..evaluate.models import open_model
-    from ..evaluate.run import evaluate
     from ..evaluate.suites import load_suite, make_tasks
     from .progress import BytesProgress
 
@@ -148,9 +148,9 @@ def _served(
     from ..calibration.corpus import load_tokenizer
     from ..checkpoint import Checkpoint, make_folder
     from ..evaluate.endpoint import evaluate_endpoint
+    from ..evaluate.evaluation import write_record
     from ..evaluate.gate import check_limits, parse_limits
     from ..evaluate.haystack import Reach
-    from ..evaluate.run import write_record
     from ..evaluate.suites import load_suite, make_tasks
 
     limits = parse_limits(fail_over) if fail_over is not None else []
@@ -173,7 +173,7 @@ def _tell(
 ) -> None:
     """Print the record and what it breaks; SystemExit(1) if anything."""
     from ..evaluate.gate import broken
-    from ..evaluate.report_html import write_report
+    from ..reports.evaluation_html import write_report
 
     page = write_report(record, pages)
     sentences = broken(limits, record)
@@ -192,7 +192,7 @@ def _tell(
 
 def default_report(checkpoint: Model) -> tuple[Path, Path]:
     """Folders of eval.json and of the page: beside the weights for an output of ours; a source is not written into."""
-    from ..convert.report import FOLDER
+    from ..reports.conversion import FOLDER
 
     if checkpoint.manifest is not None:
         return checkpoint.folder, checkpoint.folder / FOLDER

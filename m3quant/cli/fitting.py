@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from ..errors import DoesNotFit, NodeError
-from ..recipe import build_recipe, named_recipe, read_recipe_file
+from ..recipe.recipe import build_recipe, named_recipe, read_recipe_file
+from ..running.words import human_bytes
 from ..runtime.checklog import LogCheck, check_log
 from ..runtime.command import vllm_command
 from ..runtime.cost import Prices, decode_bound, load_prices, price_per_million
@@ -21,7 +22,7 @@ from ..runtime.fit import Ask, Fit, Remedy, assess, remedies
 from ..runtime.hardware import GIB, STANDARD_NODES, Node, parse_node
 from ..runtime.memory import Estimate
 from ..runtime.model import ServedModel, Subject, open_subject
-from .options import human_bytes, print_table
+from .options import print_table
 
 TABLE_CONTEXT = 32768  # tokens that each request of the price column holds, unless --context says otherwise
 NO_FIT = DoesNotFit.exit_code

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import RecipeError
-from ..quant.layout import FORMATS
-from ..recipe import Recipe, build_recipe, named_recipe, read_recipe_file
+from ..planning.layout import FORMATS
+from ..recipe.recipe import Recipe, build_recipe, named_recipe, read_recipe_file
 from ..runtime.hardware import MAX_COUNT
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def load_recipe(
     if recipe_file is None:
         return build_recipe(named_recipe(to or "awq"), settings=settings, format=format_name)
     document = read_recipe_file(recipe_file)
-    from ..recipe_llmcompressor import is_llmcompressor, translate
+    from ..recipe.llmcompressor import is_llmcompressor, translate
 
     if is_llmcompressor(document):
         from ..families import family_of
@@ -165,15 +165,6 @@ def publish_asked(repo: str | None, given: dict[str, Any], online: bool = False)
         licence=licence,
         online=online,
     )
-
-
-def human_bytes(count: float) -> str:
-    """Decimal units, as disks and the Hub count: 1 GB = 10^9 bytes."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def print_table(rows: list[list[str]]) -> None:

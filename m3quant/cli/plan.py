@@ -11,12 +11,13 @@ import click
 from ..checkpoint import Checkpoint
 from ..errors import PlanError
 from ..families import family_of
-from ..headers import from_config
-from ..plan import Plan, bits_per_weight, make_plan, passed_through, role_table
-from ..recipe import recipe_names
-from ..resources import resources
-from ..timing_model import Rates, estimate, load_rates, sentence
-from .options import ASK_OPTIONS, human_bytes, load_recipe, print_table, recipe_options, serving_options
+from ..planning.headers import from_config
+from ..planning.plan import Plan, bits_per_weight, make_plan, passed_through, role_table
+from ..planning.resources import resources
+from ..planning.timing_model import Rates, estimate, load_rates, sentence
+from ..recipe.recipe import recipe_names
+from ..running.words import human_bytes
+from .options import ASK_OPTIONS, load_recipe, print_table, recipe_options, serving_options
 
 
 @click.command("plan")

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..artifact.output import read_manifest, require_output
 from ..errors import HubError, PublishError
-from ..publish.files import files_to_publish, require_output
+from ..publish.files import files_to_publish
 from ..publish.upload import DEFAULT_TAG
-from ..verify.structure import read_manifest
-from .options import human_bytes, print_table, publish_asked, publish_options
+from ..running.words import human_bytes
+from .options import print_table, publish_asked, publish_options
 from .progress import BytesProgress
 
 if TYPE_CHECKING:

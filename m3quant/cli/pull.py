@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..publish.pull import pull
-from .options import human_bytes
+from ..running.words import human_bytes
 from .progress import BytesProgress
 
 

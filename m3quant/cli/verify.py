@@ -7,10 +7,10 @@ import math
 
 import click
 
+from ..artifact.output import require_converted
 from ..errors import VerifyError
-from ..verify.run import Check, Verification, sqnr_by_scheme, verify
-from ..verify.structure import require_converted
 from ..verify.values import worst
+from ..verify.verification import Check, Verification, sqnr_by_scheme, verify
 from .progress import local_folder
 
 
@@ -56,7 +56,7 @@ def command(
         click.echo(line, err=True)
 
     if engine:  # before hours of reading
-        from ..engine import find_engine_python
+        from ..verify.engine_python import find_engine_python
 
         engine_python = find_engine_python(engine_python)
     folder = local_folder(dst)

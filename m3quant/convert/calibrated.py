@@ -14,29 +14,29 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ..calibration.awq import CalibratedLayer, calibrate_layer, require_finite_weights
+from ..calibration.awq_settings import AwqSettings
+from ..calibration.boundary import Streams, WindowView
 from ..calibration.experts import ExpertLedger
 from ..calibration.layers import Layer, LayerTensors, layer_shapes, layer_spec
 from ..calibration.ranks import ALONE
-from ..calibration.settings import AwqSettings
 from ..calibration.stream import Prefetcher, read_head, read_layer, run_layer
 from ..errors import CalibrationError
-from ..plan import PlannedTensor, Unit
+from ..planning.layout import scale_dtype
+from ..planning.plan import PlannedTensor, Unit
 from ..quant.formats import TORCH_DTYPES, compress, decompress
-from ..quant.layout import scale_dtype
+from ..reports.conversion import write_report
+from ..running.timing import device_span
 from ..schemes import Scheme
-from ..timing import device_span
-from .boundary import Streams, WindowView
 from .device_layers import DeviceLoader
 from .device_warm_up import WarmUp
 from .expert_stacks import pack_experts
 from .layer_writer import LayerSink, LayerWriter, NoWriter
 from .pipeline import convert_unit
 from .quality import coverage, heldout_quality
-from .report import write_report
 from .units import shard_facts
 
 if TYPE_CHECKING:
-    from .settings import Run
+    from .job import Run
 
 
 def convert_calibrated(run: Run) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.reader import torch_dtype
-from ..reading import densify
-from ..source import SourceTensor
-from .batches import aligned
+from ..planning.batches import aligned
+from ..planning.source_tensors import SourceTensor
+from ..quant.reading import densify
 from .gpu_stage import LAUNCH, why_plain
 
 Expert = tuple[str, int, SourceTensor]  # stack ("w1", "w3" or "w2"), number, what is stored

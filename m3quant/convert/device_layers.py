@@ -20,14 +20,14 @@ from ..calibration.layers import LayerTensors
 from ..calibration.spec import EXPERTS, LayerSpec, layer_shapes
 from ..calibration.stream import layer_prefix
 from ..checkpoint.reader import bytes_view, torch_dtype
-from ..reading import densify
-from ..source import PLAIN
-from ..timing import span
+from ..planning.source_tensors import PLAIN
+from ..quant.reading import densify
+from ..running.timing import span
 from .device_fp8 import Expert, StoredExperts
 
 if TYPE_CHECKING:
     from ..checkpoint.header import TensorInfo
-    from ..reading import SourceReader
+    from ..quant.reading import SourceReader
 
 THREADS = 4
 BUFFER_BYTES = 64 * 2**20  # what one thread reads before it copies; a larger tensor has a buffer of its own size

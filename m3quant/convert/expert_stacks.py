@@ -10,7 +10,7 @@ from torch import Tensor
 from ..calibration.awq import CalibratedLayer
 from ..calibration.ranges import qparams
 from ..calibration.spec import EXPERTS
-from ..plan import PlannedTensor
+from ..planning.plan import PlannedTensor
 from ..quant.formats import compress, decompress
 from ..schemes import KEEP, Scheme
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..artifact.journal import MANIFEST, Journal
+from ..artifact.source_record import SourceRecord
 from ..checkpoint import make_folder, write_bytes_atomic, write_json_atomic
-from ..plan import INDEX_FILE, RECIPE_FILE, Plan, bits_per_weight, passed_through, role_table
-from .journal import MANIFEST, Journal
-from .source_record import SourceRecord
+from ..planning.plan import INDEX_FILE, RECIPE_FILE, Plan, bits_per_weight, passed_through, role_table
 
 SCHEMA = 1
 

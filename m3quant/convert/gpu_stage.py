@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import torch_dtype
+from ..planning.batches import Item, aligned, output_ranges, output_views, staged_parts
 from ..quant.formats import compress
 from ..quant.integer import ensure_finite, int_qparams
-from ..reading import densify
-from ..timing import device_span
-from .batches import Item, aligned, output_ranges, output_views, staged_parts
+from ..quant.reading import densify
+from ..running.timing import device_span
 
 # Building a kernel is not something that two threads should do at once.
 LAUNCH = threading.Lock()

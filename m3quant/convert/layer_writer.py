@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import torch
 
-from ..plan import Unit
-from ..timing import span
-from .boundary import Streams, drop_saved
-from .journal import Journal
+from ..artifact.journal import Journal
+from ..calibration.boundary import Streams, drop_saved
+from ..planning.plan import Unit
+from ..running.timing import span
 from .units import UnitWriter, shard_facts
 
 

@@ -23,12 +23,7 @@ from torch import Tensor
 
 from ..checkpoint import ShardRecord, torch_dtype
 from ..checkpoint.reader import bytes_view
-from ..plan import PASSED_THROUGH, Unit
-from ..quant.fused import compress_into
-from ..quant.integer import ensure_finite
-from ..reading import SourceReader, densify
-from ..timing import span
-from .batches import (
+from ..planning.batches import (
     AHEAD,
     ALIGNMENT,
     COPY,
@@ -45,8 +40,13 @@ from .batches import (
     output_ranges,
     output_views,
     staged_parts,
-)  # fmt: skip
-from .stopping import StopFlag
+)
+from ..planning.plan import PASSED_THROUGH, Unit
+from ..quant.fused import compress_into
+from ..quant.integer import ensure_finite
+from ..quant.reading import SourceReader, densify
+from ..running.stopping import StopFlag
+from ..running.timing import span
 from .units import FLOATS, UnitWriter, quantize_tensor
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..calibration.boundary import Streams, WindowView
 from ..calibration.experts import ExpertLedger
 from ..calibration.head import Head, compare_heads
-from .boundary import Streams, WindowView
 
 
 def heldout_quality(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import ShardRecord, ShardWriter
-from ..plan import PASSED_THROUGH, SHARD_METADATA, PlannedTensor, Unit
+from ..planning.plan import PASSED_THROUGH, SHARD_METADATA, PlannedTensor, Unit
 from ..quant.formats import compress
 from ..quant.integer import ensure_finite
-from ..reading import SourceReader, densify
+from ..quant.reading import SourceReader, densify
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

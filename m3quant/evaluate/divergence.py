@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from ..artifact.eval_record import Result
 from . import metrics
 from .perplexity import WindowParams, cut_windows
-from .record import Result
 from .task import Predictions, ScoredSequence
 from .texts import Texts, load_texts, token_ids
 

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..artifact.eval_record import EvalRecord, Result
 from ..errors import EvaluationError
-from .record import EvalRecord, Result
 
 # name in --fail-over -> (kind of task, metric, whether more is worse)
 METRICS = {

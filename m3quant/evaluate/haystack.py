@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..artifact.eval_record import Data, Result
 from ..errors import EvaluationError
 from ..families import family_of
-from .record import Data, Result
 from .task import ScoredSequence
 from .texts import token_ids
 

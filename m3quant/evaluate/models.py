@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..artifact.conversion_eval import output_fingerprint
+from ..artifact.eval_record import Measured
+from ..artifact.journal import MANIFEST
+from ..artifact.output import output_plan, read_manifest
 from ..calibration.corpus import load_tokenizer
 from ..calibration.stream import layer_prefix
 from ..checkpoint import Checkpoint
-from ..convert.journal import MANIFEST
 from ..errors import CheckpointError, EvaluationError
 from ..families import Family, family_of
-from ..plan import nbytes
-from ..reading import ConvertedReader, SourceReader
-from ..source import check_complete, source_kind
-from ..verify.structure import output_plan, read_manifest
-from .heldout import output_fingerprint
-from .record import Measured
+from ..planning.plan import nbytes
+from ..planning.source_tensors import check_complete, source_kind
+from ..quant.reading import ConvertedReader, SourceReader
 
 # Files that decide which ids a text has.
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")

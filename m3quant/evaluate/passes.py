@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from ..artifact.journal import Journal
 from ..calibration.head import CHUNK_TOKENS, Head, score
 from ..calibration.layers import Layer, layer_spec
 from ..calibration.stream import Prefetcher, embed, num_layers, read_embeddings, read_head, read_layer
-from ..convert.journal import Journal
-from ..convert.settings import Progress
-from ..convert.stopping import StopFlag
 from ..errors import EvaluationError
+from ..running.progress import Progress
+from ..running.stopping import StopFlag
 from .batches import Batch, Layout, lay_out
 from .models import Model
 from .states import StreamStates

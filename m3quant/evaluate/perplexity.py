@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..artifact.eval_record import Result
 from ..errors import EvaluationError
 from . import metrics
-from .record import Result
 from .task import Predictions, ScoredSequence
 from .texts import BUNDLED, Texts, load_texts, token_ids
 

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
+from ..artifact.eval_record import Data, Result
 from ..errors import EvaluationError
 from .haystack import SHORT, Reach, TextParams, parse
 from .metrics import perplexity
-from .record import Data, Result
 from .task import Predictions, ScoredSequence
 from .texts import token_ids
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from ..artifact.eval_record import Data, Result
 from .haystack import Answer, Reach
 from .intervals import wilson
-from .record import Data, Result
 from .task import Predictions, ScoredSequence
 
 CONVENTION = "greedy exact match, teacher-forced"

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from ..calibration.boundary import disk_errors
 from ..calibration.stream import HiddenStates
 from ..checkpoint import sync_folder
-from ..convert.boundary import disk_errors
 from ..errors import CalibrationError, EvaluationError, StoppedError
 
 PLACES = ("auto", "device", "host", "disk")

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from .record import Result
+from ..artifact.eval_record import Result
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from ..artifact.eval_record import Data
 from ..calibration.corpus import load_documents, render
 from ..calibration.documents import Document, corpus_sha256, read_file
 from ..errors import EvaluationError
-from .record import Data
 
 BUNDLED = "bundled"
 BUNDLED_PATH = Path(__file__).parent / "data" / "texts.jsonl"

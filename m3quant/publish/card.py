@@ -12,12 +12,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..artifact.output import read_manifest
 from ..checkpoint import sha256_file, write_bytes_atomic
 from ..checkpoint.strict_json import shown
-from ..cli.options import human_bytes
 from ..errors import PublishError
-from ..plan import RECIPE_FILE
-from ..verify.structure import read_manifest
+from ..planning.plan import RECIPE_FILE
+from ..running.words import human_bytes
 from .base import Base
 from .facts import CardFacts, Serving
 from .files import CARD, CHECKSUMS, files_to_publish, notice_name

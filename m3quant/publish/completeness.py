@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..artifact.journal import FOLDER
 from ..checkpoint import Checkpoint, sha256_file
-from ..convert.journal import FOLDER
 from .files import CARD, PublishFile, files_to_publish
 from .scan import machine_strings, scan
 
@@ -50,7 +50,7 @@ def check_complete_for_publish(
 
 
 def _verify(out: Path, source: str | None, say: Callable[[str], None]) -> list[str]:
-    from ..verify.run import verify
+    from ..verify.verification import verify
 
     result, _ = verify(out, source, say)
     problems = [f"verify, {check.name}: {problem}" for check in result.checks for problem in check.problems]

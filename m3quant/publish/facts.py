@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from huggingface_hub import EvalResult
 
+from ..artifact.conversion_eval import output_fingerprint
 from ..checkpoint import Checkpoint
-from ..evaluate.heldout import output_fingerprint
 from ..families import Family, family_of
-from ..plan import RECIPE_FILE
-from ..recipe import Recipe, build_recipe
+from ..planning.plan import RECIPE_FILE
+from ..recipe.recipe import Recipe, build_recipe
 from .base import Base
 from .hub_benchmarks import BenchmarkResult, read_benchmarks
 from .licences import Licence
@@ -26,7 +26,7 @@ PLACEHOLDER_REPO = "ORG/NAME"
 
 
 class Serving(Protocol):
-    """A row of `m3quant.runtime.plan.serving_table`."""
+    """A row of `m3quant.runtime.serving_table.serving_table`."""
 
     @property
     def node(self) -> str: ...

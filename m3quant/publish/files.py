@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..artifact.eval_record import EVAL_FILE
+from ..artifact.journal import FOLDER, MANIFEST
 from ..checkpoint import CONFIG_NAME, INDEX_NAME, sha256_file
-from ..convert.journal import FOLDER, MANIFEST
-from ..errors import CheckpointError, PublishError, VerifyError
-from ..evaluate.record import EVAL_FILE
-from ..plan import RECIPE_FILE
-from ..verify.structure import read_manifest, require_converted
+from ..errors import PublishError
+from ..planning.plan import RECIPE_FILE
 
 CARD = "README.md"
 NOTICE = "NOTICE"
@@ -40,16 +39,6 @@ class PublishFile:
     size: int
     sha256: str
     base_copy: bool = False
-
-
-def require_output(out: Path) -> None:
-    """Raise CheckpointError where `out` is no finished output of m3quant convert: to `card`, `publish` and `serve` that is wrong
-    input, while to `verify` it is what it finds."""
-    require_converted(out)
-    try:
-        read_manifest(out)
-    except VerifyError as error:
-        raise CheckpointError(str(error)) from None
 
 
 def files_to_publish(out: Path, manifest: Mapping[str, Any]) -> list[PublishFile]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..artifact.output import read_manifest
 from ..checkpoint import Checkpoint
 from ..errors import PublishError
-from ..verify.structure import read_manifest
 from .base import Base, resolve_base
 from .card import check_metadata, write_card
 from .completeness import Findings, check_complete_for_publish, left_out_explained
@@ -119,7 +119,7 @@ def prepare(out: Path, asked: Asked, say: Say = lambda line: None) -> Prepared:
 def _serving(out: Path, asked: Asked) -> Sequence[Serving]:
     if asked.serving is not None:
         return asked.serving
-    from ..runtime.plan import serving_table
+    from ..runtime.serving_table import serving_table
 
     rows: Sequence[Serving] = serving_table(out)
     return rows

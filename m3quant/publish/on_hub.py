@@ -9,7 +9,7 @@ from typing import Any
 from ..checkpoint.hub import HubStore
 from ..checkpoint.listing import classify
 from ..checkpoint.origin import matches_etag
-from ..plan import REPLACED_FILES
+from ..planning.plan import REPLACED_FILES
 from .base import Base
 from .files import CARD, LICENCE_FILE
 from .licences import Licence

@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from ..artifact.journal import MANIFEST
 from ..checkpoint import CONFIG_NAME, INDEX_NAME, make_folder, sha256_file
+from ..checkpoint.checkpoint import REPO_ID
 from ..checkpoint.hub import HubStore, TransientError
-from ..checkpoint.source import REPO_ID
-from ..convert.journal import MANIFEST
 from ..errors import CheckpointError, HubError, OutputError, StoppedError, VerifyError
 from .files import CHECKSUMS
 from .remote import LONGEST_PAUSE_SECONDS, PAUSES_SECONDS, retry_after

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
-from ..checkpoint.source import REPO_ID
+from ..checkpoint.checkpoint import REPO_ID
 from ..errors import HubError, M3QuantError, PublishError, StoppedError
 
 T = TypeVar("T")

@@ -11,9 +11,9 @@ from typing import Any
 from huggingface_hub import EvalResult
 from pydantic import ValidationError
 
+from ..artifact.eval_record import EVAL_FILE, EvalRecord, Result
 from ..errors import PublishError
 from ..evaluate.position import CONVENTION as POSITION
-from ..evaluate.record import EVAL_FILE, EvalRecord, Result
 
 # What a reader looks for, by how the conventions of `m3quant eval` begin; a kind without a result is said to be missing.
 KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..planning.layout import AUTOAWQ, COMPRESSED_TENSORS, check_divisible, scale_dtype, scale_shape, stored_tensors
 from ..schemes import Scheme
 from . import fp8, integer, packing
-from .layout import AUTOAWQ, COMPRESSED_TENSORS, check_divisible, scale_dtype, scale_shape, stored_tensors
 
 TORCH_DTYPES = {
     "I64": torch.int64,

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..planning.layout import COMPRESSED_TENSORS, check_divisible
 from ..schemes import FP8_BLOCK, Scheme
 from .fp8 import E4M3_MAX
 from .integer import _SCALE_FLOOR, ZERO_GROUP_SCALE, ensure_finite, int_qparams, int_range
-from .layout import COMPRESSED_TENSORS, check_divisible
 
 # Elements of one block of rows: its float32 copy and codes fit a core's second-level cache.
 BLOCK_ELEMENTS = 1 << 18

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..planning.layout import COMPRESSED_TENSORS, group_count
 from ..schemes import FP8_BLOCK, Scheme
 from .formats import compress
-from .layout import COMPRESSED_TENSORS, group_count
 
 # A row of FP8 is held by one program; longer rows go the general way.
 MAX_ROW = 1 << 14

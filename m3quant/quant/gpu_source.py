@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dequantize import MX_BLOCK
 from .fp8 import SQUARE
-from .source import MX_BLOCK
 
 TILE = (32, 128)  # of one program
 _SCALE_BYTES = {"F32": 4, "BF16": 2, "U8": 1, "F8_E8M0": 1}

@@ -11,12 +11,12 @@ import torch
 from ..calibration.corpus import load_documents, load_tokenizer, tokenize_windows
 from ..calibration.stream import nll
 from ..checkpoint import Checkpoint
-from ..device import pick_device
-from ..engine import EngineReport, run_engine
 from ..errors import CalibrationError
-from ..plan import Plan
-from ..reading import ConvertedReader
-from .run import Check
+from ..planning.plan import Plan
+from ..quant.reading import ConvertedReader
+from ..running.device import pick_device
+from .engine_python import EngineReport, run_engine
+from .verification import Check
 
 PROMPTS = 2
 SHORT_PROMPT = 512

@@ -2,86 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..checkpoint import CONFIG_NAME, Checkpoint, sha256_file
-from ..convert.journal import MANIFEST, unfinished
-from ..engine_config import engine_problems
-from ..errors import CheckpointError, M3QuantError, VerifyError
-from ..headers import HeaderSource
-from ..plan import INDEX_FILE, RECIPE_FILE, Plan, make_plan, unquantized
-from ..recipe import Recipe, build_recipe
-from ..source import FP8_BLOCK, PLAIN, source_kind
-
-
-def require_converted(output: Path) -> None:
-    """Raise CheckpointError if there is no such folder."""
-    if not output.is_dir():
-        raise CheckpointError(f"there is no folder {output}: give the output of m3quant convert.")
-
-
-def read_manifest(output: Path) -> dict[str, Any]:
-    """m3quant.json of an output. Raises VerifyError if the folder is unfinished or not ours."""
-    path = output / MANIFEST
-    if sentence := unfinished(output):
-        raise VerifyError(sentence)
-    if not path.exists():
-        raise VerifyError(
-            f"{output} has no {MANIFEST}: it was not written by m3quant convert, or the file was removed."
-        )
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise VerifyError(f"{path} is damaged: convert again.") from None
-    needed = ("source", "recipe", "shards", "files")
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in needed):
-        raise VerifyError(
-            f"{path} lacks one of {', '.join(needed)}: it is damaged or of another version; convert again."
-        )
-    if not all(isinstance(facts, dict) and {"size", "sha256"} <= facts.keys() for facts in manifest["shards"].values()):
-        raise VerifyError(f"{path} lacks size or sha256 of a shard: it is damaged; convert again.")
-    return manifest
-
-
-def recorded_source(output: Checkpoint, manifest: Mapping[str, Any]) -> HeaderSource:
-    """The source as the manifest recorded it: enough to plan again without the source's files."""
-    recorded = manifest["source"]["tensors"]
-    config = _source_config(output.config, {facts["kind"] for facts in recorded.values()})
-    source = HeaderSource(output.root, config)
-    for name, facts in recorded.items():
-        source.add(name, facts["dtype"], tuple(facts["shape"]), facts["kind"], facts.get("scale"))
-    return source
-
-
-def _source_config(config: Mapping[str, Any], kinds: set[str]) -> dict[str, Any]:
-    """The source's config.json: the output's, with the source's own quantization in place of ours."""
-    source = unquantized(config)
-    quantized = kinds - {PLAIN}
-    if quantized:
-        source["quantization_config"] = {"quant_method": "fp8" if FP8_BLOCK in quantized else "mxfp8"}
-    return source
-
-
-def output_plan(output: Checkpoint, manifest: Mapping[str, Any], source: Checkpoint | None) -> Plan:
-    """What the output should hold. With a source, planned from it; else from the manifest's record of it.
-
-    Raises VerifyError if the recipe beside the weights is not the one in the manifest.
-    """
-    path = Path(output.root) / RECIPE_FILE
-    try:
-        recipe: Recipe = build_recipe(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, M3QuantError) as error:
-        raise VerifyError(f"{path} cannot be read as a recipe ({error}): convert again.") from None
-    if recipe.model_dump() != manifest["recipe"]:
-        raise VerifyError(
-            f"{path} differs from the recipe recorded in {MANIFEST}: one of them was edited after the conversion."
-        )
-    return make_plan(source or recorded_source(output, manifest), recipe)
+from ..artifact.journal import MANIFEST
+from ..checkpoint import CONFIG_NAME, Checkpoint
+from ..errors import CheckpointError
+from ..planning.engine_config import engine_problems
+from ..planning.plan import INDEX_FILE, RECIPE_FILE, Plan, unquantized
+from ..planning.source_tensors import source_kind
 
 
 def structure_problems(
@@ -123,24 +53,6 @@ def _config_problems(output: Checkpoint, plan: Plan, source: Checkpoint | None) 
         theirs, ours = unquantized(source.config), unquantized(output.config)
         if changed := sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k)):
             yield f"config.json differs from the source's in {', '.join(changed)}: only quantization_config may"
-
-
-def hash_problems(output: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Shards, config, index, recipe and carried files whose bytes are not those that were written."""
-    for shard, facts in manifest["shards"].items():
-        path = output / shard
-        if not path.exists():
-            yield f"{shard} is missing"
-        elif path.stat().st_size != facts["size"]:
-            yield f"{shard} has {path.stat().st_size} bytes, {facts['size']} were written"
-        elif sha256_file(path) != facts["sha256"]:
-            yield f"{shard}: sha256 differs from the one recorded when it was written: the file was changed or damaged"
-    for name, digest in manifest["files"].items():
-        path = output / name
-        if not path.exists():
-            yield f"{name} is missing"
-        elif sha256_file(path) != digest:
-            yield f"{name}: sha256 differs from the one recorded when it was written: the file was edited or damaged"
 
 
 def check_same_kind(output: Checkpoint, source: Checkpoint) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor
 from ..calibration.folds import expert_names, fold_groups, scale_columns
 from ..calibration.layers import layer_spec
 from ..calibration.ranges import FACTORS
-from ..plan import PASSED_THROUGH, Plan, PlannedTensor, Unit
+from ..planning.plan import PASSED_THROUGH, Plan, PlannedTensor, Unit
 from ..quant.formats import code_errors, decompress
-from ..reading import ConvertedReader, SourceReader
+from ..quant.reading import ConvertedReader, SourceReader
 
 # Signal-to-quantization-noise ratio below which a tensor is wrong rather than coarse, in dB. Honest rounding gives about
 # 18-22 for INT4 groups (a clipped range less), 31 for FP8 E4M3, 42 for INT8, 50 for BF16 after a fold, 140 for float32.

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from m3quant.calibration import awq, awq_attention, awq_mlp, glu, grouped, kernels, ranges, round_weight, rounding
+from m3quant.calibration.awq_settings import AwqSettings
 from m3quant.calibration.layers import Layer, layer_shapes, layer_spec
 from m3quant.calibration.ops import Activation, gated, grouped_linear
 from m3quant.calibration.ranges import COARSE_FACTORS, FACTORS
-from m3quant.calibration.settings import AwqSettings
 from m3quant.schemes import parse_scheme
 
 from .wide import wide_config

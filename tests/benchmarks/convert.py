@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from m3quant.checkpoint import Checkpoint
-from m3quant.device import device_name, pick_device
-from m3quant.plan import Plan, make_plan
-from m3quant.recipe import build_recipe, named_recipe
-from m3quant.timing import recording
+from m3quant.planning.plan import Plan, make_plan
+from m3quant.recipe.recipe import build_recipe, named_recipe
+from m3quant.running.device import device_name, pick_device
+from m3quant.running.timing import recording
 
 from . import floors, peers
 from .chart import write_chart
@@ -46,9 +46,9 @@ def plan_of(source: Path, recipe: str, windows: int, length: int) -> Plan:
 
 def child(arguments: argparse.Namespace) -> None:
     """Convert in this process and write seconds, peaks and the timeline to the answer file."""
-    from m3quant.convert.run import convert
-    from m3quant.convert.settings import Settings
-    from m3quant.resources import resources
+    from m3quant.convert.job import Settings
+    from m3quant.convert.start import convert
+    from m3quant.planning.resources import resources
 
     source, output, answer = (Path(p) for p in arguments.child)
     plan = plan_of(source, arguments.to, arguments.windows, arguments.window_length)

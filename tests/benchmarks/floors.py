@@ -119,9 +119,9 @@ def rates(device: torch.device) -> dict[str, float]:
 
 def pack_rate(scheme_name: str, fmt: str, device: torch.device) -> float:
     """BF16 bytes per second that one call of the rounding itself takes in, everything in place: on a GPU the kernel, on a CPU one thread."""
+    from m3quant.planning.layout import stored_bytes, stored_tensors
     from m3quant.quant.formats import TORCH_DTYPES
     from m3quant.quant.fused import compress_into
-    from m3quant.quant.layout import stored_bytes, stored_tensors
     from m3quant.schemes import parse_scheme
 
     shape, scheme = (1536, 3072), parse_scheme(scheme_name)

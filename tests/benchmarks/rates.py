@@ -13,10 +13,10 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from m3quant.headers import from_config
-from m3quant.plan import Plan, make_plan
-from m3quant.recipe import build_recipe, named_recipe
-from m3quant.timing_model import Rates, estimate, forward_flops, search_flops
+from m3quant.planning.headers import from_config
+from m3quant.planning.plan import Plan, make_plan
+from m3quant.planning.timing_model import Rates, estimate, forward_flops, search_flops
+from m3quant.recipe.recipe import build_recipe, named_recipe
 
 from .wide import wide_config
 

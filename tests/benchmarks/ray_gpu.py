@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from m3quant.checkpoint import Checkpoint, sha256_file
-from m3quant.convert.run import convert
-from m3quant.convert.settings import Settings
-from m3quant.plan import make_plan
-from m3quant.recipe import build_recipe, named_recipe
+from m3quant.convert.job import Settings
+from m3quant.convert.start import convert
+from m3quant.planning.plan import make_plan
+from m3quant.recipe.recipe import build_recipe, named_recipe
 
 from .told import Told, random_windows
 from .wide import wide_checkpoint, wide_config

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from m3quant.calibration.corpus import Windows
-from m3quant.plan import Plan
+from m3quant.planning.plan import Plan
 
 
 class Told:

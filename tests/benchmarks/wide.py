@@ -12,8 +12,8 @@ import torch
 
 from m3quant.checkpoint import ShardWriter, write_json_atomic
 from m3quant.families import family_of
+from m3quant.planning.source_tensors import FP8_BLOCK, PLAIN, scale_layout, source_kind
 from m3quant.quant.fp8 import E4M3_MAX
-from m3quant.source import FP8_BLOCK, PLAIN, scale_layout, source_kind
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASES = {"m2": "minimax-m2.7", "m3": "minimax-m3"}

@@ -12,8 +12,8 @@ from planted import salient, tiny_layer
 
 from m3quant.calibration import glu, grouped, kernels, ranges, round_weight
 from m3quant.calibration.awq import calibrate_layer
+from m3quant.calibration.awq_settings import AwqSettings
 from m3quant.calibration.ops import Activation, gated
-from m3quant.calibration.settings import AwqSettings
 from m3quant.schemes import parse_scheme
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,10 +9,10 @@ import torch
 from planted import Tensors, all_int, linears, salient, tiny_layer
 
 from m3quant.calibration.awq import CalibratedLayer, calibrate_layer
+from m3quant.calibration.awq_settings import AwqSettings
 from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, ROUTER, all_groups
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.ops import gated
-from m3quant.calibration.settings import AwqSettings
 from m3quant.calibration.spec import LayerSpec
 from m3quant.calibration.stream import HiddenStates
 from m3quant.errors import CalibrationError

@@ -15,7 +15,7 @@ from m3quant.calibration.ops import rms_norm
 from m3quant.calibration.spec import layer_spec
 from m3quant.calibration.stream import embed_source, num_layers, read_head, read_layer
 from m3quant.checkpoint import Checkpoint
-from m3quant.reading import SourceReader
+from m3quant.quant.reading import SourceReader
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 TOKENS = 1536  # three times what tiny-m3's four blocks of 128 cover: selection decides

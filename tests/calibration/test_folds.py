@@ -10,15 +10,7 @@ from plain_folds import apply_folds
 from planted import Tensors, linears, tiny_layer
 
 from m3quant.calibration import attention
-from m3quant.calibration.folds import (
-    ATTENTION_NORM,
-    MLP_NORM,
-    ROUTER,
-    all_groups,
-    fold_groups,
-    fold_norm,
-    pair_folds,
-)
+from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, ROUTER, all_groups, fold_groups, fold_norm, pair_folds
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.ops import Activation, gated, rms_norm
 from m3quant.calibration.spec import LayerSpec, layer_spec

@@ -15,10 +15,11 @@ from safetensors import safe_open
 
 from m3quant.calibration.corpus import Windows
 from m3quant.checkpoint import Checkpoint
-from m3quant.convert.run import convert
-from m3quant.convert.settings import Settings, Silent
-from m3quant.plan import Plan, make_plan
-from m3quant.recipe import build_recipe, named_recipe
+from m3quant.convert.job import Settings
+from m3quant.convert.start import convert
+from m3quant.planning.plan import Plan, make_plan
+from m3quant.recipe.recipe import build_recipe, named_recipe
+from m3quant.running.progress import Silent
 
 # The least that calibration needs: two windows to search on, one held out.
 FEW = {"windows": 2, "window_length": 32, "heldout_windows": 1, "min_expert_tokens": 4}

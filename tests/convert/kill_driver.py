@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from convert.common import files, make_plan_of, run_plan, same_output
 
-from m3quant.plan import Plan
+from m3quant.planning.plan import Plan
 
 WRITES = ("write", "pwritev")
 OTHERS = (

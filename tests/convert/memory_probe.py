@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from convert.common import make_plan_of, make_source, run_plan
 
-from m3quant.resources import CALIBRATION_BYTES, CPU_PROCESS_BYTES, resources
+from m3quant.planning.resources import CALIBRATION_BYTES, CPU_PROCESS_BYTES, resources
 
 
 def status(field: str) -> int:

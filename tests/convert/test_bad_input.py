@@ -280,7 +280,7 @@ def test_a_truncated_shard(m3quant: Run, made: dict[str, Path], tmp_path: Path) 
 
 def begin(m3quant: Run, monkeypatch: pytest.MonkeyPatch, source: Path, out: Path, *options: object) -> dict[str, bytes]:
     """A conversion that a signal stopped in the second unit."""
-    from m3quant.convert import stopping
+    from m3quant.running import stopping
 
     seen: list[int] = []
 
@@ -321,7 +321,7 @@ def test_a_resume_with_something_else_is_refused_by_name(
         "now 3)",
     )
     with monkeypatch.context() as patch:
-        patch.setattr("m3quant.convert.run.__version__", "99.0")
+        patch.setattr("m3quant.convert.conversion.__version__", "99.0")
         refused(m3quant("convert", made["m2"], out, "--to", "awq", *SHORT), "version was", "99.0")
     assert files(out) == begun
     assert m3quant("convert", made["m2"], out, "--to", "awq", *SHORT)[0] == 0
@@ -354,7 +354,7 @@ def test_damaged_records_are_named(
 
 @pytest.mark.parametrize("left", [None, 100])
 def test_hidden_states_that_are_not_what_was_saved_say_what_to_remove(tmp_path: Path, left: int | None) -> None:
-    from m3quant.convert.boundary import Streams
+    from m3quant.calibration.boundary import Streams
     from m3quant.errors import CalibrationError
 
     if left is not None:
@@ -367,7 +367,7 @@ def test_strict_coverage_holds_for_layers_that_are_finished(
     m3quant: Run, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """64 tokens to 2 of 4 experts each: some expert has fewer than 60 of them."""
-    from m3quant.convert import stopping
+    from m3quant.running import stopping
 
     out, asked = tmp_path / "out", ("--to", "awq", *SHORT, "--min-expert-tokens", 60)
 

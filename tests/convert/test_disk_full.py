@@ -13,10 +13,10 @@ import torch
 from convert.common import files, make_plan_of, make_source, run_plan, same_output
 from convert.kill_driver import OTHERS, WRITES, Counter
 
-from m3quant.convert import run as run_module
+from m3quant.convert import conversion as run_module
 from m3quant.errors import StoppedError
-from m3quant.plan import Plan
-from m3quant.resources import check_disk, hidden_state_bytes, resources
+from m3quant.planning.plan import Plan
+from m3quant.planning.resources import check_disk, hidden_state_bytes, resources
 
 CAN_FILL = ("write", "pwritev", "fsync", "posix_fallocate")
 
@@ -99,11 +99,11 @@ def test_too_little_disk_is_refused_before_anything_is_written(tmp_path: Path, m
     need = resources(plan, on_gpu=False).disk
     assert need >= plan.output_bytes
     usage = monkeypatch.setattr
-    usage("m3quant.resources.shutil.disk_usage", lambda folder: Usage(need * 2, need + 1, need - 1))
+    usage("m3quant.planning.resources.shutil.disk_usage", lambda folder: Usage(need * 2, need + 1, need - 1))
     with pytest.raises(StoppedError, match=r"GB free, but the output needs .* GB more: free .* Nothing was changed"):
         run_plan(plan, tmp_path / "deep" / "out")
     assert not (tmp_path / "deep").exists()
-    usage("m3quant.resources.shutil.disk_usage", lambda folder: Usage(need * 2, need, need))
+    usage("m3quant.planning.resources.shutil.disk_usage", lambda folder: Usage(need * 2, need, need))
     run_plan(plan, tmp_path / "deep" / "out")
 
 
@@ -133,7 +133,7 @@ def test_a_full_gpu_is_a_resumable_stop(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_finished_output_needs_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan_of(make_source(tmp_path / "src", "m2"), "int4")
     run_plan(plan, tmp_path / "out")
-    monkeypatch.setattr("m3quant.resources.shutil.disk_usage", lambda folder: Usage(1, 1, 0))
+    monkeypatch.setattr("m3quant.planning.resources.shutil.disk_usage", lambda folder: Usage(1, 1, 0))
     run_plan(plan, tmp_path / "out")
 
 
@@ -151,7 +151,7 @@ def test_what_an_interrupted_run_holds_already_counts(tmp_path: Path, monkeypatc
         (output / name).write_bytes(bytes(size))
     for short, refused in ((1, True), (0, False)):
         free = need.disk - sum(held.values()) - short
-        monkeypatch.setattr("m3quant.resources.shutil.disk_usage", lambda folder, f=free: Usage(f, 0, f))
+        monkeypatch.setattr("m3quant.planning.resources.shutil.disk_usage", lambda folder, f=free: Usage(f, 0, f))
         if refused:
             with pytest.raises(StoppedError):
                 check_disk(plan, output, need)

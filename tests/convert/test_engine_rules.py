@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from convert.common import config_of, make_plan_of, make_source, rewrite, served_format, stored
 
-from m3quant.engine_config import engine_problems, resolve
 from m3quant.errors import CheckpointError, PlanError
-from m3quant.plan import Plan
-from m3quant.recipe import recipe_names
+from m3quant.planning.engine_config import engine_problems, resolve
+from m3quant.planning.plan import Plan
+from m3quant.recipe.recipe import recipe_names
 from m3quant.schemes import KEEP, parse_scheme
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 import m3quant
-from m3quant.convert.stopping import InterruptedRun
 from m3quant.errors import M3QuantError
+from m3quant.running.stopping import InterruptedRun
 
 MESSAGE = "layer 3: a weight is not finite; download the shard again."
 

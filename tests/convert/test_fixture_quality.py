@@ -7,10 +7,10 @@ from click.testing import CliRunner
 
 from m3quant.calibration.corpus import load_tokenizer
 from m3quant.cli import cli
-from m3quant.convert.settings import Silent
 from m3quant.evaluate.divergence import DivergenceParams, divergence
+from m3quant.evaluate.evaluation import Settings, evaluate
 from m3quant.evaluate.models import open_model
-from m3quant.evaluate.run import Settings, evaluate
+from m3quant.running.progress import Silent
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 WINDOWS = 32  # of 512 tokens, for calibration and again for judging: enough to tell the two apart, quick enough for CI

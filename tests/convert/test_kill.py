@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from convert.common import files, make_plan_of, make_source, run_plan, same_output
 
-from m3quant.convert.journal import Journal
-from m3quant.convert.settings import Silent
+from m3quant.artifact.journal import Journal
 from m3quant.errors import OutputError
+from m3quant.running.progress import Silent
 
 DRIVER = Path(__file__).with_name("kill_driver.py")
 TESTS = DRIVER.parents[1]
@@ -74,7 +74,7 @@ class SignalAt(Silent):
 def test_a_signal_stops_cleanly_and_the_same_command_continues(
     tmp_path: Path, family: str, recipe: str, number: int, code: int
 ) -> None:
-    from m3quant.convert.stopping import InterruptedRun
+    from m3quant.running.stopping import InterruptedRun
 
     plan = make_plan_of(make_source(tmp_path / "src", family), recipe)
     run_plan(plan, tmp_path / "whole")

@@ -13,13 +13,13 @@ from convert.sources import quantized_source
 
 from m3quant.checkpoint import entry_bytes
 from m3quant.convert import pipeline
-from m3quant.convert.batches import COPY, FUSED, WHOLE, make_batches, output_ranges, working_bytes
 from m3quant.convert.pipeline import Buffers
-from m3quant.convert.settings import Silent
 from m3quant.convert.units import quantize_tensor
 from m3quant.errors import CheckpointError
-from m3quant.plan import Plan
-from m3quant.reading import SourceReader
+from m3quant.planning.batches import COPY, FUSED, WHOLE, make_batches, output_ranges, working_bytes
+from m3quant.planning.plan import Plan
+from m3quant.quant.reading import SourceReader
+from m3quant.running.progress import Silent
 
 LIMITS = [20_000, 300_000, 1 << 30]
 

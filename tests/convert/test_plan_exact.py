@@ -26,9 +26,9 @@ from tiny import m2_config, m2_tensors
 
 from m3quant.checkpoint import Checkpoint
 from m3quant.errors import CheckpointError, PlanError
-from m3quant.plan import Plan, passed_through
+from m3quant.planning.plan import Plan, passed_through
 from m3quant.quant.formats import TORCH_DTYPES
-from m3quant.recipe import recipe_names
+from m3quant.recipe.recipe import recipe_names
 
 KEPT_BUT_EXPERTS = ("attention=keep", "shared_experts=keep", "dense_mlp=keep")
 EXPERTS_ONLY = ("routed_experts=int4-g128", *KEPT_BUT_EXPERTS)
@@ -242,7 +242,7 @@ def test_odd_sizes_that_a_scheme_allows_are_written_right(tmp_path: Path, to: st
     source = shaped(tmp_path, intermediate_size=224, vocab_size=501)
     plan = make_plan_of(source, to, settings)
     check_exact(plan, tmp_path / "out")
-    from m3quant.reading import ConvertedReader
+    from m3quant.quant.reading import ConvertedReader
 
     dense = ConvertedReader(Checkpoint.open(tmp_path / "out"), {t.name: t for t in plan.tensors}, plan.recipe.format)
     before = stored(source)

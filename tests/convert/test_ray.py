@@ -18,12 +18,13 @@ import pytest
 
 from m3quant import __version__ as m3quant_version
 from m3quant.checkpoint import Checkpoint, sha256_file
-from m3quant.convert import ray_cluster
-from m3quant.convert.run import convert
-from m3quant.convert.settings import Settings, Silent
+from m3quant.convert.job import Settings
+from m3quant.convert.ray import cluster as ray_cluster
+from m3quant.convert.start import convert
 from m3quant.errors import PlanError
-from m3quant.plan import make_plan
-from m3quant.recipe import build_recipe, named_recipe
+from m3quant.planning.plan import make_plan
+from m3quant.recipe.recipe import build_recipe, named_recipe
+from m3quant.running.progress import Silent
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster, one worker
 
@@ -137,7 +138,7 @@ def test_no_gpu_in_the_cluster_is_refused() -> None:
 def test_an_error_in_a_worker_is_told_as_what_it_is() -> None:
     import ray
 
-    from m3quant.convert.ray_engine import _result
+    from m3quant.convert.ray.units import _result
     from m3quant.errors import OutputError
 
     def get(_: object) -> None:
@@ -265,7 +266,7 @@ def test_an_address_without_ray_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_node_that_sees_another_checkpoint_says_so(tmp_path: Path) -> None:
-    from m3quant.convert.ray_engine import Job, job_of, same_plan
+    from m3quant.convert.ray.units import Job, job_of, same_plan
 
     plan = make_plan(Checkpoint.open(FIXTURE), build_recipe(named_recipe("int4")))
     job: Any = job_of(plan, tmp_path / "out", "cpu")

@@ -15,8 +15,8 @@ import pytest
 from common import make_plan_of, make_source, run_plan
 
 from m3quant.calibration.experts import ExpertLedger
-from m3quant.convert.report_charts import SHADES, heatmap, line_chart, number
-from m3quant.convert.report_html import Report, page
+from m3quant.reports.charts import SHADES, heatmap, line_chart, number
+from m3quant.reports.conversion_html import Report, page
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 FLOOR = 32

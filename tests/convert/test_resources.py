@@ -11,10 +11,10 @@ import pytest
 from benchmarks.wide import CODES, stored_tensors, wide_config
 
 from m3quant.checkpoint import Checkpoint
-from m3quant.convert.batches import MAX_WORKERS, pinned_bytes
-from m3quant.plan import Plan, make_plan
-from m3quant.recipe import build_recipe, named_recipe
-from m3quant.resources import resources
+from m3quant.planning.batches import MAX_WORKERS, pinned_bytes
+from m3quant.planning.plan import Plan, make_plan
+from m3quant.planning.resources import resources
+from m3quant.recipe.recipe import build_recipe, named_recipe
 
 FIGURES = Path(__file__).parents[1] / "benchmarks" / "figures"
 

@@ -14,16 +14,16 @@ import torch
 from convert.common import config_of, make_plan_of, make_source, rewrite, run_plan, same_output, stored
 from convert.sources import quantized_source
 
+from m3quant.calibration.boundary import Streams
 from m3quant.calibration.layers import layer_spec
 from m3quant.calibration.stream import read_layer
 from m3quant.checkpoint import Checkpoint, ShardRecord
 from m3quant.convert import calibrated, expert_stacks, layer_writer
-from m3quant.convert.boundary import Streams
 from m3quant.convert.device_layers import DeviceLoader
 from m3quant.convert.device_warm_up import TOKENS, WarmUp, pass_once
-from m3quant.convert.settings import Silent
 from m3quant.errors import CheckpointError, StoppedError
-from m3quant.reading import SourceReader
+from m3quant.quant.reading import SourceReader
+from m3quant.running.progress import Silent
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 

@@ -22,8 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from m3quant.engine import EngineReport, difference, run_engine
 from m3quant.errors import M3QuantError
+from m3quant.verify.engine_python import EngineReport, difference, run_engine
 
 ENV = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 KV_BYTES = 1 << 30  # a fixed cache: engines that share a GPU cannot measure each other's free memory

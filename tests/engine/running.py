@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3quant.engine import ENGINE_PYTHON, EngineReport, run_engine
+from m3quant.verify.engine_python import ENGINE_PYTHON, EngineReport, run_engine
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 NEEDS_ENGINE = [

@@ -14,8 +14,8 @@ import torch
 from text_windows import text_windows
 
 from m3quant.calibration.stream import nll
-from m3quant.device import pick_device
 from m3quant.evaluate.models import open_model
+from m3quant.running.device import pick_device
 
 PROMPTS = 2
 

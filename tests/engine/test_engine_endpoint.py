@@ -19,12 +19,12 @@ from running import ENV, NEEDS_ENGINE
 
 from m3quant.calibration.corpus import load_tokenizer
 from m3quant.calibration.stream import nll
-from m3quant.engine import find_engine_python
 from m3quant.evaluate import needle, position
 from m3quant.evaluate.endpoint import GENERATED, evaluate_endpoint
 from m3quant.evaluate.haystack import Reach
 from m3quant.evaluate.models import open_model
 from m3quant.evaluate.task import Predictions
+from m3quant.verify.engine_python import find_engine_python
 
 pytestmark = NEEDS_ENGINE
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-m2"

@@ -1,4 +1,4 @@
-"""m3quant.engine without an engine: what is found, what is said, and how a dying process is told apart. No vLLM needed."""
+"""m3quant.verify.engine_python without an engine: what is found, what is said, and how a dying process is told apart. No vLLM needed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3quant import engine
-from m3quant.engine import Difference, difference, find_engine_python, run_engine
-from m3quant.engine_probe import WeightLedger, account, empty_response, header_names, watch_writes
 from m3quant.errors import EngineMissing, VerifyError
+from m3quant.verify import engine_python as engine
+from m3quant.verify.engine_probe import WeightLedger, account, empty_response, header_names, watch_writes
+from m3quant.verify.engine_python import Difference, difference, find_engine_python, run_engine
 
 PROMPTS = [[1, 2, 3]]
 

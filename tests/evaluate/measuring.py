@@ -12,9 +12,9 @@ import torch
 from convert.common import Silent
 from safetensors.torch import load_file, save_file
 
+from m3quant.artifact.eval_record import EvalRecord, Result
+from m3quant.evaluate.evaluation import Settings, evaluate
 from m3quant.evaluate.models import open_model
-from m3quant.evaluate.record import EvalRecord, Result
-from m3quant.evaluate.run import Settings, evaluate
 from m3quant.evaluate.task import Predictions, ScoredSequence
 
 

@@ -7,8 +7,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+from m3quant.artifact.eval_record import Data, EvalRecord, Measured, Result
 from m3quant.evaluate.intervals import wilson
-from m3quant.evaluate.record import Data, EvalRecord, Measured, Result
 
 TEXT = Data(name="bundled evaluation text", sha256="5d" * 32, licence="public domain")
 LENGTHS, DEPTHS = (2048, 4096, 16384, 65536, 131072), (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -80,6 +80,6 @@ def sample_record(seed: int = 3) -> EvalRecord:
 
 
 if __name__ == "__main__":
-    from m3quant.evaluate.report_html import write_report
+    from m3quant.reports.evaluation_html import write_report
 
     print(write_report(sample_record(), Path(sys.argv[1])))

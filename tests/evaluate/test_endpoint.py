@@ -13,11 +13,11 @@ import pytest
 from double import KEY, Double, serving, toy_logprobs
 from long_context import TEXT, config, tokenizer
 
+from m3quant.artifact.eval_record import EvalRecord
 from m3quant.errors import EvaluationError
 from m3quant.evaluate import needle, openai_server, position, ruler
 from m3quant.evaluate.endpoint import GENERATED, evaluate_endpoint
 from m3quant.evaluate.haystack import Reach
-from m3quant.evaluate.record import EvalRecord
 from m3quant.evaluate.task import Predictions, Task
 
 REACH = Reach.of(config("tiny-m2"))

@@ -16,9 +16,9 @@ from double import Double, serving
 from long_context import tokenizer
 from measuring import Plain, changed_copy, run, sequence
 
+from m3quant.artifact.eval_record import EVAL_FILE, EvalRecord
 from m3quant.cli import cli
 from m3quant.errors import CheckpointError, EvaluationError, StoppedError
-from m3quant.evaluate.record import EVAL_FILE, EvalRecord
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 M2, M3 = FIXTURES / "tiny-m2", FIXTURES / "tiny-m3"

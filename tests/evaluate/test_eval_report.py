@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from sample_record import sample_record
 
-from m3quant.convert.report_html import STYLE
-from m3quant.evaluate.record import EvalRecord, Measured
-from m3quant.evaluate.report_charts import bucket_chart, heat
-from m3quant.evaluate.report_html import page, write_report
+from m3quant.artifact.eval_record import EvalRecord, Measured
+from m3quant.reports.conversion_html import STYLE
+from m3quant.reports.evaluation_charts import bucket_chart, heat
+from m3quant.reports.evaluation_html import page, write_report
 
 VOID = {"meta", "br"}
 
@@ -103,7 +103,7 @@ def test_numbers_in_cells_have_contrast(scheme: str) -> None:
     """WCAG AA: 4.5 between the text and the shade that it stands on."""
     light, dark = STYLE.split("@media screen and (prefers-color-scheme:dark)")
     colours = dict(re.findall(r"--(\w+):(#[0-9a-f]{3,6})", light if scheme == "light" else dark))
-    from m3quant.evaluate import report_charts
+    from m3quant.reports import evaluation_charts as report_charts
 
     ink = dict(re.findall(r"td\.(\w+)\{background:var\(--\w+\);color:var\(--(\w+)\)", report_charts.STYLE))
     used = {heat(share / 100) for share in range(101)}

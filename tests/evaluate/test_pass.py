@@ -17,11 +17,11 @@ from convert.sources import quantized_source
 from measuring import Plain, changed_copy, full_logits, reference, run, sequence
 from safetensors.torch import load_file, save_file
 
+from m3quant.artifact.eval_record import EVAL_FILE
 from m3quant.calibration import head
 from m3quant.errors import EvaluationError, OutputError
 from m3quant.evaluate.batches import lay_out, unique
-from m3quant.evaluate.record import EVAL_FILE
-from m3quant.evaluate.run import JOURNAL
+from m3quant.evaluate.evaluation import JOURNAL
 from m3quant.evaluate.task import ScoredSequence
 
 

@@ -14,12 +14,12 @@ import tiny
 import yaml
 from click.testing import CliRunner
 
+from m3quant.artifact.eval_record import EvalRecord, Measured, Result
 from m3quant.calibration.corpus import load_documents, load_tokenizer
 from m3quant.cli import cli
 from m3quant.errors import CalibrationError, EvaluationError, M3QuantError
 from m3quant.evaluate.gate import broken, check_limits, parse_limits
 from m3quant.evaluate.models import open_model
-from m3quant.evaluate.record import EvalRecord, Measured, Result
 from m3quant.evaluate.suites import load_suite, make_tasks, suite_names
 from m3quant.evaluate.texts import BUNDLED_PATH, PUBLIC, load_texts
 

@@ -19,15 +19,15 @@ from convert.common import make_plan_of
 from huggingface_hub import ModelCard
 from publish.outputs import COMMIT, TEXTS, converted, manifest_of, serving, source_like
 
+from m3quant.artifact.conversion_eval import output_fingerprint
+from m3quant.artifact.eval_record import Data, EvalRecord, Measured, Result
 from m3quant.checkpoint import Checkpoint
 from m3quant.cli import cli
 from m3quant.cli.convert import calibration_windows
 from m3quant.errors import PublishError
 from m3quant.evaluate.haystack import Reach
-from m3quant.evaluate.heldout import output_fingerprint
 from m3quant.evaluate.metrics import by_position
 from m3quant.evaluate.position import EDGES, PositionTask
-from m3quant.evaluate.record import Data, EvalRecord, Measured, Result
 from m3quant.evaluate.task import Predictions, ScoredSequence
 from m3quant.publish.card import NOTES_BEGIN, check_metadata
 from m3quant.publish.gates import Asked, Prepared, check, make_card, prepare

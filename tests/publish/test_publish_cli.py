@@ -12,7 +12,7 @@ from hub_state import ATTRIBUTES, Fault, Hub
 from publish.outputs import COMMIT, converted, source_like
 from test_upload import refused
 
-IMPORTED_ONCE = ("torch", "m3quant.publish.gates", "m3quant.verify.run", "m3quant.cli.publish")
+IMPORTED_ONCE = ("torch", "m3quant.publish.gates", "m3quant.verify.verification", "m3quant.cli.publish")
 BASE = "MiniMaxAI/MiniMax-M3"
 REPO = "org/tiny-m3-int4"
 

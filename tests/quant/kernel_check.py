@@ -21,15 +21,16 @@ if not ON_GPU:
 import torch  # noqa: E402
 
 from m3quant.checkpoint import TensorInfo, torch_dtype  # noqa: E402
-from m3quant.convert import batches, gpu_stage  # noqa: E402
+from m3quant.convert import gpu_stage  # noqa: E402
 from m3quant.errors import CheckpointError  # noqa: E402
 from m3quant.families import Role  # noqa: E402
-from m3quant.plan import OutputTensor, PlannedTensor  # noqa: E402
+from m3quant.planning import batches  # noqa: E402
+from m3quant.planning.layout import stored_tensors  # noqa: E402
+from m3quant.planning.plan import OutputTensor, PlannedTensor  # noqa: E402
+from m3quant.planning.source_tensors import FP8_BLOCK, MXFP8, SourceTensor, scale_layout  # noqa: E402
 from m3quant.quant.formats import compress  # noqa: E402
-from m3quant.quant.layout import stored_tensors  # noqa: E402
-from m3quant.reading import densify  # noqa: E402
+from m3quant.quant.reading import densify  # noqa: E402
 from m3quant.schemes import KEEP, parse_scheme  # noqa: E402
-from m3quant.source import FP8_BLOCK, MXFP8, SourceTensor, scale_layout  # noqa: E402
 
 Parts = tuple[torch.Tensor, ...]  # a BF16 weight, or codes and scale
 # Scheme, or None for BF16; format; dtype of an FP8 source's scales, or None for a BF16 source.

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from m3quant.errors import CheckpointError, PlanError
-from m3quant.quant import formats, layout, packing
+from m3quant.planning import layout
+from m3quant.quant import formats, packing
 from m3quant.schemes import KEEP, Scheme, parse_scheme
 
 INT = [f"int{b}-{w}{a}" for b in (4, 8) for w in ("g128", "g64", "g32", "channel") for a in ("", "-asym")]

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from m3quant.errors import CheckpointError
+from m3quant.planning.layout import FORMATS, one_pass, stored_tensors
 from m3quant.quant import fused
 from m3quant.quant.formats import TORCH_DTYPES, compress
 from m3quant.quant.fused import compress_into
-from m3quant.quant.layout import FORMATS, one_pass, stored_tensors
 from m3quant.schemes import parse_scheme
 
 CASES = [

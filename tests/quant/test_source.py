@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3quant.errors import CheckpointError
-from m3quant.quant import source
+from m3quant.quant import dequantize as source
 
 OUT = [torch.bfloat16, torch.float32]
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from m3quant.errors import NodeError
-from m3quant.recipe import build_recipe, named_recipe
+from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.checklog import check_log
 from m3quant.runtime.enginelog import EngineLog, is_empty, parse_log
 from m3quant.runtime.fit import Ask

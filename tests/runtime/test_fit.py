@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from m3quant.checkpoint import DTYPE_BYTES, Checkpoint
 from m3quant.errors import CheckpointError, NodeError, PlanError
-from m3quant.headers import from_config
-from m3quant.plan import make_plan
-from m3quant.recipe import build_recipe, named_recipe
+from m3quant.planning.headers import from_config
+from m3quant.planning.plan import make_plan
+from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.fit import Ask, Fit, assess, remedies
 from m3quant.runtime.hardware import GIB, GPUS, STANDARD_NODES, Gpu, Node, parse_node
 from m3quant.runtime.memory import Estimate, Setup, kv_bytes_per_token, kv_dtype_of, pool_of, predict
 from m3quant.runtime.model import ServedModel, Subject, open_subject
-from m3quant.runtime.plan import serving_table
+from m3quant.runtime.serving_table import serving_table
 from m3quant.runtime.weights import Split, converted_groups, rank_weights, stage_of_layers, stored_bytes
 
 ROOT = Path(__file__).parents[2]

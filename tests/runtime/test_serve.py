@@ -31,7 +31,7 @@ from m3quant.errors import (
     RecipeError,
     ServeError,
 )
-from m3quant.recipe import recipe_folder, recipe_names
+from m3quant.recipe.recipe import recipe_folder, recipe_names
 from m3quant.runtime import engines, failures
 from m3quant.runtime.enginelog import parse_log
 from m3quant.runtime.engines import (

@@ -490,8 +490,8 @@ def test_a_manifest_of_wrong_types_is_damaged(made: dict[str, Path], tmp_path: P
 
 
 def test_the_plan_rebuilt_from_the_manifest_is_the_plan(made: dict[str, Path], tmp_path: Path) -> None:
+    from m3quant.artifact.output import output_plan, read_manifest
     from m3quant.checkpoint import Checkpoint
-    from m3quant.verify.structure import output_plan, read_manifest
 
     for which, to in (("m2-int4", "int4"), ("m3-int4", "int4")):
         plan = make_plan_of(made[which[:2]], to)

@@ -1,0 +1,58 @@
+"""One conversion in this process: how it runs, as opposed to what it makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import StoppedError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from ..artifact.journal import Journal
+    from ..calibration.corpus import Windows
+    from ..calibration.ranks import Ranks
+    from ..planning.plan import Plan
+    from ..quant.reading import SourceReader
+    from ..running.progress import Progress
+    from ..running.stopping import StopFlag
+    from .ray.cluster import Cluster
+
+
+@dataclass
+class Settings:
+    """How to run, as opposed to what to make. windows is None for data-free recipes."""
+
+    device: str = "cpu"
+    windows: Windows | None = None
+    strict_coverage: bool = False
+    spill: bool = False  # keep hidden states on disk instead of memory
+    micro_batch_tokens: int = 16384
+    engine: str = "local"  # or "ray": units over the GPUs of a cluster
+    address: str | None = None  # of the Ray cluster; None starts one on this machine
+    ranks: Ranks | None = None  # this process among those that calibrate together; None: alone
+
+
+@dataclass(frozen=True)
+class Run:
+    """One conversion under way in this process: what is made of what, how, and whom it tells."""
+
+    plan: Plan
+    output: Path
+    reader: SourceReader
+    settings: Settings
+    device: torch.device
+    journal: Journal
+    stop: StopFlag
+    progress: Progress
+    cluster: Cluster | None = None  # whose workers do it; None: this process
+
+
+def out_of_memory(device: object, error: torch.OutOfMemoryError) -> StoppedError:
+    return StoppedError(
+        f"{device} has too little free memory ({str(error).split('. ')[0]}); finished shards are kept: free memory on it, "
+        "or keep hidden states on the disk with --spill, and run the same command again."
+    )

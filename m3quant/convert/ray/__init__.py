@@ -1,0 +1,1 @@
+"""Conversion over the GPUs of a Ray cluster."""

@@ -1,0 +1,215 @@
+"""`quantization_config`: what an engine is told, and what it will make of it.
+
+`quantization_config` writes the group; `resolve` reads it the way vLLM does (compressed_tensors/utils.py
+`find_matched_target` and `should_ignore_layer`, quant_utils `is_layer_skipped`), so that plan and verify can compare
+the engine's view of every fused module with the schemes on disk. Torch-free.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import PlanError
+from ..families.base import QUANTIZABLE, Family
+from ..recipe.recipe import Recipe
+from ..schemes import KEEP, Scheme
+
+# `packed_modules_mapping` of vLLM's two models.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def quantization_config(
+    recipe: Recipe, family: Family, modules: Mapping[str, Scheme], linears: Iterable[str]
+) -> dict[str, Any]:
+    """The `quantization_config` for these modules.
+
+    modules: on-disk module name -> scheme, for every module of a quantizable role.
+    linears: on-disk names of the other modules that engines build as Linear layers (vision, projector).
+    """
+    if recipe.format == "fp8":
+        return _deepseek_fp8(family, modules, linears)
+    if recipe.format == "autoawq":
+        return _autoawq(recipe, family, modules)
+    return _compressed_tensors(recipe, family)
+
+
+def _roles(recipe: Recipe, family: Family) -> dict[str, Scheme]:
+    return {role: recipe.scheme(role) for role in QUANTIZABLE if role in family.targets}
+
+
+def _compressed_tensors(recipe: Recipe, family: Family) -> dict[str, Any]:
+    groups: dict[str, dict[str, Any]] = {}
+    targets: dict[Scheme, list[str]] = {}
+    ignore = list(family.always_ignored)
+    for role, scheme in _roles(recipe, family).items():
+        if scheme.quantizes:
+            targets.setdefault(scheme, []).extend(family.targets[role])
+        else:
+            ignore.extend(family.targets[role])
+    for number, (scheme, patterns) in enumerate(targets.items()):
+        groups[f"group_{number}"] = {"targets": patterns, **compressed_tensors_group(scheme)}
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+    }
+
+
+def compressed_tensors_group(scheme: Scheme) -> dict[str, Any]:
+    """One compressed-tensors config group without its targets: weights, input_activations and format."""
+    if scheme.kind == "int":
+        weights: dict[str, Any] = {
+            "num_bits": scheme.bits,
+            "type": "int",
+            "symmetric": scheme.symmetric,
+            "strategy": "group" if scheme.group_size else "channel",
+            "group_size": scheme.group_size,
+            "dynamic": False,
+        }
+        return {"weights": weights, "input_activations": None, "output_activations": None, "format": "pack-quantized"}
+    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    if scheme.block:
+        weights = {**common, "strategy": "block", "block_structure": [128, 128], "dynamic": False}
+        inputs = {**common, "strategy": "group", "group_size": 128, "dynamic": True}
+    else:
+        weights = {**common, "strategy": "channel", "dynamic": False}
+        inputs = {**common, "strategy": "token", "dynamic": True}
+    return {"weights": weights, "input_activations": inputs, "output_activations": None, "format": "float-quantized"}
+
+
+def _deepseek_fp8(family: Family, modules: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
+    kept = [name for name, scheme in modules.items() if not scheme.quantizes]
+    # One entry stands for all experts of a layer: vLLM asks whether the layer's prefix lies in an entry.
+    exact = sorted({alias for name in (*kept, *linears) for alias in family.engine_names(name)})
+    return {
+        "quant_method": "fp8",
+        "fmt": "float8_e4m3fn",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": [*family.fp8_ignored, *exact],
+    }
+
+
+def _autoawq(recipe: Recipe, family: Family, modules: Mapping[str, Scheme]) -> dict[str, Any]:
+    scheme = next(s for s in modules.values() if s.quantizes)
+    kept = [s for role, sc in _roles(recipe, family).items() if not sc.quantizes for s in family.awq_substrings[role]]
+    return {
+        "quant_method": "awq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size or -1,
+        "zero_point": True,  # symmetric codes are stored with the constant zero point 8
+        "version": "gemm",
+        "modules_to_not_convert": [*family.awq_ignored, *kept],
+    }
+
+
+def check_format(recipe: Recipe) -> None:
+    """Raise PlanError when the recipe's format cannot hold its schemes."""
+    used = {role: recipe.scheme(role) for role in QUANTIZABLE if recipe.scheme(role).quantizes}
+    if recipe.format == "fp8":
+        for role, scheme in used.items():
+            if not (scheme.kind == "fp8" and scheme.block):
+                raise PlanError(
+                    f"format 'fp8' holds 128x128 blocks only, but {role} is {scheme}: use fp8-block or --format compressed-tensors."
+                )
+    if recipe.format == "autoawq":
+        for role, scheme in used.items():
+            if scheme.kind != "int" or scheme.bits != 4:
+                raise PlanError(
+                    f"format 'autoawq' holds int4 only, but {role} is {scheme}: --to awq-attn-bf16 or awq-all-int4, or --set {role}=keep or int4-g128."
+                )
+        sizes = {scheme.group_size for scheme in used.values()}
+        if len(sizes) > 1:
+            raise PlanError(
+                f"format 'autoawq' holds one group size, but the recipe has {sorted(map(str, sizes))}: choose one with --set."
+            )
+
+
+def resolve(config: Mapping[str, Any], probe: str, expert: bool = False) -> Scheme:
+    """The scheme that vLLM's lookup gives to the module called `probe`; KEEP where it stays unquantized."""
+    method = config.get("quant_method")
+    if method == "compressed-tensors":
+        if any(_matches(probe, pattern) for pattern in config.get("ignore") or ()):
+            return KEEP
+        for group in config["config_groups"].values():
+            if any(_matches(probe, target) for target in group["targets"]):
+                return _scheme_of_group(group)
+        return KEEP
+    ignored = config.get("modules_to_not_convert") or config.get("ignored_layers") or []
+    if method == "awq":
+        if any(entry in probe for entry in ignored):
+            return KEEP
+        size = config["group_size"]
+        return Scheme("int", config["bits"], None if size == -1 else size, symmetric=False)
+    if method == "fp8":
+        return KEEP if _fp8_skipped(probe, ignored, expert) else Scheme("fp8", bits=8, block=True)
+    raise PlanError(f"quantization_config has quant_method {method!r}, which m3quant does not write.")
+
+
+def _fp8_skipped(probe: str, ignored: Iterable[str], expert: bool) -> bool:
+    """vLLM's `is_layer_skipped`: a fused name is skipped if it is listed itself, or if all its parts are."""
+    listed = set(ignored)
+    if expert:
+        return any(_parent(probe) in entry for entry in listed if "experts" in entry)
+    parent, _, leaf = probe.rpartition(".")
+    parts = _FUSED.get(leaf)
+    return probe in listed or (parts is not None and all(f"{parent}.{part}" in listed for part in parts))
+
+
+def _parent(probe: str) -> str:
+    """'…experts.0.w1' -> '…experts': vLLM looks a whole MoE layer up under the name of its list of experts."""
+    return probe.rsplit(".", 2)[0]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return name == pattern
+
+
+def _scheme_of_group(group: Mapping[str, Any]) -> Scheme:
+    weights = group["weights"]
+    if weights["type"] == "int":
+        size = weights.get("group_size") if weights["strategy"] == "group" else None
+        return Scheme("int", weights["num_bits"], size, weights["symmetric"])
+    return Scheme("fp8", bits=8, block=weights["strategy"] == "block")
+
+
+def engine_problems(
+    family: Family, config: Mapping[str, Any], qconfig: Mapping[str, Any], modules: Mapping[str, Scheme]
+) -> list[str]:
+    """Where the engine's view of the checkpoint differs from the schemes of `modules`; empty when it loads as meant.
+
+    Checks the rules of facts/checkpoints 4 and 7: members of one fused module share a scheme, and every name under
+    which the engine looks that module up resolves to it.
+    """
+    problems = []
+    zero_point_only = qconfig.get("quant_method") == "awq"
+    for module in family.engine_modules(config):
+        schemes = {modules[m] for m in module.members if m in modules}
+        if len(schemes) > 1:
+            example = {scheme.name: next(m for m in module.members if modules.get(m) == scheme) for scheme in schemes}
+            listed = ", ".join(f"{name} ({member})" for name, member in sorted(example.items()))
+            problems.append(
+                f"{module.fused_name} is one module in the engine but has several schemes: {listed}. Give them one scheme, or keep all of them."
+            )
+            continue
+        if not schemes:
+            continue
+        planned = schemes.pop()
+        for probe in module.probes:
+            seen = resolve(qconfig, probe, expert=".experts." in probe and "shared" not in probe)
+            same = seen == planned or (
+                zero_point_only and seen.quantizes and seen.group_size == planned.group_size and planned.quantizes
+            )
+            if not same:
+                problems.append(
+                    f"the engine looks up {probe} and finds {seen}, but {module.fused_name} is stored as {planned}: quantization_config's targets are wrong."
+                )
+    return problems

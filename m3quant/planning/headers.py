@@ -1,0 +1,74 @@
+"""A checkpoint that is only known by its tensors' names, dtypes and shapes: for plans without the files.
+
+Two uses: verify plans an output again from its manifest, and `plan config.json` answers before anything is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
+from ..errors import CheckpointError
+from ..families import QUANTIZABLE, family_of
+from .source_tensors import PLAIN, scale_layout, source_kind
+
+
+class HeaderSource(Checkpoint):
+    """Stands in for a Checkpoint where only headers are asked for; reading a tensor raises CheckpointError."""
+
+    def __init__(self, root: str, config: Mapping[str, Any]) -> None:
+        self.root = root
+        self.config = dict(config)
+        self.revision = None
+        self.tensors: dict[str, TensorInfo] = {}
+        self.shards = {}
+        self.other_files: list[str] = []
+        self.skipped_files: dict[str, str] = {}
+        self.warnings: list[str] = []
+
+    def add(
+        self, name: str, dtype: str, shape: tuple[int, ...], kind: str = PLAIN, scale_dtype: str | None = None
+    ) -> None:
+        """A tensor, and for an FP8 kind its scale beside it (in F32 or U8 unless told otherwise)."""
+        self._put(name, dtype, shape)
+        if kind != PLAIN:
+            scale_shape, dtypes = scale_layout(kind, shape)
+            self._put(f"{name}_scale_inv", scale_dtype or dtypes[0], scale_shape)
+
+    def _put(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        self.tensors[name] = TensorInfo(name, dtype, shape, self.root, 0, DTYPE_BYTES[dtype] * math.prod(shape))
+
+    @property
+    def local(self) -> bool:
+        return False
+
+    def fingerprint(self) -> str:
+        return ""
+
+    def read_many(self, names: Any) -> Any:
+        raise CheckpointError(f"{self.root} has no weights: only names and shapes are known.")
+
+
+def from_config(path: Path) -> HeaderSource:
+    """The BF16 release that a config.json describes, for planning. Raises CheckpointError for another file or architecture."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as config.json: {error}.") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is no config.json: it holds no JSON object.")
+    kind = source_kind(config, str(path))
+    family = family_of(config, str(path))
+    source = HeaderSource(str(path), config)
+    for name, expected in family.expected_tensors(config).items():
+        quantized = kind != PLAIN and family.role(name).kind in QUANTIZABLE
+        dtype = "F8_E4M3" if quantized else "F32" if expected.float32 else "BF16"
+        source.add(name, dtype, expected.shape, kind if quantized else PLAIN)
+    source.warnings.append(
+        "planned from config.json alone: sizes are those of the weights the config promises, without other files"
+    )
+    return source

@@ -1,0 +1,346 @@
+"""The plan: recipe x checkpoint from headers alone. Every output byte and every refusal is known before a weight is read.
+
+A plan is made of units: unit 0 holds what belongs to no layer, unit L+1 holds layer L. One unit is one output shard and
+the grain of resuming.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+from ..checkpoint import DTYPE_BYTES, Checkpoint, Entry, aligned_order, entry_bytes, file_size
+from ..errors import PlanError
+from ..families import KEPT, QUANTIZABLE, Family, Role, family_of
+from ..recipe.recipe import Recipe
+from ..schemes import FP8_BLOCK, KEEP, Scheme
+from .engine_config import check_format, engine_problems, quantization_config
+from .layout import check_divisible, stored_tensors
+from .source_tensors import FP8_BLOCK as FP8_BLOCK_SOURCE
+from .source_tensors import PLAIN, SourceTensor, check_complete, source_tensors
+
+T = TypeVar("T")
+
+SHARD_METADATA = {"format": "pt"}  # transformers refuses shards without it
+RECIPE_FILE = "recipe.yaml"
+PASSED_THROUGH = ("mtp", "unknown")  # roles copied byte for byte, in whatever dtype the source has them
+INDEX_FILE = "model.safetensors.index.json"
+# Files that describe the source and would be wrong of the output, which has or gets its own.
+REPLACED_FILES = (RECIPE_FILE, "m3quant.json", "eval.json", "SHA256SUMS")
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor to be written: safetensors dtype code and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """What happens to one source tensor.
+
+    action: "copy" (byte for byte), "dequantize" (FP8 source kept: BF16 out), or "quantize" to `scheme`.
+    """
+
+    source: SourceTensor
+    role: Role
+    action: str
+    scheme: Scheme
+    reason: str
+    outputs: tuple[OutputTensor, ...]
+
+    @property
+    def name(self) -> str:
+        return self.source.info.name
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+    def parts(self, stored: Mapping[str, T]) -> dict[str, T]:
+        """This tensor's own of `stored`, by suffix, as `quant.formats.decompress` takes them."""
+        return {o.name.removeprefix(f"{self.module}."): stored[o.name] for o in self.outputs}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One shard of the output and one step of the conversion. layer is None for unit 0."""
+
+    index: int
+    layer: int | None
+    shard: str
+    tensors: tuple[PlannedTensor, ...]
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """What the shard's header lists, in file order: source order, unless a tensor would start unaligned, which
+        safetensors' torch reader refuses (odd sizes only)."""
+        entries: list[Entry] = [(o.name, o.dtype, o.shape) for t in self.tensors for o in t.outputs]
+        offset = 0
+        for entry in entries:
+            if offset % DTYPE_BYTES[entry[1]]:
+                return aligned_order(entries)
+            offset += entry_bytes(entry)
+        return entries
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(t.source.stored_bytes for t in self.tensors)
+
+    @cached_property
+    def bytes_out(self) -> int:
+        return file_size(self.entries, SHARD_METADATA)
+
+    @property
+    def label(self) -> str:
+        return "embeddings, head and the rest" if self.layer is None else f"layer {self.layer}"
+
+
+@dataclass
+class Plan:
+    """The whole conversion. Made by `make_plan`; pure data."""
+
+    checkpoint: Checkpoint
+    family: Family
+    recipe: Recipe
+    units: list[Unit]
+    quantization: dict[str, Any] | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> Iterable[PlannedTensor]:
+        return (t for unit in self.units for t in unit.tensors)
+
+    @property
+    def sources(self) -> dict[str, SourceTensor]:
+        """Every source tensor by name, as planned."""
+        return {t.name: t.source for t in self.tensors}
+
+    @cached_property
+    def modules(self) -> dict[str, Scheme]:
+        """on-disk module -> scheme, for every weight of a quantizable role."""
+        return {t.module: t.scheme for t in self.tensors if t.role.kind in QUANTIZABLE and t.role.is_weight}
+
+    @cached_property
+    def config_bytes(self) -> bytes:
+        """config.json of the output: the source's own, with quantization_config set (or taken out) and nothing else changed."""
+        config = unquantized(self.checkpoint.config)
+        if self.quantization:
+            config["quantization_config"] = self.quantization
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+    @cached_property
+    def index_bytes(self) -> bytes:
+        weight_map = {o.name: unit.shard for unit in self.units for t in unit.tensors for o in t.outputs}
+        index = {"metadata": {"total_size": self.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        return (json.dumps(index, indent=2) + "\n").encode()
+
+    @cached_property
+    def tensor_bytes(self) -> int:
+        """Bytes of all output tensors, without headers."""
+        return sum(nbytes(o) for t in self.tensors for o in t.outputs)
+
+    @cached_property
+    def copied_files(self) -> list[str]:
+        """Files beside the weights that are carried over byte for byte."""
+        return [f for f in self.checkpoint.other_files if f not in REPLACED_FILES]
+
+    @cached_property
+    def output_bytes(self) -> int:
+        """Exact size of the finished checkpoint: shards, index, config, recipe and carried files (not m3quant's own manifest, eval.json and report)."""
+        own = len(self.config_bytes) + len(self.index_bytes) + len(self.recipe.dump().encode())
+        carried = sum(self.checkpoint.file_size(f) for f in self.copied_files)
+        return sum(unit.bytes_out for unit in self.units) + own + carried
+
+    def fingerprint(self) -> str:
+        """sha256 over the source's headers and config, the resolved recipe, and the layout of the output."""
+        digest = hashlib.sha256()
+        for part in (
+            self.checkpoint.fingerprint(),
+            self.recipe.dump(),
+            self.config_bytes.decode(),
+            self.index_bytes.decode(),
+        ):
+            digest.update(part.encode() + b"\0")
+        return digest.hexdigest()
+
+
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without quantization_config, at the top or in text_config (`source_kind` reads either)."""
+    out = {key: value for key, value in config.items() if key != "quantization_config"}
+    text = out.get("text_config")
+    if isinstance(text, Mapping) and "quantization_config" in text:
+        out["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+    return out
+
+
+def nbytes(tensor: OutputTensor) -> int:
+    """Bytes of one output tensor."""
+    return entry_bytes((tensor.name, tensor.dtype, tensor.shape))
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+    """Plan the conversion. Raises CheckpointError or PlanError, with the tensor and the remedy, for whatever would fail later."""
+    family = family_of(checkpoint.config, f"{checkpoint.root}/config.json")
+    _check_roles(recipe, family)
+    check_format(recipe)
+    if reason := family.refused_formats.get(recipe.format):
+        raise PlanError(f"format '{recipe.format}' cannot be served for {family.model_type}: {reason}.")
+    tensors = source_tensors(checkpoint)
+    notes = [*checkpoint.warnings, *check_complete(checkpoint, family, tensors)]
+    notes += _calibration_notes(family, recipe, checkpoint.config)
+    notes += family.engine_notes(recipe.scheme("routed_experts"), recipe.format)
+    layers = family.num_layers(checkpoint.config)
+    by_unit: list[list[PlannedTensor]] = [[] for _ in range(layers + 1)]
+    for name in sorted(tensors, key=_natural):
+        role = family.role(name)
+        if role.layer is not None and role.layer >= layers:
+            role = Role("mtp")  # some releases number their multi-token-prediction layers on; engines drop them
+        by_unit[0 if role.layer is None else role.layer + 1].append(_plan_tensor(tensors[name], role, recipe))
+    units = [
+        Unit(i, None if i == 0 else i - 1, f"model-{i + 1:05d}-of-{layers + 1:05d}.safetensors", tuple(group))
+        for i, group in enumerate(by_unit)
+    ]
+    plan = Plan(checkpoint, family, recipe, units, None, notes)
+    if any(scheme.quantizes for scheme in plan.modules.values()):
+        linears = [
+            t.module for t in plan.tensors if t.role.kind in ("vision", "projector") and len(t.source.info.shape) == 2
+        ]
+        plan.quantization = quantization_config(recipe, family, plan.modules, linears)
+        _check_engine_rules(plan)
+    elif all(t.action == "copy" for t in plan.tensors):
+        raise PlanError(
+            "the recipe quantizes nothing in this checkpoint: give at least one role a scheme, e.g. --set routed_experts=int4-g128."
+        )
+    return plan
+
+
+def _calibration_notes(family: Family, recipe: Recipe, config: Mapping[str, Any]) -> list[str]:
+    covered, length = family.selected_tokens(config), recipe.data.window_length
+    if recipe.calibration == "none" or length > covered:
+        return []
+    return [
+        f"calibration windows of {length} tokens never exercise block selection, which begins past {covered} tokens: the error of "
+        f"the index projections enters neither the search nor the held-out figures; --window-length {covered * 3 // 2} does"
+    ]
+
+
+def _natural(name: str) -> list[Any]:
+    """Sort key that puts layer 10 after layer 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def _check_roles(recipe: Recipe, family: Family) -> None:
+    if recipe.calibration == "awq" and not any(
+        recipe.scheme(r).kind == "int" for r in QUANTIZABLE if r in family.targets
+    ):
+        raise PlanError(
+            "calibration 'awq' needs at least one role in INT4 or INT8: FP8 weights take no calibration; use --to fp8, or set calibration: none."
+        )
+
+
+def _plan_tensor(source: SourceTensor, role: Role, recipe: Recipe) -> PlannedTensor:
+    info = source.info
+    scheme = recipe.scheme(role.kind) if role.kind in QUANTIZABLE else KEEP
+    if role.kind in QUANTIZABLE and not role.is_weight:
+        scheme, reason = KEEP, "a companion of a quantized weight that the family does not know: passed through"
+    elif not scheme.quantizes:
+        reason = KEPT.get(role.kind, "the recipe keeps this role")
+    else:
+        reason = f"recipe '{recipe.name}'"
+    if not scheme.quantizes:
+        if source.kind == PLAIN or role.kind in PASSED_THROUGH:
+            return PlannedTensor(source, role, "copy", KEEP, reason, _as_stored(source))
+        out = (OutputTensor(info.name, "BF16", info.shape),)
+        return PlannedTensor(source, role, "dequantize", KEEP, f"{reason}; stored as {source.kind} in the source", out)
+    if (
+        scheme.block
+        and recipe.format == "fp8"
+        and source.kind == FP8_BLOCK_SOURCE
+        and source.scale
+        and source.scale.dtype == "F32"
+    ):
+        return PlannedTensor(source, role, "copy", scheme, "already in this format", _as_stored(source))
+    if len(info.shape) != 2:
+        raise PlanError(
+            f"{info.shard}: tensor '{info.name}' has shape {list(info.shape)}: only two-dimensional weights can be {scheme}; --set {role.kind}=keep."
+        )
+    try:
+        check_divisible(info.shape, scheme, recipe.format)
+    except PlanError as error:
+        raise PlanError(f"{info.shard}: tensor '{info.name}': {error} (--set {role.kind}=...)") from None
+    stem = info.name.removesuffix(".weight")
+    outputs = tuple(
+        OutputTensor(f"{stem}.{suffix}", dtype, shape)
+        for suffix, (dtype, shape) in stored_tensors(info.shape, scheme, recipe.format).items()
+    )
+    return PlannedTensor(source, role, "quantize", scheme, reason, outputs)
+
+
+def _as_stored(source: SourceTensor) -> tuple[OutputTensor, ...]:
+    parts = (source.info,) if source.scale is None else (source.info, source.scale)
+    return tuple(OutputTensor(part.name, part.dtype, part.shape) for part in parts)
+
+
+def _check_engine_rules(plan: Plan) -> None:
+    """Rules of facts/checkpoints 4 and 7: fused modules share a scheme, names resolve, fused blocks are aligned."""
+    assert plan.quantization is not None
+    problems = engine_problems(plan.family, plan.checkpoint.config, plan.quantization, plan.modules)
+    if problems:
+        more = f" ({len(problems) - 1} more of this kind)" if len(problems) > 1 else ""
+        raise PlanError(problems[0] + more)
+    shapes = {t.module: t.source.info.shape for t in plan.tensors}
+    for module in plan.family.engine_modules(plan.checkpoint.config):
+        if len(module.members) < 2 or ".experts." in module.members[0]:
+            continue
+        for member in module.members:
+            scheme = plan.modules.get(member, KEEP)
+            if scheme.block and shapes[member][0] % FP8_BLOCK:
+                raise PlanError(
+                    f"{member} has {shapes[member][0]} rows, not a multiple of {FP8_BLOCK}: the engine fuses it into {module.fused_name}, "
+                    "where a 128x128 block may not span two tensors. Use fp8-channel for this role."
+                )
+
+
+def role_table(plan: Plan) -> list[dict[str, Any]]:
+    """Per role and scheme: tensors and bytes in and out, and why. Rows in a fixed order for tables and --json."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for tensor in plan.tensors:
+        key = (tensor.role.kind, tensor.action, tensor.scheme.name)
+        row = rows.setdefault(
+            key,
+            {
+                "role": key[0],
+                "action": key[1],
+                "scheme": key[2],
+                "tensors": 0,
+                "bytes_in": 0,
+                "bytes_out": 0,
+                "reason": tensor.reason,
+            },
+        )
+        row["tensors"] += 1
+        row["bytes_in"] += tensor.source.stored_bytes
+        row["bytes_out"] += sum(nbytes(o) for o in tensor.outputs)
+    order = {role: i for i, role in enumerate((*QUANTIZABLE, *KEPT))}
+    return [rows[key] for key in sorted(rows, key=lambda k: (order[k[0]], k[1], k[2]))]
+
+
+def passed_through(plan: Plan) -> list[str]:
+    """Names of tensors that no family rule explains: MTP and unknown extras, copied byte for byte."""
+    return [t.name for t in plan.tensors if t.role.kind in PASSED_THROUGH]
+
+
+def bits_per_weight(plan: Plan) -> float:
+    """Stored bits per quantized weight, scales and zero points included."""
+    quantized = [t for t in plan.tensors if t.scheme.quantizes]
+    bits = 8 * sum(nbytes(o) for t in quantized for o in t.outputs)
+    return bits / sum(math.prod(t.source.info.shape) for t in quantized)

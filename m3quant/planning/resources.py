@@ -1,0 +1,107 @@
+"""What a conversion needs: host memory, device memory, disk. Predicted from the plan before anything is read.
+
+Host memory is the peak of the whole process: what m3quant holds, and what the interpreter with its libraries takes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..errors import StoppedError
+from .batches import MAX_WORKERS, pinned_bytes, working_bytes
+from .plan import Plan, PlannedTensor
+
+FLOAT32 = 4
+# Resident before the first byte is read: interpreter, torch and, on a GPU, CUDA's libraries and context, which a torch of its
+# own build may make larger. `rss_before` in tests/benchmarks/figures/cpu_convert_fp8.json and h200_convert_m2.json.
+CPU_PROCESS_BYTES = 250 * 10**6
+GPU_PROCESS_BYTES = 660 * 10**6
+# What a calibrated run imports besides, transformers and the tokenizer above all: 0.47 GB were resident at the first forward
+# pass of tests/fixtures/tiny-m2 on a CPU.
+CALIBRATION_BYTES = 250 * 10**6
+# A tensor being quantized exists as stored, as a float32 working copy, as one temporary of it, and as codes.
+WORK_COPIES = 3
+# Weights that a GPU searches at once (calibration/glu.py), and bytes for each: float32 copies of them folded, rounded and
+# paired, and their activations. 17 GB for 2^30 weights were measured on an H200.
+SEARCH_CHUNK = 1 << 29
+SEARCH_BYTES_PER_WEIGHT = 20
+# Pinned host memory of a layer's packed output, in its bytes: torch pins powers of two, and pieces of several sizes do not share
+# them. 1.5 was measured for M2 and M3 (tests/benchmarks/figures/h200_convert_*.json).
+PINNED_SHARE = 1.75
+# Headroom on the disk for the journal, the report and the file system's own needs.
+DISK_MARGIN = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Bytes. host and device are peaks; disk is what must be free when nothing is written yet."""
+
+    host: int
+    device: int
+    disk: int
+    boundary: int
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def hidden_state_bytes(plan: Plan, element_bytes: int) -> int:
+    """One hidden-state stream: windows x length x hidden size."""
+    data, text = plan.recipe.data, plan.family.text_config(plan.checkpoint.config)
+    return (data.windows + data.heldout_windows) * data.window_length * int(text["hidden_size"]) * element_bytes
+
+
+def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool = False) -> Resources:
+    """Peak memory and disk of converting `plan` on a GPU (bfloat16 streams) or on the CPU (float32 streams).
+
+    spill: both streams lie on the disk too, beside the boundaries.
+    """
+    workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
+    process = GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES
+    largest = max(
+        t.source.stored_bytes + _elements(t) * FLOAT32 * (WORK_COPIES if t.action == "quantize" else 0)
+        for t in plan.tensors
+    )
+    if plan.recipe.calibration == "none":
+        working = working_bytes(plan.units, on_gpu, plan.recipe.format, workers)
+        disk = plan.output_bytes + DISK_MARGIN
+        return Resources(process + working.host, working.device, disk, 0)
+    process += CALIBRATION_BYTES
+    layer = max(sum(_elements(t) * 2 for t in unit.tensors) for unit in plan.units if unit.layer is not None)
+    stream = hidden_state_bytes(plan, 2 if on_gpu else FLOAT32)
+    # Two boundaries exist for a moment: the next is in place before the old one goes.
+    boundary = 2 * 2 * stream
+    disk = plan.output_bytes + boundary + (2 * stream if spill else 0) + DISK_MARGIN
+    streams = 4 * stream  # two streams, each with the layer's output beside its input
+    if on_gpu:
+        # On the device: this layer and the next, streams and activations, and what the search of a chunk of experts takes.
+        # On the host, pinned: one layer's packed output (the next is packed when it is durable), and the streams being saved.
+        scratch = SEARCH_BYTES_PER_WEIGHT * min(SEARCH_CHUNK, layer // 2)
+        packed = max(unit.bytes_out for unit in plan.units if unit.layer is not None)
+        host = process + int(PINNED_SHARE * packed) + 2 * pinned_bytes(stream) + largest
+        return Resources(host, 2 * layer + streams + scratch + largest, disk, boundary)
+    # Measured: about three layers (tests/convert/test_memory.py), of which one is read ahead; a fourth is margin.
+    return Resources(process + 4 * layer + streams + largest, 0, disk, boundary)
+
+
+def _elements(tensor: PlannedTensor) -> int:
+    return tensor.source.info.numel
+
+
+def check_disk(plan: Plan, output: Path, need: Resources) -> None:
+    """Raise StoppedError when the disk under `output` has too little room for what is still to be written."""
+    folder = output
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    # Whatever an earlier run left is used or overwritten: finished and torn shards, hidden states.
+    present = sum(p.stat().st_size for p in output.rglob("*") if p.is_file()) if output.exists() else 0
+    missing = need.disk - present - free
+    if missing > 0:
+        raise StoppedError(
+            f"the disk of {folder} has {free / 1e9:.1f} GB free, but the output needs {(need.disk - present) / 1e9:.1f} GB more: "
+            f"free {missing / 1e9:.1f} GB or choose another folder. Nothing was changed."
+        )

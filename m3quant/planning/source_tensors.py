@@ -1,0 +1,156 @@
+"""How the source checkpoint stores its weights: plain, FP8 in 128x128 blocks, or MXFP8. Torch-free.
+
+Decides which tensors are weights, which are companions (scales), and refuses checkpoints that are quantized already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint import Checkpoint, TensorInfo
+from ..errors import CheckpointError
+from ..families.base import Family
+from ..schemes import FP8_BLOCK as BLOCK
+
+PLAIN, FP8_BLOCK, MXFP8 = "plain", "fp8-block", "mxfp8"
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+_SCALE = "_scale_inv"  # companion of X.weight is X.weight_scale_inv in both FP8 layouts of MiniMax
+_MX_GROUP = 32
+# Leaves that only a quantized checkpoint has, with the format that writes them.
+_FOREIGN = {
+    "weight_packed": "compressed-tensors pack-quantized",
+    "weight_shape": "compressed-tensors pack-quantized",
+    "weight_scale": "compressed-tensors or ModelOpt",
+    "weight_zero_point": "compressed-tensors",
+    "qweight": "AWQ or GPTQ INT4",
+    "qzeros": "AWQ or GPTQ INT4",
+    "g_idx": "GPTQ",
+}
+_READABLE_METHODS = {"fp8": FP8_BLOCK, "mxfp8": MXFP8}
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor of the model as the source stores it. `scale` is its companion, or None."""
+
+    info: TensorInfo
+    kind: str = PLAIN
+    scale: TensorInfo | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.info.name,) if self.scale is None else (self.info.name, self.scale.name)
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.info.nbytes + (self.scale.nbytes if self.scale else 0)
+
+
+def source_kind(config: Mapping[str, Any], where: str) -> str:
+    """What config.json says of the source. Raises CheckpointError for a checkpoint that is already quantized otherwise."""
+    quantization = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if not quantization:
+        return PLAIN
+    method = quantization.get("quant_method")
+    if method in _READABLE_METHODS:
+        return _READABLE_METHODS[method]
+    raise CheckpointError(
+        f"{where}/config.json says quant_method '{method}': this checkpoint is quantized already, and quantizing it "
+        "again would stack two rounding errors. Start from the BF16, FP8-block or MXFP8 release."
+    )
+
+
+def source_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
+    """Every model tensor by name, scales paired with their weights (wherever the shard). Raises CheckpointError."""
+    kind = source_kind(checkpoint.config, checkpoint.root)
+    infos = checkpoint.tensors
+    for name, info in infos.items():
+        leaf = name.rpartition(".")[2]
+        if leaf in _FOREIGN:
+            raise CheckpointError(
+                f"{checkpoint.root}/{info.shard}: tensor '{name}' belongs to a checkpoint quantized as {_FOREIGN[leaf]}, "
+                "which m3quant does not requantize. Start from the BF16, FP8-block or MXFP8 release."
+            )
+    out: dict[str, SourceTensor] = {}
+    for name, info in infos.items():
+        if name.endswith(_SCALE):
+            weight = infos.get(name.removesuffix(_SCALE))
+            if weight is None or weight.dtype != "F8_E4M3":
+                raise CheckpointError(
+                    f"{checkpoint.root}/{info.shard}: scale '{name}' has no FP8 weight '{name.removesuffix(_SCALE)}': "
+                    "the download is incomplete; fetch the missing shards again."
+                )
+            continue
+        if info.dtype.startswith("F8") or info.dtype.startswith("F4"):
+            out[name] = _fp8_tensor(checkpoint, info, infos.get(name + _SCALE), kind)
+        else:
+            out[name] = SourceTensor(info)
+    return out
+
+
+def _fp8_tensor(checkpoint: Checkpoint, info: TensorInfo, scale: TensorInfo | None, kind: str) -> SourceTensor:
+    where = f"{checkpoint.root}/{info.shard}: tensor '{info.name}'"
+    if kind == PLAIN:
+        raise CheckpointError(
+            f"{where} is {info.dtype} but config.json has no quantization_config: restore the release's config.json."
+        )
+    if info.dtype != "F8_E4M3" or len(info.shape) != 2:
+        raise CheckpointError(
+            f"{where} is {info.dtype} of shape {info.shape}: m3quant reads two-dimensional F8_E4M3 weights."
+        )
+    if scale is None:
+        raise CheckpointError(
+            f"{where} is FP8 without its scale '{info.name}{_SCALE}': the download is incomplete; fetch the missing shards again."
+        )
+    shape, dtypes = scale_layout(kind, info.shape)
+    if scale.shape != shape or scale.dtype not in dtypes:
+        raise CheckpointError(
+            f"{where}: its scale is {scale.dtype} {scale.shape}, but {kind} needs {' or '.join(dtypes)} {shape}. "
+            "Check quantization_config in config.json against the weights."
+        )
+    return SourceTensor(info, kind, scale)
+
+
+def scale_layout(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """Shape of the scale beside an FP8 weight [N, K], and the dtypes it may have, the usual one first."""
+    rows, columns = shape
+    if kind == FP8_BLOCK:
+        return (math.ceil(rows / BLOCK), math.ceil(columns / BLOCK)), ("F32", "BF16")
+    return (rows, columns // _MX_GROUP), ("U8", "F8_E8M0")
+
+
+def check_complete(checkpoint: Checkpoint, family: Family, tensors: Mapping[str, SourceTensor]) -> list[str]:
+    """Compare with the tensors that config.json promises; returns notes. Raises CheckpointError naming what is missing or misshapen."""
+    expected = family.expected_tensors(checkpoint.config)
+    notes = []
+    optional = {role: [n for n in expected if family.role(n).kind == role] for role in family.optional_groups()}
+    absent_groups = {role for role, names in optional.items() if names and not any(n in tensors for n in names)}
+    missing = [n for n in expected if n not in tensors and family.role(n).kind not in absent_groups]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.root} lacks {len(missing)} tensors that its config.json promises, first '{missing[0]}': "
+            "fetch the missing shards, or restore the release's config.json."
+        )
+    for role in sorted(absent_groups):
+        notes.append(f"the source has no {role} tensors although config.json describes them: a text-only copy")
+    for name, want in expected.items():
+        if name not in tensors:
+            continue
+        info = tensors[name].info
+        if info.shape != want.shape:
+            raise CheckpointError(
+                f"{checkpoint.root}/{info.shard}: tensor '{name}' has shape {list(info.shape)}, but config.json implies "
+                f"{list(want.shape)}: the weights and config.json are not of one model."
+            )
+        if tensors[name].kind == PLAIN and info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{checkpoint.root}/{info.shard}: tensor '{name}' is {info.dtype}: expected one of {', '.join(FLOAT_DTYPES)}."
+            )
+        if want.float32 and info.dtype != "F32":
+            notes.append(
+                f"{name} is {info.dtype}, the official releases store it in F32: it was rounded by an earlier tool"
+            )
+    return notes

@@ -1,0 +1,171 @@
+"""How long a conversion takes on a measured machine: the slowest of its stages, since they overlap. Needs no torch.
+
+    data-free    max over stages of bytes / rate
+    calibrated   read of the first layer + for every layer but the last max(stages of its output and of the next one's
+                 reading, compute) + of the last: compute, then hash or write + start; compute = search + forward, and
+                 "write" holds both streams, which are saved after every layer
+
+Starting the process is not counted: 2 s, and some 4 s more where Triton compiles its kernels for the first time.
+
+A record of rates names the machine and the command that measured it. The one that ships, rates.json, is the benchmark
+machine's; `python -m tests.benchmarks.rates` makes one from figures of `tests.benchmarks.convert`, and `--rates` reads it.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import PlanError
+from .plan import Plan, Unit
+
+RATES_FILE = "rates.json"
+
+
+class Rates(BaseModel):
+    """What one machine does, in bytes or floating-point operations per second. None: not measured, and not counted.
+
+    shared: how far reading and writing at once get into each other's way: 0, the disk does both at full rate; 1, one after
+    the other; above 1, both at once take longer than that. pack: BF16 bytes rounded, by all workers together. search and forward: calibration's operations as
+    `search_flops` and `forward_flops` count them, over the seconds that they took. start: seconds of a calibrated run, once,
+    that no stage tells: CUDA's code and pinned memory made ready beyond the first layer's read, packing and closing at the end.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    machine: str
+    measured: str  # date
+    versions: dict[str, str]
+    source: dict[str, str]  # rate -> the command or file that it is from
+    read: float = Field(gt=0)
+    write: float = Field(gt=0)
+    shared: float = Field(default=1.0, ge=0)
+    hash: float | None = Field(default=None, gt=0)
+    h2d: float | None = Field(default=None, gt=0)
+    d2h: float | None = Field(default=None, gt=0)
+    pack: float | None = Field(default=None, gt=0)
+    search: float | None = Field(default=None, gt=0)
+    forward: float | None = Field(default=None, gt=0)
+    start: float = Field(default=0.0, ge=0)
+
+
+class Estimate(BaseModel):
+    """Seconds of the whole conversion, what bounds it, and the seconds that each stage would need by itself."""
+
+    machine: str
+    seconds: float
+    bound_by: str
+    stages: dict[str, float]
+
+
+def load_rates(path: Path | None = None) -> Rates:
+    """A record of rates; the benchmark machine's by default. Raises PlanError naming the file and what is wrong in it."""
+    try:
+        text = path.read_text("utf-8") if path else (files("m3quant.planning") / RATES_FILE).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"--rates {path}: cannot be read: {error}.") from None
+    try:
+        return Rates.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise PlanError(
+            f"{path or RATES_FILE}: {where}: {first['msg']}. Make it with python -m tests.benchmarks.rates."
+        ) from None
+
+
+def estimate(plan: Plan, rates: Rates) -> Estimate | None:
+    """Seconds to convert `plan` on that machine; None where it needs a rate that the record lacks."""
+    if plan.recipe.calibration == "none":
+        stages = _of(plan.units, rates)
+        bound = max(stages, key=lambda name: stages[name])
+        return Estimate(machine=rates.machine, seconds=stages[bound], bound_by=bound, stages=stages)
+    if rates.search is None or rates.forward is None:
+        return None
+    layers = [unit for unit in plan.units if unit.layer is not None]
+    compute = search_flops(plan) / rates.search + forward_flops(plan) / rates.forward
+    saved = stream_bytes(plan)
+    bounds: dict[str, float] = {}
+    for unit, following in pairwise(layers):
+        io = _io(following.bytes_in, unit.bytes_out, saved, rates)
+        slowest = max(io, key=lambda name: io[name])
+        name, took = ("search", compute) if compute >= io[slowest] else (slowest, io[slowest])
+        bounds[name] = bounds.get(name, 0.0) + took
+    last = _io(0, layers[-1].bytes_out, saved, rates)
+    for name, took in (
+        ("start", rates.start),
+        ("read", layers[0].bytes_in / rates.read),
+        ("search", compute),
+        ("hash" if "hash" in last and last["hash"] > last["write"] else "write", max(last.values())),
+    ):
+        bounds[name] = bounds.get(name, 0.0) + took
+    others = [unit for unit in plan.units if unit.layer is None]
+    seconds = sum(bounds.values()) + max(_of(others, rates).values())
+    stages = _of(plan.units, rates, saved * len(layers)) | {
+        "search": search_flops(plan) / rates.search * len(layers),
+        "forward": forward_flops(plan) / rates.forward * len(layers),
+    }
+    return Estimate(
+        machine=rates.machine, seconds=seconds, bound_by=max(bounds, key=lambda name: bounds[name]), stages=stages
+    )
+
+
+def _of(units: list[Unit], rates: Rates, saved: int = 0) -> dict[str, float]:
+    return _io(sum(u.bytes_in for u in units), sum(u.bytes_out for u in units), saved, rates)
+
+
+def _io(bytes_in: int, bytes_out: int, saved: int, rates: Rates) -> dict[str, float]:
+    """Seconds of every stage that moves bytes; "disk" is reading and writing together. saved: written, and not hashed."""
+    read, write = bytes_in / rates.read, (bytes_out + saved) / rates.write
+    out = {"read": read, "write": write, "disk": max(read, write) + rates.shared * min(read, write)}
+    moved = {"hash": bytes_out, "h2d": bytes_in, "d2h": bytes_out, "pack": bytes_in}
+    for name, count in moved.items():
+        if rate := getattr(rates, name):
+            out[name] = count / rate
+    return out
+
+
+def _tokens(plan: Plan) -> int:
+    return plan.recipe.data.windows * plan.recipe.data.window_length
+
+
+def _active(plan: Plan) -> float:
+    """Weights of an average layer that a token passes through: all but the routed experts that it is not sent to."""
+    text = plan.family.text_config(plan.checkpoint.config)
+    share = int(text["num_experts_per_tok"]) / int(text["num_local_experts"])
+    layers = sum(unit.layer is not None for unit in plan.units)
+    total = 0.0
+    for tensor in plan.tensors:
+        if tensor.role.layer is not None and len(tensor.source.info.shape) == 2:
+            total += tensor.source.info.numel * (share if tensor.role.kind == "routed_experts" else 1.0)
+    return total / layers
+
+
+def forward_flops(plan: Plan) -> float:
+    """Of both streams through an average layer, held-out windows too, attention scores not counted."""
+    heldout = plan.recipe.data.heldout_windows / plan.recipe.data.windows
+    return 2 * 2 * _active(plan) * _tokens(plan) * (1 + heldout)
+
+
+def stream_bytes(plan: Plan) -> int:
+    """Of both streams as they are saved after a layer, in BF16, held-out windows too."""
+    data, text = plan.recipe.data, plan.family.text_config(plan.checkpoint.config)
+    return 2 * (data.windows + data.heldout_windows) * data.window_length * int(text["hidden_size"]) * 2
+
+
+def search_flops(plan: Plan) -> float:
+    """One forward of the layer's searched weights for each candidate of the grid, and one for the reference.
+
+    A measure of size, not a count: the search takes a sample of the tokens and rounds all experts, hit or not.
+    """
+    return 2 * _active(plan) * _tokens(plan) * (plan.recipe.awq.n_grid + 1)
+
+
+def sentence(found: Estimate) -> str:
+    """One line for people: minutes or seconds, and what bounds them."""
+    minutes, seconds = divmod(found.seconds, 60)
+    took = f"{minutes:.0f} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
+    return f"about {took} on {found.machine}, bound by {found.bound_by}"

@@ -1,0 +1,379 @@
+"""llm-compressor recipes, read as ours: modifiers, targets and ignore lists resolved onto the roles of a family.
+
+Accepted: stages as a person writes them and as llm-compressor writes them into recipe.yaml, AWQModifier (with its own
+scheme, or before a QuantizationModifier) and QuantizationModifier. Targets resolve as in compressed-tensors
+(`utils/match.py`: an exact name before a regex, a regex before a class; of several regexes the first in alphabetical
+order; ignore beats targets; a later modifier beats an earlier one), against a module's on-disk name and its names in
+the transformers tree. What m3quant cannot do is refused with the reason; nothing is passed over. Torch-free.
+
+An AWQModifier becomes m3quant's calibrated path: scales on the family's exact fold set with `n_grid` and
+`duo_scaling`, then the range search, which stays off if the recipe asks for a min-max observer by `weight_observer`
+or `observer`. (`observer: minmax` inside config_groups is what llm-compressor fills in by itself.)
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError
+from ..families.base import KEPT, QUANTIZABLE, Family
+from ..schemes import KEEP, Scheme
+from .llmcompressor_schemes import group_scheme, is_preset, preset_scheme, weight_observer
+
+AWQ, QUANTIZATION = "AWQModifier", "QuantizationModifier"
+
+_QUANTIZATION_KEYS = (
+    "scheme", "config_groups", "targets", "ignore", "kv_cache_scheme", "weight_observer", "input_observer",
+    "output_observer", "observer",
+)  # fmt: skip
+_AWQ_KEYS = ("mappings", "n_grid", "duo_scaling")
+# How llm-compressor runs, and what it writes of itself; none of it changes what is stored.
+_WITHOUT_EFFECT = ("index", "group", "requires_calibration_data", "offload_device", "sequential_targets", "bypass_divisibility_checks")  # fmt: skip
+_INSTEAD = {
+    "GPTQ": "use AWQModifier before QuantizationModifier, m3quant's calibrated path",
+    "AutoRound": "use AWQModifier before QuantizationModifier, m3quant's calibrated path",
+    "SmoothQuant": "it smooths for integer activations, which m3quant does not write; use FP8_DYNAMIC without it",
+    "SparseGPT": "m3quant does not prune; take it out",
+    "Pruning": "m3quant does not prune; take it out",
+}
+_MINMAX = ("minmax", "memoryless_minmax", "static_minmax")
+_SEARCHING = ("mse", "memoryless_mse", "imatrix_mse")
+# What to add to `ignore` for the linears that stay as they are.
+_IGNORE = {
+    "lm_head": ("lm_head",),
+    "router": (r"re:.*block_sparse_moe.gate$",),
+    "embedding": (r"re:.*embed_tokens$",),
+    "vision": (r"re:.*vision_tower.*",),
+    "projector": (r"re:.*multi_modal_projector.*", r"re:.*patch_merge_mlp.*"),
+}
+# The transformers tree names these parts of M3 otherwise (its conversion_mapping, "minimax_m3_vl").
+_TREE = (
+    (r"language_model\.lm_head", "lm_head"),
+    (r"vision_tower\.vision_model\.(?:encoder\.)?", "model.vision_tower."),
+    (r"multi_modal_projector\.", "model.multi_modal_projector."),
+    (r"patch_merge_mlp\.", "model.multi_modal_projector.merge_"),
+)
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A linear of the checkpoint: its role, all names a recipe may use for it, and its class."""
+
+    name: str
+    role: str
+    names: tuple[str, ...]
+    torch_class: str
+
+
+@dataclass
+class _Quantization:
+    """One modifier that quantizes: target -> scheme (a later group beats an earlier one), and what it leaves alone."""
+
+    where: str
+    schemes: dict[str, Scheme] = field(default_factory=dict)
+    ignore: list[str] = field(default_factory=list)
+    observers: list[str] = field(default_factory=list)
+    minmax: bool = False  # a person asked for the full range
+
+
+def is_llmcompressor(document: Mapping[str, Any]) -> bool:
+    """Whether the document holds llm-compressor modifiers, rather than our own keys."""
+    return any(_is_stage(key) for key in document) or any(True for _ in _modifiers(document))
+
+
+def translate(document: Mapping[str, Any], family: Family, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The same recipe as a document for `m3quant.recipe.recipe.build_recipe`. config: the checkpoint's config.json.
+
+    Raises RecipeError for anything that m3quant would do differently or not at all, with what to change in `where`.
+    """
+    modifiers = _checked_modifiers(document, where)
+    awq = next((options for name, options in modifiers if name == AWQ), None)
+    quantizations = [_quantization(options, f"{where}: {name}") for name, options in modifiers if _quantizes(options)]
+    schemes = _roles(_modules(family, config), quantizations, where)
+    out: dict[str, Any] = {
+        "name": f"{Path(where).stem} (llm-compressor)",
+        "format": "compressed-tensors",
+        "calibration": "none" if awq is None else "awq",
+        "schemes": schemes,
+    }
+    if awq is not None:
+        out["awq"] = _awq_options(awq, quantizations, f"{where}: {AWQ}")
+    else:
+        _check_round_to_nearest(quantizations)
+    return out
+
+
+# --- the document ---
+
+
+def _is_stage(key: object) -> bool:
+    """'default_stage', 'quant_modifiers', 'AWQModifier'; llm-compressor numbers stages that it appends to one another."""
+    return re.search(r"(_stage(_\d+)?|_modifiers|Modifier)$", str(key)) is not None
+
+
+def _modifiers(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(name, options) of every modifier in order, at whatever level it stands: top, group or stage."""
+    for key, value in document.items():
+        if str(key).endswith("Modifier"):
+            yield str(key), value
+        elif isinstance(value, list) and str(key).endswith("modifiers"):
+            for entry in value:
+                if isinstance(entry, Mapping):
+                    yield from _modifiers(entry)
+        elif isinstance(value, Mapping):
+            yield from _modifiers(value)
+
+
+def _checked_modifiers(document: Mapping[str, Any], where: str) -> list[tuple[str, dict[str, Any]]]:
+    """The modifiers with options that are set (null means unset), all of kinds that m3quant has."""
+    for key, value in document.items():
+        holds_modifiers = isinstance(value, Mapping) and any(True for _ in _modifiers(value))
+        if key not in ("args", "modifiers", "version") and not _is_stage(key) and not holds_modifiers:
+            raise RecipeError(f"{where}: key '{key}' is no stage and no modifier of llm-compressor; remove it.")
+    if document.get("args"):
+        raise RecipeError(f"{where}: 'args' are not substituted by m3quant; write the values out and remove 'args'.")
+    out: list[tuple[str, dict[str, Any]]] = []
+    for name, options in _modifiers(document):
+        if name not in (AWQ, QUANTIZATION):
+            instead = next((v for k, v in _INSTEAD.items() if k in name), f"use {AWQ} and {QUANTIZATION} only")
+            raise RecipeError(f"{where}: {name} is not something m3quant does: {instead}.")
+        if not isinstance(options, Mapping | None):
+            raise RecipeError(f"{where}: {name} is {options!r}; write a mapping of its options.")
+        given = {str(key): value for key, value in (options or {}).items() if value is not None}
+        _check_keys(given, name, f"{where}: {name}")
+        out.append((name, given))
+    if not any(_quantizes(options) for _, options in out):
+        raise RecipeError(
+            f"{where} gives no scheme: {AWQ} only transforms; add a {QUANTIZATION} with a scheme after it."
+        )
+    if sum(name == AWQ for name, _ in out) > 1:
+        raise RecipeError(f"{where} has {AWQ} more than once; keep one.")
+    return out
+
+
+def _check_keys(options: Mapping[str, Any], name: str, where: str) -> None:
+    allowed = (*_QUANTIZATION_KEYS, *(_AWQ_KEYS if name == AWQ else ()), *_WITHOUT_EFFECT)
+    for key in options:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=1)
+            remedy = f": did you mean '{near[0]}'?" if near else "; remove it."
+            raise RecipeError(f"{where} has an option '{key}' that m3quant does not know{remedy}")
+    if name == QUANTIZATION and not _quantizes(options):
+        raise RecipeError(f"{where} gives neither 'scheme' nor 'config_groups', so it would quantize nothing; add one.")
+    if name == AWQ and not _quantizes(options) and options.get("ignore"):
+        raise RecipeError(f"{where} has 'ignore' but no scheme; move 'ignore' to the {QUANTIZATION}.")
+
+
+def _quantizes(options: Mapping[str, Any]) -> bool:
+    return bool(options.get("scheme") or options.get("config_groups"))
+
+
+# --- schemes, targets, observers ---
+
+
+def _quantization(options: Mapping[str, Any], where: str) -> _Quantization:
+    if options.get("scheme") and options.get("config_groups"):
+        raise RecipeError(f"{where} has both 'scheme' and 'config_groups'; keep one.")
+    if options.get("kv_cache_scheme"):
+        raise RecipeError(f"{where}: kv_cache_scheme needs KV-cache scales, which m3quant does not measure; remove it.")
+    for key in ("input_observer", "output_observer"):
+        if options.get(key):
+            raise RecipeError(
+                f"{where}: {key} is without meaning here, as activations are rounded at run time; remove it."
+            )
+    out = _Quantization(where, ignore=_strings(options.get("ignore", []), f"{where}.ignore"))
+    targets = _strings(options.get("targets", ["Linear"]), f"{where}.targets")
+    _collect(out, options, targets, where)
+    observers = options.get("observer", {})
+    if not isinstance(observers, Mapping) or set(observers) - {"weights"}:
+        raise RecipeError(f"{where}: observer {observers!r}; m3quant takes a mapping with the key 'weights' only.")
+    asked = options.get("weight_observer") or observers.get("weights")
+    if asked is not None:
+        out.observers, out.minmax = [str(asked).lower()], str(asked).lower() in _MINMAX
+    for observer in out.observers:
+        if observer not in (*_MINMAX, *_SEARCHING):
+            raise RecipeError(
+                f"{where}: observer '{observer}' is unknown to m3quant; known: {', '.join((*_MINMAX, *_SEARCHING))}."
+            )
+    return out
+
+
+def _collect(out: _Quantization, options: Mapping[str, Any], targets: list[str], where: str) -> None:
+    """Fill in target -> scheme from `scheme` or `config_groups`."""
+    scheme = options.get("scheme")
+    if isinstance(scheme, Mapping) and not any(is_preset(str(key)) for key in scheme):
+        groups: dict[str, Any] = {"scheme": {**scheme, "targets": targets}}
+    elif isinstance(scheme, Mapping):
+        groups = dict(scheme)
+    elif scheme:
+        groups = {str(scheme): targets}
+    else:
+        groups = options["config_groups"]
+        if not isinstance(groups, Mapping):
+            raise RecipeError(f"{where}: config_groups is {groups!r}; write a mapping of groups.")
+    for name, group in groups.items():
+        here = f"{where}.{name}"
+        if not isinstance(group, Mapping):  # preset: [targets]
+            found, aimed = preset_scheme(name, where), _strings(group, here)
+        else:
+            found, aimed = group_scheme(group, here), _strings(group.get("targets", []), f"{here}.targets")
+            if observer := weight_observer(group):
+                out.observers.append(str(observer).lower())
+        if not aimed:
+            raise RecipeError(f"{here} has no targets; name some, for example [Linear].")
+        out.schemes.update(dict.fromkeys(aimed, found))
+
+
+def _strings(value: object, where: str) -> list[str]:
+    """A name or a list of names; regexes must compile."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise RecipeError(f"{where} is {value!r}; write a list of names, classes or 're:' regexes.")
+    for name in names:
+        try:
+            _pattern(name)
+        except re.error as error:
+            raise RecipeError(f"{where}: '{name}' is not a regular expression: {error}.") from None
+    return names
+
+
+def _pattern(name: str) -> re.Pattern[str] | None:
+    return re.compile(name.removeprefix("re:")) if name.startswith("re:") else None
+
+
+def _awq_options(awq: Mapping[str, Any], quantizations: list[_Quantization], where: str) -> dict[str, Any]:
+    if awq.get("mappings"):
+        raise RecipeError(
+            f"{where}: remove 'mappings' (llm-compressor writes those it inferred into recipe.yaml): m3quant folds over "
+            "the family's own exact set, router and indexer included."
+        )
+    out = {key: awq[key] for key in ("n_grid", "duo_scaling") if key in awq}
+    if not isinstance(out.get("duo_scaling", True), bool):
+        raise RecipeError(
+            f"{where}: duo_scaling {out['duo_scaling']!r} searches two grids, m3quant one; set true or false."
+        )
+    if any(q.minmax for q in quantizations):
+        out["range_search"] = False
+    return out
+
+
+def _check_round_to_nearest(quantizations: list[_Quantization]) -> None:
+    """Without AWQModifier there is no calibration: full range only."""
+    for quantization in quantizations:
+        if searching := [o for o in quantization.observers if o in _SEARCHING]:
+            raise RecipeError(
+                f"{quantization.where}: observer '{searching[0]}' searches ranges, which m3quant does on calibration "
+                f"data: add an {AWQ} before it, or remove the observer to round to nearest."
+            )
+
+
+# --- modules and roles ---
+
+
+def _modules(family: Family, config: Mapping[str, Any]) -> list[_Module]:
+    """Every linear and embedding that config.json promises."""
+    out = []
+    for name, expected in family.expected_tensors(config).items():
+        if name.endswith(".weight") and len(expected.shape) == 2:
+            module, role = name.removesuffix(".weight"), family.role(name).kind
+            torch_class = "Embedding" if role == "embedding" else "Linear"
+            out.append(_Module(module, role, _names(family, module, role), torch_class))
+    return out
+
+
+def _names(family: Family, module: str, role: str) -> tuple[str, ...]:
+    names = list(family.recipe_aliases(module))
+    if role in QUANTIZABLE:  # transformers fuses these two of a GLU into one parameter
+        names += [re.sub(r"\.(gate|up)_proj$", ".gate_up_proj", n) for n in names]
+    else:
+        names += [re.sub(f"^{disk}", tree, module) for disk, tree in _TREE]
+    return tuple(dict.fromkeys(names))
+
+
+class _Matcher:
+    """The entries of one target or ignore list, in the order in which compressed-tensors lets them win."""
+
+    def __init__(self, entries: list[str]) -> None:
+        self.patterns = [(entry, pattern) for entry in sorted(entries) if (pattern := _pattern(entry))]
+        self.plain = {entry for entry in entries if not entry.startswith("re:")}
+        self.unused = set(entries)
+
+    def first(self, module: _Module) -> str | None:
+        """The entry that decides for this module, or None."""
+        matched = sorted(self.plain.intersection(module.names))
+        matched += [entry for entry, pattern in self.patterns if any(map(pattern.match, module.names))]
+        matched += self.plain & {module.torch_class}
+        self.unused.difference_update(matched)
+        return matched[0] if matched else None
+
+
+def _roles(modules: list[_Module], quantizations: list[_Quantization], where: str) -> dict[str, str]:
+    """role -> scheme name. Raises RecipeError where modules of a role differ, or a kept role would be quantized."""
+    found: dict[str, Scheme] = {module.name: KEEP for module in modules}
+    for quantization in quantizations:
+        targets, ignore = _Matcher(list(quantization.schemes)), _Matcher(quantization.ignore)
+        for module in modules:
+            target = targets.first(module)
+            if ignore.first(module) is None and target is not None:
+                found[module.name] = quantization.schemes[target]
+        if targets.unused:
+            raise RecipeError(
+                f"{quantization.where}: target '{min(targets.unused)}' matches no linear of this model; correct or remove it."
+            )
+        _check_ignore(ignore.unused, [m for m in modules if found[m.name].quantizes], quantization.where)
+    by_role: dict[str, list[_Module]] = defaultdict(list)
+    for module in modules:
+        by_role["attention" if module.role == "indexer" else module.role].append(module)
+    for role, members in by_role.items():
+        if role in KEPT:
+            _check_kept(role, members, found, where)
+    schemes = {}
+    for role in ("routed_experts", "shared_experts", "dense_mlp", "attention"):
+        if members := by_role.get(role, []):
+            schemes[role] = _agreed(role, members, found, where)
+    return {role: scheme.name for role, scheme in schemes.items() if scheme.quantizes}
+
+
+def _check_ignore(unused: set[str], quantized: list[_Module], where: str) -> None:
+    """An entry that names part of a path ignores nothing in compressed-tensors, which compares whole names."""
+    for entry in sorted(unused):
+        for module in quantized:
+            name = next((n for n in module.names if f".{entry}." in f".{n}."), None)
+            if name is not None:
+                pattern = rf"re:(.*\.)?{re.escape(entry)}" + ("$" if name.endswith(entry) else r"\..*")
+                raise RecipeError(
+                    f"{where}: ignore entry '{entry}' ignores nothing, because names are compared as a whole, and "
+                    f"{name} would be quantized; write '{pattern}' if it is to be kept."
+                )
+
+
+def _check_kept(role: str, members: list[_Module], found: Mapping[str, Scheme], where: str) -> None:
+    target = next((m for m in members if found[m.name].quantizes), None)
+    if target is not None:
+        entries = ", ".join(f"'{entry}'" for entry in _IGNORE[role])
+        raise RecipeError(
+            f"{where}: {target.name} ({role}) would become {found[target.name]}, but must stay as it is: {KEPT[role]}. "
+            f"Add {entries} to 'ignore'."
+        )
+
+
+def _agreed(role: str, members: list[_Module], found: Mapping[str, Scheme], where: str) -> Scheme:
+    first = members[0]
+    other = next((m for m in members if found[m.name] != found[first.name]), None)
+    if other is None:
+        return found[first.name]
+    why = (
+        "engines fuse q, k, v and the index projections into one weight"
+        if "indexer" in (first.role, other.role)
+        else "a role has one scheme in m3quant"
+    )
+    raise RecipeError(
+        f"{where}: role '{role}' gets two schemes: {first.name} is {found[first.name]} and {other.name} is "
+        f"{found[other.name]}, but {why}. Let targets and ignore cover all of them alike."
+    )

@@ -1,0 +1,1 @@
+"""HTML pages for people, with one set of charts."""

@@ -1,0 +1,346 @@
+"""eval.html: an evaluation for people. One file, no script, nothing loaded from elsewhere; light or dark as the system says.
+
+`page` is a pure function of the record in eval.json, so that a page can be made again from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+from ..artifact.eval_record import EvalRecord, Result
+from ..checkpoint import make_folder, write_bytes_atomic
+from .charts import line_chart, number
+from .conversion_html import STYLE, table
+from .evaluation_charts import STYLE as OWN_STYLE
+from .evaluation_charts import bucket_chart, grid, key
+
+PAGE_FILE = "eval.html"
+
+_PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }} - m3quant evaluation</title><style>{{ style }}</style></head>
+<body>
+<h1>{{ title }}</h1>
+<p class="soft">{% for line in made %}{{ line }}{% if not loop.last %}<br>{% endif %}{% endfor %}</p>
+{% for heading, body in sections %}
+<section><h2>{{ heading }}</h2>
+{{ body }}
+</section>
+{% endfor %}
+</body></html>
+""")
+
+
+def write_report(record: EvalRecord, folder: Path) -> Path:
+    """Write `page` into the folder, whole or not at all; returns the file. Raises StoppedError on a full disk."""
+    make_folder(folder)
+    path = folder / PAGE_FILE
+    write_bytes_atomic(path, page(record).encode())
+    return path
+
+
+def page(record: EvalRecord) -> str:
+    """The whole evaluation as one HTML document; a section without figures is left out."""
+    run = [result for result in record.results if result.not_run is None]
+    sections = [
+        ("Perplexity", _perplexity(run)),
+        ("Divergence from the source", _divergence(run)),
+        ("KL divergence by position", _kl_by_position(run)),
+        ("Perplexity by position", _loss_by_position(run)),
+        *((f"Retrieval: {result.label}", _needle(result)) for result in run if _is_grid(result)),
+        ("Retrieval by length", _lengths([r for r in run if _is_by_length(r)])),
+        ("Error of every layer", _layers(record)),
+        ("Expert coverage of the conversion", _coverage(record)),
+        ("Other figures", _others(run)),
+        ("Not run", _not_run(record)),
+        ("Data and notes", _data(record)),
+    ]
+    shown = [(heading, Markup(body)) for heading, body in sections if body]
+    return _PAGE.render(
+        title=record.checkpoint.name, style=Markup(STYLE + OWN_STYLE), made=_made(record), sections=shown
+    )
+
+
+def _made(record: EvalRecord) -> list[str]:
+    stored = [f"{m.name}: {m.stored}" for m in (record.checkpoint, record.source) if m and m.stored]
+    against = f"against {record.source.name}" if record.source else "without a source to compare with"
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    return [
+        f"suite {record.suite}, {against}",
+        *(["stored as " + "; ".join(stored)] if stored else []),
+        f"{record.finished}, {record.seconds:,.0f} s on {record.device}",
+        f"m3quant {record.m3quant}" + (f", {versions}" if versions else ""),
+    ]
+
+
+# What a result is shown as follows from its cells and metrics, not from its task's name: suites rename tasks.
+def _is_grid(result: Result) -> bool:
+    return bool(result.cells) and "depth" in result.cells[0]
+
+
+def _is_by_length(result: Result) -> bool:
+    return bool(result.cells) and "length" in result.cells[0] and not _is_grid(result)
+
+
+def _is_divergence(result: Result) -> bool:
+    return "kl_mean" in result.metrics
+
+
+def _is_noise(result: Result) -> bool:
+    return result.convention.startswith("noise")
+
+
+def _is_by_position(result: Result) -> bool:
+    return bool(result.cells) and "start" in result.cells[0] and not _is_divergence(result)
+
+
+def _of_perplexity(metric: str) -> bool:
+    return "perplexity" in metric
+
+
+def _is_perplexity(result: Result) -> bool:
+    return any(map(_of_perplexity, result.metrics)) and not _is_by_position(result)
+
+
+def _perplexity(run: Sequence[Result]) -> str:
+    """One table per convention, so that figures that cannot be compared never stand in one."""
+    parts = []
+    for result in filter(_is_perplexity, run):
+        parts.append(f"<h3>{escape(result.label)}</h3>" + _metrics_table(result) + _small(result))
+    if not parts:
+        return ""
+    lead = "<p>Each table is a convention of its own: its figures compare with no other table's.</p>"
+    return lead + "".join(parts)
+
+
+def _metrics_table(result: Result) -> str:
+    source = result.source_metrics
+    head = ["figure", "checkpoint", *(["source", "change"] if source else [])]
+    rows = []
+    for name in filter(_of_perplexity, result.metrics) if _is_divergence(result) else result.metrics:
+        value = result.metrics[name]
+        row: list[Any] = [name.replace("_", " "), number(value, 5)]
+        if source:
+            before = source.get(name)
+            row += [number(before, 5), _change(value, before)]
+        rows.append(row)
+    return table(head, rows, text=(0,))
+
+
+def _change(value: float, before: float | None) -> str:
+    return "-" if not before else f"{100 * (value / before - 1):+.3f} %"
+
+
+def _small(result: Result) -> str:
+    """The convention and the amount behind a figure, under it."""
+    lines = [f"convention {result.convention}; {result.tokens:,} predicted tokens", *result.notes]
+    return '<p class="soft">' + "<br>".join(map(escape, lines)) + "</p>"
+
+
+def _divergence(run: Sequence[Result]) -> str:
+    parts = []
+    for result in run:
+        if not _is_divergence(result) or _is_noise(result):
+            continue
+        floor = next((r for r in run if _is_noise(r) and r.task == result.task), None)
+        head = ["per predicted token", "checkpoint", *(["noise floor"] if floor else [])]
+        rows = []
+        for name, value in result.metrics.items():
+            if _of_perplexity(name):  # stands in the section above, beside the source's
+                continue
+            noise = [number(floor.metrics.get(name), 4)] if floor else []
+            rows.append([name.replace("_", " "), number(value, 4), *noise])
+        parts.append(f"<h3>{escape(result.label)}</h3>" + table(head, rows, text=(0,)) + _small(result))
+        if floor:
+            parts.append(
+                f'<p class="soft">{escape(floor.label)}; {floor.tokens:,} tokens. A difference near this floor is rounding.</p>'
+            )
+    return "".join(parts)
+
+
+def _kl_by_position(run: Sequence[Result]) -> str:
+    parts = []
+    for result in run:
+        cells = [cell for cell in result.cells if "kl_mean" in cell and "start" in cell]
+        if not cells or _is_noise(result):
+            continue
+        series: dict[str, list[float | None]] = {"KL(source || checkpoint)": [cell["kl_mean"] for cell in cells]}
+        floor = next((r for r in run if _is_noise(r) and r.task == result.task), None)
+        if floor:
+            by_start = {cell["start"]: cell.get("kl_mean") for cell in floor.cells}
+            series["noise floor"] = [by_start.get(cell["start"]) for cell in cells]
+        chart = bucket_chart(_buckets(cells), series, "Mean KL divergence by position", logarithmic=True)
+        caption = f"{result.label}. Mean over the bucket's tokens, nats, logarithmic; a bucket of exactly 0 has no dot."
+        parts.append(_figure(chart, series, caption))
+    return "".join(parts)
+
+
+def _loss_by_position(run: Sequence[Result]) -> str:
+    parts = []
+    for result in filter(_is_by_position, run):
+        series: dict[str, list[float | None]] = {"checkpoint": [cell["perplexity"] for cell in result.cells]}
+        if "perplexity_source" in result.cells[0]:
+            series["source"] = [cell["perplexity_source"] for cell in result.cells]
+        chart = bucket_chart(_buckets(result.cells), series, "Perplexity by position", logarithmic=False)
+        parts.append(_figure(chart, series, f"{result.label}; the axis does not begin at 0."))
+        head = ["positions", "tokens", "perplexity", *(["source", "change"] if "source" in series else [])]
+        rows = []
+        for name, cell in zip(_buckets(result.cells), result.cells, strict=True):
+            before = cell.get("perplexity_source")
+            after = [number(before, 5), _change(cell["perplexity"], before)] if "source" in series else []
+            rows.append([name, f"{cell['tokens']:,}", number(cell["perplexity"], 5), *after])
+        parts.append(table(head, rows, text=(0,)) + _small(result))
+    return "".join(parts)
+
+
+def _buckets(cells: Sequence[dict[str, Any]]) -> list[str]:
+    return [f"{_short(cell['start'])}-{_short(cell['stop'] - 1)}" for cell in cells]
+
+
+def _short(position: int) -> str:
+    """1023 stays, 16384 is 16K and 16383 is 16K as well: bucket names are for axes, tables hold the numbers."""
+    return str(position) if position < 10_000 else f"{round(position / 1024)}K"
+
+
+def _figure(chart: str, series: Iterable[str], caption: str) -> str:
+    names = list(series)
+    return (
+        key(names) if len(names) > 1 else ""
+    ) + f'<figure class="scroll">{chart}<figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def _needle(result: Result) -> str:
+    """The grid: columns are lengths, rows are depths from the beginning of the text down to its end."""
+    cells = {(cell["length"], cell["depth"]): cell for cell in result.cells}
+    lengths = sorted({length for length, _ in cells})
+    depths = sorted({depth for _, depth in cells})
+    rows = [
+        (f"{100 * depth:g} %", [_share(cells.get((length, depth))) for length in lengths]) for depth in depths
+    ]  # fmt: skip
+    columns = [_column(cells, length, depths) for length in lengths]
+    total = result.metrics["accuracy"]
+    lead = f"Found: {100 * total:.1f} % (95 %: {100 * result.metrics['accuracy_low']:.1f} to {100 * result.metrics['accuracy_high']:.1f} %)"
+    if result.source_metrics:
+        lead += f"; the source {100 * result.source_metrics['accuracy']:.1f} %"
+    legend = (
+        "Depth of the fact down, tokens of prompt and answer across. In a cell: answers exactly right of samples, then Wilson's "
+        "95 % interval in per cent, then the source where there is one. Grey: none."
+    )
+    return (
+        f"<p>{escape(lead)}.</p>"
+        + grid("depth", columns, rows)
+        + f'<p class="soft">{escape(legend)}</p>'
+        + _small(result)
+    )
+
+
+def _column(cells: dict[tuple[int, float], dict[str, Any]], length: int, depths: Sequence[float]) -> str:
+    cell = next(cells[length, depth] for depth in depths if (length, depth) in cells)
+    return f"{length:,}" + (" *" if cell.get("exercises_msa") is False else "")
+
+
+def _share(cell: dict[str, Any] | None) -> tuple[float, str, str] | None:
+    if cell is None:
+        return None
+    small = f"{100 * cell['low']:.0f}-{100 * cell['high']:.0f} %"
+    if "hits_source" in cell:
+        small += f", source {cell['hits_source']}"
+    return cell["accuracy"], f"{cell['hits']}/{cell['samples']}", small
+
+
+def _lengths(results: Sequence[Result]) -> str:
+    """Tasks down, lengths across."""
+    if not results:
+        return ""
+    lengths = sorted({cell["length"] for result in results for cell in result.cells})
+    rows = []
+    for result in results:
+        by_length = {cell["length"]: cell for cell in result.cells}
+        rows.append((result.label, [_share(by_length.get(length)) for length in lengths]))
+    short = {cell["length"] for r in results for cell in r.cells if cell.get("exercises_msa") is False}
+    columns = [f"{length:,}" + (" *" if length in short else "") for length in lengths]
+    values = [
+        [r.label, number(r.metrics["values_given_prefix"]), *([number(r.source_metrics["values_given_prefix"])] if r.source_metrics else [])]
+        for r in results
+        if "values_given_prefix" in r.metrics
+    ]  # fmt: skip
+    several = ""
+    if values:
+        head = ["values right after the true prefix", "checkpoint", *(["source"] if len(values[0]) > 2 else [])]
+        several = table(head, values, text=(0,), caption="Share of single values of tasks that ask for several.")
+    about = "".join(
+        f'<tr><td class="text">{escape(r.label)}</td><td class="wrap">'
+        f"{escape('; '.join([r.convention, f'{r.tokens:,} predicted tokens', *r.notes]))}</td></tr>"
+        for r in results
+    )
+    return grid("task", columns, rows) + several + f'<div class="scroll"><table><tbody>{about}</tbody></table></div>'
+
+
+def _layers(record: EvalRecord) -> str:
+    points = sorted((int(layer["layer"]), layer["relative_error"]) for layer in record.layers)
+    if not points:
+        return ""
+    chart = line_chart(points, "Relative error of the hidden states", lambda layer, e: f"layer {layer}: {number(e)}")
+    caption = (
+        "Norm of (checkpoint - source) over norm of source of the hidden states after each layer. It carries the errors of the "
+        "layers before it."
+    )
+    return f'<figure class="scroll">{chart}<figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def _coverage(record: EvalRecord) -> str:
+    coverage = record.coverage
+    if not coverage:
+        return ""
+    sentence = str(coverage.get("sentence", "")).split("; by layer:")[0]
+    starved: dict[str, list[int]] = coverage.get("starved") or {}
+    body = f"<p>{escape(sentence[:1].upper() + sentence[1:])}.</p>"
+    if not starved:
+        return body
+    rows = "".join(
+        f'<tr><td class="text">{escape(layer)}</td><td>{len(experts)}</td>'
+        f'<td class="wrap">{escape(", ".join(map(str, experts)))}</td></tr>'
+        for layer, experts in sorted(starved.items(), key=lambda item: int(item[0]))
+    )
+    head = '<tr><th class="text">layer</th><th>count</th><th class="text">experts below the floor</th></tr>'
+    return body + f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+
+
+def _others(run: Sequence[Result]) -> str:
+    """Results of a shape that has no section above: nothing that was measured is left out."""
+    known = (_is_grid, _is_by_length, _is_divergence, _is_by_position, _is_perplexity)
+    rest = [result for result in run if not any(is_one(result) for is_one in known)]
+    return "".join(f"<h3>{escape(r.label)}</h3>" + _metrics_table(r) + _small(r) for r in rest)
+
+
+def _not_run(record: EvalRecord) -> str:
+    rows = "".join(
+        f'<tr><td class="text">{escape(r.task)}</td><td class="wrap">{escape(r.not_run)}</td></tr>'
+        for r in record.results
+        if r.not_run is not None
+    )
+    return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>' if rows else ""
+
+
+def _data(record: EvalRecord) -> str:
+    tasks: dict[str, list[str]] = {}
+    for result in record.results:
+        if result.data:
+            licence = f", {result.data.licence}" if result.data.licence else ""
+            tasks.setdefault(f"{result.data.name}{licence}; sha256 {result.data.sha256}", []).append(result.task)
+    rows = [("data", f"{data}; of {', '.join(dict.fromkeys(names))}") for data, names in tasks.items()]
+    measured = [("checkpoint", record.checkpoint), *([("source", record.source)] if record.source else [])]
+    rows += [(f"fingerprint of the {name}", one.fingerprint) for name, one in measured if one.fingerprint]
+    if any(cell.get("exercises_msa") is False for result in record.results for cell in result.cells):
+        rows.append(("*", "does not exercise MSA: block-sparse attention reads a context of this length whole"))
+    rows += [("note", note) for note in record.notes]
+    body = "".join(
+        f'<tr><td class="text">{escape(k)}</td><td class="wrap">{escape(v)}</td></tr>' for k, v in dict.fromkeys(rows)
+    )
+    return f'<div class="scroll"><table><tbody>{body}</tbody></table></div>' if body else ""

@@ -1,0 +1,1 @@
+"""What every long command shares: progress, clean stops, devices and timelines."""

@@ -1,0 +1,128 @@
+"""verify from end to end: every check runs, and every problem is listed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..artifact.output import hash_problems, output_plan, read_manifest
+from ..checkpoint import Checkpoint
+from ..planning.plan import Plan
+from ..quant.reading import ConvertedReader, SourceReader
+from .structure import check_same_kind, structure_problems
+from .values import TensorError, unit_errors, unit_stored_problems, worst
+
+Report = Callable[[str], None]
+
+
+@dataclass
+class Check:
+    """One check: its name, what it looked at, and what it found. It holds if `problems` is empty."""
+
+    name: str
+    looked_at: str
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Verification:
+    """Everything that verify found."""
+
+    output: str
+    checks: list[Check]
+    errors: dict[str, TensorError]
+    engine: dict[str, Any] | None = None
+
+    @property
+    def holds(self) -> bool:
+        return all(not check.problems for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        def number(value: float) -> float | None:
+            return value if math.isfinite(value) else None
+
+        return {
+            "output": self.output,
+            "holds": self.holds,
+            "checks": [{"name": c.name, "looked_at": c.looked_at, "problems": c.problems} for c in self.checks],
+            "worst": [{"name": e.name, "scheme": e.scheme, "sqnr_db": number(e.sqnr_db)} for e in worst(self.errors)],
+            "sqnr_db_by_scheme": sqnr_by_scheme(self.errors),
+            "engine": self.engine,
+        }
+
+
+def sqnr_by_scheme(errors: dict[str, TensorError]) -> dict[str, dict[str, float]]:
+    """Scheme -> least and mean SQNR in dB of its tensors, exact ones left out."""
+    out: dict[str, dict[str, float]] = {}
+    for scheme in sorted({e.scheme for e in errors.values()}):
+        values = [e.sqnr_db for e in errors.values() if e.scheme == scheme and math.isfinite(e.sqnr_db)]
+        if values:
+            out[scheme] = {"tensors": len(values), "least": min(values), "mean": sum(values) / len(values)}
+    return out
+
+
+def verify(output: Path, source: str | None, say: Report) -> tuple[Verification, Plan]:
+    """Check an output without an engine. Raises VerifyError or CheckpointError only if there is nothing to check."""
+    manifest = read_manifest(output)
+    converted = Checkpoint.open(output)
+    origin = Checkpoint.open(source) if source else None
+    if origin is not None:
+        check_same_kind(converted, origin)
+    plan = output_plan(converted, manifest, origin)
+    checks: list[Check] = []
+    errors: dict[str, TensorError] = {}
+
+    def run(name: str, looked_at: str, problems: Callable[[], Any]) -> None:
+        say(f"{name} ...")
+        checks.append(Check(name, looked_at, list(problems())))
+
+    tensors = sum(len(u.entries) for u in plan.units)
+    run(
+        "structure",
+        f"{tensors} tensors, config.json, engine names",
+        lambda: structure_problems(converted, plan, manifest, origin),
+    )
+    run("hashes", f"{len(manifest['shards'])} shards", lambda: hash_problems(output, manifest))
+    sound = not checks[0].problems
+    dense = ConvertedReader(converted, {t.name: t for t in plan.tensors}, plan.recipe.format)
+    if sound:
+        run(
+            "values",
+            f"{tensors} tensors: finite, no zero scale",
+            lambda: _each_unit(plan, lambda u: unit_stored_problems(plan, u, dense)),
+        )
+    if origin is not None and origin.local and sound:
+        reader = SourceReader(origin, plan.sources)
+
+        def compare() -> list[str]:
+            for unit in plan.units:
+                errors.update({e.name: e for e in unit_errors(plan, unit, reader, dense)})
+            return error_problems(plan, errors)
+
+        run("against the source", f"every tensor of {origin.root}, folds undone", compare)
+    elif origin is not None and not origin.local:
+        say(f"{origin.root} is on the Hub: only its headers were compared; download it to compare the weights")
+    return Verification(str(output), checks, errors), plan
+
+
+def _each_unit(plan: Plan, function: Callable[[Any], Any]) -> list[str]:
+    return [problem for unit in plan.units for problem in function(unit)]
+
+
+def error_problems(plan: Plan, errors: dict[str, TensorError]) -> list[str]:
+    """Sentences for tensors that are wrong: too far from the source, or off it in a way that no rounding explains."""
+    problems = []
+    for planned in plan.tensors:
+        error = errors.get(planned.name)
+        if error is None:
+            continue
+        if error.wrong:
+            problems.append(
+                f"tensor '{error.name}' ({error.scheme}) differs from the source: SQNR {error.sqnr_db:.1f} dB"
+            )
+        elif error.defect:
+            problems.append(f"tensor '{error.name}' {error.defect}")
+    return problems

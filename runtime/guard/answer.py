@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
+from .begun import within
 from .inbox import Inbox, Message
 
-Send = Callable[[Message], Awaitable[None]]
+Send = Callable[[Message], Coroutine[Any, Any, None]]
+
+
+LONG_MESSAGE = 65536  # bytes; whether part of a message was taken cannot be seen, so more of them give no more time
 
 
 class ClientStalled(Exception):
@@ -27,6 +31,7 @@ class Answer:
         self._inbox = inbox
         self._timeout_s = timeout_s
         self._floor = floor
+        self._most_s = LONG_MESSAGE / floor if floor else 0.0
         self.behind_s = 0.0
         self.on_first_token: Callable[[], None] | None = None
         self.extra: list[tuple[bytes, bytes]] = []
@@ -60,15 +65,15 @@ class Answer:
 
     async def _paced(self, message: Message) -> None:
         began = time.monotonic()
+        earned = len(message.get("body", b"")) / self._floor if self._floor else 0.0
         try:
-            async with asyncio.timeout(self._timeout_s - self.behind_s):
-                await self._send(message)
+            await within(self._send(message), self._timeout_s - self.behind_s + min(earned, self._most_s))
         except TimeoutError:
             self.stalled = True
             raise ClientStalled("the client does not read") from None
         if self._floor:
             waited = time.monotonic() - began
-            self.behind_s = max(0.0, self.behind_s + waited - len(message.get("body", b"")) / self._floor)
+            self.behind_s = max(0.0, self.behind_s + waited - earned)
             if self.behind_s >= self._timeout_s:
                 self.stalled = True
                 raise ClientStalled("the client reads slower than the floor")

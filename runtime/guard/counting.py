@@ -17,6 +17,7 @@ from typing import Any
 
 import pydantic_core
 
+from .begun import within
 from .idspan import LONG, IdSpan, shorten
 from .inbox import Inbox, Message
 from .need import Count
@@ -96,19 +97,14 @@ class Counter:
         limit = min(self.settings.tokenize_timeout_s, max(LEAST_S, deadline - time.monotonic()))
         if len(query) < LONG and self.small.enter(key, len(query)) is None:  # soon over: not worth a task of its own
             try:
-                return await self._within(limit, self._tokenize(query, scope))
+                return await within(self._tokenize(query, scope), limit)
+            except TimeoutError:
+                return None
             finally:
                 self.small.leave(key)
         turns = self.large if len(query) >= LONG else self.small
         try:
             return await turns.run(key, len(query), inbox, deadline, limit, lambda: self._tokenize(query, scope))
-        except TimeoutError:
-            return None
-
-    async def _within(self, limit: float, work: Awaitable[Any]) -> Any:
-        try:
-            async with asyncio.timeout(limit):
-                return await work
         except TimeoutError:
             return None
 

@@ -248,12 +248,12 @@ class Guard:
             if answer.started:
                 raise
             if guarded:
-                self.metrics.requests.labels(refusal.reason).inc()
+                self.metrics.request_of(refusal.reason).inc()
             await send_refusal(send, refusal)
         except GuardError as error:
             await send_refusal(send, unavailable(f"m3quant guard: {error}", "misconfigured", 60))
         except ClientGone:
-            self.metrics.requests.labels("disconnected").inc()
+            self.metrics.request_of("disconnected").inc()
         finally:
             inbox.close()
 
@@ -279,7 +279,7 @@ class Guard:
         try:
             readings = await self._read(path, key, body, inbox)
         except Unreadable:
-            self.metrics.requests.labels("passed").inc()
+            self.metrics.request_of("passed").inc()
             await self.app(scope, inbox.receive, answer.send)
             return
         for reading in readings if len(readings) == 1 else []:
@@ -304,14 +304,14 @@ class Guard:
             self.metrics.wait.observe(wait)
             self.inside.add(answer)
             await self.app(scope, inbox.receive, answer.send)
-            self.metrics.requests.labels(answer.outcome()).inc()
+            self.metrics.request_of(answer.outcome()).inc()
         except (Refusal, ClientGone):
             raise
         except Exception:
             if not answer.stalled:
-                self.metrics.requests.labels("error").inc()
+                self.metrics.request_of("error").inc()
                 raise
-            self.metrics.requests.labels("stalled").inc()
+            self.metrics.request_of("stalled").inc()
             logger.warning(
                 "m3quant guard: a client kept the server waiting %g s beyond %d bytes a second; its request is aborted.",
                 self.settings.send_timeout_s,
@@ -355,7 +355,7 @@ class Guard:
             found, ids = await self.counter.count(reading, scope, key, inbox, deadline, self.pool)
             counts.append(found)
             for count in found:
-                self.metrics.counted.labels(count.method).inc()
+                self.metrics.count_of(count.method).inc()
         need = plan_all(readings, counts, self.pool, self.settings)
         only = readings[0]
         single = len(readings) == 1 and only.sequences == 1 and only.truncate is None and counts[0][0].exact

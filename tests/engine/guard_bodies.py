@@ -20,7 +20,29 @@ ROUTES = (
     "/inference/v1/generate",
     "/invocations",
 )
-WORDS = ["It", "is", "a", "truth", "universally", "acknowledged,", "that", "a", "single", "man", "in", "possession", "of", "“good”", "fortune", "—", "café,", "漢字,", "🙂", "<|im_end|>", "must\n"]
+WORDS = [
+    "It",
+    "is",
+    "a",
+    "truth",
+    "universally",
+    "acknowledged,",
+    "that",
+    "a",
+    "single",
+    "man",
+    "in",
+    "possession",
+    "of",
+    "“good”",
+    "fortune",
+    "—",
+    "café,",
+    "漢字,",
+    "🙂",
+    "<|im_end|>",
+    "must\n",
+]
 TOOL = {
     "type": "function",
     "function": {

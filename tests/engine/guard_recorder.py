@@ -2,17 +2,19 @@
 
     vllm serve CKPT --middleware guard_recorder.Recorder
 
-Each request's answer carries `x-reserved`, the tokens that the guard held when the engine was first asked, and `x-used`, the most that the
-engine may use for what it was asked: prompt and max_tokens, at most the context, in whole blocks, for every sequence. One request at a time.
+`GET /recorded` tells of the request before: `reserved`, the tokens that the guard held when the engine was first asked, -1 if it never
+was, and `used`, the most that the engine may use for what it was asked: prompt and max_tokens, at most the context, in whole blocks, for every sequence. One request at a time.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 
 from m3quant.runtime.guard import Guard
+from m3quant.runtime.guard.replies import send_json
 
 
 class Recorder:
@@ -26,16 +28,11 @@ class Recorder:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.guard(scope, receive, send)
+        if scope["path"] == "/recorded":
+            return await send_json(send, 200, json.dumps({"used": self.used, "reserved": self.reserved}).encode())
         self.watch(scope["app"].state)
         self.used, self.reserved = 0, -1
-
-        async def sending(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                found = [(b"x-used", b"%d" % self.used), (b"x-reserved", b"%d" % self.reserved)]
-                message = {**message, "headers": [*message["headers"], *found]}
-            await send(message)
-
-        await self.guard(scope, receive, sending)
+        await self.guard(scope, receive, send)
 
     def watch(self, state: Any) -> None:
         if self.client is state.engine_client:

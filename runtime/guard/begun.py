@@ -32,7 +32,7 @@ class Begun(Generic[T]):
                 else:
                     waiting = self._coroutine.send(sent)
         except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+            return end.value
         finally:
             self._coroutine.close()
 

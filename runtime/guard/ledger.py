@@ -153,28 +153,45 @@ class Ledger:
         return admitted
 
     def _next_to_start(self) -> Ticket | None:
-        heads = sorted((lane for lane in self.lanes.values() if lane.queue), key=lambda lane: lane.start)
-        for lane in heads:
+        if self.block is not None:
+            if self.cost(self.block.ticket) <= self.free:
+                return self.block.ticket
+            if self._beside(self.block) <= 0:
+                return None
+        heads = [lane for lane in self.lanes.values() if lane.queue]
+        if not heads:
+            return None
+        first = min(heads, key=lambda lane: lane.start)
+        if self.cost(first.queue[0]) > self.free and self.free <= 0:  # a full pool: nobody else fits either
+            self._begin_block(first)
+            return None
+        for lane in sorted(heads, key=lambda lane: lane.start):
             ticket = lane.queue[0]
-            blocks = self.block is not None and self.block.ticket is ticket
-            if self.cost(ticket) <= self.free and (blocks or self._may_pass(ticket.key, ticket.tokens)):
+            if self.cost(ticket) <= self.free and self._may_pass(ticket.key, ticket.tokens):
                 return ticket
-            if self.block is None and self._may_block(ticket, lane):
-                self.block = Block(ticket, self.clock())
+            self._begin_block(lane)
         return None
+
+    def _begin_block(self, lane: Lane) -> None:
+        """The lane's first request does not fit: it blocks, unless another one does, nobody may now, or its own key holds the room."""
+        ticket = lane.queue[0]
+        allowed = self.block is None and self.patience > 0 and self.clock() >= self.open_until
+        if allowed and lane.running + ticket.tokens <= self.capacity:
+            self.block = Block(ticket, self.clock())
+
+    def _beside(self, block: Block) -> int:
+        """Tokens that requests may still take beside the one that blocks without delaying it."""
+        held = self.lanes[block.ticket.key].running + sum(block.passed.values())
+        return self.capacity - block.ticket.tokens - held
 
     def _may_pass(self, key: str, tokens: int) -> bool:
         """Whether a request may start without delaying the one that blocks, and before that one's key would be served again."""
         if self.block is None:
             return True
         ticket = self.block.ticket
-        blocking, passing = self.lanes[ticket.key], self.lanes.get(key)
-        beside = self.capacity - ticket.tokens - blocking.running - sum(self.block.passed.values())
-        ahead = max(self.virtual, passing.start if passing else 0) - blocking.start
-        return key != ticket.key and tokens <= beside and ahead < ticket.tokens
-
-    def _may_block(self, ticket: Ticket, lane: Lane) -> bool:
-        return self.patience > 0 and self.clock() >= self.open_until and lane.running + ticket.tokens <= self.capacity
+        passing = self.lanes.get(key)
+        ahead = max(self.virtual, passing.start if passing else 0) - self.lanes[ticket.key].start
+        return key != ticket.key and tokens <= self._beside(self.block) and ahead < ticket.tokens
 
     def block_ends(self) -> float | None:
         """When, by the clock, the present block ends if nothing else ends it: `advance` is due then."""

@@ -171,7 +171,7 @@ class Guard:
                     failed = True
 
     def _look(self, gauges: dict[str, float]) -> None:
-        unanswered = sum(not answer.sending for answer in self.inside)
+        unanswered = len(self._unanswered())
         self.watchdog.see(gauges, unanswered)
         self._show()
         hanging = self.watchdog.hanging
@@ -188,9 +188,13 @@ class Guard:
             logger.warning("m3quant guard: the engine moves again; /health passes through.")
         self._reported = hanging
 
+    def _unanswered(self) -> list[Answer]:
+        """The requests inside that wait for the engine, not for their client to read."""
+        return [answer for answer in self.inside if not answer.sending]
+
     def state(self, gauges: dict[str, float] | None = None) -> dict[str, Any]:
         """The guard's and the engine's figures; no key, no prompt."""
-        ledger, pool = self.admission.ledger, self.pool
+        ledger, pool, now = self.admission.ledger, self.pool, time.monotonic()
         return {
             "engine": read_gauges(GAUGES) if gauges is None else gauges,
             "pool": None if pool is None else pool.__dict__,
@@ -200,6 +204,8 @@ class Guard:
             "queued_tokens": ledger.queued,
             "requests_waiting": ledger.waiting,
             "keys_waiting": sum(1 for lane in ledger.lanes.values() if lane.queue),
+            "requests_unanswered": len(self._unanswered()),
+            "oldest_unanswered_s": round(max((now - answer.began for answer in self._unanswered()), default=0.0), 1),
             "draining": self.admission.draining,
             "stalled_s": round(self.watchdog.stalled_s, 1),
         }
@@ -275,6 +281,7 @@ class Guard:
         waited_for_body = time.perf_counter()
         body = await inbox.read()
         came = time.perf_counter()
+        deadline = time.monotonic() + self.settings.queue_timeout_s
         began += came - waited_for_body
         try:
             readings = await self._read(path, key, body, inbox)
@@ -287,7 +294,7 @@ class Guard:
         guess = max(guess_tokens(reading, len(body), self.pool) for reading in readings)
         self.admission.precheck(key, self.pool.block_size, guess)
         counted_from = time.perf_counter()
-        need, chain = await self._need(readings, scope, key, inbox)
+        need, chain = await self._need(readings, scope, key, inbox, deadline)
         counting = time.perf_counter() - counted_from
         if need.set_output is not None:
             scope = await self._set_output(scope, key, body, need, inbox, answer)
@@ -345,11 +352,10 @@ class Guard:
             ) from None
 
     async def _need(
-        self, readings: list[Reading], scope: Scope, key: str, inbox: Inbox
+        self, readings: list[Reading], scope: Scope, key: str, inbox: Inbox, deadline: float
     ) -> tuple[Need, tuple[bytes, ...]]:
         """What to reserve, and the blocks of the prompt that may be shared: none unless the settings say so."""
         assert self.pool is not None
-        deadline = time.monotonic() + self.settings.queue_timeout_s
         counts, ids = [], None
         for reading in readings:
             found, ids = await self.counter.count(reading, scope, key, inbox, deadline, self.pool)

@@ -100,7 +100,7 @@ class Connection:
         return self
 
     async def ask(self, number: int) -> None:
-        words = WORDS[number % 97 :] + [str(number)]
+        words = [*WORDS[number % 97 :], str(number)]
         body = {"model": "m", "messages": [{"role": "user", "content": " ".join(words)}], "max_tokens": 16}
         raw = json.dumps(body).encode()
         answer = await self.exchange(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n", raw)
@@ -181,7 +181,7 @@ async def measure(seconds: float, rounds: int) -> dict[str, dict[str, Any]]:
     servers = {"bare": start(False), "guarded": start(True)}
     plans: dict[str, dict[str, Samples]] = {}
     try:
-        for name, (_, port) in servers.items():  # start-up and first imports are not measured
+        for _, port in servers.values():  # start-up and first imports are not measured
             await closed_loop(port, 1, 0.5, Samples())
         for _ in range(rounds):
             for connections in CLOSED:

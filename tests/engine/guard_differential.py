@@ -51,7 +51,7 @@ def recording(work: Path, override: bool) -> Iterator[Server]:
     (path / "guard_recorder.py").symlink_to(Path(__file__).with_name("guard_recorder.py"))
     arguments = (*ARGUMENTS, *(OVERRIDE if override else ()), "--middleware", "guard_recorder.Recorder")
     paths = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {"PYTHONPATH": paths, "M3QUANT_GUARD_POOL_TOKENS": str(2**40)}  # a pool that cuts nothing off
+    env = {"PYTHONPATH": paths, "VLLM_ENABLE_COHERE_API": "1", "M3QUANT_GUARD_POOL_TOKENS": str(2**40)}
     with serving(work, guard=False, max_model_len=CONTEXT, env=env, arguments=arguments) as server:
         yield server
 

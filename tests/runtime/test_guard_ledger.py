@@ -15,6 +15,7 @@ BLOCK = 16
 
 
 PATIENCE = 8.0
+ROUNDING = 1e-6  # of times
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -73,10 +74,12 @@ class LedgerMachine(RuleBasedStateMachine):
         if now_blocking is not self.blocking:
             if self.blocking is not None:
                 lasted = self.now - self.since
-                assert lasted <= self.longest(self.blocking) or self.resized
+                assert lasted <= self.longest(self.blocking) + ROUNDING or self.resized
                 self.open_until = min(self.now, self.since + self.longest(self.blocking)) + lasted
             if now_blocking is not None:
-                assert self.now >= self.open_until or self.resized  # open for as long as the last one blocked
+                assert (
+                    self.now >= self.open_until - ROUNDING or self.resized
+                )  # open for as long as the last one blocked
                 running = [ticket for ticket in self.all if ticket.state is State.ADMITTED]
                 own = sum(ticket.tokens for ticket in running if ticket.key == now_blocking.key)
                 assert own + now_blocking.tokens <= self.ledger.capacity  # nobody waits for what its own key holds

@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 from guard_bodies import Bodies
-from guarded_server import Server, importable, serving
+from guarded_server import Server, importable
 
 CONTEXT, VOCABULARY = 1024, 2000
 OVERRIDE = ("--override-generation-config", '{"max_new_tokens": 300}')
@@ -52,8 +52,11 @@ def recording(work: Path, override: bool) -> Iterator[Server]:
     arguments = (*ARGUMENTS, *(OVERRIDE if override else ()), "--middleware", "guard_recorder.Recorder")
     paths = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {"PYTHONPATH": paths, "VLLM_ENABLE_COHERE_API": "1", "M3QUANT_GUARD_POOL_TOKENS": str(2**40)}
-    with serving(work, guard=False, max_model_len=CONTEXT, env=env, arguments=arguments) as server:
-        yield server
+    server = Server(work, guard=False, max_model_len=CONTEXT, env=env, arguments=arguments)
+    try:
+        yield server.wait_ready(600)
+    finally:
+        server.stop()
 
 
 def send(server: Server, route: str, body: bytes) -> Seen:

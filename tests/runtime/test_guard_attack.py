@@ -380,11 +380,11 @@ def test_a_coroutine_begun_goes_on_where_it_stopped() -> None:
 
 
 def test_a_request_of_the_whole_pool_lets_others_pass_after_a_while() -> None:
-    """`queue_timeout_s` of 0.4 s: it may hold its room back for 0.1 s. Another key's request, which fits, starts then, in time."""
+    """`queue_timeout_s` of 2 s: it may hold its room back for half a second. Another key's request, which fits, starts then, in time."""
 
     async def scenario() -> None:
         engine = FakeEngine()
-        guard = make_guard(engine, api_keys="hog,guest,third", max_model_len=1024, queue_timeout_s=0.4)
+        guard = make_guard(engine, api_keys="hog,guest,third", max_model_len=1024, queue_timeout_s=2)
         engine.go.clear()
         third = start(guard, COMPLETIONS, completion(200, 56), headers={"x-api-key": "third"})
         await settle()

@@ -132,6 +132,12 @@ def _io(bytes_in: int, bytes_out: int, saved: int, rates: Rates) -> dict[str, fl
     return out
 
 
+def layer_io(plan: Plan, rates: Rates) -> float:
+    """Seconds in which an average layer is read and its output written, saved hidden states not counted."""
+    layers = [unit for unit in plan.units if unit.layer is not None]
+    return _of(layers, rates)["disk"] / len(layers)
+
+
 def forward_flops(plan: Plan) -> float:
     """Of both streams through an average layer, held-out windows too, attention scores not counted."""
     heldout = plan.recipe.data.heldout_windows / plan.recipe.data.windows

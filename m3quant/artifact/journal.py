@@ -1,12 +1,13 @@
 """What has been finished: the state of a conversion, kept beside its output in DST/.m3quant/ until it is complete.
 
-    job.json      fingerprint and the facts it was made of, so that a refusal can name what differs
+    job.json      the facts that the result depends on and the source's identity, so that a refusal can name what differs
     units.jsonl   one line per finished unit, appended and synced after its shard is in place
     boundary-*-*.states      hidden states entering the next layer (calibrated conversions)
     lock          held while a process converts
 
 Order of durability: shard renamed, boundary of the next unit renamed, record appended and synced, old boundary removed.
 Killed at any instant, the run continues at the first unit without a record, from the boundary that unit entered with.
+What job.json and the records hold is typed, and each has a checksum of itself (see records.py).
 """
 
 from __future__ import annotations
@@ -17,36 +18,56 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import sync_folder, write_json_atomic
+from ..checkpoint import sync_folder, write_bytes_atomic
 from ..errors import OutputError, StoppedError
+from .identity import SourceIdentity, differences
+from .manifest import MANIFEST
+from .records import JOURNAL_SCHEMA, ConvertedUnit, Job, UnitRecord, schema_of, seal, unseal
 
 FOLDER = ".m3quant"
 LOCK = "lock"
+JOB = "job.json"
 RECORDS = "units.jsonl"
-MANIFEST = "m3quant.json"  # in a finished output: what it was made from, and the sha256 of every shard
+_SHOWN = 5  # differences of two sources that a message names
 
 
 class Journal:
-    """The journal of one output folder. Make it with `Journal.begin`."""
+    """The journal of one output folder. Make it with `Journal.begin`.
 
-    def __init__(self, output: Path, folder: str = FOLDER) -> None:
+    records: of every finished unit, as plain values of the type `record`. source: of a conversion, what the work was begun
+    with. source_read: gives the digest of what a unit read, for its record.
+    """
+
+    def __init__(self, output: Path, folder: str = FOLDER, record: type[UnitRecord] = ConvertedUnit) -> None:
         self.output = output
         self.folder = output / folder
+        self.record = record
         self.records: dict[int, dict[str, Any]] = {}
+        self.source: SourceIdentity | None = None
+        self.source_read: Callable[[int], str] | None = None
         self._lock = -1
 
     @classmethod
-    def begin(cls, output: Path, facts: Mapping[str, Any], folder: str = FOLDER) -> Journal:
+    def begin(
+        cls,
+        output: Path,
+        facts: Mapping[str, Any],
+        folder: str = FOLDER,
+        record: type[UnitRecord] = ConvertedUnit,
+        source: SourceIdentity | None = None,
+    ) -> Journal:
         """Start or continue in `output`. facts: name -> value; all must equal those the work was begun with.
 
-        folder: where in `output` the journal lies; one that is not a conversion's may lie in any folder.
-        Raises OutputError for a folder that is not ours, is in use, or was begun with other facts.
+        folder: where in `output` the journal lies; one that is not a conversion's may lie in any folder. source: of a
+        conversion; must be the one it was begun with, stamps aside.
+        Raises OutputError for a folder that is not ours, is in use, is damaged, or was begun with other facts or another
+        source.
         """
-        journal = cls(output, folder)
+        journal = cls(output, folder, record)
         if folder == FOLDER:
             check_output_folder(output)
         try:
@@ -57,11 +78,11 @@ class Journal:
             ) from None
         journal._take_lock()
         try:
-            journal._check_facts(facts)
+            journal._check_job(facts, source)
+            journal._read_records()
         except BaseException:
             journal.release()
             raise
-        journal._read_records()
         return journal
 
     @property
@@ -87,21 +108,45 @@ class Journal:
             self.release()
             raise busy
 
-    def _check_facts(self, facts: Mapping[str, Any]) -> None:
-        path = self.folder / "job.json"
+    def _check_job(self, facts: Mapping[str, Any], source: SourceIdentity | None) -> None:
+        path = self.folder / JOB
         if not path.exists():
-            write_json_atomic(path, dict(facts))
+            self._write_job(facts, source)
             return
+        data = _bytes(path)
+        schema = schema_of(data)
+        if schema is None:
+            raise self._damaged(path)
+        if schema != JOURNAL_SCHEMA:
+            raise OutputError(
+                f"{path} was written by another version of m3quant (schema {schema}, this one has {JOURNAL_SCHEMA}): finish "
+                f"with that version, or remove {self._restart} and start again."
+            )
         try:
-            begun = json.loads(path.read_text(encoding="utf-8"))
+            begun = unseal(data, Job)
         except ValueError:
             raise self._damaged(path) from None
-        if not isinstance(begun, dict):
+        if (begun.source is None) != (source is None):
             raise self._damaged(path)
-        refuse_other_facts(self._restart, begun, facts)
+        other = list(differences(begun.source, source)) if begun.source and source else []
+        refuse_other_facts(self._restart, begun.facts, facts, other)
+        self.source = begun.source
+
+    def _write_job(self, facts: Mapping[str, Any], source: SourceIdentity | None) -> None:
+        job = Job(facts=dict(facts), source=source)
+        write_bytes_atomic(self.folder / JOB, seal(job.model_dump(mode="json")) + b"\n")
+        self.source = source
+
+    def accept_source(self, facts: Mapping[str, Any], source: SourceIdentity) -> None:
+        """From here on `source` is what the work was begun with: its files were found to hold what was read of the earlier."""
+        self._write_job(facts, source)
 
     def _damaged(self, path: Path) -> OutputError:
         return OutputError(f"{path} is damaged: remove {self._restart} and start again.")
+
+    def damaged(self, how: str) -> OutputError:
+        """The refusal of records that cannot be right. how: what is wrong, following their file's name."""
+        return OutputError(f"{self.folder / RECORDS} {how}: it is damaged; remove {self._restart} and start again.")
 
     def look(self) -> int:
         """Take in the records of units.jsonl, which another process may be appending to; returns the bytes of whole lines.
@@ -109,19 +154,15 @@ class Journal:
         Raises OutputError if it is damaged.
         """
         path = self.folder / RECORDS
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        good = 0
+        *lines, _ = _bytes(path).split(b"\n") if path.exists() else [b""]
+        # What comes after the last newline was being appended when the run was killed: its unit is done again.
         for line in lines:
-            # A line without its newline was being appended when the run was killed: its unit is done again.
-            if not line.endswith(b"\n"):
-                break
             try:
-                record = json.loads(line)
-                self.records[int(record["unit"])] = record
-            except (ValueError, KeyError, TypeError):
+                record = unseal(line, self.record)
+            except ValueError:
                 raise self._damaged(path) from None
-            good += len(line)
-        return good
+            self.records[record.unit] = record.model_dump()
+        return sum(len(line) + 1 for line in lines)
 
     def _read_records(self) -> None:
         path, good = self.folder / RECORDS, self.look()
@@ -129,8 +170,15 @@ class Journal:
             os.truncate(path, good)
 
     def finish_unit(self, unit: int, record: Mapping[str, Any]) -> None:
-        """Append the record of a finished unit and sync it. Raises StoppedError on a full disk."""
-        line = (json.dumps({"unit": unit, **record}, allow_nan=False) + "\n").encode()
+        """Append the record of a finished unit and sync it. Raises StoppedError on a full disk.
+
+        Who made the unit elsewhere puts into the record what it `read` there.
+        """
+        values = {"unit": unit, **record}
+        if self.source_read is not None and "read" not in values:
+            values["read"] = self.source_read(unit)
+        kept = self.record.model_validate(values).model_dump()
+        line = seal(kept) + b"\n"
         path = self.folder / RECORDS
         new = not path.exists()
         before = 0 if new else path.stat().st_size
@@ -149,7 +197,7 @@ class Journal:
             ) from None
         finally:
             os.close(descriptor)
-        self.records[unit] = {"unit": unit, **record}
+        self.records[unit] = kept
 
     def boundary(self, unit: int) -> Path:
         """Stem of the files that hold the hidden states entering `unit` (see boundary.py)."""
@@ -173,6 +221,15 @@ class Journal:
         self.release()
 
 
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be read: {error.strerror}. Mend that and run the same command again."
+        ) from None
+
+
 def remove_leftover(output: Path) -> None:
     """Remove the journal of a conversion that was killed after its last file was in place."""
     folder = output / FOLDER
@@ -187,7 +244,7 @@ def check_output_folder(output: Path) -> None:
     """Raise OutputError if `output` exists, is not empty, and holds no conversion of ours."""
     if output.is_file():
         raise OutputError(f"{output} is a file: give a folder for the output.")
-    if not output.exists() or (output / FOLDER / "job.json").exists() or (output / MANIFEST).exists():
+    if not output.exists() or (output / FOLDER / JOB).exists() or (output / MANIFEST).exists():
         return
     names = sorted(p.name for p in output.iterdir() if p.name != FOLDER)
     if names:
@@ -233,20 +290,29 @@ def _plain(value: Any) -> Any:
 
 
 def refuse_other_facts(
-    output: Path, begun: Mapping[str, Any], facts: Mapping[str, Any], finished: bool = False
+    output: Path,
+    begun: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    source: Sequence[str] = (),
+    finished: bool = False,
 ) -> None:
-    """Raise OutputError naming the facts in which `begun` and `facts` differ. finished: nothing is left to continue."""
-    if all(begun.get(key) == facts.get(key) for key in {*begun, *facts}):
+    """Raise OutputError naming the facts in which `begun` and `facts` differ. source: what tells that the source is another.
+
+    finished: nothing is left to continue.
+    """
+    if not source and all(begun.get(key) == facts.get(key) for key in {*begun, *facts}):
         return
-    differing = {key: (was, now) for key, was, now in _differences(begun, facts) if key != "fingerprint"}
+    differing = {
+        key: (was, now) for key, was, now in _differences(begun, facts) if key not in ("fingerprint", "source")
+    }
     if any(key.startswith("recipe.") for key in differing):
         # Another recipe; what only one of the two records (calibration, device, ...) follows from it.
         differing = {key: both for key, both in differing.items() if None not in both}
-    told = "; ".join(
-        "another source" if key == "source" else f"{key} was {was!r}, now {now!r}"
-        for key, (was, now) in differing.items()
-    )
-    told = told or "another plan"
+    reasons = [f"{key} was {was!r}, now {now!r}" for key, (was, now) in differing.items()]
+    if source or begun.get("source") != facts.get("source"):
+        shown = [*source[:_SHOWN], *([f"{len(source) - _SHOWN} more differences"] if len(source) > _SHOWN else [])]
+        reasons.insert(0, "another source" + (f": {', '.join(shown)}" if shown else ""))
+    told = "; ".join(reasons) or "another plan"
     if finished:
         raise OutputError(f"{output} is complete and was made otherwise ({told}): choose another folder.")
     raise OutputError(

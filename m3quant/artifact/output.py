@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from ..planning.headers import HeaderSource
 from ..planning.plan import RECIPE_FILE, Plan, make_plan, unquantized
 from ..planning.source_tensors import FP8_BLOCK, PLAIN
 from ..recipe.recipe import Recipe, build_recipe
-from .journal import MANIFEST, unfinished
+from .journal import unfinished
+from .manifest import MANIFEST, Manifest, load_manifest
 
 
 def require_converted(output: Path) -> None:
@@ -25,7 +25,8 @@ def require_converted(output: Path) -> None:
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
-    """m3quant.json of an output. Raises VerifyError if the folder is unfinished or not ours."""
+    """m3quant.json of an output, as plain values that `Manifest` describes. Raises VerifyError if the folder is unfinished or
+    not ours."""
     path = output / MANIFEST
     if sentence := unfinished(output):
         raise VerifyError(sentence)
@@ -34,17 +35,9 @@ def read_manifest(output: Path) -> dict[str, Any]:
             f"{output} has no {MANIFEST}: it was not written by m3quant convert, or the file was removed."
         )
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise VerifyError(f"{path} is damaged: convert again.") from None
-    needed = ("source", "recipe", "shards", "files")
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in needed):
-        raise VerifyError(
-            f"{path} lacks one of {', '.join(needed)}: it is damaged or of another version; convert again."
-        )
-    if not all(isinstance(facts, dict) and {"size", "sha256"} <= facts.keys() for facts in manifest["shards"].values()):
-        raise VerifyError(f"{path} lacks size or sha256 of a shard: it is damaged; convert again.")
-    return manifest
+        return load_manifest(path, Manifest).to_json()
+    except ValueError as error:
+        raise VerifyError(f"{error}: convert again.") from None
 
 
 def recorded_source(output: Checkpoint, manifest: Mapping[str, Any]) -> HeaderSource:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..artifact.conversion_eval import output_fingerprint
 from ..artifact.eval_record import Measured
-from ..artifact.journal import MANIFEST
+from ..artifact.manifest import MANIFEST
 from ..artifact.output import output_plan, read_manifest
 from ..calibration.corpus import load_tokenizer
 from ..calibration.stream import layer_prefix

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import re
 import shutil
 import time
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ..artifact.journal import MANIFEST
+from ..artifact.manifest import MANIFEST, Sums, load_manifest
 from ..checkpoint import CONFIG_NAME, INDEX_NAME, make_folder, sha256_file
 from ..checkpoint.checkpoint import REPO_ID
 from ..checkpoint.hub import HubStore, TransientError
@@ -255,7 +254,7 @@ def _checksums(path: Path, where: str) -> dict[str, str]:
 
 def _manifest_sums(path: Path, where: str) -> dict[str, str]:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        return {**manifest["files"], **{name: facts["sha256"] for name, facts in manifest["shards"].items()}}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        sums = load_manifest(path, Sums)
+    except ValueError:
         raise VerifyError(f"{where} cannot be read as a manifest of m3quant: it is damaged.") from None
+    return {**sums.files, **{name: shard.sha256 for name, shard in sums.shards.items()}}

@@ -1,4 +1,4 @@
-"""Which source a conversion read, by content: what is known before a weight is read, and how two sources differ.
+"""Which checkpoint was read, by content: what is known before a weight is read, and how two checkpoints differ.
 
     revision   the Hub commit that huggingface_hub recorded for all files
     files      sha256 of config.json, the index and every carried file
@@ -6,12 +6,12 @@
 
 What cannot be known without reading everything is recorded as it is read, one digest per unit (`Journal.finish_unit`,
 `manifest.source.read`). A stamp that differs says nothing by itself: then the units that were made from that shard are
-read again and their digests compared (`convert.recheck`).
+read again and their digests compared (`reread.other_shards`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, sha256_file
 from ..checkpoint.content import combined
 from ..checkpoint.origin import known_sha256, origin_of
-from ..planning.plan import Plan
+
+SOURCE = "source"  # the label of what a conversion reads
 
 
 class _Identity(BaseModel):
@@ -44,13 +45,16 @@ class SourceIdentity(_Identity):
     shards: dict[str, ShardIdentity]
 
 
-def identify(plan: Plan) -> SourceIdentity:
-    """The identity of a local source: every carried file is hashed, of shards a few blocks are read. Raises CheckpointError."""
-    checkpoint, root = plan.checkpoint, Path(plan.checkpoint.root)
+def identify(checkpoint: Checkpoint, carried: Iterable[str] = ()) -> SourceIdentity:
+    """The identity of a local checkpoint: files are hashed, of shards a few blocks are read. Raises CheckpointError.
+
+    carried: names of the files beside config.json, index and shards that count.
+    """
+    root = Path(checkpoint.root)
     files = {CONFIG_NAME: sha256(checkpoint.config_text).hexdigest()}
     if checkpoint.index_text is not None:
         files[INDEX_NAME] = sha256(checkpoint.index_text).hexdigest()
-    files |= {name: sha256_file(root / name) for name in plan.copied_files}
+    files |= {name: sha256_file(root / name) for name in carried}
     sampled, stamps = checkpoint.sampled(), checkpoint.file_stamps()
     return SourceIdentity(
         revision=origin_of(root, [*checkpoint.shards, *files]).revision,

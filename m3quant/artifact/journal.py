@@ -38,8 +38,8 @@ _SHOWN = 5  # differences of two sources that a message names
 class Journal:
     """The journal of one output folder. Make it with `Journal.begin`.
 
-    records: of every finished unit, as plain values of the type `record`. source: of a conversion, what the work was begun
-    with. source_read: gives the digest of what a unit read, for its record.
+    records: of every finished unit, as plain values of the type `record`. read: label -> identity of each checkpoint that
+    the work was begun with. unit_read: gives the digests of what a unit read, for its record.
     """
 
     def __init__(self, output: Path, folder: str = FOLDER, record: type[UnitRecord] = ConvertedUnit) -> None:
@@ -47,8 +47,8 @@ class Journal:
         self.folder = output / folder
         self.record = record
         self.records: dict[int, dict[str, Any]] = {}
-        self.source: SourceIdentity | None = None
-        self.source_read: Callable[[int], str] | None = None
+        self.read: dict[str, SourceIdentity] = {}
+        self.unit_read: Callable[[int], Mapping[str, Any]] | None = None
         self._lock = -1
 
     @classmethod
@@ -56,16 +56,16 @@ class Journal:
         cls,
         output: Path,
         facts: Mapping[str, Any],
+        read: Mapping[str, SourceIdentity],
         folder: str = FOLDER,
         record: type[UnitRecord] = ConvertedUnit,
-        source: SourceIdentity | None = None,
     ) -> Journal:
         """Start or continue in `output`. facts: name -> value; all must equal those the work was begun with.
 
-        folder: where in `output` the journal lies; one that is not a conversion's may lie in any folder. source: of a
-        conversion; must be the one it was begun with, stamps aside.
+        read: label -> checkpoint that is read; each must be the one the work was begun with, stamps aside. folder: where in
+        `output` the journal lies; one that is not a conversion's may lie in any folder.
         Raises OutputError for a folder that is not ours, is in use, is damaged, or was begun with other facts or another
-        source.
+        checkpoint.
         """
         journal = cls(output, folder, record)
         if folder == FOLDER:
@@ -78,7 +78,7 @@ class Journal:
             ) from None
         journal._take_lock()
         try:
-            journal._check_job(facts, source)
+            journal._check_job(facts, read)
             journal._read_records()
         except BaseException:
             journal.release()
@@ -108,10 +108,10 @@ class Journal:
             self.release()
             raise busy
 
-    def _check_job(self, facts: Mapping[str, Any], source: SourceIdentity | None) -> None:
+    def _check_job(self, facts: Mapping[str, Any], read: Mapping[str, SourceIdentity]) -> None:
         path = self.folder / JOB
         if not path.exists():
-            self._write_job(facts, source)
+            self._write_job(facts, read)
             return
         data = _bytes(path)
         schema = schema_of(data)
@@ -126,20 +126,21 @@ class Journal:
             begun = unseal(data, Job)
         except ValueError:
             raise self._damaged(path) from None
-        if (begun.source is None) != (source is None):
-            raise self._damaged(path)
-        other = list(differences(begun.source, source)) if begun.source and source else []
+        other = {label: list(differences(begun.read[label], read[label])) for label in read if label in begun.read}
         refuse_other_facts(self._restart, begun.facts, facts, other)
-        self.source = begun.source
+        if begun.read.keys() != read.keys():
+            raise self._damaged(path)
+        self.read = begun.read
 
-    def _write_job(self, facts: Mapping[str, Any], source: SourceIdentity | None) -> None:
-        job = Job(facts=dict(facts), source=source)
+    def _write_job(self, facts: Mapping[str, Any], read: Mapping[str, SourceIdentity]) -> None:
+        job = Job(facts=dict(facts), read=dict(read))
         write_bytes_atomic(self.folder / JOB, seal(job.model_dump(mode="json")) + b"\n")
-        self.source = source
+        self.read = job.read
 
-    def accept_source(self, facts: Mapping[str, Any], source: SourceIdentity) -> None:
-        """From here on `source` is what the work was begun with: its files were found to hold what was read of the earlier."""
-        self._write_job(facts, source)
+    def accept(self, facts: Mapping[str, Any], read: Mapping[str, SourceIdentity]) -> None:
+        """From here on these are what the work was begun with: they were found to hold what was read of the earlier ones."""
+        if self.read != read:
+            self._write_job(facts, read)
 
     def _damaged(self, path: Path) -> OutputError:
         return OutputError(f"{path} is damaged: remove {self._restart} and start again.")
@@ -175,8 +176,8 @@ class Journal:
         Who made the unit elsewhere puts into the record what it `read` there.
         """
         values = {"unit": unit, **record}
-        if self.source_read is not None and "read" not in values:
-            values["read"] = self.source_read(unit)
+        if self.unit_read is not None and "read" not in values:
+            values["read"] = self.unit_read(unit)
         kept = self.record.model_validate(values).model_dump()
         line = seal(kept) + b"\n"
         path = self.folder / RECORDS
@@ -293,25 +294,26 @@ def refuse_other_facts(
     output: Path,
     begun: Mapping[str, Any],
     facts: Mapping[str, Any],
-    source: Sequence[str] = (),
+    other: Mapping[str, Sequence[str]],
     finished: bool = False,
 ) -> None:
-    """Raise OutputError naming the facts in which `begun` and `facts` differ. source: what tells that the source is another.
+    """Raise OutputError naming the facts in which `begun` and `facts` differ.
 
-    finished: nothing is left to continue.
+    other: label of a checkpoint -> what tells that it is another one; a fact of that name is its fingerprint. finished:
+    nothing is left to continue.
     """
-    if not source and all(begun.get(key) == facts.get(key) for key in {*begun, *facts}):
+    if not any(other.values()) and all(begun.get(key) == facts.get(key) for key in {*begun, *facts}):
         return
-    differing = {
-        key: (was, now) for key, was, now in _differences(begun, facts) if key not in ("fingerprint", "source")
-    }
+    differing = {key: both for key, *both in _differences(begun, facts) if key != "fingerprint" and key not in other}
     if any(key.startswith("recipe.") for key in differing):
         # Another recipe; what only one of the two records (calibration, device, ...) follows from it.
         differing = {key: both for key, both in differing.items() if None not in both}
-    reasons = [f"{key} was {was!r}, now {now!r}" for key, (was, now) in differing.items()]
-    if source or begun.get("source") != facts.get("source"):
-        shown = [*source[:_SHOWN], *([f"{len(source) - _SHOWN} more differences"] if len(source) > _SHOWN else [])]
-        reasons.insert(0, "another source" + (f": {', '.join(shown)}" if shown else ""))
+    reasons = [
+        f"another {label}" + (f": {_several(told)}" if told else "")
+        for label, told in other.items()
+        if told or begun.get(label) != facts.get(label)
+    ]
+    reasons += [f"{key} was {was!r}, now {now!r}" for key, (was, now) in differing.items()]
     told = "; ".join(reasons) or "another plan"
     if finished:
         raise OutputError(f"{output} is complete and was made otherwise ({told}): choose another folder.")
@@ -319,3 +321,8 @@ def refuse_other_facts(
         f"{output} was begun with other settings ({told}): repeat the first command to continue it, "
         "or choose another folder."
     )
+
+
+def _several(sentences: Sequence[str]) -> str:
+    more = len(sentences) - _SHOWN
+    return ", ".join([*sentences[:_SHOWN], *([f"{more} more"] if more > 0 else [])])

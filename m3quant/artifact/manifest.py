@@ -54,7 +54,8 @@ class SourceTensorFacts(_Part):
 class ManifestSource(_Part):
     """What the output was made from.
 
-    identity: what was known of it before it was read; read: output shard -> digest of the tensors that were read for it.
+    identity: what was known of it before it was read; read: output shard -> source shard -> digest of the tensors that were
+    read for it.
     files, left_behind, card: not in outputs that are older than the record.
     """
 
@@ -62,7 +63,7 @@ class ManifestSource(_Part):
     bytes: Size
     tensors: dict[str, SourceTensorFacts]
     identity: SourceIdentity | None = None
-    read: dict[str, str] = Field(default_factory=dict)
+    read: dict[str, dict[str, str]] = Field(default_factory=dict)
     repo: str | None = None
     revision: str | None = None
     files: dict[str, CarriedFile] = Field(default_factory=dict)

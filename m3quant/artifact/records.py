@@ -24,11 +24,11 @@ class _Record(BaseModel):
 
 
 class Job(_Record):
-    """How work was begun. facts: everything its result depends on; source: which source it reads, of a conversion."""
+    """How work was begun. facts: everything its result depends on; read: label -> each checkpoint that it reads."""
 
     schema_version: int = JOURNAL_SCHEMA
     facts: dict[str, Any]
-    source: SourceIdentity | None = None
+    read: dict[str, SourceIdentity] = Field(default_factory=dict)
 
 
 class UnitRecord(_Record):
@@ -38,7 +38,7 @@ class UnitRecord(_Record):
 
 
 class ConvertedUnit(UnitRecord):
-    """A finished shard. read: digest of the source tensors that it was made of (`checkpoint.content`).
+    """A finished shard. read: source shard -> digest of the tensors that it was made of (`checkpoint.content`).
 
     The rest is of a calibrated layer; boundary: file name -> xxh3_128 (hex) of the hidden states entering the next unit.
     """
@@ -46,7 +46,7 @@ class ConvertedUnit(UnitRecord):
     shard: str
     size: int = Field(gt=0)
     sha256: str = Field(pattern=HEX, min_length=64, max_length=64)
-    read: str = Field(pattern=HEX, min_length=32, max_length=32)
+    read: dict[str, str]
     layer: int | None = Field(default=None, ge=0)
     stream_error: float | None = Field(default=None, ge=0)
     log: dict[str, Any] | None = None
@@ -55,10 +55,15 @@ class ConvertedUnit(UnitRecord):
 
 
 class MeasuredLayer(UnitRecord):
-    """A layer that an evaluation has passed through. read: digest of the tensors that were read, by model."""
+    """A layer that an evaluation has passed through.
+
+    read: label of a model -> its shard -> digest of the tensors that were read; states: file name -> xxh3_128 (hex) of the hidden states
+    entering the next layer.
+    """
 
     facts: dict[str, float]
-    read: dict[str, str] = Field(default_factory=dict)
+    read: dict[str, dict[str, str]]
+    states: dict[str, str]
 
 
 Record = TypeVar("Record", bound=_Record)
@@ -82,16 +87,16 @@ def unseal(data: bytes, kind: type[Record]) -> Record:
 
 
 def schema_of(data: bytes) -> int | None:
-    """The schema version of a whole job.json, 1 of a JSON object without version and checksum; None of a damaged one."""
+    """The schema version of a whole job.json, 1 of the bare facts of earlier versions; None of a damaged one."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(values, dict) or not values:
+    if not isinstance(values, dict):
         return None
     check = values.pop(_CHECK, None)
     if check is None:
-        return None if "schema_version" in values else 1
+        return 1 if "version" in values else None
     found = values.get("schema_version")
     return found if type(found) is int and check == _checksum(values) else None
 

@@ -14,9 +14,10 @@ import torch
 from .. import __version__
 from ..artifact.conversion_eval import conversion_record, output_fingerprint
 from ..artifact.eval_record import EVAL_FILE
-from ..artifact.identity import differences, identify, touched
+from ..artifact.identity import SOURCE, differences, identify, touched
 from ..artifact.journal import Journal, check_apart, check_output_folder, refuse_other_facts, remove_leftover
 from ..artifact.manifest import MANIFEST, Manifest, load_manifest
+from ..artifact.reread import other_shards, recorded_digests, stored_infos
 from ..calibration.experts import ExpertLedger
 from ..checkpoint import Checkpoint, write_json_atomic
 from ..errors import CalibrationError, CheckpointError, OutputError
@@ -30,7 +31,7 @@ from .finish import finish
 from .gpu_stage import why_plain
 from .job import Run, Settings, out_of_memory
 from .pipeline import convert_units
-from .recheck import other_shards, recheck, unit_digest
+from .recheck import recheck
 from .units import shard_facts
 
 
@@ -50,17 +51,16 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
 
             # Before there is a folder: a cluster that cannot be used leaves nothing behind.
             cluster = stack.enter_context(ray_cluster.cluster(settings.address, device.type, stop))
-        identity = identify(plan)
-        journal = Journal.begin(output, facts, source=identity)
+        source = {SOURCE: identify(plan.checkpoint, plan.copied_files)}
+        journal = Journal.begin(output, facts, source)
         stack.callback(journal.release)
         if (done := _finished(plan, output, facts, progress)) is not None:  # by another process, while this one waited
             journal.remove()
             return done
-        recheck(plan, journal, identity, stop, progress)
-        if identity != journal.source:
-            journal.accept_source(facts, identity)
+        recheck(plan, journal, source[SOURCE], stop, progress)
+        journal.accept(facts, source)
         plan.checkpoint.record_reads()
-        journal.source_read = lambda unit: unit_digest(plan, plan.units[unit])
+        journal.unit_read = lambda unit: recorded_digests(plan.checkpoint, stored_infos(plan.units[unit]))
         reader = SourceReader(plan.checkpoint, plan.sources)
         try:
             return _convert(Run(plan, output, reader, settings, device, journal, stop, progress, cluster), facts)
@@ -150,7 +150,8 @@ def _finished(plan: Plan, output: Path, facts: dict[str, Any], progress: Progres
     begun = manifest.job.model_dump()
     if manifest.schema_version == 1 and begun["torch"] is None:
         begun["torch"] = facts["torch"]  # not recorded then for recipes that do not calibrate
-    refuse_other_facts(output, begun, facts, _other_source(plan, output, manifest, progress), finished=True)
+    other = {SOURCE: _other_source(plan, output, manifest, progress)}
+    refuse_other_facts(output, begun, facts, other, finished=True)
     for shard, written in manifest.shards.items():
         path = output / shard
         if not path.exists() or path.stat().st_size != written.size:
@@ -162,7 +163,7 @@ def _finished(plan: Plan, output: Path, facts: dict[str, Any], progress: Progres
 
 def _other_source(plan: Plan, output: Path, manifest: Manifest, progress: Progress) -> list[str]:
     """What tells that a finished output was made from another source than the plan's; shards whose files changed are read."""
-    then, now = manifest.source.identity, identify(plan)
+    then, now = manifest.source.identity, identify(plan.checkpoint, plan.copied_files)
     if then is None:
         progress.say(
             f"note: {output} was made before m3quant recorded what it read, so that only names, shapes and config.json of the "
@@ -173,12 +174,13 @@ def _other_source(plan: Plan, output: Path, manifest: Manifest, progress: Progre
     found = list(differences(then, now, finished=True))
     if found or plan.checkpoint.fingerprint() != manifest.source.fingerprint or not (moved := touched(then, now)):
         return found
-    read = {unit.index: manifest.source.read.get(unit.shard, "") for unit in plan.units}
+    read = {unit.index: manifest.source.read.get(unit.shard, {}) for unit in plan.units}
     progress.say(
         f"files of the source were written or moved since: reading {len(moved)} shards to see that they are the same"
     )
     with stop_on_signals() as stop:
-        return [f"{shard} holds other weights" for shard in other_shards(plan, read, moved, stop)]
+        shards = other_shards(plan.checkpoint, read, lambda i: stored_infos(plan.units[i]), moved, stop)
+    return [f"{shard} holds other weights" for shard in shards]
 
 
 def _convert(run: Run, facts: dict[str, Any]) -> dict[str, Any]:

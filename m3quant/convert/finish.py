@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..artifact.identity import SOURCE
 from ..artifact.journal import Journal
 from ..artifact.manifest import MANIFEST_SCHEMA, Manifest, write_manifest
 from ..artifact.source_record import SourceRecord
@@ -42,7 +43,7 @@ def finish(plan: Plan, output: Path, journal: Journal, extra: dict[str, Any]) ->
 
 def _check_unchanged(output: Path, name: str, digest: str, journal: Journal) -> None:
     """Raise OutputError for a carried file that is not what it was when the conversion was begun."""
-    if journal.source is not None and journal.source.files.get(name) != digest:
+    if journal.read[SOURCE].files.get(name) != digest:
         raise OutputError(
             f"{name} of the source has changed since the conversion into {output} was begun: put the earlier file back and "
             "run the same command again; finished shards are kept."
@@ -63,7 +64,7 @@ def make_manifest(plan: Plan, journal: Journal, extra: dict[str, Any]) -> dict[s
         "source": {
             "fingerprint": plan.checkpoint.fingerprint(),
             "bytes": sum(u.bytes_in for u in plan.units),
-            "identity": journal.source,
+            "identity": journal.read[SOURCE],
             "read": {journal.records[u.index]["shard"]: journal.records[u.index]["read"] for u in plan.units},
             "tensors": {
                 t.name: {

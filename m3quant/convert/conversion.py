@@ -120,7 +120,7 @@ def transformers_version() -> str:
 
 def job_facts(plan: Plan, settings: Settings, device: torch.device) -> dict[str, Any]:
     """Everything the output's bytes depend on. A resumed run must have the same."""
-    calibrated = plan.recipe.calibration != "none"
+    calibrated = plan.recipe.calibrated
     return {
         "fingerprint": plan.fingerprint(),
         "source": plan.checkpoint.fingerprint(),
@@ -193,7 +193,7 @@ def _convert(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     if journal.records:
         run.progress.say(f"continuing: {len(journal.records)} of {len(plan.units)} shards are finished")
     started = time.monotonic()
-    if plan.recipe.calibration == "none":
+    if not plan.recipe.calibrated:
         _convert_units(run)
         extra: dict[str, Any] = {}
     else:

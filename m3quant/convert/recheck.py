@@ -47,7 +47,7 @@ def recheck(plan: Plan, journal: Journal, now: SourceIdentity, stop: StopFlag, p
 
 def _check_records(plan: Plan, journal: Journal) -> None:
     """Raise OutputError for records that are not of this plan, or of calibrated layers that do not follow one another."""
-    units, calibrated = plan.units, plan.recipe.calibration != "none"
+    units, calibrated = plan.units, plan.recipe.calibrated
     for index, record in journal.records.items():
         unit = units[index] if index < len(units) else None
         if unit is None or (record["shard"], record["size"]) != (unit.shard, unit.bytes_out):

@@ -6,7 +6,7 @@ A family reads every count from config.json. Names are the on-disk names of the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,8 +137,8 @@ class Family(ABC):
     def engine_names(self, module: str) -> tuple[str, ...]:
         """The on-disk module name and the name vLLM gives the module, where an exact list must hold both."""
 
-    def engine_notes(self, routed_experts: Scheme, fmt: str) -> tuple[str, ...]:
-        """What a person must know of engine releases before serving routed experts in this scheme."""
+    def engine_notes(self, routed_experts: Collection[Scheme], fmt: str) -> tuple[str, ...]:
+        """What a person must know of engine releases before serving routed experts in these schemes."""
         return ()
 
     @abstractmethod

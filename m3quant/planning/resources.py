@@ -65,7 +65,7 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool 
         t.source.stored_bytes + _elements(t) * FLOAT32 * (WORK_COPIES if t.action == "quantize" else 0)
         for t in plan.tensors
     )
-    if plan.recipe.calibration == "none":
+    if not plan.recipe.calibrated:
         working = working_bytes(plan.units, on_gpu, plan.recipe.format, workers)
         disk = plan.output_bytes + DISK_MARGIN
         return Resources(process + working.host, working.device, disk, 0)

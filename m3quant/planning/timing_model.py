@@ -79,7 +79,7 @@ def load_rates(path: Path | None = None) -> Rates:
 
 def estimate(plan: Plan, rates: Rates) -> Estimate | None:
     """Seconds to convert `plan` on that machine; None where it needs a rate that the record lacks."""
-    if plan.recipe.calibration == "none":
+    if not plan.recipe.calibrated:
         stages = _of(plan.units, rates)
         bound = max(stages, key=lambda name: stages[name])
         return Estimate(machine=rates.machine, seconds=stages[bound], bound_by=bound, stages=stages)

@@ -85,7 +85,7 @@ def check_numbering(shards: Iterable[str], where: str) -> None:
         def name(number: int, stem: str = stem, digits: str = digits, width: int = width) -> str:
             return f"{stem}-{number:0{width}d}-of-{digits}.safetensors"
 
-        if len(numbers) > count or max(numbers) > count:
+        if max(numbers) > count or {0, count} <= numbers:
             last = max(numbers)
             raise CheckpointError(
                 f"{where} has no {INDEX_NAME}, and {name(last)} is one of {len(numbers)} shards numbered {min(numbers)} to {last}, "

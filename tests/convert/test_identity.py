@@ -266,7 +266,7 @@ def test_a_damaged_journal_is_a_sentence_or_does_no_harm(source: Path, tmp_path:
             refused += 1
         else:
             assert same_output(out, whole) == [], number
-    assert refused >= 2
+    assert refused
 
 
 def test_a_record_of_an_unknown_unit_is_a_sentence(source: Path, tmp_path: Path) -> None:

@@ -88,6 +88,9 @@ class CalibrationFacts(_Part):
 
     sha256: str
     source: str
+    corpus_sha256: str
+    tokenizer_sha256: str
+    kind_tokens: dict[str, int]
 
 
 class Heldout(_Part):

@@ -23,7 +23,8 @@ from typing import Any
 
 import yaml
 
-from m3quant.calibration.documents import Document, interleave, parse_record
+from m3quant.calibration.dialects import parse_record
+from m3quant.calibration.documents import Document, interleave
 
 HERE = Path(__file__).parent
 DOCUMENT_BYTES = 5_000  # short enough that a few hundred windows see every source, long enough to hold an argument

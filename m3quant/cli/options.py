@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,23 @@ if TYPE_CHECKING:
     from ..publish.gates import Asked
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class TokenCount(click.ParamType[int]):
+    """A number of tokens: 786432, 786,432, 800k or 0.8M (thousands and millions)."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"([\d,]{1,15}(?:\.\d{1,6})?)([kKmM]?)", str(value).strip())
+        if found is None or not found[1].strip(","):
+            self.fail(f"{value!r} is no number of tokens: write for instance 786432, 800k or 0.8M.", param, ctx)
+        count = round(float(found[1].replace(",", "")) * {"": 1, "k": 1_000, "m": 1_000_000}[found[2].lower()])
+        if not 1 <= count <= MAX_COUNT:
+            self.fail(f"{value!r} is not between 1 and {MAX_COUNT:,} tokens.", param, ctx)
+        return count
 
 
 def recipe_options(default: str | None) -> Callable[[F], F]:
@@ -43,9 +61,9 @@ def recipe_options(default: str | None) -> Callable[[F], F]:
                 click.option(
                     "--set",
                     "settings",
-                    metavar="ROLE=SCHEME",
+                    metavar="ROLE[@LAYERS]=SCHEME",
                     multiple=True,
-                    help="Override one role, e.g. routed_experts=int4-g32.",
+                    help="Override one role, e.g. routed_experts=int4-g32, or one in some layers, e.g. routed_experts@3-6=int3-g128-asym.",
                 ),
                 click.option(
                     "--format",

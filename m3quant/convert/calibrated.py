@@ -24,6 +24,7 @@ from ..calibration.stream import Prefetcher, read_head, read_layer, run_layer
 from ..errors import CalibrationError
 from ..planning.layout import scale_dtype
 from ..planning.plan import PlannedTensor, Unit
+from ..planning.quantizers import facts_of
 from ..quant.formats import TORCH_DTYPES, pack
 from ..reports.conversion import write_report
 from ..running.timing import device_span
@@ -153,7 +154,7 @@ class _Layerwise:
             error = run_layer(layer, streams.quantized, self.micro_batch, streams.source, self.ranks)
         ledger = quantized.ledger.to_json() if quantized.ledger else None
         record = {"layer": unit.layer, "stream_error": error, "log": quantized.log, "ledger": ledger}
-        if self.plan.recipe.rounding == "feedback":
+        if not facts_of(self.plan.recipe.rounding).nearest_codes:
             record[ROUNDING_ERROR] = errors.to_json()
         self.writer.finish(unit, record, streams.snapshot() if self.writer.background else streams)
         self.run.progress.say(layer_line(unit.layer, quantized, error or 0.0))

@@ -18,6 +18,7 @@ from ..families import Family, family_of
 from ..planning.engine_config import config_schemes
 from ..planning.engine_integers import min_vllm
 from ..planning.plan import RECIPE_FILE
+from ..planning.quantizers import facts_of
 from ..recipe.recipe import Recipe, build_recipe
 from .base import Base
 from .hub_benchmarks import BenchmarkResult, read_benchmarks
@@ -88,7 +89,7 @@ class CardFacts:
     @property
     def folded(self) -> bool:
         """Whether kept tensors may hold folded scales."""
-        return self.recipe.rounding == "awq" and self.recipe.awq.smooth
+        return facts_of(self.recipe.rounding).folds and self.recipe.awq.smooth
 
     @property
     def engine_notes(self) -> tuple[str, ...]:

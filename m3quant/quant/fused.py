@@ -130,4 +130,4 @@ def _write_codes(steps: Tensor, scheme: Scheme, packed: Tensor) -> None:
         pairs = codes.view(torch.int16)
         packed.view(torch.uint8).copy_(pairs.bitwise_or_(pairs >> 4))
     else:
-        packed.view(torch.uint8).copy_(pack_bytes(codes, scheme.bits))
+        packed.view(torch.uint8).copy_(pack_bytes(codes, scheme.bits, overwrite=True))

@@ -72,22 +72,25 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     return packed if packed.shape[-1] == words else packed[..., :words].contiguous()
 
 
-def pack_bytes(unsigned: Tensor, bits: int) -> Tensor:
+def pack_bytes(unsigned: Tensor, bits: int, overwrite: bool = False) -> Tensor:
     """uint8 codes [..., K] below 2^bits, K a multiple of 8, to the uint8 bytes [..., K * bits / 8] of their stream.
 
-    For 8 bits the argument itself.
+    For 8 bits the argument itself. overwrite: the argument, if row-major, may be used as scratch.
     """
     if bits == 8:
         return unsigned
     if bits == 4:
         return unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
     eights = unsigned.reshape(-1).view(torch.int64)
-    out = torch.empty(eights.numel(), bits, dtype=torch.uint8, device=unsigned.device)
+    part = torch.uint8 if bits % 2 else torch.int16  # what the squeezed bytes are copied by
+    parts = bits // part.itemsize
+    out = torch.empty(eights.numel(), parts, dtype=part, device=unsigned.device)
     step = _BLOCK // 8 if unsigned.device.type == "cpu" else max(1, eights.numel())
     for first in range(0, eights.numel(), step):
-        squeezed = _squeeze(eights[first : first + step].clone(), bits)
-        out[first : first + step] = squeezed.view(torch.uint8).view(-1, 8)[:, :bits]
-    return out.view(*unsigned.shape[:-1], unsigned.shape[-1] * bits // 8)
+        block = eights[first : first + step]
+        squeezed = _squeeze(block if overwrite else block.clone(), bits)
+        out[first : first + step] = squeezed.view(part).view(len(block), -1)[:, :parts]
+    return out.view(torch.uint8).view(*unsigned.shape[:-1], unsigned.shape[-1] * bits // 8)
 
 
 def _squeeze(eights: Tensor, bits: int) -> Tensor:

@@ -172,7 +172,7 @@ def _stream(errors: Mapping[str, float | None]) -> str:
 
 def _layers(report: Report) -> str:
     """One row per searched block; a layer without one has a row of its own, so that every layer is listed."""
-    searched = report.recipe["awq"]["range_search"]
+    searched = report.recipe.get("awq", {}).get("range_search", False)
     rows: list[list[Any]] = []
     for log in report.logs:
         blocks = [block for block in log["blocks"] if block.get("block_error")]

@@ -20,6 +20,7 @@ from ..calibration.folds import expert_names, fold_groups, scale_columns
 from ..calibration.layers import layer_spec
 from ..calibration.ranges import FACTORS
 from ..planning.plan import PASSED_THROUGH, Plan, PlannedTensor, Unit
+from ..planning.quantizers import facts_of
 from ..quant.formats import code_errors, decompress
 from ..quant.reading import ConvertedReader, SourceReader
 from . import fed_back
@@ -49,10 +50,16 @@ class TensorError:
     scheme: str
     sqnr_db: float
     defect: str = ""
+    floor: float | None = None  # dB below which it is wrong; None: that of rounding to nearest in this scheme
+
+    @property
+    def margin(self) -> float:
+        """dB above what is wrong."""
+        return self.sqnr_db - (floor_db(self.scheme) if self.floor is None else self.floor)
 
     @property
     def wrong(self) -> bool:
-        return self.sqnr_db < floor_db(self.scheme)
+        return self.margin < 0
 
 
 def floor_db(scheme: str) -> float:
@@ -93,7 +100,7 @@ def unit_errors(
 
     recorded: tensor name -> squared distance from the source that the conversion wrote down, for rounding with feedback.
     """
-    if plan.recipe.rounding == "feedback":
+    if not facts_of(plan.recipe.rounding).nearest_codes:
         for planned in unit.tensors:
             if planned.scheme.quantizes:
                 yield _fed_back_error(plan, planned, reader, converted, (recorded or {}).get(planned.name))
@@ -137,7 +144,7 @@ def unit_errors(
 
 def _searched(plan: Plan) -> bool:
     """Whether this conversion may have folded scales."""
-    return plan.recipe.rounding == "awq" and plan.recipe.awq.smooth
+    return facts_of(plan.recipe.rounding).folds and plan.recipe.awq.smooth
 
 
 def _pairs(plan: Plan, layer: int) -> dict[str, str]:
@@ -217,8 +224,10 @@ def _fed_back_error(
 ) -> TensorError:
     source, parts = reader.read(planned.name), _parts(converted, planned)
     stored = decompress(parts, planned.scheme, plan.recipe.format, tuple(source.shape), name=planned.name)
-    found = fed_back.defect(source, stored, planned.scheme, recorded)
-    return TensorError(planned.name, planned.scheme.name, sqnr_db(source, stored), found)
+    found = fed_back.defect(source, stored, recorded)
+    return TensorError(
+        planned.name, planned.scheme.name, sqnr_db(source, stored), found, fed_back.floor_db(planned.scheme)
+    )
 
 
 def _kept_error(planned: PlannedTensor, source: Tensor, column: Tensor, stored: Tensor) -> TensorError:
@@ -271,4 +280,4 @@ def sqnr_db(source: Tensor, stored: Tensor) -> float:
 def worst(errors: Mapping[str, TensorError], count: int = 10) -> list[TensorError]:
     """The tensors with the least margin over their scheme's floor."""
     finite = [e for e in errors.values() if e.sqnr_db != math.inf]
-    return sorted(finite, key=lambda e: e.sqnr_db - floor_db(e.scheme))[:count]
+    return sorted(finite, key=lambda e: e.margin)[:count]

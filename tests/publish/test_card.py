@@ -21,6 +21,7 @@ from publish.outputs import COMMIT, TEXTS, converted, manifest_of, serving, sour
 
 from m3quant.artifact.conversion_eval import output_fingerprint
 from m3quant.artifact.eval_record import Data, EvalRecord, Measured, Result
+from m3quant.calibration.mixture import parse_mixture
 from m3quant.checkpoint import Checkpoint
 from m3quant.cli import cli
 from m3quant.cli.convert import calibration_windows
@@ -29,7 +30,7 @@ from m3quant.evaluate.haystack import Reach
 from m3quant.evaluate.metrics import by_position
 from m3quant.evaluate.position import EDGES, PositionTask
 from m3quant.evaluate.task import Predictions, ScoredSequence
-from m3quant.publish.card import NOTES_BEGIN, check_metadata
+from m3quant.publish.card import NOTES_BEGIN, check_metadata, scheme_text
 from m3quant.publish.gates import Asked, Prepared, check, make_card, prepare
 from m3quant.publish.licences import GivenLicence
 
@@ -308,7 +309,7 @@ def test_neither_warnings_nor_the_calibration_file_bring_paths_into_the_manifest
     assert str(tmp_path) not in (out / "m3quant.json").read_text(encoding="utf-8")
     corpus = tmp_path / "mine.txt"
     corpus.write_text("\n\n".join(f"Sentence {i} about nothing in particular." for i in range(400)), encoding="utf-8")
-    windows = calibration_windows(make_plan_of(source), str(corpus))
+    windows = calibration_windows(make_plan_of(source), parse_mixture((str(corpus),)))
     assert windows.source.startswith("mine.txt") and str(tmp_path) not in json.dumps(windows.record())
 
 
@@ -415,3 +416,9 @@ def test_the_command_writes_the_card_and_check_sets_the_exit_code(out: Path, mad
     assert (
         facts["base"]["revision"] == COMMIT and facts["licence"]["key"] == "minimax-community" and facts["obligations"]
     )
+
+
+def test_a_scheme_of_some_layers_names_them() -> None:
+    row = {"action": "quantize", "scheme": "int3-g128-asym", "layers": "3-6,59"}
+    assert scheme_text(row) == "int3-g128-asym in layers 3-6,59"
+    assert scheme_text({"action": "quantize", "scheme": "int4-g128"}) == "int4-g128"

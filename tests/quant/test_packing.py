@@ -1,5 +1,8 @@
 """Bit orders, against plain-Python packers written from the published layouts."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
@@ -125,6 +128,20 @@ def test_leading_dimensions_are_carried(bits: int) -> None:
     awq = random_codes(2, 3, 16, 40, bits=4, seed=10)
     assert torch.equal(packing.pack_awq(awq)[1, 2], packing.pack_awq(awq[1, 2]))
     assert torch.equal(packing.unpack_awq(packing.pack_awq(awq)), awq)
+
+
+@pytest.mark.parametrize("bits", INT_BITS)
+def test_the_cpu_engines_plugin_unpacks_the_same_codes(bits: int) -> None:
+    """tests/engine runs on it, in an environment of its own: here only its arithmetic is looked at."""
+    path = Path(__file__).parents[1] / "engine" / "cpu_plugin" / "m3quant_cpu_engine" / "dequantize.py"
+    spec = importlib.util.spec_from_file_location("plugin_dequantize", path)
+    assert spec is not None and spec.loader is not None
+    plugin = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plugin)
+    codes = random_codes(3, 64, 160, bits=bits, seed=bits)
+    unsigned = codes.int() + (1 << (bits - 1))
+    assert torch.equal(plugin.unpack(packing.pack_rows(codes, bits), -1, bits), unsigned)
+    assert torch.equal(plugin.unpack(packing.pack_columns(codes, bits), 1, bits), unsigned)
 
 
 def test_wrong_dtypes_widths_and_sizes_are_refused() -> None:

@@ -86,7 +86,9 @@ class MlpQuantizer:
             for indices, part in self.settings.ranks.each(self._routed_chunk, self._chunks()):
                 units = [self.routed[i] for i in indices]
                 self._collect(units, part, weights, log)
-                for unit, rows in zip(units, part.rows.split([u.natural for u in units]), strict=True) if len(part.rows) else ():
+                for unit, rows in (
+                    zip(units, part.rows.split([u.natural for u in units]), strict=True) if len(part.rows) else ()
+                ):
                     out.index_add_(0, unit.tokens[: unit.natural], rows)
         if self.always_on is not None and any(s.quantizes for s in self.always_on.schemes):
             if self.settings.residual:
@@ -97,9 +99,7 @@ class MlpQuantizer:
             self._collect([self.always_on], part, weights, log)
         return weights, log
 
-    def _collect(
-        self, units: list[Unit], part: _Part, weights: dict[str, StoredWeight], log: dict[str, Any]
-    ) -> None:
+    def _collect(self, units: list[Unit], part: _Part, weights: dict[str, StoredWeight], log: dict[str, Any]) -> None:
         for slot, unit in enumerate(units):
             for name, stored in zip(unit.names, part.weights, strict=True):
                 if stored is not None:
@@ -131,10 +131,15 @@ class MlpQuantizer:
             if not schemes[role].quantizes:
                 continue
             weight = torch.stack(source[role])
-            part.weights[role] = self._solve(weight, plain, second, matmul(weight, cross), ridge, schemes[role], logs, role)
+            part.weights[role] = self._solve(
+                weight, plain, second, matmul(weight, cross), ridge, schemes[role], logs, role
+            )
             acting[role] = list(part.weights[role].dequantized())
         if schemes[2].quantizes:
-            moments = [self._down_moments(unit, *(a[i] for a in acting[:2]), *(s[i] for s in source)) for i, unit in enumerate(units)]
+            moments = [
+                self._down_moments(unit, *(a[i] for a in acting[:2]), *(s[i] for s in source))
+                for i, unit in enumerate(units)
+            ]
             second, plain, cross, ridge = regularised(moments, TRUST[kind, "down"], None)
             weight = torch.stack(source[2])
             part.weights[2] = self._solve(weight, plain, second, cross, ridge, schemes[2], logs, 2)

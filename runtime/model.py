@@ -28,13 +28,9 @@ class ServedModel:
     groups: Sequence[Group] = field(repr=False)
 
     @property
-    def text(self) -> Mapping[str, Any]:
-        return self.family.text_config(self.config)
-
-    @property
     def max_positions(self) -> int:
-        """Longest context that config.json allows, in tokens."""
-        return int(self.text.get("max_position_embeddings") or 0)
+        """Longest context that config.json allows, in tokens; 0 where it does not say."""
+        return self.family.max_positions or 0
 
     @property
     def stored_bytes(self) -> int:
@@ -104,7 +100,7 @@ def _from_config(path: Path) -> Subject:
         )
     config = parse_object(path.read_bytes(), str(path), "Copy or download it again.", constants=True)
     family = family_of(config, str(path))
-    groups = bf16_release(family, config)
+    groups = bf16_release(family)
     kind = _kind(config, str(path.parent))
     if kind is None:
         raise CheckpointError(

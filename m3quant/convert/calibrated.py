@@ -110,8 +110,7 @@ class _Layerwise:
         index = unit.index if unit else len(self.plan.units)
         if index == 1:
             return Streams.embedded(self.reader, self.tokens, self.dtype, self.device, self.spill)
-        hidden = int(self.plan.family.text_config(self.plan.checkpoint.config)["hidden_size"])
-        shape = (self.tokens.shape[0], self.tokens.shape[1], hidden)
+        shape = (self.tokens.shape[0], self.tokens.shape[1], self.plan.family.hidden_size)
         return Streams.restored(self.run.journal.boundary(index), shape, self.dtype, self.device, self.spill)
 
     def loader(self, stack: contextlib.ExitStack) -> Callable[[Unit], dict[str, torch.Tensor]]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..calibration.awq import CalibratedLayer
 from ..calibration.ranges import qparams
-from ..calibration.spec import EXPERTS
 from ..planning.plan import PlannedTensor
 from ..quant.formats import compress, decompress
 from ..schemes import KEEP, Scheme
@@ -26,7 +25,8 @@ def pack_experts(
     names, their outputs in pinned host memory, and the event after which those are there.
     """
     for which, stack in stacks.items():
-        names = [f"{EXPERTS}{expert}.{which}.weight" for expert in range(len(stack))]
+        assert calibrated.moe is not None, "stacks belong to a layer with routed experts"
+        names = [calibrated.moe.expert_name(expert, which) for expert in range(len(stack))]
         most = max(1, _ELEMENTS // stack[0].numel())
         start = 0
         while start < len(names):

@@ -16,7 +16,7 @@ from ..families.base import QUANTIZABLE, Family
 from ..recipe.recipe import Recipe
 from ..schemes import KEEP, Scheme
 
-# `packed_modules_mapping` of vLLM's two models.
+# `packed_modules_mapping` of vLLM's models.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -181,9 +181,7 @@ def _scheme_of_group(group: Mapping[str, Any]) -> Scheme:
     return Scheme("fp8", bits=8, block=weights["strategy"] == "block")
 
 
-def engine_problems(
-    family: Family, config: Mapping[str, Any], qconfig: Mapping[str, Any], modules: Mapping[str, Scheme]
-) -> list[str]:
+def engine_problems(family: Family, qconfig: Mapping[str, Any], modules: Mapping[str, Scheme]) -> list[str]:
     """Where the engine's view of the checkpoint differs from the schemes of `modules`; empty when it loads as meant.
 
     Checks the rules of facts/checkpoints 4 and 7: members of one fused module share a scheme, and every name under
@@ -191,7 +189,7 @@ def engine_problems(
     """
     problems = []
     zero_point_only = qconfig.get("quant_method") == "awq"
-    for module in family.engine_modules(config):
+    for module in family.engine_modules():
         schemes = {modules[m] for m in module.members if m in modules}
         if len(schemes) > 1:
             example = {scheme.name: next(m for m in module.members if modules.get(m) == scheme) for scheme in schemes}

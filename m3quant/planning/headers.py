@@ -5,13 +5,13 @@ Two uses: verify plans an output again from its manifest, and `plan config.json`
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
+from ..checkpoint.strict_json import parse_object
 from ..errors import CheckpointError
 from ..families import QUANTIZABLE, family_of
 from .source_tensors import PLAIN, scale_layout, source_kind
@@ -56,15 +56,14 @@ class HeaderSource(Checkpoint):
 def from_config(path: Path) -> HeaderSource:
     """The BF16 release that a config.json describes, for planning. Raises CheckpointError for another file or architecture."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        raw = path.read_bytes()
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read as config.json: {error}.") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is no config.json: it holds no JSON object.")
-    kind = source_kind(config, str(path))
+    config = parse_object(raw, str(path), "Copy or download it again.", constants=True)
     family = family_of(config, str(path))
+    kind = source_kind(config, str(path))
     source = HeaderSource(str(path), config)
-    for name, expected in family.expected_tensors(config).items():
+    for name, expected in family.expected_tensors.items():
         quantized = kind != PLAIN and family.role(name).kind in QUANTIZABLE
         dtype = "F8_E4M3" if quantized else "F32" if expected.float32 else "BF16"
         source.add(name, dtype, expected.shape, kind if quantized else PLAIN)

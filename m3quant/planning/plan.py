@@ -196,14 +196,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         raise PlanError(f"format '{recipe.format}' cannot be served for {family.model_type}: {reason}.")
     tensors = source_tensors(checkpoint)
     notes = [*checkpoint.warnings, *check_complete(checkpoint, family, tensors)]
-    notes += _calibration_notes(family, recipe, checkpoint.config)
+    notes += _calibration_notes(family, recipe)
     notes += family.engine_notes(recipe.scheme("routed_experts"), recipe.format)
-    layers = family.num_layers(checkpoint.config)
+    layers = family.num_layers
     by_unit: list[list[PlannedTensor]] = [[] for _ in range(layers + 1)]
     for name in sorted(tensors, key=_natural):
         role = family.role(name)
-        if role.layer is not None and role.layer >= layers:
-            role = Role("mtp")  # some releases number their multi-token-prediction layers on; engines drop them
         by_unit[0 if role.layer is None else role.layer + 1].append(_plan_tensor(tensors[name], role, recipe))
     units = [
         Unit(i, None if i == 0 else i - 1, f"model-{i + 1:05d}-of-{layers + 1:05d}.safetensors", tuple(group))
@@ -223,8 +221,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     return plan
 
 
-def _calibration_notes(family: Family, recipe: Recipe, config: Mapping[str, Any]) -> list[str]:
-    covered, length = family.selected_tokens(config), recipe.data.window_length
+def _calibration_notes(family: Family, recipe: Recipe) -> list[str]:
+    covered, length = family.selected_tokens, recipe.data.window_length
     if recipe.calibration == "none" or length > covered:
         return []
     return [
@@ -293,12 +291,12 @@ def _as_stored(source: SourceTensor) -> tuple[OutputTensor, ...]:
 def _check_engine_rules(plan: Plan) -> None:
     """Rules of facts/checkpoints 4 and 7: fused modules share a scheme, names resolve, fused blocks are aligned."""
     assert plan.quantization is not None
-    problems = engine_problems(plan.family, plan.checkpoint.config, plan.quantization, plan.modules)
+    problems = engine_problems(plan.family, plan.quantization, plan.modules)
     if problems:
         more = f" ({len(problems) - 1} more of this kind)" if len(problems) > 1 else ""
         raise PlanError(problems[0] + more)
     shapes = {t.module: t.source.info.shape for t in plan.tensors}
-    for module in plan.family.engine_modules(plan.checkpoint.config):
+    for module in plan.family.engine_modules():
         if len(module.members) < 2 or ".experts." in module.members[0]:
             continue
         for member in module.members:

@@ -134,8 +134,8 @@ def _tokens(plan: Plan) -> int:
 
 def _active(plan: Plan) -> float:
     """Weights of an average layer that a token passes through: all but the routed experts that it is not sent to."""
-    text = plan.family.text_config(plan.checkpoint.config)
-    share = int(text["num_experts_per_tok"]) / int(text["num_local_experts"])
+    moe = plan.family.moe
+    share = moe.top_k / moe.num_experts if moe else 1.0
     layers = sum(unit.layer is not None for unit in plan.units)
     total = 0.0
     for tensor in plan.tensors:
@@ -152,8 +152,8 @@ def forward_flops(plan: Plan) -> float:
 
 def stream_bytes(plan: Plan) -> int:
     """Of both streams as they are saved after a layer, in BF16, held-out windows too."""
-    data, text = plan.recipe.data, plan.family.text_config(plan.checkpoint.config)
-    return 2 * (data.windows + data.heldout_windows) * data.window_length * int(text["hidden_size"]) * 2
+    data = plan.recipe.data
+    return 2 * (data.windows + data.heldout_windows) * data.window_length * plan.family.hidden_size * 2
 
 
 def search_flops(plan: Plan) -> float:

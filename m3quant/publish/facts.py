@@ -97,12 +97,13 @@ class CardFacts:
         return self.family.min_vllm
 
     @property
-    def max_context(self) -> int:
-        return int(self.family.text_config(self.config)["max_position_embeddings"])
+    def max_context(self) -> int | None:
+        """Longest context that config.json allows, in tokens; None where it does not say."""
+        return self.family.max_positions
 
     @property
     def selected_tokens(self) -> int:
-        return self.family.selected_tokens(self.config)
+        return self.family.selected_tokens
 
     @property
     def multimodal(self) -> bool:

@@ -241,15 +241,9 @@ def embed_source(
 
 
 def read_head(source: Source, device: torch.device | str = "cpu") -> Head:
-    """The final norm and lm_head (the embedding table if they are tied and no lm_head is stored)."""
+    """The final norm and lm_head, which is the embedding table where the two are tied."""
     family = family_of(source.config)
-    name = family.head_name
-    if name not in set(source.tensors):
-        if not family.tied:
-            raise CheckpointError(
-                f"tensor {name} is missing and tie_word_embeddings is not set; the checkpoint is incomplete"
-            )
-        name = family.embedding_name
+    name = family.embedding_name if family.tied else family.head_name
     norm = _read_one(source, family.final_norm_name).to(device)
     return Head(norm, _read_one(source, name).to(device), family.eps, family.norm_one_plus)
 

@@ -13,7 +13,7 @@ from ..errors import CheckpointError, PlanError
 from ..families import QUANTIZABLE, Family, family_of
 from ..planning.plan import unquantized
 from ..planning.source_tensors import PLAIN, scale_layout, source_kind
-from ..recipe.recipe import Recipe, build_recipe, named_recipe, recipe_names
+from ..recipe.recipe import Recipe, build_recipe, for_family, named_recipe, recipe_names
 from .weights import Group, bf16_release, checkpoint_groups, converted_groups, stored_bytes
 
 
@@ -61,7 +61,7 @@ class Subject:
             )
         if reason := self.family.refused_formats.get(recipe.format):
             raise PlanError(f"format '{recipe.format}' cannot be served for {self.family.model_type}: {reason}.")
-        groups = converted_groups(self.source_groups, recipe)
+        groups = converted_groups(self.source_groups, for_family(recipe, self.family)[0])
         return ServedModel(f"OUTPUT-OF-{recipe.name}", recipe.name, self.family, unquantized(self.config), groups)
 
     def precisions(self) -> tuple[list[ServedModel], dict[str, str]]:

@@ -28,7 +28,7 @@ def load(model: str) -> tuple[dict[str, Any], Family]:
 
 
 def parameters(model: str) -> Counter[str]:
-    config, family = load(model)
+    _config, family = load(model)
     counts: Counter[str] = Counter()
     for name, tensor in family.expected_tensors.items():
         counts[family.role(name).kind] += math.prod(tensor.shape)
@@ -46,7 +46,7 @@ def test_parameters_of_m2() -> None:
 
 
 def test_parameters_and_bytes_of_m3() -> None:
-    config, family = load("minimax-m3")
+    _config, family = load("minimax-m3")
     counts = parameters("minimax-m3")
     assert counts.total() == 427_040_140_160
     assert counts["routed_experts"] == 413_122_166_784
@@ -63,7 +63,7 @@ def test_parameters_and_bytes_of_m3() -> None:
 
 def test_fp8_tensor_count_of_m2() -> None:
     """96,103 tensors in the FP8 release: every linear of the layers has a scale beside it."""
-    config, family = load("minimax-m2.7")
+    _config, family = load("minimax-m2.7")
     expected = family.expected_tensors
     scaled = {n: t for n, t in expected.items() if family.role(n).kind in QUANTIZABLE}
     assert len(expected) + len(scaled) == 96_103
@@ -72,7 +72,7 @@ def test_fp8_tensor_count_of_m2() -> None:
 
 
 def test_mxfp8_tensor_count_of_m3() -> None:
-    config, family = load("minimax-m3")
+    _config, family = load("minimax-m3")
     expected = family.expected_tensors
     scaled = [t for n, t in expected.items() if family.role(n).kind in QUANTIZABLE]
     assert len(expected) + len(scaled) == 45_838
@@ -84,7 +84,7 @@ def test_kv_bytes_per_token() -> None:
     config, family = load("minimax-m2.7")
     kv = family.kv_geometry
     assert (kv.bytes_per_token(2, 0), kv.bytes_per_token(1, 0), kv.index_layers) == (253_952, 126_976, 0)
-    config, family = load("minimax-m3")
+    _config, family = load("minimax-m3")
     kv = family.kv_geometry
     assert (kv.bytes_per_token(2, 0), kv.bytes_per_token(1, 0)) == (122_880, 61_440)
     assert (kv.bytes_per_token(0, 2), kv.bytes_per_token(0, 1)) == (14_592, 7_296)
@@ -93,7 +93,7 @@ def test_kv_bytes_per_token() -> None:
 
 @pytest.mark.parametrize("model", ["minimax-m2.7", "minimax-m3"])
 def test_every_expected_tensor_has_a_known_role(model: str) -> None:
-    config, family = load(model)
+    _config, family = load(model)
     roles = {name: family.role(name) for name in family.expected_tensors}
     assert {r.kind for r in roles.values()} <= {*QUANTIZABLE, *KEPT} - {"unknown", "mtp"}
     layers = family.num_layers
@@ -106,14 +106,14 @@ def test_every_expected_tensor_has_a_known_role(model: str) -> None:
 
 @pytest.mark.parametrize("model", ["minimax-m2.7", "minimax-m3"])
 def test_engine_modules_cover_every_quantizable_weight_once(model: str) -> None:
-    config, family = load(model)
+    _config, family = load(model)
     weights = [n.removesuffix(".weight") for n in family.expected_tensors if family.role(n).kind in QUANTIZABLE]
     members = [m for module in family.engine_modules() for m in module.members]
     assert sorted(members) == sorted(weights)
 
 
 def test_the_indexer_is_fused_on_sparse_layers_only() -> None:
-    config, family = load("minimax-m3")
+    _config, family = load("minimax-m3")
     modules = {m.fused_name.split(" ")[0]: m for m in family.engine_modules()}
     prefix = "language_model.model.layers"
     assert len(modules[f"{prefix}.2.self_attn.qkv_proj"].members) == 3
@@ -203,7 +203,7 @@ def test_a_text_config_or_architectures_of_the_wrong_kind_are_refused() -> None:
 
 
 def test_a_number_of_shared_experts_is_a_count_that_may_be_none() -> None:
-    config, family = load("minimax-m3")
+    config, _family = load("minimax-m3")
     for value in ("x", -1, 0.5):
         with pytest.raises(CheckpointError, match=r"n_shared_experts' is .*not a whole number from 0"):
             family_of({**config, "text_config": {**config["text_config"], "n_shared_experts": value}})

@@ -39,8 +39,8 @@ class Qwen3Moe(Family):
         full_attention_only(text, self.num_layers, switch=True)
         rope = read_rope(text, head_dim, kinds=("default", "linear", "llama3"), partial=False)
         activation = Activation(SILU)
-        count = "num_local_experts" if text.has("num_local_experts") else "num_experts"
-        experts = text.count(count, MAX_EXPERTS)
+        experts = text.count("num_local_experts" if text.has("num_local_experts") else "num_experts", MAX_EXPERTS)
+        text.expect("num_experts", experts, None)
         moe = MoeSpec(
             num_experts=experts,
             top_k=top_k_of(text, experts),

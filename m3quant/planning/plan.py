@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from ..checkpoint import DTYPE_BYTES, Checkpoint, Entry, aligned_order, entry_bytes, file_size
 from ..errors import PlanError
 from ..families import KEPT, QUANTIZABLE, Family, Role, family_of
-from ..recipe.recipe import Recipe
+from ..recipe.recipe import Recipe, for_family
 from ..schemes import FP8_BLOCK, KEEP, Scheme
 from .engine_config import check_format, engine_problems, quantization_config
 from .layout import check_divisible, stored_tensors
@@ -190,12 +190,13 @@ def nbytes(tensor: OutputTensor) -> int:
 def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """Plan the conversion. Raises CheckpointError or PlanError, with the tensor and the remedy, for whatever would fail later."""
     family = family_of(checkpoint.config, f"{checkpoint.root}/config.json")
+    recipe, recipe_notes = for_family(recipe, family)
     _check_roles(recipe, family)
     check_format(recipe)
     if reason := family.refused_formats.get(recipe.format):
         raise PlanError(f"format '{recipe.format}' cannot be served for {family.model_type}: {reason}.")
     tensors = source_tensors(checkpoint)
-    notes = [*checkpoint.warnings, *check_complete(checkpoint, family, tensors)]
+    notes = [*checkpoint.warnings, *recipe_notes, *check_complete(checkpoint, family, tensors)]
     notes += _calibration_notes(family, recipe)
     notes += family.engine_notes(recipe.scheme("routed_experts"), recipe.format)
     layers = family.num_layers

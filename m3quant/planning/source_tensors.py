@@ -125,7 +125,7 @@ def scale_layout(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, int], tu
 def check_complete(checkpoint: Checkpoint, family: Family, tensors: Mapping[str, SourceTensor]) -> list[str]:
     """Compare with the tensors that config.json promises; returns notes. Raises CheckpointError naming what is missing or misshapen."""
     expected = family.expected_tensors
-    notes = []
+    notes, rounded = [], list[str]()
     optional = {role: [n for n in expected if family.role(n).kind == role] for role in family.optional_groups()}
     absent_groups = {role for role, names in optional.items() if names and not any(n in tensors for n in names)}
     missing = [n for n in expected if n not in tensors and family.role(n).kind not in absent_groups]
@@ -150,7 +150,16 @@ def check_complete(checkpoint: Checkpoint, family: Family, tensors: Mapping[str,
                 f"{checkpoint.root}/{info.shard}: tensor '{name}' is {info.dtype}: expected one of {', '.join(FLOAT_DTYPES)}."
             )
         if want.float32 and info.dtype != "F32":
-            notes.append(
-                f"{name} is {info.dtype}, the official releases store it in F32: it was rounded by an earlier tool"
+            rounded.append(name)
+    if rounded:
+        notes.append(
+            f"{len(rounded)} tensors that the official releases store in F32 are narrower here ({rounded[0]} is "
+            f"{tensors[rounded[0]].info.dtype}): an earlier tool rounded them"
+        )
+    for name in tensors:
+        if reason := family.unread_companion(name):
+            raise CheckpointError(
+                f"{checkpoint.root}/{tensors[name].info.shard}: {reason}, so that engines and m3quant would compute "
+                "without it: restore the release's config.json, or take the tensor out if it is not meant."
             )
     return notes

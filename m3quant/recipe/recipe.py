@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from ..errors import RecipeError
-from ..families.base import KEPT, QUANTIZABLE
+from ..families.base import KEPT, QUANTIZABLE, Family
 from ..schemes import KEEP, Scheme, parse_scheme
 
 
@@ -55,6 +55,7 @@ class Recipe(BaseModel):
     schemes: dict[str, str] = Field(default_factory=dict)
     awq: AwqOptions = Field(default_factory=lambda: AwqOptions())
     data: CalibrationOptions = Field(default_factory=lambda: CalibrationOptions())
+    _asked: frozenset[str] = PrivateAttr(default=frozenset())  # roles that a person gave a scheme beside the document
 
     @field_validator("schemes")
     @classmethod
@@ -70,6 +71,27 @@ class Recipe(BaseModel):
     def dump(self) -> str:
         """The recipe as YAML: what `recipe.yaml` of every output holds."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def for_family(recipe: Recipe, family: Family) -> tuple[Recipe, list[str]]:
+    """The recipe as this model takes it, and notes on what that changes.
+
+    Where a model has no routed experts, its dense MLPs are the bulk of its weights and take the experts' scheme, unless
+    a person gave them their own; attention keeps what the recipe says. The result no longer names routed experts, so that
+    it means the same when it is read again.
+    """
+    experts = recipe.scheme("routed_experts")
+    if family.moe is not None or "routed_experts" not in recipe.schemes:
+        return recipe, []
+    schemes = {role: name for role, name in recipe.schemes.items() if role != "routed_experts"}
+    notes = []
+    if experts.quantizes and "dense_mlp" not in recipe._asked:
+        if schemes.get("dense_mlp") != experts.name:
+            notes = [
+                f"this model has no routed experts: its dense MLPs take their scheme, {experts} (--set dense_mlp=... for another)"
+            ]
+        schemes["dense_mlp"] = experts.name
+    return recipe.model_copy(update={"schemes": schemes}), notes
 
 
 def check_role(role: str) -> str:
@@ -126,6 +148,7 @@ def build_recipe(document: Mapping[str, Any], *, settings: Iterable[str] = (), f
         raise RecipeError(
             f"recipe key 'schemes' must map roles to schemes, for example routed_experts: int4-g128 (got {schemes!r})."
         )
+    settings = list(settings)
     merged = {**document, "schemes": dict(schemes)}
     for setting in settings:
         role, separator, scheme = setting.partition("=")
@@ -137,9 +160,11 @@ def build_recipe(document: Mapping[str, Any], *, settings: Iterable[str] = (), f
     if format is not None:
         merged["format"] = format
     try:
-        return Recipe.model_validate(merged)
+        recipe = Recipe.model_validate(merged)
     except ValidationError as error:
         raise RecipeError(_sentence(error)) from None
+    recipe._asked = frozenset(setting.partition("=")[0].strip() for setting in settings)
+    return recipe
 
 
 def _sentence(error: ValidationError) -> str:

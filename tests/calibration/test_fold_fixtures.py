@@ -12,10 +12,9 @@ from text_windows import text_windows
 from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, pair_folds
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.ops import rms_norm
-from m3quant.calibration.spec import layer_spec
 from m3quant.calibration.stream import embed_source, read_head, read_layer
-from m3quant.families import family_of
 from m3quant.checkpoint import Checkpoint
+from m3quant.families import family_of
 from m3quant.quant.reading import SourceReader
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"

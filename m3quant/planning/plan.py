@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from ..checkpoint import DTYPE_BYTES, Checkpoint, Entry, aligned_order, entry_bytes, file_size
 from ..errors import PlanError
 from ..families import KEPT, QUANTIZABLE, Family, Role, family_of
+from ..families.spec import is_index
 from ..recipe.recipe import Recipe, for_family
 from ..schemes import FP8_BLOCK, KEEP, Scheme
 from .engine_config import check_format, engine_problems, quantization_config
@@ -234,7 +235,7 @@ def _calibration_notes(family: Family, recipe: Recipe) -> list[str]:
 
 def _natural(name: str) -> list[Any]:
     """Sort key that puts layer 10 after layer 9."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+    return [(0, int(part), "") if is_index(part) else (1, 0, part) for part in name.split(".")]
 
 
 def _check_roles(recipe: Recipe, family: Family) -> None:

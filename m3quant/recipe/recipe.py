@@ -167,6 +167,13 @@ def build_recipe(document: Mapping[str, Any], *, settings: Iterable[str] = (), f
     return recipe
 
 
+def with_data(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with other calibration options. Raises RecipeError as `build_recipe`."""
+    changed = build_recipe({**recipe.model_dump(), "data": {**recipe.data.model_dump(), **changes}})
+    changed._asked = recipe._asked
+    return changed
+
+
 def _sentence(error: ValidationError) -> str:
     """The first complaint of pydantic as one sentence with the nearest valid key."""
     first = error.errors()[0]

@@ -25,7 +25,7 @@ from m3quant.calibration.ranges import fake_quantize, qparams
 from m3quant.calibration.search import BlockResult, require_finite
 from m3quant.calibration.stream import HiddenStates
 from m3quant.errors import CalibrationError
-from m3quant.families.spec import LayerSpec, MoeSpec, layer_shapes
+from m3quant.families.spec import LayerSpec, layer_shapes
 from m3quant.schemes import KEEP, Scheme
 
 _ROWS = 8192
@@ -37,7 +37,7 @@ class CalibratedLayer:
 
     column [K], row [N]: float32 folds by tensor name, weight = source * column / row. shrink [N, G]: range factors.
     other: norms, router and kept linears that a fold changed, in their stored dtype; every tensor not in `other` and
-    without a scheme is stored as it was. log: JSON-able. ledger and moe: None for a dense layer.
+    without a scheme is stored as it was. log: JSON-able. ledger: None for a dense layer.
     """
 
     source: Mapping[str, torch.Tensor]
@@ -50,7 +50,6 @@ class CalibratedLayer:
     ledger: ExpertLedger | None
     scale_dtype: torch.dtype = torch.bfloat16
     device: torch.device | str = field(default="cpu")
-    moe: MoeSpec | None = None
 
     def weight(self, name: str) -> torch.Tensor:
         """The folded weight [N, K] float32, on self.device, ready to be compressed in its scheme."""
@@ -151,7 +150,6 @@ def calibrate_layer(
         log=log,
         ledger=ledger,
         scale_dtype=settings.scale_dtype,
-        moe=spec.moe,
     )
 
 

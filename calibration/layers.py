@@ -43,10 +43,15 @@ class LayerTensors(dict[str, torch.Tensor]):
         self, tensors: Mapping[str, torch.Tensor], stacks: Mapping[str, torch.Tensor], moe: MoeSpec | None
     ) -> None:
         super().__init__(tensors)
-        self.stacks = dict(stacks)
-        if moe is not None:
-            for which, stack in stacks.items():
-                self.update({moe.expert_name(expert, which): part for expert, part in enumerate(stack)})
+        self.stacks, self.moe = dict(stacks), moe
+        for which, stack in stacks.items():
+            self.update(zip(self.names(which), stack, strict=True))
+
+    def names(self, which: str) -> list[str]:
+        """The relative names of a stack's experts, in order. Raises ValueError for a layer without routed experts."""
+        if self.moe is None:
+            raise ValueError("stacks of experts need the layer's description of its routed experts")
+        return [self.moe.expert_name(expert, which) for expert in range(len(self.stacks[which]))]
 
 
 class Layer:

@@ -1,4 +1,4 @@
-"""Number formats by name: `int4-g128`, `int8-channel-asym`, `fp8-channel`, `fp8-block`, `keep`.
+"""Number formats by name: `int4-g128`, `int2-g64-asym`, `int8-channel`, `fp8-channel`, `fp8-block`, `keep`.
 
 A scheme says how a linear weight [N out, K in] is stored; it holds no tensor and needs no torch.
 """
@@ -14,19 +14,17 @@ from .errors import RecipeError
 
 FP8_BLOCK = 128  # rows and columns of a block in MiniMax's and DeepSeek's FP8 format
 
-_INT = re.compile(r"int(4|8)-(?:g(\d+)|(channel))(-asym)?")
-_COMMON = (
-    "keep", "int4-g128", "int4-g64", "int4-g32", "int4-channel", "int4-g128-asym", "int4-g64-asym",
-    "int4-g32-asym", "int4-channel-asym", "int8-g128", "int8-g64", "int8-g32", "int8-channel",
-    "int8-g128-asym", "int8-g64-asym", "int8-g32-asym", "int8-channel-asym", "fp8-channel", "fp8-block",
-)  # fmt: skip
+INT_BITS = (2, 3, 4, 5, 6, 7, 8)
+GROUP_SIZES = (16, 32, 64, 128, 256)
+_INT = re.compile(r"int([1-9][0-9]{0,2})-(?:g([1-9][0-9]{0,5})|(channel))(-asym)?")
+_LONGEST = 64  # characters of a name that are compared with known ones and repeated in a message
 
 
 @dataclass(frozen=True)
 class Scheme:
     """How one linear weight is stored.
 
-    kind: "keep", "int" (4 or 8 bits along K) or "fp8" (E4M3).
+    kind: "keep", "int" (2 to 8 bits along K) or "fp8" (E4M3).
     group_size: columns that share a scale; None means one scale per output row (channel), or an fp8 block.
     """
 
@@ -67,9 +65,37 @@ def parse_scheme(text: str) -> Scheme:
     if name == "fp8-block":
         return Scheme("fp8", bits=8, block=True)
     match = _INT.fullmatch(name)
-    if match:
-        bits, group, _, asym = match.groups()
-        if group is None or int(group) in (16, 32, 64, 128, 256):
-            return Scheme("int", int(bits), int(group) if group else None, symmetric=not asym)
-    near = difflib.get_close_matches(name, _COMMON, n=1, cutoff=0.0)[0]
-    raise RecipeError(f"unknown scheme '{text}': did you mean '{near}'? Known: {', '.join(_COMMON)}.")
+    if match is None:
+        names = [known for known in _names() if known.startswith(name[:4])] if name[:3] == "int" else _names()
+        near = difflib.get_close_matches(name[:_LONGEST], names or _names(), n=1, cutoff=0.0)[0]
+        raise RecipeError(_unknown(name, near))
+    bits, group, _, asym = match.groups(default="")
+    if int(bits) in INT_BITS and (not group or int(group) in GROUP_SIZES):
+        return Scheme("int", int(bits), int(group) if group else None, symmetric=not asym)
+    where = f"g{_nearest(int(group), GROUP_SIZES)}" if group else "channel"
+    raise RecipeError(_unknown(name, f"int{_nearest(int(bits), INT_BITS)}-{where}{asym}"))
+
+
+def _nearest(number: int, known: tuple[int, ...]) -> int:
+    return min(known, key=lambda other: abs(other - number))
+
+
+def _unknown(name: str, near: str) -> str:
+    return (
+        f"unknown scheme '{name[:_LONGEST]}': did you mean '{near}'? Known: keep, fp8-channel, fp8-block, and "
+        f"int<bits>-g<columns> or int<bits>-channel with {INT_BITS[0]} to {INT_BITS[-1]} bits and groups of "
+        f"{_listed(GROUP_SIZES)} columns, with -asym for zero points."
+    )
+
+
+@lru_cache(maxsize=1)
+def _names() -> list[str]:
+    """Every name that `parse_scheme` takes, 4 and 8 bits first: what a mistyped name is compared with."""
+    places = [*(f"g{size}" for size in reversed(GROUP_SIZES)), "channel"]
+    bits = sorted(INT_BITS, key=lambda b: b not in (4, 8))
+    integers = [f"int{b}-{place}{asym}" for b in bits for place in places for asym in ("", "-asym")]
+    return ["keep", *integers, "fp8-channel", "fp8-block"]
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"

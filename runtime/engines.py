@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from packaging.version import InvalidVersion, Version
 
 from ..errors import EngineMissing, NodeError, RecipeError
 from ..families import Family
+from ..planning.engine_integers import FIRST_VLLM, integer_notes, is_humming_only
 from ..schemes import Scheme
 from .command import vllm_arguments
 from .fit import Fit
@@ -143,14 +144,28 @@ def check_dtypes(fit: Fit, engine: Engine) -> None:
         )
 
 
+def check_integers(engine_name: str, engine: Engine | None, schemes: Collection[Scheme]) -> None:
+    """Raise EngineMissing where the engine, or its installed release, does not read integers of these widths."""
+    narrow = sorted({scheme.bits for scheme in schemes if is_humming_only(scheme)})
+    if not narrow:
+        return
+    what = f"integers of {' and '.join(map(str, narrow))} bits"
+    if engine_name != "vllm":
+        raise EngineMissing(
+            f"SGLang does not read {what}, only 4 and 8: serve this checkpoint with vLLM {FIRST_VLLM} or newer."
+        )
+    if engine is not None and engine.release is not None and engine.release < Version(FIRST_VLLM):
+        raise EngineMissing(f"vLLM {engine.version} does not read {what}, only 4 and 8: install {FIRST_VLLM} or newer.")
+
+
 def weight_notes(fit: Fit) -> list[str]:
-    """What the family knows of engines that read routed experts stored so."""
+    """What is known of engines that read weights stored so."""
     found = []
     dtypes = {group.dtype for group in fit.model.groups if group.role == "routed_experts"}
     if "F8_E4M3" in dtypes:
         method = str((fit.model.config.get("quantization_config") or {}).get("quant_method", ""))
-        found += fit.model.family.engine_notes(Scheme("fp8", bits=8), method)
-    return found
+        found += fit.model.family.engine_notes([Scheme("fp8", bits=8)], method)
+    return [*found, *integer_notes([s for s in fit.model.schemes if is_humming_only(s)])]
 
 
 def detect_node(engine: Engine) -> Node:

@@ -11,21 +11,25 @@ from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..checkpoint.strict_json import parse_object
 from ..errors import CheckpointError, PlanError
 from ..families import QUANTIZABLE, Family, family_of
+from ..planning.engine_config import check_format, config_schemes
 from ..planning.plan import unquantized
 from ..planning.source_tensors import PLAIN, scale_layout, source_kind
 from ..recipe.recipe import Recipe, build_recipe, for_family, named_recipe, recipe_names
+from ..schemes import Scheme
 from .weights import Group, bf16_release, checkpoint_groups, converted_groups, stored_bytes
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model as an engine would read it. where: what `vllm serve` is given; label: its precision (as stored, or a recipe's name)."""
+    """A model as an engine would read it. where: what `vllm serve` is given; label: its precision (as stored, or a recipe's name).
+    schemes: the integer and FP8 schemes of its weights, as its config.json or the recipe states them."""
 
     where: str
     label: str
     family: Family
     config: Mapping[str, Any]
     groups: Sequence[Group] = field(repr=False)
+    schemes: frozenset[Scheme] = frozenset()
 
     @property
     def max_positions(self) -> int:
@@ -61,8 +65,12 @@ class Subject:
             )
         if reason := self.family.refused_formats.get(recipe.format):
             raise PlanError(f"format '{recipe.format}' cannot be served for {self.family.model_type}: {reason}.")
-        groups = converted_groups(self.source_groups, for_family(recipe, self.family)[0])
-        return ServedModel(f"OUTPUT-OF-{recipe.name}", recipe.name, self.family, unquantized(self.config), groups)
+        recipe, _ = for_family(recipe, self.family)
+        check_format(recipe)
+        groups = converted_groups(self.source_groups, recipe)
+        schemes = frozenset(s for role in self.family.targets for s in recipe.schemes_of(role) if s.quantizes)
+        where = f"OUTPUT-OF-{recipe.name}"
+        return ServedModel(where, recipe.name, self.family, unquantized(self.config), groups, schemes)
 
     def precisions(self) -> tuple[list[ServedModel], dict[str, str]]:
         """The checkpoint itself and every shipped recipe's output, largest first; and why the other recipes are refused, by name."""
@@ -89,7 +97,8 @@ def open_subject(src: str, revision: str | None = None) -> Subject:
     groups = checkpoint_groups(checkpoint, family)
     kind = _kind(checkpoint.config, checkpoint.root)
     where = checkpoint.root if checkpoint.local else src.partition("@")[0]
-    stored = ServedModel(where, _stored_label(checkpoint.config, kind), family, checkpoint.config, groups)
+    label, schemes = _stored_label(checkpoint.config, kind), config_schemes(checkpoint.config)
+    stored = ServedModel(where, label, family, checkpoint.config, groups, schemes)
     return Subject(checkpoint.root, family, checkpoint.config, stored, kind is not None, False, groups)
 
 

@@ -29,6 +29,7 @@ from .engines import (
     Engine,
     Launch,
     check_dtypes,
+    check_integers,
     detect_node,
     find_engine,
     sglang_launch,
@@ -110,6 +111,7 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
     if engine is not None:
         for note in version_notes(engine, subject.family, subject.config):
             say(f"warning: {note}")
+    check_integers(recipe.engine, engine, subject.stored.schemes)
     node = _node(recipe, engine, dry, say)
     where = str(Path(src).expanduser().resolve()) if Path(src).expanduser().is_dir() else subject.stored.where
     fit = assess(replace(subject.stored, where=where), node, recipe.ask())

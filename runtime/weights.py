@@ -97,7 +97,7 @@ def converted_groups(groups: Iterable[Group], recipe: Recipe) -> list[Group]:
     """
     out = []
     for group in groups:
-        scheme = recipe.scheme(group.role) if group.role in QUANTIZABLE else None
+        scheme = recipe.scheme(group.role, group.layer) if group.role in QUANTIZABLE else None
         if group.leaf == "weight_scale_inv":
             continue  # a source's FP8 scale: its weight is converted or dequantized below
         if scheme is None or not scheme.quantizes or group.leaf != "weight":

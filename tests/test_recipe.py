@@ -63,18 +63,20 @@ def test_a_dumped_recipe_is_the_recipe(name: str) -> None:
 
 @pytest.mark.parametrize(("text", "name"), [
     (" INT4-g128 ", "int4-g128"), ("keep", "keep"), ("bf16", "keep"), ("none", "keep"), ("int8-channel-asym", "int8-channel-asym"),
-    ("int4-g16", "int4-g16"), ("int8-g256", "int8-g256"), ("fp8-block", "fp8-block"),
+    ("int4-g16", "int4-g16"), ("int8-g256", "int8-g256"), ("fp8-block", "fp8-block"), ("int2-g64-asym", "int2-g64-asym"),
+    ("int3-g128", "int3-g128"), ("int5-channel", "int5-channel"), ("Int6-g32", "int6-g32"), ("int7-g256-asym", "int7-g256-asym"),
 ])  # fmt: skip
 def test_scheme_names_round_trip(text: str, name: str) -> None:
     assert parse_scheme(text).name == name and parse_scheme(parse_scheme(text).name) == parse_scheme(text)
 
 
 @pytest.mark.parametrize(("text", "near"), [
-    ("int4-g100", "int4-g"), ("int3-g128", "int"), ("fp8", "fp8-"), ("int4", "int4-"), ("fp8-blok", "fp8-block"), ("", "'"),
-    ("int4-g128-sym", "int4-g128"),
+    ("int4-g100", "int4-g128'"), ("int1-g128", "int2-g128'"), ("int9-channel-asym", "int8-channel-asym'"), ("fp8", "fp8-"),
+    ("int4", "int4-"), ("fp8-blok", "fp8-block'"), ("", ""), ("int4-g128-sym", "int4-g128"), ("int3-g40-asym", "int3-g32-asym'"),
+    ("int3-g", "int3-g"), ("int04-g128", "int4-g128'"), ("int\u0664-g128", "int.-g128'"),
 ])  # fmt: skip
 def test_an_unknown_scheme_names_the_nearest(text: str, near: str) -> None:
-    with pytest.raises(RecipeError, match=f"unknown scheme '{text}': did you mean '.*{near}"):
+    with pytest.raises(RecipeError, match=f"unknown scheme '{text}': did you mean '{near}"):
         parse_scheme(text)
 
 

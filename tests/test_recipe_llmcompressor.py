@@ -183,7 +183,7 @@ def test_names_beat_regexes_and_regexes_beat_classes_as_in_compressed_tensors() 
 )
 def test_the_winning_target_is_the_one_that_compressed_tensors_puts_first(targets: list[str], name: str) -> None:
     theirs = match_targets(name, nn.Linear(2, 2), targets)
-    assert _Matcher(targets).first(_Module(name, "attention", (name,), "Linear")) == (theirs[0] if theirs else None)
+    assert _Matcher(targets).first(_Module(name, "attention", None, (name,), "Linear")) == (theirs[0] if theirs else None)
 
 
 def test_a_later_modifier_beats_an_earlier_one_where_it_matches() -> None:
@@ -265,7 +265,8 @@ def test_options_that_m3quant_lacks_are_refused(options: dict[str, Any], phrase:
     [
         ({"weights": W4 | {"actorder": "weight"}}, "actorder reorders columns for GPTQ"),
         ({"weights": W4 | {"dynamic": True}}, "weights are rounded once"),
-        ({"weights": W4 | {"num_bits": 3}}, "in 3 bits"),
+        ({"weights": W4 | {"num_bits": 9}}, "num_bits 9 is not written by m3quant: integers have 2 to 8 bits"),
+        ({"weights": W4 | {"num_bits": 1}}, "num_bits 1 is not written"),
         ({"weights": W4 | {"group_size": 48}}, "group_size 48 is not one of"),
         ({"weights": W4 | {"strategy": "channel"}}, "strategy channel has no group_size"),
         ({"weights": W4 | {"strategy": "tensor_group"}}, "integers with strategy tensor_group"),
@@ -325,6 +326,17 @@ def test_keys_beside_the_stages_are_refused() -> None:
     with pytest.raises(RecipeError, match="'args' are not substituted"):
         translate({"args": {"bits": 4}, "quant_stage": stage}, family_of(M2), "r.yaml")
     assert translate({"version": "1.1", "args": {}, "quant_stage": stage}, family_of(M2), "r.yaml")["schemes"]
+
+
+def test_layers_may_differ() -> None:
+    recipe = quantization(
+        M2,
+        scheme={"W2A16": ["Linear"], "W3A16": [r"re:.*layers\.(4|6|1\d)\..*experts.*"], "W8A16": ["re:.*self_attn.*"]},
+        ignore=[*IGNORE_M2, r"re:.*layers\.5\.self_attn.*"],
+    )
+    assert recipe.schemes == {"routed_experts": "int2-g128", "attention": "int8-g128"}
+    assert recipe.layers == {"4,6,10-11": {"routed_experts": "int3-g128"}, "5": {"attention": "keep"}}
+    assert {n for n in range(12) if recipe.scheme("routed_experts", n).bits == 3} == {4, 6, 10, 11}
 
 
 def test_the_unquantized_preset_keeps_what_it_targets() -> None:

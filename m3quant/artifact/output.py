@@ -76,7 +76,11 @@ def output_plan(output: Checkpoint, manifest: Mapping[str, Any], source: Checkpo
         recipe: Recipe = build_recipe(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, M3QuantError) as error:
         raise VerifyError(f"{path} cannot be read as a recipe ({error}): convert again.") from None
-    if recipe.model_dump() != manifest["recipe"]:
+    try:
+        recorded = build_recipe(manifest["recipe"])
+    except M3QuantError as error:
+        raise VerifyError(f"{MANIFEST} holds no recipe that can be read ({error}): convert again.") from None
+    if recipe != recorded:
         raise VerifyError(
             f"{path} differs from the recipe recorded in {MANIFEST}: one of them was edited after the conversion."
         )

@@ -84,7 +84,7 @@ def command(
     recipe = load_recipe(checkpoint, to, recipe_file, settings, format_name)
     given = {"windows": windows, "window_length": window_length, "min_expert_tokens": min_expert_tokens}
     changes = {key: value for key, value in given.items() if value is not None}
-    if recipe.calibration == "none" and (changes or corpus or strict_coverage):
+    if not recipe.calibrated and (changes or corpus or strict_coverage):
         raise RecipeError(
             f"recipe '{recipe.name}' uses no calibration data: leave calibration options out, or use --to awq."
         )
@@ -135,7 +135,7 @@ def _run(plan: Plan, dst: Path, settings: Settings, corpus: str | None) -> dict[
 
     check_places(plan, dst)
     pick_device(settings.device)
-    if plan.recipe.calibration != "none":
+    if plan.recipe.calibrated:
         settings.windows = calibration_windows(plan, corpus)
     with BytesProgress(plan.recipe.name) as progress:
         for note in settings.windows.notes if settings.windows else ():

@@ -43,9 +43,9 @@ def recipe_options(default: str | None) -> Callable[[F], F]:
                 click.option(
                     "--set",
                     "settings",
-                    metavar="ROLE=SCHEME",
+                    metavar="ROLE[@LAYERS]=SCHEME",
                     multiple=True,
-                    help="Override one role, e.g. routed_experts=int4-g32.",
+                    help="Override one role, e.g. routed_experts=int4-g32, or one in some layers, e.g. routed_experts@3-6=int3-g128-asym.",
                 ),
                 click.option(
                     "--format",

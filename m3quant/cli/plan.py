@@ -11,7 +11,7 @@ import click
 from ..checkpoint import Checkpoint
 from ..errors import PlanError
 from ..planning.headers import from_config
-from ..planning.plan import Plan, bits_per_weight, make_plan, passed_through, role_table
+from ..planning.plan import Plan, bits_per_weight, make_plan, passed_through, role_schemes, role_table
 from ..planning.resources import resources
 from ..planning.timing_model import Rates, estimate, load_rates, sentence
 from ..recipe.recipe import recipe_names
@@ -152,7 +152,7 @@ def print_overview(plans: list[Plan], rates: Rates) -> None:
         share = plan.output_bytes / sum(u.bytes_in for u in plan.units)
         rows.append([
             plan.recipe.name, human_bytes(plan.output_bytes), f"{share:.1%}", f"{bits_per_weight(plan):.2f}",
-            str(plan.recipe.scheme("routed_experts")), str(plan.recipe.scheme("attention")), plan.recipe.calibration,
+            *(", ".join(map(str, role_schemes(plan, role))) for role in ("routed_experts", "attention")), plan.recipe.rounding,
             f"{time.seconds / 60:.1f} min" if (time := estimate(plan, rates)) else "not measured",
         ])  # fmt: skip
     print_table(rows)
@@ -161,13 +161,18 @@ def print_overview(plans: list[Plan], rates: Rates) -> None:
 
 def print_plan(plan: Plan, rates: Rates | None = None) -> None:
     print_source(plan)
-    click.echo(f"recipe {plan.recipe.name}, format {plan.recipe.format}, calibration {plan.recipe.calibration}")
+    click.echo(f"recipe {plan.recipe.name}, format {plan.recipe.format}, rounding {plan.recipe.rounding}")
     table = role_table(plan)
     rows = [["role", "action", "scheme", "tensors", "in", "out"]]
     for row in table:
         rows.append([
             row["role"], row["action"], row["scheme"], str(row["tensors"]), human_bytes(row["bytes_in"]), human_bytes(row["bytes_out"]),
         ])  # fmt: skip
+    if plan.recipe.layers:
+        rows = [
+            [*cells, layers]
+            for cells, layers in zip(rows, ["layers", *(r.get("layers", "") for r in table)], strict=True)
+        ]
     print_table(rows)
     for row in table:
         if row["action"] != "quantize":

@@ -1,8 +1,8 @@
 """The calibrated conversion: layer by layer, two hidden-state streams, the next layer read while this one is searched.
 
-Per layer: the source stream passes through the source weights; scales and ranges are searched on the quantized stream's
-input; every weight is folded, rounded, written, and put back dequantized; the quantized stream passes through those.
-So the layer's error, and at the end perplexity and KL divergence on held-out windows, come out of the same pass.
+Per layer: a quantizer makes codes from the layer's weights and from what enters it in both streams; the source stream passes
+through the source weights; the codes are packed, written, and put back dequantized; the quantized stream passes through
+those. So the layer's error, and at the end perplexity and KL divergence on held-out windows, come out of the same pass.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ..calibration.awq import CalibratedLayer, calibrate_layer, require_finite_weights
-from ..calibration.awq_settings import AwqSettings
 from ..calibration.boundary import Streams, WindowView
 from ..calibration.experts import ExpertLedger
-from ..calibration.layers import Layer, LayerTensors, layer_shapes, layer_spec
+from ..calibration.layers import Layer, LayerSpec, LayerTensors, layer_shapes, layer_spec
+from ..calibration.quantized_layer import QuantizedLayer
+from ..calibration.quantizers import layer_quantizer
 from ..calibration.ranks import ALONE
+from ..calibration.rounding_errors import ROUNDING_ERROR, RoundingErrors
 from ..calibration.stream import Prefetcher, read_head, read_layer, run_layer
 from ..errors import CalibrationError
 from ..planning.layout import scale_dtype
 from ..planning.plan import PlannedTensor, Unit
-from ..quant.formats import TORCH_DTYPES, compress, decompress
+from ..planning.quantizers import facts_of
+from ..quant.formats import TORCH_DTYPES, pack
 from ..reports.conversion import write_report
 from ..running.timing import device_span
 from ..schemes import Scheme
@@ -46,7 +48,7 @@ def convert_calibrated(run: Run) -> dict[str, Any]:
     Raises CalibrationError, CheckpointError, StoppedError or InterruptedRun; a layer in progress is then dropped whole.
     """
     layerwise = _Layerwise(run)
-    ranks = layerwise.awq.ranks
+    ranks = layerwise.ranks
     todo = [u for u in run.plan.units if u.layer is not None and u.index not in run.journal.records]
     first = run.plan.units[0]
     with contextlib.ExitStack() as stack:
@@ -91,19 +93,22 @@ class _Layerwise:
         ranks = settings.ranks or ALONE
         background = self.stacked and not settings.spill
         self.writer: LayerSink = LayerWriter(run.output, run.journal, background) if ranks.first else NoWriter()
-        data, awq = plan.recipe.data, plan.recipe.awq
-        self.awq = AwqSettings(
-            scale_search=awq.smooth,
-            n_grid=awq.n_grid,
-            duo_scaling=awq.duo_scaling,
-            range_search=awq.range_search,
-            signed_scales=awq.signed_scales,
-            min_expert_tokens=data.min_expert_tokens,
-            strict_coverage=settings.strict_coverage,
-            scale_dtype=TORCH_DTYPES[scale_dtype(Scheme("int", 4), plan.recipe.format)],
-            seed=data.seed,
-            ranks=ranks,
-        )
+        self.ranks = ranks
+        scale = TORCH_DTYPES[scale_dtype(Scheme("int", 4), plan.recipe.format)]
+        self._quantizer = layer_quantizer(plan.recipe, scale, settings.strict_coverage, ranks)
+
+    def quantize(
+        self,
+        spec: LayerSpec,
+        tensors: dict[str, torch.Tensor],
+        schemes: dict[str, Scheme],
+        quantized: WindowView,
+        source: WindowView,
+        layer: Layer,
+    ) -> QuantizedLayer:
+        """The layer by the recipe's quantizer, as `quantized_layer.LayerQuantizer` says."""
+        quantizer, settings = self._quantizer
+        return quantizer.quantize(spec, tensors, schemes, quantized, source, settings, self.device, self.dtype, layer)
 
     def streams(self, unit: Unit | None) -> Streams:
         """Both streams as they enter `unit` (None: the head), embedded or restored from the last boundary."""
@@ -136,36 +141,37 @@ class _Layerwise:
         schemes = {t.name.removeprefix(prefix): t.scheme for t in unit.tensors if t.action == "quantize"}
         spec = layer_spec(self.plan.checkpoint.config, unit.layer)
         layer = Layer(spec, tensors, self.device, self.dtype)
-        try:
-            with device_span("forward"):
-                run_layer(layer, streams.source, self.micro_batch, ranks=self.awq.ranks)
-        except CalibrationError:
-            require_finite_weights(layer)  # a broken weight is named; else the windows are
-            raise
-        self.run.stop.check()
-        seen = WindowView(streams.quantized, 0, self.plan.recipe.data.windows)
         with device_span("search"):
-            calibrated = calibrate_layer(spec, tensors, schemes, seen, self.awq, self.device, self.dtype, layer)
-        calibrated.device = self.device
+            quantized = self.quantize(spec, tensors, schemes, *self._seen(streams), layer)
         self.run.stop.check()
+        with device_span("forward"):
+            run_layer(layer, streams.source, self.micro_batch, ranks=self.ranks)
         self.writer.begin(unit)
         with device_span("pack"):
-            self._store(unit, prefix, layer, tensors, calibrated)
+            errors = self._store(unit, prefix, layer, tensors, quantized)
         with device_span("forward"):
-            error = run_layer(layer, streams.quantized, self.micro_batch, streams.source, self.awq.ranks)
-        ledger = calibrated.ledger.to_json() if calibrated.ledger else None
-        record = {"layer": unit.layer, "stream_error": error, "log": calibrated.log, "ledger": ledger}
+            error = run_layer(layer, streams.quantized, self.micro_batch, streams.source, self.ranks)
+        ledger = quantized.ledger.to_json() if quantized.ledger else None
+        record = {"layer": unit.layer, "stream_error": error, "log": quantized.log, "ledger": ledger}
+        if not facts_of(self.plan.recipe.rounding).nearest_codes:
+            record[ROUNDING_ERROR] = errors.to_json()
         self.writer.finish(unit, record, streams.snapshot() if self.writer.background else streams)
-        self.run.progress.say(layer_line(unit.layer, calibrated, error or 0.0))
+        self.run.progress.say(layer_line(unit.layer, quantized, error or 0.0))
+
+    def _seen(self, streams: Streams) -> tuple[WindowView, WindowView]:
+        """The calibration windows of the quantized and of the source stream; the rest is held out."""
+        windows = self.plan.recipe.data.windows
+        return WindowView(streams.quantized, 0, windows), WindowView(streams.source, 0, windows)
 
     def _store(
-        self, unit: Unit, prefix: str, layer: Layer, tensors: dict[str, torch.Tensor], calibrated: CalibratedLayer
-    ) -> None:
+        self, unit: Unit, prefix: str, layer: Layer, tensors: dict[str, torch.Tensor], quantized: QuantizedLayer
+    ) -> RoundingErrors:
         """Hand every tensor of the shard to the writer, and put into `layer` what an engine computes with."""
+        errors = RoundingErrors()
         planned = {t.name.removeprefix(prefix): t for t in unit.tensors}
         packed: set[str] = set()
         if isinstance(tensors, LayerTensors):
-            for names, outputs, ready in pack_experts(planned, calibrated, tensors.stacks, self.plan.recipe.format):
+            for names, outputs, ready in pack_experts(planned, quantized, tensors, self.plan.recipe.format, errors):
                 self.run.stop.check()
                 self.writer.add(outputs, ready)
                 packed.update(names)
@@ -175,47 +181,53 @@ class _Layerwise:
             if name in packed:
                 continue
             self.run.stop.check()
-            outputs, dense = self._one(tensor, name, tensors[name], calibrated)
+            outputs, dense = self._one(tensor, name, tensors[name], quantized, errors)
             if not isinstance(tensors, LayerTensors):
                 tensors[name] = dense
             if name in used:
                 layer.set_weight(name, dense)
             self.writer.add(outputs)
             self.run.progress.advance(tensor.source.stored_bytes)
+        return errors
 
     def _one(
-        self, planned: PlannedTensor, name: str, tensor: torch.Tensor, calibrated: CalibratedLayer
+        self,
+        planned: PlannedTensor,
+        name: str,
+        tensor: torch.Tensor,
+        quantized: QuantizedLayer,
+        errors: RoundingErrors,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """What is stored of one tensor, on the CPU, and the tensor that an engine computes with."""
         if planned.action == "copy" and planned.source.scale is not None:
             return self.reader.checkpoint.read_many(planned.source.names), tensor  # FP8 that no forward pass reads
         if planned.action != "quantize":
-            kept = calibrated.other.get(name, tensor).cpu()
+            kept = quantized.other.get(name, tensor).cpu()
             if kept.dtype != tensor.dtype:
                 raise CalibrationError(
                     f"{planned.name} was folded as {kept.dtype}, but is stored as {tensor.dtype}: a defect of m3quant, please report it."
                 )
             return {planned.name: kept}, kept
-        weight = calibrated.weight(name)
-        scale, zero_point = calibrated.qparams(name, weight) if planned.scheme.kind == "int" else (None, None)
-        fmt = self.plan.recipe.format
-        parts = compress(weight, planned.scheme, fmt, scale, zero_point, name=planned.name)
-        dense = decompress(parts, planned.scheme, fmt, tuple(weight.shape), name=planned.name)
-        return {f"{planned.module}.{suffix}": part.cpu() for suffix, part in parts.items()}, dense.to(torch.bfloat16)
+        stored = quantized.weights[name]
+        parts = pack(stored.codes, stored.scale, stored.zero_point, planned.scheme, self.plan.recipe.format)
+        values = stored.dequantized()
+        errors.add([planned.name], tensor[None], values[None])
+        dense = values.to(torch.bfloat16)
+        return {f"{planned.module}.{suffix}": part.cpu() for suffix, part in parts.items()}, dense
 
 
-def layer_line(layer: int, calibrated: CalibratedLayer, error: float) -> str:
+def layer_line(layer: int, quantized: QuantizedLayer, error: float) -> str:
     """One line a layer while it runs: what was chosen, what it gained, who starved."""
     parts = [f"layer {layer}"]
-    for block in calibrated.log["blocks"]:
-        if block["chosen"] != "unquantized":
-            parts.append(f"{block['block']}: {block['chosen']}")
+    for block in quantized.log["blocks"]:
+        if (chosen := block.get("chosen", "feedback")) != "unquantized":
+            parts.append(f"{block['block']}: {chosen}")
     parts.append(f"stream error {error:.4f}")
-    if calibrated.ledger is not None and calibrated.ledger.starved:
-        starved = calibrated.ledger.starved
+    if quantized.ledger is not None and quantized.ledger.starved:
+        starved = quantized.ledger.starved
         shown = ", ".join(map(str, starved[:8])) + (", ..." if len(starved) > 8 else "")
         parts.append(
-            f"{len(starved)} experts below {calibrated.ledger.floor} tokens, topped up by router score: {shown}"
+            f"{len(starved)} experts below {quantized.ledger.floor} tokens, topped up by router score: {shown}"
         )
     return "; ".join(parts)
 
@@ -224,10 +236,12 @@ def _summary(run: Run, quality: dict[str, Any] | None) -> dict[str, Any]:
     records = [run.journal.records[u.index] for u in run.plan.units if u.layer is not None]
     ledgers = [ExpertLedger.from_json(r["ledger"]) for r in records if r["ledger"]]
     assert run.settings.windows is not None
+    errors = {name: value for r in records for name, value in r.get(ROUNDING_ERROR, {}).items()}
     facts = {
         "calibration": run.settings.windows.record(),
         "heldout": quality,
         "coverage": coverage(ledgers),
         "stream_error": {str(r["layer"]): r["stream_error"] for r in records},
     }
-    return {**facts, "report": write_report(run.plan, run.output, records, facts)}
+    extra = {ROUNDING_ERROR: errors} if errors else {}
+    return {**facts, **extra, "report": write_report(run.plan, run.output, records, facts)}

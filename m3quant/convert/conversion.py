@@ -111,7 +111,7 @@ def transformers_version() -> str:
 
 def job_facts(plan: Plan, settings: Settings, device: torch.device) -> dict[str, Any]:
     """Everything the output's bytes depend on. A resumed run must have the same."""
-    calibrated = plan.recipe.calibration != "none"
+    calibrated = plan.recipe.calibrated
     return {
         "fingerprint": plan.fingerprint(),
         "source": plan.checkpoint.fingerprint(),
@@ -158,7 +158,7 @@ def _convert(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     if journal.records:
         run.progress.say(f"continuing: {len(journal.records)} of {len(plan.units)} shards are finished")
     started = time.monotonic()
-    if plan.recipe.calibration == "none":
+    if not plan.recipe.calibrated:
         _convert_units(run)
         extra: dict[str, Any] = {}
     else:
@@ -218,7 +218,7 @@ def _drop_lost_records(plan: Plan, output: Path, journal: Journal) -> None:
     lost = [u for u in plan.units if u.index in journal.records and not _intact(output, u)]
     if not lost:
         return
-    if plan.recipe.calibration != "none" and any(u.layer is not None for u in lost):
+    if plan.recipe.calibrated and any(u.layer is not None for u in lost):
         raise OutputError(
             f"{output / lost[0].shard} was finished but is missing or has another size now: calibrated layers depend on "
             f"one another, so remove {output} and start again."

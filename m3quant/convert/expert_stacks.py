@@ -7,70 +7,48 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..calibration.awq import CalibratedLayer
-from ..calibration.ranges import qparams
+from ..calibration.layers import LayerTensors
+from ..calibration.quantized_layer import QuantizedLayer, StoredWeight
+from ..calibration.rounding_errors import RoundingErrors
 from ..planning.plan import PlannedTensor
-from ..quant.formats import compress, decompress
-from ..schemes import KEEP, Scheme
+from ..quant.formats import pack
 
-_ELEMENTS = 1 << 26  # weights packed at once; each costs about 40 bytes of scratch
+_ELEMENTS = 1 << 26  # weights packed at once; each costs about 20 bytes of scratch
 
 
 def pack_experts(
-    planned: Mapping[str, PlannedTensor], calibrated: CalibratedLayer, stacks: Mapping[str, Tensor], fmt: str
+    planned: Mapping[str, PlannedTensor],
+    quantized: QuantizedLayer,
+    tensors: LayerTensors,
+    fmt: str,
+    errors: RoundingErrors,
 ) -> Iterator[tuple[list[str], dict[str, Tensor], torch.cuda.Event | None]]:
-    """What is stored of every integer-quantized expert, as `calibrated.weight` and `compress` give it one by one.
+    """What is stored of the experts that `quantized.stacks` holds, some at a time.
 
-    planned: by relative name; stacks: "w1", "w3", "w2" [E, N, K], overwritten by the dequantized weights. Yields relative
+    planned: by relative name; tensors: their stacks are overwritten by the dequantized weights; errors: takes
+    what rounding changed. Yields relative
     names, their outputs in pinned host memory, and the event after which those are there.
     """
-    for which, stack in stacks.items():
-        assert calibrated.moe is not None, "stacks belong to a layer with routed experts"
-        names = [calibrated.moe.expert_name(expert, which) for expert in range(len(stack))]
+    for which, codes in quantized.stacks.items():
+        stack, names = tensors.stacks[which], tensors.names(which)
         most = max(1, _ELEMENTS // stack[0].numel())
-        start = 0
-        while start < len(names):
-            scheme = _scheme(calibrated, names[start])
-            stop = start + 1
-            while stop < len(names) and stop - start < most and _scheme(calibrated, names[stop]) == scheme:
-                stop += 1
-            run, part = names[start:stop], stack[start:stop]
-            start = stop
-            if scheme.kind != "int":
-                continue
-            folded = _folded(calibrated, run, part)
-            shrink = _stacked(calibrated.shrink, run, part)
-            scale, zero_point = qparams(folded, scheme, 1.0 if shrink is None else shrink, calibrated.scale_dtype)
-            stored = compress(folded, scheme, fmt, scale, zero_point, name=f"{run[0]} .. {run[-1]}")
-            part.copy_(decompress(stored, scheme, fmt, tuple(folded.shape), name=run[0]))
-            host = {suffix: _to_host(tensor) for suffix, tensor in stored.items()}
-            ready = torch.cuda.current_stream(stack.device).record_event() if stack.is_cuda else None
-            modules = [planned[name].module for name in run]
-            outputs = {f"{m}.{suffix}": t[i] for i, m in enumerate(modules) for suffix, t in host.items()}
-            yield run, outputs, ready
+        for start in range(0, len(names), most):
+            run = names[start : start + most]
+            part = codes.part(slice(start, start + len(run)))
+            yield run, *_pack(run, planned, part, fmt)
+            values = part.dequantized()
+            errors.add([planned[name].name for name in run], stack[start : start + len(run)], values)
+            stack[start : start + len(run)].copy_(values)
 
 
-def _scheme(calibrated: CalibratedLayer, name: str) -> Scheme:
-    return calibrated.schemes.get(name, KEEP)
-
-
-def _folded(calibrated: CalibratedLayer, names: list[str], weights: Tensor) -> Tensor:
-    """`calibrated.weight` of several: source * column / row, [e, N, K] float32."""
-    folded = weights.float()
-    column, row = (_stacked(of, names, weights) for of in (calibrated.column, calibrated.row))
-    if column is not None:
-        folded = folded * column[:, None, :]
-    return folded if row is None else folded / row[..., None]
-
-
-def _stacked(values: Mapping[str, Tensor], names: list[str], like: Tensor) -> Tensor | None:
-    """[e, ...] on the device of `like`, ones for names without an entry; None if none has one."""
-    own = [values.get(name) for name in names]
-    known = next((value for value in own if value is not None), None)
-    if known is None:
-        return None
-    parts = [torch.ones_like(known) if value is None else value for value in own]
-    return torch.stack(parts).to(like.device)
+def _pack(
+    names: list[str], planned: Mapping[str, PlannedTensor], part: StoredWeight, fmt: str
+) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    stored = pack(part.codes, part.scale, part.zero_point, planned[names[0]].scheme, fmt)
+    host = {suffix: _to_host(tensor) for suffix, tensor in stored.items()}
+    ready = torch.cuda.current_stream(part.codes.device).record_event() if part.codes.is_cuda else None
+    modules = [planned[name].module for name in names]
+    return {f"{m}.{suffix}": t[i] for i, m in enumerate(modules) for suffix, t in host.items()}, ready
 
 
 def _to_host(tensor: Tensor) -> Tensor:

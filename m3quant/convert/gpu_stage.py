@@ -161,11 +161,13 @@ def _kind(place: Place) -> tuple[str, str, tuple[int, ...], str]:
     return planned.action, planned.scheme.name, planned.source.info.shape, scale.dtype if scale else ""
 
 
-def table_row(place: Place, begin: int) -> tuple[int, int, int]:
-    """Byte offsets of a BF16 weight and of its codes and its scale, the first two outputs of every one-pass format."""
+def table_row(place: Place, begin: int) -> tuple[int, int, int, int]:
+    """Byte offsets of a BF16 weight, of its codes and its scale, the first two outputs of every one-pass format, and of
+    its zero points, 0 where it has none."""
     item, _, output = place
     ranges = output_ranges(item, output)
-    return begin, ranges[0][0], ranges[1][0]
+    zeros = [begin for o, (begin, _) in zip(item.outputs, ranges, strict=True) if o.name.endswith(".weight_zero_point")]
+    return begin, ranges[0][0], ranges[1][0], zeros[0] if zeros else 0
 
 
 def covered(places: list[Place]) -> list[tuple[int, int]]:

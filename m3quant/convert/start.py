@@ -17,7 +17,7 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
 
     Raises M3QuantError subclasses with what is wrong and what to do; nothing half-written is ever left under a final name.
     """
-    if settings.engine == "ray" and plan.recipe.calibration != "none":
+    if settings.engine == "ray" and plan.recipe.calibrated:
         from .ray.calibrated import convert_on_ranks
 
         conversion.check_places(plan, output)

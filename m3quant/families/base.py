@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -297,8 +297,8 @@ class Family(ABC):
         """The on-disk module name and the name vLLM gives the module, where an exact list must hold both."""
         return (module,)
 
-    def engine_notes(self, routed_experts: Scheme, fmt: str) -> tuple[str, ...]:
-        """What a person must know of engine releases before serving routed experts in this scheme."""
+    def engine_notes(self, routed_experts: Collection[Scheme], fmt: str) -> tuple[str, ...]:
+        """What a person must know of engine releases before serving routed experts in these schemes."""
         return ()
 
     def optional_groups(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from ..errors import CheckpointError
@@ -198,8 +198,8 @@ class MiniMaxM3VL(Family):
         # vLLM drops `mlp.` from the vision layers, but its name mapper misses entries without a trailing dot
         return tuple(dict.fromkeys((module, module.replace(".mlp.fc", ".fc"))))
 
-    def engine_notes(self, routed_experts: Scheme, fmt: str) -> tuple[str, ...]:
-        if routed_experts.kind == "fp8" and fmt == "compressed-tensors":
+    def engine_notes(self, routed_experts: Collection[Scheme], fmt: str) -> tuple[str, ...]:
+        if any(scheme.kind == "fp8" for scheme in routed_experts) and fmt == "compressed-tensors":
             return (
                 "FP8 routed experts of M3 need a vLLM that hands swiglu_alpha and swiglu_beta to its FP8 experts: 0.32 does, "
                 "0.26 does not and answers with wrong numbers (docs/verify.md)",

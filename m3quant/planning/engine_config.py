@@ -15,6 +15,7 @@ from ..errors import PlanError
 from ..families.base import QUANTIZABLE, Family
 from ..recipe.recipe import Recipe
 from ..schemes import KEEP, Scheme
+from .engine_integers import check_expert_scheme, scheme_of_group
 
 # `packed_modules_mapping` of vLLM's models.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -32,22 +33,25 @@ def quantization_config(
         return _deepseek_fp8(family, modules, linears)
     if recipe.format == "autoawq":
         return _autoawq(recipe, family, modules)
-    return _compressed_tensors(recipe, family)
+    return _compressed_tensors(recipe, family, modules)
 
 
 def _roles(recipe: Recipe, family: Family) -> dict[str, Scheme]:
     return {role: recipe.scheme(role) for role in QUANTIZABLE if role in family.targets}
 
 
-def _compressed_tensors(recipe: Recipe, family: Family) -> dict[str, Any]:
+def _compressed_tensors(recipe: Recipe, family: Family, modules: Mapping[str, Scheme]) -> dict[str, Any]:
     groups: dict[str, dict[str, Any]] = {}
     targets: dict[Scheme, list[str]] = {}
     ignore = list(family.always_ignored)
+    by_layer = _layers(family, modules) if recipe.layers else {}
     for role, scheme in _roles(recipe, family).items():
-        if scheme.quantizes:
-            targets.setdefault(scheme, []).extend(family.targets[role])
-        else:
-            ignore.extend(family.targets[role])
+        found = by_layer.get(role, {})
+        if len(found) < 2:
+            found = {next(iter(found), scheme): []}
+        for own, layers in found.items():
+            patterns = [in_layers(pattern, layers) if layers else pattern for pattern in family.targets[role]]
+            (targets.setdefault(own, []) if own.quantizes else ignore).extend(patterns)
     for number, (scheme, patterns) in enumerate(targets.items()):
         groups[f"group_{number}"] = {"targets": patterns, **compressed_tensors_group(scheme)}
     formats = {group["format"] for group in groups.values()}
@@ -59,6 +63,22 @@ def _compressed_tensors(recipe: Recipe, family: Family) -> dict[str, Any]:
         "ignore": ignore,
         "kv_cache_scheme": None,
     }
+
+
+def _layers(family: Family, modules: Mapping[str, Scheme]) -> dict[str, dict[Scheme, list[int]]]:
+    """role -> scheme -> the layers whose modules of the role have it."""
+    found: dict[str, dict[Scheme, set[int]]] = {}
+    for module, scheme in modules.items():
+        role = family.role(f"{module}.weight")
+        if role.layer is not None:
+            found.setdefault(role.kind, {}).setdefault(scheme, set()).add(role.layer)
+    return {role: {scheme: sorted(layers) for scheme, layers in own.items()} for role, own in found.items()}
+
+
+def in_layers(pattern: str, layers: Iterable[int]) -> str:
+    """A family's target that matches in these layers only. A lookahead, so that the rest of the pattern stays as it is:
+    every tree (on disk, vLLM's, transformers') has `.layers.N.` in a module's name."""
+    return rf"re:(?=.*\.layers\.({'|'.join(map(str, layers))})\.){pattern.removeprefix('re:')}"
 
 
 def compressed_tensors_group(scheme: Scheme) -> dict[str, Any]:
@@ -111,20 +131,33 @@ def _autoawq(recipe: Recipe, family: Family, modules: Mapping[str, Scheme]) -> d
 
 def check_format(recipe: Recipe) -> None:
     """Raise PlanError when the recipe's format cannot hold its schemes."""
-    used = {role: recipe.scheme(role) for role in QUANTIZABLE if recipe.scheme(role).quantizes}
+    used = [
+        (role, scheme)
+        for role in QUANTIZABLE
+        for scheme in sorted(recipe.schemes_of(role), key=str)
+        if scheme.quantizes
+    ]
+    for role, scheme in used:
+        if role == "routed_experts":
+            check_expert_scheme(scheme)
     if recipe.format == "fp8":
-        for role, scheme in used.items():
+        for role, scheme in used:
             if not (scheme.kind == "fp8" and scheme.block):
                 raise PlanError(
                     f"format 'fp8' holds 128x128 blocks only, but {role} is {scheme}: use fp8-block or --format compressed-tensors."
                 )
     if recipe.format == "autoawq":
-        for role, scheme in used.items():
+        if recipe.layers:
+            raise PlanError(
+                "format 'autoawq' has one scheme for the whole model, but the recipe has 'layers' of their own: use --format "
+                "compressed-tensors, or take 'layers' out."
+            )
+        for role, scheme in used:
             if scheme.kind != "int" or scheme.bits != 4:
                 raise PlanError(
                     f"format 'autoawq' holds int4 only, but {role} is {scheme}: --to awq-attn-bf16 or awq-all-int4, or --set {role}=keep or int4-g128."
                 )
-        sizes = {scheme.group_size for scheme in used.values()}
+        sizes = {scheme.group_size for _, scheme in used}
         if len(sizes) > 1:
             raise PlanError(
                 f"format 'autoawq' holds one group size, but the recipe has {sorted(map(str, sizes))}: choose one with --set."
@@ -139,7 +172,7 @@ def resolve(config: Mapping[str, Any], probe: str, expert: bool = False) -> Sche
             return KEEP
         for group in config["config_groups"].values():
             if any(_matches(probe, target) for target in group["targets"]):
-                return _scheme_of_group(group)
+                return scheme_of_group(group)
         return KEEP
     ignored = config.get("modules_to_not_convert") or config.get("ignored_layers") or []
     if method == "awq":
@@ -173,12 +206,44 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern
 
 
-def _scheme_of_group(group: Mapping[str, Any]) -> Scheme:
-    weights = group["weights"]
-    if weights["type"] == "int":
-        size = weights.get("group_size") if weights["strategy"] == "group" else None
-        return Scheme("int", weights["num_bits"], size, weights["symmetric"])
-    return Scheme("fp8", bits=8, block=weights["strategy"] == "block")
+def config_schemes(config: Mapping[str, Any]) -> frozenset[Scheme]:
+    """Every integer or FP8 scheme that a compressed-tensors or AutoAWQ checkpoint's config.json states, whoever wrote it.
+
+    Groups of other kinds (FP4), and what is no scheme at all, are left out: what they mean is for the engine to say.
+    """
+    text = config.get("text_config")
+    quantization = config.get("quantization_config") or (
+        text.get("quantization_config") if isinstance(text, Mapping) else None
+    )
+    if not isinstance(quantization, Mapping):
+        return frozenset()
+    if quantization.get("quant_method") == "awq":
+        groups: Any = {
+            "awq": {
+                "weights": {
+                    "num_bits": quantization.get("bits"),
+                    "type": "int",
+                    "strategy": "group",
+                    "symmetric": False,
+                }
+            }
+        }
+    else:
+        groups = quantization.get("config_groups")
+    found = set()
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping) and _is_known(weights):
+            found.add(scheme_of_group({"weights": weights}))
+    return frozenset(found)
+
+
+def _is_known(weights: Mapping[str, Any]) -> bool:
+    size = weights.get("group_size")
+    kinds = (type(weights.get("num_bits")), type(weights.get("symmetric")), type(weights.get("strategy")))
+    if kinds != (int, bool, str) or not (size is None or type(size) is int):
+        return False
+    return weights.get("type") == "int" or (weights.get("type") == "float" and weights["num_bits"] == 8)
 
 
 def engine_problems(family: Family, qconfig: Mapping[str, Any], modules: Mapping[str, Scheme]) -> list[str]:

@@ -9,11 +9,11 @@ Sources: compressed-tensors 0.20 `pack_quantized` and `naive_quantized` compress
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, prod
+from math import ceil, gcd, prod
 
 from ..checkpoint import DTYPE_BYTES
 from ..errors import PlanError
-from ..schemes import FP8_BLOCK, Scheme
+from ..schemes import FP8_BLOCK, GROUP_SIZES, Scheme
 
 COMPRESSED_TENSORS = "compressed-tensors"
 AUTOAWQ = "autoawq"
@@ -40,8 +40,8 @@ def check_format(scheme: Scheme, fmt: str) -> None:
 def check_divisible(shape: Sequence[int], scheme: Scheme, fmt: str) -> None:
     """Raises PlanError where `shape` [..., N, K] cannot be stored as `scheme` in `fmt`.
 
-    Integer formats never pad: K must be a multiple of the group and of the codes per int32 word, and N of the codes per
-    word where something is packed along N (zero points of asymmetric compressed-tensors, every AutoAWQ tensor).
+    Integer formats never pad: the group divides K, K * bits is a multiple of 32, and so is N * bits where something is
+    packed along N (zero points of asymmetric compressed-tensors, every AutoAWQ tensor).
     FP8 needs no divisibility here. A ragged 128x128 edge is a smaller last block with a scale of its own, as
     compressed-tensors and DeepSeek store it; engines read that in a whole linear but not in one that is fused with
     others or split over GPUs, which is for the plan to refuse because only the plan knows both.
@@ -52,32 +52,38 @@ def check_divisible(shape: Sequence[int], scheme: Scheme, fmt: str) -> None:
     rows, columns = shape[-2], shape[-1]
     if scheme.kind != "int":
         return
-    per_word = WORD_BITS // scheme.bits
     if scheme.group_size and columns % scheme.group_size:
-        fitting = [g for g in (128, 64, 32) if g < scheme.group_size and columns % g == 0]
+        fitting = [g for g in reversed(GROUP_SIZES) if g < scheme.group_size and columns % g == 0]
         remedy = f"group size {fitting[0]}, a channel scheme" if fitting else "a channel scheme"
         raise PlanError(
             f"{scheme} groups {scheme.group_size} input columns, which do not divide the {columns} of {list(shape)}; "
             f"use {remedy}, or keep this tensor."
         )
-    if columns % per_word and fmt == COMPRESSED_TENSORS:
+    unit = codes_in_whole_words(scheme.bits)
+    words = f"whole 32-bit words, {unit} at a time ({unit * scheme.bits} bits)"
+    if columns % unit and fmt == COMPRESSED_TENSORS:
         raise PlanError(
-            f"{scheme} packs {per_word} input columns to a 32-bit word, which do not divide the {columns} of shape "
-            f"{list(shape)}; use fp8-channel, or keep this tensor."
+            f"{scheme} packs input columns into {words}: {unit} does not divide the {columns} of shape {list(shape)}; "
+            "use fp8-channel, or keep this tensor."
         )
-    if rows % per_word and (fmt == AUTOAWQ or not scheme.symmetric):
+    if rows % unit and (fmt == AUTOAWQ or not scheme.symmetric):
         what = "AutoAWQ packs weights and zero points" if fmt == AUTOAWQ else f"{scheme} packs zero points"
         raise PlanError(
-            f"{what} {per_word} output rows to a 32-bit word, which do not divide the {rows} of shape {list(shape)}; "
-            f"use a symmetric scheme in compressed-tensors, or keep this tensor."
+            f"{what} of output rows into {words}: {unit} does not divide the {rows} of shape {list(shape)}; "
+            "use a symmetric scheme in compressed-tensors, or keep this tensor."
         )
+
+
+def codes_in_whole_words(bits: int) -> int:
+    """The fewest codes of `bits` bits that fill whole 32-bit words: 8 of 4 bits, 16 of 2 or 6, 32 of 3, 5 or 7."""
+    return WORD_BITS // gcd(WORD_BITS, bits)
 
 
 def one_pass(scheme: Scheme, fmt: str) -> bool:
-    """Whether `fused.compress_into` and `gpu_kernels` can write `scheme` in `fmt`: FP8 of any kind, symmetric integers."""
+    """Whether `fused.compress_into` can write `scheme` in `fmt`: everything but AutoAWQ's transposed words."""
     if scheme.kind == "fp8":
         return fmt in (COMPRESSED_TENSORS, NATIVE_FP8)
-    return scheme.kind == "int" and scheme.symmetric and fmt == COMPRESSED_TENSORS
+    return scheme.kind == "int" and fmt == COMPRESSED_TENSORS
 
 
 def group_count(columns: int, scheme: Scheme) -> int:
@@ -111,21 +117,20 @@ def stored_tensors(shape: Sequence[int], scheme: Scheme, fmt: str) -> Stored:
     if scheme.kind == "fp8":
         suffix = "weight_scale_inv" if fmt == NATIVE_FP8 else "weight_scale"
         return {"weight": ("F8_E4M3", (*lead, rows, columns)), suffix: ("F32", scale)}
-    per_word = WORD_BITS // scheme.bits
-    groups = scale[-1]
+    groups, row_words = scale[-1], rows * scheme.bits // WORD_BITS
     if fmt == AUTOAWQ:
         return {
-            "qweight": ("I32", (*lead, columns, rows // per_word)),
-            "qzeros": ("I32", (*lead, groups, rows // per_word)),
+            "qweight": ("I32", (*lead, columns, row_words)),
+            "qzeros": ("I32", (*lead, groups, row_words)),
             "scales": ("F16", (*lead, groups, rows)),
         }
     stored: Stored = {
-        "weight_packed": ("I32", (*lead, rows, columns // per_word)),
+        "weight_packed": ("I32", (*lead, rows, columns * scheme.bits // WORD_BITS)),
         "weight_scale": ("BF16", scale),
         "weight_shape": ("I64", (*lead, 2)),
     }
     if not scheme.symmetric:
-        stored["weight_zero_point"] = ("I32", (*lead, rows // per_word, groups))
+        stored["weight_zero_point"] = ("I32", (*lead, row_words, groups))
     return stored
 
 

@@ -18,9 +18,11 @@ from ..checkpoint import DTYPE_BYTES, Checkpoint, Entry, aligned_order, entry_by
 from ..errors import PlanError
 from ..families import KEPT, QUANTIZABLE, Family, Role, family_of
 from ..families.spec import is_index
-from ..recipe.recipe import Recipe, for_family
+from ..recipe.layer_ranges import show_layers
+from ..recipe.recipe import Recipe, for_family, split_layers
 from ..schemes import FP8_BLOCK, KEEP, Scheme
 from .engine_config import check_format, engine_problems, quantization_config
+from .engine_integers import integer_notes
 from .layout import check_divisible, stored_tensors
 from .source_tensors import FP8_BLOCK as FP8_BLOCK_SOURCE
 from .source_tensors import PLAIN, SourceTensor, check_complete, source_tensors
@@ -199,7 +201,6 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     tensors = source_tensors(checkpoint)
     notes = [*checkpoint.warnings, *recipe_notes, *check_complete(checkpoint, family, tensors)]
     notes += _calibration_notes(family, recipe)
-    notes += family.engine_notes(recipe.scheme("routed_experts"), recipe.format)
     layers = family.num_layers
     by_unit: list[list[PlannedTensor]] = [[] for _ in range(layers + 1)]
     for name in sorted(tensors, key=_natural):
@@ -210,6 +211,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         for i, group in enumerate(by_unit)
     ]
     plan = Plan(checkpoint, family, recipe, units, None, notes)
+    _check_layers(recipe, units)
+    schemes = {kind: role_schemes(plan, kind) for kind in QUANTIZABLE}
+    plan.notes += family.engine_notes(schemes["routed_experts"], recipe.format)
+    others = {scheme for kind, own in schemes.items() if kind != "routed_experts" for scheme in own}
+    plan.notes += integer_notes(schemes["routed_experts"], others)
     if any(scheme.quantizes for scheme in plan.modules.values()):
         linears = [
             t.module for t in plan.tensors if t.role.kind in ("vision", "projector") and len(t.source.info.shape) == 2
@@ -225,7 +231,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
 
 def _calibration_notes(family: Family, recipe: Recipe) -> list[str]:
     covered, length = family.selected_tokens, recipe.data.window_length
-    if recipe.calibration == "none" or length > covered:
+    if not recipe.calibrated or length > covered:
         return []
     return [
         f"calibration windows of {length} tokens never exercise block selection, which begins past {covered} tokens: the error of "
@@ -239,17 +245,34 @@ def _natural(name: str) -> list[Any]:
 
 
 def _check_roles(recipe: Recipe, family: Family) -> None:
-    if recipe.calibration == "awq" and not any(
-        recipe.scheme(r).kind == "int" for r in QUANTIZABLE if r in family.targets
+    if recipe.rounding == "awq" and not any(
+        scheme.kind == "int" for r in QUANTIZABLE if r in family.targets for scheme in recipe.schemes_of(r)
     ):
         raise PlanError(
-            "calibration 'awq' needs at least one role in INT4 or INT8: FP8 weights take no calibration; use --to fp8, or set calibration: none."
+            "rounding 'awq' needs at least one role in integers: it does not calibrate FP8 weights; use --to fp8, or set rounding: feedback or nearest."
         )
+
+
+def _check_layers(recipe: Recipe, units: list[Unit]) -> None:
+    """Raise PlanError for a layer, or a role in a layer, that the recipe names and the checkpoint does not have."""
+    present = {unit.layer: {tensor.role.kind for tensor in unit.tensors} for unit in units}
+    for layer, roles in split_layers(recipe.layers).items():
+        if layer not in present:
+            raise PlanError(
+                f"the recipe gives layer {layer} a scheme, but the model has layers 0 to {len(units) - 2}: correct 'layers'."
+            )
+        for role in roles:
+            if role not in present[layer]:
+                having = show_layers(n for n, kinds in present.items() if n is not None and role in kinds)
+                where = f"only layers {having} have" if having else "no layer has"
+                raise PlanError(
+                    f"the recipe gives {role} of layer {layer} a scheme, but {where} {role}: correct 'layers'."
+                )
 
 
 def _plan_tensor(source: SourceTensor, role: Role, recipe: Recipe) -> PlannedTensor:
     info = source.info
-    scheme = recipe.scheme(role.kind) if role.kind in QUANTIZABLE else KEEP
+    scheme = recipe.scheme(role.kind, role.layer) if role.kind in QUANTIZABLE else KEEP
     if role.kind in QUANTIZABLE and not role.is_weight:
         scheme, reason = KEEP, "a companion of a quantized weight that the family does not know: passed through"
     elif not scheme.quantizes:
@@ -311,8 +334,12 @@ def _check_engine_rules(plan: Plan) -> None:
 
 
 def role_table(plan: Plan) -> list[dict[str, Any]]:
-    """Per role and scheme: tensors and bytes in and out, and why. Rows in a fixed order for tables and --json."""
+    """Per role and scheme: tensors and bytes in and out, and why; and which layers, where the recipe tells layers apart.
+
+    Rows in a fixed order for tables and --json.
+    """
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    layers: dict[tuple[str, str, str], set[int]] = {}
     for tensor in plan.tensors:
         key = (tensor.role.kind, tensor.action, tensor.scheme.name)
         row = rows.setdefault(
@@ -330,8 +357,17 @@ def role_table(plan: Plan) -> list[dict[str, Any]]:
         row["tensors"] += 1
         row["bytes_in"] += tensor.source.stored_bytes
         row["bytes_out"] += sum(nbytes(o) for o in tensor.outputs)
+        if plan.recipe.layers and tensor.role.kind in QUANTIZABLE:
+            layers.setdefault(key, set()).add(tensor.role.layer or 0)
+    for key, own in layers.items():
+        rows[key]["layers"] = show_layers(own)
     order = {role: i for i, role in enumerate((*QUANTIZABLE, *KEPT))}
     return [rows[key] for key in sorted(rows, key=lambda k: (order[k[0]], k[1], k[2]))]
+
+
+def role_schemes(plan: Plan, role: str) -> list[Scheme]:
+    """The schemes that weights of a role get, in the order of the layers that have them first."""
+    return list(dict.fromkeys(t.scheme for t in plan.tensors if t.role.kind == role and t.role.is_weight))
 
 
 def passed_through(plan: Plan) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import StoppedError
 from .batches import MAX_WORKERS, pinned_bytes, working_bytes
 from .plan import Plan, PlannedTensor
+from .quantizers import facts_of
 
 FLOAT32 = 4
 # Resident before the first byte is read: interpreter, torch and, on a GPU, CUDA's libraries and context, which a torch of its
@@ -24,10 +25,6 @@ GPU_PROCESS_BYTES = 660 * 10**6
 CALIBRATION_BYTES = 250 * 10**6
 # A tensor being quantized exists as stored, as a float32 working copy, as one temporary of it, and as codes.
 WORK_COPIES = 3
-# Weights that a GPU searches at once (calibration/glu.py), and bytes for each: float32 copies of them folded, rounded and
-# paired, and their activations. 17 GB for 2^30 weights were measured on an H200.
-SEARCH_CHUNK = 1 << 29
-SEARCH_BYTES_PER_WEIGHT = 20
 # Pinned host memory of a layer's packed output, in its bytes: torch pins powers of two, and pieces of several sizes do not share
 # them. 1.5 was measured for M2 and M3 (tests/benchmarks/figures/h200_convert_*.json).
 PINNED_SHARE = 1.75
@@ -65,7 +62,7 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool 
         t.source.stored_bytes + _elements(t) * FLOAT32 * (WORK_COPIES if t.action == "quantize" else 0)
         for t in plan.tensors
     )
-    if plan.recipe.calibration == "none":
+    if not plan.recipe.calibrated:
         working = working_bytes(plan.units, on_gpu, plan.recipe.format, workers)
         disk = plan.output_bytes + DISK_MARGIN
         return Resources(process + working.host, working.device, disk, 0)
@@ -79,10 +76,11 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool 
     if on_gpu:
         # On the device: this layer and the next, streams and activations, and what the search of a chunk of experts takes.
         # On the host, pinned: one layer's packed output (the next is packed when it is durable), and the streams being saved.
-        scratch = SEARCH_BYTES_PER_WEIGHT * min(SEARCH_CHUNK, layer // 2)
+        scratch = facts_of(plan.recipe.rounding).scratch(plan)
         packed = max(unit.bytes_out for unit in plan.units if unit.layer is not None)
         host = process + int(PINNED_SHARE * packed) + 2 * pinned_bytes(stream) + largest
-        return Resources(host, 2 * layer + streams + scratch + largest, disk, boundary)
+        codes = layer // 2  # a byte for each weight
+        return Resources(host, 2 * layer + codes + streams + scratch + largest, disk, boundary)
     # Measured: about three layers (tests/convert/test_memory.py), of which one is read ahead; a fourth is margin.
     return Resources(process + 4 * layer + streams + largest, 0, disk, boundary)
 

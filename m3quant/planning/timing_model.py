@@ -21,15 +21,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import PlanError
 from .plan import Plan, Unit
+from .quantizers import active_weights, facts_of, tokens_of
 
 RATES_FILE = "rates.json"
+SEARCH_RATE = {"awq": "search", "feedback": "feedback"}  # rounding -> the rate of its own computing
 
 
 class Rates(BaseModel):
     """What one machine does, in bytes or floating-point operations per second. None: not measured, and not counted.
 
     shared: how far reading and writing at once get into each other's way: 0, the disk does both at full rate; 1, one after
-    the other; above 1, both at once take longer than that. pack: BF16 bytes rounded, by all workers together. search and forward: calibration's operations as
+    the other; above 1, both at once take longer than that. pack: BF16 bytes rounded, by all workers together. search (AWQ), feedback and forward: calibration's operations as
     `search_flops` and `forward_flops` count them, over the seconds that they took. start: seconds of a calibrated run, once,
     that no stage tells: CUDA's code and pinned memory made ready beyond the first layer's read, packing and closing at the end.
     """
@@ -48,6 +50,7 @@ class Rates(BaseModel):
     d2h: float | None = Field(default=None, gt=0)
     pack: float | None = Field(default=None, gt=0)
     search: float | None = Field(default=None, gt=0)
+    feedback: float | None = Field(default=None, gt=0)
     forward: float | None = Field(default=None, gt=0)
     start: float = Field(default=0.0, ge=0)
 
@@ -79,14 +82,15 @@ def load_rates(path: Path | None = None) -> Rates:
 
 def estimate(plan: Plan, rates: Rates) -> Estimate | None:
     """Seconds to convert `plan` on that machine; None where it needs a rate that the record lacks."""
-    if plan.recipe.calibration == "none":
+    if not plan.recipe.calibrated:
         stages = _of(plan.units, rates)
         bound = max(stages, key=lambda name: stages[name])
         return Estimate(machine=rates.machine, seconds=stages[bound], bound_by=bound, stages=stages)
-    if rates.search is None or rates.forward is None:
+    searching = getattr(rates, SEARCH_RATE[plan.recipe.rounding])
+    if searching is None or rates.forward is None:
         return None
     layers = [unit for unit in plan.units if unit.layer is not None]
-    compute = search_flops(plan) / rates.search + forward_flops(plan) / rates.forward
+    compute = search_flops(plan) / searching + forward_flops(plan) / rates.forward
     saved = stream_bytes(plan)
     bounds: dict[str, float] = {}
     for unit, following in pairwise(layers):
@@ -105,7 +109,7 @@ def estimate(plan: Plan, rates: Rates) -> Estimate | None:
     others = [unit for unit in plan.units if unit.layer is None]
     seconds = sum(bounds.values()) + max(_of(others, rates).values())
     stages = _of(plan.units, rates, saved * len(layers)) | {
-        "search": search_flops(plan) / rates.search * len(layers),
+        "search": search_flops(plan) / searching * len(layers),
         "forward": forward_flops(plan) / rates.forward * len(layers),
     }
     return Estimate(
@@ -128,26 +132,10 @@ def _io(bytes_in: int, bytes_out: int, saved: int, rates: Rates) -> dict[str, fl
     return out
 
 
-def _tokens(plan: Plan) -> int:
-    return plan.recipe.data.windows * plan.recipe.data.window_length
-
-
-def _active(plan: Plan) -> float:
-    """Weights of an average layer that a token passes through: all but the routed experts that it is not sent to."""
-    moe = plan.family.moe
-    share = moe.top_k / moe.num_experts if moe else 1.0
-    layers = sum(unit.layer is not None for unit in plan.units)
-    total = 0.0
-    for tensor in plan.tensors:
-        if tensor.role.layer is not None and len(tensor.source.info.shape) == 2:
-            total += tensor.source.info.numel * (share if tensor.role.kind == "routed_experts" else 1.0)
-    return total / layers
-
-
 def forward_flops(plan: Plan) -> float:
     """Of both streams through an average layer, held-out windows too, attention scores not counted."""
     heldout = plan.recipe.data.heldout_windows / plan.recipe.data.windows
-    return 2 * 2 * _active(plan) * _tokens(plan) * (1 + heldout)
+    return 2 * 2 * active_weights(plan) * tokens_of(plan) * (1 + heldout)
 
 
 def stream_bytes(plan: Plan) -> int:
@@ -157,11 +145,8 @@ def stream_bytes(plan: Plan) -> int:
 
 
 def search_flops(plan: Plan) -> float:
-    """One forward of the layer's searched weights for each candidate of the grid, and one for the reference.
-
-    A measure of size, not a count: the search takes a sample of the tokens and rounds all experts, hit or not.
-    """
-    return 2 * _active(plan) * _tokens(plan) * (plan.recipe.awq.n_grid + 1)
+    """What the recipe's quantizer computes of an average layer, as quantizers.py counts it."""
+    return facts_of(plan.recipe.rounding).flops(plan)
 
 
 def sentence(found: Estimate) -> str:

@@ -18,6 +18,7 @@ from ..checkpoint.strict_json import shown
 from ..errors import PublishError
 from ..planning.plan import RECIPE_FILE
 from ..running.words import human_bytes
+from ..schemes import parse_scheme
 from .base import Base
 from .facts import CardFacts, Serving
 from .files import CARD, CHECKSUMS, files_to_publish, notice_name
@@ -114,8 +115,8 @@ def render(facts: CardFacts, left_out: Mapping[str, str], notes: str = "", check
 def metadata(facts: CardFacts) -> ModelCardData:
     """The Hub's metadata block. Fields that are not known are left out, never filled in."""
     base, licence = facts.base, facts.licence
-    routed = facts.recipe.scheme("routed_experts")
-    bits = [f"{routed.bits}-bit"] if routed.quantizes else []
+    routed = {parse_scheme(row["scheme"]) for row in facts.quantized if row["role"] == "routed_experts"}
+    bits = [f"{width}-bit" for width in sorted({scheme.bits for scheme in routed if scheme.quantizes})]
     evals = facts.hub_evals
     return ModelCardData(
         base_model=base.repo if base else None,
@@ -212,7 +213,8 @@ def commands(facts: CardFacts) -> list[dict[str, str]]:
 def scheme_text(row: Mapping[str, Any]) -> str:
     if row["action"] == "dequantize":
         return "BF16 (dequantized)"
-    return f"{row['scheme']} (the base's own, byte for byte)" if row["action"] == "copy" else str(row["scheme"])
+    where = f" in layers {row['layers']}" if "layers" in row else ""
+    return f"{row['scheme']}{where}" + (" (the base's own, byte for byte)" if row["action"] == "copy" else "")
 
 
 def bundled(calibration: Mapping[str, Any] | None) -> bool:

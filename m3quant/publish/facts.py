@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from huggingface_hub import EvalResult
+from packaging.version import Version
 
 from ..artifact.conversion_eval import output_fingerprint
 from ..checkpoint import Checkpoint
 from ..families import Family, family_of
+from ..planning.engine_config import config_schemes
+from ..planning.engine_integers import min_vllm
 from ..planning.plan import RECIPE_FILE
+from ..planning.quantizers import facts_of
 from ..recipe.recipe import Recipe, build_recipe
 from .base import Base
 from .hub_benchmarks import BenchmarkResult, read_benchmarks
@@ -85,16 +89,16 @@ class CardFacts:
     @property
     def folded(self) -> bool:
         """Whether kept tensors may hold folded scales."""
-        return self.recipe.calibration == "awq" and self.recipe.awq.smooth
+        return facts_of(self.recipe.rounding).folds and self.recipe.awq.smooth
 
     @property
     def engine_notes(self) -> tuple[str, ...]:
-        return self.family.engine_notes(self.recipe.scheme("routed_experts"), self.recipe.format)
+        return self.family.engine_notes(self.recipe.schemes_of("routed_experts"), self.recipe.format)
 
     @property
     def min_vllm(self) -> str:
-        """The first vLLM release that has this architecture, as the family states it, or ''."""
-        return self.family.min_vllm
+        """The first vLLM release that has this architecture, as the family states it, and its integers, or ''."""
+        return max(self.family.min_vllm, min_vllm(config_schemes(self.config)), key=lambda v: Version(v or "0"))
 
     @property
     def max_context(self) -> int | None:

@@ -97,6 +97,15 @@ def compress(
     check_divisible(tuple(weight.shape), scheme, fmt)
     scale, zero_point = _resolve(weight, scheme, fmt, scale, zero_point, name)
     codes = _codes(weight, scheme, scale, zero_point, name)
+    return pack(codes, scale, zero_point, scheme, fmt)
+
+
+def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, fmt: str) -> dict[str, Tensor]:
+    """The stored tensors of given codes: suffixes, dtypes and shapes of `layout.stored_tensors`, on the codes' device.
+
+    codes: int8 [..., N, K] in the range of `scheme`, or float8_e4m3fn. scale: float32, shape of `layout.scale_shape`,
+    exact in the dtype that `fmt` stores. zero_point: int8 in the range of the codes, or None.
+    """
     if scheme.kind == "fp8":
         return {"weight": codes, ("weight_scale" if fmt == COMPRESSED_TENSORS else "weight_scale_inv"): scale}
     if fmt == AUTOAWQ:
@@ -106,11 +115,11 @@ def compress(
             "qzeros": packing.pack_awq(zeros.transpose(-1, -2)),
             "scales": packing.densely(scale.to(torch.float16).transpose(-1, -2)),
         }
-    shape = torch.tensor(weight.shape[-2:], dtype=torch.int64, device=weight.device)
+    shape = torch.tensor(codes.shape[-2:], dtype=torch.int64, device=codes.device)
     stored = {
         "weight_packed": packing.pack_rows(codes, scheme.bits),
         "weight_scale": scale.to(torch.bfloat16),
-        "weight_shape": shape.expand(*weight.shape[:-2], 2).contiguous(),
+        "weight_shape": shape.expand(*codes.shape[:-2], 2).contiguous(),
     }
     if zero_point is not None:
         stored["weight_zero_point"] = packing.pack_columns(zero_point, scheme.bits)

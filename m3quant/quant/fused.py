@@ -16,7 +16,8 @@ from torch import Tensor
 from ..planning.layout import COMPRESSED_TENSORS, check_divisible
 from ..schemes import FP8_BLOCK, Scheme
 from .fp8 import E4M3_MAX
-from .integer import _SCALE_FLOOR, ZERO_GROUP_SCALE, ensure_finite, int_qparams, int_range
+from .integer import _SCALE_FLOOR, ZERO_GROUP_SCALE, ensure_finite, int_qparams, int_range, range_qparams
+from .packing import pack_bytes, pack_columns
 
 # Elements of one block of rows: its float32 copy and codes fit a core's second-level cache.
 BLOCK_ELEMENTS = 1 << 18
@@ -34,7 +35,10 @@ def compress_into(weight: Tensor, scheme: Scheme, fmt: str, out: Mapping[str, Te
         scale = out["weight_scale" if fmt == COMPRESSED_TENSORS else "weight_scale_inv"]
         (_fp8_block if scheme.block else _fp8_channel)(weight, out["weight"], scale, name)
         return
-    _integer(weight, scheme, out["weight_packed"], out["weight_scale"], name)
+    if scheme.symmetric:
+        _symmetric(weight, scheme, out["weight_packed"], out["weight_scale"], name)
+    else:
+        _asymmetric(weight, scheme, out, name)
     out["weight_shape"].copy_(torch.tensor(weight.shape))
 
 
@@ -83,7 +87,7 @@ def _fp8_block(weight: Tensor, codes: Tensor, scale: Tensor, name: str) -> None:
         codes[first : first + FP8_BLOCK] = rows.to(torch.float32).div_(own.repeat_interleave(FP8_BLOCK)[:columns])
 
 
-def _integer(weight: Tensor, scheme: Scheme, packed: Tensor, scale: Tensor, name: str) -> None:
+def _symmetric(weight: Tensor, scheme: Scheme, packed: Tensor, scale: Tensor, name: str) -> None:
     qmin, qmax = int_range(scheme)
     size = scheme.group_size or weight.shape[1]
     for first in range(0, weight.shape[0], step := _rows_at_once(weight.shape[1])):
@@ -97,13 +101,33 @@ def _integer(weight: Tensor, scheme: Scheme, packed: Tensor, scale: Tensor, name
         scale[first : first + step] = own
         work = rows.to(torch.float32)
         work.unflatten(-1, (-1, size)).div_(own.unsqueeze(-1))
-        # The stored scale may be below the exact one by 2^-9 of it, so that w / scale reaches 7.52, or 127.8 for 8 bits.
-        codes = work.clamp_(qmin, qmax).round_().to(torch.int8).view(torch.uint8).add_(1 << (scheme.bits - 1))
-        target = packed[first : first + step]
-        if scheme.bits == 8:
-            target.view(torch.uint8).copy_(codes)
-        else:
-            pairs = codes.view(
-                torch.int16
-            )  # low nibble of the word's byte in the low byte, high nibble in the high one
-            target.view(torch.uint8).copy_(pairs.bitwise_or_(pairs >> 4))
+        _write_codes(work, scheme, packed[first : first + step])
+
+
+def _asymmetric(weight: Tensor, scheme: Scheme, out: Mapping[str, Tensor], name: str) -> None:
+    """Zero points are packed along N, so that those of all blocks are kept until the end: one byte a group."""
+    size = scheme.group_size or weight.shape[1]
+    zeros = []
+    for first in range(0, weight.shape[0], step := _rows_at_once(weight.shape[1])):
+        work = weight[first : first + step].to(torch.float32)
+        groups = work.unflatten(-1, (-1, size))
+        found = range_qparams(groups.amin(-1), groups.amax(-1), scheme, name=name)
+        own, zero = found or int_qparams(weight, scheme, name=name)  # which says what is not finite
+        assert zero is not None
+        out["weight_scale"][first : first + step] = own
+        zeros.append(zero)
+        groups.div_(own.unsqueeze(-1)).add_(zero.unsqueeze(-1))
+        _write_codes(work, scheme, out["weight_packed"][first : first + step])
+    out["weight_zero_point"].copy_(pack_columns(torch.cat(zeros), scheme.bits))
+
+
+def _write_codes(steps: Tensor, scheme: Scheme, packed: Tensor) -> None:
+    """Float32 rows in units of their scales, rounded (and overwritten), to their words in `packed`."""
+    qmin, qmax = int_range(scheme)
+    # A stored scale may be below the exact one by 2^-9 of it, so that w / scale reaches 7.52, or 127.8 for 8 bits.
+    codes = steps.clamp_(qmin, qmax).round_().to(torch.int8).view(torch.uint8).add_(1 << (scheme.bits - 1))
+    if scheme.bits == 4:  # in place: low nibble of the word's byte in the low byte, high nibble in the high one
+        pairs = codes.view(torch.int16)
+        packed.view(torch.uint8).copy_(pairs.bitwise_or_(pairs >> 4))
+    else:
+        packed.view(torch.uint8).copy_(pack_bytes(codes, scheme.bits, overwrite=True))

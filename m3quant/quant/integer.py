@@ -1,4 +1,4 @@
-"""Round-to-nearest int4 and int8 of a weight [..., N, K], per group of K or per output row.
+"""Round-to-nearest integers of 2 to 8 bits of a weight [..., N, K], per group of K or per output row.
 
 The formulas are compressed-tensors 0.20's (`quantization/utils/helpers.py`, `quantization/lifecycle/forward*.py`):
 
@@ -45,7 +45,7 @@ def ensure_finite(tensor: Tensor, name: str) -> None:
 
 
 def int_range(scheme: Scheme) -> tuple[int, int]:
-    """(qmin, qmax) of the signed codes: (-8, 7) for 4 bits, (-128, 127) for 8."""
+    """(qmin, qmax) of the signed codes: (-2, 1) for 2 bits, (-8, 7) for 4, (-128, 127) for 8."""
     if scheme.kind != "int":
         raise ValueError(f"{scheme} is not an integer scheme")
     half = 1 << (scheme.bits - 1)
@@ -101,18 +101,32 @@ def int_qparams(
     Returns the scale [..., N, G] in float32, exact in `scale_dtype` and never zero, and the zero point [..., N, G] int8
     in the range of the codes, or None for a symmetric scheme. Raises CheckpointError on NaN or Inf, naming the weight.
     """
-    qmin, qmax = int_range(scheme)
-    low, high = torch.aminmax(_grouped(weight, scheme), dim=-1)
-    low, high = low.float().clamp_max_(0.0), high.float().clamp_min_(0.0)
+    low, high = torch.aminmax(_grouped(weight, scheme), dim=-1)  # propagates NaN and Inf: the whole weight is checked
+    low, high = low.float(), high.float()
     if isinstance(shrink, Tensor) or shrink != 1.0:
         _check_shrink(shrink)
         low, high = low * shrink, high * shrink
+    found = range_qparams(low, high, scheme, scale_dtype=scale_dtype, name=name)
+    if found is None:
+        ensure_finite(weight, name)
+        raise CheckpointError(f"the range of a group of {name} exceeds float32: keep this tensor or repair the source.")
+    return found
+
+
+def range_qparams(
+    low: Tensor, high: Tensor, scheme: Scheme, *, scale_dtype: torch.dtype = torch.bfloat16, name: str = "weight"
+) -> tuple[Tensor, Tensor | None] | None:
+    """`int_qparams` of groups whose least and largest values are `low` and `high` [..., N, G], float32.
+
+    None where a scale would not be finite.
+    """
+    qmin, qmax = int_range(scheme)
+    low, high = low.clamp_max(0.0), high.clamp_min(0.0)
     scale = torch.maximum(-low, high) * 2 if scheme.symmetric else high - low
     # A tensor divisor: CUDA turns division by a Python number into a product with its reciprocal, one bit off the CPU's.
     scale /= torch.full((), float(qmax - qmin), device=scale.device)
-    if not bool(torch.isfinite(scale).all()):  # aminmax propagates NaN and Inf, so this checks the whole weight
-        ensure_finite(weight, name)
-        raise CheckpointError(f"the range of a group of {name} exceeds float32: keep this tensor or repair the source.")
+    if not bool(torch.isfinite(scale).all()):
+        return None
     scale = torch.where(scale == 0, ZERO_GROUP_SCALE, scale)
     scale = round_scale(scale, scale_dtype, name)
     if scheme.symmetric:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..errors import RecipeError
 from ..families.base import KEPT, QUANTIZABLE, Family
 from ..schemes import KEEP, Scheme
 from .llmcompressor_schemes import group_scheme, is_preset, preset_scheme, weight_observer
+from .recipe import join_layers
 
 AWQ, QUANTIZATION = "AWQModifier", "QuantizationModifier"
 
@@ -63,10 +64,11 @@ _TREE = (
 
 @dataclass(frozen=True)
 class _Module:
-    """A linear of the checkpoint: its role, all names a recipe may use for it, and its class."""
+    """A linear of the checkpoint: its role and layer, all names a recipe may use for it, and its class."""
 
     name: str
     role: str
+    layer: int | None
     names: tuple[str, ...]
     torch_class: str
 
@@ -95,12 +97,13 @@ def translate(document: Mapping[str, Any], family: Family, where: str) -> dict[s
     modifiers = _checked_modifiers(document, where)
     awq = next((options for name, options in modifiers if name == AWQ), None)
     quantizations = [_quantization(options, f"{where}: {name}") for name, options in modifiers if _quantizes(options)]
-    schemes = _roles(_modules(family), quantizations, where)
+    schemes, layers = _roles(_modules(family), quantizations, where)
     out: dict[str, Any] = {
         "name": f"{Path(where).stem} (llm-compressor)",
         "format": "compressed-tensors",
         "calibration": "none" if awq is None else "awq",
         "schemes": schemes,
+        "layers": layers,
     }
     if awq is not None:
         out["awq"] = _awq_options(awq, quantizations, f"{where}: {AWQ}")
@@ -281,9 +284,9 @@ def _modules(family: Family) -> list[_Module]:
     out = []
     for name, expected in family.expected_tensors.items():
         if name.endswith(".weight") and len(expected.shape) == 2:
-            module, role = name.removesuffix(".weight"), family.role(name).kind
-            torch_class = "Embedding" if role == "embedding" else "Linear"
-            out.append(_Module(module, role, _names(family, module, role), torch_class))
+            module, found = name.removesuffix(".weight"), family.role(name)
+            torch_class = "Embedding" if found.kind == "embedding" else "Linear"
+            out.append(_Module(module, found.kind, found.layer, _names(family, module, found.kind), torch_class))
     return out
 
 
@@ -313,8 +316,13 @@ class _Matcher:
         return matched[0] if matched else None
 
 
-def _roles(modules: list[_Module], quantizations: list[_Quantization], where: str) -> dict[str, str]:
-    """role -> scheme name. Raises RecipeError where modules of a role differ, or a kept role would be quantized."""
+def _roles(
+    modules: list[_Module], quantizations: list[_Quantization], where: str
+) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """role -> scheme name, and the recipe's `layers` where a role's layers differ.
+
+    Raises RecipeError where modules of a role differ within a layer, or a kept role would be quantized.
+    """
     found: dict[str, Scheme] = {module.name: KEEP for module in modules}
     for quantization in quantizations:
         targets, ignore = _Matcher(list(quantization.schemes)), _Matcher(quantization.ignore)
@@ -333,11 +341,22 @@ def _roles(modules: list[_Module], quantizations: list[_Quantization], where: st
     for role, members in by_role.items():
         if role in KEPT:
             _check_kept(role, members, found, where)
-    schemes = {}
+    schemes: dict[str, str] = {}
+    by_layer: dict[int, dict[str, str]] = defaultdict(dict)
     for role in ("routed_experts", "shared_experts", "dense_mlp", "attention"):
-        if members := by_role.get(role, []):
-            schemes[role] = _agreed(role, members, found, where)
-    return {role: scheme.name for role, scheme in schemes.items() if scheme.quantizes}
+        layers: dict[int, list[_Module]] = defaultdict(list)
+        for module in by_role.get(role, []):
+            layers[module.layer or 0].append(module)
+        agreed = {layer: _agreed(role, members, found, where) for layer, members in layers.items()}
+        if not agreed:
+            continue
+        usual = Counter(agreed.values()).most_common(1)[0][0]
+        if usual.quantizes:
+            schemes[role] = usual.name
+        for layer, scheme in agreed.items():
+            if scheme != usual:
+                by_layer[layer][role] = scheme.name
+    return schemes, join_layers(by_layer)
 
 
 def _check_ignore(unused: set[str], quantized: list[_Module], where: str) -> None:
@@ -371,7 +390,7 @@ def _agreed(role: str, members: list[_Module], found: Mapping[str, Scheme], wher
     why = (
         "engines fuse q, k, v and the index projections into one weight"
         if "indexer" in (first.role, other.role)
-        else "a role has one scheme in m3quant"
+        else "a role has one scheme in a layer, which engines run as one module"
     )
     raise RecipeError(
         f"{where}: role '{role}' gets two schemes: {first.name} is {found[first.name]} and {other.name} is "

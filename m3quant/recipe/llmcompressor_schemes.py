@@ -12,18 +12,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RecipeError
-from ..schemes import FP8_BLOCK, KEEP, Scheme, parse_scheme
+from ..schemes import FP8_BLOCK, GROUP_SIZES, INT_BITS, KEEP, Scheme, parse_scheme
 
 PRESETS: Mapping[str, Scheme] = {
     "UNQUANTIZED": KEEP,
-    "W4A16": parse_scheme("int4-g128"),
+    **{f"W{bits}A16": parse_scheme(f"int{bits}-g128") for bits in INT_BITS},
     "W4A16_ASYM": parse_scheme("int4-g128-asym"),
-    "W8A16": parse_scheme("int8-g128"),
     "FP8_DYNAMIC": parse_scheme("fp8-channel"),
     "FP8_BLOCK": parse_scheme("fp8-block"),
 }
 
-_HAVE = "m3quant has W4A16, W4A16_ASYM, W8A16, FP8_DYNAMIC and FP8_BLOCK"
+_HAVE = "m3quant has W2A16 to W8A16, W4A16_ASYM, FP8_DYNAMIC and FP8_BLOCK"
 _FP4 = f"stores weights in FP4, which m3quant does not write: {_HAVE}; for 4 bits use W4A16"
 _MX = (
     f"is a microscaling format (E8M0 scales), which m3quant reads but does not write: {_HAVE}; for 8 bits use FP8_BLOCK"
@@ -36,7 +35,6 @@ _STATIC = (
     "needs per-tensor FP8 scales, and for activations static ones: m3quant writes one weight scale per channel or "
     "128x128 block with activations rounded at run time; use FP8_DYNAMIC or FP8_BLOCK"
 )
-_BITS = "stores weights in {0} bits, which m3quant does not write: integers have 4 or 8 bits; use W4A16 or W8A16"
 _REFUSED = (
     (r"NVFP4.*", _FP4),
     (r"MXFP4.*", _FP4),
@@ -44,7 +42,6 @@ _REFUSED = (
     (r"W8A8|INT8|W\dA4|W\dA8", _INT_ACTIVATIONS),
     (r"W4AFP8", f"rounds activations to FP8 beside INT4 weights, which m3quant does not write: {_HAVE}; use W4A16"),
     (r"FP8", _STATIC),
-    (r"W([23567])A16", _BITS),
 )
 
 _GROUP_KEYS = ("targets", "weights", "input_activations", "output_activations", "format")
@@ -67,8 +64,8 @@ def preset_scheme(name: object, where: str) -> Scheme:
     if name.upper() in PRESETS:
         return PRESETS[name.upper()]
     for pattern, reason in _REFUSED:
-        if match := re.fullmatch(pattern, name.upper()):
-            raise RecipeError(f"{where}: scheme {name} {reason.format(*match.groups())}.")
+        if re.fullmatch(pattern, name.upper()):
+            raise RecipeError(f"{where}: scheme {name} {reason}.")
     near = difflib.get_close_matches(name.upper(), PRESETS, n=1, cutoff=0.0)[0]
     raise RecipeError(f"{where}: unknown scheme '{name}': did you mean '{near}'? {_HAVE}.")
 
@@ -155,8 +152,10 @@ def _weights(arguments: Mapping[str, Any], where: str) -> Scheme:
 
 def _integer(arguments: Mapping[str, Any], where: str) -> Scheme:
     bits, strategy, symmetric = arguments["num_bits"], arguments["strategy"], arguments["symmetric"]
-    if bits not in (4, 8):
-        raise RecipeError(f"{where}: num_bits {bits} {_BITS.format(bits)}.")
+    if bits not in INT_BITS:
+        raise RecipeError(
+            f"{where}: num_bits {bits} is not written by m3quant: integers have {INT_BITS[0]} to {INT_BITS[-1]} bits."
+        )
     if arguments.get("zp_dtype", "torch.int8") not in ("torch.int8", "int8"):
         raise RecipeError(f"{where}: zp_dtype is int8 in m3quant, not {arguments['zp_dtype']}; remove it.")
     if strategy not in ("group", "channel"):
@@ -172,7 +171,7 @@ def _integer(arguments: Mapping[str, Any], where: str) -> Scheme:
         return parse_scheme(f"int{bits}-{columns}" + ("" if symmetric else "-asym"))
     except RecipeError:
         raise RecipeError(
-            f"{where}: group_size {arguments['group_size']} is not one of 16, 32, 64, 128, 256."
+            f"{where}: group_size {arguments['group_size']} is not one of {', '.join(map(str, GROUP_SIZES))}."
         ) from None
 
 

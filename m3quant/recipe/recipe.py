@@ -1,21 +1,38 @@
-"""Recipes: which role gets which scheme, in which format, calibrated or not. Roles, never regexes.
+"""Recipes: which role gets which scheme, in which format, calibrated or not. Roles and layers, never regexes.
 
-Precedence: options on the command line beat the recipe file, the file beats the defaults here.
+Precedence: options on the command line beat the recipe file, the file beats the defaults here. Within a recipe a layer's
+own scheme (`layers`) beats the role's (`schemes`).
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ..errors import RecipeError
 from ..families.base import KEPT, QUANTIZABLE, Family
 from ..schemes import KEEP, Scheme, parse_scheme
+from .layer_ranges import parse_layers, show_layers
+
+Rounding = Literal["nearest", "awq", "feedback"]
+CALIBRATION_OF = {"nearest": "none", "awq": "awq", "feedback": "text"}  # the `calibration` key that goes with each
 
 
 class AwqOptions(BaseModel):
@@ -28,6 +45,18 @@ class AwqOptions(BaseModel):
     signed_scales: bool = True  # a negative scale where a group's largest weight is positive (symmetric schemes)
     n_grid: int = Field(default=20, ge=1, le=200)  # ratios tried between 0 and 1, identity besides
     duo_scaling: bool = True  # s = x^r / w^(1-r) instead of x^r
+
+
+class FeedbackOptions(BaseModel):
+    """Knobs of rounding with error feedback. Defaults are the ones the fixtures' figures were made with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source_targets: bool = True  # aim at the outputs of the source model's stream, not at the weight's own
+    residual: bool = True  # o_proj and w2 make good the residual stream's error too
+    rounds: int = Field(default=4, ge=0, le=100)  # of coordinate descent and scale refit after the first sweep
+    refit: bool = True  # least-squares scales for fixed codes
+    signed_scales: bool = True  # a negative scale where a group's largest weight is positive (symmetric schemes)
 
 
 class CalibrationOptions(BaseModel):
@@ -45,28 +74,97 @@ class CalibrationOptions(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A validated recipe. `schemes` maps a role to a scheme name; roles left out are kept as they are."""
+    """A validated recipe. `schemes` maps a role to a scheme name; roles left out are kept as they are.
+
+    `layers` maps layers ("0-3,7") to the roles that have another scheme there. It is held in one form, whatever was
+    written: each layer in one entry, together with the layers of the same schemes, in the order of the first layer.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     name: str = "custom"
     format: Literal["compressed-tensors", "autoawq", "fp8"] = "compressed-tensors"
-    calibration: Literal["awq", "none"] = "none"
+    calibration: Literal["awq", "text", "none"] = "none"
+    rounding: Rounding = "nearest"
     schemes: dict[str, str] = Field(default_factory=dict)
+    layers: dict[str, dict[str, str]] = Field(default_factory=dict)
     awq: AwqOptions = Field(default_factory=lambda: AwqOptions())
+    feedback: FeedbackOptions = Field(default_factory=lambda: FeedbackOptions())
     data: CalibrationOptions = Field(default_factory=lambda: CalibrationOptions())
     _asked: frozenset[str] = PrivateAttr(default=frozenset())  # roles that a person gave a scheme beside the document
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_rounding(cls, document: Any) -> Any:
+        """`rounding` and `calibration` follow from one another; recipes older than `rounding` name the latter alone."""
+        if not isinstance(document, Mapping):
+            return document
+        calibration, rounding = document.get("calibration"), document.get("rounding")
+        if rounding is None:
+            rounding = {"awq": "awq", "text": "feedback"}.get(str(calibration), "nearest")
+            return {**document, "rounding": rounding}
+        fitting = CALIBRATION_OF.get(str(rounding))
+        if fitting and calibration is None:
+            return {**document, "calibration": fitting}
+        if fitting and calibration in ("none", "awq", "text") and calibration != fitting:
+            raise RecipeError(
+                f"recipe keys 'rounding: {rounding}' and 'calibration: {calibration}' contradict one another: leave "
+                f"'calibration' out, or write '{fitting}'."
+            )
+        return document
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether rounding reads calibration text, and layers therefore depend on one another."""
+        return self.rounding != "nearest"
 
     @field_validator("schemes")
     @classmethod
     def _check_schemes(cls, schemes: dict[str, str]) -> dict[str, str]:
         return {check_role(role): parse_scheme(text).name for role, text in schemes.items()}
 
-    def scheme(self, role: str) -> Scheme:
-        """The scheme of a role. The indexer follows attention unless it is named, because engines fuse the two."""
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _check_layers(cls, layers: Any) -> dict[str, dict[str, str]]:
+        return join_layers(split_layers(layers))
+
+    @model_serializer(mode="wrap")
+    def _without_what_follows(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys that say nothing are left out: no layers, options of another rounding, and a rounding that `calibration`
+        implies, so that recipes older than these keys are written as they were."""
+        out: dict[str, Any] = handler(self)
+        empty = {
+            "layers": not self.layers,
+            "feedback": self.rounding != "feedback",
+            "awq": self.rounding == "feedback",
+            "rounding": self.rounding != "feedback",
+        }
+        return {key: value for key, value in out.items() if not empty.get(key, False)}
+
+    @cached_property
+    def layer_schemes(self) -> dict[int, dict[str, Scheme]]:
+        """layer -> role -> scheme, of the layers in `layers`. Engines fuse attention and the indexer, so that a layer's
+        indexer follows its attention unless it is named too."""
+        found: dict[int, dict[str, Scheme]] = {}
+        for layer, roles in split_layers(self.layers).items():
+            found[layer] = {role: parse_scheme(text) for role, text in roles.items()}
+            if "attention" in roles:
+                found[layer].setdefault("indexer", found[layer]["attention"])
+        return found
+
+    def scheme(self, role: str, layer: int | None = None) -> Scheme:
+        """The scheme of a role, in a layer if one is given. The indexer follows attention unless it is named, because
+        engines fuse the two."""
+        own = self.layer_schemes.get(layer, {}) if layer is not None else {}
+        if role in own:
+            return own[role]
         if role == "indexer" and role not in self.schemes:
             role = "attention"
         return parse_scheme(self.schemes[role]) if role in self.schemes else KEEP
+
+    def schemes_of(self, role: str) -> set[Scheme]:
+        """Every scheme that the recipe gives to this role in any layer, its default included."""
+        return {self.scheme(role), *(self.scheme(role, layer) for layer in self.layer_schemes)}
 
     def dump(self) -> str:
         """The recipe as YAML: what `recipe.yaml` of every output holds."""
@@ -94,10 +192,55 @@ def for_family(recipe: Recipe, family: Family) -> tuple[Recipe, list[str]]:
     return recipe.model_copy(update={"schemes": schemes}), notes
 
 
+def split_layers(layers: object) -> dict[int, dict[str, str]]:
+    """`layers` of a recipe by layer: {layer: {role: scheme name}}. Raises RecipeError for anything else, and where one
+    layer is given two schemes for a role."""
+    if layers is None:
+        return {}
+    if not isinstance(layers, Mapping):
+        raise RecipeError(f"recipe key 'layers' {_LAYERS_FORM} (got {_short(layers)}).")
+    found: dict[int, dict[str, str]] = {}
+    for text, roles in layers.items():
+        if not isinstance(roles, Mapping):
+            raise RecipeError(f"recipe key 'layers.{_short(text)}' {_LAYERS_FORM} (got {_short(roles)}).")
+        named = {check_role(str(role)): parse_scheme(str(scheme)).name for role, scheme in roles.items()}
+        for layer in parse_layers(str(text), "recipe key 'layers'"):
+            own = found.setdefault(layer, {})
+            if twice := sorted(named.keys() & own.keys()):
+                raise RecipeError(
+                    f"recipe key 'layers' gives layer {layer} two schemes for {twice[0]}: {own[twice[0]]} and {named[twice[0]]}; keep one."
+                )
+            own.update(named)
+    return found
+
+
+def join_layers(by_layer: Mapping[int, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """`split_layers` undone: layers with the same schemes in one entry, in the order of their first layer."""
+    alike: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for layer in sorted(by_layer):
+        if by_layer[layer]:
+            roles = sorted(by_layer[layer].items(), key=lambda item: QUANTIZABLE.index(item[0]))
+            alike.setdefault(tuple(roles), []).append(layer)
+    return {show_layers(layers): dict(roles) for roles, layers in alike.items()}
+
+
+_LAYERS_FORM = 'must map layers to roles and schemes, for example "0-3,7": {routed_experts: int3-g128-asym}'
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def check_role(role: str) -> str:
     """The role itself, or a RecipeError that names the nearest valid role or says why this one is kept."""
     if role in QUANTIZABLE:
         return role
+    if re.fullmatch(r"(?:routed_)?experts?\W.*|w[123]", role):
+        raise RecipeError(
+            f"'{role[:60]}' is a part of routed_experts: w1, w2 and w3 of all experts of a layer have one scheme, "
+            "because engines run them as one module. Give routed_experts a scheme; layers may differ (key 'layers')."
+        )
     if role in KEPT:
         raise RecipeError(f"role '{role}' cannot be given a scheme: {KEPT[role]}. Leave it out of the recipe.")
     near = next((known for known in QUANTIZABLE if role and role in known), None)
@@ -150,13 +293,11 @@ def build_recipe(document: Mapping[str, Any], *, settings: Iterable[str] = (), f
         )
     settings = list(settings)
     merged = {**document, "schemes": dict(schemes)}
-    for setting in settings:
-        role, separator, scheme = setting.partition("=")
-        if not separator:
-            raise RecipeError(f"--set {setting}: write role=scheme, for example --set routed_experts=int4-g32.")
-        merged["schemes"][check_role(role.strip())] = scheme.strip()
-        if role.strip() == "attention" and "indexer" not in {s.partition("=")[0].strip() for s in settings}:
-            merged["schemes"].pop("indexer", None)  # follows attention: one fused projection in the engine
+    if settings:
+        by_layer = split_layers(document.get("layers"))
+        for setting in settings:
+            _lay_over(setting, merged["schemes"], by_layer, {"".join(s.partition("=")[0].split()) for s in settings})
+        merged["layers"] = join_layers(by_layer)
     if format is not None:
         merged["format"] = format
     try:
@@ -174,12 +315,45 @@ def with_data(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     return changed
 
 
+def _lay_over(setting: str, schemes: dict[str, str], by_layer: dict[int, dict[str, str]], given: set[str]) -> None:
+    """One `--set role=scheme` or `--set role@layers=scheme`. A role's scheme for all layers replaces those of single
+    layers in the file. given: the left sides of all settings, without blanks."""
+    target, separator, scheme = (part.strip() for part in setting.partition("="))
+    role, at, layers = (part.strip() for part in target.partition("@"))
+    if not separator or (at and not layers):
+        raise RecipeError(
+            f"--set {setting}: write role=scheme, for example --set routed_experts=int4-g32, or role@layers=scheme, for "
+            "example --set routed_experts@0-3=int3-g128-asym."
+        )
+    roles = [check_role(role)]
+    if role == "attention" and "".join(f"indexer{at}{layers}".split()) not in given:
+        roles.append("indexer")  # follows attention: one fused projection in the engine
+    if at:
+        for layer in parse_layers(layers, f"--set {setting}"):
+            own = by_layer.setdefault(layer, {})
+            own[role] = scheme
+            for follower in roles[1:]:
+                own.pop(follower, None)
+        return
+    schemes[role] = scheme
+    for follower in roles[1:]:
+        schemes.pop(follower, None)
+    for own in by_layer.values():
+        for name in roles:
+            own.pop(name, None)
+
+
 def _sentence(error: ValidationError) -> str:
     """The first complaint of pydantic as one sentence with the nearest valid key."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        keys = [*Recipe.model_fields, *AwqOptions.model_fields, *CalibrationOptions.model_fields]
+        keys = [
+            *Recipe.model_fields,
+            *AwqOptions.model_fields,
+            *FeedbackOptions.model_fields,
+            *CalibrationOptions.model_fields,
+        ]
         near = difflib.get_close_matches(str(first["loc"][-1]), keys, n=1, cutoff=0.0)[0]
         return f"recipe has an unknown key '{where}': did you mean '{near}'?"
     return f"recipe key '{where}': {first['msg']} (got {first['input']!r})."

@@ -123,7 +123,8 @@ def _roles(roles: Sequence[Json]) -> str:
     rows = [
         [
             r["role"],
-            r["scheme"] if r["action"] == "quantize" else r["action"],
+            (r["scheme"] if r["action"] == "quantize" else r["action"])
+            + (f" in layers {r['layers']}" if "layers" in r else ""),
             r["tensors"],
             r["bytes_in"],
             r["bytes_out"],
@@ -171,10 +172,10 @@ def _stream(errors: Mapping[str, float | None]) -> str:
 
 def _layers(report: Report) -> str:
     """One row per searched block; a layer without one has a row of its own, so that every layer is listed."""
-    searched = report.recipe["awq"]["range_search"]
+    searched = report.recipe.get("awq", {}).get("range_search", False)
     rows: list[list[Any]] = []
     for log in report.logs:
-        blocks = [block for block in log["blocks"] if block["chosen"] != "unquantized"]
+        blocks = [block for block in log["blocks"] if block.get("block_error")]
         cells = [_block(block, searched) for block in blocks] or [["-", "no integer weights", *["-"] * 6]]
         for i, row in enumerate(cells):
             rows.append([str(log["layer"]), *row, f"{log['seconds']:.1f}" if i == 0 else ""])

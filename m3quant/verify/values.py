@@ -19,12 +19,17 @@ from torch import Tensor
 from ..calibration.folds import expert_names, fold_groups, scale_columns
 from ..calibration.ranges import FACTORS
 from ..planning.plan import PASSED_THROUGH, Plan, PlannedTensor, Unit
+from ..planning.quantizers import facts_of
 from ..quant.formats import code_errors, decompress
 from ..quant.reading import ConvertedReader, SourceReader
+from . import fed_back
 
-# Signal-to-quantization-noise ratio below which a tensor is wrong rather than coarse, in dB. Honest rounding gives about
-# 18-22 for INT4 groups (a clipped range less), 31 for FP8 E4M3, 42 for INT8, 50 for BF16 after a fold, 140 for float32.
-_FLOOR_DB = {"int4": 6.0, "int8": 25.0, "fp8": 20.0, "keep": 40.0}
+# Signal-to-quantization-noise ratio below which a tensor is wrong rather than coarse, in dB: what has nothing to do with
+# its source has 0 or less. Honest rounding of groups gives 4-6 for 2 bits and about 6.5 more for each further one (Gaussian
+# and Student-t weights; one scale a row down to 2), 31 for FP8 E4M3, 50 for BF16 after a fold, 140 for float32.
+_FLOOR_DB = {
+    "int2": 0.5, "int3": 3.0, "int4": 6.0, "int5": 11.0, "int6": 16.0, "int7": 21.0, "int8": 25.0, "fp8": 20.0, "keep": 40.0,
+}  # fmt: skip
 _SCALE_LEAVES = ("weight_scale", "weight_scale_inv", "scales")
 # Codes that another device may round to their neighbour, of all codes; none may be further off.
 _NEIGHBOURS = 1e-4
@@ -44,10 +49,16 @@ class TensorError:
     scheme: str
     sqnr_db: float
     defect: str = ""
+    floor: float | None = None  # dB below which it is wrong; None: that of rounding to nearest in this scheme
+
+    @property
+    def margin(self) -> float:
+        """dB above what is wrong."""
+        return self.sqnr_db - (floor_db(self.scheme) if self.floor is None else self.floor)
 
     @property
     def wrong(self) -> bool:
-        return self.sqnr_db < floor_db(self.scheme)
+        return self.margin < 0
 
 
 def floor_db(scheme: str) -> float:
@@ -77,8 +88,24 @@ def unit_stored_problems(plan: Plan, unit: Unit, converted: ConvertedReader) -> 
             yield from stored_problems(name, tensor)
 
 
-def unit_errors(plan: Plan, unit: Unit, reader: SourceReader, converted: ConvertedReader) -> Iterator[TensorError]:
-    """Error of every tensor of the unit that was quantized, dequantized or folded. Others must be equal byte for byte."""
+def unit_errors(
+    plan: Plan,
+    unit: Unit,
+    reader: SourceReader,
+    converted: ConvertedReader,
+    recorded: Mapping[str, float] | None = None,
+) -> Iterator[TensorError]:
+    """Error of every tensor of the unit that was quantized, dequantized or folded. Others must be equal byte for byte.
+
+    recorded: tensor name -> squared distance from the source that the conversion wrote down, for rounding with feedback.
+    """
+    if not facts_of(plan.recipe.rounding).nearest_codes:
+        for planned in unit.tensors:
+            if planned.scheme.quantizes:
+                yield _fed_back_error(plan, planned, reader, converted, (recorded or {}).get(planned.name))
+            else:
+                yield _plain_error(plan, planned, reader, converted)
+        return
     if unit.layer is None:
         for planned in unit.tensors:
             yield _plain_error(plan, planned, reader, converted)
@@ -116,7 +143,7 @@ def unit_errors(plan: Plan, unit: Unit, reader: SourceReader, converted: Convert
 
 def _searched(plan: Plan) -> bool:
     """Whether this conversion may have folded scales."""
-    return plan.recipe.calibration == "awq" and plan.recipe.awq.smooth
+    return facts_of(plan.recipe.rounding).folds and plan.recipe.awq.smooth
 
 
 def _pairs(plan: Plan, layer: int) -> dict[str, str]:
@@ -191,6 +218,17 @@ def _plain_error(plan: Plan, planned: PlannedTensor, reader: SourceReader, conve
     return TensorError(planned.name, planned.scheme.name, sqnr_db(source, parts[planned.name]), defect)
 
 
+def _fed_back_error(
+    plan: Plan, planned: PlannedTensor, reader: SourceReader, converted: ConvertedReader, recorded: float | None
+) -> TensorError:
+    source, parts = reader.read(planned.name), _parts(converted, planned)
+    stored = decompress(parts, planned.scheme, plan.recipe.format, tuple(source.shape), name=planned.name)
+    found = fed_back.defect(source, stored, recorded)
+    return TensorError(
+        planned.name, planned.scheme.name, sqnr_db(source, stored), found, fed_back.floor_db(planned.scheme)
+    )
+
+
 def _kept_error(planned: PlannedTensor, source: Tensor, column: Tensor, stored: Tensor) -> TensorError:
     """Error of an unquantized reader of a folded norm: the source times the fold, rounded once to its own dtype."""
     same = same_bytes(scale_columns(source, column), stored)
@@ -210,7 +248,7 @@ def _quantized_error(
     allowed = 1 + (codes.abs() * _PAIR_SLACK).round() if paired else 1
     far, near = int((steps > allowed).sum()), int((steps > 0).sum())
     low = high = 1.0
-    if plan.recipe.calibration == "awq" and plan.recipe.awq.range_search and scheme.kind == "int":
+    if plan.recipe.rounding == "awq" and plan.recipe.awq.range_search and scheme.kind == "int":
         low, high = min(FACTORS), max(FACTORS)
     slack = 1 + _SCALE_ROUNDING + (_PAIR_SLACK if paired else 0)
     outside = int(((ratio < low / slack) | (ratio > high * slack)).sum())
@@ -241,4 +279,4 @@ def sqnr_db(source: Tensor, stored: Tensor) -> float:
 def worst(errors: Mapping[str, TensorError], count: int = 10) -> list[TensorError]:
     """The tensors with the least margin over their scheme's floor."""
     finite = [e for e in errors.values() if e.sqnr_db != math.inf]
-    return sorted(finite, key=lambda e: e.sqnr_db - floor_db(e.scheme))[:count]
+    return sorted(finite, key=lambda e: e.margin)[:count]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact.output import hash_problems, output_plan, read_manifest
+from ..calibration.rounding_errors import ROUNDING_ERROR
 from ..checkpoint import Checkpoint
 from ..planning.plan import Plan
 from ..quant.reading import ConvertedReader, SourceReader
@@ -99,7 +100,8 @@ def verify(output: Path, source: str | None, say: Report) -> tuple[Verification,
 
         def compare() -> list[str]:
             for unit in plan.units:
-                errors.update({e.name: e for e in unit_errors(plan, unit, reader, dense)})
+                recorded = manifest.get(ROUNDING_ERROR)
+                errors.update({e.name: e for e in unit_errors(plan, unit, reader, dense, recorded)})
             return error_problems(plan, errors)
 
         run("against the source", f"every tensor of {origin.root}, folds undone", compare)

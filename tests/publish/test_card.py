@@ -29,7 +29,7 @@ from m3quant.evaluate.haystack import Reach
 from m3quant.evaluate.metrics import by_position
 from m3quant.evaluate.position import EDGES, PositionTask
 from m3quant.evaluate.task import Predictions, ScoredSequence
-from m3quant.publish.card import NOTES_BEGIN, check_metadata
+from m3quant.publish.card import NOTES_BEGIN, check_metadata, scheme_text
 from m3quant.publish.gates import Asked, Prepared, check, make_card, prepare
 from m3quant.publish.licences import GivenLicence
 
@@ -415,3 +415,9 @@ def test_the_command_writes_the_card_and_check_sets_the_exit_code(out: Path, mad
     assert (
         facts["base"]["revision"] == COMMIT and facts["licence"]["key"] == "minimax-community" and facts["obligations"]
     )
+
+
+def test_a_scheme_of_some_layers_names_them() -> None:
+    row = {"action": "quantize", "scheme": "int3-g128-asym", "layers": "3-6,59"}
+    assert scheme_text(row) == "int3-g128-asym in layers 3-6,59"
+    assert scheme_text({"action": "quantize", "scheme": "int4-g128"}) == "int4-g128"

@@ -39,8 +39,11 @@ CASES: list[tuple[str | None, str, str | None]] = [
     ("int4-g32", "compressed-tensors", None), ("int8-g64", "compressed-tensors", None), ("int4-channel", "compressed-tensors", None),
     (None, "compressed-tensors", "F32"), (None, "compressed-tensors", "BF16"), (None, "compressed-tensors", "U8"),
     ("int4-g128", "compressed-tensors", "F32"), ("int4-channel", "compressed-tensors", "BF16"), ("fp8-channel", "compressed-tensors", "U8"),
+    ("int2-g128-asym", "compressed-tensors", None), ("int3-g128-asym", "compressed-tensors", None), ("int3-g32", "compressed-tensors", None),
+    ("int5-g64-asym", "compressed-tensors", None), ("int6-g16-asym", "compressed-tensors", None), ("int3-g16-asym", "compressed-tensors", None),
 ]  # fmt: skip
 SMALL = [(40, 256), (136, 384), (4, 128)]  # every size keeps outputs aligned, as plans do
+PACKED_ROWS = [(32, 256), (64, 256)]  # whose rows fill whole words of zero points at any width
 REAL = [(1536, 3072), (3072, 1536), (3072, 6144), (6144, 3072), (128, 12288), (200, 24576)]
 
 
@@ -182,7 +185,9 @@ def main() -> None:
         if reason:
             raise SystemExit(f"Triton does not run here: {reason}")
         shapes = [*SMALL, *REAL] if ON_GPU else SMALL
-        good = [check(stage, *case, shapes, generator) for case in CASES]
+        wide = [*PACKED_ROWS, *(shape for shape in REAL if ON_GPU and shape[0] % 32 == 0)]
+        usual = ("int4", "int8", "fp8", "None")
+        good = [check(stage, *case, shapes if str(case[0]).startswith(usual) else wide, generator) for case in CASES]
         if not all(good):
             raise SystemExit(1)
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
 def unpack(words: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
-    """Unsigned codes of int32 `words` that hold 32 / bits codes each along `dim`, the first in the lowest bits."""
+    """Unsigned codes of int32 `words` along `dim`, a dense stream of 2 to 8 bits each, the first in the lowest bits.
+
+    Of every 32 codes, which fill `bits` words, code i begins at bit i * bits and may end in the next word.
+    """
     words = words.movedim(dim, -1)
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2).movedim(-1, dim)
+    per_run = bits // math.gcd(bits, 32)  # words that hold whole codes
+    first = torch.arange(0, 32 * per_run, bits)
+    runs = words.unflatten(-1, (-1, per_run)).to(torch.int64) & 0xFFFFFFFF
+    beyond = torch.cat((runs[..., 1:], torch.zeros_like(runs[..., :1])), dim=-1)  # the last code of a run ends with it
+    pairs = runs | (beyond << 32 & 0x7FFFFFFFFFFFFFFF)  # 63 bits are enough: a code ends at bit 31 + 7 at most
+    codes = (pairs[..., first // 32] >> first % 32) & (2**bits - 1)
+    return codes.flatten(-2).to(torch.int32).movedim(-1, dim)
 
 
 def unpack_awq(words: torch.Tensor) -> torch.Tensor:

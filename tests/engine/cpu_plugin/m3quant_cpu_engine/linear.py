@@ -30,8 +30,8 @@ class ReferenceIntLinear(kernels.MPLinearKernel):  # type: ignore[misc]
 
     @classmethod
     def can_implement(cls, config: Any) -> tuple[bool, str | None]:
-        if config.weight_type.size_bits not in (4, 8):
-            return False, f"the reference kernel unpacks 4 or 8 bits, not {config.weight_type}"
+        if not 2 <= config.weight_type.size_bits <= 8:
+            return False, f"the reference kernel unpacks 2 to 8 bits, not {config.weight_type}"
         return True, None
 
     def process_weights_after_loading(self, layer: Any) -> None:

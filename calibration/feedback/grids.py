@@ -1,0 +1,121 @@
+"""The grid that a scheme's codes lie on, and the scales and zero points to start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from m3quant.calibration.quantized_layer import StoredWeight
+from m3quant.calibration.ranges import FACTORS, qparams, search_range
+from m3quant.quant import fp8
+from m3quant.quant.integer import int_qparams, int_range
+from m3quant.schemes import FP8_BLOCK, Scheme
+
+# A grid of four or eight points may have to leave much of a group's range outside it: with 128 normally distributed weights the
+# best step of four points is 0.55 of the full range's.
+_LOW_BIT = 3
+LOW_BIT_FACTORS: tuple[float, ...] = (1.0, *(round(1.15 - 0.025 * i, 3) for i in range(36) if i != 6))
+_SIDE_FACTORS = tuple(round(1.1 - 0.1 * i, 2) for i in range(9))
+
+
+@dataclass
+class Levels:
+    """Scale and zero point of every group, groups first: [E, G, N] float32; zero None for symmetric grids."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+
+    def of(self, group: torch.Tensor) -> Levels:
+        """Those of one group per expert, group [E] int64: [E, N]."""
+        pick = torch.arange(len(group), device=group.device)
+        return Levels(self.scale[pick, group], None if self.zero is None else self.zero[pick, group])
+
+    def columns(self, groups: torch.Tensor) -> Levels:
+        """Those of every column, groups [E, K] int64: [E, K, N]."""
+        pick = torch.arange(len(groups), device=groups.device)[:, None]
+        return Levels(self.scale[pick, groups], None if self.zero is None else self.zero[pick, groups])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Codes of one scheme; arithmetic as `quant.integer` and `quant.fp8`, in float32."""
+
+    scheme: Scheme
+
+    def codes(self, values: torch.Tensor, levels: Levels) -> torch.Tensor:
+        """The nearest codes, as float32, halves to even: values and levels of one shape."""
+        codes = values / levels.scale
+        if self.scheme.kind == "fp8":
+            return codes.clamp_(-fp8.E4M3_MAX, fp8.E4M3_MAX).to(torch.float8_e4m3fn).to(values.dtype)
+        if levels.zero is not None:
+            codes.add_(levels.zero)
+        return codes.clamp_(*int_range(self.scheme)).round_()
+
+    def values(self, codes: torch.Tensor, levels: Levels) -> torch.Tensor:
+        """What an engine computes with: (code - zero) * scale."""
+        return (codes if levels.zero is None else codes - levels.zero) * levels.scale
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.scheme.kind == "fp8" else torch.int8
+
+    def groups(self, columns: int) -> torch.Tensor:
+        """[K] int64: the group of every column."""
+        size = FP8_BLOCK if self.scheme.block else self.scheme.group_size or columns
+        return torch.arange(columns) // size
+
+    def start(self, weight: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype, signed: bool) -> Levels:
+        """Levels of weight [E, N, K] by the range search with the importance [E, K] of its columns."""
+        scheme = self.scheme
+        if scheme.kind == "fp8":
+            scale = fp8.block_scale(weight) if scheme.block else fp8.channel_scale(weight)
+            if scheme.block:
+                scale = scale.repeat_interleave(FP8_BLOCK, dim=1)[:, : weight.shape[1]]
+            return Levels(scale.transpose(1, 2).contiguous())
+        if scheme.bits > _LOW_BIT or scheme.symmetric:
+            factors = FACTORS if scheme.bits > _LOW_BIT else LOW_BIT_FACTORS
+            shrink = search_range(weight, scheme, importance, factors, dtype, signed)
+            scale, zero = qparams(weight, scheme, shrink, dtype)
+        else:
+            scale, zero = _search_sides(weight, scheme, importance, dtype)
+        scale = scale.transpose(1, 2).contiguous()
+        return Levels(scale, None if zero is None else zero.transpose(1, 2).to(torch.float32).contiguous())
+
+    def stored(self, codes: torch.Tensor, levels: Levels) -> StoredWeight:
+        """codes [E, K, N] and levels as they will be stored, [E, N, K] and [E, N, G] contiguous."""
+        scale = levels.scale.transpose(1, 2).contiguous()
+        if self.scheme.block:
+            scale = scale[:, ::FP8_BLOCK].contiguous()
+        zero = None if levels.zero is None else levels.zero.transpose(1, 2).to(torch.int8).contiguous()
+        return StoredWeight(codes.transpose(1, 2).to(self.code_dtype).contiguous(), scale, zero)
+
+
+def _search_sides(
+    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point [E, N, G] of an asymmetric grid of few points, both ends of the range searched on their own.
+
+    One factor for both ends, as in `ranges`, keeps the zero point; with four points that leaves two to choose from.
+    """
+    size = scheme.group_size or weight.shape[-1]
+    grouped = weight.float().unflatten(-1, (-1, size))
+    wanted = importance[:, None, :].unflatten(-1, (-1, size))
+    low, high = grouped.amin(-1).clamp_(max=0.0), grouped.amax(-1).clamp_(min=0.0)
+    ends = Scheme("int", scheme.bits, 2, symmetric=False)
+    best: torch.Tensor | None = None
+    for left in _SIDE_FACTORS:
+        for right in _SIDE_FACTORS:
+            pair = torch.stack((low * left, high * right), -1).flatten(-2)
+            scale, zero = int_qparams(pair, ends, scale_dtype=dtype)
+            assert zero is not None
+            step, shift = scale[..., None], zero[..., None].float()
+            rounded = ((grouped / step + shift).clamp_(*int_range(scheme)).round_() - shift) * step
+            error = (grouped - rounded).square_().mul_(wanted).sum(-1)
+            if best is None:
+                best, best_scale, best_zero = error, scale, zero
+                continue
+            better = error < best
+            best = torch.where(better, error, best)
+            best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero

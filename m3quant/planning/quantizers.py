@@ -1,0 +1,121 @@
+"""What a plan must know of each rounding: what it needs and what it costs. Torch-free; the quantizers are in calibration/.
+
+A quantizer that is not described here cannot be planned; a description without one is refused by calibration/quantizers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .plan import Plan, Unit
+
+# Weights that the AWQ search has on a GPU at once (calibration/glu.py), and bytes for each: float32 copies of them folded,
+# rounded and paired, and their activations. 17 GB for 2^30 weights were measured on an H200.
+AWQ_CHUNK = 1 << 29
+AWQ_BYTES_PER_WEIGHT = 20
+# Matrices of K x K float32 that feedback holds for each expert of a chunk: moments of two halves of the rows, the cross
+# moment, the damped inverse and its factor, and one in work. A chunk is as many experts as these bytes allow.
+FEEDBACK_CHUNK_BYTES = 12 * 10**9
+FEEDBACK_MATRICES = 8
+
+
+@dataclass(frozen=True)
+class QuantizerFacts:
+    """needs_text: layers are calibrated in order, on text. folds: norms and their readers may be scaled.
+
+    nearest_codes: every code is the (folded) source's weight rounded to nearest under the stored scale, which verify then
+    demands. flops: of a layer on average, beside the forward passes of both streams. scratch: device bytes of a layer's
+    search, beside the layer, its codes and the streams.
+    """
+
+    name: str
+    needs_text: bool
+    folds: bool
+    nearest_codes: bool
+    flops: Callable[[Plan], float]
+    scratch: Callable[[Plan], int]
+
+
+def facts_of(rounding: str) -> QuantizerFacts:
+    """The description of a recipe's `rounding`."""
+    return QUANTIZERS[rounding]
+
+
+def tokens_of(plan: Plan) -> int:
+    """Calibration tokens, held-out windows not counted."""
+    return plan.recipe.data.windows * plan.recipe.data.window_length
+
+
+def routed_share(plan: Plan) -> float:
+    """Experts that a token is sent to, of all; 1 for a model without routed experts."""
+    moe = plan.family.moe
+    return moe.top_k / moe.num_experts if moe else 1.0
+
+
+def layers_of(plan: Plan) -> list[Unit]:
+    return [unit for unit in plan.units if unit.layer is not None]
+
+
+def active_weights(plan: Plan) -> float:
+    """Weights of an average layer that a token passes through: all but the routed experts that it is not sent to."""
+    share, total = routed_share(plan), 0.0
+    for tensor in plan.tensors:
+        if tensor.role.layer is not None and len(tensor.source.info.shape) == 2:
+            total += tensor.source.info.numel * (share if tensor.role.kind == "routed_experts" else 1.0)
+    return total / len(layers_of(plan))
+
+
+def _nothing(plan: Plan) -> int:
+    return 0
+
+
+def _awq_flops(plan: Plan) -> float:
+    """One forward of the layer's searched weights for each candidate of the grid, and one for the reference.
+
+    A measure of size, not a count: the search takes a sample of the tokens and rounds all experts, hit or not.
+    """
+    return 2 * active_weights(plan) * tokens_of(plan) * (plan.recipe.awq.n_grid + 1)
+
+
+def _awq_scratch(plan: Plan) -> int:
+    largest = max(sum(t.source.info.numel for t in unit.tensors) for unit in layers_of(plan))
+    return AWQ_BYTES_PER_WEIGHT * min(AWQ_CHUNK, largest)
+
+
+def _feedback_flops(plan: Plan) -> float:
+    """Moments of every input (two products of rows x K x K), inverse and factor (4 K^3), and for each weight [N, K] the
+    sweep over its columns and every round of descent (2 N K^2 each), with its gradient once a round."""
+    rounds, share, total = plan.recipe.feedback.rounds, routed_share(plan), 0.0
+    for unit in layers_of(plan):
+        inputs: set[tuple[str, int | None, int]] = set()
+        for tensor in unit.tensors:
+            if not tensor.scheme.quantizes:
+                continue
+            rows, columns = tensor.source.info.shape[-2:]
+            total += 2.0 * rows * columns**2 * (1 + 2 * rounds)
+            inputs.add((tensor.role.kind, tensor.role.expert, columns))
+        for kind, _, columns in inputs:
+            seen = tokens_of(plan) * (share if kind == "routed_experts" else 1.0)
+            total += 4.0 * seen * columns**2 + 4.0 * columns**3
+    return total / len(layers_of(plan))
+
+
+def _feedback_scratch(plan: Plan) -> int:
+    largest = max(
+        (t.source.info.shape[-1] for t in plan.tensors if t.scheme.quantizes and len(t.source.info.shape) == 2),
+        default=0,
+    )
+    return max(FEEDBACK_CHUNK_BYTES, FEEDBACK_MATRICES * 4 * largest**2)
+
+
+QUANTIZERS = {
+    facts.name: facts
+    for facts in (
+        QuantizerFacts("nearest", False, False, True, lambda plan: 0.0, _nothing),
+        QuantizerFacts("awq", True, True, True, _awq_flops, _awq_scratch),
+        QuantizerFacts("feedback", True, False, False, _feedback_flops, _feedback_scratch),
+    )
+}

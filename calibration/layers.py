@@ -136,8 +136,12 @@ class Layer:
     @torch.no_grad()
     def attention(self, normed: torch.Tensor) -> torch.Tensor:
         """The attention block's contribution to the residual stream, from `attention_input`'s [S, L, H]."""
+        return self.output(self.heads(normed), self._weights["self_attn.o_proj.weight"])
+
+    def output(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """What the attention block adds, from the heads' outputs [S, L, K] and an o_proj weight [H, K]; its bias is the layer's."""
         bias = self._weights["self_attn.o_proj.bias"] if "o_proj" in self.spec.biased else None
-        return ops.linear_with_bias(self.heads(normed), self._weights["self_attn.o_proj.weight"], bias)
+        return ops.linear_with_bias(heads, weight, bias)
 
     @torch.no_grad()
     def mlp_input(self, x: torch.Tensor) -> torch.Tensor:

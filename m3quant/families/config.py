@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..checkpoint.strict_json import described
@@ -147,11 +147,11 @@ class ConfigPart:
                 "a model that differs needs its own file in m3quant/families"
             )
 
-    def refuse_unknown(self, harmless: Collection[str] = ()) -> None:
+    def refuse_unknown(self, harmless: re.Pattern[str] = _HARMLESS) -> None:
         """Refuse every key that nobody asked for and that may change the forward pass: an unset or switched-off one does not."""
         for key, value in self.values.items():
             off = value is None or value is False or value == 0 or value in ("", [], {})
-            if off or key in self._asked or key in harmless or _HARMLESS.fullmatch(key):
+            if off or key in self._asked or harmless.fullmatch(key) or _HARMLESS.fullmatch(key):
                 continue
             raise CheckpointError(
                 f"{self.where} says {self.path(shown_key(key))} = {shown(value)}, which m3quant does not know for this "

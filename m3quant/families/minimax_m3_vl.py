@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import ClassVar
 
@@ -12,10 +13,7 @@ from .config import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, ConfigPart, heads_of, rea
 from .spec import SILU, SWIGLUOAI, Activation, Expected, LayerSpec, MoeSpec, SparseSpec
 
 # Keys of the whole config.json that say nothing of the language model.
-_BESIDE = {
-    "image_grid_pinpoints", "image_seq_length", "img_token_compression_config", "multimodal_projector_bias",
-    "process_image_mode", "projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy",
-}  # fmt: skip
+_BESIDE = re.compile(r"(image|img|video|vision|projector|multimodal|merged|process_image)_\w+|(spatial|temporal)_\w+")
 # transformers 5's spelling of `sparse_attention_config`
 _INDEX_KEYS = {
     "sparse_num_index_heads": "index_n_heads",
@@ -146,13 +144,13 @@ class MiniMaxM3VL(Family):
             if any(kind not in ("minimax_m3_sparse", "full_attention") for kind in kinds):
                 raise text.wrong("layer_types", kinds, "a list of 'minimax_m3_sparse' and 'full_attention'")
             kinds = [kind == "minimax_m3_sparse" for kind in kinds]
+        for theirs in _INDEX_KEYS.values():
+            text.raw(theirs)  # where both spellings are there, the release's is read
         if released is None:
             if kinds is None:
                 text.need("sparse_attention_config")
             spec = _selection(text, _INDEX_KEYS, 0, kv_heads) if any(kinds or ()) else None
             return [spec if kind else None for kind in kinds or ()]
-        for theirs in _INDEX_KEYS.values():
-            text.raw(theirs)  # the same, said twice
         used = released.flag("use_sparse_attention", True)
         chosen = released.flags("sparse_attention_freq", layers) if used else [False] * layers
         if kinds is not None and kinds[:layers] != chosen[:layers]:

@@ -34,6 +34,8 @@ KEPT = {
     "unknown": "not known to this family: passed through byte for byte",
 }
 _MAX_EXPERTS_IN_ALL = 2**17  # five times the most of any release
+# Bounds of what a config may promise beyond the headers; no layer has more tensors beside its experts.
+_PER_LAYER, _TIMES_HELD, _SPARE = 64, 4, 10_000
 # Leaves beside a weight that no forward pass in full precision reads.
 _SILENT_LEAVES = re.compile(
     r"(weight|input|output|[kqv]|prob)_?\w*(scale|zero_point)\w*|[kqv]_(scale|zero_point)|scales?"
@@ -98,6 +100,9 @@ class Family(ABC):
     # flags that `vllm serve` needs for this family, as in the official recipes, and the first release that has the model
     serve_flags: ClassVar[tuple[str, ...]] = ()
     sglang_flags: ClassVar[tuple[str, ...]] = ()
+    # what the loading probe gives vLLM beside the request, and a Gemma norm ("module:class") of vLLM's without a fallback
+    probe_arguments: ClassVar[Mapping[str, Any]] = {}
+    probe_gemma_norm: ClassVar[str] = ""
     reasoning_tokens: ClassVar[tuple[str, ...]] = ()  # the reasoning parser refuses a tokenizer without them
     min_vllm: ClassVar[str] = ""
     # What the language model's names begin with, its head's name, and the towers beside it by prefix.
@@ -210,6 +215,16 @@ class Family(ABC):
             out |= {f"{prefix}{name}": tensor.expected for name, tensor in layer_tensors(spec).items()}
         return out | self.other_tensors()
 
+    def check_promised(self, held: int) -> None:
+        """Raise CheckpointError where config.json promises far more tensors than the `held` ones of the headers, before any
+        loop over them: what is missing of a faulty copy is named one by one, another model is not."""
+        promised = sum(_PER_LAYER + 3 * (spec.moe.num_experts if spec.moe else 0) for spec in self.layers)
+        if promised > _TIMES_HELD * held + _SPARE:
+            raise CheckpointError(
+                f"{self.where}: num_hidden_layers {self.num_layers} and {self.moe.num_experts if self.moe else 0} experts promise "
+                f"up to {promised:,} tensors, more than the {held:,} in its shards allow: {REMEDY}."
+            )
+
     def other_tensors(self) -> dict[str, Expected]:
         """Tensors beside the language model (vision tower, projector)."""
         return {}
@@ -288,6 +303,16 @@ class Family(ABC):
             pair = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
             yield EngineModule((f"{mlp}.gate_up_proj", *pair), pair, f"{mlp}.gate_up_proj (gate, up)")
             yield EngineModule((f"{mlp}.down_proj",), (f"{mlp}.down_proj",), f"{mlp}.down_proj")
+
+    def probe_facts(self) -> dict[str, Any]:
+        """What verify/engine_probe.py must know, JSON-able, because it runs where m3quant is not installed."""
+        return {
+            "arguments": dict(self.probe_arguments),
+            "gemma_norm": self.probe_gemma_norm,
+            "towers": list(self.towers),
+            "layers": self.num_layers,
+            "unread": [self.head_name] if self.tied else [],
+        }
 
     def recipe_aliases(self, module: str) -> tuple[str, ...]:
         """Other names of an on-disk module (as in the transformers tree), for recipes written by regex."""

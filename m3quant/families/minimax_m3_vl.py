@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..errors import CheckpointError
 from ..schemes import Scheme
@@ -54,6 +54,9 @@ class MiniMaxM3VL(Family):
     }
     serve_flags = ("--tool-call-parser", "minimax_m3", "--enable-auto-tool-choice", "--reasoning-parser", "minimax_m3")
     sglang_flags = ("--tool-call-parser", "minimax-m3", "--reasoning-parser", "minimax-m3")
+    # The vision tower is neither built nor read; 128 is the only block size of the sparse kernels.
+    probe_arguments: ClassVar[Mapping[str, Any]] = {"language_model_only": True, "block_size": 128}
+    probe_gemma_norm = "vllm.models.minimax_m3.nvidia.model:MiniMAXGemmaRMSNorm"
     reasoning_tokens = ("<mm:think>", "</mm:think>")
     min_vllm = "0.24.0"  # vllm-project/vllm#45381
     body = "language_model.model."

@@ -33,9 +33,11 @@ KEPT = {
     "mtp": "multi-token-prediction weights are passed through byte for byte",
     "unknown": "not known to this family: passed through byte for byte",
 }
-_MAX_EXPERTS_IN_ALL = 2**17  # five times the most of any release
-# Bounds of what a config may promise beyond the headers; no layer has more tensors beside its experts.
-_PER_LAYER, _TIMES_HELD, _SPARE = 64, 4, 10_000
+# More than any layer has beside its experts, so that what a config promises can be bounded without listing it.
+_PER_LAYER, _PER_VISION_LAYER, _OUTSIDE = 64, 32, 64
+_MAX_TENSORS = 1_000_000  # listing as many takes seconds and some 300 MB; M3 has 24,000
+# What is promised and absent is told name by name, in so far as it can be a faulty copy of this model at all.
+_TIMES_HELD, _SPARE = 4, 10_000
 # Leaves beside a weight that no forward pass in full precision reads.
 _SILENT_LEAVES = re.compile(
     r"(weight|input|output|[kqv]|prob)_?\w*(scale|zero_point)\w*|[kqv]_(scale|zero_point)|scales?"
@@ -128,10 +130,9 @@ class Family(ABC):
         self.max_positions = text.count("max_position_embeddings", MAX_VOCABULARY) if has_positions else None
         self.eps = text.number("rms_norm_eps")
         self.tied = text.flag("tie_word_embeddings", False)
+        self.num_vision_layers = 0
         self.layers: tuple[LayerSpec, ...] = tuple(self.read_layers(top, text))
-        experts = sum(spec.moe.num_experts for spec in self.layers if spec.moe)
-        if experts > _MAX_EXPERTS_IN_ALL:
-            raise CheckpointError(f"{where} describes {experts:,} routed experts, beyond any model: {REMEDY}.")
+        self.check_promised()
 
     @abstractmethod
     def read_layers(self, top: ConfigPart, text: ConfigPart) -> list[LayerSpec]:
@@ -215,15 +216,23 @@ class Family(ABC):
             out |= {f"{prefix}{name}": tensor.expected for name, tensor in layer_tensors(spec).items()}
         return out | self.other_tensors()
 
-    def check_promised(self, held: int) -> None:
-        """Raise CheckpointError where config.json promises far more tensors than the `held` ones of the headers, before any
-        loop over them: what is missing of a faulty copy is named one by one, another model is not."""
-        promised = sum(_PER_LAYER + 3 * (spec.moe.num_experts if spec.moe else 0) for spec in self.layers)
-        if promised > _TIMES_HELD * held + _SPARE:
-            raise CheckpointError(
-                f"{self.where}: num_hidden_layers {self.num_layers} and {self.moe.num_experts if self.moe else 0} experts promise "
-                f"up to {promised:,} tensors, more than the {held:,} in its shards allow: {REMEDY}."
-            )
+    def check_promised(self, held: int | None = None) -> None:
+        """Raise CheckpointError for counts that promise far more tensors than the headers hold, before anything lists them.
+
+        held: tensors in the headers; None for a config alone.
+        """
+        counts = {
+            "num_hidden_layers": self.num_layers,
+            "num_local_experts": self.moe.num_experts if self.moe else 0,
+            "vision_config.num_hidden_layers": self.num_vision_layers,
+        }
+        experts = sum(spec.moe.num_experts for spec in self.layers if spec.moe)
+        promised = _OUTSIDE + _PER_LAYER * self.num_layers + 3 * experts + _PER_VISION_LAYER * self.num_vision_layers
+        limit = _MAX_TENSORS if held is None else min(_MAX_TENSORS, _TIMES_HELD * held + _SPARE)
+        if promised > limit:
+            named = ", ".join(f"{key} {value}" for key, value in counts.items() if value)
+            known = "than any model has" if held is None else f"than the {held:,} in its shards allow"
+            raise CheckpointError(f"{self.where}: {named} promise up to {promised:,} tensors, more {known}: {REMEDY}.")
 
     def other_tensors(self) -> dict[str, Expected]:
         """Tensors beside the language model (vision tower, projector)."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ..errors import CheckpointError
 from ..schemes import Scheme
 from .base import Family
-from .config import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, ConfigPart, heads_of, read_rope, top_k_of
+from .config import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_SIZE, ConfigPart, heads_of, read_rope, top_k_of
 from .spec import SILU, SWIGLUOAI, Activation, Expected, LayerSpec, MoeSpec, SparseSpec
 
 # Keys of the whole config.json that say nothing of the language model.
@@ -88,7 +88,7 @@ class MiniMaxM3VL(Family):
         sparse = self._sparse_layers(text, kv_heads)
         rope = read_rope(text, head_dim, partial=True)
         text.refuse_unknown()
-        top.count("projector_hidden_size", default=1)
+        top.count("projector_hidden_size", MAX_HEADS, default=1)
         self.vision = self._vision(top)
         top.refuse_unknown(_BESIDE)
         return [
@@ -174,8 +174,11 @@ class MiniMaxM3VL(Family):
 
     def _vision(self, top: ConfigPart) -> ConfigPart | None:
         vision = top.part("vision_config")
+        for key in ("patch_size", "num_channels"):
+            if vision is not None and vision.has(key):
+                vision.count(key, MAX_HEADS)
         if vision is not None and vision.has("num_hidden_layers"):
-            vision.count("num_hidden_layers", MAX_LAYERS)
+            self.num_vision_layers = vision.count("num_hidden_layers", MAX_LAYERS)
         return vision
 
     def other_tensors(self) -> dict[str, Expected]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
+from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.strict_json import parse_object
 from ..errors import CheckpointError
 from ..families import QUANTIZABLE, family_of
@@ -55,11 +56,8 @@ class HeaderSource(Checkpoint):
 
 def from_config(path: Path) -> HeaderSource:
     """The BF16 release that a config.json describes, for planning. Raises CheckpointError for another file or architecture."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read as config.json: {error}.") from None
-    config = parse_object(raw, str(path), "Copy or download it again.", constants=True)
+    raw = read_bounded(path, CONFIG_BYTES, follow=True)
+    config = parse_object(raw, str(path), "Give the config.json of a release.", constants=True)
     family = family_of(config, str(path))
     kind = source_kind(config, str(path))
     source = HeaderSource(str(path), config)

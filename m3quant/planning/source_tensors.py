@@ -124,7 +124,7 @@ def scale_layout(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, int], tu
 
 def check_complete(checkpoint: Checkpoint, family: Family, tensors: Mapping[str, SourceTensor]) -> list[str]:
     """Compare with the tensors that config.json promises; returns notes. Raises CheckpointError naming what is missing or misshapen."""
-    family.check_promised(len(tensors))
+    family.check_promised(len(checkpoint.tensors))
     expected = family.expected_tensors
     notes, rounded = [], list[str]()
     optional = {role: [n for n in expected if family.role(n).kind == role] for role in family.optional_groups()}

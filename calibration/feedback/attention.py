@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from m3quant.calibration import ops
 from m3quant.calibration.feedback.evidence import Trust, regularised
 from m3quant.calibration.feedback.moments import MomentSum, halves
 from m3quant.calibration.feedback.products import matmul
@@ -95,7 +94,7 @@ class AttentionQuantizer:
             x = self._read(self.x, part)
             heads = self.layer.heads(self.layer.attention_input(x))
             base = x if self.settings.residual else self._read(self.x_source, part)
-            error = (source_mid[part].float() - base.float() - ops.linear(heads, weight).float()).flatten(0, 1)
+            error = (source_mid[part].float() - base.float() - self.layer.output(heads, weight).float()).flatten(0, 1)
             heads = heads.flatten(0, 1)
             total.add(heads, error, torch.ones(len(heads), device=heads.device), self.half[part].flatten())
         return total.total()

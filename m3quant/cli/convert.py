@@ -11,7 +11,7 @@ import click
 from ..checkpoint import Checkpoint
 from ..errors import EvaluationError, PlanError, RecipeError
 from ..planning.plan import Plan, make_plan
-from ..recipe.recipe import build_recipe
+from ..recipe.recipe import with_data
 from ..running.words import human_bytes
 from .options import TokenCount, load_recipe, recipe_options
 
@@ -105,8 +105,7 @@ def command(
         raise RecipeError(
             f"recipe '{recipe.name}' uses no calibration data: leave calibration options out, or use --to awq."
         )
-    recipe = build_recipe({**recipe.model_dump(), "data": {**recipe.data.model_dump(), **changes}})
-    plan = make_plan(checkpoint, recipe)
+    plan = make_plan(checkpoint, with_data(recipe, changes))
     if suite is not None:
         _check_eval(suite, fail_over)
     elif fail_over is not None:

@@ -128,8 +128,7 @@ class _Layerwise:
         index = self.run.journal.last_boundary()
         if index == 1:
             return Streams.embedded(self.reader, self.tokens, self.dtype, self.device, self.spill)
-        hidden = int(self.plan.family.text_config(self.plan.checkpoint.config)["hidden_size"])
-        shape = (self.tokens.shape[0], self.tokens.shape[1], hidden)
+        shape = (self.tokens.shape[0], self.tokens.shape[1], self.plan.family.hidden_size)
         return Streams.restored(self.run.journal.boundary(index), shape, self.dtype, self.device, self.spill)
 
     def replay(self, unit: Unit, tensors: dict[str, torch.Tensor], streams: Streams) -> None:
@@ -199,9 +198,7 @@ class _Layerwise:
         planned = {t.name.removeprefix(prefix): t for t in unit.tensors}
         packed: set[str] = set()
         if isinstance(tensors, LayerTensors):
-            for names, outputs, ready in pack_experts(
-                planned, quantized, tensors.stacks, self.plan.recipe.format, errors
-            ):
+            for names, outputs, ready in pack_experts(planned, quantized, tensors, self.plan.recipe.format, errors):
                 self.run.stop.check()
                 self.writer.add(outputs, ready)
                 packed.update(names)

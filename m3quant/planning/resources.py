@@ -49,8 +49,8 @@ class Resources:
 
 def hidden_state_bytes(plan: Plan, element_bytes: int) -> int:
     """One hidden-state stream: windows x length x hidden size."""
-    data, text = plan.recipe.data, plan.family.text_config(plan.checkpoint.config)
-    return (data.windows + data.heldout_windows) * data.window_length * int(text["hidden_size"]) * element_bytes
+    data = plan.recipe.data
+    return (data.windows + data.heldout_windows) * data.window_length * plan.family.hidden_size * element_bytes
 
 
 def boundary_interval(plan: Plan, on_gpu: bool) -> int:

@@ -6,7 +6,7 @@ follow from `StoredWeight`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -52,6 +52,13 @@ class StoredWeight:
         """One weight of a stack, as views."""
         zero_point = None if self.zero_point is None else self.zero_point[index]
         return StoredWeight(self.codes[index], self.scale[index], zero_point)
+
+    @staticmethod
+    def joined(stacks: Sequence[StoredWeight]) -> StoredWeight:
+        """Stacks behind one another, copied into one."""
+        zeros = [stack.zero_point for stack in stacks if stack.zero_point is not None]
+        codes, scale = (torch.cat([getattr(stack, name) for stack in stacks]) for name in ("codes", "scale"))
+        return StoredWeight(codes, scale, torch.cat(zeros) if zeros else None)
 
     def part(self, experts: slice) -> StoredWeight:
         """Some weights of a stack, as views."""

@@ -10,7 +10,7 @@ import torch
 from m3quant.calibration import ops
 from m3quant.calibration.feedback.evidence import HEADS, NORMED, Rule
 from m3quant.calibration.feedback.fit import Fitted, block_log, fit
-from m3quant.calibration.feedback.heldout import Member, choose_factor
+from m3quant.calibration.feedback.heldout import Readers, choose_factor, joined_by_scheme
 from m3quant.calibration.feedback.moments import Moments, MomentSum, halves
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.folds import all_groups
@@ -52,17 +52,22 @@ class AttentionQuantizer:
             for name, tensor in self.kept.items():
                 self.layer.set_weight(name, tensor)
         weights = {name: fitted.stored[0] for name, fitted in self.fitted.items()}
-        log = block_log("attention", self.fitted, damping_factors=self.factors)
+        verdicts = {name: fitted.verdicts[0] for name, fitted in self.fitted.items()}
+        log = block_log("attention", verdicts, damping_factors=self.factors)
         return weights, mid.flatten(0, 1), source_mid.flatten(0, 1), log
 
     def _fit(self, moments: Moments, schemes: Mapping[str, Scheme], rule: Rule, inputs: bool) -> None:
         """Quantize these weights and put them into the layer as an engine computes with them."""
-        members = [Member(self.kept[name].float()[None], scheme, inputs) for name, scheme in schemes.items()]
-        factor = choose_factor([moments], members, rule, None, self.settings)
+        sets = joined_by_scheme({name: (scheme, len(self.kept[name])) for name, scheme in schemes.items()})
+        groups = [
+            Readers.of([self.kept[name].float()[None] for name in names], schemes[names[0]], inputs) for names in sets
+        ]
+        factor = choose_factor([moments], groups, rule, None, self.settings)
         self.factors["readers" if inputs else "o_proj"] = factor
-        for name, fitted in zip(schemes, fit([moments], members, rule, factor, None, self.settings), strict=True):
-            self.fitted[name] = fitted
-            self.layer.set_weight(name, fitted.stored.dequantized()[0].to(self.kept[name].dtype))
+        for names, readers in zip(sets, groups, strict=True):
+            for name, fitted in zip(names, fit([moments], readers, rule, factor, None, self.settings), strict=True):
+                self.fitted[name] = fitted
+                self.layer.set_weight(name, fitted.stored.dequantized()[0].to(self.kept[name].dtype))
 
     def _slices(self) -> Iterator[slice]:
         for start in range(0, self.x.shape[0], self.step):

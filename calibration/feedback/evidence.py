@@ -12,6 +12,7 @@ the middle; `heldout.choose_factor` finds the rest from the layer's own rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,11 @@ class Estimate:
 
 
 def estimate(
-    moments: list[Moments], rule: Rule, factor: float = 1.0, prior: torch.Tensor | None = None, half: int | None = None
+    moments: Sequence[Moments],
+    rule: Rule,
+    factor: float = 1.0,
+    prior: torch.Tensor | None = None,
+    half: int | None = None,
 ) -> Estimate:
     """Estimates of a stack from all rows or from one half. factor: times the rule's damping. prior: [K, K] per row."""
     seconds, systems, crosses, ridges, dampings, counts, notes = [], [], [], [], [], [], []

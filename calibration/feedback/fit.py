@@ -1,95 +1,103 @@
-"""Weights that read the same rows, quantized: estimate, target, verdict of held-out rows, codes."""
+"""Weights that read the same rows, quantized: estimate, target, codes, verdict of held-out rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from m3quant.calibration.feedback.evidence import Rule, estimate
-from m3quant.calibration.feedback.heldout import Member, aimed, judged
+from m3quant.calibration.feedback.heldout import Readers, aimed, judged
 from m3quant.calibration.feedback.moments import Moments
 from m3quant.calibration.feedback.products import matmul
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.feedback.solve import Solver
 from m3quant.calibration.quantized_layer import StoredWeight
 
-_TINY = torch.finfo(torch.float32).tiny
 NOT_JUDGED = "one half of the rows is empty, so nothing shows that feedback helps: rounded to nearest"
 WORSE = "feedback did not lower the error on held-out rows: rounded to nearest"
 SINGULAR = "the moment could not be factored: no error was fed forward"
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass
+class Verdict:
+    """What is logged of one weight. rows: effective. damping: of the mean diagonal. Pairs: rounded to nearest under
+    searched ranges, and fed back (error: as stored).
+
+    error: squared output error relative to the output's energy, as the damped moments tell it. heldout: the same of sampled output
+    rows on the half of the rows that was not learnt from, less a constant; NaN if it has no rows.
+    """
+
+    rows: float
+    damping: float
+    error: tuple[float, float]
+    heldout: tuple[float, float]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        notes = {"notes": self.notes} if self.notes else {}
+        pairs = {name: [_short(value) for value in getattr(self, name)] for name in ("error", "heldout")}
+        return {"rows": _short(self.rows), "damping": _short(self.damping), **pairs, **notes}
 
 
 @dataclass
 class Fitted:
-    """A stack of stored weights, and per weight what is logged.
-
-    error: sums of squared output errors relative to the output's energy, rounded to nearest (searched ranges) and as
-    stored, as the damped moments tell them; heldout: those of the sampled rows on the half not learnt from.
-    """
+    """A stack of stored weights, and a verdict for each."""
 
     stored: StoredWeight
-    rows: list[float] = field(default_factory=list)
-    damping: list[float] = field(default_factory=list)
-    error: list[tuple[float, float]] = field(default_factory=list)
-    heldout: list[tuple[float, float]] = field(default_factory=list)
-    notes: list[list[str]] = field(default_factory=list)
-
-    def one(self, slot: int) -> Fitted:
-        """One weight of the stack, still with a leading dimension."""
-        part = slice(slot, slot + 1)
-        lists = (self.rows, self.damping, self.error, self.heldout, self.notes)
-        return Fitted(self.stored.part(part), *(values[part] for values in lists))  # type: ignore[arg-type]
+    verdicts: list[Verdict]
 
 
 def fit(
-    moments: list[Moments],
-    members: list[Member],
+    moments: Sequence[Moments],
+    readers: Readers,
     rule: Rule,
     factor: float,
     prior: torch.Tensor | None,
     settings: FeedbackSettings,
 ) -> list[Fitted]:
-    """One `Fitted` for each member; all read the rows of `moments`, one for each weight of the stacks."""
+    """One `Fitted` for each weight of `readers`, [E, N, K] each; moments: one for each E."""
     known = estimate(moments, rule, factor, prior)
+    nearest, found = judged(moments, readers, rule, factor, prior, settings)
+    kept = found < nearest  # [E, weights]; False for NaN too
+    solution = Solver(aimed(readers, known), known.second, readers.scheme, settings).solve()
+    stored, loss = solution.stored, readers.sums(solution.loss)
+    if not bool(kept.all()):
+        plain = Solver(readers.weight, known.second, readers.scheme, settings)
+        state = plain.nearest()
+        stored = _chosen(kept, readers.sizes, stored, plain.stored(state))
+        loss = torch.where(kept, loss, readers.sums(state.loss))
+    energy = readers.sums((matmul(readers.weight, known.second) * readers.weight).sum(2)).clamp(min=_TINY)
+    before, after = readers.sums(solution.nearest) / energy, loss / energy
+    failed = solution.failed.tolist()
     out = []
-    for member in members:
-        solution = Solver(aimed(member, known), known.second, member.scheme, settings).solve()
-        nearest, found = judged(moments, member, rule, factor, prior, settings)
-        kept = found < nearest  # False for NaN too
-        notes = [list(said) for said in known.notes]
-        for slot, (better, failed) in enumerate(zip(kept.tolist(), solution.failed.tolist(), strict=True)):
-            if failed:
-                notes[slot].append(SINGULAR)
-            if not better:
-                notes[slot].append(NOT_JUDGED if bool(torch.isnan(found[slot])) else WORSE)
-        stored, loss = solution.stored, solution.loss
-        if not bool(kept.all()):
-            plain = Solver(member.weight, known.second, member.scheme, settings)
-            state = plain.nearest()
-            stored = _where(kept, stored, plain.stored(state))
-            loss = torch.where(kept, loss, state.loss.sum(1))
-        energy = (matmul(member.weight, known.second) * member.weight).sum((1, 2)).clamp(min=_TINY)
-        out.append(
-            Fitted(
-                stored,
-                known.rows,
-                known.damping,
-                list(zip((solution.nearest / energy).tolist(), (loss / energy).tolist(), strict=True)),
-                list(zip(nearest.tolist(), found.tolist(), strict=True)),
-                notes,
-            )
-        )
+    for index, part in enumerate(stored.rows(readers.sizes)):
+        verdicts = []
+        for slot in range(len(moments)):
+            held = (float(nearest[slot, index]), float(found[slot, index]))
+            notes = list(known.notes[slot])
+            if failed[slot]:
+                notes.append(SINGULAR)
+            if not kept[slot, index]:
+                notes.append(NOT_JUDGED if held[1] != held[1] else WORSE)
+            error = (float(before[slot, index]), float(after[slot, index]))
+            verdicts.append(Verdict(known.rows[slot], known.damping[slot], error, held, notes))
+        out.append(Fitted(part, verdicts))
     return out
 
 
-def _where(kept: torch.Tensor, first: StoredWeight, second: StoredWeight) -> StoredWeight:
-    """Weight by weight, the first where kept [E], else the second."""
+def _chosen(kept: torch.Tensor, sizes: Sequence[int], first: StoredWeight, second: StoredWeight) -> StoredWeight:
+    """Weight by weight, the first where kept [E, weights], else the second."""
+    by_row = kept.repeat_interleave(torch.tensor(sizes, device=kept.device), dim=1)
 
     def pick(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        step = by_row.shape[1] // a.shape[1] if a.shape[1] < by_row.shape[1] else 1  # FP8 blocks: a scale for 128 rows
+        rows = by_row[:, ::step][:, : a.shape[1]]
         out = a.clone()
-        out[~kept] = b[~kept]
+        out[~rows] = b[~rows]
         return out
 
     zero = None
@@ -98,32 +106,18 @@ def _where(kept: torch.Tensor, first: StoredWeight, second: StoredWeight) -> Sto
     return StoredWeight(pick(first.codes, second.codes), pick(first.scale, second.scale), zero)
 
 
-def block_log(block: str, fitted: dict[str, Fitted], **more: Any) -> dict[str, Any]:
-    """What is logged of a block. fitted: by tensor name, stacks of one weight each.
-
-    block_error: sums over the block's weights of `Fitted.error`, relative to their number.
-    """
-    if not fitted:
+def block_log(block: str, verdicts: Mapping[str, Verdict], **more: Any) -> dict[str, Any]:
+    """What is logged of a block. verdicts: by tensor name. block_error: means of `Verdict.error` over them."""
+    if not verdicts:
         return {"block": block, "groups": [], "chosen": "unquantized"}
-    errors = [one.error[0] for one in fitted.values()]
-    weights = {
-        name: {
-            "rows": _short(one.rows[0]),
-            "damping": _short(one.damping[0]),
-            "error": [_short(value) for value in one.error[0]],
-            "heldout": [_short(value) for value in one.heldout[0]],
-            **({"notes": one.notes[0]} if one.notes[0] else {}),
-        }
-        for name, one in fitted.items()
-    }
-    means = [sum(pair[i] for pair in errors) / len(errors) for i in range(2)]
+    before, after = (sum(v.error[i] for v in verdicts.values()) / len(verdicts) for i in range(2))
     return {
         "block": block,
         "groups": [],
         "chosen": "feedback",
-        "block_error": {"round_to_nearest": means[0], "feedback": means[1]},
+        "block_error": {"round_to_nearest": before, "feedback": after},
         **more,
-        "weights": weights,
+        "weights": {name: verdict.to_json() for name, verdict in verdicts.items()},
     }
 
 

@@ -15,8 +15,9 @@ import torch
 from m3quant.calibration import ops
 from m3quant.calibration.experts import ExpertTokens
 from m3quant.calibration.feedback.evidence import GATED, NORMED
-from m3quant.calibration.feedback.fit import Fitted, block_log, fit
-from m3quant.calibration.feedback.heldout import SAMPLE_UNITS, Member, choose_factor
+from m3quant.calibration.feedback.fit import Fitted, Verdict, block_log, fit
+from m3quant.calibration.feedback.heldout import SAMPLE_UNITS, Readers, choose_factor, joined_by_scheme
+from m3quant.calibration.feedback.moments import Moments
 from m3quant.calibration.feedback.rows import MlpStates, UnitRows
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.folds import always_on_names, expert_names
@@ -82,11 +83,11 @@ class MlpQuantizer:
 
     def run(self) -> MlpResult:
         result = MlpResult()
-        fitted: dict[str, Fitted] = {}
+        verdicts: dict[str, Verdict] = {}
         factors: dict[str, _Factors] = {}
         out = torch.zeros_like(self.rows.missing, dtype=torch.float32)
         if any(scheme.quantizes for unit in self.routed for scheme in unit.schemes):
-            factors["experts"] = self._run_routed(result, fitted, out)
+            factors["experts"] = self._run_routed(result, verdicts, out)
         elif self.routed and self.always_on is not None:
             for unit in self.routed:
                 self._add(out, unit, self.rows.outputs(unit, self._source(unit)))
@@ -95,12 +96,12 @@ class MlpQuantizer:
             moments = self.rows.input_moments(self.always_on)
             factors["always_on"] = self._factors([self.always_on], [moments], None)
             part = self._fit([self.always_on], [moments], factors["always_on"], None)
-            self._collect([self.always_on], part, result, fitted)
+            self._collect([self.always_on], part, result, verdicts)
         found = {name: [one.normed, one.gated] for name, one in factors.items()}
-        result.log = block_log("mlp", fitted, damping_factors=found)
+        result.log = block_log("mlp", verdicts, damping_factors=found)
         return result
 
-    def _run_routed(self, result: MlpResult, fitted: dict[str, Fitted], out: torch.Tensor) -> _Factors:
+    def _run_routed(self, result: MlpResult, verdicts: dict[str, Verdict], out: torch.Tensor) -> _Factors:
         self.rows.share.zero_()
         for unit in self.routed:
             natural = slice(unit.natural)
@@ -117,7 +118,7 @@ class MlpQuantizer:
 
         stacks: dict[str, list[StoredWeight]] = {}
         for units, part in self.settings.ranks.each(work, self._chunks()):
-            self._collect(units, part, result, fitted)
+            self._collect(units, part, result, verdicts)
             for which, one in zip(("w1", "w3", "w2"), part.fitted, strict=True):
                 if one is not None and self.layer.device.type == "cuda":
                     stacks.setdefault(which, []).append(one.stored)
@@ -150,27 +151,23 @@ class MlpQuantizer:
     def _source(self, unit: Unit) -> Glu:
         return Glu(*(self.layer.weight(name).float() for name in unit.names))
 
-    def _factors(self, units: list[Unit], moments: list[Any], prior: torch.Tensor | None) -> _Factors:
+    def _factors(self, units: list[Unit], moments: list[Moments], prior: torch.Tensor | None) -> _Factors:
         """Damping that serves these units best on held-out rows."""
         found = _Factors()
-        source = [self._source(unit) for unit in units]
-        schemes = units[0].schemes
-        members = self._normed_members(source, schemes)
-        if members:
-            found.normed = choose_factor(moments, members, NORMED, prior, self.settings)
+        source, schemes = [self._source(unit) for unit in units], units[0].schemes
+        groups = _normed(source, schemes)
+        if groups:
+            found.normed = choose_factor(moments, [readers for readers, _ in groups], NORMED, prior, self.settings)
         if schemes[2].quantizes:
-            part = self._fit_normed(source, moments, schemes, found, prior)
-            acting = self._acting(source, part)
-            rows = zip(units, acting, source, strict=True)
-            down = [self.rows.down_moments(unit, now, before) for unit, now, before in rows]
-            member = Member(torch.stack([one.down for one in source]), schemes[2], inputs=False)
-            found.gated = choose_factor(down, [member], GATED, None, self.settings)
+            acting = self._acting(source, self._fit_normed(source, moments, schemes, found, prior))
+            down = self._down_moments(units, acting, source)
+            found.gated = choose_factor(down, [_down(source, schemes)], GATED, None, self.settings)
         return found
 
     def _fit(
         self,
         units: list[Unit],
-        moments: list[Any],
+        moments: list[Moments],
         factors: _Factors,
         prior: torch.Tensor | None,
         outputs: bool = False,
@@ -180,10 +177,8 @@ class MlpQuantizer:
         moments.clear()  # the device's memory is wanted for those of down
         acting = self._acting(source, fitted)
         if schemes[2].quantizes:
-            rows = zip(units, acting, source, strict=True)
-            down = [self.rows.down_moments(unit, now, before) for unit, now, before in rows]
-            member = Member(torch.stack([one.down for one in source]), schemes[2], inputs=False)
-            fitted[2] = fit(down, [member], GATED, factors.gated, None, self.settings)[0]
+            down = self._down_moments(units, acting, source)
+            fitted[2] = fit(down, _down(source, schemes), GATED, factors.gated, None, self.settings)[0]
             acting = self._acting(source, fitted)
         given = zip(units, acting, strict=True)
         return _Part(fitted, torch.cat([self.rows.outputs(*pair) for pair in given]) if outputs else None)
@@ -191,19 +186,22 @@ class MlpQuantizer:
     def _fit_normed(
         self,
         source: list[Glu],
-        moments: list[Any],
+        moments: list[Moments],
         schemes: tuple[Scheme, Scheme, Scheme],
         factors: _Factors,
         prior: torch.Tensor | None,
     ) -> list[Fitted | None]:
         """Gate and up as they will be stored, None if kept, and None for down."""
-        found = iter(fit(moments, self._normed_members(source, schemes), NORMED, factors.normed, prior, self.settings))
-        return [next(found) if scheme.quantizes else None for scheme in schemes[:2]] + [None]
+        out: list[Fitted | None] = [None, None, None]
+        for readers, roles in _normed(source, schemes):
+            for role, fitted in zip(
+                roles, fit(moments, readers, NORMED, factors.normed, prior, self.settings), strict=True
+            ):
+                out[role] = fitted
+        return out
 
-    def _normed_members(self, source: list[Glu], schemes: tuple[Scheme, Scheme, Scheme]) -> list[Member]:
-        stacks = ([one.gate for one in source], [one.up for one in source])
-        pairs = zip(stacks, schemes[:2], strict=True)
-        return [Member(torch.stack(stack), scheme, inputs=True) for stack, scheme in pairs if scheme.quantizes]
+    def _down_moments(self, units: list[Unit], acting: list[Glu], source: list[Glu]) -> list[Moments]:
+        return [self.rows.down_moments(*given) for given in zip(units, acting, source, strict=True)]
 
     def _acting(self, source: list[Glu], fitted: list[Fitted | None]) -> list[Glu]:
         """The units' weights as an engine computes with them."""
@@ -213,12 +211,12 @@ class MlpQuantizer:
             for slot, glu in enumerate(source)
         ]
 
-    def _collect(self, units: list[Unit], part: _Part, result: MlpResult, fitted: dict[str, Fitted]) -> None:
+    def _collect(self, units: list[Unit], part: _Part, result: MlpResult, verdicts: dict[str, Verdict]) -> None:
         for slot, unit in enumerate(units):
             for name, stack in zip(unit.names, part.fitted, strict=True):
                 if stack is not None:
                     result.weights[name] = stack.stored[slot]
-                    fitted[name] = stack.one(slot)
+                    verdicts[name] = stack.verdicts[slot]
 
     def _stack(self, parts: dict[str, list[StoredWeight]], result: MlpResult) -> None:
         """Put the chunks' codes into one piece each, and make the weights views of them."""
@@ -250,6 +248,20 @@ class MlpQuantizer:
             )
             short = states.source[tokens].float() - states.quantized[tokens].float() + routed - out[tokens]
             self.rows.missing[tokens] = short.to(self.rows.missing.dtype)
+
+
+def _normed(source: list[Glu], schemes: tuple[Scheme, Scheme, Scheme]) -> list[tuple[Readers, tuple[int, ...]]]:
+    """The quantized ones of gate (role 0) and up (1) of a stack of units, together if their scheme is one."""
+    stacks = {0: [glu.gate for glu in source], 1: [glu.up for glu in source]}
+    roles = [role for role in stacks if schemes[role].quantizes]
+    sets = joined_by_scheme({role: (schemes[role], stacks[role][0].shape[0]) for role in roles})
+    return [
+        (Readers.of([torch.stack(stacks[role]) for role in own], schemes[own[0]], inputs=True), own) for own in sets
+    ]
+
+
+def _down(source: list[Glu], schemes: tuple[Scheme, Scheme, Scheme]) -> Readers:
+    return Readers.of([torch.stack([glu.down for glu in source])], schemes[2], inputs=False)
 
 
 def _three(glu: Glu) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -44,8 +44,8 @@ class State:
 
 @dataclass
 class Solution:
-    """stored: the stack of weights. loss, nearest: [E], tr (T - Q) H (T - Q)^T of it and of plain rounding under searched
-    ranges. failed: [E] bool, where H could not be factored and no error was fed forward.
+    """stored: the stack of weights. loss, nearest: [E, N], (t - q) H (t - q)^T of its rows and of those rounded to nearest
+    under searched ranges. failed: [E] bool, where H could not be factored and no error was fed forward.
     """
 
     stored: StoredWeight
@@ -81,7 +81,7 @@ class Solver:
             state = state.better_rows(self._pass(descent, state.levels, state.errors))
         if self.settings.rounds:
             state = self._refitted(state)
-        return Solution(self.stored(state), state.loss.sum(1), nearest.loss.sum(1), failed)
+        return Solution(self.stored(state), state.loss, nearest.loss, failed)
 
     def stored(self, state: State) -> StoredWeight:
         return self.grid.stored(state.codes, state.levels)

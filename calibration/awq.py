@@ -22,7 +22,7 @@ from m3quant.calibration.head import Windows
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.ops import Routing, router_scores
 from m3quant.calibration.ranges import fake_quantize, qparams
-from m3quant.calibration.search import BlockResult, require_finite
+from m3quant.calibration.search import BlockResult, require_finite, require_finite_weight
 from m3quant.calibration.spec import EXPERTS, LayerSpec, layer_shapes
 from m3quant.calibration.stream import HiddenStates
 from m3quant.errors import CalibrationError
@@ -87,7 +87,7 @@ def require_finite_weights(layer: Layer) -> None:
     whole = stacks is not None and all(bool(torch.isfinite(stack).all()) for stack in stacks)
     for name in layer_shapes(layer.spec):
         if not (whole and name.startswith(EXPERTS)):
-            require_finite(layer.weight(name), layer.spec.index, name)
+            require_finite_weight(layer.weight(name), layer.spec.index, name)
 
 
 @torch.no_grad()

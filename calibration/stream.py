@@ -238,7 +238,12 @@ def embed(tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 def read_embeddings(source: Source) -> torch.Tensor:
     """The token embedding table [V, H] as stored."""
-    return _read_one(source, f"{_body(source.config)}embed_tokens.weight")
+    return _read_one(source, embeddings_name(source.config))
+
+
+def embeddings_name(config: dict[str, Any]) -> str:
+    """On-disk name of the token embedding table."""
+    return f"{_body(config)}embed_tokens.weight"
 
 
 def embed_source(
@@ -266,7 +271,7 @@ def read_head(source: Source, device: torch.device | str = "cpu") -> Head:
             raise CheckpointError(
                 f"tensor {name} is missing and tie_word_embeddings is not set; the checkpoint is incomplete"
             )
-        name = f"{body}embed_tokens.weight"
+        name = embeddings_name(source.config)
     spec = layer_spec(source.config, 0)
     norm = _read_one(source, f"{body}norm.weight").to(device)
     return Head(norm, _read_one(source, name).to(device), spec.eps, spec.norm_one_plus)

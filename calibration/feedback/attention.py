@@ -10,7 +10,7 @@ import torch
 from m3quant.calibration import ops
 from m3quant.calibration.feedback.evidence import HEADS, NORMED, Rule
 from m3quant.calibration.feedback.fit import Fitted, block_log, fit
-from m3quant.calibration.feedback.heldout import Readers, choose_factor, joined_by_scheme
+from m3quant.calibration.feedback.heldout import Readers, joined_by_scheme
 from m3quant.calibration.feedback.moments import Moments, MomentSum, halves
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.folds import all_groups
@@ -37,7 +37,6 @@ class AttentionQuantizer:
         self.step = max(1, settings.batch_tokens // length)
         self.half = halves(windows * length, length, layer.device).view(windows, length)
         self.fitted: dict[str, Fitted] = {}
-        self.factors: dict[str, float] = {}
 
     def run(self) -> tuple[dict[str, StoredWeight], torch.Tensor, torch.Tensor, dict[str, Any]]:
         """(weights by name, the quantized stream and the source's after attention [T, H], log). The layer stays as it was."""
@@ -53,7 +52,7 @@ class AttentionQuantizer:
                 self.layer.set_weight(name, tensor)
         weights = {name: fitted.stored[0] for name, fitted in self.fitted.items()}
         verdicts = {name: fitted.verdicts[0] for name, fitted in self.fitted.items()}
-        log = block_log("attention", verdicts, damping_factors=self.factors)
+        log = block_log("attention", verdicts)
         return weights, mid.flatten(0, 1), source_mid.flatten(0, 1), log
 
     def _fit(self, moments: Moments, schemes: Mapping[str, Scheme], rule: Rule, inputs: bool) -> None:
@@ -62,10 +61,8 @@ class AttentionQuantizer:
         groups = [
             Readers.of([self.kept[name].float()[None] for name in names], schemes[names[0]], inputs) for names in sets
         ]
-        factor = choose_factor([moments], groups, rule, None, self.settings)
-        self.factors["readers" if inputs else "o_proj"] = factor
         for names, readers in zip(sets, groups, strict=True):
-            for name, fitted in zip(names, fit([moments], readers, rule, factor, None, self.settings), strict=True):
+            for name, fitted in zip(names, fit([moments], readers, rule, None, self.settings), strict=True):
                 self.fitted[name] = fitted
                 self.layer.set_weight(name, fitted.stored.dequantized()[0].to(self.kept[name].dtype))
 

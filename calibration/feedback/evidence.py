@@ -1,13 +1,13 @@
 """How far moments and targets may be trusted, by the number of rows that they were taken over.
 
-With few rows for each column, the directions in which the inputs seem not to move are those that the sample missed: errors
+With few rows for each column, the directions in which the inputs seem not to move are those that the sample missed, and errors
 steered there come back on other text. So the moment is damped, and the target pulled to the weight, in inverse proportion
-to the effective rows for each column. Weights that read a norm also get the whole layer's moment as a prior.
+to the effective rows for each column; and weights of experts that read a norm get the whole layer's moment as a prior.
 
-What the right damping is, in units of the mean diagonal, was measured on held-out rows of the trained fixtures
-(tests/benchmarks/rounding_ablation.py --damping): rows for each column times the best damping is 0.3 to 3 for w1 and w3
-and 3 to 10 for w2, over 0.3 to 40 rows a column, whose inputs have heavier tails and no prior. The constants lie in
-the middle; `heldout.choose_factor` finds the rest from the layer's own rows.
+The constants are those with the least error on held-out rows of the trained fixtures (experts of layer 1, 0.3 to 40
+effective rows a column): rows times damping is best between 0.3 and 3 for w1 and w3, between 3 and 10 for w2, whose
+inputs have heavier tails and no prior. Letting each layer choose a quarter or four times as much on held-out halves of
+its own text was no better with much text and worse with little (docs/rounding.md).
 """
 
 from __future__ import annotations
@@ -57,18 +57,17 @@ class Estimate:
 def estimate(
     moments: Sequence[Moments],
     rule: Rule,
-    factor: float = 1.0,
     prior: torch.Tensor | None = None,
     half: int | None = None,
 ) -> Estimate:
-    """Estimates of a stack from all rows or from one half. factor: times the rule's damping. prior: [K, K] per row."""
+    """Estimates of a stack from all rows or from one half. prior: [K, K], a second moment per row."""
     seconds, systems, crosses, ridges, dampings, counts, notes = [], [], [], [], [], [], []
     for own in moments:
         system, cross, rows, said = _blended(own, prior, half)
         width = len(system)
         mean = system.diagonal().mean()
         per_column = max(rows, 1.0) / width
-        damping = _within(factor * rule.damping / per_column, _DAMPING)
+        damping = _within(rule.damping / per_column, _DAMPING)
         second = system.clone()
         second.diagonal().add_(mean * damping)
         seconds.append(second)

@@ -52,16 +52,11 @@ class Fitted:
 
 
 def fit(
-    moments: Sequence[Moments],
-    readers: Readers,
-    rule: Rule,
-    factor: float,
-    prior: torch.Tensor | None,
-    settings: FeedbackSettings,
+    moments: Sequence[Moments], readers: Readers, rule: Rule, prior: torch.Tensor | None, settings: FeedbackSettings
 ) -> list[Fitted]:
     """One `Fitted` for each weight of `readers`, [E, N, K] each; moments: one for each E."""
-    known = estimate(moments, rule, factor, prior)
-    nearest, found = judged(moments, readers, rule, factor, prior, settings)
+    known = estimate(moments, rule, prior)
+    nearest, found = judged(moments, readers, rule, prior, settings)
     kept = found < nearest  # [E, weights]; False for NaN too
     solution = Solver(aimed(readers, known), known.second, readers.scheme, settings).solve()
     stored, loss = solution.stored, readers.sums(solution.loss)
@@ -106,7 +101,7 @@ def _chosen(kept: torch.Tensor, sizes: Sequence[int], first: StoredWeight, secon
     return StoredWeight(pick(first.codes, second.codes), pick(first.scale, second.scale), zero)
 
 
-def block_log(block: str, verdicts: Mapping[str, Verdict], **more: Any) -> dict[str, Any]:
+def block_log(block: str, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
     """What is logged of a block. verdicts: by tensor name. block_error: means of `Verdict.error` over them."""
     if not verdicts:
         return {"block": block, "groups": [], "chosen": "unquantized"}
@@ -116,7 +111,6 @@ def block_log(block: str, verdicts: Mapping[str, Verdict], **more: Any) -> dict[
         "groups": [],
         "chosen": "feedback",
         "block_error": {"round_to_nearest": before, "feedback": after},
-        **more,
         "weights": {name: verdict.to_json() for name, verdict in verdicts.items()},
     }
 

@@ -1,4 +1,4 @@
-"""What rows that took no part say: which damping suits a layer, and whether feedback helps a weight at all.
+"""What rows that took no part say: whether feedback helps a weight at all.
 
 Errors on the other half of the rows follow from its moments alone: with D = Q - W,
 
@@ -25,9 +25,7 @@ from m3quant.schemes import FP8_BLOCK, Scheme
 
 Key = TypeVar("Key")
 
-FACTORS = (1.0, 0.25, 4.0)  # of the rule's damping; on a tie the earlier
-SAMPLE_UNITS = 8
-_SAMPLE_ROWS = 32
+_SAMPLE_ROWS = 32  # output rows of a weight that are tried
 _ROUNDS = 1
 
 
@@ -84,25 +82,21 @@ def joined_by_scheme(weights: Mapping[Key, tuple[Scheme, int]]) -> list[tuple[Ke
 
 
 def judged(
-    moments: Sequence[Moments],
-    readers: Readers,
-    rule: Rule,
-    factor: float,
-    prior: torch.Tensor | None,
-    settings: FeedbackSettings,
-    half: int = 0,
+    moments: Sequence[Moments], readers: Readers, rule: Rule, prior: torch.Tensor | None, settings: FeedbackSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Errors [E, weights] on the other half of what `half` taught: (rounded to nearest with searched ranges, with feedback).
+    """Errors [E, weights] on the second half of the rows of what the first taught: (rounded to nearest with searched
+    ranges, with feedback).
 
-    Relative to the energy of the outputs there, less a constant; NaN where the other half has no rows.
+    Relative to the energy of the outputs there, less a constant; NaN where the second half has no rows.
     """
-    known = estimate(moments, rule, factor, prior, half)
+    learnt, judge = HALVES
+    known = estimate(moments, rule, prior, learnt)
     part, rows = readers.sampled()
     quick = replace(settings, rounds=min(_ROUNDS, settings.rounds))
     plain = Solver(part.weight, known.second, part.scheme, quick)
     nearest = plain.stored(plain.nearest()).dequantized()
     found = Solver(aimed(part, known, rows), known.second, part.scheme, quick).solve().stored.dequantized()
-    return tuple(_errors(values, part, rows, moments, 1 - half) for values in (nearest, found))  # type: ignore[return-value]
+    return tuple(_errors(values, part, rows, moments, judge) for values in (nearest, found))  # type: ignore[return-value]
 
 
 def aimed(readers: Readers, known: Estimate, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -124,24 +118,3 @@ def _errors(
         ratio = readers.sums(error[None]) / readers.sums(energy[None])
         out.append(ratio[0] if mass > 0 else torch.full_like(ratio[0], torch.nan))
     return torch.stack(out)
-
-
-def choose_factor(
-    moments: Sequence[Moments],
-    groups: Sequence[Readers],
-    rule: Rule,
-    prior: torch.Tensor | None,
-    settings: FeedbackSettings,
-) -> float:
-    """The factor of the rule's damping with the least error on held-out rows, each half judging the other, over all units given."""
-    best, least = FACTORS[0], torch.inf
-    for factor in FACTORS:
-        error = 0.0
-        for readers in groups:
-            for half in HALVES:
-                error += float(
-                    judged(moments, readers, rule, factor, prior, settings, half)[1].nansum(dtype=torch.float64)
-                )
-        if error < least:
-            best, least = factor, error
-    return best

@@ -1,7 +1,7 @@
 """The feed-forward block: routed experts, w1 and w3 before w2, and last the MLP that sees every token.
 
 Experts come in chunks, so that a device holds one chunk's moments. Each expert's numbers depend on its own rows alone
-(and on the layer's moment and damping factors, which are found first), not on the chunk it is in.
+(and on the layer's moment, which is found first), not on the chunk it is in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from m3quant.calibration import ops
 from m3quant.calibration.experts import ExpertTokens
 from m3quant.calibration.feedback.evidence import GATED, NORMED
 from m3quant.calibration.feedback.fit import Fitted, Verdict, block_log, fit
-from m3quant.calibration.feedback.heldout import SAMPLE_UNITS, Readers, choose_factor, joined_by_scheme
+from m3quant.calibration.feedback.heldout import Readers, joined_by_scheme
 from m3quant.calibration.feedback.moments import Moments
 from m3quant.calibration.feedback.rows import MlpStates, UnitRows
 from m3quant.calibration.feedback.settings import FeedbackSettings
@@ -29,14 +29,6 @@ from m3quant.schemes import KEEP, Scheme
 # Bytes of a chunk's moments and weights in work; m3quant/planning/quantizers.py plans with the GPU's.
 _CHUNK_BYTES = {"cpu": 1 << 30, "cuda": 12 * 10**9}
 _SQUARES, _WEIGHTS = 9, 12  # float32 matrices [K, K] and [N, K] of an expert alive at once
-
-
-@dataclass
-class _Factors:
-    """Of the rule's damping, for gate and up and for down."""
-
-    normed: float = 1.0
-    gated: float = 1.0
 
 
 @dataclass
@@ -84,24 +76,21 @@ class MlpQuantizer:
     def run(self) -> MlpResult:
         result = MlpResult()
         verdicts: dict[str, Verdict] = {}
-        factors: dict[str, _Factors] = {}
         out = torch.zeros_like(self.rows.missing, dtype=torch.float32)
         if any(scheme.quantizes for unit in self.routed for scheme in unit.schemes):
-            factors["experts"] = self._run_routed(result, verdicts, out)
+            self._run_routed(result, verdicts, out)
         elif self.routed and self.always_on is not None:
             for unit in self.routed:
                 self._add(out, unit, self.rows.outputs(unit, self._source(unit)))
         if self.always_on is not None:
             self._left_over(out)
             moments = self.rows.input_moments(self.always_on)
-            factors["always_on"] = self._factors([self.always_on], [moments], None)
-            part = self._fit([self.always_on], [moments], factors["always_on"], None)
+            part = self._fit([self.always_on], [moments], None)
             self._collect([self.always_on], part, result, verdicts)
-        found = {name: [one.normed, one.gated] for name, one in factors.items()}
-        result.log = block_log("mlp", verdicts, damping_factors=found)
+        result.log = block_log("mlp", verdicts)
         return result
 
-    def _run_routed(self, result: MlpResult, verdicts: dict[str, Verdict], out: torch.Tensor) -> _Factors:
+    def _run_routed(self, result: MlpResult, verdicts: dict[str, Verdict], out: torch.Tensor) -> None:
         self.rows.share.zero_()
         for unit in self.routed:
             natural = slice(unit.natural)
@@ -109,12 +98,10 @@ class MlpQuantizer:
         if self.always_on is not None:
             self.rows.share += 1.0
         prior = self.rows.layer_moment()
-        sample = self._sample()
-        factors = self._factors(sample, [self.rows.input_moments(unit) for unit in sample], prior)
 
         def work(units: list[Unit]) -> _Part:
             moments = [self.rows.input_moments(unit) for unit in units]
-            return self._fit(units, moments, factors, prior, outputs=self.always_on is not None)
+            return self._fit(units, moments, prior, outputs=self.always_on is not None)
 
         stacks: dict[str, list[StoredWeight]] = {}
         for units, part in self.settings.ranks.each(work, self._chunks()):
@@ -126,13 +113,6 @@ class MlpQuantizer:
                 for unit, rows in zip(units, part.outputs.split([unit.natural for unit in units]), strict=True):
                     self._add(out, unit, rows)
         self._stack(stacks, result)
-        return factors
-
-    def _sample(self) -> list[Unit]:
-        """Experts that stand for the layer when the damping is chosen: evenly spread from the fewest rows to the most."""
-        ranked = sorted(range(len(self.routed)), key=lambda i: (len(self.routed[i].tokens), i))
-        count = max(1, min(SAMPLE_UNITS, len(ranked) // 8))
-        return [self.routed[ranked[(2 * i + 1) * len(ranked) // (2 * count)]] for i in range(count)]
 
     def _chunks(self) -> list[list[Unit]]:
         """Runs of experts with the same schemes; as many whatever the number of ranks."""
@@ -151,34 +131,20 @@ class MlpQuantizer:
     def _source(self, unit: Unit) -> Glu:
         return Glu(*(self.layer.weight(name).float() for name in unit.names))
 
-    def _factors(self, units: list[Unit], moments: list[Moments], prior: torch.Tensor | None) -> _Factors:
-        """Damping that serves these units best on held-out rows."""
-        found = _Factors()
-        source, schemes = [self._source(unit) for unit in units], units[0].schemes
-        groups = _normed(source, schemes)
-        if groups:
-            found.normed = choose_factor(moments, [readers for readers, _ in groups], NORMED, prior, self.settings)
-        if schemes[2].quantizes:
-            acting = self._acting(source, self._fit_normed(source, moments, schemes, found, prior))
-            down = self._down_moments(units, acting, source)
-            found.gated = choose_factor(down, [_down(source, schemes)], GATED, None, self.settings)
-        return found
-
     def _fit(
         self,
         units: list[Unit],
         moments: list[Moments],
-        factors: _Factors,
         prior: torch.Tensor | None,
         outputs: bool = False,
     ) -> _Part:
         source, schemes = [self._source(unit) for unit in units], units[0].schemes
-        fitted = self._fit_normed(source, moments, schemes, factors, prior)
+        fitted = self._fit_normed(source, moments, schemes, prior)
         moments.clear()  # the device's memory is wanted for those of down
         acting = self._acting(source, fitted)
         if schemes[2].quantizes:
             down = self._down_moments(units, acting, source)
-            fitted[2] = fit(down, _down(source, schemes), GATED, factors.gated, None, self.settings)[0]
+            fitted[2] = fit(down, _down(source, schemes), GATED, None, self.settings)[0]
             acting = self._acting(source, fitted)
         given = zip(units, acting, strict=True)
         return _Part(fitted, torch.cat([self.rows.outputs(*pair) for pair in given]) if outputs else None)
@@ -188,15 +154,12 @@ class MlpQuantizer:
         source: list[Glu],
         moments: list[Moments],
         schemes: tuple[Scheme, Scheme, Scheme],
-        factors: _Factors,
         prior: torch.Tensor | None,
     ) -> list[Fitted | None]:
         """Gate and up as they will be stored, None if kept, and None for down."""
         out: list[Fitted | None] = [None, None, None]
         for readers, roles in _normed(source, schemes):
-            for role, fitted in zip(
-                roles, fit(moments, readers, NORMED, factors.normed, prior, self.settings), strict=True
-            ):
+            for role, fitted in zip(roles, fit(moments, readers, NORMED, prior, self.settings), strict=True):
                 out[role] = fitted
         return out
 

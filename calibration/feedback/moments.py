@@ -3,8 +3,7 @@
 Rows x [n, K] are the weight's inputs in the quantized stream; e [n, M] is how far the weight's output (or its input, M = K)
 falls short of the source's. Both count by the squared gate for an expert, as an error of it counts in the layer's output.
 
-Sums are kept apart for two halves of the rows, which interleave by window, so that one half can judge what was learnt
-from the other.
+Sums are kept apart for two halves of the rows, so that one can judge what was learnt from the other.
 """
 
 from __future__ import annotations
@@ -84,6 +83,9 @@ class MomentSum:
 
 
 def halves(tokens: int, window: int, device: torch.device | str) -> torch.Tensor:
-    """[T] bool: the half that every token of T = S * window belongs to. Windows alternate; of a lone one, its quarters."""
-    step = window if tokens >= 2 * window else max(1, tokens // 4)
-    return (torch.arange(tokens, device=device) // step) % 2 == 1
+    """[T] bool: the half that every token of T = S * window belongs to: the later windows, or the end of a lone one.
+
+    Not every other window: neighbours may come from one document, and then judge one another too kindly.
+    """
+    first = -(-(tokens // window) // 2) * window if tokens >= 2 * window else tokens // 2
+    return torch.arange(tokens, device=device) >= first

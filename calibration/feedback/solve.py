@@ -76,8 +76,13 @@ class Solver:
         factor, failed = sweep_factor(ordered)
         state = nearest.better_rows(self._pass(factor, nearest.levels))
         descent = descent_factor(ordered)
-        for _ in range(self.settings.rounds):
+        for index in range(self.settings.rounds):
             state = self._refitted(state)
+            if index % 2 == 0:
+                # The scales have moved since the last sweep: a new one, and its own descent, end somewhere else.
+                other = self._pass(factor, state.levels)
+                other = other.better_rows(self._pass(descent, other.levels, other.errors))
+                state = state.better_rows(self._refitted(other))
             state = state.better_rows(self._pass(descent, state.levels, state.errors))
         if self.settings.rounds:
             state = self._refitted(state)

@@ -97,7 +97,7 @@ class LayerWriter:
             self._abort()
             raise
 
-    def _finish(self, unit: Unit, record: dict[str, Any], saved: Callable[[], None]) -> None:
+    def _finish(self, unit: Unit, record: dict[str, Any], saved: Callable[[], dict[str, str]]) -> None:
         if self._writer is None:
             return
         try:
@@ -106,8 +106,7 @@ class LayerWriter:
             self._abort()
             raise
         self._writer = None
-        saved()
-        self.journal.finish_unit(unit.index, {**shard, **record})
+        self.journal.finish_unit(unit.index, {**shard, **record, "boundary": saved()})
         drop_saved(self.journal.boundary(unit.index))
 
     def _abort(self) -> None:
@@ -116,9 +115,9 @@ class LayerWriter:
             self._writer = None
 
 
-def _save(streams: Streams, stem: Path) -> None:
+def _save(streams: Streams, stem: Path) -> dict[str, str]:
     with span("save", streams.source.nbytes + streams.quantized.nbytes):
-        streams.save(stem)
+        return streams.save(stem)
 
 
 class NoWriter:

@@ -8,12 +8,13 @@ from typing import Any
 
 from ..artifact.conversion_eval import output_fingerprint
 from ..artifact.eval_record import Measured
-from ..artifact.journal import MANIFEST
+from ..artifact.manifest import MANIFEST
 from ..artifact.output import output_plan, read_manifest
 from ..calibration.corpus import load_tokenizer
-from ..calibration.stream import layer_prefix
-from ..checkpoint import Checkpoint
-from ..errors import CheckpointError, EvaluationError
+from ..calibration.stream import embeddings_name, layer_prefix
+from ..checkpoint import Checkpoint, TensorInfo
+from ..checkpoint.bounded import TOKENIZER_BYTES, read_bounded
+from ..errors import EvaluationError
 from ..families import Family, family_of
 from ..planning.plan import nbytes
 from ..planning.source_tensors import check_complete, source_kind
@@ -44,6 +45,15 @@ class Model:
     def layer_names(self, layer: int) -> list[str]:
         prefix = layer_prefix(self.config, layer)
         return [name for name in self.reader.tensors if name.startswith(prefix)]
+
+    def stored_infos(self, layer: int) -> list[TensorInfo]:
+        """What is read from the disk for one layer; for the first the embeddings too."""
+        names = self.layer_names(layer) + ([embeddings_name(self.config)] if layer == 0 else [])
+        if isinstance(self.reader, SourceReader):
+            stored = [part for n in names for part in self.reader.tensors[n].names]
+        else:
+            stored = [o.name for n in names for o in self.reader.tensors[n].outputs]
+        return [self.reader.checkpoint.tensors[name] for name in stored]
 
     def stored_bytes(self, layer: int) -> int:
         """Bytes that reading one layer takes from the disk."""
@@ -120,12 +130,8 @@ def _check_tokenizers(checkpoint: Model, source: Model) -> None:
 
 
 def _bytes(model: Model, name: str) -> bytes | None:
-    try:
-        return (model.folder / name).read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(f"{model.folder / name} cannot be read: {error.strerror}.") from None
+    path = model.folder / name
+    return read_bounded(path, TOKENIZER_BYTES) if path.exists() else None
 
 
 def _core(tokenizer: Any) -> str:

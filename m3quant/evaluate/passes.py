@@ -120,7 +120,8 @@ def run_layers(
         for layer in range(done, layers):
             facts.append(_one_layer(layer, streams, models, loaded, settings, stop, progress))
             if journal is not None:
-                journal.finish_unit(layer, {"facts": facts[-1]})
+                saved = {name: digest for stream in streams for name, digest in stream.states.saved.items()}
+                journal.finish_unit(layer, {"facts": facts[-1], "states": saved})
                 for stream in streams:
                     stream.states.drop(layer)
     return facts

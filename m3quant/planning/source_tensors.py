@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import CheckpointError
 from ..families.base import Family
+from ..families.counts import check_promised
 from ..schemes import FP8_BLOCK as BLOCK
 
 PLAIN, FP8_BLOCK, MXFP8 = "plain", "fp8-block", "mxfp8"
@@ -124,8 +125,11 @@ def scale_layout(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, int], tu
 
 def check_complete(checkpoint: Checkpoint, family: Family, tensors: Mapping[str, SourceTensor]) -> list[str]:
     """Compare with the tensors that config.json promises; returns notes. Raises CheckpointError naming what is missing or misshapen."""
-    expected = family.expected_tensors(checkpoint.config)
+    config = checkpoint.config
+    check_promised(config, family.text_config(config), f"{checkpoint.root}/config.json", len(checkpoint.tensors))
+    expected = family.expected_tensors(config)
     notes = []
+    rounded: dict[tuple[str, str], list[str]] = {}  # (role, dtype) -> names
     optional = {role: [n for n in expected if family.role(n).kind == role] for role in family.optional_groups()}
     absent_groups = {role for role, names in optional.items() if names and not any(n in tensors for n in names)}
     missing = [n for n in expected if n not in tensors and family.role(n).kind not in absent_groups]
@@ -150,7 +154,8 @@ def check_complete(checkpoint: Checkpoint, family: Family, tensors: Mapping[str,
                 f"{checkpoint.root}/{info.shard}: tensor '{name}' is {info.dtype}: expected one of {', '.join(FLOAT_DTYPES)}."
             )
         if want.float32 and info.dtype != "F32":
-            notes.append(
-                f"{name} is {info.dtype}, the official releases store it in F32: it was rounded by an earlier tool"
-            )
+            rounded.setdefault((family.role(name).kind, info.dtype), []).append(name)
+    for (role, dtype), names in rounded.items():
+        told = names[0] if len(names) == 1 else f"{len(names)} {role} tensors (first {names[0]})"
+        notes.append(f"{told}: stored as {dtype}, in the official releases as F32; copied as stored")
     return notes

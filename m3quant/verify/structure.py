@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..artifact.journal import MANIFEST
+from ..artifact.manifest import MANIFEST
 from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..errors import CheckpointError
 from ..planning.engine_config import engine_problems

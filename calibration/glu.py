@@ -177,7 +177,7 @@ class GluBlock:
                 stop += 1
             most = max(1, limit // (3 * self.tensors[self.units[wanted[start]].names[0]].numel()))
             if self.grouped:
-                most = _even(stop - start, most)
+                most = even_chunk(stop - start, most)
             for at in range(start, stop, most):
                 indices = wanted[at : min(at + most, stop)]
                 yield indices, self._stack(indices)
@@ -274,7 +274,7 @@ class GluBlock:
         return self._blocks[key]
 
 
-def _even(units: int, most: int) -> int:
+def even_chunk(units: int, most: int) -> int:
     """Units of a chunk, at most `most`, so that the chunks of `units` divide among 2, 4 or 8 ranks."""
     if units <= most:
         return most

@@ -22,6 +22,10 @@ FEWEST_TOKENS = 65_536
 FLOOR_FACTOR = 1.2
 # Tokens are chosen in steps of this many: small differences of the rates do not change the run.
 TOKEN_STEP = 65_536
+# What feedback holds on the device of every token, in bytes for each hidden channel: both streams before and after attention
+# and what is missing (BF16), and the experts' sum (float32). All of it is kept below MOST_STATE_BYTES.
+STATE_BYTES_PER_CHANNEL = 2 * 2 + 2 * 2 + 2 + 4
+MOST_STATE_BYTES = 24 * 10**9
 # Shares of the rows in windows of one row, of four, and past the selection of sparse attention.
 LONG_SHARES = (0.25, 0.25)
 MIDDLE_ROWS = 4
@@ -39,7 +43,7 @@ class Tokens:
     disk_seconds: float
     """A layer's reading and writing, which hides them where it is longer."""
     bound: str
-    """What ended the choice: "disk", "rows" (there are enough for any expert), "least", or "given"."""
+    """What ended the choice: "disk", "rows" (there are enough for any expert), "memory", "least", or "given"."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,14 +81,15 @@ def _experts(plan: Plan) -> tuple[int, int, int]:
 
 
 def token_choice(plan: Plan, rates: Rates) -> Tokens:
-    """As many tokens as pass through a layer in 1.2 times its disk's time, at most 8 rows per K, at least 65,536. Without measured rates for
-    computing, 65,536."""
+    """As many tokens as pass through a layer in 1.2 times its disk's time, at most 8 rows per K and as many as a GPU has
+    room for, at least 65,536. Without measured rates for computing, 65,536."""
     if rates.forward is None:
         return described(plan, rates, FEWEST_TOKENS, "least")
     hidden = FLOOR_FACTOR * layer_io(plan, rates) * rates.forward / flops_per_token(plan)
     experts, top_k, _ = _experts(plan)
     most = tokens_for_rows(MOST_ROWS_PER_K, plan.family.hidden_size, experts, top_k)
-    chosen, bound = (most, "rows") if most <= hidden else (int(hidden), "disk")
+    room = MOST_STATE_BYTES // (STATE_BYTES_PER_CHANNEL * plan.family.hidden_size)
+    chosen, bound = min((most, "rows"), (int(hidden), "disk"), (room, "memory"))
     chosen = chosen // TOKEN_STEP * TOKEN_STEP
     return described(plan, rates, chosen, bound) if chosen > FEWEST_TOKENS else described(plan, rates, FEWEST_TOKENS, "least")  # fmt: skip
 

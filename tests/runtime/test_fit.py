@@ -115,7 +115,7 @@ def test_stored_checkpoints_are_counted_tensor_by_tensor() -> None:
             for t in checkpoint.tensors.values()
             if "block_sparse_moe.gate" in t.name or "correction_bias" in t.name
         )
-        vocab, hidden = model.text["vocab_size"], model.text["hidden_size"]
+        vocab, hidden = model.family.vocab_size, model.family.hidden_size
         padding = 2 * (-vocab % 64) * hidden * 2
         rest = sum(t.numel for t in checkpoint.tensors.values()) - routing
         assert sum(whole.values()) == 2 * rest + 4 * routing + padding
@@ -310,7 +310,7 @@ def test_serving_table_of_a_checkpoint() -> None:
 
 
 def test_overheads_carry_a_source_and_a_range() -> None:
-    for rank in predict(parse_node("2xH100"), M2.family, M2.config, MODELS[0].groups, Setup(Split(2))).ranks:
+    for rank in predict(parse_node("2xH100"), M2.family, MODELS[0].groups, Setup(Split(2))).ranks:
         for estimate in (rank.non_torch, rank.activation, rank.graphs):
             assert (
                 isinstance(estimate, Estimate)

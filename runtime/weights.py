@@ -133,12 +133,26 @@ def bf16_release(family: Family, config: Mapping[str, Any]) -> list[Group]:
 
 @dataclass(frozen=True)
 class Split:
-    """How an engine divides the model: tp ranks a stage, pp stages, experts whole (expert_parallel) or split like the rest."""
+    """How an engine divides the model: tp ranks a stage, pp stages, experts whole (expert_parallel) or split like the rest.
+
+    dp: replicas of everything but the routed experts, which all tp x dp ranks of a stage share (vLLM's
+    fused_moe/config.py: FusedMoEParallelConfig.make). dcp: tp ranks that share the tokens of the cache among them.
+    """
 
     tp: int = 1
     pp: int = 1
     expert_parallel: bool = False
     vision: bool = False
+    dp: int = 1
+    dcp: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def expert_ranks(self) -> int:
+        return self.tp * self.dp
 
 
 def stage_of_layers(layers: int, pp: int) -> list[range]:
@@ -174,7 +188,7 @@ def rank_weights(groups: Iterable[Group], split: Split, kv_heads: int, layers: i
 
 
 def _rank_share(group: Group, split: Split, kv_heads: int) -> int:
-    whole, tp = group.engine_bytes, split.tp
+    whole, tp = group.engine_bytes, split.expert_ranks if group.per_expert else split.tp
     if group.role in ("embedding", "lm_head"):
         rows = group.shape[0]
         padded = math.ceil(rows / VOCAB_PADDING) * VOCAB_PADDING
@@ -212,13 +226,14 @@ def split_problem(groups: Iterable[Group], split: Split, family: Family, config:
         if group.role not in QUANTIZABLE or group.part in ("", *_REPLICATED_PARTS) or group.leaf in _UNSPLIT:
             continue
         if group.per_expert and split.expert_parallel:
-            if text["num_local_experts"] % split.tp:
-                return f"{text['num_local_experts']} experts do not divide by {split.tp} ranks"
+            if text["num_local_experts"] % split.expert_ranks:
+                return f"{text['num_local_experts']} experts do not divide by {split.expert_ranks} ranks"
             continue
-        ways = min(split.tp, kv) if group.part in _LIKE_KV else split.tp
+        ranks = split.expert_ranks if group.per_expert else split.tp
+        ways = min(ranks, kv) if group.part in _LIKE_KV else ranks
         pieces = _pieces(group)
         if pieces % ways and pieces != 1:
-            return f"{group.role} {group.part}: its {pieces} {_piece_name(group)} do not divide by TP {split.tp}"
+            return f"{group.role} {group.part}: its {pieces} {_piece_name(group)} do not divide by TP {ranks}"
     return ""
 
 

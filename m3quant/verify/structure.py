@@ -10,6 +10,7 @@ from ..artifact.journal import MANIFEST
 from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..errors import CheckpointError
 from ..planning.engine_config import engine_problems
+from ..planning.engine_kept import kept_linears, kept_problems
 from ..planning.plan import INDEX_FILE, RECIPE_FILE, Plan, unquantized
 from ..planning.source_tensors import source_kind
 
@@ -48,6 +49,10 @@ def _config_problems(output: Checkpoint, plan: Plan, source: Checkpoint | None) 
         yield "config.json: quantization_config is not the one that the recipe gives"
     if written:
         for problem in engine_problems(plan.family, output.config, written, plan.modules):
+            yield f"config.json: {problem}"
+        layers = plan.family.num_layers(output.config)
+        kept = kept_linears(plan.family, output.tensors.values(), layers, plan.recipe.format)
+        for problem in kept_problems(written, plan.family, kept):
             yield f"config.json: {problem}"
     if source is not None:
         theirs, ours = unquantized(source.config), unquantized(output.config)

@@ -126,7 +126,9 @@ class Setup:
 def check_setup(setup: Setup) -> None:
     """Raise NodeError for a value that no engine takes."""
     if setup.kv_dtype not in KV_BYTES:
-        raise NodeError(f"KV dtype '{setup.kv_dtype}' {_unknown(setup.kv_dtype)}: use auto, {', '.join(KV_BYTES)}.")
+        raise NodeError(
+            f"KV dtype '{setup.kv_dtype}' {_unknown(setup.kv_dtype)}: use --kv-dtype with {', '.join(KV_BYTES)}."
+        )
     if setup.index_dtype not in INDEX_BYTES:
         raise NodeError(
             f"index dtype '{setup.index_dtype}' {_unknown(setup.index_dtype)}: use {' or '.join(INDEX_BYTES)}."
@@ -162,18 +164,18 @@ def _unknown(name: str) -> str:
 
 def kv_dtype_of(config: Mapping[str, Any], asked: str = "auto", weights_dtype: str = "bfloat16") -> str:
     """The KV dtype the engine will use: `asked`, or what the checkpoint states for 'auto' (`kv_cache_scheme`, ModelOpt's
-    `kv_cache_quant_algo`), or the model's dtype. FP8 weights alone never mean an FP8 cache."""
+    `kv_cache_quant_algo`, under the name it has there), or the model's dtype. FP8 weights alone never mean an FP8 cache."""
     if asked != "auto":
         return asked
     quantization = (
         config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
     )
     scheme = quantization.get("kv_cache_scheme")
-    if isinstance(scheme, Mapping) and scheme.get("num_bits") == 8 and scheme.get("type", "float") == "float":
-        return "fp8"
-    if str(quantization.get("kv_cache_quant_algo") or "").upper() == "FP8":
-        return "fp8"
-    return weights_dtype
+    if isinstance(scheme, Mapping) and scheme.get("num_bits"):
+        kind = scheme.get("type", "float")
+        return "fp8" if (scheme["num_bits"], kind) == (8, "float") else f"{kind}{scheme['num_bits']}"
+    algorithm = str(quantization.get("kv_cache_quant_algo") or "none").lower()
+    return weights_dtype if algorithm == "none" else algorithm
 
 
 def kv_bytes_per_token(family: Family, config: Mapping[str, Any], setup: Setup) -> list[int]:

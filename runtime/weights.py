@@ -209,7 +209,7 @@ def _rank_share(group: Group, split: Split, kv_heads: int) -> int:
 def _one_input_group(group: Group) -> bool:
     if group.leaf in ("scales", "qzeros"):  # AutoAWQ keeps [groups, out]
         return group.shape[0] == 1
-    return len(group.shape) == 1 or group.shape[-1] == 1
+    return len(group.shape) < 2 or group.shape[-1] == 1
 
 
 def split_problem(groups: Iterable[Group], split: Split, family: Family, config: Mapping[str, Any]) -> str:
@@ -241,7 +241,7 @@ def _pieces(group: Group) -> int:
     """Along the axis that is split: rows or columns of a weight; blocks or groups of a scale, none of which may be cut."""
     transposed = group.leaf in ("scales", "qzeros", "qweight")  # AutoAWQ keeps [in, out]
     if len(group.shape) < 2:
-        return 1 if group.part in _ROW else group.shape[0]
+        return 1 if group.part in _ROW or not group.shape else group.shape[0]
     return group.shape[-1 if (group.part in _ROW) != transposed else 0]
 
 

@@ -20,7 +20,7 @@ from ..calibration.layers import LayerTensors
 from ..calibration.spec import EXPERTS, LayerSpec, layer_shapes
 from ..calibration.stream import layer_prefix
 from ..checkpoint.reader import bytes_view, torch_dtype
-from ..planning.source_tensors import PLAIN
+from ..planning.source_format import PLAIN
 from ..quant.reading import densify
 from ..running.timing import span
 from .device_fp8 import Expert, StoredExperts

@@ -13,8 +13,9 @@ from typing import Any
 
 from ..checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
 from ..errors import CheckpointError
-from ..families import QUANTIZABLE, family_of
-from .source_tensors import PLAIN, scale_layout, source_kind
+from ..families import family_of
+from .source_format import PLAIN, file_format, stored_entries
+from .source_tensors import scale_layout
 
 
 class HeaderSource(Checkpoint):
@@ -61,13 +62,12 @@ def from_config(path: Path) -> HeaderSource:
         raise CheckpointError(f"{path} cannot be read as config.json: {error}.") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is no config.json: it holds no JSON object.")
-    kind = source_kind(config, str(path))
+    stored = file_format(path, config)
+    stored.required_kind()
     family = family_of(config, str(path))
     source = HeaderSource(str(path), config)
-    for name, expected in family.expected_tensors(config).items():
-        quantized = kind != PLAIN and family.role(name).kind in QUANTIZABLE
-        dtype = "F8_E4M3" if quantized else "F32" if expected.float32 else "BF16"
-        source.add(name, dtype, expected.shape, kind if quantized else PLAIN)
+    for name, dtype, shape, kind in stored_entries(family, config, stored):
+        source.add(name, dtype, shape, kind)
     source.warnings.append(
         "planned from config.json alone: sizes are those of the weights the config promises, without other files"
     )

@@ -24,8 +24,9 @@ from .engine_config import check_format, engine_problems, quantization_config
 from .engine_integers import integer_notes
 from .engine_kept import PASSED_THROUGH, kept_linears
 from .layout import check_divisible, stored_tensors
-from .source_tensors import FP8_BLOCK as FP8_BLOCK_SOURCE
-from .source_tensors import PLAIN, SourceTensor, check_complete, source_tensors
+from .source_format import FP8_BLOCK as FP8_BLOCK_SOURCE
+from .source_format import HF_QUANT_CONFIG, PLAIN
+from .source_tensors import SourceTensor, check_complete, source_tensors
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ SHARD_METADATA = {"format": "pt"}  # transformers refuses shards without it
 RECIPE_FILE = "recipe.yaml"
 INDEX_FILE = "model.safetensors.index.json"
 # Files that describe the source and would be wrong of the output, which has or gets its own.
-REPLACED_FILES = (RECIPE_FILE, "m3quant.json", "eval.json", "SHA256SUMS")
+REPLACED_FILES = (RECIPE_FILE, "m3quant.json", "eval.json", "SHA256SUMS", HF_QUANT_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,12 @@ class Plan:
 
 
 def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without quantization_config, at the top or in text_config (`source_kind` reads either)."""
-    out = {key: value for key, value in config.items() if key != "quantization_config"}
+    """A config.json without quantization_config, at the top or in text_config (`source_format` reads either)."""
+    sections = ("quantization_config", "compression_config")
+    out = {key: value for key, value in config.items() if key not in sections}
     text = out.get("text_config")
-    if isinstance(text, Mapping) and "quantization_config" in text:
-        out["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+    if isinstance(text, Mapping) and any(section in text for section in sections):
+        out["text_config"] = {key: value for key, value in text.items() if key not in sections}
     return out
 
 

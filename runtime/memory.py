@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
-from ..errors import CheckpointError, NodeError
+from ..errors import NodeError
 from ..families import Family
-from ..families.base import need
+from ..families.config import MAX_SIZE, ConfigPart
 from .hardware import CPU, GIB, Gpu, Node
 from .weights import Group, Split, rank_weights, stage_of_layers
 
@@ -104,6 +104,7 @@ LARGE_GPU = (
 ACTIVATION_RANGE = (0.6, 1.0, 1.8)
 HIDDEN_COPIES = 4  # residual, normed input, attention output and MoE output of one layer
 SAMPLER_COPIES = 4  # float32 logits, their sorted copy, probabilities and a mask
+MAX_MERGE = 16  # more than any tower merges along an edge
 VISION_COPIES = 4  # residual, normed input, attention output and one more of a vision layer
 VISION_RANGE = (0.4, 1.0, 2.5)
 VISION_TOKENS = 8192  # a video's: the encoder's budget is at least one item (log of M3 on two B200)
@@ -178,46 +179,52 @@ def kv_dtype_of(config: Mapping[str, Any], asked: str = "auto", weights_dtype: s
     return weights_dtype if algorithm == "none" else algorithm
 
 
-def kv_bytes_per_token(family: Family, config: Mapping[str, Any], setup: Setup) -> list[int]:
+def kv_bytes_per_token(family: Family, setup: Setup) -> list[int]:
     """Per pipeline stage: bytes of KV and index cache that one rank keeps for one token.
 
     kv = 2 x layers x max(1, kv_heads / tp) x head_dim x bytes; index = index layers x index_dim x bytes, on every rank.
     """
-    geometry = family.kv_geometry(config)
+    geometry = family.kv_geometry
     heads = max(1, geometry.kv_heads // setup.split.tp)
     per_layer = 2 * heads * geometry.head_dim * KV_BYTES[setup.kv_dtype]
     per_index = geometry.index_dim * INDEX_BYTES[setup.index_dtype]
     return [
-        sum(per_layer + (per_index if family.has_index_keys(config, layer) else 0) for layer in stage)
+        sum(per_layer + (per_index if family.has_index_keys(layer) else 0) for layer in stage)
         for stage in stage_of_layers(geometry.layers, setup.split.pp)
     ]
 
 
-def activation(family: Family, config: Mapping[str, Any], setup: Setup) -> Estimate:
+def activation(family: Family, setup: Setup) -> Estimate:
     """Transient peak of one step of max_num_batched_tokens on one rank. With DP the experts see the gathered tokens of all replicas,
     at once or in pieces.
 
-    The MoE caches are Marlin's (fused_moe/experts/marlin_moe.py): T x top_k x (max(2 x inner, hidden) + inner) elements.
+    The MoE caches are Marlin's (fused_moe/experts/marlin_moe.py): T x top_k x (max(2 x inner, hidden) + inner) elements. A
+    dense MLP keeps gate, up and their product.
     """
-    text = family.text_config(config)
-    geometry = family.kv_geometry(config)
+    geometry = family.kv_geometry
     tokens, tp = setup.max_num_batched_tokens, setup.split.tp
-    hidden, vocab = int(text["hidden_size"]), int(text["vocab_size"])
-    inner = int(text["intermediate_size"]) // (1 if setup.split.expert_parallel else setup.split.expert_ranks)
-    moe = tokens * int(text["num_experts_per_tok"]) * (max(2 * inner, hidden) + inner) * 2
-    heads = int(text["num_attention_heads"]) // tp + 2 * max(1, geometry.kv_heads // tp)
+    hidden, vocab = family.hidden_size, family.vocab_size
+    gathered = (1, 1, 1)
+    if family.moe:
+        inner = family.moe.intermediate_size // (1 if setup.split.expert_parallel else setup.split.expert_ranks)
+        mlp = tokens * family.moe.top_k * (max(2 * inner, hidden) + inner) * 2
+        gathered = (1, setup.split.dp, setup.split.dp)
+    else:
+        mlp = tokens * 3 * (max(spec.dense_intermediate_size for spec in family.layers) // tp) * 2
+    heads = family.num_heads // tp + 2 * max(1, geometry.kv_heads // tp)
     attention = 2 * tokens * heads * geometry.head_dim * 2
     sampler = SAMPLER_COPIES * setup.max_num_seqs * vocab * 4
     rest = attention + HIDDEN_COPIES * tokens * hidden * 2 + sampler
-    gathered = (moe, moe * setup.split.dp, moe * setup.split.dp)
-    low, expected, high = (int((part + rest) * factor) for part, factor in zip(gathered, ACTIVATION_RANGE, strict=True))
+    low, expected, high = (
+        int((mlp * times + rest) * factor) for times, factor in zip(gathered, ACTIVATION_RANGE, strict=True)
+    )
     estimate = Estimate(
         low,
         expected,
         high,
-        "Marlin MoE caches, attention, hidden states and sampler of one step; range from public logs",
+        "MLP or Marlin MoE caches, attention, hidden states and sampler of one step; range from public logs",
     )
-    return estimate + vision_peak(config, hidden, tokens) if setup.split.vision else estimate
+    return estimate + vision_peak(family.config, hidden, tokens) if setup.split.vision else estimate
 
 
 def vision_peak(config: Mapping[str, Any], hidden: int, tokens: int) -> Estimate:
@@ -225,17 +232,11 @@ def vision_peak(config: Mapping[str, Any], hidden: int, tokens: int) -> Estimate
 
     Each token merges s x s patches: s^2 x (VISION_COPIES x width + qkv + both sides of the MLP) + the merging MLP of 4 x hidden.
     """
-    vision = config.get("vision_config")
-    if not isinstance(vision, Mapping):
-        raise CheckpointError(
-            "config.json has no vision_config, but the weights have a vision tower: restore the release's."
-        )
-    width, inner = (
-        int(need(vision, "hidden_size", "vision_config")),
-        int(need(vision, "intermediate_size", "vision_config")),
-    )
-    merge = vision.get("img_token_compression_config") or {}
-    patches = int(merge.get("spatial_merge_size") or 1) ** 2
+    vision = ConfigPart(config, "config.json").needed_part("vision_config")
+    width, inner = vision.count("hidden_size", MAX_SIZE), vision.count("intermediate_size", MAX_SIZE)
+    compression = config["vision_config"].get("img_token_compression_config")
+    merge = compression.get("spatial_merge_size") if isinstance(compression, Mapping) else None
+    patches = merge**2 if type(merge) is int and 0 < merge <= MAX_MERGE else 1
     per_token = 2 * (patches * ((VISION_COPIES + 3) * width + 2 * inner) + 4 * hidden)
     low, expected, high = (int(max(tokens, VISION_TOKENS) * per_token * factor) for factor in VISION_RANGE)
     return Estimate(
@@ -336,11 +337,11 @@ class Prediction:
         return min(caching, key=lambda r: r.kv_bytes(r.overhead.high) / max(1, r.bytes_per_token))
 
 
-def predict(node: Node, family: Family, config: Mapping[str, Any], groups: Sequence[Group], setup: Setup) -> Prediction:
+def predict(node: Node, family: Family, groups: Sequence[Group], setup: Setup) -> Prediction:
     """Memory of each rank. Raises NodeError for a setup that no engine takes."""
     check_setup(setup)
-    geometry = family.kv_geometry(config)
-    per_token = kv_bytes_per_token(family, config, setup)
+    geometry = family.kv_geometry
+    per_token = kv_bytes_per_token(family, setup)
     weights = rank_weights(groups, setup.split, geometry.kv_heads, geometry.layers)
     stages = stage_of_layers(geometry.layers, setup.split.pp)
     none = Estimate(0, 0, 0, "the CPU build reserves the cache alone")
@@ -359,7 +360,7 @@ def predict(node: Node, family: Family, config: Mapping[str, Any], groups: Seque
                 requested=node.gpu.total_bytes if cpu else math.ceil(node.gpu.total_bytes * setup.utilization),
                 weights={} if cpu else weights[i],
                 non_torch=non_torch,
-                activation=none if cpu else activation(family, config, setup),
+                activation=none if cpu else activation(family, setup),
                 graphs=none if cpu else graphs(setup, node.gpu),
                 bytes_per_token=per_token[i],
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import CONFIG_NAME, Checkpoint
+from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.strict_json import parse_object
 from ..errors import CheckpointError, PlanError
 from ..families import Family, family_of
@@ -16,7 +17,7 @@ from ..planning.other_trees import other_tree
 from ..planning.plan import unquantized
 from ..planning.source_format import PLAIN, SourceFormat, file_format, source_format, stored_entries
 from ..planning.source_tensors import check_complete, scale_layout, source_tensors
-from ..recipe.recipe import Recipe, build_recipe, named_recipe, recipe_names
+from ..recipe.recipe import Recipe, build_recipe, for_family, named_recipe, recipe_names
 from ..schemes import Scheme
 from .weights import Group, bf16_release, checkpoint_groups, converted_groups, gather, stored_bytes
 
@@ -34,13 +35,9 @@ class ServedModel:
     schemes: frozenset[Scheme] = frozenset()
 
     @property
-    def text(self) -> Mapping[str, Any]:
-        return self.family.text_config(self.config)
-
-    @property
     def max_positions(self) -> int:
-        """Longest context that config.json allows, in tokens."""
-        return int(self.text.get("max_position_embeddings") or 0)
+        """Longest context that config.json allows, in tokens; 0 where it does not say."""
+        return self.family.max_positions or 0
 
     @property
     def stored_bytes(self) -> int:
@@ -73,6 +70,7 @@ class Subject:
             raise PlanError(f"no recipe can be applied: {self.refused}")
         if reason := self.family.refused_formats.get(recipe.format):
             raise PlanError(f"format '{recipe.format}' cannot be served for {self.family.model_type}: {reason}.")
+        recipe, _ = for_family(recipe, self.family)
         check_format(recipe)
         groups = converted_groups(self.source_groups, recipe)
         schemes = frozenset(s for role in self.family.targets for s in recipe.schemes_of(role) if s.quantizes)
@@ -122,17 +120,17 @@ def _from_config(path: Path) -> Subject:
         raise CheckpointError(
             f"{path.parent} holds neither {CONFIG_NAME} nor *.safetensors: give a checkpoint's folder or its config.json."
         )
-    config = parse_object(path.read_bytes(), str(path), "Copy or download it again.", constants=True)
+    config = parse_object(
+        read_bounded(path, CONFIG_BYTES, follow=True), str(path), "Copy or download it again.", constants=True
+    )
     family = family_of(config, str(path))
     found = file_format(path, config)
     if found.refused:
         raise CheckpointError(
             f"{found.refused} Its sizes are in its shards: to plan it as it is, give the folder with the *.safetensors files."
         )
-    groups = bf16_release(family, config)
-    stored = (
-        groups if found.kind == PLAIN else gather(family, config, _with_scales(stored_entries(family, config, found)))
-    )
+    groups = bf16_release(family)
+    stored = groups if found.kind == PLAIN else gather(family, _with_scales(stored_entries(family, found)))
     model = ServedModel(str(path.parent), found.label, family, _with_section(config, found), stored)
     return Subject(str(path.parent), family, config, model, "", True, groups)
 

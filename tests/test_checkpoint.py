@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import adversarial
+import hostile
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from m3quant.checkpoint import Checkpoint, parse_header, reader
+from m3quant.checkpoint.index import check_numbering
 from m3quant.checkpoint.listing import classify
 from m3quant.errors import CheckpointError
 
@@ -161,12 +163,9 @@ def test_opening_reads_headers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_links_to_shards_as_in_the_hub_cache_are_followed(tmp_path: Path) -> None:
     tensors = random_tensors()
-    save(tmp_path / "blobs", tensors)
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for file in (tmp_path / "blobs").iterdir():
-        (snapshot / file.name).symlink_to(Path("..") / "blobs" / file.name)
-    linked, direct = Checkpoint.open(snapshot), Checkpoint.open(tmp_path / "blobs")
+    save(tmp_path / "direct", tensors)
+    snapshot = hostile.cached(tmp_path / "direct", tmp_path / "hub")
+    linked, direct = Checkpoint.open(snapshot), Checkpoint.open(tmp_path / "direct")
     assert torch.equal(linked.read("m.int64"), tensors["m.int64"])
     assert linked.fingerprint() == direct.fingerprint()
 
@@ -197,13 +196,12 @@ def test_other_files_are_listed_and_skipped_ones_say_why(tmp_path: Path) -> None
     for name in [*left_out, ".git/config", "__pycache__/modeling.pyc"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("left out")
-    (tmp_path / "broken").symlink_to("nowhere")
     (tmp_path / "elsewhere").symlink_to("/usr")
     checkpoint = Checkpoint.open(tmp_path)
     assert checkpoint.other_files == ["README.md", "code/modeling.py", "images/a.png", "tokenizer.json"]
     assert checkpoint.file_bytes("code/modeling.py") == b"this is code/modeling.py"
     assert checkpoint.file_bytes("config.json") == checkpoint.config_text
-    assert set(checkpoint.skipped_files) == {*left_out, ".git/", "__pycache__/", "broken", "elsewhere/"}
+    assert set(checkpoint.skipped_files) == {*left_out, ".git/", "__pycache__/", "elsewhere/"}
     assert "another format" in checkpoint.skipped_files["pytorch_model.bin"]
     with pytest.raises(CheckpointError, match=r"no file 'pytorch_model\.bin'"):
         checkpoint.file_bytes("pytorch_model.bin")
@@ -233,6 +231,37 @@ def test_a_broken_checkpoint_is_refused_with_the_reason(tmp_path: Path, case: ad
     text = str(caught.value)
     assert [phrase for phrase in case.phrases if phrase not in text] == [], text
     assert "\x1b" not in text and text.endswith("."), text
+
+
+def numbered(*numbers: int, count: int = 3) -> list[str]:
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in numbers]
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, 3), (0, 1, 2)], ids=["from 1", "from 0"])
+def test_a_whole_set_of_numbered_shards_needs_no_index(numbers: tuple[int, ...]) -> None:
+    check_numbering([*numbered(*numbers), "other.safetensors"], "here")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ((1, 3), r"1 is absent: first model-00002-of-00003.safetensors\."),
+        ((0, 2), r"1 is absent: first model-00001-of-00003.safetensors\."),
+        ((0,), r"2 are absent: first model-00001"),
+        ((3,), r"2 are absent: first model-00001"),
+        ((1, 2), r"1 is absent: model-00000-of-00003.safetensors or model-00003-of-00003.safetensors\."),
+        ((2,), r"2 are absent: model-00000-of-00003.safetensors or model-00003-of-00003.safetensors and model-00001"),
+        (
+            (0, 1, 2, 3),
+            r"model-00003-of-00003.safetensors is one of 4 shards numbered 0 to 3, where the names promise 3",
+        ),
+        ((0, 3), r"model-00003-of-00003.safetensors is one of 2 shards numbered 0 to 3, where the names promise 3"),
+        ((1, 2, 7), r"model-00007-of-00003.safetensors is one of 3 shards numbered 1 to 7"),
+    ],
+)
+def test_absent_shards_are_named_only_where_they_are_known(numbers: tuple[int, ...], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        check_numbering(numbered(*numbers), "here")
 
 
 def test_nesting_is_refused_at_every_depth() -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..checkpoint import Checkpoint, sha256_file
+from ..checkpoint.bounded import read_yaml
+from ..checkpoint.links import require_regular
+from ..checkpoint.strict_json import shown
 from ..errors import CheckpointError, M3QuantError, VerifyError
 from ..planning.headers import HeaderSource
 from ..planning.plan import RECIPE_FILE, Plan, make_plan, unquantized
 from ..planning.source_format import FP8_BLOCK, MX_GROUP, PLAIN
 from ..recipe.recipe import Recipe, build_recipe
 from ..schemes import FP8_BLOCK as BLOCK
-from .journal import MANIFEST, unfinished
+from .journal import unfinished
+from .manifest import MANIFEST, Manifest, load_manifest
 
 
 def require_converted(output: Path) -> None:
@@ -26,7 +27,8 @@ def require_converted(output: Path) -> None:
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
-    """m3quant.json of an output. Raises VerifyError if the folder is unfinished or not ours."""
+    """m3quant.json of an output, as plain values that `Manifest` describes. Raises VerifyError if the folder is unfinished or
+    not ours."""
     path = output / MANIFEST
     if sentence := unfinished(output):
         raise VerifyError(sentence)
@@ -35,17 +37,9 @@ def read_manifest(output: Path) -> dict[str, Any]:
             f"{output} has no {MANIFEST}: it was not written by m3quant convert, or the file was removed."
         )
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise VerifyError(f"{path} is damaged: convert again.") from None
-    needed = ("source", "recipe", "shards", "files")
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in needed):
-        raise VerifyError(
-            f"{path} lacks one of {', '.join(needed)}: it is damaged or of another version; convert again."
-        )
-    if not all(isinstance(facts, dict) and {"size", "sha256"} <= facts.keys() for facts in manifest["shards"].values()):
-        raise VerifyError(f"{path} lacks size or sha256 of a shard: it is damaged; convert again.")
-    return manifest
+        return load_manifest(path, Manifest).to_json()
+    except ValueError as error:
+        raise VerifyError(f"{error}: convert again.") from None
 
 
 def recorded_source(output: Checkpoint, manifest: Mapping[str, Any]) -> HeaderSource:
@@ -78,8 +72,8 @@ def output_plan(output: Checkpoint, manifest: Mapping[str, Any], source: Checkpo
     """
     path = Path(output.root) / RECIPE_FILE
     try:
-        recipe: Recipe = build_recipe(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, M3QuantError) as error:
+        recipe: Recipe = build_recipe(read_yaml(path, "recipe", follow=False))
+    except M3QuantError as error:
         raise VerifyError(f"{path} cannot be read as a recipe ({error}): convert again.") from None
     try:
         recorded = build_recipe(manifest["recipe"])
@@ -105,16 +99,27 @@ def require_output(out: Path) -> None:
 def hash_problems(output: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
     """Shards, config, index, recipe and carried files whose bytes are not those that were written."""
     for shard, facts in manifest["shards"].items():
-        path = output / shard
-        if not path.exists():
-            yield f"{shard} is missing"
+        path, problem = _listed(output, shard)
+        if problem:
+            yield problem
         elif path.stat().st_size != facts["size"]:
             yield f"{shard} has {path.stat().st_size} bytes, {facts['size']} were written"
         elif sha256_file(path) != facts["sha256"]:
             yield f"{shard}: sha256 differs from the one recorded when it was written: the file was changed or damaged"
     for name, digest in manifest["files"].items():
-        path = output / name
-        if not path.exists():
-            yield f"{name} is missing"
+        path, problem = _listed(output, name)
+        if problem:
+            yield problem
         elif sha256_file(path) != digest:
             yield f"{name}: sha256 differs from the one recorded when it was written: the file was edited or damaged"
+
+
+def _listed(output: Path, name: str) -> tuple[Path, str | None]:
+    """The path of a file that the manifest lists, and what is wrong with it: missing, a link, or outside the folder."""
+    path = output / name
+    if not path.is_symlink() and not path.exists():
+        return path, f"{shown(name)} is missing"
+    try:
+        return require_regular(output, name, VerifyError), None
+    except VerifyError as error:
+        return path, str(error)

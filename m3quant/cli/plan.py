@@ -10,7 +10,7 @@ import click
 
 from ..checkpoint import Checkpoint
 from ..errors import PlanError
-from ..families import family_of
+from ..planning.calibration_text import calibration_lines, token_choice
 from ..planning.headers import from_config
 from ..planning.plan import Plan, bits_per_weight, make_plan, passed_through, role_schemes, role_table
 from ..planning.resources import resources
@@ -99,9 +99,11 @@ def _serving(src: str, revision: str | None, to: str | None, recipe_file: Path |
 
 def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
     """The plan for programs: every number that the table shows, and each tensor's fate."""
-    time = estimate(plan, rates or load_rates())
+    rates = rates or load_rates()
+    time = estimate(plan, rates)
     return {
         "estimate": time.model_dump() if time else None,
+        "calibration_tokens": token_choice(plan, rates).to_json() if plan.recipe.calibrated else None,
         "source": plan.checkpoint.root,
         "revision": plan.checkpoint.revision,
         "model_type": plan.family.model_type,
@@ -131,17 +133,16 @@ def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
 
 
 def print_source(plan: Plan) -> None:
-    config, family = plan.checkpoint.config, family_of(plan.checkpoint.config)
-    text = family.text_config(config)
+    family = plan.family
     weights = sum(t.source.info.numel for t in plan.tensors)
     shards = f" in {len(plan.checkpoint.shards)} shards" if plan.checkpoint.shards else ""
     bytes_in = sum(u.bytes_in for u in plan.units)
     click.echo(
         f"{plan.checkpoint.root}: {family.model_type}, {weights / 1e9:.3f}B parameters, {human_bytes(bytes_in)}{shards}; "
-        f"{family.num_layers(config)} layers, {text['num_local_experts']} experts, "
-        f"top-{text['num_experts_per_tok']}"
+        f"{family.num_layers} layers, "
+        + (f"{family.moe.num_experts} experts, top-{family.moe.top_k}" if family.moe else "no routed experts")
     )
-    kv = family.kv_geometry(config)
+    kv = family.kv_geometry
     index = f" + {kv.bytes_per_token(0, 2):,.0f} of index keys" if kv.index_layers else ""
     click.echo(
         f"KV cache per token, unsharded: {kv.bytes_per_token(2, 0):,.0f} bytes in BF16, {kv.bytes_per_token(1, 0):,.0f} in FP8{index}"
@@ -188,8 +189,12 @@ def print_plan(plan: Plan, rates: Rates | None = None) -> None:
         click.echo(
             f"on a {name}: peak host memory {human_bytes(need.host)}{device}, free disk {human_bytes(need.disk)}"
         )
-    if time := estimate(plan, rates or load_rates()):
+    rates = rates or load_rates()
+    if time := estimate(plan, rates):
         click.echo(sentence(time))
+    if plan.recipe.calibrated:
+        for line in calibration_lines(plan, rates):
+            click.echo(line)
     passed = passed_through(plan)
     if passed:
         click.echo(

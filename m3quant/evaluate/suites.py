@@ -21,11 +21,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..calibration.spec import text_config
+from ..checkpoint.bounded import read_yaml
 from ..errors import EvaluationError
+from ..families import family_of
 from .task import Task
 from .texts import BUNDLED, load_texts
 
@@ -72,15 +72,10 @@ def suite_names() -> list[str]:
 def load_suite(spec: str) -> Suite:
     """A suite that ships with m3quant, or a file. Raises EvaluationError with the nearest valid name or key."""
     path = SUITES / f"{spec}.yaml" if spec in suite_names() else Path(spec)
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         near = _nearest(spec, suite_names())
-        raise EvaluationError(f"no suite and no file '{spec}': did you mean --suite {near}?") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"suite {path} cannot be read: {error}.") from None
-    except yaml.YAMLError as error:
-        raise EvaluationError(f"suite {path} is not YAML: {' '.join(str(error).split())}.") from None
+        raise EvaluationError(f"no suite and no file '{spec}': did you mean --suite {near}?")
+    document = read_yaml(path, "suite", error=EvaluationError)
     if not isinstance(document, Mapping):
         raise EvaluationError(f"suite {path} holds no mapping: it needs the keys 'name' and 'tasks'.")
     suite: Suite = _validated(Suite, document, f"suite {path}")
@@ -98,16 +93,12 @@ def make_tasks(
     """The suite's tasks, and notes on what was left out. data: in place of the text of every task. Raises EvaluationError."""
     tasks: list[Task] = []
     notes: list[str] = []
-    limit = text_config(config).get("max_position_embeddings")
+    limit = family_of(config).max_positions
     for entry in suite.tasks:
         params = entry.params
         if data is not None:
             params["data"] = data
-        if (
-            suite.beyond_context == "leave-out"
-            and limit is not None
-            and not _fit(entry.task, params, int(limit), notes)
-        ):
+        if suite.beyond_context == "leave-out" and limit is not None and not _fit(entry.task, params, limit, notes):
             continue
         if entry.task in _TEXT_TASKS:
             texts = load_texts(params.pop("data", BUNDLED), tokenizer)

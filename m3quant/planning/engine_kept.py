@@ -20,8 +20,9 @@ _SAID = 20  # problems of one kind that are listed
 _MTP = re.compile(r"(?:.*\.)?mtp\.")
 
 
-def kept_linears(family: Family, tensors: Iterable[TensorInfo], layers: int, fmt: str) -> list[tuple[str, Role]]:
-    """Modules among stored tensors that may be Linear layers and have no scheme of the recipe's, with their roles.
+def kept_linears(family: Family, tensors: Iterable[TensorInfo], fmt: str) -> list[tuple[str, Role]]:
+    """Modules among stored tensors that may be Linear layers and have no scheme of the recipe's, with their roles (the layer's number
+    too for layers past the last).
 
     fmt: the output's format. In `fp8` a module copied with its FP8 block scales is what the config says of every other one.
     """
@@ -36,8 +37,12 @@ def kept_linears(family: Family, tensors: Iterable[TensorInfo], layers: int, fmt
         if len(tensor.shape) < 2 or not tensor.name.endswith(".weight") or tensor.name in scaled:
             continue
         role = family.role(tensor.name)
-        if role.layer is not None and role.layer >= layers:
-            role = Role("mtp", role.layer)
+        if (
+            role.kind == "mtp"
+            and tensor.name.startswith(f"{family.body}layers.")
+            and (number := _LAYER.search(tensor.name))
+        ):
+            role = Role("mtp", int(number[1]))
         if fmt == "fp8" and role.kind == "unknown" and role.layer is not None and ".experts." in tensor.name:
             continue  # an entry inside a layer's list of experts would take all of them out (vLLM's is_layer_skipped); nobody builds it
         if role.kind not in QUANTIZABLE and role.kind not in _NO_LINEAR:

@@ -15,11 +15,12 @@ _NO_DECODER = ("vision_tower.", "mtp.", "dspark.", "draft.")
 
 
 def other_tree(checkpoint: Checkpoint, family: Family) -> str:
-    """A sentence where a checkpoint has no routed expert under the release's names, and the names of another tree; or ''."""
-    if any(family.role(name).kind == "routed_experts" for name in checkpoint.tensors):
+    """A sentence where a checkpoint has no MLP under the release's names, and the names of another tree; or ''."""
+    own = "routed_experts" if family.moe else "dense_mlp"
+    if any(family.role(name).kind == own for name in checkpoint.tensors):
         return ""
-    root = family.layer_prefix(0).partition("layers.")[0]
-    foreign = [name for name in checkpoint.tensors if _is_foreign(name, root)]
+    unknown = (name for name in checkpoint.tensors if family.role(name).kind == "unknown")
+    foreign = [name for name in unknown if _is_foreign(name, family.body)]
     if not foreign:
         return ""
     name = next((name for name in foreign if _STACK.search(name)), foreign[0])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import CONFIG_NAME, Checkpoint, TensorInfo
+from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.strict_json import parse_object
 from ..errors import CheckpointError
 from ..families.base import QUANTIZABLE, Family
@@ -89,22 +90,20 @@ def source_format(checkpoint: Checkpoint) -> SourceFormat:
 def file_format(path: Path, config: Mapping[str, Any]) -> SourceFormat:
     """What a config.json that lies there alone says, with the hf_quant_config.json beside it. Raises CheckpointError."""
     beside = path.with_name(HF_QUANT_CONFIG)
-    raw = _hf_quant(beside.read_bytes(), str(beside)) if beside.is_file() else None
+    raw = _hf_quant(read_bounded(beside, CONFIG_BYTES, follow=True), str(beside)) if beside.is_file() else None
     return config_format(config, str(path), raw)
 
 
 def _hf_quant_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     if HF_QUANT_CONFIG not in checkpoint.other_files or _section(checkpoint.config) is not None:
         return None
-    return _hf_quant(checkpoint.file_bytes(HF_QUANT_CONFIG), f"{checkpoint.root}/{HF_QUANT_CONFIG}")
-
-
-_MAX_BYTES = 64 << 20
+    where = f"{checkpoint.root}/{HF_QUANT_CONFIG}"
+    if (size := checkpoint.file_size(HF_QUANT_CONFIG)) > CONFIG_BYTES:
+        raise CheckpointError(f"{where} has {size:,} bytes, no such file is that large: download it again.")
+    return _hf_quant(checkpoint.file_bytes(HF_QUANT_CONFIG), where)
 
 
 def _hf_quant(raw: bytes, where: str) -> Mapping[str, Any]:
-    if len(raw) > _MAX_BYTES:
-        raise CheckpointError(f"{where} has {len(raw):,} bytes, no such file is that large: download it again.")
     return parse_object(raw, where, "Download it again.", constants=True)
 
 
@@ -227,12 +226,10 @@ def header_format(tensors: Mapping[str, TensorInfo]) -> tuple[str, str, TensorIn
     return _UNKNOWN_TOOL[0], _UNKNOWN_TOOL[1], tensor
 
 
-def stored_entries(
-    family: Family, config: Mapping[str, Any], source: SourceFormat
-) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
+def stored_entries(family: Family, source: SourceFormat) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
     """(name, dtype, shape, kind) of every tensor that config.json describes, scales left out: what is not kept is in the source's kind."""
     keeps = KeptModules(source.kept, family)
-    for name, expected in family.expected_tensors(config).items():
+    for name, expected in family.expected_tensors.items():
         role = family.role(name)
         if (
             source.kind != PLAIN

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..checkpoint.bounded import TEXT_BYTES, read_text
 from ..errors import PlanError
 from .plan import Plan, Unit
 from .quantizers import active_weights, facts_of, tokens_of
@@ -67,9 +68,10 @@ class Estimate(BaseModel):
 def load_rates(path: Path | None = None) -> Rates:
     """A record of rates; the benchmark machine's by default. Raises PlanError naming the file and what is wrong in it."""
     try:
-        text = path.read_text("utf-8") if path else (files("m3quant.planning") / RATES_FILE).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"--rates {path}: cannot be read: {error}.") from None
+        packaged = files("m3quant.planning") / RATES_FILE
+        text = read_text(path, TEXT_BYTES, error=PlanError, follow=True) if path else packaged.read_text("utf-8")
+    except PlanError as error:
+        raise PlanError(f"--rates: {error}") from None
     try:
         return Rates.model_validate_json(text)
     except ValidationError as error:
@@ -132,6 +134,12 @@ def _io(bytes_in: int, bytes_out: int, saved: int, rates: Rates) -> dict[str, fl
     return out
 
 
+def layer_io(plan: Plan, rates: Rates) -> float:
+    """Seconds in which an average layer is read and its output written, saved hidden states not counted."""
+    layers = [unit for unit in plan.units if unit.layer is not None]
+    return _of(layers, rates)["disk"] / len(layers)
+
+
 def forward_flops(plan: Plan) -> float:
     """Of both streams through an average layer, held-out windows too, attention scores not counted."""
     heldout = plan.recipe.data.heldout_windows / plan.recipe.data.windows
@@ -140,8 +148,8 @@ def forward_flops(plan: Plan) -> float:
 
 def stream_bytes(plan: Plan) -> int:
     """Of both streams as they are saved after a layer, in BF16, held-out windows too."""
-    data, text = plan.recipe.data, plan.family.text_config(plan.checkpoint.config)
-    return 2 * (data.windows + data.heldout_windows) * data.window_length * int(text["hidden_size"]) * 2
+    data = plan.recipe.data
+    return 2 * (data.windows + data.heldout_windows) * data.window_length * plan.family.hidden_size * 2
 
 
 def search_flops(plan: Plan) -> float:

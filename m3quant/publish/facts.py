@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from ..artifact.conversion_eval import output_fingerprint
 from ..checkpoint import Checkpoint
+from ..checkpoint.bounded import TEXT_BYTES, read_text
 from ..families import Family, family_of
 from ..planning.engine_config import config_schemes
 from ..planning.engine_integers import min_vllm
@@ -101,12 +102,13 @@ class CardFacts:
         return max(self.family.min_vllm, min_vllm(config_schemes(self.config)), key=lambda v: Version(v or "0"))
 
     @property
-    def max_context(self) -> int:
-        return int(self.family.text_config(self.config)["max_position_embeddings"])
+    def max_context(self) -> int | None:
+        """Longest context that config.json allows, in tokens; None where it does not say."""
+        return self.family.max_positions
 
     @property
     def selected_tokens(self) -> int:
-        return self.family.selected_tokens(self.config)
+        return self.family.selected_tokens
 
     @property
     def multimodal(self) -> bool:
@@ -125,7 +127,7 @@ def gather(
     """Read `out` and return what the card says. Raises CheckpointError, RecipeError or PublishError (eval.json)."""
     checkpoint = Checkpoint.open(out)
     record = read_eval(out, output_fingerprint(checkpoint, manifest))
-    text = (out / RECIPE_FILE).read_text(encoding="utf-8")
+    text = read_text(out / RECIPE_FILE, TEXT_BYTES)
     return CardFacts(
         name=repo.split("/")[-1] if repo else out.resolve().name,
         repo=repo,

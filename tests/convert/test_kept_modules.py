@@ -69,7 +69,7 @@ def test_every_copied_linear_is_ignored(extended: dict[str, Path], family: str, 
     qconfig = plan.quantization
     assert qconfig is not None
     tensors = [o for t in plan.tensors for o in t.outputs]
-    kept = kept_linears(plan.family, tensors, 2, plan.recipe.format)  # type: ignore[arg-type]  # name and shape are enough
+    kept = kept_linears(plan.family, tensors, plan.recipe.format)  # type: ignore[arg-type]  # name and shape are enough
     modules = {module for module, _ in kept}
     assert f"{PREFIX[family]}.2.eh_proj" in modules and "adapter.experts.0.w1" in modules
     assert any("block_sparse_moe.gate" in module for module in modules) and any(

@@ -16,6 +16,7 @@ import torch
 
 from m3quant.calibration.feedback.grids import Grid, Levels
 from m3quant.calibration.feedback.products import matmul
+from m3quant.quant.integer import int_range
 
 _BLOCK = 64  # columns between which errors travel one by one; beyond them by a matrix product
 
@@ -36,24 +37,52 @@ def round_columns(
     to come are zero). Returns codes [E, K, N] float32 and the new errors.
     """
     columns = target.shape[1]
-    first = errors is None
+    descent = errors is not None
     errors = torch.zeros_like(target) if errors is None else errors.clone()
     codes = torch.empty_like(target)
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
-        seen = slice(0, start if first else columns)
-        aim = target[:, start:stop] + matmul(factor[:, seen, start:stop].transpose(1, 2), errors[:, seen])
-        inner = factor[:, start:stop, start:stop]
-        for offset in range(stop - start):
-            column = start + offset
-            part = levels.of(groups[:, column])
-            code = grid.codes(aim[:, offset], part)
-            error = target[:, column] - grid.values(code, part)
-            if offset + 1 < stop - start:
-                change = error - errors[:, column]
-                aim[:, offset + 1 :].addcmul_(inner[:, offset, offset + 1 :, None], change[:, None, :])
-            codes[:, column], errors[:, column] = code, error
+    fused = target.is_cuda
+    for first in range(0, columns, _BLOCK):
+        stop = min(first + _BLOCK, columns)
+        seen = slice(0, columns if descent else first)
+        aim = target[:, first:stop] + matmul(factor[:, seen, first:stop].transpose(1, 2), errors[:, seen])
+        if fused:
+            from m3quant.calibration.feedback import kernels
+
+            limits = None if grid.scheme.kind == "fp8" else int_range(grid.scheme)
+            kernels.round_block(
+                aim, target, factor, levels.scale, levels.zero, groups, codes, errors, first, limits, descent
+            )
+        else:
+            plain_block(aim, target, factor, levels, grid, groups, codes, errors, first)
     return codes, errors
+
+
+def plain_block(
+    aim: torch.Tensor,
+    target: torch.Tensor,
+    factor: torch.Tensor,
+    levels: Levels,
+    grid: Grid,
+    groups: torch.Tensor,
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+    first: int,
+) -> None:
+    """Round columns first .. first + count in place in codes and errors [E, K, N].
+
+    aim: [E, count, N], where each column would be rounded to but for changes inside the block; overwritten.
+    """
+    count = aim.shape[1]
+    span = slice(first, first + count)
+    inner, own = factor[:, span, span], levels.columns(groups[:, span])
+    for step in range(count):
+        level = own.at(step)
+        code = grid.codes(aim[:, step], level)
+        error = target[:, first + step] - grid.values(code, level)
+        if step + 1 < count:
+            change = error - errors[:, first + step]
+            aim[:, step + 1 :].addcmul_(inner[:, step, step + 1 :, None], change[:, None, :])
+        codes[:, first + step], errors[:, first + step] = code, error
 
 
 def falling_order(second: torch.Tensor) -> torch.Tensor:

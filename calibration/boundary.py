@@ -114,9 +114,12 @@ class Streams:
         self.quantized.close()
 
 
-def drop_saved(stem: Path) -> None:
-    for name in STREAMS:
-        _saved(stem, name).unlink(missing_ok=True)
+def drop_other(stem: Path) -> None:
+    """Remove every saved boundary of the folder but the one under `stem`."""
+    kept = {_saved(stem, name).name for name in STREAMS}
+    for path in sorted(stem.parent.glob("boundary-*.states")):
+        if path.name not in kept:
+            path.unlink()
 
 
 def _saved(stem: Path, name: str) -> Path:

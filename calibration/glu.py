@@ -15,10 +15,9 @@ import torch.nn.functional as F
 
 from m3quant.calibration import grouped
 from m3quant.calibration.experts import ExpertTokens
-from m3quant.calibration.folds import always_on_names, expert_names
 from m3quant.calibration.grouped import Block, PairSum, Rows, gated_rows, row_blocks, times
-from m3quant.calibration.ops import Activation, gated
-from m3quant.calibration.spec import LayerSpec
+from m3quant.calibration.ops import gated
+from m3quant.families.spec import Activation, LayerSpec, always_on_names, expert_names
 from m3quant.schemes import KEEP, Scheme
 
 # Elements of weight (gate, up and down together) of a chunk, float32 while they are searched: M3 has 57 M per expert,

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from m3quant.calibration import ops
 from m3quant.calibration.feedback.evidence import HEADS, NORMED, Rule
 from m3quant.calibration.feedback.fit import Fitted, block_log, fit
 from m3quant.calibration.feedback.heldout import Readers, joined_by_scheme
@@ -99,7 +98,7 @@ class AttentionQuantizer:
             if self.settings.source_targets or self.settings.residual:
                 # With the residual: what the whole stream lacks after attention; without: what the block's output does.
                 base = x if self.settings.residual else self._read(self.x_source, part)
-                short = source_mid[part].float() - base.float() - ops.linear(heads, weight).float()
+                short = source_mid[part].float() - base.float() - self.layer.output(heads, weight).float()
             heads = heads.flatten(0, 1)
             ones = torch.ones(len(heads), device=heads.device)
             total.add(heads, short.flatten(0, 1), ones, self.half[part].flatten())

@@ -14,10 +14,9 @@ from m3quant.calibration.feedback.attention import AttentionQuantizer
 from m3quant.calibration.feedback.mlp import MlpQuantizer
 from m3quant.calibration.feedback.rows import ROWS, MlpStates
 from m3quant.calibration.feedback.settings import FeedbackSettings
-from m3quant.calibration.folds import ROUTER
 from m3quant.calibration.head import Windows
 from m3quant.calibration.layers import Layer
-from m3quant.calibration.ops import Routing, router_scores
+from m3quant.calibration.ops import Routing
 from m3quant.calibration.quantized_layer import QuantizedLayer
 from m3quant.calibration.spec import LayerSpec
 from m3quant.schemes import Scheme
@@ -64,7 +63,15 @@ def _assign(
     for part in mid.split(ROWS):
         h = layer.mlp_input(part)
         routings.append(layer.routing(h))
-        scores.append(router_scores(h, layer.weight(ROUTER)))
+        scores.append(layer.router_scores(h))
     routing = Routing(torch.cat([r.experts for r in routings]), torch.cat([r.weights for r in routings]))
     floor, strict = settings.min_expert_tokens, settings.strict_coverage
-    return assign_tokens(routing, torch.cat(scores), spec.moe.routed_scaling, spec.index, floor, strict)
+    return assign_tokens(
+        routing,
+        torch.cat(scores),
+        spec.moe.routed_scaling,
+        spec.index,
+        floor,
+        strict,
+        normalise=spec.moe.normalise,
+    )

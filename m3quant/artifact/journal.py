@@ -6,7 +6,8 @@
     lock          held while a process converts
 
 Order of durability: shard renamed, boundary of the next unit renamed, record appended and synced, old boundary removed.
-Killed at any instant, the run continues at the first unit without a record, from the boundary that unit entered with.
+Killed at any instant, the run continues at the first unit without a record. On a GPU a boundary is not saved after every
+layer (resources.boundary_interval): layers since the last one are passed again by both streams, from finished shards.
 What job.json and the records hold is typed, and each has a checksum of itself (see records.py).
 """
 
@@ -199,6 +200,10 @@ class Journal:
         finally:
             os.close(descriptor)
         self.records[unit] = kept
+
+    def last_boundary(self) -> int:
+        """The unit before which hidden states are saved that a run goes on from; 1, the first layer, if none are."""
+        return max((index + 1 for index, record in self.records.items() if record.get("boundary")), default=1)
 
     def boundary(self, unit: int) -> Path:
         """Stem of the files that hold the hidden states entering `unit` (see boundary.py)."""

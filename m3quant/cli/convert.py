@@ -11,7 +11,7 @@ import click
 from ..checkpoint import Checkpoint
 from ..errors import EvaluationError, PlanError, RecipeError
 from ..planning.plan import Plan, make_plan
-from ..recipe.recipe import build_recipe
+from ..recipe.recipe import CalibrationOptions, with_data
 from ..running.words import human_bytes
 from .options import TokenCount, load_recipe, recipe_options
 
@@ -105,8 +105,9 @@ def command(
         raise RecipeError(
             f"recipe '{recipe.name}' uses no calibration data: leave calibration options out, or use --to awq."
         )
-    recipe = build_recipe({**recipe.model_dump(), "data": {**recipe.data.model_dump(), **changes}})
-    plan = make_plan(checkpoint, recipe)
+    plan = make_plan(checkpoint, with_data(recipe, changes))
+    if windows is None and not corpus and recipe.rounding == "feedback":
+        plan = _with_enough_text(plan, device)
     if suite is not None:
         _check_eval(suite, fail_over)
     elif fail_over is not None:
@@ -140,6 +141,19 @@ def command(
         from .eval import run_eval
 
         run_eval(dst, Path(src), suite, None, Evaluating(device), None, fail_over, as_json, told)
+
+
+def _with_enough_text(plan: Plan, device: str) -> Plan:
+    """The plan with as much of the bundled text as a GPU has time for, where the recipe does not say how much."""
+    from ..planning.calibration_text import token_choice
+    from ..planning.timing_model import load_rates
+    from ..running.device import pick_device
+
+    data = plan.recipe.data
+    if data.windows != CalibrationOptions().windows or pick_device(device).type != "cuda":
+        return plan
+    windows = -(-token_choice(plan, load_rates()).tokens // data.window_length)
+    return plan if windows <= data.windows else make_plan(plan.checkpoint, with_data(plan.recipe, {"windows": windows}))
 
 
 def _check_eval(suite: str, fail_over: str | None) -> None:

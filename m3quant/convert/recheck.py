@@ -31,7 +31,7 @@ def recheck(plan: Plan, journal: Journal, now: SourceIdentity, stop: StopFlag, p
     size = sum(record["size"] for record in records)
     progress.say(f"checking {len(records)} finished shards ({human_bytes(size)}) against their sha256")
     _drop_changed(plan, journal, changed_shards(journal.output, records, stop))
-    if last := next((record for record in reversed(records) if record["layer"] is not None), None):
+    if last := next((record for record in reversed(records) if record["boundary"]), None):
         check_states(journal.folder, last["boundary"], journal.output)
     if moved := touched(journal.read[SOURCE], now):
         progress.say(

@@ -162,10 +162,10 @@ class _Plan:
 
     def placement(self, folder: Path | None) -> Placement:
         """Where the hidden states go, and the sentence that says so before anything is computed."""
-        hidden = int(self.checkpoint.text_config["hidden_size"])
+        hidden = self.checkpoint.family.hidden_size
         longest = max(batch.size for stream in self.streams for batch in stream.layout.batches)
         activations = longest * hidden * 4 * _ACTIVATIONS
-        layers = int(self.checkpoint.text_config["num_hidden_layers"])
+        layers = self.checkpoint.family.num_layers
         weights = max(model.dense_bytes(layer) for model in self.models for layer in range(layers))
         on_gpu = self.settings.device.type == "cuda"
         reserve = weights * (1 if on_gpu else 2) + activations + _WORKING
@@ -260,13 +260,13 @@ def _digest(sequences: Sequence[ScoredSequence]) -> str:
 
 
 def _check_sequences(task: str, sequences: Sequence[ScoredSequence], model: Model) -> None:
-    limit = model.text_config.get("max_position_embeddings")
+    limit = model.family.max_positions
     for sequence in sequences:
         scored = sequence.scored
         if len(scored) == 0 or scored[0] < 1 or scored[-1] >= len(sequence.ids) or (np.diff(scored) < 1).any():
             raise ValueError(f"task {task}: scored positions must ascend within 1..{len(sequence.ids) - 1}")
-        if limit is not None and int(scored[-1]) > int(limit):
+        if limit is not None and int(scored[-1]) > limit:
             raise EvaluationError(
                 f"task {task} runs {int(scored[-1]):,} tokens, but {model.folder}/config.json says max_position_embeddings "
-                f"{int(limit):,}: set a shorter length."
+                f"{limit:,}: set a shorter length."
             )

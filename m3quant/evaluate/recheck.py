@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from ..artifact.identity import SourceIdentity, touched
 from ..artifact.journal import Journal
 from ..artifact.reread import check_states, other_shards
-from ..calibration.stream import num_layers
 from ..errors import OutputError
 from ..running.progress import Progress
 from ..running.stopping import StopFlag
@@ -22,7 +21,7 @@ def recheck(
     now: label -> identity of each model, which differs from the journal's by stamps at most.
     """
     finished = sorted(journal.records)
-    if finished != list(range(len(finished))) or len(finished) > num_layers(models[0].config):
+    if finished != list(range(len(finished))) or len(finished) > models[0].family.num_layers:
         raise journal.damaged(f"holds records of the layers {finished[:8]}, which do not follow one another")
     if not finished:
         return

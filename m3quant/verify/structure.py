@@ -47,7 +47,7 @@ def _config_problems(output: Checkpoint, plan: Plan, source: Checkpoint | None) 
     if written != plan.quantization:
         yield "config.json: quantization_config is not the one that the recipe gives"
     if written:
-        for problem in engine_problems(plan.family, output.config, written, plan.modules):
+        for problem in engine_problems(plan.family, written, plan.modules):
             yield f"config.json: {problem}"
     if source is not None:
         theirs, ours = unquantized(source.config), unquantized(output.config)

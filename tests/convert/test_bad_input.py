@@ -163,7 +163,7 @@ def test_too_little_calibration_text(m3quant: Run, made: dict[str, Path], tmp_pa
     ("calibration: gptq", ["calibration", "'awq'"]),
     ("format: gguf", ["format", "compressed-tensors"]),
     ("name: nothing", ["quantizes nothing", "--set routed_experts=int4-g128"]),
-    ("calibration: awq\nschemes: {routed_experts: fp8-channel}", ["INT4", "--to fp8"]),
+    ("calibration: awq\nschemes: {routed_experts: fp8-channel}", ["integers", "--to fp8"]),
     ("- a list", ["no mapping"]),
     ("a: [unclosed", ["not YAML", "line 1"]),
     ("", ["no mapping"]),

@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = {}
     for family in ("m2", "m3"):
         out[family] = with_outliers(make_source(folder / f"{family}-plain", family), folder / family)
-        run_convert(out[family], folder / f"{family}-awq", "awq-all-int4", awq={"n_grid": 6})
+        run_convert(out[family], folder / f"{family}-awq", "awq-all-int4", rounding="awq", awq={"n_grid": 6})
         run_convert(out[family], folder / f"{family}-int4", "int4")
         out[f"{family}-awq"], out[f"{family}-int4"] = folder / f"{family}-awq", folder / f"{family}-int4"
     return out

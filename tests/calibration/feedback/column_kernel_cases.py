@@ -26,7 +26,7 @@ def test_a_block_is_rounded_as_by_plain_steps(name: str, descent: bool, first: i
     errors = normal(experts, columns, rows, seed=5).to(DEVICE) * 0.05 if descent else torch.zeros_like(target)
     aim = target[:, first : first + count] + normal(experts, count, rows, seed=6).to(DEVICE) * 0.05
     plain = (torch.full_like(target, torch.nan), errors.clone())
-    plain_block(aim.clone(), target, factor, levels, grid, groups, *plain, first)
+    plain_block(aim.clone(), target, factor, levels, grid, groups, *plain, first, not descent)
     fused = (torch.full_like(target, torch.nan), errors.clone())
     limits = None if scheme.kind == "fp8" else int_range(scheme)
     kernels.round_block(

@@ -29,8 +29,7 @@ BIAS = "block_sparse_moe.e_score_correction_bias"
 
 def tiny_layer(family: str, index: int) -> tuple[LayerSpec, Tensors]:
     """One layer with six experts, of which a token is sent to two."""
-    few = {"num_local_experts": 6, "num_experts_per_tok": 2}
-    return whole_layer(family, index, **(few if family == "m2" else {"text_config": few}))
+    return whole_layer(family, index, num_local_experts=6, num_experts_per_tok=2)
 
 
 def mixed(tensors: Tensors) -> dict[str, Scheme]:
@@ -110,12 +109,10 @@ def same(one: QuantizedLayer, other: QuantizedLayer) -> bool:
 
 
 @pytest.mark.parametrize("name", ["m2", "m3-sparse"])
-def test_the_bytes_do_not_depend_on_how_experts_are_chunked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_in_other_chunks_gives_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, tensors = tiny_layer(*CASES[name])
-    x = streams(2, 160)
+    x = streams(2, 96)
     whole = quantize(spec, tensors, mixed(tensors), x, FAST)
-    again = quantize(spec, tensors, mixed(tensors), x, FAST)
-    assert same(whole, again)
     monkeypatch.setitem(mlp._CHUNK_BYTES, "cpu", 1)
     chunked = quantize(spec, tensors, mixed(tensors), x, FAST)
     assert same(whole, chunked)
@@ -127,7 +124,7 @@ def test_errors_of_the_stream_are_made_good_only_where_asked_for() -> None:
     wanted = output(spec, tensors, {}, streams()[1].read(slice(None)))
     errors = {}
     for targets, residual in ((True, True), (False, False)):
-        settings = FeedbackSettings(rounds=1, source_targets=targets, residual=residual)
+        settings = FeedbackSettings(rounds=0, source_targets=targets, residual=residual)
         found = quantize(spec, tensors, mixed(tensors), settings=settings)
         stored = {name: weight.dequantized() for name, weight in found.weights.items()}
         errors[targets] = float((output(spec, tensors, stored, streams()[0].read(slice(None))) - wanted).square().sum())

@@ -282,10 +282,12 @@ def test_a_text_only_copy_is_a_note(m3quant: Run, made: dict[str, Path], tmp_pat
 
 @pytest.mark.parametrize(("config", "words"), [
     ({"vocab_size": 513}, ["embed_tokens.weight", "[512, 256]", "[513, 256]"]),
-    ({"num_hidden_layers": 3}, ["lacks", "model.layers.2."]),
+    ({"num_hidden_layers": 3}, ["attn_type_list", "an entry for each layer"]),
+    ({"num_hidden_layers": 3, "attn_type_list": [1, 1, 1]}, ["lacks", "model.layers.2."]),
     ({"num_local_experts": 5}, ["experts.4.w1.weight"]),
     ({"hidden_size": None}, ["hidden_size"]),
-    ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ["llama", "m3quant/families/llama.py"]),
+    ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, ["mamba", "write a file in m3quant/families"]),
+    ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ["which this architecture does not"]),
     ({"architectures": ["LlamaForCausalLM"]}, ["LlamaForCausalLM", "MiniMaxM2ForCausalLM"]),
     ({"quantization_config": {"quant_method": "gptq"}}, ["gptq", "quantized already"]),
 ])  # fmt: skip

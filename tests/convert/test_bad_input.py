@@ -341,7 +341,7 @@ def test_a_resume_with_something_else_is_refused_by_name(
     )
     refused(
         m3quant("convert", made["m2"], out, "--to", "int4"),
-        "recipe.calibration was 'awq', now 'none'",
+        "recipe.calibration was 'text', now 'none'",
     )
     refused(m3quant("convert", other, out, "--to", "awq", *SHORT), "another source")
     refused(m3quant("convert", made["m2"], out, "--to", "awq", *SHORT, "--calibration", text), "calibration was")

@@ -329,7 +329,7 @@ def test_a_resume_with_something_else_is_refused_by_name(
     m3quant: Run, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    begun = begin(m3quant, monkeypatch, made["m2"], out, "--to", "awq", *SHORT)
+    begun = begin(m3quant, monkeypatch, made["m2"], out, "--to", "awq-fp8", *SHORT)
     other = changed(made["m2"], tmp_path / "other", poison(EXPERT, 0.5), rms_norm_eps=1e-5)
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(97 + (i * i) % 23) for i in range(4000)))
@@ -343,23 +343,23 @@ def test_a_resume_with_something_else_is_refused_by_name(
         m3quant("convert", made["m2"], out, "--to", "int4"),
         "recipe.calibration was 'text', now 'none'",
     )
-    refused(m3quant("convert", other, out, "--to", "awq", *SHORT), "another source")
-    refused(m3quant("convert", made["m2"], out, "--to", "awq", *SHORT, "--calibration", text), "calibration was")
+    refused(m3quant("convert", other, out, "--to", "awq-fp8", *SHORT), "another source")
+    refused(m3quant("convert", made["m2"], out, "--to", "awq-fp8", *SHORT, "--calibration", text), "calibration was")
     refused(
-        m3quant("convert", made["m2"], out, "--to", "awq", "--windows", 3, *SHORT[2:]),
+        m3quant("convert", made["m2"], out, "--to", "awq-fp8", "--windows", 3, *SHORT[2:]),
         "recipe.data.windows was",
         "now 3)",
     )
     with monkeypatch.context() as patch:
         patch.setattr("m3quant.convert.conversion.__version__", "99.0")
-        refused(m3quant("convert", made["m2"], out, "--to", "awq", *SHORT), "version was", "99.0")
+        refused(m3quant("convert", made["m2"], out, "--to", "awq-fp8", *SHORT), "version was", "99.0")
     assert files(out) == begun
-    assert m3quant("convert", made["m2"], out, "--to", "awq", *SHORT)[0] == 0
+    assert m3quant("convert", made["m2"], out, "--to", "awq-fp8", *SHORT)[0] == 0
     # A finished one is protected as well, and of the recipe only what differs is told.
     said = refused(
         m3quant("convert", made["m2"], out, "--to", "int4"),
         "complete and was made otherwise",
-        "recipe.name was 'awq', now 'int4'",
+        "recipe.name was 'awq-fp8', now 'int4'",
     )
     assert "schemes" not in said and "device" not in said and "continue" not in said
 

@@ -68,7 +68,10 @@ def make_plan_of(
     **document: Any,
 ) -> Plan:
     """The plan of a shipped recipe with `document` laid over it; calibrated recipes get few windows and a coarse grid."""
-    base = {**named_recipe(to), "data": FEW, "awq": COARSE, "feedback": QUICK, **document}
+    base = {**named_recipe(to), "data": FEW, "awq": COARSE, "feedback": QUICK}
+    if "calibration" in document:  # it implies a rounding of its own
+        base.pop("rounding", None)
+    base |= document
     return make_plan(Checkpoint.open(source), build_recipe(base, settings=settings, format=format))
 
 

@@ -60,8 +60,8 @@ class Model:
     def dense_bytes(self, layer: int) -> int:
         """Bytes of one layer as it lies in memory: BF16, whatever the disk holds."""
         if isinstance(self.reader, SourceReader):
-            return sum(2 * self.reader.tensors[n].info.numel for n in self.layer_names(layer))
-        return sum(2 * self.reader.tensors[n].source.info.numel for n in self.layer_names(layer))
+            return sum(2 * self.reader.tensors[n].numel for n in self.layer_names(layer))
+        return sum(2 * self.reader.tensors[n].source.numel for n in self.layer_names(layer))
 
     def fingerprint(self) -> str:
         """What tells this checkpoint from others: headers and config, and for an output of ours its shards' hashes."""

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from ..checkpoint import DTYPE_BYTES, Checkpoint, Entry, TensorInfo, aligned_order, entry_bytes, file_size
+from ..checkpoint.listing import DRAFT_FOLDERS
 from ..errors import PlanError
 from ..families import KEPT, QUANTIZABLE, Family, Role, family_of
 from ..families.spec import is_index
@@ -25,8 +26,8 @@ from .engine_integers import integer_notes
 from .engine_kept import PASSED_THROUGH, kept_linears
 from .layout import check_divisible, stored_tensors
 from .source_format import HF_QUANT_CONFIG
+from .source_layouts import FOUR_BIT, PLAIN, WORDS, SourceTensor
 from .source_layouts import FP8_BLOCK as FP8_BLOCK_SOURCE
-from .source_layouts import PLAIN, SourceTensor
 from .source_tensors import check_complete, source_tensors
 
 T = TypeVar("T")
@@ -202,7 +203,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         raise PlanError(f"format '{recipe.format}' cannot be served for {family.model_type}: {reason}.")
     tensors = source_tensors(checkpoint)
     notes = [*checkpoint.warnings, *recipe_notes, *check_complete(checkpoint, family, tensors)]
-    notes += _calibration_notes(family, recipe)
+    notes += _calibration_notes(family, recipe) + _source_notes(checkpoint, tensors)
     layers = family.num_layers
     by_unit: list[list[PlannedTensor]] = [[] for _ in range(layers + 1)]
     for name in sorted(tensors, key=_natural):
@@ -255,6 +256,26 @@ def _calibration_notes(family: Family, recipe: Recipe) -> list[str]:
         f"calibration windows of {length} tokens never exercise block selection, which begins past {covered} tokens: the error of "
         f"the index projections enters neither the search nor the held-out figures; --window-length {covered * 3 // 2} does"
     ]
+
+
+def _source_notes(checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor]) -> list[str]:
+    """What a source's own precision, its scales of activations and a draft beside it mean for the output."""
+    notes, kinds = [], sorted({t.kind for t in tensors.values()} & set(FOUR_BIT))
+    if kinds:
+        notes.append(
+            f"the source holds {' and '.join(WORDS[kind] for kind in kinds)}: its rounding is in every output beside the output's own, and "
+            "figures against the source do not show it; where there is a BF16 release, start from that"
+        )
+    if unread := sum(len(t.unread) for t in tensors.values()):
+        notes.append(f"{unread} scales of activations in the source are left out: no weight needs them, and the output has its own scheme")
+    drafts = [name for name in checkpoint.other_files if name.partition("/")[0] in DRAFT_FOLDERS and "/" in name]
+    if drafts:
+        size = sum(checkpoint.file_size(name) for name in drafts)
+        notes.append(
+            f"a draft model lies in {drafts[0].partition('/')[0]}/ ({size:,} bytes): it is carried over byte for byte, with its own "
+            "quantization, and guesses for the source's weights"
+        )
+    return notes
 
 
 def _natural(name: str) -> list[Any]:

@@ -26,17 +26,20 @@ from ..planning.source_tensors import source_tensors
 from .dequantize import dequantize_fp8_block, dequantize_fp8_rows, dequantize_mxfp8
 from .formats import decompress
 from .fp4 import dequantize_mxfp4, dequantize_nvfp4
+from .global_scales import check_global_scales
 
 
 class SourceReader:
     """Dense view of a source checkpoint: quantized weights come out as BF16, the rest as stored.
 
     `.config` and `.tensors` (model tensor names, scales left out) are what the calibration stream needs.
+    Raises CheckpointError for a global scale that cannot be right, before anything is read.
     """
 
     def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor] | None = None) -> None:
         self.checkpoint = checkpoint
         self.tensors = dict(tensors) if tensors is not None else source_tensors(checkpoint)
+        check_global_scales(checkpoint, self.tensors.values())
 
     @property
     def config(self) -> dict[str, Any]:

@@ -132,6 +132,7 @@ def write_draft(folder: Path, config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the tensors are small: more threads only wait for one another
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layout", choices=("native", "modelopt"), default="native")

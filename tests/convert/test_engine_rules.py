@@ -174,7 +174,8 @@ def test_a_source_that_is_quantized_already_is_refused(
     config = {**config_of(sources["m2"]), "quantization_config": quantization}
     source = rewrite(tmp_path / "src", stored(sources["m2"]), config)
     with pytest.raises(
-        CheckpointError, match=f"says quant_method '?{words}'?, .*: this checkpoint is quantized already.*Start from the BF16"
+        CheckpointError,
+        match=f"says quant_method '?{words}'?, .*: this checkpoint is quantized already.*Start from the BF16",
     ):
         make_plan_of(source, "int4")
 
@@ -203,9 +204,7 @@ def test_an_own_output_cannot_be_a_source(sources: dict[str, Path], tmp_path: Pa
 def test_an_unknown_architecture_is_told_which_file_to_write(sources: dict[str, Path], tmp_path: Path) -> None:
     config = {**config_of(sources["m2"]), "model_type": "minimax_m4", "architectures": ["MiniMaxM4ForCausalLM"]}
     source = rewrite(tmp_path / "src", stored(sources["m2"]), config)
-    with pytest.raises(
-        CheckpointError, match=r"'minimax_m4'.*write a file in m3quant/families.*families/__init__\.py"
-    ):
+    with pytest.raises(CheckpointError, match=r"'minimax_m4'.*write a file in m3quant/families.*families/__init__\.py"):
         make_plan_of(source, "int4")
 
 

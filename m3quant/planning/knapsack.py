@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +80,7 @@ def _steps(items: Sequence[Sequence[Option]]) -> list[_Step]:
     steps = []
     for number, options in enumerate(items):
         corners = hull(options)
-        for before, after in zip(corners, corners[1:], strict=False):
+        for before, after in pairwise(corners):
             steps.append(_Step(number, after, after.cost - before.cost, before.loss - after.loss))
     return sorted(steps, key=lambda step: (-step.saved / step.cost, step.item, step.corner.cost))
 

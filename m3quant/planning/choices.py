@@ -1,0 +1,144 @@
+"""What the schemes of each layer's roles weigh in the output, exactly: whole shards, headers and index lines included.
+
+Layers of the same tensors, and layer numbers of the same length, weigh the same: each kind is worked out once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import PlanError
+from ..schemes import Scheme, parse_scheme
+from .layout import check_divisible, stored_tensors
+from .plan import OutputTensor, Plan, PlannedTensor, Unit
+from .sensitivity import ROLES
+
+# What is tried where nothing was measured, from few bytes to many. Zero points at 2, 3 and 5 bits: one vLLM release
+# unpacks symmetric experts of these widths while it loads them (engine_integers). Symmetric at 4, 6 and 8: the kernels
+# that every engine has.
+EXPERT_CANDIDATES = (
+    "int2-g128-asym",
+    "int2-g64-asym",
+    "int3-g128-asym",
+    "int3-g64-asym",
+    "int4-g128",
+    "int4-g32",
+    "int5-g128-asym",
+    "int6-g128",
+    "int8-g128",
+)
+# int8 in groups weighs as much as FP8, is as good as BF16, and leaves activations alone.
+OTHER_CANDIDATES = ("int4-g128", "int4-g32", "int8-g128")
+
+
+def default_candidates(role: str) -> tuple[str, ...]:
+    return EXPERT_CANDIDATES if role == "routed_experts" else OTHER_CANDIDATES
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """One way to store a layer: role -> scheme name, and the bytes that its shard and index lines take."""
+
+    schemes: Mapping[str, str]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Choices:
+    """layers: of every layer, all combinations of its roles' candidates. candidates: by layer and role, those that its
+    shapes allow. refused: why others are not among them, one sentence a role and scheme."""
+
+    layers: Sequence[Sequence[LayerChoice]]
+    candidates: Sequence[Mapping[str, Sequence[str]]]
+    refused: Mapping[tuple[str, str], str]
+
+    @property
+    def roles(self) -> set[str]:
+        return {role for own in self.candidates for role in own}
+
+
+def role_of(tensor: PlannedTensor) -> str | None:
+    """The role under which a tensor's scheme is chosen; None if it has no choice."""
+    role = "attention" if tensor.role.kind == "indexer" else tensor.role.kind
+    return role if role in ROLES and tensor.role.is_weight else None
+
+
+def layer_choices(plan: Plan, candidates: Mapping[str, Sequence[str]]) -> Choices:
+    """Every choice for every layer of a planned checkpoint; of the plan's recipe only the format counts.
+
+    candidates: by role, scheme names. Raises PlanError where a layer's shapes allow none of a role's candidates.
+    """
+    made: dict[object, tuple[list[LayerChoice], Mapping[str, Sequence[str]]]] = {}
+    layers, allowed, refused = [], [], dict[tuple[str, str], str]()
+    for unit in plan.units[1:]:
+        key = _kind(plan, unit)
+        if key not in made:
+            own = _allowed(plan, unit, candidates, refused)
+            made[key] = list(_choices(unit, own, plan.recipe.format)), own
+        found, own = made[key]
+        layers.append(found)
+        allowed.append(own)
+    return Choices(layers, allowed, refused)
+
+
+def stored_as(tensor: PlannedTensor, scheme: Scheme, fmt: str) -> PlannedTensor:
+    """The tensor as a plan would store it in `scheme`."""
+    outputs = tuple(
+        OutputTensor(f"{tensor.module}.{suffix}", dtype, shape)
+        for suffix, (dtype, shape) in stored_tensors(tensor.source.info.shape, scheme, fmt).items()
+    )
+    return replace(tensor, action="quantize", scheme=scheme, outputs=outputs)
+
+
+def _kind(plan: Plan, unit: Unit) -> object:
+    assert unit.layer is not None
+    prefix = plan.family.layer_prefix(unit.layer)
+    shapes = tuple((t.name.removeprefix(prefix), t.source.info.shape, t.source.info.dtype) for t in unit.tensors)
+    return len(prefix), len(unit.shard), shapes
+
+
+def _allowed(
+    plan: Plan, unit: Unit, candidates: Mapping[str, Sequence[str]], refused: dict[tuple[str, str], str]
+) -> dict[str, list[str]]:
+    """The candidates of each role of the layer that its shapes allow."""
+    found: dict[str, list[str]] = {}
+    for role in ROLES:
+        shapes = {t.source.info.shape for t in unit.tensors if role_of(t) == role}
+        if not shapes:
+            continue
+        found[role] = []
+        for name in candidates.get(role, ()):
+            try:
+                for shape in sorted(shapes):
+                    check_divisible(shape, parse_scheme(name), plan.recipe.format)
+            except PlanError as error:
+                refused.setdefault((role, name), f"{role} of layer {unit.layer} cannot be {name}: {error}")
+                continue
+            found[role].append(name)
+        if not found[role]:
+            why = next((text for (r, _), text in refused.items() if r == role), f"no candidate scheme for {role}")
+            raise PlanError(f"{why} No other candidate of {role} divides its weights either.")
+    return found
+
+
+def _choices(unit: Unit, allowed: Mapping[str, Sequence[str]], fmt: str) -> Iterator[LayerChoice]:
+    parts = {
+        (role, name): {t.name: stored_as(t, parse_scheme(name), fmt) for t in unit.tensors if role_of(t) == role}
+        for role, names in allowed.items()
+        for name in names
+    }
+    for combination in itertools.product(*allowed.values()):
+        schemes = dict(zip(allowed, combination, strict=True))
+        changed: dict[str, PlannedTensor] = {}
+        for item in schemes.items():
+            changed |= parts[item]
+        tensors = tuple(changed.get(t.name, t) for t in unit.tensors)
+        yield LayerChoice(schemes, unit_bytes(replace(unit, tensors=tensors)))
+
+
+def unit_bytes(unit: Unit) -> int:
+    """Bytes of a unit's shard and of its lines in the index."""
+    line = len('    "": "",\n') + len(unit.shard)
+    return unit.bytes_out + sum(line + len(o.name) for t in unit.tensors for o in t.outputs)

@@ -55,8 +55,30 @@ class Choices:
     refused: Mapping[tuple[str, str], str]
 
     @property
-    def roles(self) -> set[str]:
-        return {role for own in self.candidates for role in own}
+    def by_role(self) -> dict[str, list[str]]:
+        """Every candidate that some layer has, by role."""
+        found: dict[str, dict[str, None]] = {}
+        for own in self.candidates:
+            for role, names in own.items():
+                found.setdefault(role, {}).update(dict.fromkeys(names))
+        return {role: list(names) for role, names in found.items()}
+
+    def without(self, refused: Mapping[tuple[str, str], str]) -> Choices:
+        """These without some schemes of some roles, given with the reason. Raises PlanError where a role has none left."""
+        kept = [
+            {role: [s for s in names if (role, s) not in refused] for role, names in own.items()}
+            for own in self.candidates
+        ]
+        for own in kept:
+            for role in own:
+                if not own[role]:
+                    why = next(text for (r, _), text in refused.items() if r == role)
+                    raise PlanError(f"no candidate scheme of {role} is left: {why}.")
+        layers = [
+            [choice for choice in choices if not any(item in refused for item in choice.schemes.items())]
+            for choices in self.layers
+        ]
+        return Choices(layers, kept, {**self.refused, **refused})
 
 
 def role_of(tensor: PlannedTensor) -> str | None:

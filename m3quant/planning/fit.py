@@ -18,7 +18,7 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..errors import OptionError
 from ..recipe.recipe import Recipe, build_recipe, join_layers
-from .choices import Choices, default_candidates, layer_choices
+from .choices import Choices, default_candidates, layer_choices, unit_bytes
 from .knapsack import efficient, solve
 from .plan import Plan, make_plan
 from .sensitivity import ROLES, Sensitivity
@@ -27,8 +27,8 @@ NAME = "fit"
 ROUNDING = "feedback"  # widths below 4 bits are of no use otherwise
 _UNIT = 1e-12  # nats: estimates are added up as whole multiples of it, exactly
 # Shards and index lines of layers are counted exactly; the texts of config.json and recipe.yaml depend on the whole
-# recipe. Both are at least as long as those of a recipe with one scheme a role, but for the names of its schemes.
-_SHORTER_TEXT = 1024
+# recipe. By so many bytes at most they are shorter than those of `base`, which has one scheme a role.
+_SHORTER_TEXT = 2048
 
 Schemes = Mapping[str, str]  # role -> scheme name, of one layer
 
@@ -44,7 +44,7 @@ class Room:
 @dataclass(frozen=True)
 class Point:
     """One recipe: the schemes of every layer, the bytes of its output, and what it is predicted to lose (None: nothing
-    was measured). nbytes counts shards and index exactly, and config.json and recipe.yaml as those of the least recipe."""
+    was measured). nbytes counts shards and index exactly, config.json and recipe.yaml as those of a recipe without layers."""
 
     schemes: tuple[Schemes, ...]
     nbytes: int
@@ -60,11 +60,19 @@ class Fitting:
 
     def __init__(self, checkpoint: Checkpoint, data: Mapping[str, Any], sensitivity: Sensitivity | None) -> None:
         self.checkpoint, self.data, self.sensitivity = checkpoint, data, sensitivity
-        base = build_recipe({"name": NAME, "rounding": ROUNDING, "schemes": dict.fromkeys(ROLES, "fp8-channel")})
-        self.base = make_plan(checkpoint, base)
+        schemes = dict.fromkeys(ROLES, "fp8-channel")  # divides any shape
+        self.base = make_plan(checkpoint, build_recipe({"rounding": ROUNDING, "schemes": schemes, "data": dict(data)}))
         known = {r: sensitivity.schemes(r) if sensitivity else list(default_candidates(r)) for r in ROLES}
         self.choices: Choices = layer_choices(self.base, known)
         self.losses = self._losses(sensitivity) if sensitivity else None
+
+    def refuse(self, schemes: Mapping[tuple[str, str], str]) -> None:
+        """Leave out some schemes of some roles, (role, scheme) -> why. Raises PlanError where a role has none left."""
+        if schemes:
+            self.choices = self.choices.without(schemes)
+            self.losses = self._losses(self.sensitivity) if self.sensitivity else None
+            for name in ("output_costs", "_index"):
+                self.__dict__.pop(name, None)
 
     def _losses(self, sensitivity: Sensitivity) -> list[list[int]]:
         if len(sensitivity.layers) != len(self.choices.layers):
@@ -90,18 +98,21 @@ class Fitting:
         """Bytes of the output, layer by layer, of every choice."""
         return [[choice.nbytes for choice in choices] for choices in self.choices.layers]
 
-    @cached_property
-    def least(self) -> Plan:
-        """The smallest output: every layer's choice of the fewest bytes."""
-        return self.plan([min(range(len(own)), key=own.__getitem__) for own in self.output_costs])
+    @property
+    def least(self) -> list[int]:
+        """Every layer's choice of the fewest bytes."""
+        return [min(range(len(own)), key=own.__getitem__) for own in self.output_costs]
 
     @cached_property
     def _outside_layers(self) -> int:
-        """Bytes of the smallest output that belong to no layer's choice."""
-        return self.least.output_bytes - sum(min(own) for own in self.output_costs)
+        """Bytes of an output that belong to no layer's choice, with the texts of a recipe that has one scheme a role."""
+        return self.base.output_bytes - sum(unit_bytes(unit) for unit in self.base.units[1:])
 
     def recipe(self, chosen: Sequence[int]) -> Recipe:
-        return build_recipe(recipe_document(self.schemes(chosen), self.data))
+        return self.recipe_of(self.schemes(chosen))
+
+    def recipe_of(self, layers: Sequence[Schemes]) -> Recipe:
+        return build_recipe(recipe_document(layers, self.data))
 
     def plan(self, chosen: Sequence[int]) -> Plan:
         return make_plan(self.checkpoint, self.recipe(chosen))
@@ -181,9 +192,14 @@ class Fitting:
             ladders.append(rank)
         states = [self._step(layers, costs, now, True)]
         others = [role for role in ROLES if role != "routed_experts"]
-        states += self._widen(layers, costs, now, [{r: ladder[r][-1] for r in others if r in ladder} for ladder in ladders])
+        states += self._widen(
+            layers, costs, now, [{r: ladder[r][-1] for r in others if r in ladder} for ladder in ladders]
+        )
         for rung in range(1, max((len(ladder.get("routed_experts", ())) for ladder in ladders), default=0)):
-            wider = [{r: ladder[r][min(rung, len(ladder[r]) - 1)] for r in ("routed_experts",) if r in ladder} for ladder in ladders]
+            wider = [
+                {r: ladder[r][min(rung, len(ladder[r]) - 1)] for r in ("routed_experts",) if r in ladder}
+                for ladder in ladders
+            ]
             states += self._widen(layers, costs, now, wider)
         return sorted(states, key=lambda state: state.cost)
 
@@ -201,9 +217,7 @@ class Fitting:
             now[i] |= wider[i]
         return states
 
-    def _step(
-        self, layers: range, costs: Sequence[Sequence[int]], schemes: Sequence[Schemes], whole: bool
-    ) -> _Step:
+    def _step(self, layers: range, costs: Sequence[Sequence[int]], schemes: Sequence[Schemes], whole: bool) -> _Step:
         chosen = [self._index[layer][tuple(sorted(own.items()))] for layer, own in zip(layers, schemes, strict=True)]
         return _Step(tuple(chosen), sum(own[i] for own, i in zip(costs, chosen, strict=True)), whole)
 
@@ -234,4 +248,3 @@ def recipe_document(layers: Sequence[Schemes], data: Mapping[str, Any]) -> dict[
     differing = {n: {r: s for r, s in own.items() if s != default[r]} for n, own in enumerate(layers)}
     document = {"name": NAME, "format": "compressed-tensors", "rounding": ROUNDING, "schemes": default}
     return document | {"layers": join_layers(differing), "data": dict(data)}
-

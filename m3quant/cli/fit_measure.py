@@ -1,0 +1,38 @@
+"""Measuring for `fit` and `convert`: windows, progress, and the file that is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint import Checkpoint, write_bytes_atomic
+from ..errors import OutputError
+from ..planning.fit import Fitting
+from ..planning.sensitivity import Sensitivity
+
+WINDOWS, HELDOUT = 24, 16  # of 512 tokens: docs/fit.md has what more of them change
+
+
+def measure_file(
+    checkpoint: Checkpoint,
+    path: Path,
+    device: str,
+    corpus: str | None,
+    windows: int | None = None,
+    heldout: int | None = None,
+) -> Sensitivity:
+    """Measure `checkpoint` and write `path`. Raises OutputError, before anything is read, where that cannot be written."""
+    from ..convert.measure import MeasureSettings, measure
+    from .convert import calibration_windows
+    from .progress import BytesProgress
+
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise OutputError(f"{path} cannot be written: give --sensitivity a file in a folder that exists.")
+    data = {"windows": windows or WINDOWS, "heldout_windows": heldout or HELDOUT}
+    fitting = Fitting(checkpoint, data, None)
+    with BytesProgress("measure") as progress:
+        text = calibration_windows(fitting.base, corpus)
+        for note in text.notes:
+            progress.say(f"note: {note}")
+        found = measure(fitting, text, MeasureSettings(device=device), progress)
+    write_bytes_atomic(path, found.dump())
+    return found

@@ -1,0 +1,353 @@
+"""What each scheme would cost, measured while the layers pass once: the content of `sensitivity.json`.
+
+Per layer, role and candidate, the role's weights are quantized with fed-back errors on the calibration windows, and the
+layer's output on the held-out windows is compared with the source's. What such an error means at the end of the model
+is measured too: a few held-out windows of the source stream are given one candidate's error of one layer and role (a
+probe), pass with it through all later layers of the source, and end in a KL divergence. Other candidates of the layer
+and role follow from their error. Two or three whole recipes (the pilots) run beside, each with a quantized stream of its
+own as in a conversion; `planning.sensitivity` says what they are for.
+
+One pass reads every weight once. Host or device memory holds what a calibrated conversion does, one copy of the layer
+with changed weights, the pilots' streams, and `probe_windows` windows a probe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import cast
+
+import torch
+
+from .. import __version__
+from ..calibration.boundary import WindowView
+from ..calibration.corpus import Windows
+from ..calibration.head import Head, compare_heads
+from ..calibration.head import Windows as States
+from ..calibration.layers import Layer, LayerTensors, layer_spec
+from ..calibration.quantized_layer import QuantizedLayer
+from ..calibration.quantizers import layer_quantizer
+from ..calibration.ranks import ALONE
+from ..calibration.spec import EXPERTS
+from ..calibration.stream import HiddenStates, Prefetcher, embed_source, read_head, read_layer, run_layer
+from ..errors import CalibrationError, PlanError
+from ..planning.choices import role_of
+from ..planning.fit import Fitting
+from ..planning.layout import scale_dtype
+from ..planning.plan import Unit
+from ..planning.sensitivity import (
+    SCHEMA,
+    Candidate,
+    LayerSensitivity,
+    Pilot,
+    Probe,
+    Sensitivity,
+    TextIdentity,
+    source_identity,
+)
+from ..quant.formats import TORCH_DTYPES
+from ..quant.reading import SourceReader
+from ..running.device import device_name, pick_device
+from ..running.progress import Progress
+from ..running.stopping import StopFlag, stop_on_signals
+from ..schemes import Scheme, parse_scheme
+from .device_layers import DeviceLoader
+from .job import out_of_memory
+
+# Errors that are carried to the end, by role: a large and a small one for experts, which most bytes and most of the
+# loss are in, one for the others. Where a role's candidates have none of them, the one of fewest bits.
+PROBES = {"routed_experts": ("int2-g128-asym", "int4-g128")}
+OTHER_PROBES = ("int4-g128",)
+# Whole recipes: routed experts, and what every token passes through.
+PILOTS = (("int2-g128-asym", "int8-g128"), ("int3-g128-asym", "int8-g128"), ("int4-g128", "int8-g128"))
+
+
+@dataclass
+class MeasureSettings:
+    """How to measure, as opposed to what. probe_windows: held-out windows that each probe carries."""
+
+    device: str = "cpu"
+    probe_windows: int = 8
+    micro_batch_tokens: int = 16384
+    strict_coverage: bool = False
+
+
+@dataclass
+class _Probe:
+    layer: int
+    role: str
+    scheme: str
+    error: float
+    states: HiddenStates
+
+
+@dataclass
+class _Pilot:
+    schemes: dict[str, str]  # role -> scheme name
+    states: HiddenStates
+
+
+@dataclass
+class _Measured:
+    """Of one layer: role -> scheme -> error of the layer's output."""
+
+    layer: int
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def measure(fitting: Fitting, windows: Windows, settings: MeasureSettings, progress: Progress) -> Sensitivity:
+    """Read the whole checkpoint once and return what every candidate of `fitting` costs.
+
+    windows: those of fitting.data, calibration before held-out. Raises CalibrationError without held-out windows or
+    for weights and activations that are not finite, CheckpointError for a source that is not on this machine, and
+    InterruptedRun.
+    """
+    if not fitting.checkpoint.local:
+        raise PlanError(
+            f"{fitting.checkpoint.root} is not a folder with weights on this machine: measuring reads every weight; "
+            "download it first (m3quant pull)."
+        )
+    device = pick_device(settings.device)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        try:
+            return _Measuring(fitting, windows, settings, device, stop, progress).run()
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(device, error) from None
+
+
+class _Measuring:
+    def __init__(
+        self,
+        fitting: Fitting,
+        windows: Windows,
+        settings: MeasureSettings,
+        device: torch.device,
+        stop: StopFlag,
+        progress: Progress,
+    ) -> None:
+        self.fitting, self.plan, self.settings = fitting, fitting.base, settings
+        self.device, self.stop, self.progress, self.windows = device, stop, progress, windows
+        self.recipe = fitting.recipe(fitting.least)
+        self.tokens = torch.from_numpy(windows.ids)
+        self.calibration = self.recipe.data.windows
+        if self.calibration >= len(self.tokens):
+            raise CalibrationError("measuring needs held-out windows: set heldout_windows to at least 1.")
+        self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.micro_batch = max(1, settings.micro_batch_tokens // self.tokens.shape[1])
+        self.reader = SourceReader(self.plan.checkpoint, self.plan.sources)
+        scale = TORCH_DTYPES[scale_dtype(Scheme("int", 4), self.recipe.format)]
+        self._quantizer = layer_quantizer(self.recipe, scale, settings.strict_coverage, ALONE)
+        self.probes: list[_Probe] = []
+        self.pilots: list[_Pilot] = []
+        self.measured: list[_Measured] = []
+
+    def run(self) -> Sensitivity:
+        units = self.plan.units[1:]
+        self.progress.start(sum(unit.bytes_in for unit in units), 0)
+        self.progress.say(
+            f"measuring: {len(units)} layers, {sum(len(n) for n in self.fitting.choices.by_role.values())} candidates a layer "
+            f"at most, {self.calibration} windows to calibrate on and {len(self.tokens) - self.calibration} held out"
+        )
+        self.source = self._embedded(self.tokens)
+        self.pilots = [_Pilot(schemes, self._embedded(self.tokens)) for schemes in self._pilot_schemes()]
+        with contextlib.ExitStack() as stack:
+            for unit, tensors in zip(units, self._layers(stack, units), strict=True):
+                self._measure_layer(unit, tensors)
+        return self._result()
+
+    def _embedded(self, tokens: torch.Tensor) -> HiddenStates:
+        return embed_source(self.reader, tokens, self.dtype, self.device, None)
+
+    def _layers(self, stack: contextlib.ExitStack, units: Sequence[Unit]) -> Iterator[dict[str, torch.Tensor]]:
+        load: Callable[[Unit], dict[str, torch.Tensor]]
+        if self.device.type == "cuda":
+            loader, config = stack.enter_context(DeviceLoader(self.reader, self.device)), self.plan.checkpoint.config
+            load = lambda unit: loader.load(layer_spec(config, cast("int", unit.layer)))  # noqa: E731
+        else:
+            load = lambda unit: read_layer(self.reader, cast("int", unit.layer))  # noqa: E731
+        return stack.enter_context(Prefetcher(load, units))
+
+    def _pilot_schemes(self) -> list[dict[str, str]]:
+        """The pilots whose schemes are candidates wherever a role exists; the first candidates if no pilot is possible."""
+        candidates = self.fitting.choices.candidates
+        found = []
+        for experts, others in PILOTS:
+            schemes = {role: experts if role == "routed_experts" else others for own in candidates for role in own}
+            if all(schemes[role] in names for own in candidates for role, names in own.items()):
+                found.append(schemes)
+        if not found:
+            by_role = self.fitting.choices.by_role
+            found = [{role: names[0] for role, names in by_role.items()}]
+        return found
+
+    def _measure_layer(self, unit: Unit, tensors: dict[str, torch.Tensor]) -> None:
+        assert unit.layer is not None
+        layer = Layer(layer_spec(self.plan.checkpoint.config, unit.layer), tensors, self.device, self.dtype)
+        heldout = self.source.read(slice(self.calibration, None), self.device).float()
+        expected = self._through(layer, heldout)
+        candidates = self.fitting.choices.candidates[unit.layer]
+        found = _Measured(unit.layer)
+        steps = sum(map(len, candidates.values())) + len(self.pilots) + 1
+        arrived = len(self.probes)
+        for role, names in candidates.items():
+            probes = _probes(role, names)
+            for name in names:
+                self.stop.check()
+                schemes = self._schemes(unit, {role: name})
+                view = WindowView(self.source, 0, self.calibration)
+                quantized = self._quantize(layer, tensors, schemes, view, view)
+                out = self._through(self._rounded(layer, tensors, quantized), heldout)
+                error = _relative(out, expected)
+                found.errors.setdefault(role, {})[name] = error
+                if name in probes:
+                    states = HiddenStates(out[: self.settings.probe_windows].to(self.dtype).clone())
+                    self.probes.append(_Probe(unit.layer, role, name, error, states))
+                self.progress.advance(unit.bytes_in // steps)
+        for pilot in self.pilots:
+            self.stop.check()
+            schemes = self._schemes(unit, pilot.schemes)
+            views = [WindowView(states, 0, self.calibration) for states in (pilot.states, self.source)]
+            quantized = self._quantize(layer, tensors, schemes, *views)
+            run_layer(self._rounded(layer, tensors, quantized), pilot.states, self.micro_batch)
+            self.progress.advance(unit.bytes_in // steps)
+        for probe in self.probes[:arrived]:
+            run_layer(layer, probe.states, self.micro_batch)
+        run_layer(layer, self.source, self.micro_batch)
+        self.progress.advance(unit.bytes_in - unit.bytes_in // steps * (steps - 1))
+        self.measured.append(found)
+        self.progress.say(layer_line(found.layer, found.errors))
+
+    def _schemes(self, unit: Unit, by_role: Mapping[str, str]) -> dict[str, Scheme]:
+        """Relative weight name -> scheme, for the weights of some roles of the layer."""
+        assert unit.layer is not None
+        prefix = self.plan.family.layer_prefix(unit.layer)
+        roles = {t.name.removeprefix(prefix): role_of(t) for t in unit.tensors}
+        return {name: parse_scheme(by_role[role]) for name, role in roles.items() if role in by_role}
+
+    def _quantize(
+        self,
+        layer: Layer,
+        tensors: Mapping[str, torch.Tensor],
+        schemes: Mapping[str, Scheme],
+        quantized: WindowView,
+        source: WindowView,
+    ) -> QuantizedLayer:
+        quantizer, settings = self._quantizer
+        return quantizer.quantize(
+            layer.spec, tensors, schemes, quantized, source, settings, self.device, self.dtype, layer
+        )
+
+    def _rounded(self, layer: Layer, tensors: Mapping[str, torch.Tensor], quantized: QuantizedLayer) -> Layer:
+        """A layer of what an engine computes with; the tensors given stay as they are, and are shared where they can be."""
+        changed = {name: weight.dequantized().to(torch.bfloat16) for name, weight in quantized.weights.items()}
+        changed |= quantized.other
+        if not isinstance(tensors, LayerTensors):
+            return Layer(layer.spec, {**tensors, **changed}, self.device, self.dtype)
+        stacks = {}
+        for which, stack in tensors.stacks.items():
+            names = [f"{EXPERTS}{expert}.{which}.weight" for expert in range(len(stack))]
+            stacks[which] = torch.stack([changed[n] for n in names]) if names[0] in changed else stack
+        return Layer(layer.spec, LayerTensors({**tensors, **changed}, stacks), self.device, self.dtype)
+
+    def _through(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        """x [S, L, H] float32 through the layer; the residual stays in float32, so that small errors are seen."""
+        return torch.cat([layer.forward(part) for part in x.split(self.micro_batch)])
+
+    def _result(self) -> Sensitivity:
+        head = read_head(self.reader, self.device)
+        total = len(self.tokens)
+        probed: dict[tuple[int, str], list[Probe]] = {}
+        for probe in self.probes:
+            kl = self._divergence(head, probe.states)
+            probed.setdefault((probe.layer, probe.role), []).append(
+                Probe(scheme=probe.scheme, error=probe.error, kl=kl)
+            )
+        layers = [
+            LayerSensitivity(
+                layer=own.layer,
+                candidates={
+                    role: {
+                        name: Candidate(error=error, kl=kl_of_error(error, probed[own.layer, role]))
+                        for name, error in errors.items()
+                    }
+                    for role, errors in own.errors.items()
+                },
+                probes={role: probed[own.layer, role] for role in own.errors},
+            )
+            for own in self.measured
+        ]
+        pilots = []
+        for pilot in self.pilots:
+            kl = self._divergence(head, WindowView(pilot.states, self.calibration, total))
+            estimate = sum(own.candidates[r][pilot.schemes[r]].kl for own in layers for r in own.candidates)
+            pilots.append(Pilot(schemes=pilot.schemes, estimate=estimate, kl=kl))
+            self.progress.say(f"pilot {pilot.schemes}: KL divergence {kl:.5f}, sum of estimates {estimate:.5f}")
+        windows = self.windows
+        return Sensitivity(
+            schema_version=SCHEMA,
+            m3quant=__version__,
+            source=source_identity(self.plan.checkpoint, self.plan.family.model_type),
+            text=TextIdentity(
+                source=windows.source,
+                corpus_sha256=windows.corpus_sha256,
+                tokenizer_sha256=windows.tokenizer_sha256,
+                windows=self.calibration,
+                heldout_windows=total - self.calibration,
+                window_length=self.tokens.shape[1],
+            ),
+            rounding=self.recipe.rounding,
+            options=self.recipe.feedback.model_dump(),
+            device=device_name(self.device),
+            layers=layers,
+            pilots=pilots,
+        )
+
+    def _divergence(self, head: Head, states: States) -> float:
+        """Mean KL(source || states), nats a token, over as many of the first held-out windows as `states` has."""
+        stop = self.calibration + states.shape[0]
+        own, tokens = WindowView(self.source, self.calibration, stop), self.tokens[self.calibration : stop]
+        return compare_heads(head, head, own, states, tokens).kl.double().mean().item()
+
+
+def _probes(role: str, names: Sequence[str]) -> list[str]:
+    wanted = PROBES.get(role, OTHER_PROBES)
+    return [name for name in names if name in wanted] or [min(names, key=lambda name: parse_scheme(name).bits)]
+
+
+def _relative(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """||out - expected||^2 / ||expected||^2. Raises CalibrationError if it is not finite."""
+    error = float((out - expected).double().square().sum())
+    norm = float(expected.double().square().sum())
+    if not math.isfinite(error) or not math.isfinite(norm):
+        raise CalibrationError("a layer gives NaN or Inf on the held-out windows; look for non-finite weights in it.")
+    return error / norm if norm else float(error > 0)
+
+
+def kl_of_error(error: float, probes: Sequence[Probe]) -> float:
+    """The KL divergence that an error would end in, from probes of the same layer and role.
+
+    A divergence is proportional to the squared norm of a small error. Between two probes a power law leads from one to
+    the other; beyond them it is in proportion to the nearer one.
+    """
+    known = sorted((p.error, p.kl) for p in probes if p.error > 0 and p.kl > 0)
+    if not known or error <= 0:
+        return 0.0
+    for (low, kl), (high, kl_high) in pairwise(known):
+        if low <= error <= high and low < high:
+            return kl * (error / low) ** (math.log(kl_high / kl) / math.log(high / low))
+    nearest = known[0] if error < known[0][0] else known[-1]
+    return nearest[1] * error / nearest[0]
+
+
+def layer_line(layer: int, errors: Mapping[str, Mapping[str, float]]) -> str:
+    """One line a layer while it runs: each role's error in its narrowest and widest scheme."""
+    parts = [f"layer {layer}"]
+    for role, own in errors.items():
+        shown = sorted(own.items(), key=lambda item: -item[1])
+        ends = [shown[0], shown[-1]] if len(shown) > 1 else shown
+        parts.append(f"{role}: " + ", ".join(f"{name} {error:.2e}" for name, error in ends))
+    return "; ".join(parts)

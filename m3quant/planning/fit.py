@@ -52,18 +52,26 @@ class Point:
 
 
 class Fitting:
-    """What can be chosen for one checkpoint. base: a plan of it, whose recipe's format and data options are kept.
+    """What can be chosen for one checkpoint. data: the `data` of its recipes.
+
+    candidates: by role, what is tried; by default what was measured, or else `choices.default_candidates`.
 
     Raises PlanError where a role's candidates do not divide a layer's weights, OptionError where the sensitivity file
     lacks a layer or a role of the checkpoint.
     """
 
-    def __init__(self, checkpoint: Checkpoint, data: Mapping[str, Any], sensitivity: Sensitivity | None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        data: Mapping[str, Any],
+        sensitivity: Sensitivity | None = None,
+        candidates: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.checkpoint, self.data, self.sensitivity = checkpoint, data, sensitivity
         schemes = dict.fromkeys(ROLES, "fp8-channel")  # divides any shape
         self.base = make_plan(checkpoint, build_recipe({"rounding": ROUNDING, "schemes": schemes, "data": dict(data)}))
-        known = {r: sensitivity.schemes(r) if sensitivity else list(default_candidates(r)) for r in ROLES}
-        self.choices: Choices = layer_choices(self.base, known)
+        known = {r: sensitivity.schemes(r) if sensitivity else default_candidates(r) for r in ROLES}
+        self.choices: Choices = layer_choices(self.base, {**known, **(candidates or {})})
         self.losses = self._losses(sensitivity) if sensitivity else None
 
     def refuse(self, schemes: Mapping[tuple[str, str], str]) -> None:

@@ -6,8 +6,8 @@ All windows of a run have one length. transformers is imported only when a token
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,23 @@ import numpy as np
 import numpy.typing as npt
 
 from m3quant.calibration.documents import Document, corpus_sha256, interleave
-from m3quant.errors import CalibrationError
+from m3quant.calibration.template import TemplateError, rendered_chat
+from m3quant.checkpoint.bounded import CONFIG_BYTES, TEXT_BYTES, TOKENIZER_BYTES, check_size
+from m3quant.errors import CalibrationError, CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+
+# What transformers reads whole, with the most that each may have.
+TOKENIZER_LIMITS = {
+    **dict.fromkeys(("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"), TOKENIZER_BYTES),
+    **dict.fromkeys(
+        ("tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json"), CONFIG_BYTES
+    ),
+    **dict.fromkeys(("chat_template.jinja", "chat_template.json"), TEXT_BYTES),
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,12 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> "Pre
         )
     if not folder.exists() and str(path).count("/") != 1:
         raise CalibrationError(f"{path} does not exist, so its tokenizer cannot be read; check the path.")
+    try:
+        for name, limit in TOKENIZER_LIMITS.items():
+            if (folder / name).exists():
+                check_size(folder / name, limit)
+    except CheckpointError as error:
+        raise CalibrationError(str(error)) from None
     from transformers import AutoTokenizer
 
     # Broken tokenizer files surface as OSError, ValueError, KeyError or an exception of the Rust library.
@@ -112,17 +129,14 @@ def render(document: Document, tokenizer: "PreTrainedTokenizerBase") -> str:
         return document.text
     if not tokenizer.chat_template:
         return _render_plainly(document)
-    tools: Any = list(document.tools) or None
-    # A template is a program of the model's authors; what it raises is theirs to choose.
+    tools = list(document.tools) or None
     try:
-        rendered = tokenizer.apply_chat_template(list(document.messages), tools=tools, tokenize=False)
-    except Exception as error:
+        return rendered_chat(tokenizer, list(document.messages), tools)
+    except TemplateError as error:
         raise CalibrationError(
             f"{document.source}: the tokenizer's chat template refuses these messages ({error}); change or remove the "
             f"record, or give it as plain text."
-        ) from error
-    assert isinstance(rendered, str)
-    return rendered
+        ) from None
 
 
 def _render_plainly(document: Document) -> str:
@@ -141,6 +155,36 @@ def _render_plainly(document: Document) -> str:
     return "\n\n".join(parts)
 
 
+def rendered(
+    documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", refused: list[str]
+) -> Iterator[tuple[Document, str]]:
+    """Each document with its text. Those that the chat template refuses are left out, their reasons put into `refused`."""
+    for document in documents:
+        try:
+            yield document, render(document, tokenizer)
+        except CalibrationError as error:
+            refused.append(str(error))
+
+
+def refusals(refused: Sequence[str], of: int) -> tuple[str, ...]:
+    """What a person should know of the records that the chat template refused."""
+    if not refused:
+        return ()
+    return (
+        f"{len(refused):,} of {of:,} records left out, because the chat template refuses them; the first: {refused[0]}",
+    )
+
+
+@dataclass
+class _Cut:
+    """Tokens as they are gathered."""
+
+    ids: list[int] = field(default_factory=list)
+    used: list[tuple[Document, int]] = field(default_factory=list)
+    """Each document with its tokens, the closing one included."""
+    refused: list[str] = field(default_factory=list)
+
+
 def tokenize_windows(
     documents: Sequence[Document],
     tokenizer: "PreTrainedTokenizerBase",
@@ -149,19 +193,24 @@ def tokenize_windows(
     *,
     seed: int,
     source: str = "documents",
+    more: Callable[[], Sequence[Document]] | None = None,
+    notes: Sequence[str] = (),
 ) -> Windows:
     """Non-overlapping windows cut from the documents, joined with the tokenizer's end-of-text token between them.
 
     The documents are interleaved by kind and language under `seed` and read until there is enough, so that few windows
-    have the mixture of the whole. No token is added at a window's start.
+    have the mixture of the whole. No token is added at a window's start. A record that the template refuses is left out,
+    and the notes say so.
 
     Args:
         n_windows: S.
         window_length: L, in tokens.
         source: what `Windows.source` calls the documents.
+        more: further documents, read only where these are too short; so windows that these fill stay what they are.
+        notes: what is known of the documents already.
 
     Raises:
-        CalibrationError: too little text, no end-of-text token, or a chat record that the template refuses.
+        CalibrationError: too little text, no end-of-text token, or only records that the template refuses.
     """
     if n_windows < 1 or window_length < 1:
         raise CalibrationError(f"{n_windows} windows of {window_length} tokens: both numbers must be at least 1.")
@@ -169,40 +218,49 @@ def tokenize_windows(
         raise CalibrationError("There is no calibration document; give a file, folder or dataset with text.")
     if tokenizer.eos_token_id is None:
         raise CalibrationError('The tokenizer has no end-of-text token; set "eos_token" in tokenizer_config.json.')
-    kinds = tuple(sorted({document.kind for document in documents}))
     needed = n_windows * window_length
-    ids: list[int] = []
-    kind_of_token: list[int] = []
-    used: list[Document] = []
-    for document in interleave(documents, seed=seed):
-        rendered = render(document, tokenizer)
-        tokens = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
-        if not rendered.rstrip().endswith(
-            str(tokenizer.eos_token)
-        ):  # chat templates close with it, some before a newline
-            tokens = [*tokens, tokenizer.eos_token_id]
-        ids += tokens
-        kind_of_token += [kinds.index(document.kind)] * len(tokens)
-        used.append(document)
-        if len(ids) >= needed:
-            break
-    if len(ids) < needed:
-        raise CalibrationError(_too_little(len(ids), len(documents), n_windows, window_length))
-    grid = np.array(ids[:needed], dtype=np.int64).reshape(n_windows, window_length)
-    labels = np.array(kind_of_token[:needed]).reshape(n_windows, window_length)
+    cut = _Cut()
+    _gather(cut, interleave(documents, seed=seed), tokenizer, needed)
+    if len(cut.ids) < needed and more is not None:
+        further = more()
+        documents = [*documents, *further]
+        _gather(cut, interleave(further, seed=seed), tokenizer, needed)
+    if not cut.ids and cut.refused:
+        raise CalibrationError(cut.refused[0])
+    if len(cut.ids) < needed:
+        left_out = f" {refusal}" if (refusal := "".join(refusals(cut.refused, len(documents)))) else ""
+        raise CalibrationError(_too_little(len(cut.ids), len(documents), n_windows, window_length) + left_out)
+    kinds = tuple(sorted({document.kind for document in documents}))
+    grid = np.array(cut.ids[:needed], dtype=np.int64).reshape(n_windows, window_length)
+    repeats = [tokens for _, tokens in cut.used]
+    labels = np.repeat([kinds.index(document.kind) for document, _ in cut.used], repeats)
+    by_window = labels[:needed].reshape(n_windows, window_length)
     corpus, tokenizer_hash = corpus_sha256(documents), tokenizer_sha256(tokenizer)
     parameters = json.dumps([corpus, tokenizer_hash, n_windows, window_length, seed]).encode()
+    used = [document for document, _ in cut.used]
     return Windows(
         ids=grid,
-        window_kind_tokens=np.stack([(labels == kind).sum(axis=1) for kind in range(len(kinds))], axis=1),
+        window_kind_tokens=np.stack([(by_window == kind).sum(axis=1) for kind in range(len(kinds))], axis=1),
         kinds=kinds,
         sha256=hashlib.sha256(parameters + grid.astype("<i8").tobytes()).hexdigest(),
         corpus_sha256=corpus,
         tokenizer_sha256=tokenizer_hash,
         seed=seed,
         source=_describe(source, used, len(documents)),
-        notes=_notes(used, tokenizer),
+        notes=(*notes, *refusals(cut.refused, len(used) + len(cut.refused)), *_notes(used, tokenizer)),
     )
+
+
+def _gather(cut: _Cut, documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", needed: int) -> None:
+    for document, text in rendered(documents, tokenizer, cut.refused):
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        # Chat templates close with the end-of-text token, some before a newline.
+        if not text.rstrip().endswith(str(tokenizer.eos_token)):
+            tokens = [*tokens, tokenizer.eos_token_id]
+        cut.ids += tokens
+        cut.used.append((document, len(tokens)))
+        if len(cut.ids) >= needed:
+            return
 
 
 def _too_little(tokens: int, documents: int, n_windows: int, window_length: int) -> str:

@@ -11,9 +11,9 @@ import datetime
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..checkpoint.bounded import read_yaml
 from ..errors import NodeError
 from .fit import Fit
 from .hardware import Node
@@ -42,12 +42,7 @@ class Prices(BaseModel):
 def load_prices(path: Path | None = None) -> Prices:
     """The prices in `path`, or those that ship with m3quant. Raises NodeError with the key that is wrong."""
     path = path or PRICES
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise NodeError(f"price file {path} cannot be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise NodeError(f"price file {path} is not YAML: {' '.join(str(error).split())}.") from None
+    document = read_yaml(path, "price file", error=NodeError)
     if not isinstance(document, dict):
         raise NodeError(f"price file {path} holds no mapping: write the keys {', '.join(Prices.model_fields)}.")
     try:

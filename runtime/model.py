@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import CONFIG_NAME, Checkpoint
+from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.strict_json import parse_object
 from ..errors import CheckpointError, PlanError
 from ..families import QUANTIZABLE, Family, family_of
@@ -110,7 +111,9 @@ def _from_config(path: Path) -> Subject:
         raise CheckpointError(
             f"{path.parent} holds neither {CONFIG_NAME} nor *.safetensors: give a checkpoint's folder or its config.json."
         )
-    config = parse_object(path.read_bytes(), str(path), "Copy or download it again.", constants=True)
+    config = parse_object(
+        read_bounded(path, CONFIG_BYTES, follow=True), str(path), "Copy or download it again.", constants=True
+    )
     family = family_of(config, str(path))
     groups = bf16_release(family, config)
     kind = _kind(config, str(path.parent))

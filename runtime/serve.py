@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 import m3quant
 
 from ..artifact.journal import MANIFEST, unfinished
+from ..checkpoint.bounded import MANIFEST_BYTES, TOKENIZER_BYTES, read_bounded, read_json
 from ..errors import CheckpointError, DoesNotFit, EngineMissing, OptionError, ServeError, VerifyError
 from .checklog import TOLERATED, LogCheck, check_log
 from .command import vllm_arguments
@@ -75,9 +75,9 @@ def quick_check(src: str, subject: Subject) -> list[str]:
     if not manifest.exists():
         return [f"{folder} has no {MANIFEST}: not written by m3quant, so only headers were checked"]
     try:
-        shards = json.loads(manifest.read_text(encoding="utf-8"))["shards"]
+        shards = read_json(manifest, MANIFEST_BYTES, "It is damaged: convert again.")["shards"]
         sizes = {name: int(facts["size"]) for name, facts in shards.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{manifest} is damaged: convert again, or run m3quant verify.") from None
     for name, size in sizes.items():
         path = folder / name
@@ -139,7 +139,7 @@ def without_reasoning(launch: Launch, fit: Fit, folder: Path) -> Launch:
     tokenizer, wanted = folder / "tokenizer.json", fit.model.family.reasoning_tokens
     if not wanted or "--reasoning-parser" not in launch.command or not tokenizer.is_file():
         return launch
-    text = tokenizer.read_text(encoding="utf-8", errors="replace")
+    text = read_bounded(tokenizer, TOKENIZER_BYTES).decode("utf-8", errors="replace")
     absent = [token for token in wanted if f'"{token}"' not in text]
     if not absent:
         return launch

@@ -460,7 +460,7 @@ def shard_is_a_pipe(folder: Path) -> None:
     os.mkfifo(folder / FIRST)
 
 
-@case(FIRST, "cannot be read")
+@case(FIRST, "is a link to", "Put the file itself there")
 def shard_is_a_broken_link(folder: Path) -> None:
     files = good_files()
     del files[FIRST]

@@ -32,10 +32,38 @@ def bundled() -> list[Document]:
     return load_documents(None)
 
 
+@pytest.fixture(scope="module")
+def extension() -> list[Document]:
+    return list(corpus.bundled_extension())
+
+
 def characters(document: Document) -> int:
     if document.text is not None:
         return len(document.text)
     return sum(len(message.get("content") or "") for message in document.messages or ())
+
+
+def check_dialogues(documents: list[Document]) -> None:
+    """Calls name declared tools with their required arguments, and every call is answered before anyone speaks."""
+    for document in documents:
+        declared = {tool["function"]["name"]: tool["function"]["parameters"] for tool in document.tools}
+        open_calls: list[str] = []
+        roles = [message["role"] for message in document.messages or ()]
+        for first, second in pairwise(roles):  # strict templates refuse two turns of one side
+            assert first != second or first == "tool", document.source
+        for message in document.messages or ():
+            if message["role"] == "tool":
+                open_calls.remove(message["tool_call_id"])
+                continue
+            assert not open_calls, f"{document.source}: {message['role']} speaks before {open_calls} are answered"
+            for call in message.get("tool_calls", ()):
+                parameters = declared[call["function"]["name"]]
+                arguments = call["function"]["arguments"]
+                assert set(arguments) <= set(parameters["properties"]), document.source
+                assert set(parameters.get("required", ())) <= set(arguments), document.source
+                open_calls.append(call["id"])
+        if document.messages:
+            assert document.messages[-1]["role"] == "assistant" and not open_calls, document.source
 
 
 class TestBundle:
@@ -89,26 +117,7 @@ class TestBundle:
             assert row.split("|")[3].strip() == str(count)
 
     def test_dialogues_are_sound(self, bundled: list[Document]) -> None:
-        """Calls name declared tools with their required arguments, and every call is answered before anyone speaks."""
-        for document in bundled:
-            declared = {tool["function"]["name"]: tool["function"]["parameters"] for tool in document.tools}
-            open_calls: list[str] = []
-            roles = [message["role"] for message in document.messages or ()]
-            for first, second in pairwise(roles):  # strict templates refuse two turns of one side
-                assert first != second or first == "tool", document.source
-            for message in document.messages or ():
-                if message["role"] == "tool":
-                    open_calls.remove(message["tool_call_id"])
-                    continue
-                assert not open_calls, f"{document.source}: {message['role']} speaks before {open_calls} are answered"
-                for call in message.get("tool_calls", ()):
-                    parameters = declared[call["function"]["name"]]
-                    arguments = call["function"]["arguments"]
-                    assert set(arguments) <= set(parameters["properties"]), document.source
-                    assert set(parameters.get("required", ())) <= set(arguments), document.source
-                    open_calls.append(call["id"])
-            if document.messages:
-                assert document.messages[-1]["role"] == "assistant" and not open_calls, document.source
+        check_dialogues(bundled)
 
     def test_dialogues_in_the_bundle_are_those_of_the_yaml_files(self, bundled: list[Document]) -> None:
         written = [
@@ -136,6 +145,74 @@ class TestBundle:
 
     def test_the_file_is_in_the_order_that_interleave_gives(self, bundled: list[Document]) -> None:
         assert interleave(list(reversed(bundled)), seed=0) == bundled
+
+
+class TestExtension:
+    """What longer runs read after the first part."""
+
+    def test_with_it_the_bundle_feeds_a_million_tokens_by_a_low_estimate(
+        self, bundled: list[Document], extension: list[Document]
+    ) -> None:
+        size = sum(len(document.content_bytes()) for document in [*bundled, *extension])
+        assert size / OTHER_CHARACTERS > 900_000
+        assert (DATA / "extension.jsonl.gz").stat().st_size < 2_000_000
+
+    def test_has_the_kinds_and_languages_it_promises(self, extension: list[Document]) -> None:
+        assert {document.kind for document in extension} == {"text", "code", "chat", "tools"}
+        code = {document.lang for document in extension if document.kind == "code"}
+        assert {"python", "cpp", "go", "rust", "typescript", "javascript", "java", "kotlin", "swift", "objective-c", "ruby", "php", "lua"} == code  # fmt: skip
+        assert len({document.lang for document in extension if document.kind == "text"}) >= 24
+        assert len({document.lang for document in extension if document.kind == "chat"}) >= 14
+        long = [document for document in extension if len(document.text or "") > 30_000]
+        assert len(long) >= 8, "documents that fill a window past M3's selection"
+        thinking = [m for d in extension for m in d.messages or () if m.get("reasoning_content")]
+        calls = [m for d in extension if d.kind == "tools" for m in d.messages or () if m.get("tool_calls")]
+        assert len(thinking) > 500 and len(calls) >= 250
+
+    def test_every_document_is_freely_licensed_and_its_source_named(self, extension: list[Document]) -> None:
+        sources = yaml.safe_load((DATA / "extension.yaml").read_text(encoding="utf-8"))
+        readme = (DATA / "README.md").read_text(encoding="utf-8")
+        for name, spec in sources.items():
+            assert spec["licence"] in FREE_LICENCES | {"BSD-3-Clause", "PostgreSQL"}
+            assert f"| {name} |" in readme and re.fullmatch("[0-9a-f]{64}", spec["sha256"])
+            assert spec["licence"] in ("PSF-2.0", "Apache-2.0", "public-domain") or (DATA / "licences" / f"{name}.txt").is_file()  # fmt: skip
+        for document in extension:
+            found = re.match(r"(?:made from )?([\w-]+): \S+", document.source)
+            assert found and document.licence == sources[found[1]]["licence"], document.source
+        assert set(sources) == {re.match(r"(?:made from )?([\w-]+):", d.source)[1] for d in extension}  # type: ignore[index]
+
+    def test_shares_no_passage_with_the_texts_that_are_judged(self, extension: list[Document]) -> None:
+        def grams(text: str) -> set[int]:
+            words = re.findall(r"\w+", text.lower())
+            return set(map(hash, zip(*(words[i:] for i in range(13)), strict=False)))
+
+        tests = Path(__file__).parent
+        evaluation = tests.parent / "m3quant" / "evaluate" / "data" / "texts.jsonl"
+        judged = [json.loads(line)["text"] for line in evaluation.read_text(encoding="utf-8").splitlines()]
+        judged.append((tests / "fixtures" / "heldout.txt").read_text(encoding="utf-8"))
+        known = set().union(*map(grams, judged))
+        assert len(known) > 50_000
+        for document in extension:
+            said = [document.text or "", *(str(message["content"]) for message in document.messages or ())]
+            assert not any(grams(text) & known for text in said), document.source
+
+    def test_dialogues_are_sound(self, extension: list[Document]) -> None:
+        check_dialogues(extension)
+
+    def test_readme_states_its_figures(self, extension: list[Document]) -> None:
+        readme = (DATA / "README.md").read_text(encoding="utf-8")
+        assert f"{len(extension)} documents" in readme
+        for kind, count in Counter(document.kind for document in extension).items():
+            assert re.search(rf"^\| {kind} \|[^|]*\| {count} \|", readme, re.MULTILINE), kind
+
+    def test_the_file_is_in_the_order_that_interleave_gives(self, extension: list[Document]) -> None:
+        assert interleave(list(reversed(extension)), seed=0) == extension
+
+    def test_both_models_templates_take_every_record(self, extension: list[Document]) -> None:
+        for model in ("tiny-m2", "tiny-m3"):
+            tokenizer = corpus.load_tokenizer(Path(__file__).parent / "fixtures" / model)
+            for document in extension[::7]:
+                assert corpus.render(document, tokenizer)
 
 
 class TestInputs:
@@ -257,9 +334,12 @@ class TestHub:
             load_documents("org/name")
 
     def test_record_without_text(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.install(monkeypatch, lambda *args, **kwargs: [{"text": "fine"}, {"prompt": "x", "answer": "y"}])
-        with pytest.raises(CalibrationError, match=r"org/name, split train, record 2.*prompt, answer"):
-            load_documents("org/name")
+        self.install(monkeypatch, lambda *args, **kwargs: [{"text": "fine"}, {"x": "x", "y": "y"}])
+        loaded = corpus.read_source("org/name")
+        assert [document.text for document in loaded.documents] == ["fine"]
+        assert re.search(
+            r"1 of 2 records left out \(1 odd\).*org/name, split train, record 2.*fields x, y", loaded.notes[0]
+        )
 
 
 BAD_FILES: list[tuple[str, bytes, str]] = [
@@ -267,10 +347,15 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("latin.jsonl", b'{"text": "a"}\n{"text": "\xf6"}\n', r"latin.jsonl, line 2: byte 10 .* not UTF-8"),
     ("empty.jsonl", b"", "empty.jsonl is empty; give"),
     ("empty.parquet", b"", "empty.parquet is empty; give"),
+    ("nul.txt", "ab".encode("utf-16-le") * 9, "nul.txt has NUL bytes .*iconv -f UTF-16LE"),
+    ("late.txt", b"first\nsecond\0\n", "late.txt, line 2 has a NUL byte"),
+    ("half.txt", b"\xff\xfea\0b", "half.txt begins with the byte-order mark of UTF-16 and is not"),
+    ("unknown.csv", b"a,b\n1,2\n", "unknown.csv: its first line, 'a,b', names no column"),
+    ("quote.csv", b'text\n"never closed', r"quote.csv, row 1: unexpected end of data"),
     ("blank.txt", b" \n\n", "blank.txt holds only white space"),
     ("blank.jsonl", b"\n \n", "blank.jsonl holds no record"),
-    ("broken.jsonl", b'{"text": "a"}\n{"text": \n', r"broken.jsonl, line 2 is not JSON .*; give one object a line"),
-    ("deep.jsonl", b"[" * 100_000, "deep.jsonl is not JSON"),
+    ("broken.jsonl", b'{"text": \n', r"broken.jsonl, line 1 is not JSON .*; give one object a line"),
+    ("deep.jsonl", b"[" * 100_000, "deep.jsonl, line 1 is not JSON"),
     ("number.jsonl", b"17\n", r"number.jsonl, line 1: the record is int, not an object"),
     (
         "fields.jsonl",
@@ -278,12 +363,12 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
         r"fields.jsonl, line 1: .* fields prompt, id, but none .*\"messages\"",
     ),
     ("hollow.jsonl", b'{"text": "  "}\n', 'hollow.jsonl, line 1: "text" is empty'),
-    ("typed.jsonl", b'{"text": 5}\n', 'typed.jsonl, line 1: "text" is empty or not a string'),
-    ("none.jsonl", b'{"messages": []}\n', r'none.jsonl, line 1: "messages" must be a list .* not empty'),
+    ("typed.jsonl", b'{"text": 5}\n', 'typed.jsonl, line 1: "text" is int, not a string'),
+    ("none.jsonl", b'{"messages": []}\n', "none.jsonl, line 1: the conversation is empty"),
     ("string.jsonl", b'{"messages": "hi"}\n', r'string.jsonl, line 1: "messages" must be a list'),
-    ("item.jsonl", b'{"messages": ["hi"]}\n', r'item.jsonl, line 1: "messages", message 1 is not an object'),
+    ("item.jsonl", b'{"messages": ["hi", 5]}\n', r'item.jsonl, line 1: "messages", message 1 is not an object'),
     ("role.jsonl", b'{"messages": [{"content": "hi"}]}\n', r'role.jsonl, line 1: .*message 1 has no "role"'),
-    ("content.jsonl", b'{"messages": [{"role": "user"}]}\n', r'message 1 has neither "content" nor "tool_calls"'),
+    ("content.jsonl", b'{"messages": [{"role": "user"}]}\n', "content.jsonl, line 1: the conversation is empty"),
     ("parts.jsonl", b'{"messages": [{"role": "user", "content": ["hi"]}]}\n', r'message 1: "content" must be a string'),
     ("calls.jsonl", b'{"messages": [{"role": "user", "tool_calls": 5}]}\n', r'message 1: "tool_calls" must be a list'),
     ("from.jsonl", b'{"messages": [{"from": [], "value": "a"}]}\n', r'message 1 has no "role" \(or "from"\)'),

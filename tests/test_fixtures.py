@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import corpus
 import export
 import needles
 import pytest
@@ -108,6 +109,20 @@ def test_config_is_the_original_form(name: str) -> None:
 
 def _special() -> dict[str, str]:
     return {"bos": tok.BOS, "eos": tok.EOS, "image": tok.IMAGE, "video": tok.VIDEO}
+
+
+def test_calibration_text_is_neither_training_nor_heldout_text() -> None:
+    records = [json.loads(line) for line in (FIXTURES / "calibration.jsonl").read_text("utf-8").splitlines()]
+    judged = corpus.grams((FIXTURES / "heldout.txt").read_text("utf-8"))
+    for record in records:
+        source, _, name = record["source"].partition("/")
+        document = corpus.Document(source, name.rpartition(", characters")[0], record["text"])
+        # Held out by the rule of the split; the novel is no source of the training text.
+        assert source == "melville" or corpus.held_out(document), record["source"]
+        assert not corpus.grams(record["text"]) & judged, record["source"]
+    assert 60_000 < sum(len(encode(record["text"])) for record in records) < 90_000
+    assert corpus.held_out(corpus.Document("austen", "Persuasion", "")), "the rule names what heldout.txt has"
+    assert not corpus.held_out(corpus.Document("austen", "Emma", "")), "and lets training text through"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -100,10 +100,10 @@ def test_a_kept_role_says_why(role: str) -> None:
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="does not exist"):
         read_recipe_file(tmp_path / "absent.yaml")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match="is not a regular file"):
         read_recipe_file(tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(RecipeError, match=r"cannot be read|is not YAML"):
+    with pytest.raises(RecipeError, match="is not UTF-8"):
         read_recipe_file(tmp_path / "binary")
     (tmp_path / "code.yaml").write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(RecipeError, match="is not YAML"):

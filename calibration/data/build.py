@@ -21,9 +21,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from m3quant.calibration.documents import Document, interleave, parse_record
+from m3quant.calibration.dialects import parse_record
+from m3quant.calibration.documents import Document, interleave
+from m3quant.checkpoint.bounded import read_yaml
 
 HERE = Path(__file__).parent
 DOCUMENT_BYTES = 5_000  # short enough that a few hundred windows see every source, long enough to hold an argument
@@ -187,7 +187,7 @@ def excerpts(entry: dict[str, Any], archive_name: str, archive: tarfile.TarFile,
 
 def dialogues() -> Iterator[Document]:
     for path in sorted((HERE / "dialogues").glob("*.yaml")):
-        for number, item in enumerate(yaml.safe_load(path.read_text(encoding="utf-8")), 1):
+        for number, item in enumerate(read_yaml(path, "dialogues"), 1):
             kind = "tools" if "tools" in item else "chat"
             source = f"written for m3quant; dialogues/{path.name}, item {number}"
             yield parse_record(item | {"kind": kind, "source": source, "licence": "Apache-2.0"}, where=source)
@@ -202,7 +202,7 @@ def record(document: Document) -> dict[str, Any]:
 
 
 def build(packages: Path) -> list[Document]:
-    sources = yaml.safe_load((HERE / "sources.yaml").read_text(encoding="utf-8"))
+    sources = read_yaml(HERE / "sources.yaml", "sources")
     documents = list(dialogues())
     (HERE / "licences").mkdir(exist_ok=True)
     for name, spec in sources.items():

@@ -35,7 +35,7 @@ def round_columns(
     minus the weight so far; None for a first sweep, where factor must be strictly upper triangular (errors of columns
     to come are zero). Returns codes [E, K, N] float32 and the new errors.
     """
-    experts, columns, _ = target.shape
+    columns = target.shape[1]
     first = errors is None
     errors = torch.zeros_like(target) if errors is None else errors.clone()
     codes = torch.empty_like(target)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..checkpoint import Checkpoint, sha256_file
+from ..checkpoint.bounded import MANIFEST_BYTES, read_json, read_yaml
+from ..checkpoint.links import require_regular
+from ..checkpoint.strict_json import shown
 from ..errors import CheckpointError, M3QuantError, VerifyError
 from ..planning.headers import HeaderSource
 from ..planning.plan import RECIPE_FILE, Plan, make_plan, unquantized
@@ -33,12 +33,9 @@ def read_manifest(output: Path) -> dict[str, Any]:
         raise VerifyError(
             f"{output} has no {MANIFEST}: it was not written by m3quant convert, or the file was removed."
         )
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise VerifyError(f"{path} is damaged: convert again.") from None
+    manifest = read_json(path, MANIFEST_BYTES, "It is damaged: convert again.", error=VerifyError)
     needed = ("source", "recipe", "shards", "files")
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in needed):
+    if not all(isinstance(manifest.get(key), dict) for key in needed):
         raise VerifyError(
             f"{path} lacks one of {', '.join(needed)}: it is damaged or of another version; convert again."
         )
@@ -73,8 +70,8 @@ def output_plan(output: Checkpoint, manifest: Mapping[str, Any], source: Checkpo
     """
     path = Path(output.root) / RECIPE_FILE
     try:
-        recipe: Recipe = build_recipe(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, M3QuantError) as error:
+        recipe: Recipe = build_recipe(read_yaml(path, "recipe", follow=False))
+    except M3QuantError as error:
         raise VerifyError(f"{path} cannot be read as a recipe ({error}): convert again.") from None
     try:
         recorded = build_recipe(manifest["recipe"])
@@ -100,16 +97,27 @@ def require_output(out: Path) -> None:
 def hash_problems(output: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
     """Shards, config, index, recipe and carried files whose bytes are not those that were written."""
     for shard, facts in manifest["shards"].items():
-        path = output / shard
-        if not path.exists():
-            yield f"{shard} is missing"
+        path, problem = _listed(output, shard)
+        if problem:
+            yield problem
         elif path.stat().st_size != facts["size"]:
             yield f"{shard} has {path.stat().st_size} bytes, {facts['size']} were written"
         elif sha256_file(path) != facts["sha256"]:
             yield f"{shard}: sha256 differs from the one recorded when it was written: the file was changed or damaged"
     for name, digest in manifest["files"].items():
-        path = output / name
-        if not path.exists():
-            yield f"{name} is missing"
+        path, problem = _listed(output, name)
+        if problem:
+            yield problem
         elif sha256_file(path) != digest:
             yield f"{name}: sha256 differs from the one recorded when it was written: the file was edited or damaged"
+
+
+def _listed(output: Path, name: str) -> tuple[Path, str | None]:
+    """The path of a file that the manifest lists, and what is wrong with it: missing, a link, or outside the folder."""
+    path = output / name
+    if not path.is_symlink() and not path.exists():
+        return path, f"{shown(name)} is missing"
+    try:
+        return require_regular(output, name, VerifyError), None
+    except VerifyError as error:
+        return path, str(error)

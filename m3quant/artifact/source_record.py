@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from hashlib import sha256
+import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..checkpoint import Checkpoint
-from ..checkpoint.origin import matches_etag, origin_of
+from ..checkpoint.bounded import ExpansionError, front_matter, parse_yaml
+from ..checkpoint.copying import Copied
+from ..checkpoint.origin import origin_of
+from ..checkpoint.reader import open_file
+from ..checkpoint.strict_json import described
+from ..errors import CheckpointError
 from ..planning.plan import REPLACED_FILES
 
-_FRONT_MATTER = re.compile(rb"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
+CARD = "README.md"
+VALUE_CHARACTERS = 4096
 DOWNLOADERS_OWN = (".cache/", ".git/")  # made by hf download and git clone, no part of the repo
 CARD_KEYS = ("license", "license_name", "license_link", "base_model", "pipeline_tag", "library_name", "language")
 
@@ -31,17 +34,14 @@ class SourceRecord:
             **dict.fromkeys(replaced, "describes the source: the output has or gets its own"),
         }
         self.files: dict[str, dict[str, Any]] = {}
-        self.card: dict[str, Any] | None = None
+        self.card = card_facts(checkpoint)
 
-    def add(self, name: str, data: bytes) -> str:
+    def add(self, name: str, copied: Copied) -> str:
         """Record one carried file; returns its sha256. as_on_hub: whether its bytes are those the Hub sent, null if unknown."""
         etag = self.origin.etags.get(name)
-        known = True if self.origin.repo else matches_etag(data, etag) if etag else None
-        digest = sha256(data).hexdigest()
-        self.files[name] = {"size": len(data), "sha256": digest, "as_on_hub": known}
-        if name == "README.md":
-            self.card = card_facts(data)
-        return digest
+        known = True if self.origin.repo else copied.has_etag(etag) if etag else None
+        self.files[name] = {"size": copied.size, "sha256": copied.sha256, "as_on_hub": known}
+        return copied.sha256
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -53,11 +53,49 @@ class SourceRecord:
         }
 
 
-def card_facts(readme: bytes) -> dict[str, Any]:
-    """What a model card's metadata says of licence and kind; empty where it has none that can be read."""
-    match = _FRONT_MATTER.match(readme)
+def check_carried(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a file beside the weights that could not be carried over, or a model card that cannot be recorded.
+
+    Called before the first weight is read: what the end of a conversion needs must not fail there.
+    """
+    for name in checkpoint.other_files:
+        with open_file(Path(checkpoint.root) / name):
+            pass
+    card_facts(checkpoint)
+
+
+def card_facts(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What the source's model card says of licence and kind, as text or lists of text; None without a card.
+
+    A card that is no YAML gives {"unreadable": why}. Raises CheckpointError for a card or metadata beyond the bounds of
+    `checkpoint.bounded`, or a value that is neither text nor a list of text.
+    """
+    if CARD not in checkpoint.other_files:
+        return None
+    where = f"{checkpoint.root}/{CARD}"
+    block = front_matter(checkpoint.file_bytes(CARD).decode("utf-8", errors="replace"))
+    if block is None:
+        return {}
     try:
-        data = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
-        data = None
-    return {key: data[key] for key in CARD_KEYS if key in data} if isinstance(data, dict) else {}
+        data = parse_yaml(block, f"{where}: its metadata")
+    except ExpansionError:
+        raise
+    except CheckpointError as error:
+        return {"unreadable": str(error)}
+    if not isinstance(data, dict):
+        return {}
+    return {key: _texts(data[key], f"{where}: '{key}' of its metadata") for key in CARD_KEYS if key in data}
+
+
+def _texts(value: Any, where: str) -> str | list[str] | None:
+    if value is None or (isinstance(value, str) and len(value) <= VALUE_CHARACTERS):
+        return value
+    if isinstance(value, bool | int | float | datetime.date):
+        return str(value)
+    texts = isinstance(value, list) and all(isinstance(v, str) for v in value)
+    if texts and sum(map(len, value)) <= VALUE_CHARACTERS and len(value) <= VALUE_CHARACTERS:
+        return list(value)
+    raise CheckpointError(
+        f"{where} is {described(value, 60)}, neither a text nor a list of texts of at most {VALUE_CHARACTERS} characters: "
+        "correct the card, or take it out of the folder."
+    )

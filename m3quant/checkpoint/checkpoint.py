@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import CheckpointError
+from .bounded import CONFIG_BYTES, INDEX_BYTES, TEXT_BYTES, read_bounded
+from .copying import Copied, copy_file
 from .header import PREFIX_BYTES, Header, TensorInfo, parse_header
 from .index import INDEX_NAME, Index, check_numbering, check_shard_files, check_tensors, parse_index
 from .listing import CONFIG_NAME, Listing, list_folder
-from .reader import Stamp, read_file, read_header, read_ranges, read_raw, read_tensors
+from .reader import Stamp, read_header, read_ranges, read_raw, read_tensors
 from .strict_json import parse_object, shown
 
 if TYPE_CHECKING:
@@ -41,7 +43,9 @@ class Store(Protocol):
 
     def listing(self) -> Listing: ...
 
-    def file(self, name: str) -> bytes: ...
+    def file(self, name: str, limit: int) -> bytes:
+        """All of a file of at most `limit` bytes; a larger one is refused before it is read."""
+        ...
 
     def file_size(self, name: str) -> int: ...
 
@@ -65,8 +69,8 @@ class LocalStore:
     def listing(self) -> Listing:
         return list_folder(self.root)
 
-    def file(self, name: str) -> bytes:
-        return read_file(self.root / name)
+    def file(self, name: str, limit: int) -> bytes:
+        return read_bounded(self.root / name, limit)
 
     def file_size(self, name: str) -> int:
         return (self.root / name).stat().st_size
@@ -105,11 +109,11 @@ class Checkpoint:
                 f"{self.root} has no {CONFIG_NAME}, so it is no checkpoint or an incomplete one. "
                 f"Give the folder that holds {CONFIG_NAME} and the *.safetensors files."
             )
-        self.config_text = store.file(CONFIG_NAME)
+        self.config_text = store.file(CONFIG_NAME, CONFIG_BYTES)
         self.config: dict[str, Any] = parse_object(
             self.config_text, store.path(CONFIG_NAME), "Copy or download it again.", constants=True
         )
-        self.index_text: bytes | None = store.file(INDEX_NAME) if listing.has_index else None
+        self.index_text: bytes | None = store.file(INDEX_NAME, INDEX_BYTES) if listing.has_index else None
         if not listing.shards and self.index_text is None:
             raise CheckpointError(
                 f"{self.root} holds no *.safetensors file. Give a checkpoint in the safetensors format."
@@ -213,15 +217,26 @@ class Checkpoint:
         info = self._info(name)
         return read_raw(store.root, info, store.stamps[info.shard])
 
-    def file_bytes(self, name: str) -> bytes:
-        """One of other_files, config.json or the index; of a Hub repo it is downloaded. Raises CheckpointError."""
+    def file_bytes(self, name: str, limit: int = TEXT_BYTES) -> bytes:
+        """A small one of other_files, config.json or the index; of a Hub repo it is downloaded.
+
+        Raises CheckpointError, also for more than `limit` bytes.
+        """
         if name == CONFIG_NAME:
             return self.config_text
         if name == INDEX_NAME and self.index_text is not None:
             return self.index_text
+        self._check_other(name)
+        return self._store.file(name, limit)
+
+    def copy_file(self, name: str, target: Path) -> Copied:
+        """Copy one of other_files to `target` in pieces, whole or not at all. Raises CheckpointError or as ShardWriter."""
+        self._check_other(name)
+        return copy_file(self._local_store("copy").root / name, target)
+
+    def _check_other(self, name: str) -> None:
         if name not in self.other_files:
             raise CheckpointError(f"{self.root} has no file {shown(name)} to carry over; it has: {self.other_files}.")
-        return self._store.file(name)
 
     def file_size(self, name: str) -> int:
         """Bytes of one of other_files, without reading it."""
@@ -238,7 +253,7 @@ class Checkpoint:
     def _local_store(self, action: str) -> LocalStore:
         if not isinstance(self._store, LocalStore):
             raise CheckpointError(
-                f"{self.root} is on the Hub, where only headers are read: cannot {action} its tensors. "
+                f"{self.root} is on the Hub, where only headers are read: cannot {action} what is there. "
                 f"Download it first (m3quant pull {self.root} FOLDER) and give the folder."
             )
         return self._store

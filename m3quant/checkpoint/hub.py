@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .bounded import read_bounded, too_large
 from .header import PREFIX_BYTES, header_length
 from .listing import Listing, classify
 
@@ -21,7 +22,7 @@ REQUESTS_AT_ONCE = 8
 TIMEOUT_SECONDS = 30.0
 RETRY_PAUSES_SECONDS = (1.0, 3.0)
 # None: no answer at all, such as a dropped connection.
-TRANSIENT_STATUS = frozenset({None, 429, 500, 502, 503, 504})
+TRANSIENT_STATUS = frozenset({None, 408, 429, 500, 502, 503, 504})
 
 
 class TransientError(CheckpointError):
@@ -61,13 +62,16 @@ class HubStore:
     def file_size(self, name: str) -> int:
         return self.sizes[name] or 0
 
-    def file(self, name: str) -> bytes:
-        """A small file, through huggingface_hub's own cache."""
+    def file(self, name: str, limit: int) -> bytes:
+        """A file of at most `limit` bytes, through huggingface_hub's own cache. A larger one is not downloaded."""
         from huggingface_hub import hf_hub_download
 
+        size = self.sizes[name]
+        if size is None or size > limit:
+            raise CheckpointError(self._no_size(name) if size is None else too_large(self.path(name), size, limit))
         with self.errors(name):
             path = hf_hub_download(self.repo, name, revision=self.revision, etag_timeout=TIMEOUT_SECONDS)
-            return Path(path).read_bytes()
+            return read_bounded(Path(path), limit)
 
     def headers(self, names: list[str]) -> dict[str, tuple[bytes, bytes, int]]:
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
@@ -76,13 +80,16 @@ class HubStore:
     def _header(self, name: str) -> tuple[bytes, bytes, int]:
         size = self.sizes[name]
         if size is None:
-            raise CheckpointError(f"The Hub states no size for {self.path(name)}. Download it and give the folder.")
+            raise CheckpointError(self._no_size(name))
         first = self._range(name, 0, min(size, FIRST_BYTES), size) if size else b""
         length = header_length(first, size, self.path(name))
         raw = first[PREFIX_BYTES : PREFIX_BYTES + length]
         if len(raw) < length:
             raw += self._range(name, PREFIX_BYTES + len(raw), length - len(raw), size)
         return first[:PREFIX_BYTES], raw, size
+
+    def _no_size(self, name: str) -> str:
+        return f"The Hub states no size for {self.path(name)}. Download it and give the folder."
 
     def _range(self, name: str, start: int, count: int, size: int) -> bytes:
         """`count` bytes of a file from `start` on; a busy server or a dropped connection is asked again."""

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError
 from .index import INDEX_NAME
+from .links import cache_blob, is_regular, link_refusal
 from .strict_json import shown
 
 CONFIG_NAME = "config.json"
@@ -61,7 +62,7 @@ def classify(names: Iterable[str], where: str, skipped: dict[str, str] | None = 
 
 
 def list_folder(root: Path) -> Listing:
-    """List a local folder. Raises CheckpointError if it cannot be listed."""
+    """List a local folder. Raises CheckpointError if it cannot be listed, or for a file that is a link but the Hub cache's own."""
     names: list[str] = []
     skipped: dict[str, str] = {}
 
@@ -78,11 +79,14 @@ def list_folder(root: Path) -> Listing:
                 skipped[path.as_posix() + "/"] = reason
         for name in files:
             path = base / name
-            if (root / path).is_file() or (name.endswith(".safetensors") and len(path.parts) == 1):
-                # A shard that is a broken link or a device is refused when it is opened, never passed over.
+            linked = (root / path).is_symlink()
+            if linked and not name.startswith(".") and cache_blob(root / path) is None:
+                raise CheckpointError(link_refusal(root / path))
+            if linked or is_regular(root / path) or (name.endswith(".safetensors") and len(path.parts) == 1):
+                # A shard that is a device is refused when it is opened, never passed over.
                 names.append(path.as_posix())
             else:
-                skipped[path.as_posix()] = "a broken link, or not a regular file"
+                skipped[path.as_posix()] = "not a regular file"
     return classify(names, str(root), skipped)
 
 

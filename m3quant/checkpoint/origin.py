@@ -4,12 +4,15 @@
 file of the Hub's cache lies in models--ORG--NAME/snapshots/COMMIT/. https://huggingface.co/docs/huggingface_hub/guides/download
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import CheckpointError
+from .bounded import read_text
+
+RECORD_BYTES = 4096
 METADATA_FOLDER = Path(".cache/huggingface/download")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CACHED = re.compile(r"models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)")
@@ -43,17 +46,11 @@ def origin_of(root: Path, names: Iterable[str]) -> Origin:
     return Origin(None, commits.pop() if len(commits) == 1 else None, etags)
 
 
-def matches_etag(data: bytes, etag: str) -> bool:
-    """Whether `data` is the file that the Hub gave this etag: git's blob sha1, or the sha256 of an LFS file."""
-    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-    return etag in (blob, hashlib.sha256(data).hexdigest())
-
-
 def _record(path: Path) -> tuple[str | None, str | None]:
     """(commit, etag) of a metadata file; (None, None) where there is none or it is not one."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_text(path, RECORD_BYTES).splitlines()
+    except CheckpointError:
         return None, None
     if len(lines) < 3 or not _COMMIT.fullmatch(lines[0]):
         return None, None

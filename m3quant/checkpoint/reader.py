@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from .header import PREFIX_BYTES, TensorInfo, header_length
+from .links import cache_blob, link_refusal
 
 if TYPE_CHECKING:
     import torch
@@ -44,18 +45,40 @@ def stamp_of(status: os.stat_result) -> Stamp:
 
 @contextmanager
 def open_file(path: Path, stamp: Stamp | None = None) -> Iterator[int]:
-    """A read-only file descriptor. Raises CheckpointError if the file cannot be read or is not the one stamped."""
+    """A read-only file descriptor of a regular file; of links, only the Hub cache's own are followed.
+
+    Raises CheckpointError if the file cannot be read, is a link, or is not the one stamped.
+    """
+    target = path
+    if path.is_symlink():
+        blob = cache_blob(path)
+        if blob is None:
+            raise CheckpointError(link_refusal(path))
+        target = blob
+    # O_NOFOLLOW: also if the file is replaced by a link between the look and the opening.
+    with _opened(path, target, os.O_NOFOLLOW) as descriptor:
+        if stamp is not None and stamp_of(os.fstat(descriptor)) != stamp:
+            raise CheckpointError(f"{path} has changed since the checkpoint was opened. {_CHANGED}")
+        yield descriptor
+
+
+@contextmanager
+def open_followed(path: Path) -> Iterator[int]:
+    """As `open_file` for a file that a person named, who may name a link. Raises CheckpointError."""
+    with _opened(path, path, 0) as descriptor:
+        yield descriptor
+
+
+@contextmanager
+def _opened(path: Path, target: Path, flags: int) -> Iterator[int]:
     try:
         # O_NONBLOCK: opening a FIFO that someone named model.safetensors must fail below, not wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
+        descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
+    except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise CheckpointError(f"{path} is not a regular file. Replace it with the file itself.")
-        if stamp is not None and stamp_of(status) != stamp:
-            raise CheckpointError(f"{path} has changed since the checkpoint was opened. {_CHANGED}")
         yield descriptor
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -63,15 +86,9 @@ def open_file(path: Path, stamp: Stamp | None = None) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    reason = error.strerror or error
+def _unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or error
     return CheckpointError(f"{path} cannot be read: {reason}. Check the path, its permissions and the disk.")
-
-
-def read_file(path: Path) -> bytes:
-    """All of a small file. Raises CheckpointError."""
-    with open_file(path) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
-        return file.read()
 
 
 def read_header(path: Path) -> tuple[bytes, bytes, Stamp]:

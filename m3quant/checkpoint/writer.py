@@ -47,7 +47,7 @@ def temporary_name(name: str) -> str:
     return f".{name}.tmp"
 
 
-class _AtomicFile:
+class AtomicFile:
     """A file of known size being written under its temporary name."""
 
     def __init__(self, folder: Path, name: str, size: int) -> None:
@@ -159,7 +159,7 @@ class ShardWriter:
         self.record: ShardRecord | None = None
         self._next = 0
         self._sha256 = hashlib.sha256()
-        self._file = _AtomicFile(Path(folder), name, self.size)
+        self._file = AtomicFile(Path(folder), name, self.size)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         self._writeback = ThreadPoolExecutor(1, thread_name_prefix="writeback")
         self._append([memoryview(header)])
@@ -274,7 +274,7 @@ def make_folder(path: Path) -> None:
 def write_bytes_atomic(path: str | Path, data: bytes) -> None:
     """Write a whole file, or leave what was there. Raises StoppedError for a full disk, OutputError otherwise."""
     path = Path(path)
-    file = _AtomicFile(path.parent, path.name, len(data))
+    file = AtomicFile(path.parent, path.name, len(data))
     file.write(memoryview(data))
     file.commit()
 

@@ -13,9 +13,13 @@ from ..errors import EvaluationError, PlanError, RecipeError
 from ..planning.plan import Plan, make_plan
 from ..recipe.recipe import build_recipe
 from ..running.words import human_bytes
-from .options import load_recipe, recipe_options
+from .options import TokenCount, load_recipe, recipe_options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..calibration.mixture import Part
+    from ..calibration.windows import Windows
     from ..convert.job import Settings
 
 
@@ -27,9 +31,16 @@ if TYPE_CHECKING:
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto: a GPU where there is one."
 )
 @click.option(
-    "--calibration", "corpus", metavar="FILE|FOLDER|DATASET", default=None, help="Calibration text [bundled corpus]."
+    "--calibration",
+    "corpus",
+    metavar="SOURCE[=WEIGHT]",
+    multiple=True,
+    help="Calibration text: a file, folder, Hub dataset or bundled; several are mixed by their weights [bundled].",
 )
 @click.option("--windows", type=int, default=None, help="Calibration windows.")
+@click.option(
+    "--calibration-tokens", type=TokenCount(), default=None, help="The same in tokens, for instance 786432 or 800k."
+)
 @click.option("--window-length", type=int, default=None, help="Tokens in a window.")
 @click.option("--min-expert-tokens", type=int, default=None, help="Tokens below which an expert is topped up [32].")
 @click.option(
@@ -62,8 +73,9 @@ def command(
     settings: tuple[str, ...],
     format_name: str | None,
     device: str,
-    corpus: str | None,
+    corpus: tuple[str, ...],
     windows: int | None,
+    calibration_tokens: int | None,
     window_length: int | None,
     min_expert_tokens: int | None,
     strict_coverage: bool,
@@ -82,6 +94,11 @@ def command(
         raise PlanError(f"--device {device} names one GPU of this machine: with --engine ray give cuda, cpu or auto.")
     checkpoint = Checkpoint.open(src)
     recipe = load_recipe(checkpoint, to, recipe_file, settings, format_name)
+    if calibration_tokens is not None:
+        if windows is not None:
+            raise RecipeError("--windows and --calibration-tokens both say how much text: give one of them.")
+        length = window_length or recipe.data.window_length
+        windows = -(-calibration_tokens // length)  # whole windows, and not fewer tokens than were asked for
     given = {"windows": windows, "window_length": window_length, "min_expert_tokens": min_expert_tokens}
     changes = {key: value for key, value in given.items() if value is not None}
     if not recipe.calibrated and (changes or corpus or strict_coverage):
@@ -94,6 +111,9 @@ def command(
         _check_eval(suite, fail_over)
     elif fail_over is not None:
         raise EvaluationError("--fail-over holds figures against limits: give --eval quick with it.")
+    from ..calibration.mixture import parse_mixture
+
+    parts = parse_mixture(corpus)
     if dry_run:
         from .plan import plan_json, print_plan
 
@@ -101,11 +121,15 @@ def command(
             click.echo(json.dumps(plan_json(plan), indent=2))
         else:
             print_plan(plan)
+        if recipe.calibrated and not as_json:
+            found = calibration_windows(plan, parts)
+            for line in (f"calibration text: {found.source}", *(f"note: {note}" for note in found.notes)):
+                click.echo(line)
         return
     from ..convert.job import Settings
 
     how = Settings(device=device, strict_coverage=strict_coverage, spill=spill, engine=engine, address=address)
-    manifest = _run(plan, dst, how, corpus)
+    manifest = _run(plan, dst, how, parts)
     told = {"output": str(dst), **manifest}
     if not as_json:
         print_result(plan, dst, manifest)
@@ -128,7 +152,7 @@ def _check_eval(suite: str, fail_over: str | None) -> None:
         check_limits(parse_limits(fail_over), kinds, source=True)
 
 
-def _run(plan: Plan, dst: Path, settings: Settings, corpus: str | None) -> dict[str, Any]:
+def _run(plan: Plan, dst: Path, settings: Settings, parts: Sequence[Part]) -> dict[str, Any]:
     from ..convert.conversion import check_places
     from ..convert.start import convert
     from ..running.device import pick_device
@@ -137,25 +161,21 @@ def _run(plan: Plan, dst: Path, settings: Settings, corpus: str | None) -> dict[
     check_places(plan, dst)
     pick_device(settings.device)
     if plan.recipe.calibrated:
-        settings.windows = calibration_windows(plan, corpus)
+        settings.windows = calibration_windows(plan, parts)
     with BytesProgress(plan.recipe.name) as progress:
         for note in settings.windows.notes if settings.windows else ():
             progress.say(f"note: {note}")
         return convert(plan, dst, settings, progress)
 
 
-def calibration_windows(plan: Plan, corpus: str | None) -> Any:
+def calibration_windows(plan: Plan, parts: Sequence[Part]) -> Windows:
     """Tokenized calibration and held-out windows for this plan. Raises CalibrationError for too little text."""
-    from ..calibration.corpus import BUNDLED_NAME, load_documents, load_tokenizer, tokenize_windows
+    from ..calibration.corpus import load_tokenizer
+    from ..calibration.mixture import mixed_windows
 
     data = plan.recipe.data
     tokenizer = load_tokenizer(plan.checkpoint.root)
-    documents = load_documents(corpus)
-    count = data.windows + data.heldout_windows
-    name = Path(corpus).name if corpus and Path(corpus).exists() else corpus  # manifests hold no path of this machine
-    return tokenize_windows(
-        documents, tokenizer, count, data.window_length, seed=data.seed, source=name or BUNDLED_NAME
-    )
+    return mixed_windows(parts, tokenizer, data.windows + data.heldout_windows, data.window_length, seed=data.seed)
 
 
 def print_result(plan: Plan, dst: Path, manifest: dict[str, Any]) -> None:

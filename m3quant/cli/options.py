@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,23 @@ if TYPE_CHECKING:
     from ..publish.gates import Asked
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class TokenCount(click.ParamType[int]):
+    """A number of tokens: 786432, 786,432, 800k or 0.8M (thousands and millions)."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"([\d,]{1,15}(?:\.\d{1,6})?)([kKmM]?)", str(value).strip())
+        if found is None or not found[1].strip(","):
+            self.fail(f"{value!r} is no number of tokens: write for instance 786432, 800k or 0.8M.", param, ctx)
+        count = round(float(found[1].replace(",", "")) * {"": 1, "k": 1_000, "m": 1_000_000}[found[2].lower()])
+        if not 1 <= count <= MAX_COUNT:
+            self.fail(f"{value!r} is not between 1 and {MAX_COUNT:,} tokens.", param, ctx)
+        return count
 
 
 def recipe_options(default: str | None) -> Callable[[F], F]:
@@ -141,6 +159,12 @@ def publish_options(function: F) -> F:
             click.option(
                 "--licence-name", metavar="NAME", default=None, help="The Hub's license_name, with --licence-id other."
             ),
+            click.option(
+                "--allow",
+                type=click.Path(path_type=Path),
+                default=None,
+                help="YAML list of what the scan finds and is harmless: text (a regex), reason, and optionally file and kind.",
+            ),
         )
     ):
         function = option(function)
@@ -162,6 +186,7 @@ def publish_asked(repo: str | None, given: dict[str, Any], online: bool = False)
         base_revision=given["base_revision"],
         repo=repo,
         source=given["source"],
+        allow=given["allow"],
         licence=licence,
         online=online,
     )

@@ -11,6 +11,7 @@ import click
 from ..checkpoint import Checkpoint
 from ..errors import PlanError
 from ..families import family_of
+from ..planning.calibration_text import calibration_lines, token_choice
 from ..planning.headers import from_config
 from ..planning.plan import Plan, bits_per_weight, make_plan, passed_through, role_schemes, role_table
 from ..planning.resources import resources
@@ -99,9 +100,11 @@ def _serving(src: str, revision: str | None, to: str | None, recipe_file: Path |
 
 def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
     """The plan for programs: every number that the table shows, and each tensor's fate."""
-    time = estimate(plan, rates or load_rates())
+    rates = rates or load_rates()
+    time = estimate(plan, rates)
     return {
         "estimate": time.model_dump() if time else None,
+        "calibration_tokens": token_choice(plan, rates).to_json() if plan.recipe.calibrated else None,
         "source": plan.checkpoint.root,
         "revision": plan.checkpoint.revision,
         "model_type": plan.family.model_type,
@@ -188,8 +191,12 @@ def print_plan(plan: Plan, rates: Rates | None = None) -> None:
         click.echo(
             f"on a {name}: peak host memory {human_bytes(need.host)}{device}, free disk {human_bytes(need.disk)}"
         )
-    if time := estimate(plan, rates or load_rates()):
+    rates = rates or load_rates()
+    if time := estimate(plan, rates):
         click.echo(sentence(time))
+    if plan.recipe.calibrated:
+        for line in calibration_lines(plan, rates):
+            click.echo(line)
     passed = passed_through(plan)
     if passed:
         click.echo(

@@ -15,8 +15,10 @@ from .. import __version__
 from ..artifact.conversion_eval import conversion_record, output_fingerprint
 from ..artifact.eval_record import EVAL_FILE
 from ..artifact.journal import MANIFEST, Journal, check_apart, check_output_folder, refuse_other_facts, remove_leftover
+from ..artifact.source_record import check_carried
 from ..calibration.experts import ExpertLedger
 from ..checkpoint import Checkpoint, write_json_atomic
+from ..checkpoint.bounded import MANIFEST_BYTES, read_json
 from ..errors import CalibrationError, CheckpointError, OutputError
 from ..planning.plan import Plan, Unit
 from ..planning.resources import check_disk, resources
@@ -101,6 +103,7 @@ def check_places(plan: Plan, output: Path) -> None:
         )
     check_apart(Path(plan.checkpoint.root), output)
     check_output_folder(output)
+    check_carried(plan.checkpoint)
 
 
 def transformers_version() -> str:
@@ -131,11 +134,10 @@ def _finished(output: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
     path = output / MANIFEST
     if not path.exists() or not (output / "config.json").exists():
         return None
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise OutputError(f"{path} is damaged: remove {output} and start again.") from None
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("job", "shards")):
+    manifest = read_json(
+        path, MANIFEST_BYTES, f"{path} is damaged: remove {output} and start again.", error=OutputError
+    )
+    if not all(isinstance(manifest.get(key), dict) for key in ("job", "shards")):
         raise OutputError(f"{path} is damaged: remove {output} and start again.")
     refuse_other_facts(output, manifest.get("job", {}), facts, finished=True)
     for shard, written in manifest["shards"].items():

@@ -26,9 +26,7 @@ def finish(plan: Plan, output: Path, journal: Journal, extra: dict[str, Any]) ->
     for name in plan.copied_files:
         target = output / name
         make_folder(target.parent)
-        data = plan.checkpoint.file_bytes(name)
-        write_bytes_atomic(target, data)
-        digest = source.add(name, data)
+        digest = source.add(name, plan.checkpoint.copy_file(name, target))
         if target.suffix != ".md":  # cards are for people, and are rewritten when an output is published
             digests[name] = digest
     manifest = make_manifest(plan, journal, {"files": digests, **extra})

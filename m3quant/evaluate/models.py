@@ -13,7 +13,8 @@ from ..artifact.output import output_plan, read_manifest
 from ..calibration.corpus import load_tokenizer
 from ..calibration.stream import layer_prefix
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError, EvaluationError
+from ..checkpoint.bounded import TOKENIZER_BYTES, read_bounded
+from ..errors import EvaluationError
 from ..families import Family, family_of
 from ..planning.plan import nbytes
 from ..planning.source_tensors import check_complete, source_kind
@@ -120,12 +121,8 @@ def _check_tokenizers(checkpoint: Model, source: Model) -> None:
 
 
 def _bytes(model: Model, name: str) -> bytes | None:
-    try:
-        return (model.folder / name).read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(f"{model.folder / name} cannot be read: {error.strerror}.") from None
+    path = model.folder / name
+    return read_bounded(path, TOKENIZER_BYTES) if path.exists() else None
 
 
 def _core(tokenizer: Any) -> str:

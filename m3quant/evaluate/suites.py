@@ -21,10 +21,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..calibration.spec import text_config
+from ..checkpoint.bounded import read_yaml
 from ..errors import EvaluationError
 from .task import Task
 from .texts import BUNDLED, load_texts
@@ -72,15 +72,10 @@ def suite_names() -> list[str]:
 def load_suite(spec: str) -> Suite:
     """A suite that ships with m3quant, or a file. Raises EvaluationError with the nearest valid name or key."""
     path = SUITES / f"{spec}.yaml" if spec in suite_names() else Path(spec)
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         near = _nearest(spec, suite_names())
-        raise EvaluationError(f"no suite and no file '{spec}': did you mean --suite {near}?") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"suite {path} cannot be read: {error}.") from None
-    except yaml.YAMLError as error:
-        raise EvaluationError(f"suite {path} is not YAML: {' '.join(str(error).split())}.") from None
+        raise EvaluationError(f"no suite and no file '{spec}': did you mean --suite {near}?")
+    document = read_yaml(path, "suite", error=EvaluationError)
     if not isinstance(document, Mapping):
         raise EvaluationError(f"suite {path} holds no mapping: it needs the keys 'name' and 'tasks'.")
     suite: Suite = _validated(Suite, document, f"suite {path}")

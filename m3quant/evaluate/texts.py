@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,13 @@ from typing import Any
 import numpy as np
 
 from ..artifact.eval_record import Data
-from ..calibration.corpus import load_documents, render
-from ..calibration.documents import Document, corpus_sha256, read_file
-from ..errors import EvaluationError
+from ..calibration.corpus import load_documents
+from ..calibration.documents import Document, Skipped, corpus_sha256
+from ..calibration.files import read_file
+from ..calibration.windows import refusals, rendered
+from ..errors import CalibrationError, EvaluationError
+
+logger = logging.getLogger(__name__)
 
 BUNDLED = "bundled"
 BUNDLED_PATH = Path(__file__).parent / "data" / "texts.jsonl"
@@ -62,7 +67,7 @@ def load_texts(spec: str, tokenizer: Any) -> Texts:
     readable, not UTF-8 or empty.
     """
     if spec == BUNDLED:
-        return _texts(BUNDLED, list(read_file(BUNDLED_PATH)), tokenizer)
+        return _texts(BUNDLED, list(read_file(BUNDLED_PATH, Skipped())), tokenizer)
     if spec in PUBLIC:
         return _public(spec)
     documents = load_documents(spec)
@@ -71,9 +76,15 @@ def load_texts(spec: str, tokenizer: Any) -> Texts:
 
 
 def _texts(name: str, documents: Sequence[Document], tokenizer: Any) -> Texts:
-    shown = tuple(render(document, tokenizer) for document in documents)
-    licences = sorted({d.licence for d in documents})
-    return Texts(name, corpus_sha256(documents), ", ".join(licences), shown, shown)
+    refused: list[str] = []
+    read = list(rendered(documents, tokenizer, refused))
+    if not read:
+        raise CalibrationError(refused[0])
+    for note in refusals(refused, len(documents)):
+        logger.warning("%s: %s", name, note)
+    shown = tuple(text for _, text in read)
+    licences = sorted({document.licence for document, _ in read})
+    return Texts(name, corpus_sha256([document for document, _ in read]), ", ".join(licences), shown, shown)
 
 
 def _public(spec: str) -> Texts:

@@ -5,13 +5,14 @@ Two uses: verify plans an output again from its manifest, and `plan config.json`
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
+from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
+from ..checkpoint.strict_json import parse_object
 from ..errors import CheckpointError
 from ..families import QUANTIZABLE, family_of
 from .source_tensors import PLAIN, scale_layout, source_kind
@@ -55,12 +56,8 @@ class HeaderSource(Checkpoint):
 
 def from_config(path: Path) -> HeaderSource:
     """The BF16 release that a config.json describes, for planning. Raises CheckpointError for another file or architecture."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as config.json: {error}.") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is no config.json: it holds no JSON object.")
+    raw = read_bounded(path, CONFIG_BYTES, follow=True)
+    config = parse_object(raw, str(path), "Give the config.json of a release.", constants=True)
     kind = source_kind(config, str(path))
     family = family_of(config, str(path))
     source = HeaderSource(str(path), config)

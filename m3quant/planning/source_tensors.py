@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import CheckpointError
 from ..families.base import Family
+from ..families.counts import check_promised
 from ..schemes import FP8_BLOCK as BLOCK
 
 PLAIN, FP8_BLOCK, MXFP8 = "plain", "fp8-block", "mxfp8"
@@ -124,7 +125,9 @@ def scale_layout(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, int], tu
 
 def check_complete(checkpoint: Checkpoint, family: Family, tensors: Mapping[str, SourceTensor]) -> list[str]:
     """Compare with the tensors that config.json promises; returns notes. Raises CheckpointError naming what is missing or misshapen."""
-    expected = family.expected_tensors(checkpoint.config)
+    config = checkpoint.config
+    check_promised(config, family.text_config(config), f"{checkpoint.root}/config.json", len(checkpoint.tensors))
+    expected = family.expected_tensors(config)
     notes = []
     optional = {role: [n for n in expected if family.role(n).kind == role] for role in family.optional_groups()}
     absent_groups = {role for role, names in optional.items() if names and not any(n in tensors for n in names)}

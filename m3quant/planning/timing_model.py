@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..checkpoint.bounded import TEXT_BYTES, read_text
 from ..errors import PlanError
 from .plan import Plan, Unit
 from .quantizers import active_weights, facts_of, tokens_of
@@ -67,9 +68,10 @@ class Estimate(BaseModel):
 def load_rates(path: Path | None = None) -> Rates:
     """A record of rates; the benchmark machine's by default. Raises PlanError naming the file and what is wrong in it."""
     try:
-        text = path.read_text("utf-8") if path else (files("m3quant.planning") / RATES_FILE).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"--rates {path}: cannot be read: {error}.") from None
+        packaged = files("m3quant.planning") / RATES_FILE
+        text = read_text(path, TEXT_BYTES, error=PlanError, follow=True) if path else packaged.read_text("utf-8")
+    except PlanError as error:
+        raise PlanError(f"--rates: {error}") from None
     try:
         return Rates.model_validate_json(text)
     except ValidationError as error:
@@ -130,6 +132,12 @@ def _io(bytes_in: int, bytes_out: int, saved: int, rates: Rates) -> dict[str, fl
         if rate := getattr(rates, name):
             out[name] = count / rate
     return out
+
+
+def layer_io(plan: Plan, rates: Rates) -> float:
+    """Seconds in which an average layer is read and its output written, saved hidden states not counted."""
+    layers = [unit for unit in plan.units if unit.layer is not None]
+    return _of(layers, rates)["disk"] / len(layers)
 
 
 def forward_flops(plan: Plan) -> float:

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..artifact.output import read_manifest
 from ..checkpoint import sha256_file, write_bytes_atomic
+from ..checkpoint.bounded import MANIFEST_BYTES, TEXT_BYTES, read_bounded
 from ..checkpoint.strict_json import shown
 from ..errors import PublishError
 from ..planning.plan import RECIPE_FILE
@@ -67,15 +68,19 @@ def write_card(out: Path, facts: CardFacts, left_out: Mapping[str, str]) -> Path
 def card_kept(out: Path) -> Iterator[None]:
     """At the end the files that `write_card` writes are as they were at the beginning, or gone if they were not there."""
     paths = [out / name for name in (CARD, CHECKSUMS, notice_name(read_manifest(out)))]
-    before = {path: path.read_bytes() if path.exists() else None for path in paths}
+    before = {p: read_bounded(p, MANIFEST_BYTES, error=PublishError) if _there(p) else None for p in paths}
     try:
         yield
     finally:
         for path, data in before.items():
             if data is None:
                 path.unlink(missing_ok=True)
-            elif path.read_bytes() != data:
+            elif read_bounded(path, MANIFEST_BYTES, error=PublishError) != data:
                 write_bytes_atomic(path, data)
+
+
+def _there(path: Path) -> bool:
+    return path.is_symlink() or path.exists()
 
 
 def render(facts: CardFacts, left_out: Mapping[str, str], notes: str = "", checksums_sha256: str = "") -> str:
@@ -181,9 +186,9 @@ def checksum_lines(out: Path, manifest: Mapping[str, Any]) -> str:
 
 def kept_notes(card: Path, manifest: Mapping[str, Any]) -> str:
     """A person's notes in a card that m3quant wrote. Raises PublishError for a card that it did not write."""
-    if not card.exists():
+    if not _there(card):
         return ""
-    text = card.read_text(encoding="utf-8", errors="replace")
+    text = read_bounded(card, TEXT_BYTES, error=PublishError).decode("utf-8", errors="replace")
     if NOTES_BEGIN in text and NOTES_END in text:
         return text.split(NOTES_BEGIN, 1)[1].split(NOTES_END, 1)[0].strip()
     carried = manifest["source"].get("files", {}).get(CARD, {})

@@ -9,8 +9,11 @@ from typing import Any
 
 from ..artifact.journal import FOLDER
 from ..checkpoint import Checkpoint, sha256_file
+from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
+from ..checkpoint.links import require_regular
+from ..errors import PublishError
 from .files import CARD, PublishFile, files_to_publish
-from .scan import machine_strings, scan
+from .scan import OF_A_MACHINE, Allowed, machine_strings, scan
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROCESSORS = (
@@ -38,14 +41,18 @@ def check_complete_for_publish(
     manifest: Mapping[str, Any],
     source: str | None = None,
     say: Callable[[str], None] = lambda line: None,
+    allowed: Allowed | None = None,
 ) -> Findings:
-    """Run every check on a converted folder. source: a folder or Hub id, compared file by file and tensor by tensor."""
+    """Run every check on a converted folder. source: a folder or Hub id, compared file by file and tensor by tensor.
+
+    allowed: what the scan finds and a person knows to be harmless.
+    """
     findings = Findings(problems=_verify(out, source, say))
     findings.problems += leftovers(out)
     check_carried(out, manifest, findings)
     check_needed(out, manifest, findings)
-    say("looking for keys, tokens and machine paths ...")
-    findings.problems += secrets(out, files_to_publish(out, manifest), manifest)
+    say("looking for keys, machine paths, hosts and addresses ...")
+    findings.problems += secrets(out, files_to_publish(out, manifest), manifest, allowed)
     return findings
 
 
@@ -88,12 +95,22 @@ def check_carried(out: Path, manifest: Mapping[str, Any], findings: Findings) ->
         path = out / name
         if name == CARD:
             findings.explained[name] = "the model card is written anew; the base's own is at the base"
-        elif not path.is_file():
+        elif not path.is_symlink() and not path.is_file():
             findings.problems.append(
                 f"{name} of the source is missing from {out}: convert again, or copy it from the source."
             )
+        elif problem := _not_plain(out, name):
+            findings.problems.append(problem)
         elif sha256_file(path) != digest:
             findings.problems.append(f"{out / name} differs from the source's: copy it again, byte for byte.")
+
+
+def _not_plain(out: Path, name: str) -> str | None:
+    try:
+        require_regular(out, name, PublishError)
+    except PublishError as error:
+        return str(error)
+    return None
 
 
 def check_needed(out: Path, manifest: Mapping[str, Any], findings: Findings) -> None:
@@ -105,7 +122,7 @@ def check_needed(out: Path, manifest: Mapping[str, Any], findings: Findings) -> 
             f"{out} has no tokenizer ({', '.join(TOKENIZERS)}): nobody can serve it; copy the base's."
         )
     settings = out / "tokenizer_config.json"
-    embedded = settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8")
+    embedded = settings.is_file() and b'"chat_template"' in read_bounded(settings, CONFIG_BYTES, error=PublishError)
     if not embedded and not any((out / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         findings.explained["chat_template.jinja"] = (
             "the source has no chat template: chat requests need one given to the engine"
@@ -131,12 +148,15 @@ def custom_code(config: Mapping[str, Any]) -> list[str]:
     return sorted({f"{r.split('.')[0]}.py" for r in flat if "--" not in r and "." in r})
 
 
-def secrets(out: Path, files: list[PublishFile], manifest: Mapping[str, Any]) -> list[str]:
-    """Sentences about keys, tokens and machine paths. Paths in files that are the Hub's own bytes are the base's affair."""
+def secrets(
+    out: Path, files: list[PublishFile], manifest: Mapping[str, Any], allowed: Allowed | None = None
+) -> list[str]:
+    """Sentences about keys, paths, hosts and people. All but keys are the base's affair in files that are the Hub's own bytes."""
     public = {name for name, facts in manifest["source"].get("files", {}).items() if facts["as_on_hub"]}
     found = [
         f
-        for f in scan(files, machine_strings(out))
-        if not (f.kind == "machine path" and f.file in public and f.file != CARD)
+        for f in scan(files, machine_strings(out), allowed)
+        if not (f.kind in OF_A_MACHINE and f.file in public and f.file != CARD)
     ]
-    return [f"{finding}: take it out before anything is sent." for finding in found]
+    remedy = "take it out before anything is sent, or give --allow FILE with the reason why it is harmless"
+    return [f"{finding}: {remedy}." for finding in found]

@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from ..artifact.conversion_eval import output_fingerprint
 from ..checkpoint import Checkpoint
+from ..checkpoint.bounded import TEXT_BYTES, read_text
 from ..families import Family, family_of
 from ..planning.engine_config import config_schemes
 from ..planning.engine_integers import min_vllm
@@ -125,7 +126,7 @@ def gather(
     """Read `out` and return what the card says. Raises CheckpointError, RecipeError or PublishError (eval.json)."""
     checkpoint = Checkpoint.open(out)
     record = read_eval(out, output_fingerprint(checkpoint, manifest))
-    text = (out / RECIPE_FILE).read_text(encoding="utf-8")
+    text = read_text(out / RECIPE_FILE, TEXT_BYTES)
     return CardFacts(
         name=repo.split("/")[-1] if repo else out.resolve().name,
         repo=repo,

@@ -11,6 +11,7 @@ from typing import Any
 from ..artifact.eval_record import EVAL_FILE
 from ..artifact.journal import FOLDER, MANIFEST
 from ..checkpoint import CONFIG_NAME, INDEX_NAME, sha256_file
+from ..checkpoint.links import require_regular
 from ..errors import PublishError
 from ..planning.plan import RECIPE_FILE
 
@@ -45,32 +46,37 @@ def files_to_publish(out: Path, manifest: Mapping[str, Any]) -> list[PublishFile
     """Every file of `out` that belongs to the publication, by name. manifest: as `verify.structure.read_manifest` returns it.
 
     Shards have the sha256 that was recorded when they were written (`verify` compares it with the bytes; the upload
-    must, too); everything else is hashed here. Raises PublishError for a file that the manifest lists and `out` lacks.
+    must, too); everything else is hashed here. Raises PublishError for a file that the manifest lists and `out` lacks, and for
+    a link: only regular files inside the folder are sent.
     """
     files = []
     for name, facts in manifest["shards"].items():
-        path = out / name
-        if not path.is_file() or path.stat().st_size != facts["size"]:
+        path = require_regular(out, name, PublishError)
+        if path.stat().st_size != facts["size"]:
             raise PublishError(f"{path} is missing or has another size than when it was written: convert again.")
         files.append(PublishFile(name, path, facts["size"], facts["sha256"]))
     carried = carried_files(manifest)
     listed = {*manifest["files"], *carried} - {CARD}
-    for name in sorted(listed):
-        if not (out / name).is_file():
-            raise PublishError(f"{out / name} is missing: convert again, or copy it from the source.")
-    for name in listed | beside(out, manifest):
-        path = out / name
+    for name in sorted(listed | beside(out, manifest)):
+        path = require_regular(out, name, PublishError)
         digest = sha256_file(path)
         files.append(PublishFile(name, path, path.stat().st_size, digest, carried.get(name) == digest))
     return sorted(files, key=lambda f: f.path_in_repo)
 
 
 def beside(out: Path, manifest: Mapping[str, Any]) -> set[str]:
-    """Names of the files that m3quant, or a person with a licence, added to what convert wrote."""
-    names = {name for name in (*BESIDE, notice_name(manifest)) if (out / name).is_file()}
-    names |= {p.name for p in out.iterdir() if p.is_file() and LICENCE_FILE.fullmatch(p.name)}
+    """Names of the files that m3quant, or a person with a licence, added to what convert wrote; links among them."""
+
+    def is_file(path: Path) -> bool:
+        return path.is_symlink() or path.is_file()
+
+    names = {name for name in (*BESIDE, notice_name(manifest)) if is_file(out / name)}
+    names |= {p.name for p in out.iterdir() if is_file(p) and LICENCE_FILE.fullmatch(p.name)}
     for folder in (REPORT_FOLDER, EVAL_RESULTS_FOLDER):
-        names |= {p.relative_to(out).as_posix() for p in (out / folder).rglob("*") if p.is_file()}
+        if (out / folder).is_symlink():
+            names.add(folder)
+        else:
+            names |= {p.relative_to(out).as_posix() for p in (out / folder).rglob("*") if is_file(p)}
     return names
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..artifact.output import read_manifest
 from ..checkpoint import Checkpoint
+from ..checkpoint.bounded import TEXT_BYTES, read_text
 from ..errors import PublishError
 from .base import Base, resolve_base
 from .card import check_metadata, write_card
@@ -18,6 +19,7 @@ from .files import PublishFile, files_left_out, files_to_publish
 from .hub_benchmarks import read_benchmarks, registration_problems
 from .licences import GivenLicence, Licence, obligations, resolve_licence
 from .on_hub import base_problems
+from .scan.allow import read_allowed, shipped
 
 Say = Callable[[str], None]
 
@@ -32,6 +34,7 @@ class Asked:
     source: str | None = None  # to compare with, file by file and tensor by tensor
     licence: GivenLicence = field(default_factory=GivenLicence)
     serving: Sequence[Serving] | None = None
+    allow: Path | None = None  # a list of what the scan finds and is harmless, with reasons
     online: bool = False  # compare with the base on the Hub, file by file
 
 
@@ -89,15 +92,16 @@ def check(out: Path, written: Written, asked: Asked, say: Say) -> Findings:
 
     Raises CheckpointError where asked.online and the Hub cannot be reached.
     """
+    allowed = shipped() + read_allowed(asked.allow) if asked.allow else None
     from_hub = []
     if asked.online and written.base and written.licence:
         say(f"comparing with {written.base.repo} on the Hub ...")
         from_hub = base_problems(out, written.manifest, written.base, written.licence)
         from_hub += registration_problems(read_benchmarks(out))
-    findings = check_complete_for_publish(out, written.manifest, asked.source, say)
+    findings = check_complete_for_publish(out, written.manifest, asked.source, say, allowed)
     findings.problems[:0] = [*written.problems, *from_hub]
     if not written.problems:
-        findings.problems += check_metadata(written.card_path.read_text(encoding="utf-8"), out)
+        findings.problems += check_metadata(read_text(written.card_path, TEXT_BYTES), out)
     return findings
 
 

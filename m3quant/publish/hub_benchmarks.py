@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import yaml
 
+from ..checkpoint.bounded import read_yaml
 from ..errors import PublishError
 from .files import EVAL_RESULTS_FOLDER
 
@@ -63,9 +63,9 @@ def _read(path: Path) -> list[BenchmarkResult]:
     if path.suffix != ".yaml":
         raise PublishError(f"{path} is no .yaml file: the Hub reads only those in this folder; move it away.")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = read_yaml(path, "the file", error=PublishError, follow=False)
         entries = parse(document) if isinstance(document, list) and document else None
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PublishError(
             f"{path} is not in the Hub's format ({type(error).__name__}: {reason}): correct it."

@@ -10,9 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..checkpoint import sha256_file
+from ..checkpoint.bounded import TEXT_BYTES, parse_yaml, read_bounded
+from ..checkpoint.links import require_regular
+from ..checkpoint.strict_json import described
 from ..errors import OptionError, PublishError
 from .base import Base
 from .files import LICENCE_FILE
@@ -57,13 +58,13 @@ class Licence:
 def data() -> dict[str, Any]:
     """licences.yaml, parsed."""
     text = importlib.resources.files(__package__).joinpath(DATA).read_text(encoding="utf-8")
-    parsed: dict[str, Any] = yaml.safe_load(text)
+    parsed: dict[str, Any] = parse_yaml(text, DATA)
     return parsed
 
 
 def licence_files(folder: Path) -> list[Path]:
-    """Licence texts at the top of a folder, the one for the model before the others."""
-    found = [p for p in folder.iterdir() if p.is_file() and LICENCE_FILE.fullmatch(p.name)]
+    """Licence texts at the top of a folder, the one for the model before the others. Raises PublishError for a link."""
+    found = [require_regular(folder, p.name, PublishError) for p in folder.iterdir() if LICENCE_FILE.fullmatch(p.name)]
     return sorted(found, key=lambda p: ("MODEL" not in p.name.upper(), len(p.name), p.name))
 
 
@@ -96,9 +97,9 @@ def check_given(given: GivenLicence) -> None:
 
 def _given_text(file: Path) -> bytes:
     try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise OptionError(f"--licence-file {file} cannot be read: {error.strerror}.") from None
+        content = read_bounded(file, TEXT_BYTES, error=OptionError, follow=True)
+    except OptionError as error:
+        raise OptionError(f"--licence-file: {error}") from None
     if not content.strip():
         raise OptionError(f"--licence-file {file} is empty: give the licence text of the base.")
     return content
@@ -124,7 +125,7 @@ def resolve_licence(
     if not texts:
         raise PublishError(_missing(base))
     for path in texts:
-        if (found := recognise(path.read_text(encoding="utf-8", errors="replace"))) is not None:
+        if (found := recognise(_text(path))) is not None:
             break
     else:
         path, found = texts[0], None
@@ -144,7 +145,7 @@ def supply(out: Path, file: Path) -> None:
     """Copy a licence text into an output that has none. Raises OptionError for another one there, or an unreadable file."""
     content = _given_text(file)
     present = licence_files(out)
-    if any(p.read_bytes() == content for p in present):
+    if any(read_bounded(p, TEXT_BYTES, error=PublishError) == content for p in present):
         return
     if present:
         raise OptionError(
@@ -174,6 +175,10 @@ def obligations(licence: Licence, base: Base) -> list[str]:
             f"The base carried no licence file; {licence.file} was supplied by you: compare it with {base.url}."
         )
     return lines
+
+
+def _text(path: Path) -> str:
+    return read_bounded(path, TEXT_BYTES, error=PublishError).decode("utf-8", errors="replace")
 
 
 def _flat(text: str) -> str:
@@ -226,9 +231,7 @@ def _custom(path: Path, manifest: Mapping[str, Any], base: Base, given: GivenLic
             "(apache-2.0, mit, ...), or with --licence-id other --licence-name NAME."
         )
     patterns = data()["common"].get(given.identifier, ())  # "other" has none
-    if not all(
-        re.search(p, _flat(path.read_text(encoding="utf-8", errors="replace")), re.IGNORECASE) for p in patterns
-    ):
+    if not all(re.search(p, _flat(_text(path)), re.IGNORECASE) for p in patterns):
         raise PublishError(f"{path.name} does not read like {given.identifier}: give the licence that the base has.")
     return Licence(
         key=None,
@@ -258,5 +261,8 @@ def _check_statements(licence: Licence, manifest: Mapping[str, Any], config: Map
 
 def _statements(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(what says it, its words on the licence)."""
-    yield "the model card", manifest["source"].get("card") or {}
-    yield "config.json", {key: config[key] for key in ("license", "license_name") if key in config}
+    for where, facts in (("the model card", manifest["source"].get("card") or {}), ("config.json", config)):
+        stated = {key: facts[key] for key in ("license", "license_name") if facts.get(key) is not None}
+        if odd := [key for key, value in stated.items() if not isinstance(value, str)]:
+            raise PublishError(f"{where} states {odd[0]} as {described(stated[odd[0]])}, which is no text: correct it.")
+        yield where, stated

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.copying import hash_file
 from ..checkpoint.hub import HubStore
 from ..checkpoint.listing import classify
-from ..checkpoint.origin import matches_etag
 from ..planning.plan import REPLACED_FILES
 from .base import Base
 from .files import CARD, LICENCE_FILE
@@ -32,7 +32,7 @@ def base_problems(out: Path, manifest: Mapping[str, Any], base: Base, licence: L
             continue
         if not path.is_file():
             problems.append(f"{base.repo} has {name}, which {out} lacks: download the base whole and convert again.")
-        elif not matches_etag(path.read_bytes(), store.etags[name]):
+        elif not hash_file(path).has_etag(store.etags[name]):
             problems.append(
                 f"{out / name} is not the file that {base.repo} has at {base.revision[:12]}: copy it byte for byte."
             )

@@ -8,8 +8,6 @@ model, is compared with the Hub's own checksums: that finds a damaged download, 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import re
 import shutil
 import time
@@ -21,7 +19,9 @@ from typing import Any, Protocol, TypeVar
 
 from ..artifact.journal import MANIFEST
 from ..checkpoint import CONFIG_NAME, INDEX_NAME, make_folder, sha256_file
+from ..checkpoint.bounded import MANIFEST_BYTES, read_json, read_text
 from ..checkpoint.checkpoint import REPO_ID
+from ..checkpoint.copying import hash_file
 from ..checkpoint.hub import HubStore, TransientError
 from ..errors import CheckpointError, HubError, OutputError, StoppedError, VerifyError
 from .files import CHECKSUMS
@@ -231,8 +231,7 @@ class _Pull:
         if len(wanted) == SHA256_DIGITS:
             found, kind = sha256_file(path), "sha256"
         else:
-            data = path.read_bytes()
-            found, kind = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest(), "git sha1"
+            found, kind = hash_file(path).git_sha1, "git sha1"
         if found != wanted:
             raise VerifyError(
                 f"{path} is not {name} of {self.store.where}: its {kind} is {found[:12]}..., not {wanted[:12]}...; "
@@ -245,7 +244,7 @@ class _Pull:
 def _checksums(path: Path, where: str) -> dict[str, str]:
     """A file as sha256sum writes it."""
     out = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path, MANIFEST_BYTES, error=VerifyError).splitlines():
         match = _SUM.fullmatch(line)
         if match is None:
             raise VerifyError(f"{where} has a line that sha256sum would not write: it is damaged.")
@@ -254,8 +253,8 @@ def _checksums(path: Path, where: str) -> dict[str, str]:
 
 
 def _manifest_sums(path: Path, where: str) -> dict[str, str]:
+    manifest = read_json(path, MANIFEST_BYTES, "It is no manifest of m3quant, or damaged.", error=VerifyError)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
         return {**manifest["files"], **{name: facts["sha256"] for name, facts in manifest["shards"].items()}}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise VerifyError(f"{where} cannot be read as a manifest of m3quant: it is damaged.") from None

@@ -7,6 +7,7 @@ for, never the version number. https://huggingface.co/docs/huggingface_hub/packa
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from ..errors import HubError, M3QuantError, PublishError, StoppedError
 T = TypeVar("T")
 
 # None: no answer at all, such as a dropped connection.
-TRANSIENT_STATUS = frozenset({None, 429, 500, 502, 503, 504})
+TRANSIENT_STATUS = frozenset({None, 408, 429, 500, 502, 503, 504})
 # What the Hub answers to a commit whose parent is no longer the head of its branch.
 MOVED_STATUS = 412
 PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
@@ -228,22 +229,28 @@ class Remote:
         return None
 
     def explain(self, error: Exception, what: str, asked: float | None = None) -> M3QuantError:
-        """The sentence for a failure of huggingface_hub or the network; never its own text, which may hold a URL or header."""
+        """The sentence for a failure of huggingface_hub or the network, with the reason that the Hub gives.
+
+        Never the library's own text, which may hold a signed URL or a header.
+        """
         status = status_of(error)
-        start = f"The Hub answered {status} when asked {what} ({self.repo})"
+        said = reason_of(error, self._token)
+        start = f"The Hub answered {status} when asked {what} ({self.repo})" + (f" and says: {said}" if said else "")
         if status == 401:
             return HubError(f"{start}: the token is not valid; log in again with `hf auth login`, or mend HF_TOKEN.")
         if status in (402, 403):
+            if said:
+                return HubError(f"{start}.")
             told = "the token may not do this, or the quota is used up"
             return HubError(f"{start}: {told}; give a token with write permission for {self.repo.split('/')[0]}.")
         if status == 404:
             return HubError(f"{start}: it does not exist or the token cannot see it; check the name and the token.")
         if status in (409, MOVED_STATUS):
-            return Conflict(f"{start}: somebody else changed it meanwhile; look at it there, then run again.")
+            return Conflict(f"{start}." if said else f"{start}: it exists, or was changed meanwhile; look at it there.")
         if status == 413:
-            return HubError(f"{start}: it is too large for the Hub; check the size limits and the quota.")
+            return HubError(f"{start}" + ("." if said else ": it is too large for the Hub; check its size limits."))
         if status is not None and status not in TRANSIENT_STATUS:
-            return HubError(f"{start}, which means that it refuses the request.")
+            return HubError(f"{start}." if said else f"{start} and gave no reason.")
         come_back = "run the same command again" + (f" in {asked:.0f} s" if asked else " later") + "; it continues"
         if status is not None:
             return StoppedError(f"{start}, and again after each pause: {come_back}.")
@@ -317,6 +324,42 @@ def status_of(error: BaseException) -> int | None:
     return None
 
 
+# A reason is a sentence; an HTML page of a proxy is none.
+REASON_BYTES, REASON_CHARACTERS = 64 * 1024, 300
+
+
+def reason_of(error: BaseException, token: str) -> str:
+    """What the Hub itself says of a refusal: the header X-Error-Message, or `error` or `message` of a JSON answer; "" for neither.
+
+    One line, cut, without the token and without what follows the ? of an address. https://huggingface.co/docs/hub/api
+    """
+    response = next((r for link in _chain(error) if (r := getattr(link, "response", None)) is not None), None)
+    if response is None:
+        return ""
+    said = response.headers.get("X-Error-Message") or _json_reason(response)
+    said = re.sub(r"(https?://[^\s?\"']+)\?[^\s\"']*", r"\1", " ".join(said.split()))
+    if token:
+        said = said.replace(token, "***")
+    said = "".join(c for c in said if c.isprintable()).rstrip(". ")
+    return said if len(said) <= REASON_CHARACTERS else said[: REASON_CHARACTERS - 3] + "..."
+
+
+def _json_reason(response: Any) -> str:
+    try:
+        content = response.content
+        answer = json.loads(content) if len(content) <= REASON_BYTES else None
+    except (ValueError, RuntimeError, RecursionError):  # no JSON; RuntimeError: a streamed answer that was not read
+        return ""
+    found = (answer.get("error") or answer.get("message")) if isinstance(answer, dict) else None
+    return found if isinstance(found, str) else ""
+
+
+def rate_limit_reset(header: str | None) -> float | None:
+    """Seconds until requests are taken again, from `"api";r=0;t=120` (draft-ietf-httpapi-ratelimit-headers), None without."""
+    found = re.search(r";\s*r=0\b[^,]*;\s*t=(\d{1,6})\b", header or "")
+    return float(found[1]) if found else None
+
+
 def retry_after(error: BaseException) -> float | None:
     """Seconds that the server asks to wait (RFC 9110 section 10.2.3), None if it does not say."""
     for link in _chain(error):
@@ -324,7 +367,7 @@ def retry_after(error: BaseException) -> float | None:
         if response is not None:
             text = response.headers.get("Retry-After")
             if text is None:
-                return None
+                return rate_limit_reset(response.headers.get("RateLimit"))
             if text.strip().isdigit():
                 return float(text)
             try:

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult
 from pydantic import ValidationError
 
 from ..artifact.eval_record import EVAL_FILE, EvalRecord, Result
+from ..checkpoint.bounded import MANIFEST_BYTES, read_bounded
 from ..errors import PublishError
 from ..evaluate.position import CONVENTION as POSITION
 
@@ -54,9 +55,9 @@ def read_eval(out: Path, fingerprint: str) -> EvalRecord | None:
     if not path.exists():
         return None
     try:
-        record = EvalRecord.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = str(error).splitlines()[-2].strip() if isinstance(error, ValidationError) else error.strerror
+        record = EvalRecord.model_validate_json(read_bounded(path, MANIFEST_BYTES, error=PublishError))
+    except ValidationError as error:
+        reason = str(error).splitlines()[-2].strip()
         raise PublishError(f"{path} cannot be read ({reason}): run m3quant eval again, or move it away.") from None
     measured = record.checkpoint.fingerprint
     if measured is None:

@@ -18,7 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from ..errors import HubError, PublishError
+from ..checkpoint.bounded import read_bounded
+from ..checkpoint.copying import hash_file
+from ..errors import CheckpointError, HubError, PublishError
 from .files import PublishFile
 from .remote import Conflict, Remote, RemoteFile, RepoState, copies_between_repos, uses_xet
 
@@ -169,8 +171,7 @@ class _Run:
         if there.sha256 is not None:
             return there.sha256 == file.sha256
         if file.path_in_repo not in self._git_sha1:
-            data = checked_bytes(file)
-            self._git_sha1[file.path_in_repo] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            self._git_sha1[file.path_in_repo] = checked_git_sha1(file)
         return there.git_sha1 == self._git_sha1[file.path_in_repo]
 
     def _copy_from_base(self, missing: list[PublishFile], result: Published) -> list[PublishFile]:
@@ -277,16 +278,21 @@ class _Run:
         operations += [CommitOperationCopy(path, path, staged) for path in paths]
         try:
             commit = self.remote.commit(operations, "main", "Publish with m3quant", parent=before.main)
-        except Conflict:
-            commit = self._merged_after_all(before)
+        except Conflict as refused:
+            commit = self._merged_after_all(before, refused)
         self._verify(self.remote.tree(commit), "main", "it is not tagged; look at it there")
         return commit
 
-    def _merged_after_all(self, before: RepoState) -> str:
-        """main's commit if it is this upload's (the answer to the first try was lost). Raises Conflict otherwise."""
+    def _merged_after_all(self, before: RepoState, refused: Conflict) -> str:
+        """main's commit if it is this upload's (the answer to the first try was lost). Raises Conflict otherwise: `refused`, with
+        what the Hub said, where main has not moved."""
         now = _seen(self.remote)
         if now.main != before.main and not self.differing(self.remote.tree(now.main)):
             return now.main
+        if now.main == before.main:
+            raise Conflict(
+                f"{str(refused).rstrip('.')}. main is still at {now.main[:8]} and nothing was merged: run the same command again."
+            )
         raise Conflict(
             f"main of {self.remote.repo} moved from {before.main[:8]} to {now.main[:8]} during the upload: somebody else "
             "committed to it, and nothing was merged. Look at it there, then run the same command again."
@@ -329,12 +335,20 @@ def groups(files: Sequence[PublishFile]) -> Iterator[list[PublishFile]]:
         yield group
 
 
+def checked_git_sha1(file: PublishFile) -> str:
+    """git's sha1 of a file of any size. Raises PublishError if its bytes are not those that were checked."""
+    try:
+        found = hash_file(file.local_path)
+    except CheckpointError as error:
+        raise PublishError(str(error)) from None
+    if found.sha256 != file.sha256:
+        raise changed(file)
+    return found.git_sha1
+
+
 def checked_bytes(file: PublishFile) -> bytes:
     """A small file's bytes. Raises PublishError if they are not those that were checked."""
-    try:
-        data = file.local_path.read_bytes()
-    except OSError as error:
-        raise PublishError(f"{file.local_path} cannot be read: {error.strerror}.") from None
+    data = read_bounded(file.local_path, SMALL_BYTES, error=PublishError)
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise changed(file)
     return data
@@ -343,7 +357,7 @@ def checked_bytes(file: PublishFile) -> bytes:
 def stamp(file: PublishFile) -> tuple[int, int, int]:
     """What changes when a file is written to. Raises PublishError if the file is gone."""
     try:
-        facts = os.stat(file.local_path)
+        facts = os.lstat(file.local_path)
     except OSError as error:
         raise PublishError(f"{file.local_path} cannot be read: {error.strerror}.") from None
     if facts.st_size != file.size:

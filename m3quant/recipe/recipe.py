@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..checkpoint.bounded import read_yaml
 from ..errors import RecipeError
 from ..families.base import KEPT, QUANTIZABLE
 from ..schemes import KEEP, Scheme, parse_scheme
@@ -238,16 +239,11 @@ def recipe_names() -> list[str]:
 
 def read_recipe_file(path: str | Path) -> dict[str, Any]:
     """The YAML mapping in `path`. Raises RecipeError with the parser's line for anything else."""
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not Path(path).exists():
         raise RecipeError(
             f"recipe {path} does not exist: give a YAML file, or --to with one of {', '.join(recipe_names())}."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error}.") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
+        )
+    document = read_yaml(Path(path), "recipe", error=RecipeError)
     if not isinstance(document, dict):
         raise RecipeError(f"recipe {path} holds no mapping: it needs keys such as 'schemes' and 'format'.")
     return document

@@ -21,6 +21,7 @@ from publish.outputs import COMMIT, TEXTS, converted, manifest_of, serving, sour
 
 from m3quant.artifact.conversion_eval import output_fingerprint
 from m3quant.artifact.eval_record import Data, EvalRecord, Measured, Result
+from m3quant.calibration.mixture import parse_mixture
 from m3quant.checkpoint import Checkpoint
 from m3quant.cli import cli
 from m3quant.cli.convert import calibration_windows
@@ -308,7 +309,7 @@ def test_neither_warnings_nor_the_calibration_file_bring_paths_into_the_manifest
     assert str(tmp_path) not in (out / "m3quant.json").read_text(encoding="utf-8")
     corpus = tmp_path / "mine.txt"
     corpus.write_text("\n\n".join(f"Sentence {i} about nothing in particular." for i in range(400)), encoding="utf-8")
-    windows = calibration_windows(make_plan_of(source), str(corpus))
+    windows = calibration_windows(make_plan_of(source), parse_mixture((str(corpus),)))
     assert windows.source.startswith("mine.txt") and str(tmp_path) not in json.dumps(windows.record())
 
 

@@ -66,12 +66,12 @@ def test_public_only_when_asked_and_a_second_run_sends_nothing(hub: Hub, client:
     assert again.code == 0 and again.json["public"], "a published repo is left public"
 
 
-def refused(client: Client, job: dict[str, Any], code: int, *phrases: str, **options: Any) -> str:
+def refused(client: Client, job: dict[str, Any], code: int, *phrases: str, longest: int = 400, **options: Any) -> str:
     done = client.run(job, **options)
     text = done.err.splitlines()[-1] if done.err else ""
     assert done.code == code, done
     assert [p for p in ("m3quant: ", *phrases) if p not in text] == [], done.err
-    assert done.out == "" and len(text) < 400
+    assert done.out == "" and len(text) < longest
     return done.err
 
 
@@ -80,7 +80,7 @@ def test_who_may_not_publish_is_told_before_anything_is_sent(hub: Hub, client: C
     refused(client, job(files), 2, "can only read", "write permission", token=READ_TOKEN)
     refused(client, job(files), 2, "401", "not valid", token="hf_unknown")
     refused(client, job(files), 2, "another character", token="hf_two\x7fparts")
-    refused(client, job(files) | {"repo": "elsewhere/model"}, 2, "403", "write permission for elsewhere")
+    refused(client, job(files) | {"repo": "elsewhere/model"}, 2, "403", "says: You don't have the rights")
     refused(client, job(files) | {"repo": "model"}, 2, "ORG/NAME")
     refused(client, job(files, tag="a b"), 2, "no name for a tag")
     refused(client, job(files, tag="main"), 2, "no name for a tag")
@@ -193,8 +193,9 @@ FAILURES = [
     ("POST /api/models/.*/branch", 409, None, ""),
     ("POST /api/models/.*/commit/m3quant", 413, 2, "too large"),
     ("PUT /lfs/", 413, 2, "too large"),
+    ("POST /api/models/.*/commit/m3quant", 422, 2, "gave no reason"),
     ("PUT /lfs/", 403, 2, "token"),
-    ("POST /api/models/.*/commit/main", 409, 2, "somebody else"),
+    ("POST /api/models/.*/commit/main", 409, 2, "main is still at"),
     ("GET /api/models/.*/refs", 404, 2, "does not exist"),
     ("POST /api/models/.*/tag", 403, 2, "write permission"),
     ("PUT /api/models/.*/settings", 402, 2, "quota"),
@@ -206,7 +207,7 @@ FAILURES = [
 def test_refusals_of_the_hub_are_one_sentence(
     hub: Hub, client: Client, files: Path, pattern: str, status: int, code: int | None, phrase: str
 ) -> None:
-    hub.faults = [Fault(pattern, status, times=99)]
+    hub.faults = [Fault(pattern, status, times=99, body=b"")]
     if code is not None:
         refused(client, job(files, public=True), code, phrase)
         assert hub.public_view(REPO) is None
@@ -217,7 +218,33 @@ def test_refusals_of_the_hub_are_one_sentence(
     assert on_main(hub) == contents(files)
 
 
+QUOTA = "Private repository storage limit reached, please upgrade your plan"
+SAID = [
+    ("POST /.*/info/lfs/objects/batch", 403, {"X-Error-Message": QUOTA}, b"", QUOTA),
+    ("POST /.*/info/lfs/objects/batch", 400, {}, b'{"message": "bad oid"}', "bad oid"),
+    ("POST /api/models/.*/preupload", 403, {}, b'{"error": "Your storage patterns tripped our systems"}', "tripped our systems"),
+    ("POST /api/models/.*/commit/m3quant", 400, {}, b'{"error": "Invalid metadata in README.md"}', "says: Invalid metadata in README.md."),
+    ("POST /api/models/.*/commit/m3quant", 422, {}, b'{"error": "LFS pointer pointed to a file that does not exist"}', "LFS pointer"),
+    ("POST /api/models/.*/commit/m3quant", 402, {}, b'{"error": "see https://host.example/a?signature=abc now"}', "see https://host.example/a now."),
+    ("POST /api/models/.*/commit/m3quant", 400, {}, b'{"error": "' + b"x" * 5000 + b'"}', "xxx..."),
+    ("POST /api/models/.*/commit/m3quant", 400, {}, b"<html>" + b"[" * 100_000, "gave no reason"),
+    ("POST /api/models/.*/commit/m3quant", 400, {}, b'{"error": {"a": 1}}', "gave no reason"),
+    ("POST /api/models/.*/commit/main", 412, {}, b'{"error": "A commit has happened since."}', "A commit has happened since. main is still at"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pattern", "status", "headers", "body", "phrase"), SAID)
+def test_what_the_hub_says_is_passed_on(
+    hub: Hub, client: Client, files: Path, pattern: str, status: int, headers: dict[str, str], body: bytes, phrase: str
+) -> None:
+    hub.faults = [Fault(pattern, status, times=99, headers=headers, body=body)]
+    said = refused(client, job(files), 2, str(status), phrase, longest=500)
+    assert "write permission" not in said and "moved from" not in said and "signature" not in said
+
+
 BUSY = [
+    ("POST /api/models/.*/tag", 429, {"RateLimit": '"api";r=0;t=9'}, 9.0),
+    ("POST /api/models/.*/commit/m3quant", 408, {}, 1.0),
     ("POST /api/repos/create", 429, {"Retry-After": "7"}, 7.0),
     ("POST /api/repos/create", 503, {}, 1.0),
     ("POST /api/models/.*/commit/m3quant", 503, {"Retry-After": "3"}, 3.0),

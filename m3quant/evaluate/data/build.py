@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from m3quant.calibration.corpus import load_documents
 from m3quant.calibration.documents import Document, interleave
+from m3quant.checkpoint.bounded import read_yaml
 
 HERE = Path(__file__).parent
 DOCUMENT_BYTES = 20_000  # long enough for lm-eval's rolling windows to roll
@@ -62,7 +61,7 @@ def build(packages: Path) -> list[Document]:
     for document in load_documents(None):
         taken.update(shingles(document.content_bytes().decode() if document.text is None else document.text))
     documents: list[Document] = []
-    for name, spec in yaml.safe_load((HERE / "sources.yaml").read_text(encoding="utf-8")).items():
+    for name, spec in read_yaml(HERE / "sources.yaml", "sources").items():
         path = packages / spec["file"]
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if digest != spec["sha256"]:

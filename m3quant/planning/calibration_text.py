@@ -1,0 +1,134 @@
+"""How much calibration text a run takes, in windows of which lengths. Pure numbers: needs no torch and no tokenizer.
+
+tokens       about what the disk's time hides: while the weights of a layer are read and written, the tokens pass through it
+rows         tokens an expert sees on average: tokens * top_k / experts
+rows per K   rows over the width of the expert's input; a second moment [K, K] of fewer rows than K has no inverse
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .plan import Plan
+from .quantizers import active_weights
+from .timing_model import Rates, layer_io
+
+# Measured on the trained fixtures: from 8 rows per K on, twice the text takes off 3 % of the KL divergence or less.
+MOST_ROWS_PER_K = 8.0
+# The default of a recipe, and what any machine takes.
+FEWEST_TOKENS = 65_536
+# A conversion may take this much longer than reading and writing alone.
+FLOOR_FACTOR = 1.2
+# Tokens are chosen in steps of this many: small differences of the rates do not change the run.
+TOKEN_STEP = 65_536
+# Shares of the rows in windows of one row, of four, and past the selection of sparse attention.
+LONG_SHARES = (0.25, 0.25)
+MIDDLE_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A number of calibration tokens, and what it means for one layer of a model."""
+
+    tokens: int
+    rows_per_expert: float
+    rows_per_k: float
+    compute_seconds: float
+    """A layer's forward passes of both streams and moments of that many tokens."""
+    disk_seconds: float
+    """A layer's reading and writing, which hides them where it is longer."""
+    bound: str
+    """What ended the choice: "disk", "rows" (there are enough for any expert), "least", or "given"."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class WindowGroup:
+    """Windows of one length. They lie one after the other from row `start` of the token grid [S, L]: each is `rows` rows
+    of it, which are consecutive text; so a group is a reshape of its rows, [windows * rows, L] to [windows, rows * L]."""
+
+    start: int
+    windows: int
+    rows: int
+
+
+def tokens_for_rows(rows_per_k: float, hidden: int, experts: int, top_k: int) -> int:
+    """Tokens with which an expert sees `rows_per_k` times as many rows as its input is wide, on average."""
+    return int(rows_per_k * hidden * experts / top_k)
+
+
+def flops_per_token(plan: Plan) -> float:
+    """Operations of one token in an average layer: both streams' forward passes, and the second moments of the experts' inputs
+    in the quantized stream and across the streams: 2 * 2 top_k (K^2 + I^2), K of w1 and w3, I of w2."""
+    text = plan.family.text_config(plan.checkpoint.config)
+    inputs = int(text["hidden_size"]) ** 2 + int(text["intermediate_size"]) ** 2
+    return 2 * 2 * active_weights(plan) + 2 * 2 * int(text["num_experts_per_tok"]) * inputs
+
+
+def token_choice(plan: Plan, rates: Rates) -> Tokens:
+    """As many tokens as pass through a layer in 1.2 times its disk's time, at most 8 rows per K, at least 65,536. Without measured rates for
+    computing, 65,536."""
+    text = plan.family.text_config(plan.checkpoint.config)
+    if rates.forward is None:
+        return described(plan, rates, FEWEST_TOKENS, "least")
+    hidden = FLOOR_FACTOR * layer_io(plan, rates) * rates.forward / flops_per_token(plan)
+    experts, top_k = int(text["num_local_experts"]), int(text["num_experts_per_tok"])
+    most = tokens_for_rows(MOST_ROWS_PER_K, int(text["hidden_size"]), experts, top_k)
+    chosen, bound = (most, "rows") if most <= hidden else (int(hidden), "disk")
+    chosen = chosen // TOKEN_STEP * TOKEN_STEP
+    return described(plan, rates, chosen, bound) if chosen > FEWEST_TOKENS else described(plan, rates, FEWEST_TOKENS, "least")  # fmt: skip
+
+
+def described(plan: Plan, rates: Rates, tokens: int, bound: str = "given") -> Tokens:
+    """What `tokens` mean for this model on this machine; seconds are 0 where no rate of computing is known."""
+    text = plan.family.text_config(plan.checkpoint.config)
+    rows = tokens * int(text["num_experts_per_tok"]) / int(text["num_local_experts"])
+    compute = tokens * flops_per_token(plan) / rates.forward if rates.forward else 0.0
+    return Tokens(tokens, rows, rows / int(text["hidden_size"]), compute, layer_io(plan, rates), bound)
+
+
+def window_groups(rows: int, length: int, selected: int) -> tuple[WindowGroup, ...]:
+    """The rows of a token grid [rows, length] as windows of several lengths, shortest first; every row is in one.
+
+    Half of the rows or more stay windows by themselves; a quarter is joined by four; a quarter by as many as twice
+    `selected` tokens need, so that sparse attention selects (0: no sparse attention, and no such group).
+    """
+    sizes = [MIDDLE_ROWS]
+    if selected and (past := -(-2 * selected // length)) > 1:
+        sizes = sorted({MIDDLE_ROWS, past})
+    long = [(size, int(rows * share) // size) for size, share in zip(sizes, LONG_SHARES, strict=False)]
+    groups = [WindowGroup(0, rows - sum(size * windows for size, windows in long), 1)]
+    for size, windows in long:
+        if windows:
+            groups.append(WindowGroup(groups[-1].start + groups[-1].windows * groups[-1].rows, windows, size))
+    return tuple(group for group in groups if group.windows)
+
+
+def groups_line(groups: tuple[WindowGroup, ...], length: int) -> str:
+    """For people: "64 windows of 512 tokens, 8 of 2,048 and 4 of 4,096"."""
+    parts = [f"{group.windows:,} of {group.rows * length:,}" for group in groups]
+    parts[0] = parts[0].replace(" of ", " windows of ", 1) + " tokens"
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def calibration_lines(plan: Plan, rates: Rates) -> list[str]:
+    """What the run's calibration text is, and how much the disk's time would hide."""
+    data = plan.recipe.data
+    now, choice = described(plan, rates, data.windows * data.window_length), token_choice(plan, rates)
+    width = int(plan.family.text_config(plan.checkpoint.config)["hidden_size"])
+    lines = [
+        f"calibration text: {now.tokens:,} tokens in {data.windows:,} windows of {data.window_length:,}, and {data.heldout_windows} "
+        f"windows held out; {now.rows_per_expert:,.0f} rows an expert on average, {now.rows_per_k:.2f} times its input's {width:,}"
+    ]
+    if choice.tokens > now.tokens:
+        selected = plan.family.selected_tokens(plan.checkpoint.config)
+        groups = window_groups(choice.tokens // data.window_length, data.window_length, selected)
+        lines.append(
+            f"on {rates.machine} a layer is read and written in {choice.disk_seconds:.1f} s; {choice.tokens:,} tokens "
+            f"({choice.rows_per_k:.1f} rows per input) are computed in {choice.compute_seconds:.1f} s: "
+            f"--calibration-tokens {choice.tokens}; in mixed lengths {groups_line(groups, data.window_length)}"
+        )
+    return lines

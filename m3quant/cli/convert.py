@@ -11,8 +11,9 @@ import click
 from ..checkpoint import Checkpoint
 from ..errors import EvaluationError, PlanError, RecipeError
 from ..planning.plan import Plan, make_plan
-from ..recipe.recipe import build_recipe
+from ..recipe.recipe import Recipe, build_recipe
 from ..running.words import human_bytes
+from .fit_convert import asked_of, fit_options, fitted, predicted_line
 from .options import TokenCount, load_recipe, recipe_options
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @click.argument("src")
 @click.argument("dst", type=click.Path(path_type=Path))
 @recipe_options("awq")
+@fit_options
 @click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto: a GPU where there is one."
 )
@@ -72,6 +74,12 @@ def command(
     recipe_file: Path | None,
     settings: tuple[str, ...],
     format_name: str | None,
+    budget: str | None,
+    node: str | None,
+    context: int | None,
+    concurrency: int | None,
+    kv_dtype: str | None,
+    sensitivity_file: Path | None,
     device: str,
     corpus: tuple[str, ...],
     windows: int | None,
@@ -92,8 +100,14 @@ def command(
         raise PlanError("--address names a Ray cluster: give --engine ray with it.")
     if engine == "ray" and ":" in device:
         raise PlanError(f"--device {device} names one GPU of this machine: with --engine ray give cuda, cpu or auto.")
+    serving = {"context": context, "concurrency": concurrency, "kv_dtype": kv_dtype}
+    asked = asked_of(budget, node, serving, sensitivity_file, bool(to or recipe_file or settings or format_name))
     checkpoint = Checkpoint.open(src)
-    recipe = load_recipe(checkpoint, to, recipe_file, settings, format_name)
+    recipe = (
+        load_recipe(checkpoint, to, recipe_file, settings, format_name)
+        if asked is None
+        else Recipe(rounding="feedback")
+    )
     if calibration_tokens is not None:
         if windows is not None:
             raise RecipeError("--windows and --calibration-tokens both say how much text: give one of them.")
@@ -106,7 +120,7 @@ def command(
             f"recipe '{recipe.name}' uses no calibration data: leave calibration options out, or use --to awq."
         )
     recipe = build_recipe({**recipe.model_dump(), "data": {**recipe.data.model_dump(), **changes}})
-    plan = make_plan(checkpoint, recipe)
+    plan = None if asked else make_plan(checkpoint, recipe)
     if suite is not None:
         _check_eval(suite, fail_over)
     elif fail_over is not None:
@@ -114,6 +128,9 @@ def command(
     from ..calibration.mixture import parse_mixture
 
     parts = parse_mixture(corpus)
+    fit = fitted(checkpoint, src, dst, asked, recipe.data.model_dump(), device, corpus, dry_run) if asked else None
+    plan = fit.plan if fit else plan
+    assert plan is not None
     if dry_run:
         from .plan import plan_json, print_plan
 
@@ -133,6 +150,8 @@ def command(
     told = {"output": str(dst), **manifest}
     if not as_json:
         print_result(plan, dst, manifest)
+        if fit and (line := predicted_line(fit, manifest)):
+            click.echo(line)
     elif suite is None:
         click.echo(json.dumps(told, indent=2))
     if suite is not None:

@@ -31,7 +31,11 @@ from .options import ASK_OPTIONS, ask_options
 @click.option("--measure", "measured", is_flag=True, help="Measure first, and write the file that --sensitivity names.")
 @click.option("--device", default="auto", show_default=True, help="With --measure: cpu, cuda, cuda:N or auto.")
 @click.option(
-    "--calibration", "corpus", metavar="FILE|FOLDER|DATASET", default=None, help="Text to measure on [bundled corpus]."
+    "--calibration",
+    "corpus",
+    metavar="SOURCE[=WEIGHT]",
+    multiple=True,
+    help="Text to measure on, as of convert [bundled].",
 )
 @click.option("--windows", type=click.IntRange(1), default=None, help="With --measure: calibration windows. [24]")
 @click.option("--heldout-windows", type=click.IntRange(1), default=None, help="With --measure: held-out windows. [16]")
@@ -47,7 +51,7 @@ def command(
     sensitivity_file: Path | None,
     measured: bool,
     device: str,
-    corpus: str | None,
+    corpus: tuple[str, ...],
     windows: int | None,
     heldout_windows: int | None,
     recipe_out: Path | None,

@@ -16,11 +16,12 @@ def measure_file(
     checkpoint: Checkpoint,
     path: Path,
     device: str,
-    corpus: str | None,
+    corpus: tuple[str, ...],
     windows: int | None = None,
     heldout: int | None = None,
 ) -> Sensitivity:
     """Measure `checkpoint` and write `path`. Raises OutputError, before anything is read, where that cannot be written."""
+    from ..calibration.mixture import mixture_sha256, parse_mixture
     from ..convert.measure import MeasureSettings, measure
     from .convert import calibration_windows
     from .progress import BytesProgress
@@ -28,11 +29,13 @@ def measure_file(
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise OutputError(f"{path} cannot be written: give --sensitivity a file in a folder that exists.")
     data = {"windows": windows or WINDOWS, "heldout_windows": heldout or HELDOUT}
-    fitting = Fitting(checkpoint, data, None)
+    fitting = Fitting(checkpoint, data)
+    parts = parse_mixture(corpus)
     with BytesProgress("measure") as progress:
-        text = calibration_windows(fitting.base, corpus)
+        progress.say(f"reading text for {sum(data.values())} windows")
+        text = calibration_windows(fitting.base, parts)
         for note in text.notes:
             progress.say(f"note: {note}")
-        found = measure(fitting, text, MeasureSettings(device=device), progress)
+        found = measure(fitting, text, mixture_sha256(parts), MeasureSettings(device=device), progress)
     write_bytes_atomic(path, found.dump())
     return found

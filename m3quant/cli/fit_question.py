@@ -30,7 +30,7 @@ class Asked:
     node: str | None = None
     serving: Mapping[str, Any] = field(default_factory=dict)
     sensitivity: Path | None = None
-    corpus: str | None = None
+    corpus: tuple[str, ...] | None = None  # of --calibration; None: whatever the sensitivity file was measured on
     revision: str | None = None
     data: Mapping[str, Any] = field(default_factory=dict)  # of the recipe
 
@@ -115,13 +115,14 @@ def _sensitivity(checkpoint: Checkpoint, subject: Subject, asked: Asked) -> Sens
     return found
 
 
-def check_corpus(found: Sensitivity, path: Path, checkpoint: Checkpoint, corpus: str | None) -> None:
-    """Raise OptionError unless `found` was measured on this text. corpus: None for the bundled one."""
-    from ..calibration.corpus import BUNDLED_NAME, corpus_sha256, load_documents, load_tokenizer, tokenizer_sha256
+def check_corpus(found: Sensitivity, path: Path, checkpoint: Checkpoint, corpus: tuple[str, ...]) -> None:
+    """Raise OptionError unless `found` was measured on this text, given as of --calibration."""
+    from ..calibration.corpus import load_tokenizer, tokenizer_sha256
+    from ..calibration.mixture import mixture_sha256, parse_mixture
 
-    documents, tokenizer = load_documents(corpus), load_tokenizer(checkpoint.root)
-    name = corpus or BUNDLED_NAME
-    check_text(found, path, corpus_sha256(documents), tokenizer_sha256(tokenizer), name)
+    tokenizer = load_tokenizer(checkpoint.root)
+    names = ", ".join(Path(spec).name for spec in corpus) or "the bundled corpus"
+    check_text(found, path, mixture_sha256(parse_mixture(corpus)), tokenizer_sha256(tokenizer), names)
 
 
 def _rooms(fitting: Fitting, subject: Subject, node: Node, ask: Ask) -> NodeRooms:

@@ -98,10 +98,12 @@ class _Measured:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def measure(fitting: Fitting, windows: Windows, settings: MeasureSettings, progress: Progress) -> Sensitivity:
+def measure(
+    fitting: Fitting, windows: Windows, text_sha256: str, settings: MeasureSettings, progress: Progress
+) -> Sensitivity:
     """Read the whole checkpoint once and return what every candidate of `fitting` costs.
 
-    windows: those of fitting.data, calibration before held-out. Raises CalibrationError without held-out windows or
+    windows: those of fitting.data, calibration before held-out. text_sha256: of the documents they are from. Raises CalibrationError without held-out windows or
     for weights and activations that are not finite, CheckpointError for a source that is not on this machine, and
     InterruptedRun.
     """
@@ -114,7 +116,7 @@ def measure(fitting: Fitting, windows: Windows, settings: MeasureSettings, progr
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         try:
-            return _Measuring(fitting, windows, settings, device, stop, progress).run()
+            return _Measuring(fitting, windows, settings, device, stop, progress).run(text_sha256)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(device, error) from None
 
@@ -145,7 +147,7 @@ class _Measuring:
         self.pilots: list[_Pilot] = []
         self.measured: list[_Measured] = []
 
-    def run(self) -> Sensitivity:
+    def run(self, text_sha256: str) -> Sensitivity:
         units = self.plan.units[1:]
         self.progress.start(sum(unit.bytes_in for unit in units), 0)
         self.progress.say(
@@ -157,7 +159,7 @@ class _Measuring:
         with contextlib.ExitStack() as stack:
             for unit, tensors in zip(units, self._layers(stack, units), strict=True):
                 self._measure_layer(unit, tensors)
-        return self._result()
+        return self._result(text_sha256)
 
     def _embedded(self, tokens: torch.Tensor) -> HiddenStates:
         return embed_source(self.reader, tokens, self.dtype, self.device, None)
@@ -257,7 +259,7 @@ class _Measuring:
         """x [S, L, H] float32 through the layer; the residual stays in float32, so that small errors are seen."""
         return torch.cat([layer.forward(part) for part in x.split(self.micro_batch)])
 
-    def _result(self) -> Sensitivity:
+    def _result(self, text_sha256: str) -> Sensitivity:
         head = read_head(self.reader, self.device)
         total = len(self.tokens)
         probed: dict[tuple[int, str], list[Probe]] = {}
@@ -293,7 +295,7 @@ class _Measuring:
             source=source_identity(self.plan.checkpoint, self.plan.family.model_type),
             text=TextIdentity(
                 source=windows.source,
-                corpus_sha256=windows.corpus_sha256,
+                sha256=text_sha256,
                 tokenizer_sha256=windows.tokenizer_sha256,
                 windows=self.calibration,
                 heldout_windows=total - self.calibration,

@@ -87,10 +87,13 @@ class SourceIdentity(_Model):
 
 
 class TextIdentity(_Model):
-    """Which text was read, and how much of it: windows to calibrate on and windows held out, of so many tokens."""
+    """Which text was read, and how much of it: windows to calibrate on and windows held out, of so many tokens.
+
+    sha256: over the documents of all its sources and their shares, however many of them were read.
+    """
 
     source: str
-    corpus_sha256: str
+    sha256: str
     tokenizer_sha256: str
     windows: int = Field(ge=1)
     heldout_windows: int = Field(ge=1)
@@ -192,10 +195,10 @@ def check_source(found: Sensitivity, path: Path, checkpoint: Checkpoint, model_t
         )
 
 
-def check_text(found: Sensitivity, path: Path, corpus_sha256: str, tokenizer_sha256: str, source: str) -> None:
+def check_text(found: Sensitivity, path: Path, sha256: str, tokenizer_sha256: str, source: str) -> None:
     """Raise OptionError unless the file was measured on these documents with this tokenizer."""
     for what, there, here in (
-        ("text", found.text.corpus_sha256, corpus_sha256),
+        ("text", found.text.sha256, sha256),
         ("tokenizer", found.text.tokenizer_sha256, tokenizer_sha256),
     ):
         if there != here:

@@ -41,7 +41,7 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     source = make_source(tmp_path_factory.mktemp("source") / request.param, request.param)
     fitting = Fitting(Checkpoint.open(source), DATA, candidates=CANDIDATES)
     windows = random_windows(fitting.base)
-    return fitting, windows, measure(fitting, windows, MeasureSettings(probe_windows=1), Silent())
+    return fitting, windows, measure(fitting, windows, "text", MeasureSettings(probe_windows=1), Silent())
 
 
 def changed_layer(fitting: Fitting, windows: Any, index: int, role: str, scheme: str) -> tuple[Layer, torch.Tensor]:
@@ -87,7 +87,7 @@ def test_errors_and_probes_are_those_of_whole_models(measured: tuple[Fitting, An
 
 
 def test_a_pilot_is_a_conversion(measured: tuple[Fitting, Any, Sensitivity], tmp_path: Path) -> None:
-    fitting, windows, found = measured
+    fitting, _, found = measured
     pilot = found.pilots[0]
     assert pilot.schemes["routed_experts"] == "int2-g128-asym"
     plan = make_plan(fitting.checkpoint, fitting.recipe_of([pilot_layer(own, pilot.schemes) for own in found.layers]))
@@ -116,7 +116,7 @@ def test_measuring_needs_held_out_windows(tmp_path: Path) -> None:
     source = make_source(tmp_path / "m2", "m2")
     fitting = Fitting(Checkpoint.open(source), {**DATA, "heldout_windows": 0})
     with pytest.raises(CalibrationError, match="heldout_windows"):
-        measure(fitting, random_windows(fitting.base), MeasureSettings(), Silent())
+        measure(fitting, random_windows(fitting.base), "text", MeasureSettings(), Silent())
 
 
 def test_kl_of_an_error_follows_the_probes() -> None:

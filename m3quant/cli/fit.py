@@ -12,7 +12,7 @@ from ..checkpoint import Checkpoint
 from ..errors import OptionError
 from ..planning.headers import from_config
 from ..recipe.recipe import Recipe
-from .fit_output import fit_json, print_fit, write_recipe
+from .fit_output import fit_json, print_fit, write_chart, write_recipe
 from .fit_question import Asked, answer, budget_of
 from .options import ASK_OPTIONS, ask_options
 
@@ -91,8 +91,6 @@ def command(
             raise OptionError("--recipe-out writes the recipe of a budget: give --budget or --on with it.")
         write_recipe(recipe_out, found)
     if chart is not None:
-        from ..reports.fit_html import write_chart
-
         write_chart(chart, found)
     if as_json:
         click.echo(fit_json(found))

@@ -11,9 +11,11 @@ from typing import Any
 import click
 
 from ..checkpoint import write_bytes_atomic
+from ..errors import OptionError
 from ..planning.fit import Point
 from ..planning.plan import bits_per_weight
 from ..recipe.layer_ranges import show_layers
+from ..reports.fit_html import FitPage, page
 from ..running.words import human_bytes
 from .fit_question import Answer
 from .options import print_table
@@ -138,3 +140,32 @@ def write_recipe(path: Path, found: Answer) -> None:
         "# `schemes` holds for every layer that `layers` does not name. Convert with --recipe, or edit first.\n"
     )
     write_bytes_atomic(path, (heading + found.plan.recipe.dump()).encode())
+
+
+def write_chart(path: Path, found: Answer) -> None:
+    """The page of the frontier. Raises OptionError where nothing was measured, OSError where it cannot be written."""
+    if found.sensitivity is None:
+        raise OptionError(
+            "--chart draws KL divergence, which was not measured: give --sensitivity or --measure with it."
+        )
+
+    def drawn(point: Point) -> tuple[int, float, str]:
+        return point.nbytes, point.kl or 0.0, experts(point)
+
+    text = found.sensitivity.text
+    facts = [
+        (
+            "text",
+            f"{text.source}; {text.windows} windows of {text.window_length} tokens, {text.heldout_windows} held out",
+        ),
+        ("rounding", found.sensitivity.rounding),
+    ]
+    if found.chosen:
+        facts.append(
+            ("chosen", f"{human_bytes(found.chosen.nbytes)}, predicted KL {found.chosen.kl or 0.0:.4f} nats a token")
+        )
+    chosen = drawn(found.chosen) if found.chosen else None
+    layers = found.chosen.schemes if found.chosen else ()
+    title = f"{found.sensitivity.source.model_type}: bits fitted to bytes"
+    shown = FitPage(title, facts, [drawn(row.point) for row in found.rows], chosen, layers)
+    write_bytes_atomic(path, page(shown).encode())

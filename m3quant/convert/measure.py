@@ -39,7 +39,6 @@ from ..planning.fit import Fitting
 from ..planning.layout import scale_dtype
 from ..planning.plan import Unit
 from ..planning.sensitivity import (
-    SCHEMA,
     Candidate,
     LayerSensitivity,
     Pilot,
@@ -228,7 +227,9 @@ class _Measuring:
         assert unit.layer is not None
         prefix = self.plan.family.layer_prefix(unit.layer)
         roles = {t.name.removeprefix(prefix): role_of(t) for t in unit.tensors}
-        return {name: parse_scheme(by_role[role]) for name, role in roles.items() if role in by_role}
+        return {
+            name: parse_scheme(by_role[role]) for name, role in roles.items() if role is not None and role in by_role
+        }
 
     def _quantize(
         self,
@@ -290,7 +291,7 @@ class _Measuring:
             self.progress.say(f"pilot {pilot.schemes}: KL divergence {kl:.5f}, sum of estimates {estimate:.5f}")
         windows = self.windows
         return Sensitivity(
-            schema_version=SCHEMA,
+            schema_version=1,
             m3quant=__version__,
             source=source_identity(self.plan.checkpoint, self.plan.family.model_type),
             text=TextIdentity(

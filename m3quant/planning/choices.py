@@ -92,7 +92,7 @@ def layer_choices(plan: Plan, candidates: Mapping[str, Sequence[str]]) -> Choice
 
     candidates: by role, scheme names. Raises PlanError where a layer's shapes allow none of a role's candidates.
     """
-    made: dict[object, tuple[list[LayerChoice], Mapping[str, Sequence[str]]]] = {}
+    made: dict[object, tuple[list[LayerChoice], dict[str, list[str]]]] = {}
     layers, allowed, refused = [], [], dict[tuple[str, str], str]()
     for unit in plan.units[1:]:
         key = _kind(plan, unit)

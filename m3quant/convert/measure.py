@@ -2,13 +2,16 @@
 
 Per layer, role and candidate, the role's weights are quantized with fed-back errors on the calibration windows, and the
 layer's output on the held-out windows is compared with the source's. What such an error means at the end of the model
-is measured too: a few held-out windows of the source stream are given one candidate's error of one layer and role (a
-probe), pass with it through all later layers of the source, and end in a KL divergence. Other candidates of the layer
-and role follow from their error. Two or three whole recipes (the pilots) run beside, each with a quantized stream of its
-own as in a conversion; `planning.sensitivity` says what they are for.
+is measured too: held-out windows of the source stream are given one candidate's error of one layer and role (a probe),
+pass with it through all later layers of the source, and end in a KL divergence. Other candidates of the layer and role
+follow from their error. A few whole recipes (the pilots) run along, each with a quantized stream of its own as in a
+conversion; `planning.sensitivity` says what they are for.
 
-One pass reads every weight once. Host or device memory holds what a calibrated conversion does, one copy of the layer
-with changed weights, the pilots' streams, and `probe_windows` windows a probe.
+Errors and probes are computed in float32 on any device: what BF16 adds, a changed choice of experts above all, is as
+large as the error of 8 bits, and would be counted once for every layer and role. Pilots are computed as in a conversion.
+
+One pass reads every weight once. Memory holds what a calibrated conversion does, and besides one copy of the layer with
+changed weights, the pilots' streams, and PROBE_BYTES of probes at most.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from ..calibration.layers import Layer, LayerTensors, layer_spec
 from ..calibration.quantized_layer import QuantizedLayer
 from ..calibration.quantizers import layer_quantizer
 from ..calibration.ranks import ALONE
-from ..calibration.spec import EXPERTS
+from ..calibration.spec import EXPERTS, LayerSpec
 from ..calibration.stream import HiddenStates, Prefetcher, embed_source, read_head, read_layer, run_layer
 from ..errors import CalibrationError, PlanError
 from ..planning.choices import role_of
@@ -45,6 +48,7 @@ from ..planning.sensitivity import (
     Probe,
     Sensitivity,
     TextIdentity,
+    kl_through,
     source_identity,
 )
 from ..quant.formats import TORCH_DTYPES
@@ -62,14 +66,18 @@ PROBES = {"routed_experts": ("int2-g128-asym", "int4-g128")}
 OTHER_PROBES = ("int4-g128",)
 # Whole recipes: routed experts, and what every token passes through.
 PILOTS = (("int2-g128-asym", "int8-g128"), ("int3-g128-asym", "int8-g128"), ("int4-g128", "int8-g128"))
+# One more pilot, like the last of those but for what every token passes through: its error is made good in part by the
+# experts that are rounded after it, and this says how much of it is left.
+OTHERS_PILOT = ("int4-g128", "int4-g128")
+PROBE_BYTES = 16 * 10**9
+MOST_LEFT = 4.0  # times its estimate, that the error outside the experts may count
 
 
 @dataclass
 class MeasureSettings:
-    """How to measure, as opposed to what. probe_windows: held-out windows that each probe carries."""
+    """How to measure, as opposed to what."""
 
     device: str = "cpu"
-    probe_windows: int = 8
     micro_batch_tokens: int = 16384
     strict_coverage: bool = False
 
@@ -85,8 +93,9 @@ class _Probe:
 
 @dataclass
 class _Pilot:
-    schemes: dict[str, str]  # role -> scheme name
+    layers: list[dict[str, str]]  # role -> scheme name, of every layer
     states: HiddenStates
+    others: bool = False  # whether it is OTHERS_PILOT
 
 
 @dataclass
@@ -153,15 +162,27 @@ class _Measuring:
             f"measuring: {len(units)} layers, {sum(len(n) for n in self.fitting.choices.by_role.values())} candidates a layer "
             f"at most, {self.calibration} windows to calibrate on and {len(self.tokens) - self.calibration} held out"
         )
-        self.source = self._embedded(self.tokens)
-        self.pilots = [_Pilot(schemes, self._embedded(self.tokens)) for schemes in self._pilot_schemes()]
+        self.source = self._embedded(self.tokens, self.dtype)
+        self.exact = self._embedded(self.tokens[self.calibration :], torch.float32)
+        self.probe_windows = self._probe_windows()
+        self.pilots = [
+            _Pilot(layers, self._embedded(self.tokens, self.dtype), others) for layers, others in self._pilot_recipes()
+        ]
         with contextlib.ExitStack() as stack:
             for unit, tensors in zip(units, self._layers(stack, units), strict=True):
                 self._measure_layer(unit, tensors)
         return self._result(text_sha256)
 
-    def _embedded(self, tokens: torch.Tensor) -> HiddenStates:
-        return embed_source(self.reader, tokens, self.dtype, self.device, None)
+    def _embedded(self, tokens: torch.Tensor, dtype: torch.dtype) -> HiddenStates:
+        return embed_source(self.reader, tokens, dtype, self.device, None)
+
+    def _probe_windows(self) -> int:
+        """Held-out windows that each probe carries: all of them, if PROBE_BYTES hold that for all probes, but two at least."""
+        probes = sum(
+            len(_probes(role, names)) for own in self.fitting.choices.candidates for role, names in own.items()
+        )
+        window = self.exact.nbytes // len(self.exact)
+        return min(len(self.exact), max(2, PROBE_BYTES // (window * probes)))
 
     def _layers(self, stack: contextlib.ExitStack, units: Sequence[Unit]) -> Iterator[dict[str, torch.Tensor]]:
         load: Callable[[Unit], dict[str, torch.Tensor]]
@@ -172,24 +193,26 @@ class _Measuring:
             load = lambda unit: read_layer(self.reader, cast("int", unit.layer))  # noqa: E731
         return stack.enter_context(Prefetcher(load, units))
 
-    def _pilot_schemes(self) -> list[dict[str, str]]:
-        """The pilots whose schemes are candidates wherever a role exists; the first candidates if no pilot is possible."""
+    def _pilot_recipes(self) -> list[tuple[list[dict[str, str]], bool]]:
+        """(layers, whether it is OTHERS_PILOT) of the pilots whose schemes are candidates wherever a role exists; the first
+        candidates if no pilot is possible."""
         candidates = self.fitting.choices.candidates
         found = []
-        for experts, others in PILOTS:
-            schemes = {role: experts if role == "routed_experts" else others for own in candidates for role in own}
-            if all(schemes[role] in names for own in candidates for role, names in own.items()):
-                found.append(schemes)
-        if not found:
-            by_role = self.fitting.choices.by_role
-            found = [{role: names[0] for role, names in by_role.items()}]
-        return found
+        for schemes in (*PILOTS, OTHERS_PILOT):
+            layers = [{role: schemes[role != "routed_experts"] for role in own} for own in candidates]
+            if all(
+                own[role] in names for own, has in zip(layers, candidates, strict=True) for role, names in has.items()
+            ):
+                found.append((layers, schemes == OTHERS_PILOT))
+        return found or [([{role: names[0] for role, names in own.items()} for own in candidates], False)]
 
     def _measure_layer(self, unit: Unit, tensors: dict[str, torch.Tensor]) -> None:
         assert unit.layer is not None
-        layer = Layer(layer_spec(self.plan.checkpoint.config, unit.layer), tensors, self.device, self.dtype)
-        heldout = self.source.read(slice(self.calibration, None), self.device).float()
-        expected = self._through(layer, heldout)
+        spec = layer_spec(self.plan.checkpoint.config, unit.layer)
+        layer = Layer(spec, tensors, self.device, self.dtype)
+        exact = layer if self.dtype == torch.float32 else Layer(spec, tensors, self.device, torch.float32)
+        heldout = self.exact.read(slice(None))
+        expected = self._through(exact, heldout)
         candidates = self.fitting.choices.candidates[unit.layer]
         found = _Measured(unit.layer)
         steps = sum(map(len, candidates.values())) + len(self.pilots) + 1
@@ -201,22 +224,23 @@ class _Measuring:
                 schemes = self._schemes(unit, {role: name})
                 view = WindowView(self.source, 0, self.calibration)
                 quantized = self._quantize(layer, tensors, schemes, view, view)
-                out = self._through(self._rounded(layer, tensors, quantized), heldout)
+                out = self._through(self._rounded(spec, tensors, quantized, torch.float32), heldout)
                 error = _relative(out, expected)
                 found.errors.setdefault(role, {})[name] = error
                 if name in probes:
-                    states = HiddenStates(out[: self.settings.probe_windows].to(self.dtype).clone())
+                    states = HiddenStates(out[: self.probe_windows].clone())
                     self.probes.append(_Probe(unit.layer, role, name, error, states))
                 self.progress.advance(unit.bytes_in // steps)
         for pilot in self.pilots:
             self.stop.check()
-            schemes = self._schemes(unit, pilot.schemes)
+            schemes = self._schemes(unit, pilot.layers[unit.layer])
             views = [WindowView(states, 0, self.calibration) for states in (pilot.states, self.source)]
             quantized = self._quantize(layer, tensors, schemes, *views)
-            run_layer(self._rounded(layer, tensors, quantized), pilot.states, self.micro_batch)
+            run_layer(self._rounded(spec, tensors, quantized, self.dtype), pilot.states, self.micro_batch)
             self.progress.advance(unit.bytes_in // steps)
         for probe in self.probes[:arrived]:
-            run_layer(layer, probe.states, self.micro_batch)
+            run_layer(exact, probe.states, self.micro_batch)
+        self.exact.write(slice(None), expected)
         run_layer(layer, self.source, self.micro_batch)
         self.progress.advance(unit.bytes_in - unit.bytes_in // steps * (steps - 1))
         self.measured.append(found)
@@ -244,76 +268,125 @@ class _Measuring:
             layer.spec, tensors, schemes, quantized, source, settings, self.device, self.dtype, layer
         )
 
-    def _rounded(self, layer: Layer, tensors: Mapping[str, torch.Tensor], quantized: QuantizedLayer) -> Layer:
+    def _rounded(
+        self, spec: LayerSpec, tensors: Mapping[str, torch.Tensor], quantized: QuantizedLayer, dtype: torch.dtype
+    ) -> Layer:
         """A layer of what an engine computes with; the tensors given stay as they are, and are shared where they can be."""
         changed = {name: weight.dequantized().to(torch.bfloat16) for name, weight in quantized.weights.items()}
         changed |= quantized.other
         if not isinstance(tensors, LayerTensors):
-            return Layer(layer.spec, {**tensors, **changed}, self.device, self.dtype)
+            return Layer(spec, {**tensors, **changed}, self.device, dtype)
         stacks = {}
         for which, stack in tensors.stacks.items():
             names = [f"{EXPERTS}{expert}.{which}.weight" for expert in range(len(stack))]
             stacks[which] = torch.stack([changed[n] for n in names]) if names[0] in changed else stack
-        return Layer(layer.spec, LayerTensors({**tensors, **changed}, stacks), self.device, self.dtype)
+        return Layer(spec, LayerTensors({**tensors, **changed}, stacks), self.device, dtype)
 
     def _through(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
-        """x [S, L, H] float32 through the layer; the residual stays in float32, so that small errors are seen."""
+        """x [S, L, H] through the layer."""
         return torch.cat([layer.forward(part) for part in x.split(self.micro_batch)])
 
     def _result(self, text_sha256: str) -> Sensitivity:
         head = read_head(self.reader, self.device)
-        total = len(self.tokens)
+        tokens = self.tokens[self.calibration :]
         probed: dict[tuple[int, str], list[Probe]] = {}
         for probe in self.probes:
-            kl = self._divergence(head, probe.states)
+            kl = divergence(head, self.exact, probe.states, tokens)
             probed.setdefault((probe.layer, probe.role), []).append(
                 Probe(scheme=probe.scheme, error=probe.error, kl=kl)
             )
-        layers = [
-            LayerSensitivity(
-                layer=own.layer,
-                candidates={
-                    role: {
-                        name: Candidate(error=error, kl=kl_of_error(error, probed[own.layer, role]))
-                        for name, error in errors.items()
-                    }
-                    for role, errors in own.errors.items()
-                },
-                probes={role: probed[own.layer, role] for role in own.errors},
-            )
+        raw = [
+            {
+                role: {name: (error, kl_of_error(error, probed[own.layer, role])) for name, error in errors.items()}
+                for role, errors in own.errors.items()
+            }
             for own in self.measured
         ]
-        pilots = []
-        for pilot in self.pilots:
-            kl = self._divergence(head, WindowView(pilot.states, self.calibration, total))
-            estimate = sum(own.candidates[r][pilot.schemes[r]].kl for own in layers for r in own.candidates)
-            pilots.append(Pilot(schemes=pilot.schemes, estimate=estimate, kl=kl))
-            self.progress.say(f"pilot {pilot.schemes}: KL divergence {kl:.5f}, sum of estimates {estimate:.5f}")
-        windows = self.windows
+        source = WindowView(self.source, self.calibration, len(self.tokens))
+        kls = [
+            divergence(head, source, WindowView(pilot.states, self.calibration, len(self.tokens)), tokens)
+            for pilot in self.pilots
+        ]
+        pilots = [(_sums(raw, pilot.layers), kl, pilot.others) for pilot, kl in zip(self.pilots, kls, strict=True)]
+        left = others_left(pilots)
+        layers = [
+            LayerSensitivity(
+                layer=number,
+                candidates={
+                    role: {
+                        name: Candidate(error=error, kl=kl * (1.0 if role == "routed_experts" else left))
+                        for name, (error, kl) in errors.items()
+                    }
+                    for role, errors in own.items()
+                },
+                probes={role: probed[number, role] for role in own},
+            )
+            for number, own in enumerate(raw)
+        ]
         return Sensitivity(
             schema_version=1,
             m3quant=__version__,
             source=source_identity(self.plan.checkpoint, self.plan.family.model_type),
-            text=TextIdentity(
-                source=windows.source,
-                sha256=text_sha256,
-                tokenizer_sha256=windows.tokenizer_sha256,
-                windows=self.calibration,
-                heldout_windows=total - self.calibration,
-                window_length=self.tokens.shape[1],
-            ),
+            text=self._text(text_sha256),
             rounding=self.recipe.rounding,
             options=self.recipe.feedback.model_dump(),
             device=device_name(self.device),
+            others_left=left,
             layers=layers,
-            pilots=pilots,
+            pilots=[
+                Pilot(layers=pilot.layers, estimate=experts + left * others, kl=kl)
+                for pilot, ((experts, others), kl, _) in zip(self.pilots, pilots, strict=True)
+            ],
         )
 
-    def _divergence(self, head: Head, states: States) -> float:
-        """Mean KL(source || states), nats a token, over as many of the first held-out windows as `states` has."""
-        stop = self.calibration + states.shape[0]
-        own, tokens = WindowView(self.source, self.calibration, stop), self.tokens[self.calibration : stop]
-        return compare_heads(head, head, own, states, tokens).kl.double().mean().item()
+    def _text(self, sha256: str) -> TextIdentity:
+        return TextIdentity(
+            source=self.windows.source,
+            sha256=sha256,
+            tokenizer_sha256=self.windows.tokenizer_sha256,
+            windows=self.calibration,
+            heldout_windows=len(self.tokens) - self.calibration,
+            window_length=self.tokens.shape[1],
+        )
+
+
+def divergence(head: Head, source: States, states: States, tokens: torch.Tensor) -> float:
+    """Mean KL(source || states), nats a token, over as many of the first windows of tokens [S, L] as `states` has."""
+    count = states.shape[0]
+    seen = source if source.shape[0] == count else WindowView(cast("HiddenStates", source), 0, count)
+    return compare_heads(head, head, seen, states, tokens[:count]).kl.double().mean().item()
+
+
+def _sums(
+    raw: Sequence[Mapping[str, Mapping[str, tuple[float, float]]]], layers: Sequence[Mapping[str, str]]
+) -> tuple[float, float]:
+    """A recipe's estimates of the routed experts, and of everything else."""
+    sums = [0.0, 0.0]
+    for own, chosen in zip(raw, layers, strict=True):
+        for role, scheme in chosen.items():
+            sums[role != "routed_experts"] += own[role][scheme][1]
+    return sums[0], sums[1]
+
+
+def others_left(pilots: Sequence[tuple[tuple[float, float], float, bool]]) -> float:
+    """By what the estimates outside the routed experts are to be multiplied so that the last pilot is predicted.
+
+    pilots: ((estimates of experts, of others), KL measured, whether it is the one that this is for). 1 without that one.
+    """
+    asked = next(((sums, kl) for sums, kl, others in pilots if others), None)
+    known = [(sums, kl) for sums, kl, others in pilots if not others]
+    if asked is None or not known or asked[0][1] <= 0:
+        return 1.0
+    (experts, others), kl = asked
+
+    def predicted(left: float) -> float:
+        return kl_through([(e + left * o, own) for (e, o), own in known], experts + left * others)
+
+    low, high = 1 / MOST_LEFT, MOST_LEFT
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if predicted(middle) < kl else (low, middle)
+    return math.sqrt(low * high)
 
 
 def _probes(role: str, names: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -71,9 +71,12 @@ class LayerSensitivity(_Model):
 
 
 class Pilot(_Model):
-    """A whole recipe that was measured: the sum of its estimates, and its KL divergence on the held-out windows."""
+    """A whole recipe that was measured: the sum of its estimates, and its KL divergence on the held-out windows.
 
-    schemes: dict[str, str]
+    layers: role -> scheme, of every layer.
+    """
+
+    layers: list[dict[str, str]]
     estimate: Amount
     kl: Amount
 
@@ -108,6 +111,7 @@ class Sensitivity(_Model):
     rounding: str
     options: dict[str, Any]  # of the rounding
     device: str
+    others_left: Amount  # what the estimates outside the routed experts were multiplied by: see convert.measure
     layers: list[LayerSensitivity]
     pilots: list[Pilot]
 
@@ -123,26 +127,31 @@ class Sensitivity(_Model):
         return sum(self.estimate(layer, role, s) for layer, roles in schemes.items() for role, s in roles.items())
 
     def kl_of(self, total: float) -> float:
-        """The predicted KL divergence, in nats a token, of a recipe whose estimates sum up to `total`.
-
-        Straight lines between the pilots in logarithms; in proportion below the first and above the last.
-        """
-        known: list[tuple[float, float]] = []
-        for pilot in sorted(self.pilots, key=lambda p: (p.estimate, p.kl)):
-            if pilot.estimate > 0 and pilot.kl > 0 and (not known or pilot.estimate > known[-1][0]):
-                known.append((pilot.estimate, max(pilot.kl, known[-1][1] if known else 0.0)))
-        if not known or total <= 0:
-            return max(total, 0.0)
-        if total <= known[0][0]:
-            return known[0][1] * total / known[0][0]
-        for (x, y), (x2, y2) in pairwise(known):
-            if total <= x2:
-                share = math.log(total / x) / math.log(x2 / x)
-                return math.exp(math.log(y) + share * math.log(y2 / y))
-        return known[-1][1] * total / known[-1][0]
+        """The predicted KL divergence, in nats a token, of a recipe whose estimates sum up to `total`."""
+        return kl_through([(pilot.estimate, pilot.kl) for pilot in self.pilots], total)
 
     def dump(self) -> bytes:
         return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+def kl_through(pilots: Sequence[tuple[float, float]], total: float) -> float:
+    """The KL divergence that a sum of estimates means, by (sum, KL divergence) of recipes that were measured.
+
+    Straight lines between the pilots in logarithms; in proportion below the first and above the last. Never falls.
+    """
+    known: list[tuple[float, float]] = []
+    for estimate, kl in sorted(pilots):
+        if estimate > 0 and kl > 0 and (not known or estimate > known[-1][0]):
+            known.append((estimate, max(kl, known[-1][1] if known else 0.0)))
+    if not known or total <= 0:
+        return max(total, 0.0)
+    if total <= known[0][0]:
+        return known[0][1] * total / known[0][0]
+    for (x, y), (x2, y2) in pairwise(known):
+        if total <= x2:
+            share = math.log(total / x) / math.log(x2 / x)
+            return math.exp(math.log(y) + share * math.log(y2 / y))
+    return known[-1][1] * total / known[-1][0]
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:

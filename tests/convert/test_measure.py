@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from m3quant.calibration.quantizers import layer_quantizer
 from m3quant.calibration.ranks import ALONE
 from m3quant.calibration.stream import HiddenStates, embed_source, num_layers, read_head, read_layer
 from m3quant.checkpoint import Checkpoint
-from m3quant.convert.measure import MeasureSettings, kl_of_error, measure
+from m3quant.convert.measure import MeasureSettings, kl_of_error, measure, others_left
 from m3quant.errors import CalibrationError
 from m3quant.planning.fit import Fitting
 from m3quant.planning.plan import make_plan
@@ -41,7 +41,7 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     source = make_source(tmp_path_factory.mktemp("source") / request.param, request.param)
     fitting = Fitting(Checkpoint.open(source), DATA, candidates=CANDIDATES)
     windows = random_windows(fitting.base)
-    return fitting, windows, measure(fitting, windows, "text", MeasureSettings(probe_windows=1), Silent())
+    return fitting, windows, measure(fitting, windows, "text", MeasureSettings(), Silent())
 
 
 def changed_layer(fitting: Fitting, windows: Any, index: int, role: str, scheme: str) -> tuple[Layer, torch.Tensor]:
@@ -79,24 +79,21 @@ def test_errors_and_probes_are_those_of_whole_models(measured: tuple[Fitting, An
     for after in range(index + 1, last):
         plain = Layer(layer_spec(config, after), read_layer(reader, after))
         right, wrong = plain.forward(right), plain.forward(wrong)
-    head, tokens = read_head(reader), torch.from_numpy(windows.ids)[first : first + 1]
-    kl = compare_heads(head, head, HiddenStates(right[:1]), HiddenStates(wrong[:1]), tokens).kl.double().mean().item()
+    head, tokens = read_head(reader), torch.from_numpy(windows.ids)[first:]
+    kl = compare_heads(head, head, HiddenStates(right), HiddenStates(wrong), tokens).kl.double().mean().item()
     probe = next(p for p in layer.probes[role] if p.scheme == "int4-g128")
     assert probe.kl == pytest.approx(kl, rel=1e-3) and kl > 0
-    assert layer.candidates[role]["int4-g128"].kl == pytest.approx(probe.kl)
+    left = 1.0 if role == "routed_experts" else found.others_left
+    assert layer.candidates[role]["int4-g128"].kl == pytest.approx(probe.kl * left)
 
 
 def test_a_pilot_is_a_conversion(measured: tuple[Fitting, Any, Sensitivity], tmp_path: Path) -> None:
     fitting, _, found = measured
     pilot = found.pilots[0]
-    assert pilot.schemes["routed_experts"] == "int2-g128-asym"
-    plan = make_plan(fitting.checkpoint, fitting.recipe_of([pilot_layer(own, pilot.schemes) for own in found.layers]))
+    assert pilot.layers[-1]["routed_experts"] == "int2-g128-asym"
+    plan = make_plan(fitting.checkpoint, fitting.recipe_of(pilot.layers))
     manifest = run_plan(plan, tmp_path / "out")
     assert pilot.kl == pytest.approx(manifest["heldout"]["kl_mean"], rel=1e-3)
-
-
-def pilot_layer(layer: Any, schemes: Mapping[str, str]) -> dict[str, str]:
-    return {role: schemes[role] for role in layer.candidates}
 
 
 def test_everything_is_measured_and_read_back(measured: tuple[Fitting, Any, Sensitivity], tmp_path: Path) -> None:
@@ -127,3 +124,14 @@ def test_kl_of_an_error_follows_the_probes() -> None:
     assert kl_of_error(0.001, [low, high]) == pytest.approx(0.002)
     assert kl_of_error(0.32, [low, high]) == pytest.approx(0.32)
     assert kl_of_error(0.0, [low]) == 0.0 and kl_of_error(0.1, []) == 0.0
+
+
+def test_what_is_left_of_errors_outside_the_experts_predicts_the_last_pilot() -> None:
+    """Experts 4 bits .02 and 2 bits .32; others at 4 bits .01 by their probes, of which .6 is left."""
+    known = [((0.32, 0.001), 0.30, False), ((0.02, 0.001), 0.02, False)]
+    total = 0.02 + 0.6 * 0.01
+    share = math.log(total / (0.02 + 0.6 * 0.001)) / math.log((0.32 + 0.6 * 0.001) / (0.02 + 0.6 * 0.001))
+    kl = 0.02 * (0.30 / 0.02) ** share
+    assert others_left([*known, ((0.02, 0.01), kl, True)]) == pytest.approx(0.6, rel=1e-6)
+    assert others_left([*known, ((0.02, 0.01), 1e-9, True)]) == pytest.approx(0.25)  # not below a quarter
+    assert others_left(known) == 1.0

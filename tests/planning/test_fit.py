@@ -66,8 +66,9 @@ def made_up(
         rounding="feedback",
         options={},
         device="cpu",
+        others_left=1.0,
         layers=layers,
-        pilots=[Pilot(schemes={}, estimate=x, kl=y) for x, y in pilots],
+        pilots=[Pilot(layers=[], estimate=x, kl=y) for x, y in pilots],
     )
 
 
@@ -227,7 +228,7 @@ def test_odd_files_are_refused_with_a_sentence(tmp_path: Path) -> None:
         "deep": ("[" * 100_000, "nested too deeply|not usable JSON"),
         "list": ("[]", "not an object"),
         "version": ({"schema_version": 7}, "schema_version 7"),
-        "negative": ({"pilots": [{"schemes": {}, "estimate": -1, "kl": 0}]}, r"pilots\.0\.estimate"),
+        "negative": ({"pilots": [{"layers": [], "estimate": -1, "kl": 0}]}, r"pilots\.0\.estimate"),
         "order": ({"layers": [found.layers[1].model_dump()]}, "every layer once, in order"),
         "extra": ({"more": 1}, "more: Extra inputs"),
         "role": ({"layers": [{"layer": 0, "candidates": {"w1": {}}, "probes": {}}]}, "role 'w1' is none of"),

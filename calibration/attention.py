@@ -4,14 +4,15 @@ Importing those takes seconds (they bring torch's compiler, SciPy, scikit-learn)
 tests/calibration/test_layers.py and test_msa.py hold layers and attention against them.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 
 from m3quant.calibration import ops
-from m3quant.calibration.msa import SparseSpec, block_sparse_attention, select_blocks
-from m3quant.calibration.spec import LayerSpec
+from m3quant.calibration.msa import block_sparse_attention, select_blocks
+from m3quant.families.spec import LayerSpec, Rope, SparseSpec
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -49,29 +50,50 @@ class Attention:
         return select_blocks(q, k, sparse)
 
     def _project(self, normed: torch.Tensor, name: str) -> torch.Tensor:
-        return ops.linear(normed, self._weights[f"self_attn.{name}_proj.weight"])
+        bias = self._weights[f"self_attn.{name}_proj.bias"] if f"{name}_proj" in self.spec.biased else None
+        return ops.linear_with_bias(normed, self._weights[f"self_attn.{name}_proj.weight"], bias)
 
     def _normed(self, normed: torch.Tensor, name: str, head_dim: int) -> torch.Tensor:
-        """One projection, normed over each head (M3) or over all of them (M2), [S, heads, L, head_dim]."""
-        projected, weight = self._project(normed, name), self._weights[f"self_attn.{name}_norm.weight"]
-        if self.spec.qk_norm_per_head:
-            projected = projected.unflatten(-1, (-1, head_dim))
-        out = ops.rms_norm(projected, weight, self.spec.eps, self.spec.norm_one_plus)
-        return (out if self.spec.qk_norm_per_head else out.unflatten(-1, (-1, head_dim))).transpose(1, 2)
+        """One projection, normed as the layer does it (over each head, over all of them, or not), [S, heads, L, head_dim]."""
+        spec, projected = self.spec, self._project(normed, name)
+        if spec.qk_norm == "whole":
+            projected = ops.rms_norm(
+                projected, self._weights[f"self_attn.{name}_norm.weight"], spec.eps, spec.norm_one_plus
+            )
+        projected = projected.unflatten(-1, (-1, head_dim))
+        if spec.qk_norm == "per_head":
+            projected = ops.rms_norm(
+                projected, self._weights[f"self_attn.{name}_norm.weight"], spec.eps, spec.norm_one_plus
+            )
+        return projected.transpose(1, 2)
 
 
 def rotary_embedding(spec: LayerSpec, length: int, device: torch.device, dtype: torch.dtype) -> Rotary:
-    """cos and sin [length, rotary_dim] for positions from 0, computed in float32."""
-    size = spec.rotary_dim
-    # Powers are taken on the CPU, whatever the device: another library's powers differ in the last bit.
-    frequencies = 1.0 / (spec.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
-    angles = torch.arange(length, device=device)[:, None].float() * frequencies.to(device)
+    """cos and sin [length, rope.size] for positions from 0, computed in float32."""
+    angles = torch.arange(length, device=device)[:, None].float() * frequencies(spec.rope).to(device)
     both = torch.cat((angles, angles), dim=-1)
     return both.cos().to(dtype), both.sin().to(dtype)
 
 
+def frequencies(rope: Rope) -> torch.Tensor:
+    """Angle per position of every pair of channels, [rope.size / 2] float32 on the CPU, whatever the device: another
+    library's powers differ in the last bit. Formulas: transformers' modeling_rope_utils."""
+    plain = 1.0 / (rope.theta ** (torch.arange(0, rope.size, 2, dtype=torch.float32) / rope.size))
+    if rope.kind == "default":
+        return plain
+    if rope.kind == "linear":
+        return plain / rope.factor
+    assert rope.kind == "llama3", f"no rotary embedding is called {rope.kind}"
+    length = 2 * math.pi / plain
+    longest, shortest = rope.original / rope.low, rope.original / rope.high
+    scaled = torch.where(length > longest, plain / rope.factor, plain)
+    share = (rope.original / length - rope.low) / (rope.high - rope.low)
+    between = (1 - share) * scaled / rope.factor + share * scaled
+    return torch.where((length >= shortest) & (length <= longest), between, scaled)
+
+
 def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """x [S, heads, L, D]: pairs (i, i + rotary_dim / 2) of the first rotary_dim channels turned by their position's angle."""
+    """x [S, heads, L, D]: pairs (i, i + size / 2) of the first `size` channels turned by their position's angle."""
     cos, sin = rotary
     turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turned.chunk(2, dim=-1)

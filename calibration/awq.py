@@ -17,15 +17,15 @@ from m3quant.calibration.awq_attention import AttentionSearch
 from m3quant.calibration.awq_mlp import MlpSearch
 from m3quant.calibration.awq_settings import AwqSettings
 from m3quant.calibration.experts import ExpertLedger, ExpertTokens, assign_tokens
-from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, ROUTER, fold_groups, scale_columns
+from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, fold_groups, scale_columns
 from m3quant.calibration.head import Windows
 from m3quant.calibration.layers import Layer
-from m3quant.calibration.ops import Routing, router_scores
+from m3quant.calibration.ops import Routing
 from m3quant.calibration.ranges import fake_quantize, qparams
-from m3quant.calibration.search import BlockResult, require_finite
-from m3quant.calibration.spec import EXPERTS, LayerSpec, layer_shapes
+from m3quant.calibration.search import BlockResult, require_finite, require_finite_weight
 from m3quant.calibration.stream import HiddenStates
 from m3quant.errors import CalibrationError
+from m3quant.families.spec import LayerSpec, layer_shapes
 from m3quant.schemes import KEEP, Scheme
 
 _ROWS = 8192
@@ -86,8 +86,8 @@ def require_finite_weights(layer: Layer) -> None:
     stacks = layer.expert_stacks()
     whole = stacks is not None and all(bool(torch.isfinite(stack).all()) for stack in stacks)
     for name in layer_shapes(layer.spec):
-        if not (whole and name.startswith(EXPERTS)):
-            require_finite(layer.weight(name), layer.spec.index, name)
+        if not (whole and layer.spec.moe and layer.spec.moe.expert_of(name)):
+            require_finite_weight(layer.weight(name), layer.spec.index, name)
 
 
 @torch.no_grad()
@@ -161,6 +161,8 @@ def _assign(layer: Layer, h: torch.Tensor, settings: AwqSettings) -> tuple[Exper
     parts = h.split(_ROWS)
     routings = [layer.routing(part) for part in parts]
     routing = Routing(torch.cat([r.experts for r in routings]), torch.cat([r.weights for r in routings]))
-    scores = torch.cat([router_scores(part, layer.weight(ROUTER)) for part in parts])
+    scores = torch.cat([layer.router_scores(part) for part in parts])
     floor, strict = settings.min_expert_tokens, settings.strict_coverage
-    return assign_tokens(routing, scores, spec.moe.routed_scaling, spec.index, floor, strict)
+    return assign_tokens(
+        routing, scores, spec.moe.routed_scaling, spec.index, floor, strict, normalise=spec.moe.normalise
+    )

@@ -1,6 +1,6 @@
-"""Scale and range search of a layer's attention: q, k, v (and M3's index projections) behind one norm, and o.
+"""Scale and range search of a layer's attention: q, k, v (and index projections) behind one norm, and o.
 
-Candidates run through the layer's own attention, so a change of which blocks M3's indexer selects counts in the loss.
+Candidates run through the layer's own attention, so a change of which blocks an indexer selects counts in the loss.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +16,7 @@ from m3quant.calibration.layers import Layer
 from m3quant.calibration.ranges import COARSE_FACTORS, FACTORS, fake_quantize, search_range, weighted_error
 from m3quant.calibration.scales import candidate, ratios, weight_mean
 from m3quant.calibration.search import BlockResult, best_ratio, choose, energy, range_log, require_finite, squared_error
-from m3quant.calibration.spec import LayerSpec
+from m3quant.families.spec import LayerSpec
 from m3quant.quant.formats import round_trip
 from m3quant.schemes import KEEP, Scheme
 

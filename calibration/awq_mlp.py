@@ -1,7 +1,7 @@
 """Scale and range search of a layer's feed-forward block: routed experts, shared expert, or a dense MLP.
 
 One scale per input channel is shared by every reader of the norm, because the norm can be divided only once; w3 -> w2
-may be scaled per expert, on M2 only. A candidate is judged as q(W s) / s on the unfolded input: the same numbers, and
+may be scaled per expert where the GLU is linear in up. A candidate is judged as q(W s) / s on the unfolded input: the same numbers, and
 the source's routing stays valid, since an exact fold does not change what the router reads.
 """
 
@@ -15,13 +15,12 @@ from m3quant.calibration.awq_settings import AwqSettings
 from m3quant.calibration.experts import ExpertTokens
 from m3quant.calibration.folds import FoldGroup, fold_norm, pair_folds
 from m3quant.calibration.glu import Glu, GluBlock, Sample
-from m3quant.calibration.ops import SILU
 from m3quant.calibration.ranges import COARSE_FACTORS
 from m3quant.calibration.round_weight import round_weight
 from m3quant.calibration.rounding import Rounder
 from m3quant.calibration.scales import candidate, ratios, weight_mean
 from m3quant.calibration.search import BlockResult, best_ratio, choose, energy, range_log, squared_error
-from m3quant.calibration.spec import LayerSpec
+from m3quant.families.spec import SILU, LayerSpec
 from m3quant.schemes import Scheme
 
 _ROWS = 8192

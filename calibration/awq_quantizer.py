@@ -12,7 +12,7 @@ from m3quant.calibration.head import Windows
 from m3quant.calibration.layers import Layer, LayerTensors
 from m3quant.calibration.quantized_layer import QuantizedLayer, StoredWeight
 from m3quant.calibration.ranges import qparams
-from m3quant.calibration.spec import EXPERTS, LayerSpec
+from m3quant.families.spec import LayerSpec, MoeSpec
 from m3quant.quant import fp8
 from m3quant.quant.integer import quantize
 from m3quant.schemes import KEEP, Scheme
@@ -39,22 +39,23 @@ class AwqQuantizer:
         found = calibrate_layer(spec, tensors, schemes, quantized_stream, settings, device, dtype, layer)
         found.device = device
         for name, scheme in schemes.items():  # the search left attention rounded
-            if scheme.quantizes and not name.startswith(EXPERTS) and name.startswith("self_attn."):
+            if scheme.quantizes and name.startswith("self_attn."):
                 layer.set_weight(name, tensors[name])
         stacks = _stacks(found, tensors) if isinstance(tensors, LayerTensors) else {}
-        return QuantizedLayer(_Codes(found, stacks), found.other, found.log, found.ledger, stacks)
+        return QuantizedLayer(_Codes(found, stacks, spec.moe), found.other, found.log, found.ledger, stacks)
 
 
 class _Codes(Mapping[str, StoredWeight]):
     """Codes made when they are asked for, one weight at a time: on a CPU the layer's codes are never in memory together."""
 
-    def __init__(self, layer: CalibratedLayer, stacks: Mapping[str, StoredWeight]) -> None:
+    def __init__(self, layer: CalibratedLayer, stacks: Mapping[str, StoredWeight], moe: MoeSpec | None) -> None:
         self._layer = layer
         self._names = [name for name, scheme in layer.schemes.items() if scheme.quantizes]
         self._stacked = {
-            f"{EXPERTS}{expert}.{which}.weight": (stack, expert)
+            moe.expert_name(expert, which): (stack, expert)
             for which, stack in stacks.items()
             for expert in range(len(stack.codes))
+            if moe is not None
         }
 
     def __getitem__(self, name: str) -> StoredWeight:
@@ -89,7 +90,7 @@ def _stacks(layer: CalibratedLayer, tensors: LayerTensors) -> dict[str, StoredWe
     """Codes of the routed experts [E, N, K] of every stack whose experts share one integer scheme."""
     out = {}
     for which, stack in tensors.stacks.items():
-        names = [f"{EXPERTS}{expert}.{which}.weight" for expert in range(len(stack))]
+        names = tensors.names(which)
         schemes = {layer.schemes.get(name, KEEP) for name in names}
         if len(schemes) > 1 or next(iter(schemes)).kind != "int":
             continue

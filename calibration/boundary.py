@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import xxhash
 
 from ..checkpoint import sync_folder
+from ..checkpoint.reader import bytes_view
 from ..errors import CalibrationError, StoppedError
 from .stream import HiddenStates, embed_source
 
@@ -77,14 +79,24 @@ class Streams:
             streams.append(live)
         return cls(*streams)
 
-    def save(self, stem: Path) -> None:
-        """Write both streams beside the journal and sync them; a journal record then points at them."""
+    def save(self, stem: Path) -> dict[str, str]:
+        """Write both streams beside the journal and sync them; a journal record then points at them.
+
+        Returns file name -> xxh3_128 (hex) of its bytes.
+        """
+        digests = {}
         for name, states in zip(STREAMS, (self.source, self.quantized), strict=True):
-            with disk_errors(), HiddenStates.empty(states.shape, states.dtype, spill=_saved(stem, name)) as stored:
-                _copy(states, stored)
+            path, digest = _saved(stem, name), xxhash.xxh3_128()
+            with disk_errors(), HiddenStates.empty(states.shape, states.dtype, spill=path) as stored:
+                for windows in states.batches(_COPY_WINDOWS):
+                    values = states.read(windows, "cpu").contiguous()
+                    digest.update(bytes_view(values))
+                    stored.write(windows, values)
                 stored.sync()
+            digests[path.name] = digest.hexdigest()
         with disk_errors():
             sync_folder(stem.parent)
+        return digests
 
     def snapshot(self) -> Streams:
         """A copy in host memory of streams that are in memory, to be saved while these move on."""
@@ -102,9 +114,12 @@ class Streams:
         self.quantized.close()
 
 
-def drop_saved(stem: Path) -> None:
-    for name in STREAMS:
-        _saved(stem, name).unlink(missing_ok=True)
+def drop_other(stem: Path) -> None:
+    """Remove every saved boundary of the folder but the one under `stem`."""
+    kept = {_saved(stem, name).name for name in STREAMS}
+    for path in sorted(stem.parent.glob("boundary-*.states")):
+        if path.name not in kept:
+            path.unlink()
 
 
 def _saved(stem: Path, name: str) -> Path:

@@ -88,12 +88,19 @@ class ExpertTokens:
 
 
 def assign_tokens(
-    routing: Routing, scores: torch.Tensor, scaling: float, layer: int, floor: int, strict: bool = False
+    routing: Routing,
+    scores: torch.Tensor,
+    scaling: float,
+    layer: int,
+    floor: int,
+    strict: bool = False,
+    *,
+    normalise: bool = True,
 ) -> tuple[ExpertTokens, ExpertLedger]:
     """Count what the router did, and top up starved experts to `floor` tokens.
 
-    routing: experts and weights [T, k]; scores: the router's sigmoid scores [T, E] float32; scaling:
-    routed_scaling_factor. A token is given to an expert at most once; ties go to the earlier token. With strict=True
+    routing: experts and weights [T, k]; scores: the router's scores [T, E] float32; scaling, normalise: as in
+    `ops.route`. A token is given to an expert at most once; ties go to the earlier token. With strict=True
     a starved expert raises CalibrationError naming the layer, the experts and their counts.
     """
     total, top_k = routing.experts.shape
@@ -111,12 +118,13 @@ def assign_tokens(
     chosen_sum = scores.gather(1, routing.experts).sum(dim=1)
     for expert in ledger.starved:
         free = scores[:, expert].clone()
-        free[tokens[expert]] = -1.0  # below every sigmoid: a token counts once
+        free[tokens[expert]] = -1.0  # below every score: a token counts once
         missing = min(floor, total) - counts[expert]
         added = torch.sort(free, descending=True, stable=True).indices[: max(missing, 0)]
         score = scores[added, expert]
         tokens[expert] = torch.cat([tokens[expert], added])
-        gates[expert] = torch.cat([gates[expert], score / (chosen_sum[added] + score) * scaling])
+        share = score / (chosen_sum[added] + score) if normalise else score
+        gates[expert] = torch.cat([gates[expert], share * scaling])
         ledger.topped_up[expert] = len(added)
     ledger.check()
     return ExpertTokens(tokens, gates, counts), ledger

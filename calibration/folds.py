@@ -1,8 +1,8 @@
 """Exact folds: moving a per-channel scale from a norm, or from up's rows, into the linears that read it.
 
 A norm's output divided by `s` is undone exactly when *every* reader's input columns are multiplied by `s`: the
-quantized readers, and also those that are never quantized (M3's indexer and shared expert where they are kept, the
-float32 router). The norm is stored on a coarse grid (BF16; for M3's `1 + w` norms the grid of w, however small 1 + w
+quantized readers, and also those that are never quantized (an indexer or shared expert that is kept, the router).
+The norm is stored on a coarse grid (BF16; for `1 + w` norms the grid of w, however small 1 + w
 is), so the scale that takes effect is not the one asked for. `fold_norm` therefore stores the norm first and returns
 what really took effect.
 """
@@ -12,21 +12,17 @@ from dataclasses import dataclass
 
 import torch
 
-from m3quant.calibration.ops import SILU
-from m3quant.calibration.spec import LayerSpec
 from m3quant.errors import PlanError
+from m3quant.families.spec import INPUT_NORM as ATTENTION_NORM
+from m3quant.families.spec import MLP_NORM, SILU, LayerSpec, always_on_names, expert_names
 from m3quant.schemes import KEEP, Scheme
-
-ATTENTION_NORM = "input_layernorm.weight"
-MLP_NORM = "post_attention_layernorm.weight"
-ROUTER = "block_sparse_moe.gate.weight"
 
 
 @dataclass(frozen=True)
 class FoldGroup:
     """One norm and everything that reads its output, as names relative to the layer.
 
-    readers: linears that a recipe may quantize. compensated: multiplied too, but never quantized (the float32 router).
+    readers: linears that a recipe may quantize. compensated: multiplied too, but never quantized (the router).
     """
 
     norm: str
@@ -46,24 +42,6 @@ class PairFold:
     down: str
 
 
-def expert_names(spec: LayerSpec) -> list[tuple[str, str, str]]:
-    """(gate w1, up w3, down w2) of every routed expert, in expert order; empty for a dense layer."""
-    count = spec.moe.num_experts if spec.moe else 0
-    prefix = "block_sparse_moe.experts"
-    return [(f"{prefix}.{e}.w1.weight", f"{prefix}.{e}.w3.weight", f"{prefix}.{e}.w2.weight") for e in range(count)]
-
-
-def always_on_names(spec: LayerSpec) -> tuple[str, str, str] | None:
-    """(gate, up, down) of the MLP that sees every token: shared expert or dense MLP; None if there is none."""
-    if spec.moe is None:
-        prefix = "mlp"
-    elif spec.moe.has_shared:
-        prefix = "block_sparse_moe.shared_experts"
-    else:
-        return None
-    return (f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight", f"{prefix}.down_proj.weight")
-
-
 def all_groups(spec: LayerSpec) -> tuple[FoldGroup, FoldGroup]:
     """The two norm folds of a layer, complete: every tensor that reads the norm's output is in the group."""
     attention = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"]
@@ -72,7 +50,7 @@ def all_groups(spec: LayerSpec) -> tuple[FoldGroup, FoldGroup]:
     always_on = always_on_names(spec)
     mlp = [name for gate, up, _ in expert_names(spec) for name in (gate, up)]
     mlp += always_on[:2] if always_on else ()
-    router = (ROUTER,) if spec.moe else ()
+    router = (spec.moe.router_name,) if spec.moe else ()
     return FoldGroup(ATTENTION_NORM, tuple(attention)), FoldGroup(MLP_NORM, tuple(mlp), router)
 
 
@@ -103,7 +81,7 @@ def check_pair_fold(spec: LayerSpec) -> None:
 def fold_norm(weight: torch.Tensor, scale: torch.Tensor, one_plus: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Divide a norm by `scale` on the grid of its own dtype, and say which scale took effect.
 
-    weight, scale: [K]. one_plus: the norm multiplies by 1 + w (M3) instead of w (M2). Returns the norm to store, in
+    weight, scale: [K]. one_plus: the norm multiplies by 1 + w instead of w. Returns the norm to store, in
     weight's dtype, and `effective` float32 [K] = (1 + w) / (1 + w') or w / w', computed in float64 from the value
     really stored; every reader's columns are multiplied by it. Channels where the norm is zero before or after, or
     the stored value is not finite, are left as they were with effective 1.

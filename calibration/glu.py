@@ -15,10 +15,9 @@ import torch.nn.functional as F
 
 from m3quant.calibration import grouped
 from m3quant.calibration.experts import ExpertTokens
-from m3quant.calibration.folds import always_on_names, expert_names
 from m3quant.calibration.grouped import Block, PairSum, Rows, gated_rows, row_blocks, times
-from m3quant.calibration.ops import Activation, gated
-from m3quant.calibration.spec import LayerSpec
+from m3quant.calibration.ops import gated
+from m3quant.families.spec import Activation, LayerSpec, always_on_names, expert_names
 from m3quant.schemes import KEEP, Scheme
 
 # Elements of weight (gate, up and down together) of a chunk, float32 while they are searched: M3 has 57 M per expert,
@@ -178,7 +177,7 @@ class GluBlock:
                 stop += 1
             most = max(1, limit // (3 * self.tensors[self.units[wanted[start]].names[0]].numel()))
             if self.grouped:
-                most = _even(stop - start, most)
+                most = even_chunk(stop - start, most)
             for at in range(start, stop, most):
                 indices = wanted[at : min(at + most, stop)]
                 yield indices, self._stack(indices)
@@ -275,7 +274,7 @@ class GluBlock:
         return self._blocks[key]
 
 
-def _even(units: int, most: int) -> int:
+def even_chunk(units: int, most: int) -> int:
     """Units of a chunk, at most `most`, so that the chunks of `units` divide among 2, 4 or 8 ranks."""
     if units <= most:
         return most

@@ -1,4 +1,4 @@
-"""The forward pass of one decoder layer of an M2 or M3 checkpoint, on tensors as stored.
+"""The forward pass of one decoder layer, on tensors as stored.
 
 Attention is `attention`; norms, router and experts are the functions of `ops`. Nothing is converted as a whole: a weight whose dtype is not the compute dtype
 is converted for the one product that reads it.
@@ -10,10 +10,10 @@ import torch
 
 from m3quant.calibration import ops
 from m3quant.calibration.attention import Attention, Rotary, rotary_embedding
-from m3quant.calibration.msa import SparseSpec
-from m3quant.calibration.ops import Activation, Routing
-from m3quant.calibration.spec import EXPERTS, LayerSpec, MoeSpec, layer_shapes, layer_spec
+from m3quant.calibration.ops import Routing
+from m3quant.calibration.spec import layer_spec
 from m3quant.errors import CheckpointError
+from m3quant.families.spec import INPUT_NORM, MLP_NORM, STACKS, Activation, LayerSpec, MoeSpec, SparseSpec, layer_shapes
 
 __all__ = ["Layer", "LayerSpec", "LayerTensors", "MoeSpec", "SparseSpec", "layer_shapes", "layer_spec", "stack_experts"]
 
@@ -22,28 +22,36 @@ Tensors = Mapping[str, torch.Tensor]
 
 def stack_experts(tensors: Tensors, spec: LayerSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """New stacks w1 [E, I, H], w3 [E, I, H], w2 [E, H, I] in the stored dtype, on the tensors' device."""
-    w1, w3, w2 = (torch.stack(_expert_list(tensors, spec, which)) for which in ("w1", "w3", "w2"))
+    w1, w3, w2 = (torch.stack(_expert_list(tensors, spec, which)) for which in STACKS)
     return w1, w3, w2
 
 
 def _expert_list(tensors: Tensors, spec: LayerSpec, which: str) -> list[torch.Tensor]:
     if spec.moe is None:
         raise CheckpointError(f"layer {spec.index} has no routed experts: config.json makes it a dense layer")
-    return [tensors[f"{EXPERTS}{expert}.{which}.weight"] for expert in range(spec.moe.num_experts)]
+    return [tensors[spec.moe.expert_name(expert, which)] for expert in range(spec.moe.num_experts)]
 
 
 class LayerTensors(dict[str, torch.Tensor]):
     """A layer's tensors by relative name on one device, those of routed experts being views of three stacks.
 
-    stacks: "w1", "w3" [E, I, H] and "w2" [E, H, I]. A Layer made of it computes from the stacks where they lie, and
-    `set_weight` writes into them.
+    stacks: "w1", "w3" [E, I, H] and "w2" [E, H, I]; moe: what the layer calls their experts, None for a dense layer
+    without stacks. A Layer made of it computes from the stacks where they lie, and `set_weight` writes into them.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], stacks: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], stacks: Mapping[str, torch.Tensor], moe: MoeSpec | None
+    ) -> None:
         super().__init__(tensors)
-        self.stacks = dict(stacks)
+        self.stacks, self.moe = dict(stacks), moe
         for which, stack in stacks.items():
-            self.update({f"{EXPERTS}{expert}.{which}.weight": part for expert, part in enumerate(stack)})
+            self.update(zip(self.names(which), stack, strict=True))
+
+    def names(self, which: str) -> list[str]:
+        """The relative names of a stack's experts, in order. Raises ValueError for a layer without routed experts."""
+        if self.moe is None:
+            raise ValueError("stacks of experts need the layer's description of its routed experts")
+        return [self.moe.expert_name(expert, which) for expert in range(len(self.stacks[which]))]
 
 
 class Layer:
@@ -70,11 +78,11 @@ class Layer:
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         _check(spec, tensors)
         self._weights = {
-            name: tensors[name].to(self.device) for name in layer_shapes(spec) if not name.startswith(EXPERTS)
+            name: tensors[name].to(self.device) for name in layer_shapes(spec) if self._expert_of(name) is None
         }
         self._experts: dict[str, torch.Tensor | list[torch.Tensor]] = {}
         if spec.moe:
-            for which in ("w1", "w3", "w2"):
+            for which in STACKS:
                 if isinstance(tensors, LayerTensors):
                     self._experts[which] = tensors.stacks[which]
                     continue
@@ -85,14 +93,14 @@ class Layer:
 
     def weight(self, name: str) -> torch.Tensor:
         """The tensor in use under a relative name, on the layer's device, in its stored dtype."""
-        if name.startswith(EXPERTS):
-            expert, which = _expert_of(name)
+        if routed := self._expert_of(name):
+            expert, which = routed
             return self._experts[which][expert]
         return self._weights[name]
 
     def expert_stacks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """w1 [E, I, H], w3 [E, I, H], w2 [E, H, I] as in use, on a GPU; None without routed experts and on the CPU."""
-        w1, w3, w2 = (self._experts.get(which) for which in ("w1", "w3", "w2"))
+        w1, w3, w2 = (self._experts.get(which) for which in STACKS)
         if isinstance(w1, torch.Tensor) and isinstance(w3, torch.Tensor) and isinstance(w2, torch.Tensor):
             return w1, w3, w2
         return None
@@ -102,8 +110,8 @@ class Layer:
         current = self.weight(name)
         if tensor.shape != current.shape:
             raise ValueError(f"{name} has shape {tuple(current.shape)}, not {tuple(tensor.shape)}")
-        if name.startswith(EXPERTS):
-            expert, which = _expert_of(name)
+        if routed := self._expert_of(name):
+            expert, which = routed
             stack = self._experts[which]
             if isinstance(stack, torch.Tensor):
                 stack[expert].copy_(tensor)
@@ -115,8 +123,8 @@ class Layer:
 
     @torch.no_grad()
     def attention_input(self, x: torch.Tensor) -> torch.Tensor:
-        """input_layernorm(x) in the compute dtype: what q, k, v and the index projections read."""
-        return self._norm(x, "input_layernorm.weight")
+        """The input norm of x in the compute dtype: what q, k, v and the index projections read."""
+        return self._norm(x, INPUT_NORM)
 
     @torch.no_grad()
     def heads(self, normed: torch.Tensor) -> torch.Tensor:
@@ -128,22 +136,33 @@ class Layer:
     @torch.no_grad()
     def attention(self, normed: torch.Tensor) -> torch.Tensor:
         """The attention block's contribution to the residual stream, from `attention_input`'s [S, L, H]."""
-        return ops.linear(self.heads(normed), self._weights["self_attn.o_proj.weight"])
+        return self.output(self.heads(normed), self._weights["self_attn.o_proj.weight"])
+
+    def output(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """What the attention block adds, from the heads' outputs [S, L, K] and an o_proj weight [H, K]; its bias is the layer's."""
+        bias = self._weights["self_attn.o_proj.bias"] if "o_proj" in self.spec.biased else None
+        return ops.linear_with_bias(heads, weight, bias)
 
     @torch.no_grad()
     def mlp_input(self, x: torch.Tensor) -> torch.Tensor:
-        """post_attention_layernorm(x) in the compute dtype: what the router, the experts and the dense MLP read."""
-        return self._norm(x, "post_attention_layernorm.weight")
+        """The second norm of x in the compute dtype: what the router, the experts and the dense MLP read."""
+        return self._norm(x, MLP_NORM)
 
     @torch.no_grad()
     def routing(self, normed: torch.Tensor) -> Routing:
         """The experts chosen for every token of `mlp_input`'s [S, L, H] (or [T, H]); MoE layers only."""
-        moe = self.spec.moe
-        if moe is None:
-            raise ValueError(f"layer {self.spec.index} is dense: it has no router")
-        bias = self._weights["block_sparse_moe.e_score_correction_bias"] if moe.use_bias else None
-        gate = self._weights["block_sparse_moe.gate.weight"]
-        return ops.route(normed.flatten(0, -2), gate, bias, moe.top_k, moe.routed_scaling)
+        moe = self._routed()
+        bias = self._weights[moe.bias_name] if moe.use_bias else None
+        gate = self._weights[moe.router_name]
+        return ops.route(
+            normed.flatten(0, -2), gate, bias, moe.top_k, moe.routed_scaling, kind=moe.router, normalise=moe.normalise
+        )
+
+    @torch.no_grad()
+    def router_scores(self, normed: torch.Tensor) -> torch.Tensor:
+        """The router's scores of every expert, [T, E] float32, for `mlp_input`'s [S, L, H] (or [T, H]); MoE layers only."""
+        moe = self._routed()
+        return ops.router_scores(normed.flatten(0, -2), self._weights[moe.router_name], moe.router)
 
     @torch.no_grad()
     def mlp(self, normed: torch.Tensor) -> torch.Tensor:
@@ -159,9 +178,7 @@ class Layer:
             self._experts["w2"],
             moe.activation,
         ).view(normed.shape)
-        return (
-            routed + self._glu(normed, "block_sparse_moe.shared_experts.", moe.activation) if moe.has_shared else routed
-        )
+        return routed + self._glu(normed, moe.shared_prefix, moe.activation) if moe.has_shared else routed
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -169,17 +186,21 @@ class Layer:
         x = x + self.attention(self.attention_input(x)).to(x.dtype)
         return x + self.mlp(self.mlp_input(x)).to(x.dtype)
 
+    def _routed(self) -> MoeSpec:
+        if self.spec.moe is None:
+            raise ValueError(f"layer {self.spec.index} is dense: it has no router")
+        return self.spec.moe
+
+    def _expert_of(self, name: str) -> tuple[int, str] | None:
+        """(expert, stack) of a routed expert's weight, None for another name."""
+        return self.spec.moe.expert_of(name) if self.spec.moe else None
+
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return ops.rms_norm(x, self._weights[name], self.spec.eps, self.spec.norm_one_plus).to(self.dtype)
 
     def _glu(self, x: torch.Tensor, prefix: str, act: Activation) -> torch.Tensor:
         gate, up, down = (self._weights[f"{prefix}{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj"))
         return ops.glu_mlp(x, gate, up, down, act)
-
-
-def _expert_of(name: str) -> tuple[int, str]:
-    expert, which = name.removeprefix(EXPERTS).split(".")[:2]
-    return int(expert), which
 
 
 def _to_stack(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -11,7 +11,6 @@ On a GPU in half precision the kernels of `msa_kernels` do both steps without th
 the plain path here, and tests/benchmarks/eval_gpu.py compares the two.
 """
 
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
@@ -19,25 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from m3quant.calibration.ops import at_least_float32, grouped_linear
+from m3quant.families.spec import SparseSpec
 
 # Elements of the largest temporary of one chunk of queries (256 MB in float32).
 _CHUNK_ELEMENTS = 1 << 26
-
-
-@dataclass(frozen=True)
-class SparseSpec:
-    """Block selection, from config.json's sparse_attention_config. Sizes are in tokens, except `*_blocks`."""
-
-    index_heads: int
-    index_dim: int
-    block_size: int
-    topk_blocks: int
-    local_blocks: int
-    init_blocks: int
-
-    def covers(self, window: int) -> bool:
-        """Whether every causal block of a window of this many tokens is always selected (plain causal attention)."""
-        return window <= self.topk_blocks * self.block_size
 
 
 def select_blocks(index_q: torch.Tensor, index_k: torch.Tensor, spec: SparseSpec) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Reference maths of the two MiniMax decoder layers, as functions on tensors.
+"""Reference maths of decoder layers, as functions on tensors.
 
-Formulas: transformers 5.23 `models/minimax_m2` and `models/minimax_m3_vl`. Norms, router scores and the gate are
+Formulas: transformers 5.23 `models/minimax_m2`, `minimax_m3_vl`, `llama`, `qwen3_moe`. Norms, router scores and the gate are
 computed in float32 (float64 inputs stay float64) whatever the compute dtype; a weight stored in another dtype than the
 activation is converted one matrix at a time, so that a BF16 layer never exists twice.
 """
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-SILU = "silu"
-SWIGLUOAI = "swigluoai"
+from m3quant.calibration.routers import scores_of
+from m3quant.families.spec import SILU, Activation
 
 # One kind of matrix for all experts of a layer: a stack [E, N, K], or E matrices [N, K] kept where they were read.
 Experts = torch.Tensor | Sequence[torch.Tensor]
@@ -20,20 +20,6 @@ Experts = torch.Tensor | Sequence[torch.Tensor]
 # Above this many padded rows the batched fallback of `grouped_linear` would spend its memory on padding.
 _KERNEL_GROUPS = 512  # torch 2.11 refuses 1,024
 _PADDED_ROWS = 1 << 17
-
-
-@dataclass(frozen=True)
-class Activation:
-    """The gate of a GLU MLP. `alpha`, `limit` and `beta` are read only for kind "swigluoai"."""
-
-    kind: str = SILU
-    alpha: float = 1.702
-    limit: float = 7.0
-    beta: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in (SILU, SWIGLUOAI):
-            raise ValueError(f"unknown activation kind {self.kind!r}: expected {SILU!r} or {SWIGLUOAI!r}")
 
 
 @dataclass(frozen=True)
@@ -57,7 +43,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, one_plus: bool) -> torch.Tensor:
     """RMSNorm over the last dimension, [..., K] -> [..., K] in x's dtype, float32 inside.
 
-    one_plus: multiply by 1 + weight (M3, Gemma style); otherwise by weight (M2).
+    one_plus: multiply by 1 + weight (Gemma style); otherwise by weight.
     """
     wide = at_least_float32(x)
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -86,23 +72,39 @@ def glu_mlp(
     return linear(gated(linear(x, gate_proj), linear(x, up_proj), act), down_proj)
 
 
-def router_scores(h: torch.Tensor, gate_weight: torch.Tensor) -> torch.Tensor:
-    """sigmoid(h @ gate_weight.T): h [T, H], gate_weight [E, H] -> [T, E] float32."""
+def linear_with_bias(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`linear`, plus a bias [N] in x's dtype if there is one."""
+    out = linear(x, weight)
+    return out if bias is None else out + bias.to(x.dtype)
+
+
+def router_scores(h: torch.Tensor, gate_weight: torch.Tensor, kind: str = "sigmoid") -> torch.Tensor:
+    """What a router of that kind makes of h @ gate_weight.T: h [T, H], gate_weight [E, H] -> [T, E] float32."""
     wide = at_least_float32(h)
-    return torch.sigmoid(F.linear(wide, gate_weight.to(wide.dtype)))
+    return scores_of(kind)(F.linear(wide, gate_weight.to(wide.dtype)))
 
 
-def route(h: torch.Tensor, gate_weight: torch.Tensor, bias: torch.Tensor | None, top_k: int, scaling: float) -> Routing:
-    """Choose top_k experts per token. h [T, H], gate_weight [E, H] and bias [E] as stored (float32).
+def route(
+    h: torch.Tensor,
+    gate_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    scaling: float,
+    *,
+    kind: str = "sigmoid",
+    normalise: bool = True,
+) -> Routing:
+    """Choose top_k experts per token. h [T, H], gate_weight [E, H] and bias [E] as stored.
 
-    The bias takes part in the choice only; the weights are the plain scores of the chosen experts divided by their sum,
-    times `scaling` (routed_scaling_factor; transformers multiplies the routed sum instead, which is the same number).
+    The bias takes part in the choice only; the weights are the plain scores of the chosen experts, divided by their sum if
+    the model normalises, times `scaling` (routed_scaling_factor; transformers multiplies the routed sum instead, which is
+    the same number).
     """
-    scores = router_scores(h, gate_weight)
+    scores = router_scores(h, gate_weight, kind)
     choice = scores if bias is None else scores + bias.to(scores.dtype)
     experts = torch.topk(choice, top_k, dim=-1, sorted=False).indices
     weights = scores.gather(1, experts)
-    return Routing(experts, weights / weights.sum(dim=-1, keepdim=True) * scaling)
+    return Routing(experts, (weights / weights.sum(dim=-1, keepdim=True) if normalise else weights) * scaling)
 
 
 def sort_by_expert(routing: Routing, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ follow from `StoredWeight`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -17,7 +17,7 @@ from m3quant.calibration.head import Windows
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.spec import LayerSpec
 from m3quant.quant.fp8 import dequantize_block, dequantize_channel
-from m3quant.schemes import Scheme
+from m3quant.schemes import FP8_BLOCK, Scheme
 
 _SettingsT = TypeVar("_SettingsT", contravariant=True)
 
@@ -52,6 +52,23 @@ class StoredWeight:
         """One weight of a stack, as views."""
         zero_point = None if self.zero_point is None else self.zero_point[index]
         return StoredWeight(self.codes[index], self.scale[index], zero_point)
+
+    @staticmethod
+    def joined(stacks: Sequence[StoredWeight]) -> StoredWeight:
+        """Stacks behind one another, copied into one."""
+        zeros = [stack.zero_point for stack in stacks if stack.zero_point is not None]
+        codes, scale = (torch.cat([getattr(stack, name) for stack in stacks]) for name in ("codes", "scale"))
+        return StoredWeight(codes, scale, torch.cat(zeros) if zeros else None)
+
+    def rows(self, sizes: Sequence[int]) -> list[StoredWeight]:
+        """Cut output rows [..., N, K] into runs, contiguous copies. FP8 blocks are cut where they end."""
+        scale_rows = self.scale.shape[-2]
+        step = 1 if scale_rows == self.codes.shape[-2] else FP8_BLOCK
+        shares = [-(-size // step) for size in sizes]
+        codes, scales = self.codes.split(list(sizes), -2), self.scale.split(shares, -2)
+        zeros = [None] * len(codes) if self.zero_point is None else self.zero_point.split(shares, -2)
+        parts = zip(codes, scales, zeros, strict=True)
+        return [StoredWeight(c.contiguous(), s.contiguous(), z if z is None else z.contiguous()) for c, s, z in parts]
 
     def part(self, experts: slice) -> StoredWeight:
         """Some weights of a stack, as views."""

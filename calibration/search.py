@@ -10,6 +10,7 @@ import torch
 from m3quant.calibration.folds import FoldGroup
 from m3quant.calibration.ranks import ALONE, Ranks
 from m3quant.errors import CalibrationError
+from m3quant.quant.integer import finite_remedy
 
 _ELEMENTS = 1 << 24  # differences formed at once, so that a loss in float64 needs no second copy of the output
 
@@ -89,13 +90,27 @@ def choose(errors: Mapping[str, float]) -> str:
 
 
 def require_finite(tensor: torch.Tensor, layer: int, name: str) -> None:
-    """Raises CalibrationError naming layer and tensor if a value is NaN or infinite."""
-    if tensor.is_floating_point() and tensor.numel() and not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
+    """Raises CalibrationError naming layer and activation if a value is NaN or infinite."""
+    if found := _not_finite(tensor):
         raise CalibrationError(
-            f"layer {layer}: {name} holds {bad} NaN or Inf of {tensor.numel()} values; "
-            "check the source shard, or leave this layer out of the recipe."
+            f"layer {layer}: {name} holds {found} values, although the layer's weights are finite: the layers before it overflow on "
+            "this text; m3quant eval of the source names the first that does."
         )
+
+
+def require_finite_weight(tensor: torch.Tensor, layer: int, name: str) -> None:
+    """Raises CalibrationError naming layer and weight if a value is NaN or infinite."""
+    if found := _not_finite(tensor):
+        raise CalibrationError(
+            f"layer {layer}: {name} holds {found} values, which no recipe mends: {finite_remedy(tensor)}."
+        )
+
+
+def _not_finite(tensor: torch.Tensor) -> str:
+    """'3 NaN or Inf of 8', or nothing."""
+    if not tensor.is_floating_point() or not tensor.numel() or bool(torch.isfinite(tensor).all()):
+        return ""
+    return f"{int((~torch.isfinite(tensor)).sum())} NaN or Inf of {tensor.numel()}"
 
 
 def range_log(shrinks: Iterable[torch.Tensor], before: float, after: float) -> dict[str, float]:

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from m3quant.calibration.head import Head, head_nll
-from m3quant.calibration.layers import Layer, layer_spec
+from m3quant.calibration.layers import Layer
 from m3quant.calibration.ranks import ALONE, Ranks
-from m3quant.calibration.spec import model_type, text_config
 from m3quant.errors import CalibrationError, CheckpointError
+from m3quant.families import family_of
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -199,25 +199,9 @@ class Prefetcher(Generic[Key, Value]):
         self.close()
 
 
-def _body(config: dict[str, Any]) -> str:
-    return "model." if model_type(config) == "minimax_m2" else "language_model.model."
-
-
-def layer_prefix(config: dict[str, Any], index: int) -> str:
-    """What the on-disk names of layer `index` begin with."""
-    return f"{_body(config)}layers.{index}."
-
-
-def num_layers(config: dict[str, Any]) -> int:
-    layers = text_config(config).get("num_hidden_layers")
-    if not isinstance(layers, int) or layers < 1:
-        raise CheckpointError(f"config.json says num_hidden_layers = {layers!r}; it must be a positive number")
-    return layers
-
-
 def read_layer(source: Source, index: int) -> dict[str, torch.Tensor]:
     """All tensors of one layer, names relative to its prefix."""
-    prefix = layer_prefix(source.config, index)
+    prefix = family_of(source.config).layer_prefix(index)
     names = [name for name in source.tensors if name.startswith(prefix)]
     return {name.removeprefix(prefix): tensor for name, tensor in source.read_many(names).items()}
 
@@ -238,7 +222,7 @@ def embed(tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 def read_embeddings(source: Source) -> torch.Tensor:
     """The token embedding table [V, H] as stored."""
-    return _read_one(source, f"{_body(source.config)}embed_tokens.weight")
+    return _read_one(source, family_of(source.config).embedding_name)
 
 
 def embed_source(
@@ -257,19 +241,11 @@ def embed_source(
 
 
 def read_head(source: Source, device: torch.device | str = "cpu") -> Head:
-    """The final norm and lm_head (the embedding table if they are tied and no lm_head is stored)."""
-    body = _body(source.config)
-    name = f"{body.removesuffix('model.')}lm_head.weight"
-    text = text_config(source.config)
-    if name not in set(source.tensors):
-        if not text.get("tie_word_embeddings"):
-            raise CheckpointError(
-                f"tensor {name} is missing and tie_word_embeddings is not set; the checkpoint is incomplete"
-            )
-        name = f"{body}embed_tokens.weight"
-    spec = layer_spec(source.config, 0)
-    norm = _read_one(source, f"{body}norm.weight").to(device)
-    return Head(norm, _read_one(source, name).to(device), spec.eps, spec.norm_one_plus)
+    """The final norm and lm_head, which is the embedding table where the two are tied."""
+    family = family_of(source.config)
+    name = family.embedding_name if family.tied else family.head_name
+    norm = _read_one(source, family.final_norm_name).to(device)
+    return Head(norm, _read_one(source, name).to(device), family.eps, family.norm_one_plus)
 
 
 def _read_one(source: Source, name: str) -> torch.Tensor:
@@ -321,13 +297,14 @@ def nll(
     The source is streamed once. dtype: compute dtype of the layers and of the residual stream (float32 on the CPU,
     bfloat16 on a GPU if None). spill: a file for the hidden states, removed at the end. progress(done, layers).
     """
-    layers = num_layers(source.config)
+    family = family_of(source.config)
+    layers = family.num_layers
     dtype = dtype or _default_dtype(device)
     states = embed_source(source, tokens, dtype, device, spill)
     try:
         with Prefetcher(lambda index: read_layer(source, index), range(layers)) as loaded:
             for index, tensors in enumerate(loaded):
-                run_layer(Layer(layer_spec(source.config, index), tensors, device, dtype), states, micro_batch)
+                run_layer(Layer(family.layer(index), tensors, device, dtype), states, micro_batch)
                 if progress:
                     progress(index + 1, layers)
         return head_nll(read_head(source, device), states, tokens)

@@ -28,7 +28,7 @@ def vllm_arguments(fit: Fit) -> list[str]:
         out += ["--enable-expert-parallel"]
     if fit.ask.kv_dtype != "auto":
         out += ["--kv-cache-dtype", fit.ask.kv_dtype]
-    if setup.index_dtype != "bfloat16" and fit.model.family.kv_geometry(fit.model.config).index_layers:
+    if setup.index_dtype != "bfloat16" and fit.model.family.kv_geometry.index_layers:
         out += ["--attention-config", json.dumps({"indexer_kv_dtype": setup.index_dtype})]
     if fit.model.config.get("vision_config") and not split.vision:
         out += ["--language-model-only"]

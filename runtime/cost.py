@@ -60,10 +60,9 @@ def decode_bound(fit: Fit, context: int, requests: int) -> float:
     bandwidth = fit.node.gpu.bandwidth
     if not bandwidth or requests < 1:
         return 0.0
-    text, family, config = fit.model.text, fit.model.family, fit.model.config
-    experts, top_k = int(text["num_local_experts"]), int(text["num_experts_per_tok"])
-    reached = 1 - (1 - top_k / experts) ** requests
-    geometry = family.kv_geometry(config)
+    family = fit.model.family
+    reached = 1 - (1 - family.moe.top_k / family.moe.num_experts) ** requests if family.moe else 1.0
+    geometry = family.kv_geometry
     stages = rank_weights(fit.model.groups, fit.setup.split, geometry.kv_heads, geometry.layers)
     slowest = 0.0
     for weights, layers in zip(stages, stage_of_layers(geometry.layers, fit.setup.split.pp), strict=True):
@@ -81,12 +80,12 @@ _NOT_READ = ("embedding", "vision", "projector", "mtp")  # looked up by row, or 
 
 def _cache_read(fit: Fit, layers: range, context: int) -> float:
     """Bytes of cache that one rank reads for one token of one request: block-sparse layers read all index keys and the chosen blocks."""
-    family, config, setup = fit.model.family, fit.model.config, fit.setup
-    geometry = family.kv_geometry(config)
+    family, setup = fit.model.family, fit.setup
+    geometry = family.kv_geometry
     heads = max(1, geometry.kv_heads // setup.split.tp)
     per_layer = 2 * heads * geometry.head_dim * KV_BYTES[setup.kv_dtype]
-    chosen = min(context, family.selected_tokens(config) or context)
-    sparse = sum(family.has_index_keys(config, layer) for layer in layers)
+    chosen = min(context, family.selected_tokens or context)
+    sparse = sum(family.has_index_keys(layer) for layer in layers)
     index = sparse * context * geometry.index_dim * INDEX_BYTES[setup.index_dtype]
     return index + per_layer * (sparse * chosen + (len(layers) - sparse) * context)
 

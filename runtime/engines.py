@@ -130,7 +130,7 @@ def check_dtypes(fit: Fit, engine: Engine) -> None:
     0.26's models/minimax_m3/common/indexer.py refuses FP8 index keys off SM100, 0.32's takes them wherever CUDA has FP8.
     """
     release = engine.release
-    has_index = fit.model.family.kv_geometry(fit.model.config).index_layers > 0
+    has_index = fit.model.family.kv_geometry.index_layers > 0
     if (
         engine.name != "vllm"
         or not has_index

@@ -84,7 +84,7 @@ def assess(model: ServedModel, node: Node, ask: Ask) -> Fit:
         max_num_batched_tokens=ask.max_num_batched_tokens,
         block_size=ask.block_size,
     )
-    prediction = predict(node, model.family, model.config, model.groups, setup)
+    prediction = predict(node, model.family, model.groups, setup)
     pool = prediction.pool("high")
     in_memory = max(0, pool.blocks - 1) // ask.concurrency * pool.block_size
     longest = min(in_memory, model.max_positions or in_memory)
@@ -104,14 +104,14 @@ def _split(model: ServedModel, node: Node, ask: Ask) -> tuple[Split, str]:
         shapes = [(tp, pp)]
     else:
         # More ranks than KV heads save no cache (each keeps a head of its own), stages do: those splits come last.
-        heads = model.family.kv_geometry(model.config).kv_heads
+        heads = model.family.kv_geometry.kv_heads
         divisors = [n for n in range(node.count, 0, -1) if node.count % n == 0]
         shapes = sorted(((tp, node.count // tp) for tp in divisors), key=lambda shape: shape[0] > heads)
     first = ""
     for tp, pp in shapes:
         for whole_experts in (False, True) if tp > 1 else (False,):
             split = Split(tp, pp, whole_experts, ask.vision and model.has_vision)
-            problem = split_problem(model.groups, split, model.family, model.config)
+            problem = split_problem(model.groups, split, model.family)
             if not problem:
                 return split, ""
             first = first or problem
@@ -175,7 +175,7 @@ def _judged(changes: Iterator[Change], limit: int) -> list[Remedy]:
 
 
 def _smallest_cache(fit: Fit) -> Ask:
-    has_index = fit.model.family.kv_geometry(fit.model.config).index_layers > 0
+    has_index = fit.model.family.kv_geometry.index_layers > 0
     return replace(fit.ask, kv_dtype="fp8", index_dtype="fp8" if has_index else fit.ask.index_dtype)
 
 

@@ -122,33 +122,36 @@ def kv_dtype_of(config: Mapping[str, Any], asked: str = "auto", weights_dtype: s
     return weights_dtype
 
 
-def kv_bytes_per_token(family: Family, config: Mapping[str, Any], setup: Setup) -> list[int]:
+def kv_bytes_per_token(family: Family, setup: Setup) -> list[int]:
     """Per pipeline stage: bytes of KV and index cache that one rank keeps for one token.
 
     kv = 2 x layers x max(1, kv_heads / tp) x head_dim x bytes; index = index layers x index_dim x bytes, on every rank.
     """
-    geometry = family.kv_geometry(config)
+    geometry = family.kv_geometry
     heads = max(1, geometry.kv_heads // setup.split.tp)
     per_layer = 2 * heads * geometry.head_dim * KV_BYTES[setup.kv_dtype]
     per_index = geometry.index_dim * INDEX_BYTES[setup.index_dtype]
     return [
-        sum(per_layer + (per_index if family.has_index_keys(config, layer) else 0) for layer in stage)
+        sum(per_layer + (per_index if family.has_index_keys(layer) else 0) for layer in stage)
         for stage in stage_of_layers(geometry.layers, setup.split.pp)
     ]
 
 
-def activation(family: Family, config: Mapping[str, Any], setup: Setup) -> Estimate:
+def activation(family: Family, setup: Setup) -> Estimate:
     """Transient peak of one step of max_num_batched_tokens on one rank.
 
-    The MoE caches are Marlin's (fused_moe/experts/marlin_moe.py): T x top_k x (max(2 x inner, hidden) + inner) elements.
+    The MoE caches are Marlin's (fused_moe/experts/marlin_moe.py): T x top_k x (max(2 x inner, hidden) + inner) elements. A
+    dense MLP keeps gate, up and their product.
     """
-    text = family.text_config(config)
-    geometry = family.kv_geometry(config)
+    geometry = family.kv_geometry
     tokens, tp = setup.max_num_batched_tokens, setup.split.tp
-    hidden, vocab = int(text["hidden_size"]), int(text["vocab_size"])
-    inner = int(text["intermediate_size"]) // (1 if setup.split.expert_parallel else tp)
-    moe = tokens * int(text["num_experts_per_tok"]) * (max(2 * inner, hidden) + inner) * 2
-    heads = int(text["num_attention_heads"]) // tp + 2 * max(1, geometry.kv_heads // tp)
+    hidden, vocab = family.hidden_size, family.vocab_size
+    if family.moe:
+        inner = family.moe.intermediate_size // (1 if setup.split.expert_parallel else tp)
+        moe = tokens * family.moe.top_k * (max(2 * inner, hidden) + inner) * 2
+    else:
+        moe = tokens * 3 * (max(spec.dense_intermediate_size for spec in family.layers) // tp) * 2
+    heads = family.num_heads // tp + 2 * max(1, geometry.kv_heads // tp)
     attention = 2 * tokens * heads * geometry.head_dim * 2
     sampler = SAMPLER_COPIES * setup.max_num_seqs * vocab * 4
     total = moe + attention + HIDDEN_COPIES * tokens * hidden * 2 + sampler
@@ -157,7 +160,7 @@ def activation(family: Family, config: Mapping[str, Any], setup: Setup) -> Estim
         low,
         expected,
         high,
-        "Marlin MoE caches, attention, hidden states and sampler of one step; range from public logs",
+        "MLP or Marlin MoE caches, attention, hidden states and sampler of one step; range from public logs",
     )
     return estimate + VISION_PEAK if setup.split.vision else estimate
 
@@ -252,11 +255,11 @@ class Prediction:
         return min(caching, key=lambda r: r.kv_bytes(r.overhead.high) / max(1, r.bytes_per_token))
 
 
-def predict(node: Node, family: Family, config: Mapping[str, Any], groups: Sequence[Group], setup: Setup) -> Prediction:
+def predict(node: Node, family: Family, groups: Sequence[Group], setup: Setup) -> Prediction:
     """Memory of each rank. Raises NodeError for a setup that no engine takes."""
     check_setup(setup)
-    geometry = family.kv_geometry(config)
-    per_token = kv_bytes_per_token(family, config, setup)
+    geometry = family.kv_geometry
+    per_token = kv_bytes_per_token(family, setup)
     weights = rank_weights(groups, setup.split, geometry.kv_heads, geometry.layers)
     stages = stage_of_layers(geometry.layers, setup.split.pp)
     none = Estimate(0, 0, 0, "the CPU build reserves the cache alone")
@@ -273,7 +276,7 @@ def predict(node: Node, family: Family, config: Mapping[str, Any], groups: Seque
                 requested=node.gpu.total_bytes if cpu else math.ceil(node.gpu.total_bytes * setup.utilization),
                 weights={} if cpu else weights[i],
                 non_torch=non_torch,
-                activation=none if cpu else activation(family, config, setup),
+                activation=none if cpu else activation(family, setup),
                 graphs=none if cpu else graphs(setup),
                 bytes_per_token=per_token[i],
             )

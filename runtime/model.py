@@ -15,7 +15,7 @@ from ..families import QUANTIZABLE, Family, family_of
 from ..planning.engine_config import check_format, config_schemes
 from ..planning.plan import unquantized
 from ..planning.source_tensors import PLAIN, scale_layout, source_kind
-from ..recipe.recipe import Recipe, build_recipe, named_recipe, recipe_names
+from ..recipe.recipe import Recipe, build_recipe, for_family, named_recipe, recipe_names
 from ..schemes import Scheme
 from .weights import Group, bf16_release, checkpoint_groups, converted_groups, stored_bytes
 
@@ -33,13 +33,9 @@ class ServedModel:
     schemes: frozenset[Scheme] = frozenset()
 
     @property
-    def text(self) -> Mapping[str, Any]:
-        return self.family.text_config(self.config)
-
-    @property
     def max_positions(self) -> int:
-        """Longest context that config.json allows, in tokens."""
-        return int(self.text.get("max_position_embeddings") or 0)
+        """Longest context that config.json allows, in tokens; 0 where it does not say."""
+        return self.family.max_positions or 0
 
     @property
     def stored_bytes(self) -> int:
@@ -70,6 +66,7 @@ class Subject:
             )
         if reason := self.family.refused_formats.get(recipe.format):
             raise PlanError(f"format '{recipe.format}' cannot be served for {self.family.model_type}: {reason}.")
+        recipe, _ = for_family(recipe, self.family)
         check_format(recipe)
         groups = converted_groups(self.source_groups, recipe)
         schemes = frozenset(s for role in self.family.targets for s in recipe.schemes_of(role) if s.quantizes)
@@ -115,7 +112,7 @@ def _from_config(path: Path) -> Subject:
         read_bounded(path, CONFIG_BYTES, follow=True), str(path), "Copy or download it again.", constants=True
     )
     family = family_of(config, str(path))
-    groups = bf16_release(family, config)
+    groups = bf16_release(family)
     kind = _kind(config, str(path.parent))
     if kind is None:
         raise CheckpointError(

@@ -45,7 +45,7 @@ def unsplittable(subject: Subject, least: Fit, candidates: Mapping[str, Iterable
         own = [g for g in subject.source_groups if _role(g) == role]
         for name in names:
             groups = converted_groups(own, _recipe({role: name}))
-            if problem := split_problem(groups, least.setup.split, subject.family, subject.config):
+            if problem := split_problem(groups, least.setup.split, subject.family):
                 found[role, name] = problem
     return found
 
@@ -57,7 +57,7 @@ def node_rooms(subject: Subject, node: Node, ask: Ask, least: Recipe, choices: C
     """
     assert ask.context is not None
     fit = assess(subject.converted(least), node, ask)
-    setup, geometry = fit.setup, subject.family.kv_geometry(subject.config)
+    setup, geometry = fit.setup, subject.family.kv_geometry
     sizes = _role_sizes(subject, fit, choices)
     costs = [
         [sum(sizes[layer, role, scheme] for role, scheme in choice.schemes.items()) for choice in own]
@@ -76,7 +76,7 @@ def node_rooms(subject: Subject, node: Node, ask: Ask, least: Recipe, choices: C
 
 def _role_sizes(subject: Subject, fit: Fit, choices: Choices) -> dict[tuple[int, str, str], int]:
     """(layer, role, scheme) -> bytes on one rank of the layer's stage."""
-    geometry = subject.family.kv_geometry(subject.config)
+    geometry = subject.family.kv_geometry
     groups: dict[tuple[int, str], list[Group]] = {}
     for group in subject.source_groups:
         if group.layer is not None and (role := _role(group)) is not None:

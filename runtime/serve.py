@@ -17,8 +17,9 @@ from typing import Any
 
 import m3quant
 
-from ..artifact.journal import MANIFEST, unfinished
-from ..checkpoint.bounded import MANIFEST_BYTES, TOKENIZER_BYTES, read_bounded, read_json
+from ..artifact.journal import unfinished
+from ..artifact.manifest import MANIFEST, Sums, load_manifest
+from ..checkpoint.bounded import TOKENIZER_BYTES, read_bounded
 from ..errors import CheckpointError, DoesNotFit, EngineMissing, OptionError, ServeError, VerifyError
 from .checklog import TOLERATED, LogCheck, check_log
 from .command import vllm_arguments
@@ -75,11 +76,10 @@ def quick_check(src: str, subject: Subject) -> list[str]:
     if not manifest.exists():
         return [f"{folder} has no {MANIFEST}: not written by m3quant, so only headers were checked"]
     try:
-        shards = read_json(manifest, MANIFEST_BYTES, "It is damaged: convert again.")["shards"]
-        sizes = {name: int(facts["size"]) for name, facts in shards.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{manifest} is damaged: convert again, or run m3quant verify.") from None
-    for name, size in sizes.items():
+        shards = load_manifest(manifest, Sums).shards
+    except ValueError as error:
+        raise CheckpointError(f"{error}: convert again, or run m3quant verify.") from None
+    for name, size in ((name, shard.size) for name, shard in shards.items()):
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"

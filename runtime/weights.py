@@ -8,9 +8,8 @@ model_executor/layers/linear.py (0.32).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from ..checkpoint import DTYPE_BYTES, Checkpoint
 from ..families import QUANTIZABLE, Family, Role
@@ -63,11 +62,8 @@ class Group:
         return DTYPE_BYTES[self.dtype] * self.elements
 
 
-def gather(
-    family: Family, config: Mapping[str, Any], tensors: Iterable[tuple[str, str, tuple[int, ...]]]
-) -> list[Group]:
+def gather(family: Family, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[Group]:
     """Groups of the tensors (name, dtype, shape) of a checkpoint."""
-    layers = family.num_layers(config)
     counts: dict[tuple[str, str, str, tuple[int, ...]], int] = {}
     for name, dtype, shape in tensors:
         before, dot, after = name.partition(".experts.")
@@ -79,10 +75,7 @@ def gather(
         found = roles.get((before, tail))
         if found is None:
             name = f"{before}.experts.0.{tail}" if tail else before
-            role = family.role(name)
-            if role.layer is not None and role.layer >= layers:
-                role = Role("mtp")
-            found = roles[(before, tail)] = (role, name.rpartition(".")[2])
+            found = roles[(before, tail)] = (family.role(name), name.rpartition(".")[2])
         role, leaf = found
         group = (role.kind, role.part, role.layer, leaf, dtype, shape, bool(tail))
         merged[group] = merged.get(group, 0) + count
@@ -94,7 +87,7 @@ def gather(
 
 def checkpoint_groups(checkpoint: Checkpoint, family: Family) -> list[Group]:
     """Groups of a checkpoint as it is stored."""
-    return gather(family, checkpoint.config, ((t.name, t.dtype, t.shape) for t in checkpoint.tensors.values()))
+    return gather(family, ((t.name, t.dtype, t.shape) for t in checkpoint.tensors.values()))
 
 
 def converted_groups(groups: Iterable[Group], recipe: Recipe) -> list[Group]:
@@ -125,10 +118,10 @@ def stored_bytes(groups: Iterable[Group]) -> int:
     return sum(DTYPE_BYTES[g.dtype] * g.elements for g in groups)
 
 
-def bf16_release(family: Family, config: Mapping[str, Any]) -> list[Group]:
+def bf16_release(family: Family) -> list[Group]:
     """Groups of the BF16 weights that a config.json describes."""
-    wanted = family.expected_tensors(config)
-    return gather(family, config, ((n, "F32" if e.float32 else "BF16", e.shape) for n, e in wanted.items()))
+    wanted = family.expected_tensors
+    return gather(family, ((n, "F32" if e.float32 else "BF16", e.shape) for n, e in wanted.items()))
 
 
 @dataclass(frozen=True)
@@ -198,22 +191,21 @@ def _one_input_group(group: Group) -> bool:
     return len(group.shape) == 1 or group.shape[-1] == 1
 
 
-def split_problem(groups: Iterable[Group], split: Split, family: Family, config: Mapping[str, Any]) -> str:
+def split_problem(groups: Iterable[Group], split: Split, family: Family) -> str:
     """Why this model cannot be divided so, or ''. Only what names and shapes tell: heads, groups and FP8 blocks."""
-    text = family.text_config(config)
-    heads, kv = int(text["num_attention_heads"]), family.kv_geometry(config).kv_heads
+    heads, kv = family.num_heads, family.kv_geometry.kv_heads
     if heads % split.tp:
         return f"{heads} attention heads do not divide by TP {split.tp}"
     if max(kv, split.tp) % min(kv, split.tp):
         return f"{kv} KV heads and TP {split.tp} do not divide"
-    if split.pp > family.num_layers(config):
-        return f"PP {split.pp} exceeds the {family.num_layers(config)} layers"
+    if split.pp > family.num_layers:
+        return f"PP {split.pp} exceeds the {family.num_layers} layers"
     for group in groups:
         if group.role not in QUANTIZABLE or group.part in ("", *_REPLICATED_PARTS) or group.leaf in _UNSPLIT:
             continue
         if group.per_expert and split.expert_parallel:
-            if text["num_local_experts"] % split.tp:
-                return f"{text['num_local_experts']} experts do not divide by {split.tp} ranks"
+            if family.moe and family.moe.num_experts % split.tp:
+                return f"{family.moe.num_experts} experts do not divide by {split.tp} ranks"
             continue
         ways = min(split.tp, kv) if group.part in _LIKE_KV else split.tp
         pieces = _pieces(group)

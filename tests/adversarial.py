@@ -343,7 +343,7 @@ def shard_is_missing(folder: Path) -> None:
     write(folder, files)
 
 
-@case("no model.safetensors.index.json", "1 are absent", SECOND)
+@case("no model.safetensors.index.json", "1 is absent", SECOND)
 def numbered_shard_is_missing_without_an_index(folder: Path) -> None:
     files = good_files(index=False)
     del files[SECOND]

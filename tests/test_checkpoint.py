@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from m3quant.checkpoint import Checkpoint, parse_header, reader
+from m3quant.checkpoint.index import check_numbering
 from m3quant.checkpoint.listing import classify
 from m3quant.errors import CheckpointError
 
@@ -230,6 +231,37 @@ def test_a_broken_checkpoint_is_refused_with_the_reason(tmp_path: Path, case: ad
     text = str(caught.value)
     assert [phrase for phrase in case.phrases if phrase not in text] == [], text
     assert "\x1b" not in text and text.endswith("."), text
+
+
+def numbered(*numbers: int, count: int = 3) -> list[str]:
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in numbers]
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, 3), (0, 1, 2)], ids=["from 1", "from 0"])
+def test_a_whole_set_of_numbered_shards_needs_no_index(numbers: tuple[int, ...]) -> None:
+    check_numbering([*numbered(*numbers), "other.safetensors"], "here")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ((1, 3), r"1 is absent: first model-00002-of-00003.safetensors\."),
+        ((0, 2), r"1 is absent: first model-00001-of-00003.safetensors\."),
+        ((0,), r"2 are absent: first model-00001"),
+        ((3,), r"2 are absent: first model-00001"),
+        ((1, 2), r"1 is absent: model-00000-of-00003.safetensors or model-00003-of-00003.safetensors\."),
+        ((2,), r"2 are absent: model-00000-of-00003.safetensors or model-00003-of-00003.safetensors and model-00001"),
+        (
+            (0, 1, 2, 3),
+            r"model-00003-of-00003.safetensors is one of 4 shards numbered 0 to 3, where the names promise 3",
+        ),
+        ((0, 3), r"model-00003-of-00003.safetensors is one of 2 shards numbered 0 to 3, where the names promise 3"),
+        ((1, 2, 7), r"model-00007-of-00003.safetensors is one of 3 shards numbered 1 to 7"),
+    ],
+)
+def test_absent_shards_are_named_only_where_they_are_known(numbers: tuple[int, ...], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        check_numbering(numbered(*numbers), "here")
 
 
 def test_nesting_is_refused_at_every_depth() -> None:

@@ -22,7 +22,7 @@ def test_the_shipped_recipes() -> None:
         assert recipe.scheme("routed_experts").quantizes
         # engines fuse the two, so that no shipped recipe may part them
         assert recipe.scheme("indexer") == recipe.scheme("attention")
-        assert recipe.calibration == ("awq" if name.startswith("awq") else "none")
+        assert recipe.calibration == ("text" if name.startswith("awq") else "none")
         first = (recipe_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
         assert first.startswith("# "), f"{name}.yaml does not say what it is for"
 

@@ -51,7 +51,7 @@ FP8 = PRESET_SCHEMES["FP8_DYNAMIC"]
 def read(text: str, config: dict[str, Any]) -> Recipe:
     document = yaml.safe_load(text)
     assert is_llmcompressor(document)
-    return build_recipe(translate(document, family_of(config), config, "/somewhere/mine.yaml"))
+    return build_recipe(translate(document, family_of(config), "/somewhere/mine.yaml"))
 
 
 def quantization(config: dict[str, Any], **options: Any) -> Recipe:
@@ -297,7 +297,7 @@ def test_groups_that_m3quant_cannot_write_are_refused(group: dict[str, Any], phr
 def test_other_modifiers_are_refused(name: str) -> None:
     document = {"s_stage": {"m_modifiers": {name: {"scheme": "W4A16"}, "QuantizationModifier": {"scheme": "W4A16"}}}}
     with pytest.raises(RecipeError, match=f"r.yaml: {name} is not something m3quant does: .*(use|take)"):
-        translate(document, family_of(M2), M2, "r.yaml")
+        translate(document, family_of(M2), "r.yaml")
 
 
 @pytest.mark.parametrize(
@@ -315,17 +315,17 @@ def test_awq_options_that_differ_from_ours_are_refused(modifiers: dict[str, Any]
         if isinstance(options, dict) and "scheme" in options:
             options["ignore"] = IGNORE_M2
     with pytest.raises(RecipeError, match=phrase):
-        translate({"quant_stage": {"quant_modifiers": modifiers}}, family_of(M2), M2, "r.yaml")
+        translate({"quant_stage": {"quant_modifiers": modifiers}}, family_of(M2), "r.yaml")
 
 
 def test_keys_beside_the_stages_are_refused() -> None:
     stage = {"quant_modifiers": {"QuantizationModifier": {"scheme": "W4A16", "ignore": IGNORE_M2}}}
     for extra in ({"schemes": {"attention": "keep"}}, {"format": "fp8"}):
         with pytest.raises(RecipeError, match=f"key '{next(iter(extra))}' is no stage"):
-            translate({"quant_stage": stage, **extra}, family_of(M2), M2, "r.yaml")
+            translate({"quant_stage": stage, **extra}, family_of(M2), "r.yaml")
     with pytest.raises(RecipeError, match="'args' are not substituted"):
-        translate({"args": {"bits": 4}, "quant_stage": stage}, family_of(M2), M2, "r.yaml")
-    assert translate({"version": "1.1", "args": {}, "quant_stage": stage}, family_of(M2), M2, "r.yaml")["schemes"]
+        translate({"args": {"bits": 4}, "quant_stage": stage}, family_of(M2), "r.yaml")
+    assert translate({"version": "1.1", "args": {}, "quant_stage": stage}, family_of(M2), "r.yaml")["schemes"]
 
 
 def test_layers_may_differ() -> None:

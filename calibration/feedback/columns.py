@@ -16,6 +16,7 @@ import torch
 
 from m3quant.calibration.feedback.grids import Grid, Levels
 from m3quant.calibration.feedback.products import matmul
+from m3quant.quant.integer import int_range
 
 _BLOCK = 64  # columns between which errors travel one by one; beyond them by a matrix product
 
@@ -39,21 +40,65 @@ def round_columns(
     first = errors is None
     errors = torch.zeros_like(target) if errors is None else errors.clone()
     codes = torch.empty_like(target)
+    one_block = _kernel_block if target.is_cuda else plain_block
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         seen = slice(0, start if first else columns)
         aim = target[:, start:stop] + matmul(factor[:, seen, start:stop].transpose(1, 2), errors[:, seen])
-        inner = factor[:, start:stop, start:stop]
-        for offset in range(stop - start):
-            column = start + offset
-            part = levels.of(groups[:, column])
-            code = grid.codes(aim[:, offset], part)
-            error = target[:, column] - grid.values(code, part)
-            if offset + 1 < stop - start:
-                change = error - errors[:, column]
-                aim[:, offset + 1 :].addcmul_(inner[:, offset, offset + 1 :, None], change[:, None, :])
-            codes[:, column], errors[:, column] = code, error
+        one_block(aim, target, factor, levels, grid, groups, codes, errors, start, first)
     return codes, errors
+
+
+def plain_block(
+    aim: torch.Tensor,
+    target: torch.Tensor,
+    factor: torch.Tensor,
+    levels: Levels,
+    grid: Grid,
+    groups: torch.Tensor,
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+    start: int,
+    first: bool,
+) -> None:
+    """Round the columns that begin with number `start`, in place in codes and errors.
+
+    aim: [E, B, N], where each would be rounded to but for changes inside the block; it is overwritten. first: errors of these
+    columns are not read. The rest as in `round_columns`.
+    """
+    width = aim.shape[1]
+    inner = factor[:, start : start + width, start : start + width]
+    for offset in range(width):
+        column = start + offset
+        part = levels.of(groups[:, column])
+        code = grid.codes(aim[:, offset], part)
+        error = target[:, column] - grid.values(code, part)
+        if offset + 1 < width:
+            change = error if first else error - errors[:, column]
+            aim[:, offset + 1 :].addcmul_(inner[:, offset, offset + 1 :, None], change[:, None, :])
+        codes[:, column], errors[:, column] = code, error
+
+
+def _kernel_block(
+    aim: torch.Tensor,
+    target: torch.Tensor,
+    factor: torch.Tensor,
+    levels: Levels,
+    grid: Grid,
+    groups: torch.Tensor,
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+    start: int,
+    first: bool,
+) -> None:
+    """`plain_block` in one launch."""
+    from m3quant.calibration.feedback.kernels import round_block
+
+    limits = None if grid.scheme.kind == "fp8" else int_range(grid.scheme)
+    round_block(
+        aim.contiguous(), target.contiguous(), factor.contiguous(), levels.scale.contiguous(),
+        None if levels.zero is None else levels.zero.contiguous(), groups.contiguous(), codes, errors, start, limits, not first,
+    )  # fmt: skip
 
 
 def falling_order(second: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,12 @@
-"""The feed-forward block: routed experts, w1 and w3 before w2, and last the MLP that sees every token."""
+"""The feed-forward block: routed experts, w1 and w3 before w2, and last the MLP that sees every token.
+
+Experts come in chunks, so that a device holds one chunk's moments. Each expert's numbers depend on its own rows alone
+(and on the layer's moment, which is found first), not on the chunk it is in.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,43 +14,43 @@ import torch
 
 from m3quant.calibration import ops
 from m3quant.calibration.experts import ExpertTokens
-from m3quant.calibration.feedback.evidence import Trust, regularised
-from m3quant.calibration.feedback.moments import MomentSum, halves
-from m3quant.calibration.feedback.products import matmul
+from m3quant.calibration.feedback.evidence import GATED, NORMED
+from m3quant.calibration.feedback.fit import Fitted, Verdict, block_log, fit
+from m3quant.calibration.feedback.heldout import Readers, joined_by_scheme
+from m3quant.calibration.feedback.moments import Moments
+from m3quant.calibration.feedback.rows import MlpStates, UnitRows
 from m3quant.calibration.feedback.settings import FeedbackSettings
-from m3quant.calibration.feedback.solve import Solver
-from m3quant.calibration.feedback.targets import targets
 from m3quant.calibration.folds import always_on_names, expert_names
-from m3quant.calibration.glu import Unit
+from m3quant.calibration.glu import Glu, Unit, even_chunk
 from m3quant.calibration.layers import Layer
-from m3quant.calibration.ops import gated
 from m3quant.calibration.quantized_layer import StoredWeight
 from m3quant.schemes import KEEP, Scheme
 
-_ROWS = 8192
-
-
-@dataclass
-class MlpStates:
-    """Both residual streams after attention, [T, H], and what the routed experts cannot know of: see `missing`.
-
-    missing [T, H]: how far the quantized stream's residual, and the choice of experts in it, fall short of the source's
-    layer output. window: tokens of a window.
-    """
-
-    quantized: torch.Tensor
-    source: torch.Tensor
-    window: int
+# Bytes of a chunk's moments and weights in work; m3quant/planning/quantizers.py plans with the GPU's.
+_CHUNK_BYTES = {"cpu": 1 << 30, "cuda": 12 * 10**9}
+_SQUARES, _WEIGHTS = 9, 12  # float32 matrices [K, K] and [N, K] of an expert alive at once
 
 
 @dataclass
 class _Part:
-    weights: list[StoredWeight | None]  # of gate, up, down: stacks over the chunk's units
-    rows: torch.Tensor  # [m, H]: natural rows' outputs times their gates, unit by unit
-    log: list[dict[str, Any]] = field(default_factory=list)
+    """What a chunk gives: per role (gate, up, down) a stack over its units, None if kept; outputs [natural rows, H]."""
+
+    fitted: list[Fitted | None]
+    outputs: torch.Tensor | None = None
+
+
+@dataclass
+class MlpResult:
+    """weights: by tensor name. stacks: "w1", "w3", "w2" of all routed experts, in the order of experts."""
+
+    weights: dict[str, StoredWeight] = field(default_factory=dict)
+    stacks: dict[str, StoredWeight] = field(default_factory=dict)
+    log: dict[str, Any] = field(default_factory=dict)
 
 
 class MlpQuantizer:
+    """One layer's feed-forward block on what the rounded attention hands it."""
+
     def __init__(
         self,
         layer: Layer,
@@ -55,188 +59,176 @@ class MlpQuantizer:
         assigned: ExpertTokens | None,
         settings: FeedbackSettings,
     ) -> None:
-        self.layer, self.spec, self.states, self.settings = layer, layer.spec, states, settings
-        self.half = halves(len(states.quantized), states.window, layer.device)
+        self.layer, self.spec, self.settings = layer, layer.spec, settings
+        self.rows = UnitRows(layer, states, settings)
         self.routed: list[Unit] = []
-        self.always_on: Unit | None = None
         if assigned is not None:
-            for names, tokens, weights, natural in zip(
-                expert_names(self.spec), assigned.tokens, assigned.weights, assigned.natural, strict=True
-            ):
-                self.routed.append(Unit(names, _schemes(names, schemes), tokens, weights, natural))
+            parts = zip(assigned.tokens, assigned.weights, assigned.natural, strict=True)
+            for names, part in zip(expert_names(self.spec), parts, strict=True):
+                self.routed.append(Unit(names, _schemes(names, schemes), *part))
+        self.always_on: Unit | None = None
         names = always_on_names(self.spec)
-        if names is not None:
+        if names is not None and any(scheme.quantizes for scheme in _schemes(names, schemes)):
             count = len(states.quantized)
-            everything = torch.arange(count, device=layer.device)
-            ones = torch.ones(count, device=layer.device)
-            self.always_on = Unit(names, _schemes(names, schemes), everything, ones, count)
-        self.gates = torch.zeros(len(states.quantized), device=layer.device)
+            every, ones = torch.arange(count, device=layer.device), torch.ones(count, device=layer.device)
+            self.always_on = Unit(names, _schemes(names, schemes), every, ones, count)
+
+    def run(self) -> MlpResult:
+        result = MlpResult()
+        verdicts: dict[str, Verdict] = {}
+        out = torch.zeros_like(self.rows.missing, dtype=torch.float32)
+        if any(scheme.quantizes for unit in self.routed for scheme in unit.schemes):
+            self._run_routed(result, verdicts, out)
+        elif self.routed and self.always_on is not None:
+            for unit in self.routed:
+                self._add(out, unit, self.rows.outputs(unit, self._source(unit)))
+        if self.always_on is not None:
+            self._left_over(out)
+            moments = self.rows.input_moments(self.always_on)
+            part = self._fit([self.always_on], [moments], None)
+            self._collect([self.always_on], part, result, verdicts)
+        result.log = block_log("mlp", verdicts)
+        return result
+
+    def _run_routed(self, result: MlpResult, verdicts: dict[str, Verdict], out: torch.Tensor) -> None:
+        self.rows.share.zero_()
         for unit in self.routed:
-            self.gates.index_add_(0, unit.tokens[: unit.natural], unit.weights[: unit.natural].float())
-        if self.always_on is not None and self.always_on.schemes[2].quantizes:
-            self.gates += 1.0
+            natural = slice(unit.natural)
+            self.rows.share.index_add_(0, unit.tokens[natural], unit.weights[natural].float())
+        if self.always_on is not None:
+            self.rows.share += 1.0
+        prior = self.rows.layer_moment()
 
-    def run(self) -> tuple[dict[str, StoredWeight], dict[str, Any]]:
-        weights: dict[str, StoredWeight] = {}
-        log: dict[str, Any] = {"block": "mlp", "units": []}
-        self.missing = self._missing()
-        out = torch.zeros_like(self.states.quantized, dtype=torch.float32)
-        if self.routed:
-            self.prior = self._prior()
-            for indices, part in self.settings.ranks.each(self._routed_chunk, self._chunks()):
-                units = [self.routed[i] for i in indices]
-                self._collect(units, part, weights, log)
-                for unit, rows in zip(units, part.rows.split([u.natural for u in units]), strict=True) if len(part.rows) else ():
-                    out.index_add_(0, unit.tokens[: unit.natural], rows)
-        if self.always_on is not None and any(s.quantizes for s in self.always_on.schemes):
-            if self.settings.residual:
-                self._left_over(out)
-            self.gates.fill_(1.0)
-            self.prior = None
-            part = self._chunk([self.always_on], outputs=False)
-            self._collect([self.always_on], part, weights, log)
-        return weights, log
+        def work(units: list[Unit]) -> _Part:
+            moments = [self.rows.input_moments(unit) for unit in units]
+            return self._fit(units, moments, prior, outputs=self.always_on is not None)
 
-    def _collect(
-        self, units: list[Unit], part: _Part, weights: dict[str, StoredWeight], log: dict[str, Any]
-    ) -> None:
-        for slot, unit in enumerate(units):
-            for name, stored in zip(unit.names, part.weights, strict=True):
-                if stored is not None:
-                    weights[name] = stored[slot]
-        log["units"] += part.log
+        stacks: dict[str, list[StoredWeight]] = {}
+        for units, part in self.settings.ranks.each(work, self._chunks()):
+            self._collect(units, part, result, verdicts)
+            for which, one in zip(("w1", "w3", "w2"), part.fitted, strict=True):
+                if one is not None and self.layer.device.type == "cuda":
+                    stacks.setdefault(which, []).append(one.stored)
+            if part.outputs is not None:
+                for unit, rows in zip(units, part.outputs.split([unit.natural for unit in units]), strict=True):
+                    self._add(out, unit, rows)
+        self._stack(stacks, result)
 
-    def _chunks(self) -> Iterator[list[int]]:
-        most = 24
-        for start in range(0, len(self.routed), most):
-            yield list(range(start, min(start + most, len(self.routed))))
+    def _chunks(self) -> list[list[Unit]]:
+        """Runs of experts with the same schemes; as many whatever the number of ranks."""
+        hidden = self.spec.hidden_size
+        inner = self.layer.weight(self.routed[0].names[0]).shape[0]
+        each = 4 * (_SQUARES * max(hidden, inner) ** 2 + _WEIGHTS * hidden * inner)
+        most = max(1, _CHUNK_BYTES[self.layer.device.type] // each)
+        chunks: list[list[Unit]] = []
+        most = even_chunk(len(self.routed), most)
+        for unit in self.routed:
+            if not chunks or len(chunks[-1]) == most or chunks[-1][0].schemes != unit.schemes:
+                chunks.append([])
+            chunks[-1].append(unit)
+        return chunks
 
-    def _routed_chunk(self, indices: list[int]) -> _Part:
-        return self._chunk([self.routed[i] for i in indices], outputs=self.always_on is not None)
+    def _source(self, unit: Unit) -> Glu:
+        return Glu(*(self.layer.weight(name).float() for name in unit.names))
 
-    def _chunk(self, units: list[Unit], outputs: bool) -> _Part:
-        source = [[self.layer.weight(unit.names[role]).float() for unit in units] for role in range(3)]
-        schemes = units[0].schemes
-        moments = [self._input_moments(unit) for unit in units]
-        part = _Part([None, None, None], self.states.quantized.new_empty(0))
-        kind = "routed" if self.prior is not None else "always_on"
-        trust = TRUST[kind, "in"]
-        second, plain, cross, ridge = regularised(moments, trust, self.prior)
-        acting = [list(weights) for weights in source]
-        logs: list[dict[str, Any]] = [
-            {"unit": unit.names[0].rsplit(".", 2)[0], "rows": len(unit.tokens), "effective": m.effective_rows}
-            for unit, m in zip(units, moments, strict=True)
-        ]
-        for role in range(2):
-            if not schemes[role].quantizes:
-                continue
-            weight = torch.stack(source[role])
-            part.weights[role] = self._solve(weight, plain, second, matmul(weight, cross), ridge, schemes[role], logs, role)
-            acting[role] = list(part.weights[role].dequantized())
+    def _fit(
+        self,
+        units: list[Unit],
+        moments: list[Moments],
+        prior: torch.Tensor | None,
+        outputs: bool = False,
+    ) -> _Part:
+        source, schemes = [self._source(unit) for unit in units], units[0].schemes
+        fitted = self._fit_normed(source, moments, schemes, prior)
+        moments.clear()  # the device's memory is wanted for those of down
+        acting = self._acting(source, fitted)
         if schemes[2].quantizes:
-            moments = [self._down_moments(unit, *(a[i] for a in acting[:2]), *(s[i] for s in source)) for i, unit in enumerate(units)]
-            second, plain, cross, ridge = regularised(moments, TRUST[kind, "down"], None)
-            weight = torch.stack(source[2])
-            part.weights[2] = self._solve(weight, plain, second, cross, ridge, schemes[2], logs, 2)
-            acting[2] = list(part.weights[2].dequantized())
-        part.log = logs
-        if outputs:
-            part.rows = torch.cat([self._outputs(unit, *(a[i] for a in acting)) for i, unit in enumerate(units)])
-        return part
+            down = self._down_moments(units, acting, source)
+            fitted[2] = fit(down, _down(source, schemes), GATED, None, self.settings)[0]
+            acting = self._acting(source, fitted)
+        given = zip(units, acting, strict=True)
+        return _Part(fitted, torch.cat([self.rows.outputs(*pair) for pair in given]) if outputs else None)
 
-    def _solve(
-        self, weight: torch.Tensor, plain: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor,
-        scheme: Scheme, logs: list[dict[str, Any]], role: int
-    ) -> StoredWeight:  # fmt: skip
-        target, _ = targets(weight, cross, plain, ridge) if self.settings.source_targets else (weight, None)
-        stored, loss, nearest, _ = Solver(target, second, scheme, self.settings).run()
-        for slot, log in enumerate(logs):
-            log[("gate", "up", "down")[role]] = [float(nearest[slot]), float(loss[slot])]
-        return stored
+    def _fit_normed(
+        self,
+        source: list[Glu],
+        moments: list[Moments],
+        schemes: tuple[Scheme, Scheme, Scheme],
+        prior: torch.Tensor | None,
+    ) -> list[Fitted | None]:
+        """Gate and up as they will be stored, None if kept, and None for down."""
+        out: list[Fitted | None] = [None, None, None]
+        for readers, roles in _normed(source, schemes):
+            for role, fitted in zip(roles, fit(moments, readers, NORMED, prior, self.settings), strict=True):
+                out[role] = fitted
+        return out
 
-    def _rows(self, unit: Unit) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        for tokens, gates in zip(unit.tokens.split(_ROWS), unit.weights.split(_ROWS), strict=True):
-            yield self._inputs(self.states.quantized, tokens), self._inputs(self.states.source, tokens), tokens, gates
+    def _down_moments(self, units: list[Unit], acting: list[Glu], source: list[Glu]) -> list[Moments]:
+        return [self.rows.down_moments(*given) for given in zip(units, acting, source, strict=True)]
 
-    def _inputs(self, stream: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        return self.layer.mlp_input(stream[tokens].to(self.layer.device))
+    def _acting(self, source: list[Glu], fitted: list[Fitted | None]) -> list[Glu]:
+        """The units' weights as an engine computes with them."""
+        stacks = [None if one is None else one.stored.dequantized() for one in fitted]
+        return [
+            Glu(*(own if stack is None else stack[slot] for own, stack in zip(_three(glu), stacks, strict=True)))
+            for slot, glu in enumerate(source)
+        ]
 
-    def _input_moments(self, unit: Unit) -> Any:
-        width = self.spec.hidden_size
-        total = MomentSum(width, width, self.layer.device)
-        for x, x_source, tokens, gates in self._rows(unit):
-            total.add(x, x_source.float() - x.float(), gates.square(), self.half[tokens])
-        return total.total()
+    def _collect(self, units: list[Unit], part: _Part, result: MlpResult, verdicts: dict[str, Verdict]) -> None:
+        for slot, unit in enumerate(units):
+            for name, stack in zip(unit.names, part.fitted, strict=True):
+                if stack is not None:
+                    result.weights[name] = stack.stored[slot]
+                    verdicts[name] = stack.verdicts[slot]
 
-    def _prior(self) -> torch.Tensor:
-        """The layer's second moment [H, H] per token."""
-        width = self.spec.hidden_size
-        total = MomentSum(width, 1, self.layer.device)
-        for tokens in torch.arange(len(self.half), device=self.layer.device).split(_ROWS):
-            x = self._inputs(self.states.quantized, tokens)
-            ones = torch.ones(len(x), device=x.device)
-            total.add(x, x.new_zeros(len(x), 1), ones, self.half[tokens])
-        found = total.total()
-        return found.second.sum(0) / float(found.mass.sum())
+    def _stack(self, parts: dict[str, list[StoredWeight]], result: MlpResult) -> None:
+        """Put the chunks' codes into one piece each, and make the weights views of them."""
+        role = {"w1": 0, "w3": 1, "w2": 2}
+        for which in list(parts):
+            whole = StoredWeight.joined(parts.pop(which))
+            if len(whole.codes) != len(self.routed):  # some experts keep this matrix
+                continue
+            result.stacks[which] = whole
+            for expert, unit in enumerate(self.routed):
+                result.weights[unit.names[role[which]]] = whole[expert]
 
-    def _down_moments(
-        self, unit: Unit, gate: torch.Tensor, up: torch.Tensor, w1: torch.Tensor, w3: torch.Tensor, w2: torch.Tensor
-    ) -> Any:
-        act = self.spec.activation
-        total = MomentSum(w2.shape[1], w2.shape[0], self.layer.device)
-        for x, x_source, tokens, gates in self._rows(unit):
-            hidden = gated(ops.linear(x, gate), ops.linear(x, up), act)
-            given = x_source if self.settings.source_targets else x
-            expected = gated(ops.linear(given, w1), ops.linear(given, w3), act)
-            error = ops.linear(expected.float() - hidden.float(), w2)
-            if self.settings.residual:
-                error = error + self.missing[tokens].float() / self.gates[tokens, None]
-            total.add(hidden, error, gates.square(), self.half[tokens])
-        return total.total()
-
-    def _outputs(self, unit: Unit, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        parts = [self.states.quantized.new_empty(0, self.spec.hidden_size, dtype=torch.float32)]
-        tokens, weights = unit.tokens[: unit.natural], unit.weights[: unit.natural]
-        for own, gates in zip(tokens.split(_ROWS), weights.split(_ROWS), strict=True):
-            x = self._inputs(self.states.quantized, own)
-            hidden = gated(ops.linear(x, gate), ops.linear(x, up), self.spec.activation)
-            parts.append(ops.linear(hidden, down).float() * gates[:, None])
-        return torch.cat(parts)
-
-    def _missing(self) -> torch.Tensor:
-        """[T, H]: the residual streams' difference, and what the source's own choice of experts would have given."""
-        missing = (self.states.source - self.states.quantized).float()
-        if ROUTING_DIFFERENCE and self.routed:
-            for tokens in torch.arange(len(missing), device=missing.device).split(_ROWS):
-                h, given = self._inputs(self.states.quantized, tokens), self._inputs(self.states.source, tokens)
-                experts = tuple(self.layer._experts[w] for w in ("w1", "w3", "w2"))
-                own = ops.experts_forward(given, self.layer.routing(given), *experts, self.spec.activation)
-                other = ops.experts_forward(given, self.layer.routing(h), *experts, self.spec.activation)
-                missing[tokens] += own.float() - other.float()
-        return missing
+    def _add(self, out: torch.Tensor, unit: Unit, rows: torch.Tensor) -> None:
+        # A token is in a unit once, so index_add_ has one order anywhere.
+        out.index_add_(0, unit.tokens[: unit.natural], rows)
 
     def _left_over(self, out: torch.Tensor) -> None:
-        """Make `missing` what the always-on MLP's output has to make good beyond its own."""
+        """Make `rows.missing` what the always-on MLP has to make good: all that is missing after the rounded experts."""
         assert self.always_on is not None
+        self.rows.share.fill_(1.0)
         if not self.routed:
             return
-        shared = [self.layer.weight(name) for name in self.always_on.names]
-        for tokens in torch.arange(len(out), device=out.device).split(_ROWS):
-            given = self._inputs(self.states.source, tokens)
-            wanted = self.layer.mlp(given).float() - ops.glu_mlp(given, *shared, self.spec.activation).float()
-            difference = self.states.source[tokens].float() - self.states.quantized[tokens].float()
-            self.missing[tokens] = difference + wanted - out[tokens]
+        own = [self.layer.weight(name) for name in self.always_on.names]
+        states = self.rows.states
+        for tokens in self.rows.blocks():
+            given = self.rows.source(tokens)
+            routed = (
+                self.layer.mlp(given).float() - ops.glu_mlp(given, own[0], own[1], own[2], self.spec.activation).float()
+            )
+            short = states.source[tokens].float() - states.quantized[tokens].float() + routed - out[tokens]
+            self.rows.missing[tokens] = short.to(self.rows.missing.dtype)
 
 
-ROUTING_DIFFERENCE = False
-TRUST = {
-    ("routed", "in"): Trust(0.1, 0.5),
-    ("routed", "down"): Trust(0.5, 0.5),
-    ("always_on", "in"): Trust(0.05, 0.3),
-    ("always_on", "down"): Trust(0.05, 0.3),
-    ("attention", "in"): Trust(0.05, 0.3),
-    ("attention", "out"): Trust(0.05, 0.3),
-}
+def _normed(source: list[Glu], schemes: tuple[Scheme, Scheme, Scheme]) -> list[tuple[Readers, tuple[int, ...]]]:
+    """The quantized ones of gate (role 0) and up (1) of a stack of units, together if their scheme is one."""
+    stacks = {0: [glu.gate for glu in source], 1: [glu.up for glu in source]}
+    roles = [role for role in stacks if schemes[role].quantizes]
+    sets = joined_by_scheme({role: (schemes[role], stacks[role][0].shape[0]) for role in roles})
+    return [
+        (Readers.of([torch.stack(stacks[role]) for role in own], schemes[own[0]], inputs=True), own) for own in sets
+    ]
+
+
+def _down(source: list[Glu], schemes: tuple[Scheme, Scheme, Scheme]) -> Readers:
+    return Readers.of([torch.stack([glu.down for glu in source])], schemes[2], inputs=False)
+
+
+def _three(glu: Glu) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return glu.gate, glu.up, glu.down
 
 
 def _schemes(names: tuple[str, str, str], schemes: Mapping[str, Scheme]) -> tuple[Scheme, Scheme, Scheme]:

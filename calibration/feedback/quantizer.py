@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from m3quant.calibration.awq import require_finite_weights
 from m3quant.calibration.experts import ExpertLedger, ExpertTokens, assign_tokens
 from m3quant.calibration.feedback.attention import AttentionQuantizer
-from m3quant.calibration.feedback.mlp import MlpQuantizer, MlpStates
+from m3quant.calibration.feedback.mlp import MlpQuantizer
+from m3quant.calibration.feedback.rows import ROWS, MlpStates
 from m3quant.calibration.feedback.settings import FeedbackSettings
-from m3quant.calibration.folds import ROUTER
 from m3quant.calibration.head import Windows
 from m3quant.calibration.layers import Layer
-from m3quant.calibration.ops import Routing, router_scores
+from m3quant.calibration.ops import Routing
 from m3quant.calibration.quantized_layer import QuantizedLayer
 from m3quant.calibration.spec import LayerSpec
 from m3quant.schemes import Scheme
-
-_ROWS = 8192
 
 
 class FeedbackQuantizer:
@@ -46,12 +45,12 @@ class FeedbackQuantizer:
         weights, mid, source_mid, first = attention.run()
         states = MlpStates(mid, source_mid, quantized_stream.shape[1])
         assigned, ledger = _assign(layer, mid, settings)
-        found, second = MlpQuantizer(layer, schemes, states, assigned, settings).run()
-        log = {"layer": spec.index, "blocks": [first, second]}
+        second = MlpQuantizer(layer, schemes, states, assigned, settings).run()
+        log: dict[str, Any] = {"layer": spec.index, "blocks": [first, second.log]}
         if ledger is not None:
             log["experts"] = ledger.summary() | {"starved": ledger.starved}
         log["seconds"] = time.perf_counter() - started
-        return QuantizedLayer({**weights, **found}, {}, log, ledger)
+        return QuantizedLayer({**weights, **second.weights}, {}, log, ledger, second.stacks)
 
 
 def _assign(
@@ -61,10 +60,18 @@ def _assign(
     if spec.moe is None:
         return None, None
     routings, scores = [], []
-    for part in mid.split(_ROWS):
+    for part in mid.split(ROWS):
         h = layer.mlp_input(part)
         routings.append(layer.routing(h))
-        scores.append(router_scores(h, layer.weight(ROUTER)))
+        scores.append(layer.router_scores(h))
     routing = Routing(torch.cat([r.experts for r in routings]), torch.cat([r.weights for r in routings]))
     floor, strict = settings.min_expert_tokens, settings.strict_coverage
-    return assign_tokens(routing, torch.cat(scores), spec.moe.routed_scaling, spec.index, floor, strict)
+    return assign_tokens(
+        routing,
+        torch.cat(scores),
+        spec.moe.routed_scaling,
+        spec.index,
+        floor,
+        strict,
+        normalise=spec.moe.normalise,
+    )

@@ -16,7 +16,12 @@ _RELATIVE = 1e-6  # of the mean diagonal, added to it: a group of zero codes, or
 
 
 def refit(
-    codes: torch.Tensor, levels: Levels, target: torch.Tensor, second: torch.Tensor, size: int, dtype: torch.dtype | None
+    codes: torch.Tensor,
+    levels: Levels,
+    target: torch.Tensor,
+    second: torch.Tensor,
+    size: int,
+    dtype: torch.dtype | None,
 ) -> Levels:
     """New levels for codes [E, K, N], columns in their natural order.
 
@@ -38,7 +43,9 @@ def refit(
     floor = (mean * _RELATIVE).clamp(min=torch.finfo(torch.float32).tiny)
     old = levels.scale.transpose(1, 2)
     # What is added to the diagonal pulls towards the old scale, so that a group that tells nothing keeps it.
-    found = torch.linalg.solve_ex(gram + torch.diag_embed(floor.expand_as(old)), (rhs + floor * old)[..., None])[0][..., 0]
+    found = torch.linalg.solve_ex(gram + torch.diag_embed(floor.expand_as(old)), (rhs + floor * old)[..., None])[0][
+        ..., 0
+    ]
     ratio = found / old
     usable = torch.isfinite(ratio) & (ratio > 0.25) & (ratio < 4.0)
     scale = torch.where(usable, found, old)

@@ -27,7 +27,7 @@ class State:
     levels: Levels
     loss: torch.Tensor
 
-    def keep_better(self, other: State) -> State:
+    def better_rows(self, other: State) -> State:
         """Row by row, the other where its loss is lower."""
         better = other.loss < self.loss
         pick = better[:, None, :]
@@ -42,69 +42,80 @@ class State:
         )
 
 
+@dataclass
+class Solution:
+    """stored: the stack of weights. loss, nearest: [E, N], (t - q) H (t - q)^T of its rows and of those rounded to nearest
+    under searched ranges. failed: [E] bool, where H could not be factored and no error was fed forward.
+    """
+
+    stored: StoredWeight
+    loss: torch.Tensor
+    nearest: torch.Tensor
+    failed: torch.Tensor
+
+
 class Solver:
-    """One scheme, one stack of targets. target: [E, N, K] float32; second: [E, K, K] float32, positive definite."""
+    """One scheme, one stack. target: [E, N, K] float32; second: [E, K, K] float32, positive definite."""
 
     def __init__(self, target: torch.Tensor, second: torch.Tensor, scheme: Scheme, settings: FeedbackSettings) -> None:
-        self.grid, self.settings, self.second = Grid(scheme), settings, second
-        self.natural = target
+        self.grid, self.settings, self.second, self.rows_first = Grid(scheme), settings, second, target
         self.target = target.transpose(1, 2).contiguous()
-        self.groups = self.grid.groups(target.shape[2]).to(target.device)
+        self.groups = self.grid.groups(target.shape[2]).to(target.device).expand(len(target), -1)
         self.order = falling_order(second)
         self.back = torch.argsort(self.order, dim=1)
 
-    def loss(self, errors: torch.Tensor) -> torch.Tensor:
-        """[E, N]: d H d^T of every row, errors [E, K, N]."""
-        return (matmul(self.second, errors) * errors).sum(1)
-
-    def rounded(self, levels: Levels) -> State:
-        """To nearest."""
-        wide = levels.columns(self.groups.expand(len(self.target), -1))
-        codes = self.grid.codes(self.target, wide)
-        return self.under(codes, levels)
-
-    def under(self, codes: torch.Tensor, levels: Levels) -> State:
-        wide = levels.columns(self.groups.expand(len(self.target), -1))
-        errors = self.target - self.grid.values(codes, wide)
-        return State(codes, errors, levels, self.loss(errors))
-
-    def start(self) -> Levels:
+    def nearest(self) -> State:
+        """Rounded to nearest, under ranges searched with the diagonal of H."""
         diagonal = self.second.diagonal(dim1=1, dim2=2)
-        return self.grid.start(self.natural, diagonal, self.settings.scale_dtype, self.settings.signed_scales)
+        levels = self.grid.start(self.rows_first, diagonal, self.settings.scale_dtype, self.settings.signed_scales)
+        return self._under(self.grid.codes(self.target, levels.columns(self.groups)), levels)
 
-    def pass_over(self, factor: torch.Tensor, levels: Levels, errors: torch.Tensor | None = None) -> State:
-        """One pass of the column loop in falling order; factor is in that order."""
-        given = None if errors is None else self._take(errors, self.order)
-        groups = self.groups[self.order]
-        codes, found = round_columns(self._take(self.target, self.order), factor, levels, self.grid, groups, given)
-        found = self._take(found, self.back)
-        return State(self._take(codes, self.back), found, levels, self.loss(found))
-
-    def run(self) -> tuple[StoredWeight, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(weight, loss [E], loss of rounding to nearest with searched ranges [E], failed [E])."""
-        levels = self.start()
-        plain = self.rounded(levels)
+    def solve(self) -> Solution:
+        nearest = self.nearest()
         ordered = permuted(self.second, self.order)
         factor, failed = sweep_factor(ordered)
-        state = plain.keep_better(self.pass_over(factor, levels))
+        state = nearest.better_rows(self._pass(factor, nearest.levels))
         descent = descent_factor(ordered)
-        for _ in range(self.settings.rounds):
-            state = self.refitted(state)
-            state = state.keep_better(self.pass_over(descent, state.levels, state.errors))
+        for index in range(self.settings.rounds):
+            state = self._refitted(state)
+            if index % 2 == 0:
+                # The scales have moved since the last sweep: a new one, and its own descent, end somewhere else.
+                other = self._pass(factor, state.levels)
+                other = other.better_rows(self._pass(descent, other.levels, other.errors))
+                state = state.better_rows(self._refitted(other))
+            state = state.better_rows(self._pass(descent, state.levels, state.errors))
         if self.settings.rounds:
-            state = self.refitted(state)
-        stored = self.grid.stored(state.codes, state.levels)
-        return stored, state.loss.sum(1), plain.loss.sum(1), failed
+            state = self._refitted(state)
+        return Solution(self.stored(state), state.loss, nearest.loss, failed)
 
-    def refitted(self, state: State) -> State:
+    def stored(self, state: State) -> StoredWeight:
+        return self.grid.stored(state.codes, state.levels)
+
+    def _pass(self, factor: torch.Tensor, levels: Levels, errors: torch.Tensor | None = None) -> State:
+        """Once through the columns in falling order, in which factor is given."""
+        given = None if errors is None else _take(errors, self.order)
+        groups = self.groups.gather(1, self.order)
+        codes, found = round_columns(_take(self.target, self.order), factor, levels, self.grid, groups, given)
+        found = _take(found, self.back)
+        return State(_take(codes, self.back), found, levels, self._loss(found))
+
+    def _refitted(self, state: State) -> State:
         scheme = self.grid.scheme
         if not self.settings.refit or scheme.block:  # the scale of a block belongs to 128 rows together
             return state
         dtype = self.settings.scale_dtype if scheme.kind == "int" else None
-        size = scheme.group_size or len(self.groups)
+        size = scheme.group_size or self.groups.shape[1]
         levels = refit(state.codes, state.levels, self.target, self.second, size, dtype)
-        return state.keep_better(self.under(state.codes, levels))
+        return state.better_rows(self._under(state.codes, levels))
 
-    @staticmethod
-    def _take(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        return values.gather(1, order[:, :, None].expand_as(values))
+    def _under(self, codes: torch.Tensor, levels: Levels) -> State:
+        errors = self.target - self.grid.values(codes, levels.columns(self.groups))
+        return State(codes, errors, levels, self._loss(errors))
+
+    def _loss(self, errors: torch.Tensor) -> torch.Tensor:
+        """[E, N]: d H d^T of every row's errors d."""
+        return (matmul(self.second, errors) * errors).sum(1)
+
+
+def _take(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return values.gather(1, order[:, :, None].expand_as(values))

@@ -1,12 +1,14 @@
 """What has been finished: the state of a conversion, kept beside its output in DST/.m3quant/ until it is complete.
 
-    job.json      fingerprint and the facts it was made of, so that a refusal can name what differs
+    job.json      the facts that the result depends on and the source's identity, so that a refusal can name what differs
     units.jsonl   one line per finished unit, appended and synced after its shard is in place
     boundary-*-*.states      hidden states entering the next layer (calibrated conversions)
     lock          held while a process converts
 
 Order of durability: shard renamed, boundary of the next unit renamed, record appended and synced, old boundary removed.
-Killed at any instant, the run continues at the first unit without a record, from the boundary that unit entered with.
+Killed at any instant, the run continues at the first unit without a record. On a GPU a boundary is not saved after every
+layer (resources.boundary_interval): layers since the last one are passed again by both streams, from finished shards.
+What job.json and the records hold is typed, and each has a checksum of itself (see records.py).
 """
 
 from __future__ import annotations
@@ -17,36 +19,56 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import sync_folder, write_json_atomic
+from ..checkpoint import sync_folder, write_bytes_atomic
 from ..errors import OutputError, StoppedError
+from .identity import SourceIdentity, differences
+from .manifest import MANIFEST
+from .records import JOURNAL_SCHEMA, ConvertedUnit, Job, UnitRecord, schema_of, seal, unseal
 
 FOLDER = ".m3quant"
 LOCK = "lock"
+JOB = "job.json"
 RECORDS = "units.jsonl"
-MANIFEST = "m3quant.json"  # in a finished output: what it was made from, and the sha256 of every shard
+_SHOWN = 5  # differences of two sources that a message names
 
 
 class Journal:
-    """The journal of one output folder. Make it with `Journal.begin`."""
+    """The journal of one output folder. Make it with `Journal.begin`.
 
-    def __init__(self, output: Path, folder: str = FOLDER) -> None:
+    records: of every finished unit, as plain values of the type `record`. read: label -> identity of each checkpoint that
+    the work was begun with. unit_read: gives the digests of what a unit read, for its record.
+    """
+
+    def __init__(self, output: Path, folder: str = FOLDER, record: type[UnitRecord] = ConvertedUnit) -> None:
         self.output = output
         self.folder = output / folder
+        self.record = record
         self.records: dict[int, dict[str, Any]] = {}
+        self.read: dict[str, SourceIdentity] = {}
+        self.unit_read: Callable[[int], Mapping[str, Any]] | None = None
         self._lock = -1
 
     @classmethod
-    def begin(cls, output: Path, facts: Mapping[str, Any], folder: str = FOLDER) -> Journal:
+    def begin(
+        cls,
+        output: Path,
+        facts: Mapping[str, Any],
+        read: Mapping[str, SourceIdentity],
+        folder: str = FOLDER,
+        record: type[UnitRecord] = ConvertedUnit,
+    ) -> Journal:
         """Start or continue in `output`. facts: name -> value; all must equal those the work was begun with.
 
-        folder: where in `output` the journal lies; one that is not a conversion's may lie in any folder.
-        Raises OutputError for a folder that is not ours, is in use, or was begun with other facts.
+        read: label -> checkpoint that is read; each must be the one the work was begun with, stamps aside. folder: where in
+        `output` the journal lies; one that is not a conversion's may lie in any folder.
+        Raises OutputError for a folder that is not ours, is in use, is damaged, or was begun with other facts or another
+        checkpoint.
         """
-        journal = cls(output, folder)
+        journal = cls(output, folder, record)
         if folder == FOLDER:
             check_output_folder(output)
         try:
@@ -57,11 +79,11 @@ class Journal:
             ) from None
         journal._take_lock()
         try:
-            journal._check_facts(facts)
+            journal._check_job(facts, read)
+            journal._read_records()
         except BaseException:
             journal.release()
             raise
-        journal._read_records()
         return journal
 
     @property
@@ -87,21 +109,46 @@ class Journal:
             self.release()
             raise busy
 
-    def _check_facts(self, facts: Mapping[str, Any]) -> None:
-        path = self.folder / "job.json"
+    def _check_job(self, facts: Mapping[str, Any], read: Mapping[str, SourceIdentity]) -> None:
+        path = self.folder / JOB
         if not path.exists():
-            write_json_atomic(path, dict(facts))
+            self._write_job(facts, read)
             return
+        data = _bytes(path)
+        schema = schema_of(data)
+        if schema is None:
+            raise self._damaged(path)
+        if schema != JOURNAL_SCHEMA:
+            raise OutputError(
+                f"{path} was written by another version of m3quant (schema {schema}, this one has {JOURNAL_SCHEMA}): finish "
+                f"with that version, or remove {self._restart} and start again."
+            )
         try:
-            begun = json.loads(path.read_text(encoding="utf-8"))
+            begun = unseal(data, Job)
         except ValueError:
             raise self._damaged(path) from None
-        if not isinstance(begun, dict):
+        other = {label: list(differences(begun.read[label], read[label])) for label in read if label in begun.read}
+        refuse_other_facts(self._restart, begun.facts, facts, other)
+        if begun.read.keys() != read.keys():
             raise self._damaged(path)
-        refuse_other_facts(self._restart, begun, facts)
+        self.read = begun.read
+
+    def _write_job(self, facts: Mapping[str, Any], read: Mapping[str, SourceIdentity]) -> None:
+        job = Job(facts=dict(facts), read=dict(read))
+        write_bytes_atomic(self.folder / JOB, seal(job.model_dump(mode="json")) + b"\n")
+        self.read = job.read
+
+    def accept(self, facts: Mapping[str, Any], read: Mapping[str, SourceIdentity]) -> None:
+        """From here on these are what the work was begun with: they were found to hold what was read of the earlier ones."""
+        if self.read != read:
+            self._write_job(facts, read)
 
     def _damaged(self, path: Path) -> OutputError:
         return OutputError(f"{path} is damaged: remove {self._restart} and start again.")
+
+    def damaged(self, how: str) -> OutputError:
+        """The refusal of records that cannot be right. how: what is wrong, following their file's name."""
+        return OutputError(f"{self.folder / RECORDS} {how}: it is damaged; remove {self._restart} and start again.")
 
     def look(self) -> int:
         """Take in the records of units.jsonl, which another process may be appending to; returns the bytes of whole lines.
@@ -109,19 +156,15 @@ class Journal:
         Raises OutputError if it is damaged.
         """
         path = self.folder / RECORDS
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        good = 0
+        *lines, _ = _bytes(path).split(b"\n") if path.exists() else [b""]
+        # What comes after the last newline was being appended when the run was killed: its unit is done again.
         for line in lines:
-            # A line without its newline was being appended when the run was killed: its unit is done again.
-            if not line.endswith(b"\n"):
-                break
             try:
-                record = json.loads(line)
-                self.records[int(record["unit"])] = record
-            except (ValueError, KeyError, TypeError):
+                record = unseal(line, self.record)
+            except ValueError:
                 raise self._damaged(path) from None
-            good += len(line)
-        return good
+            self.records[record.unit] = record.model_dump()
+        return sum(len(line) + 1 for line in lines)
 
     def _read_records(self) -> None:
         path, good = self.folder / RECORDS, self.look()
@@ -129,8 +172,15 @@ class Journal:
             os.truncate(path, good)
 
     def finish_unit(self, unit: int, record: Mapping[str, Any]) -> None:
-        """Append the record of a finished unit and sync it. Raises StoppedError on a full disk."""
-        line = (json.dumps({"unit": unit, **record}, allow_nan=False) + "\n").encode()
+        """Append the record of a finished unit and sync it. Raises StoppedError on a full disk.
+
+        Who made the unit elsewhere puts into the record what it `read` there.
+        """
+        values = {"unit": unit, **record}
+        if self.unit_read is not None and "read" not in values:
+            values["read"] = self.unit_read(unit)
+        kept = self.record.model_validate(values).model_dump()
+        line = seal(kept) + b"\n"
         path = self.folder / RECORDS
         new = not path.exists()
         before = 0 if new else path.stat().st_size
@@ -149,7 +199,11 @@ class Journal:
             ) from None
         finally:
             os.close(descriptor)
-        self.records[unit] = {"unit": unit, **record}
+        self.records[unit] = kept
+
+    def last_boundary(self) -> int:
+        """The unit before which hidden states are saved that a run goes on from; 1, the first layer, if none are."""
+        return max((index + 1 for index, record in self.records.items() if record.get("boundary")), default=1)
 
     def boundary(self, unit: int) -> Path:
         """Stem of the files that hold the hidden states entering `unit` (see boundary.py)."""
@@ -173,6 +227,15 @@ class Journal:
         self.release()
 
 
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be read: {error.strerror}. Mend that and run the same command again."
+        ) from None
+
+
 def remove_leftover(output: Path) -> None:
     """Remove the journal of a conversion that was killed after its last file was in place."""
     folder = output / FOLDER
@@ -187,7 +250,7 @@ def check_output_folder(output: Path) -> None:
     """Raise OutputError if `output` exists, is not empty, and holds no conversion of ours."""
     if output.is_file():
         raise OutputError(f"{output} is a file: give a folder for the output.")
-    if not output.exists() or (output / FOLDER / "job.json").exists() or (output / MANIFEST).exists():
+    if not output.exists() or (output / FOLDER / JOB).exists() or (output / MANIFEST).exists():
         return
     names = sorted(p.name for p in output.iterdir() if p.name != FOLDER)
     if names:
@@ -233,23 +296,38 @@ def _plain(value: Any) -> Any:
 
 
 def refuse_other_facts(
-    output: Path, begun: Mapping[str, Any], facts: Mapping[str, Any], finished: bool = False
+    output: Path,
+    begun: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    other: Mapping[str, Sequence[str]],
+    finished: bool = False,
 ) -> None:
-    """Raise OutputError naming the facts in which `begun` and `facts` differ. finished: nothing is left to continue."""
-    if all(begun.get(key) == facts.get(key) for key in {*begun, *facts}):
+    """Raise OutputError naming the facts in which `begun` and `facts` differ.
+
+    other: label of a checkpoint -> what tells that it is another one; a fact of that name is its fingerprint. finished:
+    nothing is left to continue.
+    """
+    if not any(other.values()) and all(begun.get(key) == facts.get(key) for key in {*begun, *facts}):
         return
-    differing = {key: (was, now) for key, was, now in _differences(begun, facts) if key != "fingerprint"}
+    differing = {key: both for key, *both in _differences(begun, facts) if key != "fingerprint" and key not in other}
     if any(key.startswith("recipe.") for key in differing):
         # Another recipe; what only one of the two records (calibration, device, ...) follows from it.
         differing = {key: both for key, both in differing.items() if None not in both}
-    told = "; ".join(
-        "another source" if key == "source" else f"{key} was {was!r}, now {now!r}"
-        for key, (was, now) in differing.items()
-    )
-    told = told or "another plan"
+    reasons = [
+        f"another {label}" + (f": {_several(told)}" if told else "")
+        for label, told in other.items()
+        if told or begun.get(label) != facts.get(label)
+    ]
+    reasons += [f"{key} was {was!r}, now {now!r}" for key, (was, now) in differing.items()]
+    told = "; ".join(reasons) or "another plan"
     if finished:
         raise OutputError(f"{output} is complete and was made otherwise ({told}): choose another folder.")
     raise OutputError(
         f"{output} was begun with other settings ({told}): repeat the first command to continue it, "
         "or choose another folder."
     )
+
+
+def _several(sentences: Sequence[str]) -> str:
+    more = len(sentences) - _SHOWN
+    return ", ".join([*sentences[:_SHOWN], *([f"{more} more"] if more > 0 else [])])

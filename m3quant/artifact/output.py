@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, sha256_file
-from ..checkpoint.bounded import MANIFEST_BYTES, read_json, read_yaml
+from ..checkpoint.bounded import read_yaml
 from ..checkpoint.links import require_regular
 from ..checkpoint.strict_json import shown
 from ..errors import CheckpointError, M3QuantError, VerifyError
@@ -15,7 +15,8 @@ from ..planning.headers import HeaderSource
 from ..planning.plan import RECIPE_FILE, Plan, make_plan, unquantized
 from ..planning.source_tensors import FP8_BLOCK, PLAIN
 from ..recipe.recipe import Recipe, build_recipe
-from .journal import MANIFEST, unfinished
+from .journal import unfinished
+from .manifest import MANIFEST, Manifest, load_manifest
 
 
 def require_converted(output: Path) -> None:
@@ -25,7 +26,8 @@ def require_converted(output: Path) -> None:
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
-    """m3quant.json of an output. Raises VerifyError if the folder is unfinished or not ours."""
+    """m3quant.json of an output, as plain values that `Manifest` describes. Raises VerifyError if the folder is unfinished or
+    not ours."""
     path = output / MANIFEST
     if sentence := unfinished(output):
         raise VerifyError(sentence)
@@ -33,15 +35,10 @@ def read_manifest(output: Path) -> dict[str, Any]:
         raise VerifyError(
             f"{output} has no {MANIFEST}: it was not written by m3quant convert, or the file was removed."
         )
-    manifest = read_json(path, MANIFEST_BYTES, "It is damaged: convert again.", error=VerifyError)
-    needed = ("source", "recipe", "shards", "files")
-    if not all(isinstance(manifest.get(key), dict) for key in needed):
-        raise VerifyError(
-            f"{path} lacks one of {', '.join(needed)}: it is damaged or of another version; convert again."
-        )
-    if not all(isinstance(facts, dict) and {"size", "sha256"} <= facts.keys() for facts in manifest["shards"].values()):
-        raise VerifyError(f"{path} lacks size or sha256 of a shard: it is damaged; convert again.")
-    return manifest
+    try:
+        return load_manifest(path, Manifest).to_json()
+    except ValueError as error:
+        raise VerifyError(f"{error}: convert again.") from None
 
 
 def recorded_source(output: Checkpoint, manifest: Mapping[str, Any]) -> HeaderSource:

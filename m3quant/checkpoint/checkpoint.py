@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import CheckpointError
 from .bounded import CONFIG_BYTES, INDEX_BYTES, TEXT_BYTES, read_bounded
+from .content import ReadDigests, file_stamp, sampled_digest
 from .copying import Copied, copy_file
 from .header import PREFIX_BYTES, Header, TensorInfo, parse_header
 from .index import INDEX_NAME, Index, check_numbering, check_shard_files, check_tensors, parse_index
 from .listing import CONFIG_NAME, Listing, list_folder
-from .reader import Stamp, read_header, read_ranges, read_raw, read_tensors
+from .reader import PARALLEL_BYTES, Stamp, bytes_view, read_header, read_ranges, read_raw, read_tensors
 from .strict_json import parse_object, shown
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
     import torch
 
+SAMPLES_AT_ONCE = 8
+DIGEST_THREADS = 4
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -93,8 +97,10 @@ class Checkpoint:
     tensors: by name, ordered by shard and offset; shards: by file name; index_text: bytes of the index file, or None;
     other_files: relative names of the files to carry over (all but shards, index and config.json);
     skipped_files: name -> why it is not carried over; warnings: oddities that do no harm;
-    revision: the Hub commit that was read, or None.
+    revision: the Hub commit that was read, or None; digests: of what was read, once `record_reads` was called.
     """
+
+    digests: ReadDigests | None = None
 
     def __init__(self, store: Store, revision: str | None = None) -> None:
         """Read and check everything but the weights. Raises CheckpointError."""
@@ -204,18 +210,49 @@ class Checkpoint:
     def read_many(self, names: "Iterable[str]") -> dict[str, "torch.Tensor"]:
         """Tensors by name, in the order asked; each shard is read once, in file order. Raises CheckpointError."""
         store = self._local_store("read")
-        return read_tensors(store.root, [self._info(name) for name in dict.fromkeys(names)], store.stamps)
+        infos = [self._info(name) for name in dict.fromkeys(names)]
+        tensors = read_tensors(store.root, infos, store.stamps)
+        if (digests := self.digests) is not None:
+            threads = DIGEST_THREADS if sum(info.nbytes for info in infos) >= PARALLEL_BYTES else 1
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda info: digests.add(info, 0, bytes_view(tensors[info.name])), infos))
+        return tensors
 
     def read_ranges(self, ranges: "Iterable[tuple[TensorInfo, int, memoryview]]") -> None:
         """Fill each buffer from its tensor's bytes, beginning at an offset within them. Raises CheckpointError."""
         store = self._local_store("read")
-        read_ranges(store.root, ranges, store.stamps)
+        wanted = list(ranges)
+        read_ranges(store.root, wanted, store.stamps)
+        if self.digests is not None:
+            for info, first, view in wanted:
+                self.digests.add(info, first, view)
 
     def read_bytes(self, name: str) -> bytes:
         """A tensor's bytes as they lie in the file. Raises CheckpointError."""
         store = self._local_store("read")
         info = self._info(name)
         return read_raw(store.root, info, store.stamps[info.shard])
+
+    def record_reads(self) -> ReadDigests:
+        """From here on, keep a digest of every tensor that `read_many` and `read_ranges` read."""
+        if self.digests is None:
+            self.digests = ReadDigests()
+        return self.digests
+
+    def sampled(self) -> dict[str, str]:
+        """Shard -> digest of some blocks of its data (`content.sampled_digest`). Raises CheckpointError."""
+        store = self._local_store("sample")
+
+        def digest(shard: Shard) -> str:
+            return sampled_digest(store.root / shard.name, store.stamps[shard.name], shard.header_bytes)
+
+        with ThreadPoolExecutor(SAMPLES_AT_ONCE) as pool:
+            return dict(zip(self.shards, pool.map(digest, self.shards.values()), strict=True))
+
+    def file_stamps(self) -> dict[str, str]:
+        """Shard -> what changes when its file is written, replaced or moved (`content.file_stamp`)."""
+        store = self._local_store("stat")
+        return {name: file_stamp(store.root / name) for name in self.shards}
 
     def file_bytes(self, name: str, limit: int = TEXT_BYTES) -> bytes:
         """A small one of other_files, config.json or the index; of a Hub repo it is downloaded.

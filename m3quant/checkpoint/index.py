@@ -70,20 +70,40 @@ def check_shard_files(index: Index, present: Iterable[str], where: str, index_wh
 
 
 def check_numbering(shards: Iterable[str], where: str) -> None:
-    """Without an index, shards numbered 'x-00001-of-00003' must all be there. Raises CheckpointError."""
+    """Without an index, shards numbered 'x-00001-of-00003' must all be there, from 1 on or (MiniMax M2.x) from 0 on.
+
+    Which of the two it is, is known where the first or the last of the count is there. Raises CheckpointError.
+    """
     found: dict[tuple[str, str], set[int]] = {}
     for shard in shards:
         match = _NUMBERED.fullmatch(shard)
         if match:
             found.setdefault((match["stem"], match["count"]), set()).add(int(match["number"]))
-    for (stem, count), numbers in found.items():
-        absent = [number for number in range(1, int(count) + 1) if number not in numbers]
-        if absent:
-            name = f"{stem}-{absent[0]:0{len(count)}d}-of-{count}.safetensors"
+    for (stem, digits), numbers in found.items():
+        count, width = int(digits), len(digits)
+
+        def name(number: int, stem: str = stem, digits: str = digits, width: int = width) -> str:
+            return f"{stem}-{number:0{width}d}-of-{digits}.safetensors"
+
+        if max(numbers) > count or {0, count} <= numbers:
+            last = max(numbers)
             raise CheckpointError(
-                f"{where} has no {INDEX_NAME}, and of {count} numbered shards {len(absent)} are absent, first {name}. "
-                f"Download what is missing, or bring the index if there never were more shards."
+                f"{where} has no {INDEX_NAME}, and {name(last)} is one of {len(numbers)} shards numbered {min(numbers)} to {last}, "
+                f"where the names promise {count}. Bring the index, or move out of the folder what belongs to another download."
             )
+        absent = sorted(set(range(count + 1)) - numbers)  # one is absent of a whole set, which begins at 0 or at 1
+        if len(absent) == 1 and absent[0] in (0, count):
+            continue
+        if 0 in numbers or count in numbers:
+            absent.remove(count if 0 in numbers else 0)
+            which = f"first {name(absent[0])}"
+        else:
+            absent.remove(0)
+            which = f"{name(0)} or {name(count)}" + (f" and {name(absent[0])}" if len(absent) > 1 else "")
+        raise CheckpointError(
+            f"{where} has no {INDEX_NAME}, and of {count} numbered shards {len(absent)} {'is' if len(absent) == 1 else 'are'} "
+            f"absent: {which}. Download what is missing, or bring the index if there never were more shards."
+        )
 
 
 def check_tensors(index: Index, tensors: Mapping[str, TensorInfo], where: str, index_where: str) -> list[str]:

@@ -4,6 +4,7 @@
 file of the Hub's cache lies in models--ORG--NAME/snapshots/COMMIT/. https://huggingface.co/docs/huggingface_hub/guides/download
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from ..errors import CheckpointError
 from .bounded import read_text
 
 RECORD_BYTES = 4096
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 METADATA_FOLDER = Path(".cache/huggingface/download")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CACHED = re.compile(r"models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)")
@@ -44,6 +46,27 @@ def origin_of(root: Path, names: Iterable[str]) -> Origin:
         if etag:
             etags[name] = etag
     return Origin(None, commits.pop() if len(commits) == 1 else None, etags)
+
+
+def known_sha256(root: Path, name: str) -> str | None:
+    """The sha256 (hex) with which the Hub sent a file that has not been written since; None where that is not recorded.
+
+    A file of the Hub's cache links to a blob of that name. Of another the metadata states etag and time of the download,
+    and huggingface_hub itself takes the record for void once the file is newer (`read_download_metadata`).
+    """
+    path = root / name
+    if path.is_symlink():
+        blob = Path(os.readlink(path))
+        return blob.name if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) else None
+    metadata = root / METADATA_FOLDER / f"{name}.metadata"
+    etag = _record(metadata)[1]
+    if etag is None or not _SHA256.fullmatch(etag):
+        return None
+    try:
+        downloaded = float(metadata.read_text(encoding="utf-8").splitlines()[2])
+    except (OSError, ValueError):
+        return None
+    return etag if path.stat().st_mtime - 1 <= downloaded else None
 
 
 def _record(path: Path) -> tuple[str | None, str | None]:

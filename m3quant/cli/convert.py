@@ -11,7 +11,7 @@ import click
 from ..checkpoint import Checkpoint
 from ..errors import EvaluationError, PlanError, RecipeError
 from ..planning.plan import Plan, make_plan
-from ..recipe.recipe import Recipe, build_recipe
+from ..recipe.recipe import CalibrationOptions, Recipe, with_data
 from ..running.words import human_bytes
 from .fit_convert import asked_of, fit_options, fitted, predicted_line
 from .options import TokenCount, load_recipe, recipe_options
@@ -119,8 +119,7 @@ def command(
         raise RecipeError(
             f"recipe '{recipe.name}' uses no calibration data: leave calibration options out, or use --to awq."
         )
-    recipe = build_recipe({**recipe.model_dump(), "data": {**recipe.data.model_dump(), **changes}})
-    plan = None if asked else make_plan(checkpoint, recipe)
+    recipe = with_data(recipe, changes)
     if suite is not None:
         _check_eval(suite, fail_over)
     elif fail_over is not None:
@@ -128,9 +127,13 @@ def command(
     from ..calibration.mixture import parse_mixture
 
     parts = parse_mixture(corpus)
-    fit = fitted(checkpoint, src, dst, asked, recipe.data.model_dump(), device, corpus, dry_run) if asked else None
-    plan = fit.plan if fit else plan
-    assert plan is not None
+
+    def enough(plan: Plan) -> Plan:
+        chosen = windows is not None or corpus or plan.recipe.rounding != "feedback"
+        return plan if chosen else _with_enough_text(plan, device)
+
+    fit = fitted(checkpoint, src, dst, asked, recipe.data, enough, device, corpus, dry_run) if asked else None
+    plan = fit.plan if fit and fit.plan else enough(make_plan(checkpoint, recipe))
     if dry_run:
         from .plan import plan_json, print_plan
 
@@ -138,7 +141,7 @@ def command(
             click.echo(json.dumps(plan_json(plan), indent=2))
         else:
             print_plan(plan)
-        if recipe.calibrated and not as_json:
+        if plan.recipe.calibrated and not as_json:
             found = calibration_windows(plan, parts)
             for line in (f"calibration text: {found.source}", *(f"note: {note}" for note in found.notes)):
                 click.echo(line)
@@ -159,6 +162,19 @@ def command(
         from .eval import run_eval
 
         run_eval(dst, Path(src), suite, None, Evaluating(device), None, fail_over, as_json, told)
+
+
+def _with_enough_text(plan: Plan, device: str) -> Plan:
+    """The plan with as much of the bundled text as a GPU has time for, where the recipe does not say how much."""
+    from ..planning.calibration_text import token_choice
+    from ..planning.timing_model import load_rates
+    from ..running.device import pick_device
+
+    data = plan.recipe.data
+    if data.windows != CalibrationOptions().windows or pick_device(device).type != "cuda":
+        return plan
+    windows = -(-token_choice(plan, load_rates()).tokens // data.window_length)
+    return plan if windows <= data.windows else make_plan(plan.checkpoint, with_data(plan.recipe, {"windows": windows}))
 
 
 def _check_eval(suite: str, fail_over: str | None) -> None:

@@ -16,6 +16,7 @@ from .fit_question import Answer, Asked, answer, budget_of
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..planning.plan import Plan
+    from ..recipe.recipe import CalibrationOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -64,20 +65,23 @@ def asked_of(
 
 
 def fitted(
-    checkpoint: Checkpoint, src: str, dst: Path, asked: Asked, data: dict[str, Any], device: str, corpus: tuple[str, ...], dry_run: bool
+    checkpoint: Checkpoint, src: str, dst: Path, asked: Asked, data: CalibrationOptions, enough: Callable[[Plan], Plan], device: str,
+    corpus: tuple[str, ...], dry_run: bool,
 ) -> Answer:  # fmt: skip
     """The recipe for this budget, measured first where there is no sensitivity file. Refusals come before measuring.
 
-    dry_run: nothing is measured. data: of the recipe.
+    data: of the recipe. enough: a plan with as much text as the machine has time for. dry_run: nothing is measured.
     """
     from .fit_measure import measure_file
 
     path = asked.sensitivity or dst.with_name(f"{dst.name}.sensitivity.json")
-    first = answer(checkpoint, src, replace(asked, sensitivity=None, data=data))
+    asked = replace(asked, sensitivity=None, data=data.model_dump())
+    first = answer(checkpoint, src, asked)
     assert first.plan is not None
+    asked = replace(asked, data=enough(first.plan).recipe.data.model_dump())
     if dry_run and not path.exists():
         click.echo(f"{path} does not exist: the plan is by bytes alone; the conversion measures first.", err=True)
-        return first
+        return answer(checkpoint, src, asked)
     _check_places(first.plan, dst)
     if path.exists():
         click.echo(f"sensitivity: {path}", err=True)
@@ -87,7 +91,7 @@ def fitted(
             err=True,
         )
         measure_file(checkpoint, path, device, corpus)
-    return answer(checkpoint, src, replace(asked, sensitivity=path, corpus=corpus, data=data))
+    return answer(checkpoint, src, replace(asked, sensitivity=path, corpus=corpus))
 
 
 def _check_places(plan: Plan, dst: Path) -> None:

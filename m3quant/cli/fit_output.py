@@ -94,12 +94,12 @@ def print_fit(found: Answer, recipe_out: Path | None) -> None:
 
 def _print_frontier(found: Answer) -> None:
     kls = [row.point.kl for row in found.rows if row.point.kl]
-    heading = ["output", "routed experts"]
+    heading = ["output", "bulk of the weights"]
     heading += ["predicted KL", "(logarithmic)"] if found.sensitivity else []
     heading += ["longest context"] if found.ask else []
     rows = [heading]
     for row in found.rows:
-        cells = [human_bytes(row.point.nbytes), experts(row.point)]
+        cells = [human_bytes(row.point.nbytes), bulk(row.point)]
         if found.sensitivity:
             kl = row.point.kl or 0.0
             cells += [f"{kl:.5f}", "#" * bar(kl, min(kls, default=1.0), max(kls, default=1.0))]
@@ -116,9 +116,11 @@ def bar(value: float, low: float, high: float) -> int:
     return 1 + round((BAR - 1) * math.log(value / low) / math.log(high / low))
 
 
-def experts(point: Point) -> str:
-    """How many layers have which scheme, most frequent first."""
-    counts = Counter(own["routed_experts"] for own in point.schemes if "routed_experts" in own)
+def bulk(point: Point) -> str:
+    """How many layers have which scheme for the role that most weights are in, most frequent first."""
+    experts = any("routed_experts" in own for own in point.schemes)
+    role = "routed_experts" if experts else "dense_mlp"
+    counts = Counter(own[role] for own in point.schemes if role in own)
     return ", ".join(f"{scheme} x{count}" for scheme, count in counts.most_common())
 
 
@@ -150,7 +152,7 @@ def write_chart(path: Path, found: Answer) -> None:
         )
 
     def drawn(point: Point) -> tuple[int, float, str]:
-        return point.nbytes, point.kl or 0.0, experts(point)
+        return point.nbytes, point.kl or 0.0, bulk(point)
 
     text = found.sensitivity.text
     facts = [

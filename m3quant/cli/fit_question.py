@@ -12,7 +12,7 @@ from ..errors import DoesNotFit, OptionError, PlanError
 from ..planning.fit import Fitting, Point
 from ..planning.plan import Plan
 from ..planning.sensitivity import Sensitivity, check_source, check_text, load_sensitivity
-from ..recipe.recipe import CalibrationOptions, Recipe
+from ..recipe.recipe import Recipe
 from ..running.words import human_bytes, parse_size
 from ..runtime.fit import MIN_CONTEXT, Ask, Fit, assess
 from ..runtime.hardware import Node, parse_node
@@ -176,8 +176,3 @@ def _spread(points: list[Point]) -> list[Point]:
     for point in points:
         kept.setdefault(int((MOST_ROWS - 1) * (point.nbytes - first) / max(1, last - first)), point)
     return [*kept.values()]
-
-
-def data_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's `data` with what was given laid over the defaults."""
-    return CalibrationOptions(**given).model_dump()

@@ -133,7 +133,7 @@ def _table_mode(
         return 0 if any(fit.fits for fit in fits) else NO_FIT
     context = _context(ask, subject.stored)
     kv = f"KV cache {fits[0].setup.kv_dtype}" + (
-        f", index keys {ask.index_dtype}" if subject.family.kv_geometry(subject.config).index_layers else ""
+        f", index keys {ask.index_dtype}" if subject.family.kv_geometry.index_layers else ""
     )
     click.echo(
         f"{subject.where}: {kv}; {ask.concurrency} request(s); config.json allows {subject.stored.max_positions:,} tokens. "
@@ -234,7 +234,7 @@ def fit_json(fit: Fit, changes: list[Remedy], prices: Prices) -> dict[str, Any]:
 
 def print_fit(fit: Fit, changes: list[Remedy], prices: Prices) -> None:
     model, setup, rank = fit.model, fit.setup, fit.prediction.tightest
-    index = f", index keys {setup.index_dtype}" if model.family.kv_geometry(model.config).index_layers else ""
+    index = f", index keys {setup.index_dtype}" if model.family.kv_geometry.index_layers else ""
     click.echo(
         f"{model.where} ({model.label}, {human_bytes(model.stored_bytes)}) on {fit.node.name}: {split_name(fit)}, KV cache {setup.kv_dtype}{index}, "
         f"utilization {setup.utilization:g}, max-num-seqs {setup.max_num_seqs}"

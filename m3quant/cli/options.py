@@ -131,7 +131,7 @@ def load_recipe(
     if is_llmcompressor(document):
         from ..families import family_of
 
-        document = translate(document, family_of(checkpoint.config), checkpoint.config, str(recipe_file))
+        document = translate(document, family_of(checkpoint.config), str(recipe_file))
     return build_recipe(document, settings=settings, format=format_name)
 
 

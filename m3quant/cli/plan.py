@@ -10,7 +10,6 @@ import click
 
 from ..checkpoint import Checkpoint
 from ..errors import PlanError
-from ..families import family_of
 from ..planning.calibration_text import calibration_lines, token_choice
 from ..planning.headers import from_config
 from ..planning.plan import Plan, bits_per_weight, make_plan, passed_through, role_schemes, role_table
@@ -134,17 +133,16 @@ def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
 
 
 def print_source(plan: Plan) -> None:
-    config, family = plan.checkpoint.config, family_of(plan.checkpoint.config)
-    text = family.text_config(config)
+    family = plan.family
     weights = sum(t.source.info.numel for t in plan.tensors)
     shards = f" in {len(plan.checkpoint.shards)} shards" if plan.checkpoint.shards else ""
     bytes_in = sum(u.bytes_in for u in plan.units)
     click.echo(
         f"{plan.checkpoint.root}: {family.model_type}, {weights / 1e9:.3f}B parameters, {human_bytes(bytes_in)}{shards}; "
-        f"{family.num_layers(config)} layers, {text['num_local_experts']} experts, "
-        f"top-{text['num_experts_per_tok']}"
+        f"{family.num_layers} layers, "
+        + (f"{family.moe.num_experts} experts, top-{family.moe.top_k}" if family.moe else "no routed experts")
     )
-    kv = family.kv_geometry(config)
+    kv = family.kv_geometry
     index = f" + {kv.bytes_per_token(0, 2):,.0f} of index keys" if kv.index_layers else ""
     click.echo(
         f"KV cache per token, unsharded: {kv.bytes_per_token(2, 0):,.0f} bytes in BF16, {kv.bytes_per_token(1, 0):,.0f} in FP8{index}"

@@ -25,6 +25,7 @@ from ..errors import CalibrationError
 from ..planning.layout import scale_dtype
 from ..planning.plan import PlannedTensor, Unit
 from ..planning.quantizers import facts_of
+from ..planning.resources import boundary_interval
 from ..quant.formats import TORCH_DTYPES, pack
 from ..reports.conversion import write_report
 from ..running.timing import device_span
@@ -35,6 +36,7 @@ from .expert_stacks import pack_experts
 from .layer_writer import LayerSink, LayerWriter, NoWriter
 from .pipeline import convert_unit
 from .quality import coverage, heldout_quality
+from .replay import replay_layer
 from .units import shard_facts
 
 if TYPE_CHECKING:
@@ -51,17 +53,22 @@ def convert_calibrated(run: Run) -> dict[str, Any]:
     ranks = layerwise.ranks
     todo = [u for u in run.plan.units if u.layer is not None and u.index not in run.journal.records]
     first = run.plan.units[0]
+    replayed = layerwise.since_last_boundary(todo[0] if todo else None)
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(contextlib.closing(layerwise.writer))
         warm_up = stack.enter_context(contextlib.closing(layerwise.warm_up(todo)))
         # The first layer is read while the tensors outside layers are converted.
-        layers = stack.enter_context(Prefetcher[Unit, dict[str, torch.Tensor]](layerwise.loader(stack), todo))
+        layers = stack.enter_context(
+            Prefetcher[Unit, dict[str, torch.Tensor]](layerwise.loader(stack), [*replayed, *todo])
+        )
         if ranks.first and first.index not in run.journal.records:
             fmt = run.plan.recipe.format
             record = convert_unit(run.output, first, run.reader, fmt, run.device, run.stop, run.progress.advance)
             run.journal.finish_unit(first.index, shard_facts(record))
-        streams = stack.enter_context(contextlib.closing(layerwise.streams(todo[0] if todo else None)))
+        streams = stack.enter_context(contextlib.closing(layerwise.streams()))
         warm_up.close()
+        for unit in replayed:
+            layerwise.replay(unit, next(layers), streams)
         for unit in todo:
             layerwise.convert_layer(unit, next(layers), streams)
         if not ranks.first:
@@ -94,6 +101,7 @@ class _Layerwise:
         background = self.stacked and not settings.spill
         self.writer: LayerSink = LayerWriter(run.output, run.journal, background) if ranks.first else NoWriter()
         self.ranks = ranks
+        self.every = settings.boundary_every or boundary_interval(plan, self.stacked)
         scale = TORCH_DTYPES[scale_dtype(Scheme("int", 4), plan.recipe.format)]
         self._quantizer = layer_quantizer(plan.recipe, scale, settings.strict_coverage, ranks)
 
@@ -110,14 +118,27 @@ class _Layerwise:
         quantizer, settings = self._quantizer
         return quantizer.quantize(spec, tensors, schemes, quantized, source, settings, self.device, self.dtype, layer)
 
-    def streams(self, unit: Unit | None) -> Streams:
-        """Both streams as they enter `unit` (None: the head), embedded or restored from the last boundary."""
-        index = unit.index if unit else len(self.plan.units)
+    def since_last_boundary(self, unit: Unit | None) -> list[Unit]:
+        """Finished layers between the last saved hidden states and `unit` (None: the head)."""
+        stop = unit.index if unit else len(self.plan.units)
+        return self.plan.units[self.run.journal.last_boundary() : stop]
+
+    def streams(self) -> Streams:
+        """Both streams as they were last saved, or embedded."""
+        index = self.run.journal.last_boundary()
         if index == 1:
             return Streams.embedded(self.reader, self.tokens, self.dtype, self.device, self.spill)
-        hidden = int(self.plan.family.text_config(self.plan.checkpoint.config)["hidden_size"])
-        shape = (self.tokens.shape[0], self.tokens.shape[1], hidden)
+        shape = (self.tokens.shape[0], self.tokens.shape[1], self.plan.family.hidden_size)
         return Streams.restored(self.run.journal.boundary(index), shape, self.dtype, self.device, self.spill)
+
+    def replay(self, unit: Unit, tensors: dict[str, torch.Tensor], streams: Streams) -> None:
+        """Move the streams through a layer that is finished and after which they were not saved."""
+        self.run.stop.check()
+        self.run.progress.say(f"layer {unit.layer}: hidden states are computed again")
+        layer = Layer(
+            layer_spec(self.plan.checkpoint.config, cast("int", unit.layer)), tensors, self.device, self.dtype
+        )
+        replay_layer(layer, unit, self.plan, self.run.output, streams, self.micro_batch, self.ranks)
 
     def loader(self, stack: contextlib.ExitStack) -> Callable[[Unit], dict[str, torch.Tensor]]:
         """Reads a unit's layer, by relative name: to the GPU, if there is one, or into host memory."""
@@ -156,8 +177,13 @@ class _Layerwise:
         record = {"layer": unit.layer, "stream_error": error, "log": quantized.log, "ledger": ledger}
         if not facts_of(self.plan.recipe.rounding).nearest_codes:
             record[ROUNDING_ERROR] = errors.to_json()
-        self.writer.finish(unit, record, streams.snapshot() if self.writer.background else streams)
+        self.writer.finish(unit, record, self._to_save(unit, streams))
         self.run.progress.say(layer_line(unit.layer, quantized, error or 0.0))
+
+    def _to_save(self, unit: Unit, streams: Streams) -> Streams | None:
+        if unit.index % self.every:
+            return None
+        return streams.snapshot() if self.writer.background else streams
 
     def _seen(self, streams: Streams) -> tuple[WindowView, WindowView]:
         """The calibration windows of the quantized and of the source stream; the rest is held out."""
@@ -172,9 +198,7 @@ class _Layerwise:
         planned = {t.name.removeprefix(prefix): t for t in unit.tensors}
         packed: set[str] = set()
         if isinstance(tensors, LayerTensors):
-            for names, outputs, ready in pack_experts(
-                planned, quantized, tensors.stacks, self.plan.recipe.format, errors
-            ):
+            for names, outputs, ready in pack_experts(planned, quantized, tensors, self.plan.recipe.format, errors):
                 self.run.stop.check()
                 self.writer.add(outputs, ready)
                 packed.update(names)

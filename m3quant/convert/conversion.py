@@ -14,13 +14,15 @@ import torch
 from .. import __version__
 from ..artifact.conversion_eval import conversion_record, output_fingerprint
 from ..artifact.eval_record import EVAL_FILE
-from ..artifact.journal import MANIFEST, Journal, check_apart, check_output_folder, refuse_other_facts, remove_leftover
+from ..artifact.identity import SOURCE, differences, identify, touched
+from ..artifact.journal import Journal, check_apart, check_output_folder, refuse_other_facts, remove_leftover
+from ..artifact.manifest import MANIFEST, Manifest, load_manifest
+from ..artifact.reread import other_shards, recorded_digests, stored_infos
 from ..artifact.source_record import check_carried
 from ..calibration.experts import ExpertLedger
 from ..checkpoint import Checkpoint, write_json_atomic
-from ..checkpoint.bounded import MANIFEST_BYTES, read_json
 from ..errors import CalibrationError, CheckpointError, OutputError
-from ..planning.plan import Plan, Unit
+from ..planning.plan import Plan
 from ..planning.resources import check_disk, resources
 from ..quant.reading import SourceReader
 from ..running.device import device_name, pick_device
@@ -30,6 +32,7 @@ from .finish import finish
 from .gpu_stage import why_plain
 from .job import Run, Settings, out_of_memory
 from .pipeline import convert_units
+from .recheck import recheck
 from .units import shard_facts
 
 
@@ -49,11 +52,16 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
 
             # Before there is a folder: a cluster that cannot be used leaves nothing behind.
             cluster = stack.enter_context(ray_cluster.cluster(settings.address, device.type, stop))
-        journal = Journal.begin(output, facts)
+        source = {SOURCE: identify(plan.checkpoint, plan.copied_files)}
+        journal = Journal.begin(output, facts, source)
         stack.callback(journal.release)
-        if (done := _finished(output, facts)) is not None:  # by another process, while this one waited to begin
+        if (done := _finished(plan, output, facts, progress)) is not None:  # by another process, while this one waited
             journal.remove()
             return done
+        recheck(plan, journal, source[SOURCE], stop, progress)
+        journal.accept(facts, source)
+        plan.checkpoint.record_reads()
+        journal.unit_read = lambda unit: recorded_digests(plan.checkpoint, stored_infos(plan.units[unit]))
         reader = SourceReader(plan.checkpoint, plan.sources)
         try:
             return _convert(Run(plan, output, reader, settings, device, journal, stop, progress, cluster), facts)
@@ -68,7 +76,7 @@ def finished(
 
     Raises OutputError for a finished output of another job, CalibrationError where --strict-coverage refuses it.
     """
-    done = _finished(output, job_facts(plan, settings, device))
+    done = _finished(plan, output, job_facts(plan, settings, device), progress)
     if done is None:
         return None
     if settings.strict_coverage:
@@ -121,37 +129,64 @@ def job_facts(plan: Plan, settings: Settings, device: torch.device) -> dict[str,
         "recipe": json.dumps(plan.recipe.model_dump(), sort_keys=True),
         "version": __version__,
         "calibration": settings.windows.sha256 if calibrated and settings.windows else None,
+        "torch": torch.__version__,
         # searched scales depend on the order in which a device sums
         "device": device_name(device) if calibrated else None,
-        "torch": torch.__version__ if calibrated else None,
         "transformers": transformers_version() if calibrated else None,
         "micro_batch_tokens": settings.micro_batch_tokens if calibrated else None,
     }
 
 
-def _finished(output: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a finished output made from the same facts; None if there is none. Raises OutputError if it differs."""
+def _finished(plan: Plan, output: Path, facts: dict[str, Any], progress: Progress) -> dict[str, Any] | None:
+    """The manifest of a finished output made of the same source from the same facts; None if there is none.
+
+    Raises OutputError if it differs. Of its shards the sizes are compared: `verify` reads their bytes.
+    """
     path = output / MANIFEST
     if not path.exists() or not (output / "config.json").exists():
         return None
-    manifest = read_json(
-        path, MANIFEST_BYTES, f"{path} is damaged: remove {output} and start again.", error=OutputError
-    )
-    if not all(isinstance(manifest.get(key), dict) for key in ("job", "shards")):
-        raise OutputError(f"{path} is damaged: remove {output} and start again.")
-    refuse_other_facts(output, manifest.get("job", {}), facts, finished=True)
-    for shard, written in manifest["shards"].items():
+    try:
+        manifest = load_manifest(path, Manifest)
+    except ValueError as error:
+        raise OutputError(f"{error}: remove {output} and start again.") from None
+    begun = manifest.job.model_dump()
+    if manifest.schema_version == 1 and begun["torch"] is None:
+        begun["torch"] = facts["torch"]  # not recorded then for recipes that do not calibrate
+    other = {SOURCE: _other_source(plan, output, manifest, progress)}
+    refuse_other_facts(output, begun, facts, other, finished=True)
+    for shard, written in manifest.shards.items():
         path = output / shard
-        if not path.exists() or path.stat().st_size != written["size"]:
+        if not path.exists() or path.stat().st_size != written.size:
             raise OutputError(
                 f"{path} is missing or has another size than when {output} was finished: remove {output} and convert again."
             )
-    return manifest
+    return manifest.to_json()
+
+
+def _other_source(plan: Plan, output: Path, manifest: Manifest, progress: Progress) -> list[str]:
+    """What tells that a finished output was made from another source than the plan's; shards whose files changed are read."""
+    then, now = manifest.source.identity, identify(plan.checkpoint, plan.copied_files)
+    if then is None:
+        progress.say(
+            f"note: {output} was made before m3quant recorded what it read, so that only names, shapes and config.json of the "
+            "source were compared; m3quant verify --source compares the weights"
+        )
+        changed = (n for n, file in manifest.source.files.items() if now.files.get(n, file.sha256) != file.sha256)
+        return [f"{name} has changed" for name in changed]
+    found = list(differences(then, now, finished=True))
+    if found or plan.checkpoint.fingerprint() != manifest.source.fingerprint or not (moved := touched(then, now)):
+        return found
+    read = {unit.index: manifest.source.read.get(unit.shard, {}) for unit in plan.units}
+    progress.say(
+        f"files of the source were written or moved since: reading {len(moved)} shards to see that they are the same"
+    )
+    with stop_on_signals() as stop:
+        shards = other_shards(plan.checkpoint, read, lambda i: stored_infos(plan.units[i]), moved, stop)
+    return [f"{shard} holds other weights" for shard in shards]
 
 
 def _convert(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     plan, output, journal = run.plan, run.output, run.journal
-    _drop_lost_records(plan, output, journal)
     if run.settings.strict_coverage:
         ledgers = [ExpertLedger.from_json(r["ledger"]) for r in journal.records.values() if r.get("ledger")]
         _refuse_starved(output, {str(ledger.layer): ledger.starved for ledger in ledgers if ledger.starved})
@@ -213,22 +248,3 @@ def _convert_units(run: Run) -> None:
         run.output, todo, run.reader, run.plan.recipe.format, run.device, run.stop, run.progress.advance,
         lambda unit, record: run.journal.finish_unit(unit.index, shard_facts(record)),
     )  # fmt: skip
-
-
-def _drop_lost_records(plan: Plan, output: Path, journal: Journal) -> None:
-    """A recorded shard that is gone or of another size must be made again; calibrated layers can only go on from the last."""
-    lost = [u for u in plan.units if u.index in journal.records and not _intact(output, u)]
-    if not lost:
-        return
-    if plan.recipe.calibrated and any(u.layer is not None for u in lost):
-        raise OutputError(
-            f"{output / lost[0].shard} was finished but is missing or has another size now: calibrated layers depend on "
-            f"one another, so remove {output} and start again."
-        )
-    for unit in lost:
-        del journal.records[unit.index]
-
-
-def _intact(output: Path, unit: Unit) -> bool:
-    path = output / unit.shard
-    return path.exists() and path.stat().st_size == unit.bytes_out

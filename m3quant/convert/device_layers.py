@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..calibration.layers import LayerTensors
-from ..calibration.spec import EXPERTS, LayerSpec, layer_shapes
-from ..calibration.stream import layer_prefix
 from ..checkpoint.reader import bytes_view, torch_dtype
+from ..families import family_of
+from ..families.spec import STACKS, LayerSpec, layer_shapes
 from ..planning.source_tensors import PLAIN
 from ..quant.reading import densify
 from ..running.timing import span
@@ -60,10 +60,10 @@ class DeviceLoader:
             return self._load(spec)
 
     def _load(self, spec: LayerSpec) -> LayerTensors:
-        prefix = layer_prefix(self.reader.config, spec.index)
+        prefix = family_of(self.reader.config).layer_prefix(spec.index)
         sources = {n.removeprefix(prefix): s for n, s in self.reader.tensors.items() if n.startswith(prefix)}
         stacks = self._stacks(spec)
-        tensors = LayerTensors({}, stacks)
+        tensors = LayerTensors({}, stacks, spec.moe)
         raw: dict[str, dict[str, Tensor]] = {}
         targets: list[tuple[TensorInfo, Tensor]] = []
         stored: list[Expert] = []
@@ -72,9 +72,9 @@ class DeviceLoader:
                 if name not in tensors:
                     tensors[name] = self._empty(source.info)
                 targets.append((source.info, tensors[name]))
-            elif source.scale is not None and name in tensors:
-                expert, _, which = name.removeprefix(EXPERTS).removesuffix(".weight").partition(".")
-                stored.append((which, int(expert), source))
+            elif source.scale is not None and name in tensors and spec.moe and (routed := spec.moe.expert_of(name)):
+                expert, which = routed
+                stored.append((which, expert, source))
             else:
                 infos = [source.info] + ([source.scale] if source.scale else [])
                 raw[name] = {info.name: self._empty(info) for info in infos}
@@ -105,8 +105,10 @@ class DeviceLoader:
             return {}
         shapes, experts = layer_shapes(spec), spec.moe.num_experts
         return {
-            which: torch.empty(experts, *shapes[f"{EXPERTS}0.{which}.weight"], dtype=torch.bfloat16, device=self.device)
-            for which in ("w1", "w3", "w2")
+            which: torch.empty(
+                experts, *shapes[spec.moe.expert_name(0, which)], dtype=torch.bfloat16, device=self.device
+            )
+            for which in STACKS
         }
 
     def _fill(self, batch: Sequence[tuple[TensorInfo, Tensor]], ready: torch.cuda.Event | None) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from ..calibration.layers import LayerTensors
 from ..calibration.quantized_layer import QuantizedLayer, StoredWeight
 from ..calibration.rounding_errors import RoundingErrors
-from ..calibration.spec import EXPERTS
 from ..planning.plan import PlannedTensor
 from ..quant.formats import pack
 
@@ -19,19 +19,18 @@ _ELEMENTS = 1 << 26  # weights packed at once; each costs about 20 bytes of scra
 def pack_experts(
     planned: Mapping[str, PlannedTensor],
     quantized: QuantizedLayer,
-    stacks: Mapping[str, Tensor],
+    tensors: LayerTensors,
     fmt: str,
     errors: RoundingErrors,
 ) -> Iterator[tuple[list[str], dict[str, Tensor], torch.cuda.Event | None]]:
     """What is stored of the experts that `quantized.stacks` holds, some at a time.
 
-    planned: by relative name; stacks: "w1", "w3", "w2" [E, N, K], overwritten by the dequantized weights; errors: takes
+    planned: by relative name; tensors: their stacks are overwritten by the dequantized weights; errors: takes
     what rounding changed. Yields relative
     names, their outputs in pinned host memory, and the event after which those are there.
     """
     for which, codes in quantized.stacks.items():
-        stack = stacks[which]
-        names = [f"{EXPERTS}{expert}.{which}.weight" for expert in range(len(stack))]
+        stack, names = tensors.stacks[which], tensors.names(which)
         most = max(1, _ELEMENTS // stack[0].numel())
         for start in range(0, len(names), most):
             run = names[start : start + most]

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..artifact.journal import MANIFEST, Journal
+from ..artifact.identity import SOURCE
+from ..artifact.journal import Journal
+from ..artifact.manifest import MANIFEST_SCHEMA, Manifest, write_manifest
 from ..artifact.source_record import SourceRecord
-from ..checkpoint import make_folder, write_bytes_atomic, write_json_atomic
+from ..checkpoint import make_folder, write_bytes_atomic
+from ..errors import OutputError
 from ..planning.plan import INDEX_FILE, RECIPE_FILE, Plan, bits_per_weight, passed_through, role_table
-
-SCHEMA = 1
 
 
 def finish(plan: Plan, output: Path, journal: Journal, extra: dict[str, Any]) -> dict[str, Any]:
@@ -27,13 +28,24 @@ def finish(plan: Plan, output: Path, journal: Journal, extra: dict[str, Any]) ->
         target = output / name
         make_folder(target.parent)
         digest = source.add(name, plan.checkpoint.copy_file(name, target))
+        _check_unchanged(output, name, digest, journal)
         if target.suffix != ".md":  # cards are for people, and are rewritten when an output is published
             digests[name] = digest
-    manifest = make_manifest(plan, journal, {"files": digests, **extra})
-    manifest["source"] |= source.to_json()
-    write_json_atomic(output / MANIFEST, manifest)
+    facts = make_manifest(plan, journal, {"files": digests, **extra})
+    facts["source"] |= source.to_json()
+    manifest = Manifest.model_validate(facts)
+    write_manifest(output, manifest)
     write_bytes_atomic(output / "config.json", plan.config_bytes)
-    return manifest
+    return manifest.to_json()
+
+
+def _check_unchanged(output: Path, name: str, digest: str, journal: Journal) -> None:
+    """Raise OutputError for a carried file that is not what it was when the conversion was begun."""
+    if journal.read[SOURCE].files.get(name) != digest:
+        raise OutputError(
+            f"{name} of the source has changed since the conversion into {output} was begun: put the earlier file back and "
+            "run the same command again; finished shards are kept."
+        )
 
 
 def make_manifest(plan: Plan, journal: Journal, extra: dict[str, Any]) -> dict[str, Any]:
@@ -43,13 +55,15 @@ def make_manifest(plan: Plan, journal: Journal, extra: dict[str, Any]) -> dict[s
         for u in plan.units
     }
     return {
-        "schema": SCHEMA,
+        "schema": MANIFEST_SCHEMA,
         "m3quant": __version__,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "fingerprint": plan.fingerprint(),
         "source": {
             "fingerprint": plan.checkpoint.fingerprint(),
             "bytes": sum(u.bytes_in for u in plan.units),
+            "identity": journal.read[SOURCE],
+            "read": {journal.records[u.index]["shard"]: journal.records[u.index]["read"] for u in plan.units},
             "tensors": {
                 t.name: {
                     "dtype": t.source.info.dtype,

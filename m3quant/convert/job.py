@@ -33,6 +33,7 @@ class Settings:
     micro_batch_tokens: int = 16384
     engine: str = "local"  # or "ray": units over the GPUs of a cluster
     address: str | None = None  # of the Ray cluster; None starts one on this machine
+    boundary_every: int | None = None  # layers between saved hidden states; None: resources.boundary_interval
     ranks: Ranks | None = None  # this process among those that calibrate together; None: alone
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from ..artifact.journal import Journal
-from ..calibration.boundary import Streams, drop_saved
+from ..calibration.boundary import Streams, drop_other
 from ..planning.plan import Unit
 from ..running.timing import span
 from .units import UnitWriter, shard_facts
@@ -32,7 +32,7 @@ class LayerSink(Protocol):
 
     def add(self, outputs: dict[str, torch.Tensor], ready: torch.cuda.Event | None = None) -> None: ...
 
-    def finish(self, unit: Unit, record: dict[str, Any], streams: Streams) -> None: ...
+    def finish(self, unit: Unit, record: dict[str, Any], streams: Streams | None) -> None: ...
 
     def wait(self) -> None: ...
 
@@ -58,13 +58,16 @@ class LayerWriter:
         """CPU tensors of the shard, in any order. ready: passed when copies from a GPU into them are done."""
         self._do(lambda: self._add(outputs, ready))
 
-    def finish(self, unit: Unit, record: dict[str, Any], streams: Streams) -> None:
+    def finish(self, unit: Unit, record: dict[str, Any], streams: Streams | None) -> None:
         """Close the shard, save the streams entering the next unit, journal `record` and the shard, drop the old ones.
 
-        In the background, streams must be a copy that nobody changes.
+        streams: None where they are not saved after this layer; older ones then stay. In the background, streams must be a
+        copy that nobody changes.
         """
-        stem = self.journal.boundary(unit.index + 1)
-        saved = self._saver.submit(_save, streams, stem).result if self._saver else partial(_save, streams, stem)
+        saved: Callable[[], dict[str, str]] = dict
+        if streams is not None:
+            stem = self.journal.boundary(unit.index + 1)
+            saved = self._saver.submit(_save, streams, stem).result if self._saver else partial(_save, streams, stem)
         self._do(lambda: self._finish(unit, record, saved))
 
     def wait(self) -> None:
@@ -97,7 +100,7 @@ class LayerWriter:
             self._abort()
             raise
 
-    def _finish(self, unit: Unit, record: dict[str, Any], saved: Callable[[], None]) -> None:
+    def _finish(self, unit: Unit, record: dict[str, Any], saved: Callable[[], dict[str, str]]) -> None:
         if self._writer is None:
             return
         try:
@@ -106,9 +109,10 @@ class LayerWriter:
             self._abort()
             raise
         self._writer = None
-        saved()
-        self.journal.finish_unit(unit.index, {**shard, **record})
-        drop_saved(self.journal.boundary(unit.index))
+        boundary = saved()
+        self.journal.finish_unit(unit.index, {**shard, **record, "boundary": boundary})
+        if boundary:
+            drop_other(self.journal.boundary(unit.index + 1))
 
     def _abort(self) -> None:
         if self._writer is not None:
@@ -116,9 +120,9 @@ class LayerWriter:
             self._writer = None
 
 
-def _save(streams: Streams, stem: Path) -> None:
+def _save(streams: Streams, stem: Path) -> dict[str, str]:
     with span("save", streams.source.nbytes + streams.quantized.nbytes):
-        streams.save(stem)
+        return streams.save(stem)
 
 
 class NoWriter:
@@ -130,7 +134,7 @@ class NoWriter:
 
     def add(self, outputs: dict[str, torch.Tensor], ready: torch.cuda.Event | None = None) -> None: ...
 
-    def finish(self, unit: Unit, record: dict[str, Any], streams: Streams) -> None: ...
+    def finish(self, unit: Unit, record: dict[str, Any], streams: Streams | None) -> None: ...
 
     def wait(self) -> None: ...
 

@@ -34,7 +34,7 @@ from ..calibration.layers import Layer, LayerTensors, layer_spec
 from ..calibration.quantized_layer import QuantizedLayer
 from ..calibration.quantizers import layer_quantizer
 from ..calibration.ranks import ALONE
-from ..calibration.spec import EXPERTS, LayerSpec
+from ..calibration.spec import LayerSpec
 from ..calibration.stream import HiddenStates, Prefetcher, embed_source, read_head, read_layer, run_layer
 from ..errors import CalibrationError, PlanError
 from ..planning.choices import role_of
@@ -60,9 +60,9 @@ from ..schemes import Scheme, parse_scheme
 from .device_layers import DeviceLoader
 from .job import out_of_memory
 
-# Errors that are carried to the end, by role: a large and a small one for experts, which most bytes and most of the
-# loss are in, one for the others. Where a role's candidates have none of them, the one of fewest bits.
-PROBES = {"routed_experts": ("int2-g128-asym", "int4-g128")}
+# Errors that are carried to the end: a large and a small one for the role that most bytes and most of the loss are in,
+# one for the others. Where a role's candidates have none of them, the one of fewest bits.
+BULK_PROBES = ("int2-g128-asym", "int4-g128")
 OTHER_PROBES = ("int4-g128",)
 # Whole recipes: routed experts, and what every token passes through.
 PILOTS = (("int2-g128-asym", "int8-g128"), ("int3-g128-asym", "int8-g128"), ("int4-g128", "int8-g128"))
@@ -179,7 +179,7 @@ class _Measuring:
     def _probe_windows(self) -> int:
         """Held-out windows that each probe carries: all of them, if PROBE_BYTES hold that for all probes, but two at least."""
         probes = sum(
-            len(_probes(role, names)) for own in self.fitting.choices.candidates for role, names in own.items()
+            len(self._probes(role, names)) for own in self.fitting.choices.candidates for role, names in own.items()
         )
         window = self.exact.nbytes // len(self.exact)
         return min(len(self.exact), max(2, PROBE_BYTES // (window * probes)))
@@ -193,13 +193,17 @@ class _Measuring:
             load = lambda unit: read_layer(self.reader, cast("int", unit.layer))  # noqa: E731
         return stack.enter_context(Prefetcher(load, units))
 
+    def _probes(self, role: str, names: Sequence[str]) -> list[str]:
+        wanted = BULK_PROBES if role == self.fitting.bulk else OTHER_PROBES
+        return [name for name in names if name in wanted] or [min(names, key=lambda name: parse_scheme(name).bits)]
+
     def _pilot_recipes(self) -> list[tuple[list[dict[str, str]], bool]]:
         """(layers, whether it is OTHERS_PILOT) of the pilots whose schemes are candidates wherever a role exists; the first
         candidates if no pilot is possible."""
         candidates = self.fitting.choices.candidates
         found = []
         for schemes in (*PILOTS, OTHERS_PILOT):
-            layers = [{role: schemes[role != "routed_experts"] for role in own} for own in candidates]
+            layers = [{role: schemes[role != self.fitting.bulk] for role in own} for own in candidates]
             if all(
                 own[role] in names for own, has in zip(layers, candidates, strict=True) for role, names in has.items()
             ):
@@ -218,7 +222,7 @@ class _Measuring:
         steps = sum(map(len, candidates.values())) + len(self.pilots) + 1
         arrived = len(self.probes)
         for role, names in candidates.items():
-            probes = _probes(role, names)
+            probes = self._probes(role, names)
             for name in names:
                 self.stop.check()
                 schemes = self._schemes(unit, {role: name})
@@ -278,9 +282,9 @@ class _Measuring:
             return Layer(spec, {**tensors, **changed}, self.device, dtype)
         stacks = {}
         for which, stack in tensors.stacks.items():
-            names = [f"{EXPERTS}{expert}.{which}.weight" for expert in range(len(stack))]
+            names = tensors.names(which)
             stacks[which] = torch.stack([changed[n] for n in names]) if names[0] in changed else stack
-        return Layer(spec, LayerTensors({**tensors, **changed}, stacks), self.device, dtype)
+        return Layer(spec, LayerTensors({**tensors, **changed}, stacks, tensors.moe), self.device, dtype)
 
     def _through(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
         """x [S, L, H] through the layer."""
@@ -307,14 +311,17 @@ class _Measuring:
             divergence(head, source, WindowView(pilot.states, self.calibration, len(self.tokens)), tokens)
             for pilot in self.pilots
         ]
-        pilots = [(_sums(raw, pilot.layers), kl, pilot.others) for pilot, kl in zip(self.pilots, kls, strict=True)]
+        pilots = [
+            (_sums(raw, pilot.layers, self.fitting.bulk), kl, pilot.others)
+            for pilot, kl in zip(self.pilots, kls, strict=True)
+        ]
         left = others_left(pilots)
         layers = [
             LayerSensitivity(
                 layer=number,
                 candidates={
                     role: {
-                        name: Candidate(error=error, kl=kl * (1.0 if role == "routed_experts" else left))
+                        name: Candidate(error=error, kl=kl * (1.0 if role == self.fitting.bulk else left))
                         for name, (error, kl) in errors.items()
                     }
                     for role, errors in own.items()
@@ -358,20 +365,20 @@ def divergence(head: Head, source: States, states: States, tokens: torch.Tensor)
 
 
 def _sums(
-    raw: Sequence[Mapping[str, Mapping[str, tuple[float, float]]]], layers: Sequence[Mapping[str, str]]
+    raw: Sequence[Mapping[str, Mapping[str, tuple[float, float]]]], layers: Sequence[Mapping[str, str]], bulk: str
 ) -> tuple[float, float]:
-    """A recipe's estimates of the routed experts, and of everything else."""
+    """A recipe's estimates of the role that most weights are in, and of all others together."""
     sums = [0.0, 0.0]
     for own, chosen in zip(raw, layers, strict=True):
         for role, scheme in chosen.items():
-            sums[role != "routed_experts"] += own[role][scheme][1]
+            sums[role != bulk] += own[role][scheme][1]
     return sums[0], sums[1]
 
 
 def others_left(pilots: Sequence[tuple[tuple[float, float], float, bool]]) -> float:
-    """By what the estimates outside the routed experts are to be multiplied so that the last pilot is predicted.
+    """By what the estimates outside the bulk of the weights are to be multiplied so that the last pilot is predicted.
 
-    pilots: ((estimates of experts, of others), KL measured, whether it is the one that this is for). 1 without that one.
+    pilots: ((estimates of the bulk, of others), KL measured, whether it is the one that this is for). 1 without that one.
     """
     asked = next(((sums, kl) for sums, kl, others in pilots if others), None)
     known = [(sums, kl) for sums, kl, others in pilots if not others]
@@ -387,11 +394,6 @@ def others_left(pilots: Sequence[tuple[tuple[float, float], float, bool]]) -> fl
         middle = math.sqrt(low * high)
         low, high = (middle, high) if predicted(middle) < kl else (low, middle)
     return math.sqrt(low * high)
-
-
-def _probes(role: str, names: Sequence[str]) -> list[str]:
-    wanted = PROBES.get(role, OTHER_PROBES)
-    return [name for name in names if name in wanted] or [min(names, key=lambda name: parse_scheme(name).bits)]
 
 
 def _relative(out: torch.Tensor, expected: torch.Tensor) -> float:

@@ -17,7 +17,10 @@ import torch
 from .. import __version__
 from ..artifact.conversion_eval import heldout_result
 from ..artifact.eval_record import EVAL_FILE, EvalRecord
+from ..artifact.identity import identify
 from ..artifact.journal import Journal
+from ..artifact.records import MeasuredLayer
+from ..artifact.reread import recorded_digests
 from ..checkpoint import make_folder, write_json_atomic
 from ..errors import EvaluationError, StoppedError
 from ..running.device import device_name, pick_device
@@ -27,6 +30,7 @@ from .batches import unique
 from .haystack import Reach
 from .models import Model, check_same_model
 from .passes import NOISE, PassSettings, make_streams, predict, run_layers
+from .recheck import recheck
 from .states import Placement, place_states
 from .task import NoiseFloor, Predictions, ScoredSequence, Task
 
@@ -67,9 +71,16 @@ def evaluate(
     journal = None
     if folder is not None:
         make_folder(folder)
-        journal = Journal.begin(folder, plan.facts(suite), JOURNAL)
+        read = {model.label: identify(model.reader.checkpoint) for model in plan.models}
+        journal = Journal.begin(folder, plan.facts(suite), read, JOURNAL, MeasuredLayer)
     try:
         with stop_on_signals() as stop:
+            if journal is not None:
+                recheck(journal, plan.models, read, stop, progress)
+                journal.accept(plan.facts(suite), read)
+                for model in plan.models:
+                    model.reader.checkpoint.record_reads()
+                journal.unit_read = plan.layer_read
             predictions, layers = plan.run(journal, stop, progress)
         record = plan.record(predictions, layers, suite, time.monotonic() - started)
         record.notes.extend(notes)
@@ -126,6 +137,14 @@ class _Plan:
             start += len(sequences)
         return sorted(wanted)
 
+    @property
+    def models(self) -> list[Model]:
+        return [model for model in (self.checkpoint, self.source) if model is not None]
+
+    def layer_read(self, layer: int) -> dict[str, dict[str, str]]:
+        """Label of each model -> its shard -> digest of what was read of it for a layer."""
+        return {m.label: recorded_digests(m.reader.checkpoint, m.stored_infos(layer)) for m in self.models}
+
     def facts(self, suite: str) -> dict[str, Any]:
         """Everything that the figures depend on; an interrupted run is continued under the same only."""
         return {
@@ -143,12 +162,11 @@ class _Plan:
 
     def placement(self, folder: Path | None) -> Placement:
         """Where the hidden states go, and the sentence that says so before anything is computed."""
-        hidden = int(self.checkpoint.text_config["hidden_size"])
+        hidden = self.checkpoint.family.hidden_size
         longest = max(batch.size for stream in self.streams for batch in stream.layout.batches)
         activations = longest * hidden * 4 * _ACTIVATIONS
-        models = [m for m in (self.checkpoint, self.source) if m is not None]
-        layers = int(self.checkpoint.text_config["num_hidden_layers"])
-        weights = max(model.dense_bytes(layer) for model in models for layer in range(layers))
+        layers = self.checkpoint.family.num_layers
+        weights = max(model.dense_bytes(layer) for model in self.models for layer in range(layers))
         on_gpu = self.settings.device.type == "cuda"
         reserve = weights * (1 if on_gpu else 2) + activations + _WORKING
         tokens = [f"{len(s.layout.ids):,} tokens x {hidden:,} x {str(s.dtype)[6:]} ({s.name})" for s in self.streams]
@@ -242,13 +260,13 @@ def _digest(sequences: Sequence[ScoredSequence]) -> str:
 
 
 def _check_sequences(task: str, sequences: Sequence[ScoredSequence], model: Model) -> None:
-    limit = model.text_config.get("max_position_embeddings")
+    limit = model.family.max_positions
     for sequence in sequences:
         scored = sequence.scored
         if len(scored) == 0 or scored[0] < 1 or scored[-1] >= len(sequence.ids) or (np.diff(scored) < 1).any():
             raise ValueError(f"task {task}: scored positions must ascend within 1..{len(sequence.ids) - 1}")
-        if limit is not None and int(scored[-1]) > int(limit):
+        if limit is not None and int(scored[-1]) > limit:
             raise EvaluationError(
                 f"task {task} runs {int(scored[-1]):,} tokens, but {model.folder}/config.json says max_position_embeddings "
-                f"{int(limit):,}: set a shorter length."
+                f"{limit:,}: set a shorter length."
             )

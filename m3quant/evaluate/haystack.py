@@ -76,7 +76,7 @@ class Reach:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Reach:
         family = family_of(config)
-        return cls(family.text_config(config).get("max_position_embeddings"), family.selected_tokens(config))
+        return cls(family.max_positions, family.selected_tokens)
 
     def check(self, lengths: Sequence[int], task: str) -> None:
         """Raises EvaluationError for a length beyond max_position_embeddings."""

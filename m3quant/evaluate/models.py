@@ -8,11 +8,10 @@ from typing import Any
 
 from ..artifact.conversion_eval import output_fingerprint
 from ..artifact.eval_record import Measured
-from ..artifact.journal import MANIFEST
+from ..artifact.manifest import MANIFEST
 from ..artifact.output import output_plan, read_manifest
 from ..calibration.corpus import load_tokenizer
-from ..calibration.stream import layer_prefix
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, TensorInfo
 from ..checkpoint.bounded import TOKENIZER_BYTES, read_bounded
 from ..errors import EvaluationError
 from ..families import Family, family_of
@@ -38,13 +37,18 @@ class Model:
     def config(self) -> dict[str, Any]:
         return self.reader.config
 
-    @property
-    def text_config(self) -> dict[str, Any]:
-        return dict(self.family.text_config(self.config))
-
     def layer_names(self, layer: int) -> list[str]:
-        prefix = layer_prefix(self.config, layer)
+        prefix = self.family.layer_prefix(layer)
         return [name for name in self.reader.tensors if name.startswith(prefix)]
+
+    def stored_infos(self, layer: int) -> list[TensorInfo]:
+        """What is read from the disk for one layer; for the first the embeddings too."""
+        names = self.layer_names(layer) + ([self.family.embedding_name] if layer == 0 else [])
+        if isinstance(self.reader, SourceReader):
+            stored = [part for n in names for part in self.reader.tensors[n].names]
+        else:
+            stored = [o.name for n in names for o in self.reader.tensors[n].outputs]
+        return [self.reader.checkpoint.tensors[name] for name in stored]
 
     def stored_bytes(self, layer: int) -> int:
         """Bytes that reading one layer takes from the disk."""
@@ -97,14 +101,24 @@ def check_same_model(checkpoint: Model, source: Model) -> None:
             f"{checkpoint.folder} is a {checkpoint.family.model_type}, {source.folder} a {source.family.model_type}: "
             "give the source that this checkpoint was made from."
         )
-    theirs, ours = source.text_config, checkpoint.text_config
-    for key in ("vocab_size", "num_hidden_layers", "hidden_size", "num_local_experts"):
-        if theirs.get(key) != ours.get(key):
+    ours, theirs = _size(checkpoint.family), _size(source.family)
+    for key, value in ours.items():
+        if theirs[key] != value:
             raise EvaluationError(
-                f"{checkpoint.folder} has {key} {ours.get(key)}, {source.folder} {theirs.get(key)}: they are not one model; "
+                f"{checkpoint.folder} has {key} {value}, {source.folder} {theirs[key]}: they are not one model; "
                 "give the source that this checkpoint was made from."
             )
     _check_tokenizers(checkpoint, source)
+
+
+def _size(family: Family) -> dict[str, int]:
+    experts = family.moe.num_experts if family.moe else 0
+    return {
+        "vocab_size": family.vocab_size,
+        "num_hidden_layers": family.num_layers,
+        "hidden_size": family.hidden_size,
+        "routed experts": experts,
+    }
 
 
 def _check_tokenizers(checkpoint: Model, source: Model) -> None:

@@ -15,8 +15,8 @@ import torch
 
 from ..artifact.journal import Journal
 from ..calibration.head import CHUNK_TOKENS, Head, score
-from ..calibration.layers import Layer, layer_spec
-from ..calibration.stream import Prefetcher, embed, num_layers, read_embeddings, read_head, read_layer
+from ..calibration.layers import Layer
+from ..calibration.stream import Prefetcher, embed, read_embeddings, read_head, read_layer
 from ..errors import EvaluationError
 from ..running.progress import Progress
 from ..running.stopping import StopFlag
@@ -54,7 +54,7 @@ class Stream:
 
     @property
     def nbytes(self) -> int:
-        return len(self.layout.ids) * int(self.model.text_config["hidden_size"]) * self.dtype.itemsize
+        return len(self.layout.ids) * self.model.family.hidden_size * self.dtype.itemsize
 
     @property
     def states(self) -> StreamStates:
@@ -62,7 +62,7 @@ class Stream:
         return self._states
 
     def open(self, device: torch.device, place: str, journal: Journal | None) -> None:
-        shape = (len(self.layout.ids), int(self.model.text_config["hidden_size"]))
+        shape = (len(self.layout.ids), self.model.family.hidden_size)
         folder = journal.folder if journal else None
         self._states = StreamStates(self.name, shape, self.dtype, device, place, folder)
 
@@ -100,7 +100,7 @@ def run_layers(
 
     Finished layers of an interrupted run are skipped. Raises EvaluationError naming the first layer that gives NaN or Inf.
     """
-    layers = num_layers(streams[-1].model.config)
+    layers = streams[-1].model.family.num_layers
     models = list({id(s.model): s.model for s in streams}.values())
     done = 0
     while journal is not None and done in journal.records:
@@ -120,7 +120,8 @@ def run_layers(
         for layer in range(done, layers):
             facts.append(_one_layer(layer, streams, models, loaded, settings, stop, progress))
             if journal is not None:
-                journal.finish_unit(layer, {"facts": facts[-1]})
+                saved = {name: digest for stream in streams for name, digest in stream.states.saved.items()}
+                journal.finish_unit(layer, {"facts": facts[-1], "states": saved})
                 for stream in streams:
                     stream.states.drop(layer)
     return facts
@@ -145,7 +146,7 @@ def _one_layer(
         for stream in mine:
             reference = streams[0] if stream is streams[-1] and len(streams) > 1 else None
             # The layer has no name here: it must be gone from the device before the next one is put there.
-            spec = layer_spec(model.config, layer)
+            spec = model.family.layer(layer)
             error = _through(
                 Layer(spec, tensors, settings.device, stream.dtype), stream, reference, settings, stop, ticks
             )

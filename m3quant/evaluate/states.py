@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..artifact.reread import states_digest
 from ..calibration.boundary import disk_errors
 from ..calibration.stream import HiddenStates
 from ..checkpoint import sync_folder
@@ -45,6 +46,7 @@ class StreamStates:
         if folder is None and place == "disk":
             raise ValueError("states on the disk need a folder")
         self.name, self.shape, self.dtype = name, (shape[0], 1, shape[1]), dtype
+        self.saved: dict[str, str] = {}  # file name -> digest of the output that `finish` put on the disk last
         self._folder, self._layer = folder, 0
         self._live: HiddenStates | None = None
         if place != "disk":
@@ -102,6 +104,7 @@ class StreamStates:
             with disk_errors():
                 self._output.sync()
                 sync_folder(self._path(self._layer).parent)
+                self.saved = {self._path(self._layer).name: states_digest(self._path(self._layer))}
             if self._live is None:
                 if self._input is not None:
                     self._input.close()

@@ -23,9 +23,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..calibration.spec import text_config
 from ..checkpoint.bounded import read_yaml
 from ..errors import EvaluationError
+from ..families import family_of
 from .task import Task
 from .texts import BUNDLED, load_texts
 
@@ -93,16 +93,12 @@ def make_tasks(
     """The suite's tasks, and notes on what was left out. data: in place of the text of every task. Raises EvaluationError."""
     tasks: list[Task] = []
     notes: list[str] = []
-    limit = text_config(config).get("max_position_embeddings")
+    limit = family_of(config).max_positions
     for entry in suite.tasks:
         params = entry.params
         if data is not None:
             params["data"] = data
-        if (
-            suite.beyond_context == "leave-out"
-            and limit is not None
-            and not _fit(entry.task, params, int(limit), notes)
-        ):
+        if suite.beyond_context == "leave-out" and limit is not None and not _fit(entry.task, params, limit, notes):
             continue
         if entry.task in _TEXT_TASKS:
             texts = load_texts(params.pop("data", BUNDLED), tokenizer)

@@ -2,115 +2,80 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import ClassVar
 
-from .base import EngineModule, Expected, Family, KvGeometry, Role, need
-
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.(w[123])\.(.+)")
-_ATTENTION = re.compile(r"self_attn\.([qkvo]_proj)\.(.+)")
+from .base import Family
+from .config import MAX_EXPERTS, ConfigPart, heads_of, read_rope, top_k_of
+from .spec import SILU, Activation, LayerSpec, MoeSpec
 
 
 class MiniMaxM2(Family):
-    model_type = "minimax_m2"
-    architectures = ("MiniMaxM2ForCausalLM",)
+    architectures: ClassVar[Mapping[str, str]] = {"minimax_m2": "MiniMaxM2ForCausalLM"}
     # vLLM looks experts up as model.layers.N.mlp.experts.0.w1 although the tensors say block_sparse_moe,
     # so no target may name either parent.
-    targets: Mapping[str, tuple[str, ...]] = {
+    targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "routed_experts": (r"re:.*\.experts\.\d+\.(w[123]|gate_proj|up_proj|down_proj)$",),
         "attention": (r"re:.*\.self_attn\.(q_proj|k_proj|v_proj|o_proj|qkv_proj)$",),
     }
     always_ignored = (r"re:.*lm_head", r"re:.*embed_tokens", r"re:.*\.(block_sparse_moe|mlp)\.gate$")
     fp8_ignored = ("gate", "e_score_correction_bias", "lm_head")
     awq_ignored = ("lm_head", "block_sparse_moe.gate", "mlp.gate")
-    awq_substrings: Mapping[str, tuple[str, ...]] = {"routed_experts": (".experts",), "attention": ("self_attn",)}
-    refused_formats: Mapping[str, str] = {}
+    awq_substrings: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "routed_experts": (".experts",),
+        "attention": ("self_attn",),
+    }
     serve_flags = ("--tool-call-parser", "minimax_m2", "--enable-auto-tool-choice", "--reasoning-parser", "minimax_m2")
     sglang_flags = ("--tool-call-parser", "minimax-m2", "--reasoning-parser", "minimax-append-think")
-    norm_one_plus = False
-    pair_fold = True
+    expert_probes = ("mlp.experts.0.w1", "mlp.experts.0.w2", "mlp.experts.0.w3")
 
-    def num_layers(self, config: Mapping[str, Any]) -> int:
-        return int(need(config, "num_hidden_layers"))
-
-    def layer_prefix(self, layer: int) -> str:
-        return f"model.layers.{layer}."
-
-    def role(self, name: str) -> Role:
-        if name == "model.embed_tokens.weight":
-            return Role("embedding")
-        if name == "lm_head.weight":
-            return Role("lm_head")
-        if name == "model.norm.weight":
-            return Role("norm")
-        if name.startswith(("model.mtp.", "mtp.")) or ".mtp." in name:
-            return Role("mtp")
-        match = _LAYER.fullmatch(name)
-        if not match:
-            return Role("unknown")
-        layer, rest = int(match[1]), match[2]
-        if expert := _EXPERT.fullmatch(rest):
-            return Role("routed_experts", layer, int(expert[1]), expert[2], expert[3] == "weight")
-        if attention := _ATTENTION.fullmatch(rest):
-            return Role("attention", layer, part=attention[1], is_weight=attention[2] == "weight")
-        if rest == "block_sparse_moe.gate.weight":
-            return Role("router", layer)
-        if rest == "block_sparse_moe.e_score_correction_bias":
-            return Role("router_bias", layer)
-        if rest in _NORMS:
-            return Role("norm", layer)
-        return Role("unknown", layer)
-
-    def expected_tensors(self, config: Mapping[str, Any]) -> dict[str, Expected]:
-        hidden, vocab = need(config, "hidden_size"), need(config, "vocab_size")
-        inner, experts = need(config, "intermediate_size"), need(config, "num_local_experts")
-        heads, kv_heads = need(config, "num_attention_heads"), need(config, "num_key_value_heads")
-        head_dim = config.get("head_dim") or hidden // heads
-        out = {"model.embed_tokens.weight": Expected((vocab, hidden)), "model.norm.weight": Expected((hidden,))}
-        if not config.get("tie_word_embeddings", False):
-            out["lm_head.weight"] = Expected((vocab, hidden))
-        for layer in range(self.num_layers(config)):
-            prefix = self.layer_prefix(layer)
-            shapes = {
-                "input_layernorm": (hidden,),
-                "post_attention_layernorm": (hidden,),
-                "self_attn.q_proj": (heads * head_dim, hidden),
-                "self_attn.k_proj": (kv_heads * head_dim, hidden),
-                "self_attn.v_proj": (kv_heads * head_dim, hidden),
-                "self_attn.o_proj": (hidden, heads * head_dim),
-            }
-            if config.get("use_qk_norm", True):
-                shapes |= {"self_attn.q_norm": (heads * head_dim,), "self_attn.k_norm": (kv_heads * head_dim,)}
-            for module, shape in shapes.items():
-                out[f"{prefix}{module}.weight"] = Expected(shape)
-            moe = f"{prefix}block_sparse_moe."
-            out[f"{moe}gate.weight"] = Expected((experts, hidden), float32=True)
-            if config.get("use_routing_bias", True):
-                out[f"{moe}e_score_correction_bias"] = Expected((experts,), float32=True)
-            for expert in range(experts):
-                out[f"{moe}experts.{expert}.w1.weight"] = Expected((inner, hidden))
-                out[f"{moe}experts.{expert}.w2.weight"] = Expected((hidden, inner))
-                out[f"{moe}experts.{expert}.w3.weight"] = Expected((inner, hidden))
-        return out
-
-    def engine_modules(self, config: Mapping[str, Any]) -> Iterator[EngineModule]:
-        experts = range(need(config, "num_local_experts"))
-        for layer in range(self.num_layers(config)):
-            prefix = self.layer_prefix(layer)
-            attention = f"{prefix}self_attn."
-            qkv = tuple(f"{attention}{part}_proj" for part in "qkv")
-            yield EngineModule((f"{attention}qkv_proj", *qkv), qkv, f"{attention}qkv_proj (q, k, v)")
-            yield EngineModule((f"{attention}o_proj",), (f"{attention}o_proj",), f"{attention}o_proj")
-            members = tuple(f"{prefix}block_sparse_moe.experts.{e}.{w}" for e in experts for w in ("w1", "w2", "w3"))
-            probes = tuple(f"{prefix}mlp.experts.0.{w}" for w in ("w1", "w2", "w3"))
-            yield EngineModule(probes, members, f"{prefix}block_sparse_moe.experts (w1, w2, w3 of every expert)")
-
-    def kv_geometry(self, config: Mapping[str, Any]) -> KvGeometry:
-        heads = need(config, "num_attention_heads")
-        head_dim = config.get("head_dim") or need(config, "hidden_size") // heads
-        return KvGeometry(self.num_layers(config), need(config, "num_key_value_heads"), head_dim)
+    def read_layers(self, top: ConfigPart, text: ConfigPart) -> list[LayerSpec]:
+        heads, kv_heads = heads_of(text)
+        head_dim = text.count("head_dim")
+        text.expect("hidden_act", SILU)
+        text.expect("use_qk_norm", True, None)
+        text.expect("qk_norm_type", "per_layer", None)
+        text.expect("attention_output_gate", False, None)
+        text.expect("scoring_func", "sigmoid", None)
+        text.expect("norm_topk_prob", True, None)
+        text.expect("routed_scaling_factor", 1.0, 1, None)
+        text.expect("shared_intermediate_size", 0, None)
+        for key in ("attn_type_list", "layer_types"):  # 1 is softmax attention over everything before
+            if text.has(key) and any(
+                kind not in (1, "full_attention") for kind in text.per_layer(key, self.num_layers)
+            ):
+                text.expect(key, [1] * self.num_layers)
+        experts = text.count("num_local_experts", MAX_EXPERTS)
+        activation = Activation(SILU)
+        moe = MoeSpec(
+            num_experts=experts,
+            top_k=top_k_of(text, experts),
+            intermediate_size=text.count("intermediate_size"),
+            routed_scaling=1.0,
+            use_bias=text.flag("use_routing_bias", True if _from_transformers5(text) else None),
+            shared_intermediate_size=0,
+            activation=activation,
+        )
+        rope = read_rope(text, head_dim, partial=True)
+        text.refuse_unknown()
+        return [
+            LayerSpec(
+                index=index,
+                hidden_size=self.hidden_size,
+                eps=self.eps,
+                norm_one_plus=False,
+                num_heads=heads,
+                num_kv_heads=kv_heads,
+                head_dim=head_dim,
+                qk_norm="whole",
+                rope=rope,
+                sparse=None,
+                moe=moe,
+                dense_intermediate_size=0,
+                activation=activation,
+            )
+            for index in range(self.num_layers)
+        ]
 
     def recipe_aliases(self, module: str) -> tuple[str, ...]:
         renamed = module.replace(".block_sparse_moe.", ".mlp.")
@@ -124,13 +89,7 @@ class MiniMaxM2(Family):
             return (module.replace(".block_sparse_moe.", ".mlp.").split(".experts.")[0] + ".experts",)
         return (module,)
 
-    def optional_groups(self) -> tuple[str, ...]:
-        return ()
 
-
-_NORMS = {
-    "input_layernorm.weight",
-    "post_attention_layernorm.weight",
-    "self_attn.q_norm.weight",
-    "self_attn.k_norm.weight",
-}
+def _from_transformers5(text: ConfigPart) -> bool:
+    """transformers 5 writes rope_parameters, and leaves out what its class always does."""
+    return text.has("rope_parameters")

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
 
 from ..errors import CheckpointError
 from ..schemes import Scheme
-from .base import EngineModule, Expected, Family, KvGeometry, Role, need
+from .base import Family
+from .config import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_SIZE, ConfigPart, heads_of, read_rope, top_k_of
+from .spec import SILU, SWIGLUOAI, Activation, Expected, LayerSpec, MoeSpec, SparseSpec
 
-_LAYER = re.compile(r"language_model\.model\.layers\.(\d+)\.(.+)")
-_EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.(w[123])\.(.+)")
-_SHARED = re.compile(r"block_sparse_moe\.shared_experts\.((?:gate|up|down)_proj)\.(.+)")
-_DENSE = re.compile(r"mlp\.((?:gate|up|down)_proj)\.(.+)")
-_ATTENTION = re.compile(r"self_attn\.([qkvo]_proj)\.(.+)")
-_INDEXER = re.compile(r"self_attn\.(index_[qk]_proj)\.(.+)")
-_NORMS = {
-    "input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight",
-    "self_attn.index_q_norm.weight", "self_attn.index_k_norm.weight",
-}  # fmt: skip
+# Keys of the whole config.json that say nothing of the language model.
+_BESIDE = re.compile(r"(image|img|video|vision|projector|multimodal|merged|process_image)_\w+|(spatial|temporal)_\w+")
+# transformers 5's spelling of `sparse_attention_config`
+_INDEX_KEYS = {
+    "sparse_num_index_heads": "index_n_heads",
+    "sparse_index_dim": "index_head_dim",
+    "sparse_block_size": "index_block_size",
+    "sparse_topk_blocks": "index_topk_blocks",
+    "sparse_local_block": "index_local_blocks",
+}
 
 
 class MiniMaxM3VL(Family):
-    model_type = "minimax_m3_vl"
-    architectures = ("MiniMaxM3SparseForConditionalGeneration",)
+    architectures: ClassVar[Mapping[str, str]] = {"minimax_m3_vl": "MiniMaxM3SparseForConditionalGeneration"}
     # vLLM asks for experts.0.{gate,down,up}_proj here although the tensors are w1, w2, w3; and it fuses
     # q, k, v, index_q and index_k into one qkv_proj.
-    targets: Mapping[str, tuple[str, ...]] = {
+    targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "routed_experts": (r"re:.*\.experts\.\d+\.(w[123]|gate_proj|up_proj|down_proj)$",),
         "shared_experts": (r"re:.*\.shared_experts\.(gate_proj|up_proj|down_proj|gate_up_proj)$",),
         "dense_mlp": (r"re:.*\.layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj|gate_up_proj)$",),
@@ -41,164 +42,149 @@ class MiniMaxM3VL(Family):
     )  # fmt: skip
     fp8_ignored = ("lm_head", "embed_tokens", "gate", "e_score_correction_bias")
     awq_ignored = ("lm_head", "vision_tower", "multi_modal_projector", "patch_merge_mlp", "block_sparse_moe.gate")
-    awq_substrings: Mapping[str, tuple[str, ...]] = {
+    awq_substrings: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "routed_experts": (".experts",),
         "shared_experts": ("shared_experts",),
         "dense_mlp": (".mlp.",),
         "attention": ("self_attn",),
     }
-    refused_formats: Mapping[str, str] = {
+    refused_formats: ClassVar[Mapping[str, str]] = {
         "fp8": "vLLM's M3 loader renames every weight_scale_inv to weight_scale and then skips it without a word, "
         "because the fp8 layers have no such parameter; add --format compressed-tensors, which stores the same blocks",
     }
     serve_flags = ("--tool-call-parser", "minimax_m3", "--enable-auto-tool-choice", "--reasoning-parser", "minimax_m3")
     sglang_flags = ("--tool-call-parser", "minimax-m3", "--reasoning-parser", "minimax-m3")
+    # The vision tower is neither built nor read; 128 is the only block size of the sparse kernels.
+    probe_arguments: ClassVar[Mapping[str, Any]] = {"language_model_only": True, "block_size": 128}
+    probe_gemma_norm = "vllm.models.minimax_m3.nvidia.model:MiniMAXGemmaRMSNorm"
     reasoning_tokens = ("<mm:think>", "</mm:think>")
     min_vllm = "0.24.0"  # vllm-project/vllm#45381
-    norm_one_plus = True
-    pair_fold = False  # swigluoai clamps up and adds 1: scaling it does not commute (facts: relative error 0.54)
+    body = "language_model.model."
+    head_name = "language_model.lm_head.weight"
+    towers: ClassVar[Mapping[str, str]] = {
+        "vision_tower.": "vision",
+        "multi_modal_projector.": "projector",
+        "patch_merge_mlp.": "projector",
+    }
+    expert_probes = tuple(f"block_sparse_moe.experts.0.{part}_proj" for part in ("gate", "down", "up"))
+    text_key = "text_config"
 
-    def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        text = need(config, "text_config")
-        if not isinstance(text, Mapping):
-            raise CheckpointError(
-                "config.json: 'text_config' is no object: copy the original config.json of the release."
+    def read_layers(self, top: ConfigPart, text: ConfigPart) -> list[LayerSpec]:
+        resaved = text.has("mlp_layer_types")  # by transformers 5, which leaves out what its class always does
+        heads, kv_heads = heads_of(text)
+        head_dim = text.count("head_dim")
+        text.expect("use_qk_norm", True, None)
+        text.expect("qk_norm_type", "per_head", *([None] if resaved else []))
+        text.expect("attention_output_gate", False, None)
+        text.expect("scoring_func", "sigmoid", None)
+        text.expect("norm_topk_prob", True, None)
+        one_plus = text.flag("use_gemma_norm", True if resaved else None)
+        has_experts = self._expert_layers(text)
+        activation = _activation(text)
+        moe = self._moe(text, activation, resaved) if any(has_experts) else None
+        dense = (
+            text.count("dense_intermediate_size") if not all(has_experts) else text.raw("dense_intermediate_size", 0)
+        )
+        sparse = self._sparse_layers(text, kv_heads)
+        rope = read_rope(text, head_dim, partial=True)
+        text.refuse_unknown()
+        top.count("projector_hidden_size", MAX_HEADS, default=1)
+        self.vision = self._vision(top)
+        top.refuse_unknown(_BESIDE)
+        return [
+            LayerSpec(
+                index=index,
+                hidden_size=self.hidden_size,
+                eps=self.eps,
+                norm_one_plus=one_plus,
+                num_heads=heads,
+                num_kv_heads=kv_heads,
+                head_dim=head_dim,
+                qk_norm="per_head",
+                rope=rope,
+                sparse=sparse[index],
+                moe=moe if has_experts[index] else None,
+                dense_intermediate_size=0 if has_experts[index] else dense,
+                activation=activation,
             )
-        return text
+            for index in range(self.num_layers)
+        ]
 
-    def num_layers(self, config: Mapping[str, Any]) -> int:
-        return int(need(self.text_config(config), "num_hidden_layers", "text_config"))
+    def _expert_layers(self, text: ConfigPart) -> list[bool]:
+        """Which layers have routed experts. Both spellings may be there, and then agree."""
+        found = []
+        if text.has("mlp_layer_types"):
+            kinds = text.per_layer("mlp_layer_types", self.num_layers)
+            if any(kind not in ("sparse", "dense") for kind in kinds):
+                raise text.wrong("mlp_layer_types", kinds, "a list of 'sparse' and 'dense'")
+            found.append([kind == "sparse" for kind in kinds])
+        if text.has("moe_layer_freq") or not found:
+            found.append(text.flags("moe_layer_freq", self.num_layers))
+        if found[0][: self.num_layers] != found[-1][: self.num_layers]:
+            raise text.wrong("mlp_layer_types", text.raw("mlp_layer_types"), "what 'moe_layer_freq' says")
+        return found[0]
 
-    def layer_prefix(self, layer: int) -> str:
-        return f"language_model.model.layers.{layer}."
+    def _moe(self, text: ConfigPart, activation: Activation, resaved: bool) -> MoeSpec:
+        experts = text.count("num_local_experts", MAX_EXPERTS)
+        shared = text.count("n_shared_experts", MAX_EXPERTS, least=0, default=1 if resaved else None)
+        return MoeSpec(
+            num_experts=experts,
+            top_k=top_k_of(text, experts),
+            intermediate_size=text.count("intermediate_size"),
+            routed_scaling=text.number("routed_scaling_factor"),
+            use_bias=text.flag("use_routing_bias", True if resaved else None),
+            shared_intermediate_size=shared
+            * text.count("shared_intermediate_size", least=0, default=None if shared else 0),
+            activation=activation,
+        )
 
-    def role(self, name: str) -> Role:
-        if name.startswith("vision_tower."):
-            return Role("vision")
-        if name.startswith(("multi_modal_projector.", "patch_merge_mlp.")):
-            return Role("projector")
-        if ".mtp." in name or name.startswith("mtp."):
-            return Role("mtp")
-        if name in _OUTER:
-            return Role(_OUTER[name])
-        match = _LAYER.fullmatch(name)
-        if not match:
-            return Role("unknown")
-        layer, rest = int(match[1]), match[2]
-        if expert := _EXPERT.fullmatch(rest):
-            return Role("routed_experts", layer, int(expert[1]), expert[2], expert[3] == "weight")
-        for kind, pattern in _PROJECTIONS:
-            if found := pattern.fullmatch(rest):
-                return Role(kind, layer, part=found[1], is_weight=found[2] == "weight")
-        if rest == "block_sparse_moe.gate.weight":
-            return Role("router", layer)
-        if rest == "block_sparse_moe.e_score_correction_bias":
-            return Role("router_bias", layer)
-        if rest in _NORMS:
-            return Role("norm", layer)
-        return Role("unknown", layer)
+    def _sparse_layers(self, text: ConfigPart, kv_heads: int) -> list[SparseSpec | None]:
+        """Block selection of each layer, from `sparse_attention_config` or from transformers 5's `layer_types` and `index_*`."""
+        layers, released = self.num_layers, text.part("sparse_attention_config")
+        kinds = None
+        if text.has("layer_types"):
+            kinds = text.per_layer("layer_types", layers)
+            if any(kind not in ("minimax_m3_sparse", "full_attention") for kind in kinds):
+                raise text.wrong("layer_types", kinds, "a list of 'minimax_m3_sparse' and 'full_attention'")
+            kinds = [kind == "minimax_m3_sparse" for kind in kinds]
+        for theirs in _INDEX_KEYS.values():
+            text.raw(theirs)  # where both spellings are there, the release's is read
+        if released is None:
+            if kinds is None:
+                text.need("sparse_attention_config")
+            spec = _selection(text, _INDEX_KEYS, 0, kv_heads) if any(kinds or ()) else None
+            return [spec if kind else None for kind in kinds or ()]
+        used = released.flag("use_sparse_attention", True)
+        chosen = released.flags("sparse_attention_freq", layers) if used else [False] * layers
+        if kinds is not None and kinds[:layers] != chosen[:layers]:
+            raise text.wrong("layer_types", text.raw("layer_types"), "what 'sparse_attention_freq' says")
+        if not any(chosen):
+            return [None] * layers
+        released.expect("sparse_score_type", "max")
+        without_values = released.flags("sparse_disable_index_value", layers)
+        for layer in range(layers):
+            if chosen[layer] and not without_values[layer]:
+                raise CheckpointError(
+                    f"{text.where}: layer {layer} asks for index values (sparse_disable_index_value = 0); none are released"
+                )
+        first = released.count("sparse_init_block", least=0)
+        spec = _selection(released, {key: key for key in _INDEX_KEYS}, first, kv_heads)
+        released.refuse_unknown()
+        return [spec if kind else None for kind in chosen]
 
-    def is_moe(self, config: Mapping[str, Any], layer: int) -> bool:
-        return bool(need(self.text_config(config), "moe_layer_freq", "text_config")[layer])
+    def _vision(self, top: ConfigPart) -> ConfigPart | None:
+        vision = top.part("vision_config")
+        for key in ("patch_size", "num_channels"):
+            if vision is not None and vision.has(key):
+                vision.count(key, MAX_HEADS)
+        if vision is not None and vision.has("num_hidden_layers"):
+            self.num_vision_layers = vision.count("num_hidden_layers", MAX_LAYERS)
+        return vision
 
-    def is_sparse(self, config: Mapping[str, Any], layer: int) -> bool:
-        sparse = self.text_config(config).get("sparse_attention_config") or {}
-        return bool(sparse.get("use_sparse_attention")) and bool(sparse["sparse_attention_freq"][layer])
-
-    def has_index_keys(self, config: Mapping[str, Any], layer: int) -> bool:
-        return self.is_sparse(config, layer)
-
-    def expected_tensors(self, config: Mapping[str, Any]) -> dict[str, Expected]:
-        text = self.text_config(config)
-
-        def get(key: str) -> int:
-            return int(need(text, key, "text_config"))
-
-        hidden, vocab = get("hidden_size"), get("vocab_size")
-        heads, kv_heads, head_dim = get("num_attention_heads"), get("num_key_value_heads"), get("head_dim")
-        out = {
-            "language_model.model.embed_tokens.weight": Expected((vocab, hidden)),
-            "language_model.model.norm.weight": Expected((hidden,)),
-        }
-        if not text.get("tie_word_embeddings", False):
-            out["language_model.lm_head.weight"] = Expected((vocab, hidden))
-        for layer in range(self.num_layers(config)):
-            prefix = self.layer_prefix(layer)
-            shapes: dict[str, tuple[int, ...]] = {
-                "input_layernorm": (hidden,),
-                "post_attention_layernorm": (hidden,),
-                "self_attn.q_proj": (heads * head_dim, hidden),
-                "self_attn.k_proj": (kv_heads * head_dim, hidden),
-                "self_attn.v_proj": (kv_heads * head_dim, hidden),
-                "self_attn.o_proj": (hidden, heads * head_dim),
-            }
-            if text.get("use_qk_norm", True):
-                shapes |= {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
-            if self.is_sparse(config, layer):
-                sparse = text["sparse_attention_config"]
-                dim, index_heads = sparse["sparse_index_dim"], sparse["sparse_num_index_heads"]
-                shapes |= {
-                    "self_attn.index_q_proj": (index_heads * dim, hidden),
-                    "self_attn.index_k_proj": (dim, hidden),
-                    "self_attn.index_q_norm": (dim,),
-                    "self_attn.index_k_norm": (dim,),
-                }
-            if self.is_moe(config, layer):
-                inner, experts = get("intermediate_size"), get("num_local_experts")
-                moe = f"{prefix}block_sparse_moe."
-                out[f"{moe}gate.weight"] = Expected((experts, hidden), float32=True)
-                if text.get("use_routing_bias", True):
-                    out[f"{moe}e_score_correction_bias"] = Expected((experts,), float32=True)
-                for expert in range(experts):
-                    out[f"{moe}experts.{expert}.w1.weight"] = Expected((inner, hidden))
-                    out[f"{moe}experts.{expert}.w2.weight"] = Expected((hidden, inner))
-                    out[f"{moe}experts.{expert}.w3.weight"] = Expected((inner, hidden))
-                if text.get("n_shared_experts"):
-                    shared = get("shared_intermediate_size") * int(text["n_shared_experts"])
-                    shapes |= _mlp("block_sparse_moe.shared_experts", hidden, shared)
-            else:
-                shapes |= _mlp("mlp", hidden, get("dense_intermediate_size"))
-            for module, shape in shapes.items():
-                out[f"{prefix}{module}.weight"] = Expected(shape)
-        if config.get("vision_config"):
-            out |= _vision_tensors(config, hidden)
-        return out
-
-    def engine_modules(self, config: Mapping[str, Any]) -> Iterator[EngineModule]:
-        text = self.text_config(config)
-        for layer in range(self.num_layers(config)):
-            prefix = self.layer_prefix(layer)
-            attention = f"{prefix}self_attn."
-            qkv = tuple(f"{attention}{part}_proj" for part in "qkv")
-            index = tuple(f"{attention}index_{p}_proj" for p in "qk") if self.is_sparse(config, layer) else ()
-            names = "q, k, v, index_q, index_k" if index else "q, k, v"
-            yield EngineModule((f"{attention}qkv_proj", *qkv), qkv + index, f"{attention}qkv_proj ({names})")
-            yield EngineModule((f"{attention}o_proj",), (f"{attention}o_proj",), f"{attention}o_proj")
-            mlps = [f"{prefix}mlp"]
-            if self.is_moe(config, layer):
-                moe = f"{prefix}block_sparse_moe."
-                mlps = [f"{moe}shared_experts"] if text.get("n_shared_experts") else []
-                experts = range(need(text, "num_local_experts", "text_config"))
-                members = tuple(f"{moe}experts.{e}.{w}" for e in experts for w in ("w1", "w2", "w3"))
-                probes = tuple(f"{moe}experts.0.{part}_proj" for part in ("gate", "down", "up"))
-                yield EngineModule(probes, members, f"{moe}experts (w1, w2, w3 of every expert)")
-            for mlp in mlps:
-                pair = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
-                yield EngineModule((f"{mlp}.gate_up_proj", *pair), pair, f"{mlp}.gate_up_proj (gate, up)")
-                yield EngineModule((f"{mlp}.down_proj",), (f"{mlp}.down_proj",), f"{mlp}.down_proj")
-
-    def selected_tokens(self, config: Mapping[str, Any]) -> int:
-        if not any(self.is_sparse(config, layer) for layer in range(self.num_layers(config))):
-            return 0
-        sparse = self.text_config(config)["sparse_attention_config"]
-        return int(sparse["sparse_topk_blocks"]) * int(sparse["sparse_block_size"])
-
-    def kv_geometry(self, config: Mapping[str, Any]) -> KvGeometry:
-        text, layers = self.text_config(config), self.num_layers(config)
-        sparse = sum(self.is_sparse(config, layer) for layer in range(layers))
-        dim = (text.get("sparse_attention_config") or {}).get("sparse_index_dim", 0)
-        kv_heads, head_dim = need(text, "num_key_value_heads"), need(text, "head_dim")
-        return KvGeometry(layers, kv_heads, head_dim, sparse, dim)
+    def other_tensors(self) -> dict[str, Expected]:
+        return (
+            _vision_tensors(self.vision, ConfigPart(self.config, self.where), self.hidden_size) if self.vision else {}
+        )
 
     def recipe_aliases(self, module: str) -> tuple[str, ...]:
         tree = module.replace("language_model.model.", "model.language_model.", 1)
@@ -228,31 +214,37 @@ class MiniMaxM3VL(Family):
         return ("vision", "projector")
 
 
-_OUTER = {
-    "language_model.model.embed_tokens.weight": "embedding",
-    "language_model.lm_head.weight": "lm_head",
-    "language_model.model.norm.weight": "norm",
-}
-_PROJECTIONS = (("shared_experts", _SHARED), ("dense_mlp", _DENSE), ("attention", _ATTENTION), ("indexer", _INDEXER))
+def _activation(text: ConfigPart) -> Activation:
+    """swigluoai under either name: transformers 5 writes "silu", and computes with swiglu_alpha and swiglu_limit all the same."""
+    text.expect("hidden_act", SWIGLUOAI, SILU)
+    # The first released config.json has no swiglu_beta; vLLM's and transformers' value is 1.0.
+    beta = text.number("swiglu_beta", default=1.0)
+    return Activation(SWIGLUOAI, text.number("swiglu_alpha"), text.number("swiglu_limit"), beta)
 
 
-def _mlp(module: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{module}.gate_proj": (inner, hidden),
-        f"{module}.up_proj": (inner, hidden),
-        f"{module}.down_proj": (hidden, inner),
-    }
+def _selection(part: ConfigPart, keys: Mapping[str, str], init_blocks: int, kv_heads: int) -> SparseSpec:
+    """keys: what `sparse_attention_config` calls a size -> its name in `part`."""
+    part.expect(keys["sparse_num_index_heads"], kv_heads)
+    return SparseSpec(
+        index_heads=kv_heads,
+        index_dim=part.count(keys["sparse_index_dim"]),
+        block_size=part.count(keys["sparse_block_size"]),
+        topk_blocks=part.count(keys["sparse_topk_blocks"]),
+        local_blocks=part.count(keys["sparse_local_block"], least=0),
+        init_blocks=init_blocks,
+    )
 
 
-def _vision_tensors(config: Mapping[str, Any], hidden: int) -> dict[str, Expected]:
+def _vision_tensors(vision: ConfigPart, top: ConfigPart, hidden: int) -> dict[str, Expected]:
     """Vision tower, projector and patch merger (facts/checkpoints 2.3), sized from vision_config."""
-    vision = config["vision_config"]
-    width, inner, patch = (need(vision, k, "vision_config") for k in ("hidden_size", "intermediate_size", "patch_size"))
-    compression = vision.get("img_token_compression_config") or config.get("img_token_compression_config") or {}
-    frames, merge = compression.get("temporal_patch_size", 2), compression.get("spatial_merge_size", 2)
+    width, inner, patch = (vision.count(key, MAX_SIZE) for key in ("hidden_size", "intermediate_size", "patch_size"))
+    said = [p.part("img_token_compression_config") for p in (vision, top)]
+    compression = next((part for part in said if part), vision)
+    frames = compression.count("temporal_patch_size", 1024, default=2)
+    merge = compression.count("spatial_merge_size", 1024, default=2)
     tower = "vision_tower.vision_model."
-    conv = (width, need(vision, "num_channels", "vision_config"), frames, patch, patch)
-    out = {f"{tower}embeddings.patch_embedding.weight": Expected(conv, float32=True)}
+    conv = (width, vision.count("num_channels", 1024), frames, patch, patch)
+    out: dict[str, Expected] = {f"{tower}embeddings.patch_embedding.weight": Expected(conv, float32=True)}
 
     def linear(module: str, rows: int, columns: int) -> None:
         out[f"{module}.weight"], out[f"{module}.bias"] = Expected((rows, columns)), Expected((rows,))
@@ -261,7 +253,7 @@ def _vision_tensors(config: Mapping[str, Any], hidden: int) -> dict[str, Expecte
         out[f"{module}.weight"] = out[f"{module}.bias"] = Expected((width,))
 
     layer_norm(f"{tower}pre_layrnorm")
-    for layer in range(need(vision, "num_hidden_layers", "vision_config")):
+    for layer in range(vision.count("num_hidden_layers", MAX_LAYERS)):
         prefix = f"{tower}encoder.layers.{layer}."
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
             linear(f"{prefix}self_attn.{part}", width, width)
@@ -269,7 +261,7 @@ def _vision_tensors(config: Mapping[str, Any], hidden: int) -> dict[str, Expecte
         layer_norm(f"{prefix}layer_norm2")
         linear(f"{prefix}mlp.fc1", inner, width)
         linear(f"{prefix}mlp.fc2", width, inner)
-    projector = need(config, "projector_hidden_size")
+    projector = top.count("projector_hidden_size", MAX_SIZE)
     linear("multi_modal_projector.linear_1", projector, width)
     linear("multi_modal_projector.linear_2", hidden, projector)
     linear("patch_merge_mlp.linear_1", projector, hidden * merge * merge)

@@ -22,6 +22,10 @@ FEWEST_TOKENS = 65_536
 FLOOR_FACTOR = 1.2
 # Tokens are chosen in steps of this many: small differences of the rates do not change the run.
 TOKEN_STEP = 65_536
+# What feedback holds on the device of every token, in bytes for each hidden channel: both streams before and after attention
+# and what is missing (BF16), and the experts' sum (float32). All of it is kept below MOST_STATE_BYTES.
+STATE_BYTES_PER_CHANNEL = 2 * 2 + 2 * 2 + 2 + 4
+MOST_STATE_BYTES = 24 * 10**9
 # Shares of the rows in windows of one row, of four, and past the selection of sparse attention.
 LONG_SHARES = (0.25, 0.25)
 MIDDLE_ROWS = 4
@@ -39,7 +43,7 @@ class Tokens:
     disk_seconds: float
     """A layer's reading and writing, which hides them where it is longer."""
     bound: str
-    """What ended the choice: "disk", "rows" (there are enough for any expert), "least", or "given"."""
+    """What ended the choice: "disk", "rows" (there are enough for any expert), "memory", "least", or "given"."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,31 +67,39 @@ def tokens_for_rows(rows_per_k: float, hidden: int, experts: int, top_k: int) ->
 def flops_per_token(plan: Plan) -> float:
     """Operations of one token in an average layer: both streams' forward passes, and the second moments of the experts' inputs
     in the quantized stream and across the streams: 2 * 2 top_k (K^2 + I^2), K of w1 and w3, I of w2."""
-    text = plan.family.text_config(plan.checkpoint.config)
-    inputs = int(text["hidden_size"]) ** 2 + int(text["intermediate_size"]) ** 2
-    return 2 * 2 * active_weights(plan) + 2 * 2 * int(text["num_experts_per_tok"]) * inputs
+    _, top_k, inner = _experts(plan)
+    inputs = plan.family.hidden_size**2 + inner**2
+    return 2 * 2 * active_weights(plan) + 2 * 2 * top_k * inputs
+
+
+def _experts(plan: Plan) -> tuple[int, int, int]:
+    """(experts, experts per token, their inner width). A dense MLP is one expert that every token goes to."""
+    moe = plan.family.moe
+    if moe is None:
+        return 1, 1, max(spec.dense_intermediate_size for spec in plan.family.layers)
+    return moe.num_experts, moe.top_k, moe.intermediate_size
 
 
 def token_choice(plan: Plan, rates: Rates) -> Tokens:
-    """As many tokens as pass through a layer in 1.2 times its disk's time, at most 8 rows per K, at least 65,536. Without measured rates for
-    computing, 65,536."""
-    text = plan.family.text_config(plan.checkpoint.config)
+    """As many tokens as pass through a layer in 1.2 times its disk's time, at most 8 rows per K and as many as a GPU has
+    room for, at least 65,536. Without measured rates for computing, 65,536."""
     if rates.forward is None:
         return described(plan, rates, FEWEST_TOKENS, "least")
     hidden = FLOOR_FACTOR * layer_io(plan, rates) * rates.forward / flops_per_token(plan)
-    experts, top_k = int(text["num_local_experts"]), int(text["num_experts_per_tok"])
-    most = tokens_for_rows(MOST_ROWS_PER_K, int(text["hidden_size"]), experts, top_k)
-    chosen, bound = (most, "rows") if most <= hidden else (int(hidden), "disk")
+    experts, top_k, _ = _experts(plan)
+    most = tokens_for_rows(MOST_ROWS_PER_K, plan.family.hidden_size, experts, top_k)
+    room = MOST_STATE_BYTES // (STATE_BYTES_PER_CHANNEL * plan.family.hidden_size)
+    chosen, bound = min((most, "rows"), (int(hidden), "disk"), (room, "memory"))
     chosen = chosen // TOKEN_STEP * TOKEN_STEP
     return described(plan, rates, chosen, bound) if chosen > FEWEST_TOKENS else described(plan, rates, FEWEST_TOKENS, "least")  # fmt: skip
 
 
 def described(plan: Plan, rates: Rates, tokens: int, bound: str = "given") -> Tokens:
     """What `tokens` mean for this model on this machine; seconds are 0 where no rate of computing is known."""
-    text = plan.family.text_config(plan.checkpoint.config)
-    rows = tokens * int(text["num_experts_per_tok"]) / int(text["num_local_experts"])
+    experts, top_k, _ = _experts(plan)
+    rows = tokens * top_k / experts
     compute = tokens * flops_per_token(plan) / rates.forward if rates.forward else 0.0
-    return Tokens(tokens, rows, rows / int(text["hidden_size"]), compute, layer_io(plan, rates), bound)
+    return Tokens(tokens, rows, rows / plan.family.hidden_size, compute, layer_io(plan, rates), bound)
 
 
 def window_groups(rows: int, length: int, selected: int) -> tuple[WindowGroup, ...]:
@@ -118,13 +130,14 @@ def calibration_lines(plan: Plan, rates: Rates) -> list[str]:
     """What the run's calibration text is, and how much the disk's time would hide."""
     data = plan.recipe.data
     now, choice = described(plan, rates, data.windows * data.window_length), token_choice(plan, rates)
-    width = int(plan.family.text_config(plan.checkpoint.config)["hidden_size"])
+    width = plan.family.hidden_size
+    an_expert = "an expert on average" if plan.family.moe else "an MLP"
     lines = [
         f"calibration text: {now.tokens:,} tokens in {data.windows:,} windows of {data.window_length:,}, and {data.heldout_windows} "
-        f"windows held out; {now.rows_per_expert:,.0f} rows an expert on average, {now.rows_per_k:.2f} times its input's {width:,}"
+        f"windows held out; {now.rows_per_expert:,.0f} rows {an_expert}, {now.rows_per_k:.2f} times its input's {width:,}"
     ]
     if choice.tokens > now.tokens:
-        selected = plan.family.selected_tokens(plan.checkpoint.config)
+        selected = plan.family.selected_tokens
         groups = window_groups(choice.tokens // data.window_length, data.window_length, selected)
         lines.append(
             f"on {rates.machine} a layer is read and written in {choice.disk_seconds:.1f} s; {choice.tokens:,} tokens "

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import PlanError
+from ..families import Family
 from ..schemes import Scheme, parse_scheme
 from .layout import check_divisible, stored_tensors
 from .plan import OutputTensor, Plan, PlannedTensor, Unit
@@ -18,7 +19,7 @@ from .sensitivity import ROLES
 # What is tried where nothing was measured, from few bytes to many. Zero points at 2, 3 and 5 bits: one vLLM release
 # unpacks symmetric experts of these widths while it loads them (engine_integers). Symmetric at 4, 6 and 8: the kernels
 # that every engine has.
-EXPERT_CANDIDATES = (
+BULK_CANDIDATES = (
     "int2-g128-asym",
     "int2-g64-asym",
     "int3-g128-asym",
@@ -33,8 +34,14 @@ EXPERT_CANDIDATES = (
 OTHER_CANDIDATES = ("int4-g128", "int4-g32", "int8-g128")
 
 
-def default_candidates(role: str) -> tuple[str, ...]:
-    return EXPERT_CANDIDATES if role == "routed_experts" else OTHER_CANDIDATES
+def bulk_role(family: Family) -> str:
+    """The role that most of the weights are in: the one that few bits are for."""
+    return "routed_experts" if family.moe is not None else "dense_mlp"
+
+
+def default_candidates(family: Family) -> dict[str, tuple[str, ...]]:
+    """Role -> schemes to try, from few bytes to many."""
+    return {role: BULK_CANDIDATES if role == bulk_role(family) else OTHER_CANDIDATES for role in ROLES}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..recipe.recipe import Recipe
 from ..schemes import KEEP, Scheme
 from .engine_integers import check_expert_scheme, scheme_of_group
 
-# `packed_modules_mapping` of vLLM's two models.
+# `packed_modules_mapping` of vLLM's models.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -246,9 +246,7 @@ def _is_known(weights: Mapping[str, Any]) -> bool:
     return weights.get("type") == "int" or (weights.get("type") == "float" and weights["num_bits"] == 8)
 
 
-def engine_problems(
-    family: Family, config: Mapping[str, Any], qconfig: Mapping[str, Any], modules: Mapping[str, Scheme]
-) -> list[str]:
+def engine_problems(family: Family, qconfig: Mapping[str, Any], modules: Mapping[str, Scheme]) -> list[str]:
     """Where the engine's view of the checkpoint differs from the schemes of `modules`; empty when it loads as meant.
 
     Checks the rules of facts/checkpoints 4 and 7: members of one fused module share a scheme, and every name under
@@ -256,7 +254,7 @@ def engine_problems(
     """
     problems = []
     zero_point_only = qconfig.get("quant_method") == "awq"
-    for module in family.engine_modules(config):
+    for module in family.engine_modules():
         schemes = {modules[m] for m in module.members if m in modules}
         if len(schemes) > 1:
             example = {scheme.name: next(m for m in module.members if modules.get(m) == scheme) for scheme in schemes}

@@ -18,7 +18,7 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..errors import OptionError
 from ..recipe.recipe import Recipe, build_recipe, join_layers
-from .choices import Choices, default_candidates, layer_choices, unit_bytes
+from .choices import Choices, bulk_role, default_candidates, layer_choices, unit_bytes
 from .knapsack import efficient, solve
 from .plan import Plan, make_plan
 from .sensitivity import ROLES, Sensitivity
@@ -70,8 +70,10 @@ class Fitting:
         self.checkpoint, self.data, self.sensitivity = checkpoint, data, sensitivity
         schemes = dict.fromkeys(ROLES, "fp8-channel")  # divides any shape
         self.base = make_plan(checkpoint, build_recipe({"rounding": ROUNDING, "schemes": schemes, "data": dict(data)}))
-        known = {r: sensitivity.schemes(r) if sensitivity else default_candidates(r) for r in ROLES}
-        self.choices: Choices = layer_choices(self.base, {**known, **(candidates or {})})
+        self.bulk = bulk_role(self.base.family)
+        measured = {role: sensitivity.schemes(role) for role in ROLES} if sensitivity else {}
+        known = {**default_candidates(self.base.family), **measured, **(candidates or {})}
+        self.choices: Choices = layer_choices(self.base, known)
         self.losses = self._losses(sensitivity) if sensitivity else None
 
     def refuse(self, schemes: Mapping[tuple[str, str], str]) -> None:
@@ -199,14 +201,13 @@ class Fitting:
             now.append(least)
             ladders.append(rank)
         states = [self._step(layers, costs, now, True)]
-        others = [role for role in ROLES if role != "routed_experts"]
+        others = [role for role in ROLES if role != self.bulk]
         states += self._widen(
             layers, costs, now, [{r: ladder[r][-1] for r in others if r in ladder} for ladder in ladders]
         )
-        for rung in range(1, max((len(ladder.get("routed_experts", ())) for ladder in ladders), default=0)):
+        for rung in range(1, max((len(ladder.get(self.bulk, ())) for ladder in ladders), default=0)):
             wider = [
-                {r: ladder[r][min(rung, len(ladder[r]) - 1)] for r in ("routed_experts",) if r in ladder}
-                for ladder in ladders
+                {r: ladder[r][min(rung, len(ladder[r]) - 1)] for r in (self.bulk,) if r in ladder} for ladder in ladders
             ]
             states += self._widen(layers, costs, now, wider)
         return sorted(states, key=lambda state: state.cost)

@@ -58,10 +58,10 @@ def from_config(path: Path) -> HeaderSource:
     """The BF16 release that a config.json describes, for planning. Raises CheckpointError for another file or architecture."""
     raw = read_bounded(path, CONFIG_BYTES, follow=True)
     config = parse_object(raw, str(path), "Give the config.json of a release.", constants=True)
-    kind = source_kind(config, str(path))
     family = family_of(config, str(path))
+    kind = source_kind(config, str(path))
     source = HeaderSource(str(path), config)
-    for name, expected in family.expected_tensors(config).items():
+    for name, expected in family.expected_tensors.items():
         quantized = kind != PLAIN and family.role(name).kind in QUANTIZABLE
         dtype = "F8_E4M3" if quantized else "F32" if expected.float32 else "BF16"
         source.add(name, dtype, expected.shape, kind if quantized else PLAIN)

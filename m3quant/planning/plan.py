@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 from ..checkpoint import DTYPE_BYTES, Checkpoint, Entry, aligned_order, entry_bytes, file_size
 from ..errors import PlanError
 from ..families import KEPT, QUANTIZABLE, Family, Role, family_of
+from ..families.spec import is_index
 from ..recipe.layer_ranges import show_layers
-from ..recipe.recipe import Recipe, split_layers
+from ..recipe.recipe import Recipe, for_family, split_layers
 from ..schemes import FP8_BLOCK, KEEP, Scheme
 from .engine_config import check_format, engine_problems, quantization_config
 from .engine_integers import integer_notes
@@ -192,19 +193,18 @@ def nbytes(tensor: OutputTensor) -> int:
 def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """Plan the conversion. Raises CheckpointError or PlanError, with the tensor and the remedy, for whatever would fail later."""
     family = family_of(checkpoint.config, f"{checkpoint.root}/config.json")
+    recipe, recipe_notes = for_family(recipe, family)
     _check_roles(recipe, family)
     check_format(recipe)
     if reason := family.refused_formats.get(recipe.format):
         raise PlanError(f"format '{recipe.format}' cannot be served for {family.model_type}: {reason}.")
     tensors = source_tensors(checkpoint)
-    notes = [*checkpoint.warnings, *check_complete(checkpoint, family, tensors)]
-    notes += _calibration_notes(family, recipe, checkpoint.config)
-    layers = family.num_layers(checkpoint.config)
+    notes = [*checkpoint.warnings, *recipe_notes, *check_complete(checkpoint, family, tensors)]
+    notes += _calibration_notes(family, recipe)
+    layers = family.num_layers
     by_unit: list[list[PlannedTensor]] = [[] for _ in range(layers + 1)]
     for name in sorted(tensors, key=_natural):
         role = family.role(name)
-        if role.layer is not None and role.layer >= layers:
-            role = Role("mtp")  # some releases number their multi-token-prediction layers on; engines drop them
         by_unit[0 if role.layer is None else role.layer + 1].append(_plan_tensor(tensors[name], role, recipe))
     units = [
         Unit(i, None if i == 0 else i - 1, f"model-{i + 1:05d}-of-{layers + 1:05d}.safetensors", tuple(group))
@@ -229,8 +229,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     return plan
 
 
-def _calibration_notes(family: Family, recipe: Recipe, config: Mapping[str, Any]) -> list[str]:
-    covered, length = family.selected_tokens(config), recipe.data.window_length
+def _calibration_notes(family: Family, recipe: Recipe) -> list[str]:
+    covered, length = family.selected_tokens, recipe.data.window_length
     if not recipe.calibrated or length > covered:
         return []
     return [
@@ -241,7 +241,7 @@ def _calibration_notes(family: Family, recipe: Recipe, config: Mapping[str, Any]
 
 def _natural(name: str) -> list[Any]:
     """Sort key that puts layer 10 after layer 9."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+    return [(0, int(part), "") if is_index(part) else (1, 0, part) for part in name.split(".")]
 
 
 def _check_roles(recipe: Recipe, family: Family) -> None:
@@ -316,12 +316,12 @@ def _as_stored(source: SourceTensor) -> tuple[OutputTensor, ...]:
 def _check_engine_rules(plan: Plan) -> None:
     """Rules of facts/checkpoints 4 and 7: fused modules share a scheme, names resolve, fused blocks are aligned."""
     assert plan.quantization is not None
-    problems = engine_problems(plan.family, plan.checkpoint.config, plan.quantization, plan.modules)
+    problems = engine_problems(plan.family, plan.quantization, plan.modules)
     if problems:
         more = f" ({len(problems) - 1} more of this kind)" if len(problems) > 1 else ""
         raise PlanError(problems[0] + more)
     shapes = {t.module: t.source.info.shape for t in plan.tensors}
-    for module in plan.family.engine_modules(plan.checkpoint.config):
+    for module in plan.family.engine_modules():
         if len(module.members) < 2 or ".experts." in module.members[0]:
             continue
         for member in module.members:

@@ -51,9 +51,8 @@ def tokens_of(plan: Plan) -> int:
 
 def routed_share(plan: Plan) -> float:
     """Experts that a token is sent to, of all; 1 for a model without routed experts."""
-    text = plan.family.text_config(plan.checkpoint.config)
-    experts = int(text.get("num_local_experts") or 0)
-    return int(text["num_experts_per_tok"]) / experts if experts else 1.0
+    moe = plan.family.moe
+    return moe.top_k / moe.num_experts if moe else 1.0
 
 
 def layers_of(plan: Plan) -> list[Unit]:

@@ -5,6 +5,7 @@ Host memory is the peak of the whole process: what m3quant holds, and what the i
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ WORK_COPIES = 3
 # Pinned host memory of a layer's packed output, in its bytes: torch pins powers of two, and pieces of several sizes do not share
 # them. 1.5 was measured for M2 and M3 (tests/benchmarks/figures/h200_convert_*.json).
 PINNED_SHARE = 1.75
+BOUNDARY_SHARE = 0.05
 # Headroom on the disk for the journal, the report and the file system's own needs.
 DISK_MARGIN = 64 * 2**20
 
@@ -47,8 +49,18 @@ class Resources:
 
 def hidden_state_bytes(plan: Plan, element_bytes: int) -> int:
     """One hidden-state stream: windows x length x hidden size."""
-    data, text = plan.recipe.data, plan.family.text_config(plan.checkpoint.config)
-    return (data.windows + data.heldout_windows) * data.window_length * int(text["hidden_size"]) * element_bytes
+    data = plan.recipe.data
+    return (data.windows + data.heldout_windows) * data.window_length * plan.family.hidden_size * element_bytes
+
+
+def boundary_interval(plan: Plan, on_gpu: bool) -> int:
+    """Layers between two savings of both hidden-state streams, so that these cost at most BOUNDARY_SHARE of the bytes of the
+    layers between them. On a CPU every layer: searching takes far longer there than saving."""
+    if not on_gpu:
+        return 1
+    layers = [unit for unit in plan.units if unit.layer is not None]
+    moved = sum(unit.bytes_in + unit.bytes_out for unit in layers) / len(layers)
+    return max(1, math.ceil(2 * hidden_state_bytes(plan, 2) / (BOUNDARY_SHARE * moved)))
 
 
 def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool = False) -> Resources:

@@ -23,7 +23,7 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.strict_json import parse_object
 from ..errors import CheckpointError, OptionError
 from ..families import QUANTIZABLE
-from ..families.counts import LIMITS
+from ..families.config import MAX_LAYERS
 from ..schemes import parse_scheme
 
 SCHEMA = 1
@@ -55,7 +55,7 @@ class Probe(_Model):
 
 
 class LayerSensitivity(_Model):
-    layer: int = Field(ge=0, lt=LIMITS["num_hidden_layers"])
+    layer: int = Field(ge=0, lt=MAX_LAYERS)
     candidates: dict[str, dict[str, Candidate]]  # role -> scheme
     probes: dict[str, list[Probe]]
 
@@ -111,7 +111,7 @@ class Sensitivity(_Model):
     rounding: str
     options: dict[str, Any]  # of the rounding
     device: str
-    others_left: Amount  # what the estimates outside the routed experts were multiplied by: see convert.measure
+    others_left: Amount  # what the estimates outside the bulk of the weights were multiplied by: see convert.measure
     layers: list[LayerSensitivity]
     pilots: list[Pilot]
 

@@ -13,7 +13,6 @@ from typing import Any
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import CheckpointError
 from ..families.base import Family
-from ..families.counts import check_promised
 from ..schemes import FP8_BLOCK as BLOCK
 
 PLAIN, FP8_BLOCK, MXFP8 = "plain", "fp8-block", "mxfp8"
@@ -125,10 +124,10 @@ def scale_layout(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, int], tu
 
 def check_complete(checkpoint: Checkpoint, family: Family, tensors: Mapping[str, SourceTensor]) -> list[str]:
     """Compare with the tensors that config.json promises; returns notes. Raises CheckpointError naming what is missing or misshapen."""
-    config = checkpoint.config
-    check_promised(config, family.text_config(config), f"{checkpoint.root}/config.json", len(checkpoint.tensors))
-    expected = family.expected_tensors(config)
+    family.check_promised(len(checkpoint.tensors))
+    expected = family.expected_tensors
     notes = []
+    rounded: dict[tuple[str, str], list[str]] = {}  # (role, dtype) -> names
     optional = {role: [n for n in expected if family.role(n).kind == role] for role in family.optional_groups()}
     absent_groups = {role for role, names in optional.items() if names and not any(n in tensors for n in names)}
     missing = [n for n in expected if n not in tensors and family.role(n).kind not in absent_groups]
@@ -153,7 +152,14 @@ def check_complete(checkpoint: Checkpoint, family: Family, tensors: Mapping[str,
                 f"{checkpoint.root}/{info.shard}: tensor '{name}' is {info.dtype}: expected one of {', '.join(FLOAT_DTYPES)}."
             )
         if want.float32 and info.dtype != "F32":
-            notes.append(
-                f"{name} is {info.dtype}, the official releases store it in F32: it was rounded by an earlier tool"
+            rounded.setdefault((family.role(name).kind, info.dtype), []).append(name)
+    for (role, dtype), names in rounded.items():
+        told = names[0] if len(names) == 1 else f"{len(names)} {role} tensors (first {names[0]})"
+        notes.append(f"{told}: stored as {dtype}, in the official releases as F32; copied as stored")
+    for name in tensors:
+        if reason := family.unread_companion(name):
+            raise CheckpointError(
+                f"{checkpoint.root}/{tensors[name].info.shard}: {reason}, so that engines and m3quant would compute "
+                "without it: restore the release's config.json, or take the tensor out if it is not meant."
             )
     return notes

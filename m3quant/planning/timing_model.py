@@ -148,8 +148,8 @@ def forward_flops(plan: Plan) -> float:
 
 def stream_bytes(plan: Plan) -> int:
     """Of both streams as they are saved after a layer, in BF16, held-out windows too."""
-    data, text = plan.recipe.data, plan.family.text_config(plan.checkpoint.config)
-    return 2 * (data.windows + data.heldout_windows) * data.window_length * int(text["hidden_size"]) * 2
+    data = plan.recipe.data
+    return 2 * (data.windows + data.heldout_windows) * data.window_length * plan.family.hidden_size * 2
 
 
 def search_flops(plan: Plan) -> float:

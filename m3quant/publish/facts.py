@@ -102,12 +102,13 @@ class CardFacts:
         return max(self.family.min_vllm, min_vllm(config_schemes(self.config)), key=lambda v: Version(v or "0"))
 
     @property
-    def max_context(self) -> int:
-        return int(self.family.text_config(self.config)["max_position_embeddings"])
+    def max_context(self) -> int | None:
+        """Longest context that config.json allows, in tokens; None where it does not say."""
+        return self.family.max_positions
 
     @property
     def selected_tokens(self) -> int:
-        return self.family.selected_tokens(self.config)
+        return self.family.selected_tokens
 
     @property
     def multimodal(self) -> bool:

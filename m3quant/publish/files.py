@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact.eval_record import EVAL_FILE
-from ..artifact.journal import FOLDER, MANIFEST
+from ..artifact.journal import FOLDER
+from ..artifact.manifest import MANIFEST
 from ..checkpoint import CONFIG_NAME, INDEX_NAME, sha256_file
 from ..checkpoint.links import require_regular
 from ..errors import PublishError

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ..artifact.journal import MANIFEST
+from ..artifact.manifest import MANIFEST, Sums, load_manifest
 from ..checkpoint import CONFIG_NAME, INDEX_NAME, make_folder, sha256_file
-from ..checkpoint.bounded import MANIFEST_BYTES, read_json, read_text
+from ..checkpoint.bounded import MANIFEST_BYTES, read_text
 from ..checkpoint.checkpoint import REPO_ID
 from ..checkpoint.copying import hash_file
 from ..checkpoint.hub import HubStore, TransientError
@@ -253,8 +253,8 @@ def _checksums(path: Path, where: str) -> dict[str, str]:
 
 
 def _manifest_sums(path: Path, where: str) -> dict[str, str]:
-    manifest = read_json(path, MANIFEST_BYTES, "It is no manifest of m3quant, or damaged.", error=VerifyError)
     try:
-        return {**manifest["files"], **{name: facts["sha256"] for name, facts in manifest["shards"].items()}}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        sums = load_manifest(path, Sums)
+    except ValueError:
         raise VerifyError(f"{where} cannot be read as a manifest of m3quant: it is damaged.") from None
+    return {**sums.files, **{name: shard.sha256 for name, shard in sums.shards.items()}}

@@ -39,9 +39,20 @@ def ensure_finite(tensor: Tensor, name: str) -> None:
         bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise CheckpointError(
-            f"NaN/Inf in {name}: {bad} of {tensor.numel()} values are not finite, so it cannot be quantized; "
-            "download the shard again or keep this tensor."
+            f"NaN/Inf in {name}: {bad} of {tensor.numel()} values are not finite, which no recipe mends: {finite_remedy(tensor)}."
         )
+
+
+def finite_remedy(tensor: Tensor) -> str:
+    """What to do about a weight that holds NaN or infinities."""
+    again = "compare the shard's checksum with the source's and download it again, or mend what wrote it"
+    if (
+        tensor.dim() == 1
+        and tensor.element_size() > 1
+        and not bool((torch.isnan(tensor) | (tensor == torch.inf)).any())
+    ):
+        return f"where -inf in a bias is to switch experts off, -1e9 does so too; else {again}"
+    return again
 
 
 def int_range(scheme: Scheme) -> tuple[int, int]:

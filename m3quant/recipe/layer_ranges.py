@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable
 
 from ..errors import RecipeError
-from ..families.counts import LIMITS
+from ..families.config import MAX_LAYERS as MOST_LAYERS
 
-MOST_LAYERS = LIMITS["num_hidden_layers"]
 _LONGEST = 4 * 5 * MOST_LAYERS  # characters: every layer by itself, with a blank or two
 _PART = re.compile(r"\s*([0-9]{1,5})\s*(?:-\s*([0-9]{1,5})\s*)?")
 

@@ -89,15 +89,15 @@ def is_llmcompressor(document: Mapping[str, Any]) -> bool:
     return any(_is_stage(key) for key in document) or any(True for _ in _modifiers(document))
 
 
-def translate(document: Mapping[str, Any], family: Family, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The same recipe as a document for `m3quant.recipe.recipe.build_recipe`. config: the checkpoint's config.json.
+def translate(document: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """The same recipe as a document for `m3quant.recipe.recipe.build_recipe`.
 
     Raises RecipeError for anything that m3quant would do differently or not at all, with what to change in `where`.
     """
     modifiers = _checked_modifiers(document, where)
     awq = next((options for name, options in modifiers if name == AWQ), None)
     quantizations = [_quantization(options, f"{where}: {name}") for name, options in modifiers if _quantizes(options)]
-    schemes, layers = _roles(_modules(family, config), quantizations, where)
+    schemes, layers = _roles(_modules(family), quantizations, where)
     out: dict[str, Any] = {
         "name": f"{Path(where).stem} (llm-compressor)",
         "format": "compressed-tensors",
@@ -279,10 +279,10 @@ def _check_round_to_nearest(quantizations: list[_Quantization]) -> None:
 # --- modules and roles ---
 
 
-def _modules(family: Family, config: Mapping[str, Any]) -> list[_Module]:
+def _modules(family: Family) -> list[_Module]:
     """Every linear and embedding that config.json promises."""
     out = []
-    for name, expected in family.expected_tensors(config).items():
+    for name, expected in family.expected_tensors.items():
         if name.endswith(".weight") and len(expected.shape) == 2:
             module, found = name.removesuffix(".weight"), family.role(name)
             torch_class = "Embedding" if found.kind == "embedding" else "Linear"

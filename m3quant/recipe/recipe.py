@@ -18,6 +18,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
@@ -27,7 +28,7 @@ from pydantic import (
 
 from ..checkpoint.bounded import read_yaml
 from ..errors import RecipeError
-from ..families.base import KEPT, QUANTIZABLE
+from ..families.base import KEPT, QUANTIZABLE, Family
 from ..schemes import KEEP, Scheme, parse_scheme
 from .layer_ranges import parse_layers, show_layers
 
@@ -91,6 +92,7 @@ class Recipe(BaseModel):
     awq: AwqOptions = Field(default_factory=lambda: AwqOptions())
     feedback: FeedbackOptions = Field(default_factory=lambda: FeedbackOptions())
     data: CalibrationOptions = Field(default_factory=lambda: CalibrationOptions())
+    _asked: frozenset[str] = PrivateAttr(default=frozenset())  # roles that a person gave a scheme beside the document
 
     @model_validator(mode="before")
     @classmethod
@@ -168,6 +170,27 @@ class Recipe(BaseModel):
     def dump(self) -> str:
         """The recipe as YAML: what `recipe.yaml` of every output holds."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def for_family(recipe: Recipe, family: Family) -> tuple[Recipe, list[str]]:
+    """The recipe as this model takes it, and notes on what that changes.
+
+    Where a model has no routed experts, its dense MLPs are the bulk of its weights and take the experts' scheme, unless
+    a person gave them their own; attention keeps what the recipe says. The result no longer names routed experts, so that
+    it means the same when it is read again.
+    """
+    experts = recipe.scheme("routed_experts")
+    if family.moe is not None or "routed_experts" not in recipe.schemes:
+        return recipe, []
+    schemes = {role: name for role, name in recipe.schemes.items() if role != "routed_experts"}
+    notes = []
+    if experts.quantizes and "dense_mlp" not in recipe._asked:
+        if schemes.get("dense_mlp") != experts.name:
+            notes = [
+                f"this model has no routed experts: its dense MLPs take their scheme, {experts} (--set dense_mlp=... for another)"
+            ]
+        schemes["dense_mlp"] = experts.name
+    return recipe.model_copy(update={"schemes": schemes}), notes
 
 
 def split_layers(layers: object) -> dict[int, dict[str, str]]:
@@ -264,8 +287,8 @@ def build_recipe(document: Mapping[str, Any], *, settings: Iterable[str] = (), f
         raise RecipeError(
             f"recipe key 'schemes' must map roles to schemes, for example routed_experts: int4-g128 (got {schemes!r})."
         )
-    merged = {**document, "schemes": dict(schemes)}
     settings = list(settings)
+    merged = {**document, "schemes": dict(schemes)}
     if settings:
         by_layer = split_layers(document.get("layers"))
         for setting in settings:
@@ -274,9 +297,18 @@ def build_recipe(document: Mapping[str, Any], *, settings: Iterable[str] = (), f
     if format is not None:
         merged["format"] = format
     try:
-        return Recipe.model_validate(merged)
+        recipe = Recipe.model_validate(merged)
     except ValidationError as error:
         raise RecipeError(_sentence(error)) from None
+    recipe._asked = frozenset(setting.partition("=")[0].strip() for setting in settings)
+    return recipe
+
+
+def with_data(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with other calibration options. Raises RecipeError as `build_recipe`."""
+    changed = build_recipe({**recipe.model_dump(), "data": {**recipe.data.model_dump(), **changes}})
+    changed._asked = recipe._asked
+    return changed
 
 
 def _lay_over(setting: str, schemes: dict[str, str], by_layer: dict[int, dict[str, str]], given: set[str]) -> None:

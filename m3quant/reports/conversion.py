@@ -52,7 +52,7 @@ def _made(plan: Plan) -> list[tuple[str, str]]:
     size_in, size_out = sum(u.bytes_in for u in plan.units), plan.output_bytes
     made = f"{size_in:,} bytes of tensors to a checkpoint of {size_out:,} bytes"
     return [
-        ("model", f"{plan.family.model_type}, {plan.family.num_layers(plan.checkpoint.config)} layers"),
+        ("model", f"{plan.family.model_type}, {plan.family.num_layers} layers"),
         ("recipe", f"{plan.recipe.name}, format {plan.recipe.format}, rounding {plan.recipe.rounding}"),
         ("size", f"{made}, {bits_per_weight(plan):.3f} bits per quantized weight"),
         ("made by", f"m3quant {__version__}; beside this page lie calibration.json and experts.json with every number"),

@@ -27,9 +27,8 @@ TOLERANCE = 0.25
 
 def prompt_length(plan: Plan) -> int:
     """Tokens of a prompt: half as long again as M3's selected blocks, so that the indexer decides; 512 without MSA."""
-    text = plan.family.text_config(plan.checkpoint.config)
-    longest = int(text.get("max_position_embeddings", 4096))
-    selected = plan.family.selected_tokens(plan.checkpoint.config)
+    longest = plan.family.max_positions or 4096
+    selected = plan.family.selected_tokens
     return min(longest - 1, max(SHORT_PROMPT, selected * 3 // 2))
 
 
@@ -39,7 +38,7 @@ def prompts(plan: Plan, folder: Path) -> torch.Tensor:
     try:
         tokenizer = load_tokenizer(folder)
     except CalibrationError:
-        vocabulary = int(plan.family.text_config(plan.checkpoint.config)["vocab_size"])
+        vocabulary = plan.family.vocab_size
         return torch.randint(0, vocabulary, (PROMPTS, length), generator=torch.Generator().manual_seed(0))
     windows = tokenize_windows(load_documents(None), tokenizer, PROMPTS, length, seed=1)
     return torch.from_numpy(windows.ids)

@@ -11,7 +11,7 @@ parameter's storage is seen by a torch dispatch mode and credited to the checkpo
 That gives, by name, the parameters (or the share of a fused parameter) that no tensor filled, and the tensors that
 filled nothing.
 
-Request:  model, prompts [[token id]], max_model_len, dtype, moe_backend, block_size, tensor_parallel_size,
+Request:  model, family (as `Family.probe_facts` gives it), prompts [[token id]], max_model_len, dtype, moe_backend, block_size, tensor_parallel_size,
           gpu_memory_utilization, kv_cache_memory_bytes, env {name: value}.
 Response: status "ok" | "incomplete" | "failed", vllm, torch, python, platform, device, parameters, tensors, missing, partial, unexpected,
           never_read, skipped, engine_check, notes, seconds, logprobs, top1, error. `empty_response` documents each.
@@ -35,9 +35,9 @@ from typing import Any
 _HERE = str(Path(__file__).resolve().parent)
 sys.path[:] = [entry for entry in sys.path if entry == "" or str(Path(entry).resolve()) != _HERE]
 
+GEMMA_NORM = "M3QUANT_PROBE_GEMMA_NORM"  # what spawned engine processes must repair, see prepare_process
 REPORT_FOLDER = "M3QUANT_PROBE_REPORTS"  # each engine process leaves its weight report in this folder
 
-VISION = ("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
 # Parameters that the engine makes and fills itself when a checkpoint has none: KV-cache scales, and the index of GPTQ's
 # activation order, which vLLM 0.26 registers for every packed expert.
 ENGINE_FILLED = re.compile(r"(^|\.)([kvq]|prob)_(scale|zero_point)$|(^|[._])g_idx(_sort_indices)?$|input_scale_ub$")
@@ -159,8 +159,10 @@ def install_accounting() -> None:
 _notes: list[str] = []
 
 
-def replace_gemma_norm() -> None:
-    """Where flashinfer is not installed, give vLLM's M3 the plain formula of its Gemma norm (it has no other fallback)."""
+def replace_gemma_norm(target: str) -> None:
+    """Where flashinfer is not installed, give a Gemma norm of vLLM's that has no other fallback ("module:class") its plain formula."""
+    import importlib
+
     import torch
     from vllm.platforms import current_platform
 
@@ -170,7 +172,8 @@ def replace_gemma_norm() -> None:
         import flashinfer.norm  # noqa: F401
 
         return
-    from vllm.models.minimax_m3.nvidia import model as m3
+    module, _, name = target.partition(":")
+    norm = getattr(importlib.import_module(module), name)
 
     def forward(self: Any, x: Any, residual: Any = None) -> Any:
         total = x if residual is None else x + residual
@@ -180,18 +183,19 @@ def replace_gemma_norm() -> None:
         )
         return normed.to(x.dtype) if residual is None else (normed.to(x.dtype), total)
 
-    m3.MiniMAXGemmaRMSNorm.forward = forward
-    _notes.append("flashinfer is not installed: M3's Gemma norm ran as its plain formula in float32.")
+    norm.forward = forward
+    _notes.append(f"flashinfer is not installed: {name} ran as its plain formula in float32.")
 
 
-def prepare_process(model_type: str) -> None:
+def prepare_process(gemma_norm: str) -> None:
+    """gemma_norm: "module:class" of a norm to give a fallback, or ''."""
     install_accounting()
-    if model_type == "minimax_m3_vl":
-        replace_gemma_norm()
+    if gemma_norm:
+        replace_gemma_norm(gemma_norm)
 
 
 if __name__ == "__mp_main__" and REPORT_FOLDER in os.environ:  # a worker that multiprocessing spawned (tensor parallel)
-    prepare_process(os.environ.get("M3QUANT_PROBE_MODEL_TYPE", ""))
+    prepare_process(os.environ.get(GEMMA_NORM, ""))
 
 
 # ---- the probe -----------------------------------------------------------------------------------------------------
@@ -207,8 +211,8 @@ def header_names(folder: Path) -> set[str]:
     return names - {"__metadata__"}
 
 
-def engine_arguments(request: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of vllm.LLM for a request. `config` is the checkpoint's config.json."""
+def engine_arguments(request: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of vllm.LLM for a request; those of the family give way to those of the caller."""
     prompts = request["prompts"]
     longest = max((len(prompt) for prompt in prompts), default=1)
     arguments: dict[str, Any] = {
@@ -222,14 +226,9 @@ def engine_arguments(request: dict[str, Any], config: dict[str, Any]) -> dict[st
         "max_num_seqs": 1,
         "tensor_parallel_size": request.get("tensor_parallel_size") or 1,
         "model_loader_extra_config": {"enable_weights_track": True},
+        **request["family"]["arguments"],
     }
-    block_size = request.get("block_size")
-    if config.get("model_type") == "minimax_m3_vl":
-        arguments["language_model_only"] = True  # the vision tower is neither built nor read
-        block_size = block_size or 128  # the only block size of M3's sparse kernels
-    if block_size:
-        arguments["block_size"] = block_size
-    for name in ("moe_backend", "gpu_memory_utilization", "kv_cache_memory_bytes"):
+    for name in ("block_size", "moe_backend", "gpu_memory_utilization", "kv_cache_memory_bytes"):
         if request.get(name):
             arguments[name] = request[name]
     return arguments
@@ -252,24 +251,26 @@ def weight_reports(folder: Path) -> dict[str, Any]:
     }
 
 
-def skipped_by_design(name: str, config: dict[str, Any]) -> str | None:
+def skipped_by_design(name: str, family: dict[str, Any]) -> str | None:
     """Why a text-only engine has no use for this tensor, or None if it should have been loaded."""
-    if name.startswith(VISION):
+    if name.startswith(tuple(family["towers"])):
         return "vision"
-    layers = (config.get("text_config") or config).get("num_hidden_layers", 1 << 30)
+    if name in family["unread"]:
+        return "tied"
+    layers = family["layers"]
     layer = re.search(r"\blayers\.(\d+)\.", name)
     if "mtp." in name or (layer and int(layer.group(1)) >= layers):
         return "mtp"
     return None
 
 
-def account(reports: dict[str, Any], folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+def account(reports: dict[str, Any], folder: Path, family: dict[str, Any]) -> dict[str, Any]:
     """Response fields on the weights, from the merged reports and the folder's headers."""
     stored = header_names(folder)
     skipped: dict[str, int] = {}
     unexpected = []
     for name in sorted(stored - reports["taken"]):
-        reason = skipped_by_design(name, config)
+        reason = skipped_by_design(name, family)
         if reason:
             skipped[reason] = skipped.get(reason, 0) + 1
         else:
@@ -304,8 +305,8 @@ def score(llm: Any, prompts: list[list[int]]) -> tuple[list[list[float]], list[l
 def probe(request: dict[str, Any], response: dict[str, Any]) -> None:
     """Fill `response`. Raises whatever the engine raises."""
     folder = Path(request["model"])
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    os.environ["M3QUANT_PROBE_MODEL_TYPE"] = str(config.get("model_type"))
+    family = request["family"]
+    os.environ[GEMMA_NORM] = family["gemma_norm"]
     if (request.get("tensor_parallel_size") or 1) > 1:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
@@ -322,15 +323,15 @@ def probe(request: dict[str, Any], response: dict[str, Any]) -> None:
         "device": str(current_platform.get_device_name()),
     }
     load_general_plugins()
-    prepare_process(str(config.get("model_type")))
+    prepare_process(family["gemma_norm"])
 
     started = time.monotonic()
     reports_folder = Path(os.environ[REPORT_FOLDER])
     try:
-        llm = vllm.LLM(**engine_arguments(request, config))
+        llm = vllm.LLM(**engine_arguments(request))
     finally:
         if any(reports_folder.glob("weights-*.json")):
-            response |= account(weight_reports(reports_folder), folder, config)
+            response |= account(weight_reports(reports_folder), folder, family)
     response["seconds"]["load"] = round(time.monotonic() - started, 2)
     if response["missing"] or response["partial"] or response["unexpected"]:
         response["status"] = "incomplete"  # scored all the same: the size of the damage is worth knowing

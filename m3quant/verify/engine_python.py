@@ -23,7 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.strict_json import parse_object
 from ..errors import EngineMissing, VerifyError
+from ..families import family_of
 
 ENGINE_PYTHON = "M3QUANT_ENGINE_PYTHON"
 PROBE = Path(__file__).with_name("engine_probe.py")
@@ -199,8 +201,12 @@ def run_engine(
         raise VerifyError(f"{folder} holds no config.json: give the folder of a finished checkpoint.")
     if not prompts or any(len(prompt) < 2 for prompt in prompts):
         raise VerifyError("the engine check needs prompts of at least two tokens each.")
+    config = parse_object(
+        (folder / "config.json").read_bytes(), str(folder / "config.json"), "Copy it again.", constants=True
+    )
     request = {
         "model": str(folder),
+        "family": family_of(config, str(folder / "config.json")).probe_facts(),
         "prompts": [list(map(int, prompt)) for prompt in prompts],
         "max_model_len": max_model_len,
         "dtype": dtype,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..artifact.journal import MANIFEST
+from ..artifact.manifest import MANIFEST
 from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..errors import CheckpointError
 from ..planning.engine_config import engine_problems
@@ -47,7 +47,7 @@ def _config_problems(output: Checkpoint, plan: Plan, source: Checkpoint | None) 
     if written != plan.quantization:
         yield "config.json: quantization_config is not the one that the recipe gives"
     if written:
-        for problem in engine_problems(plan.family, output.config, written, plan.modules):
+        for problem in engine_problems(plan.family, written, plan.modules):
             yield f"config.json: {problem}"
     if source is not None:
         theirs, ours = unquantized(source.config), unquantized(output.config)

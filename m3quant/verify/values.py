@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..calibration.folds import expert_names, fold_groups, scale_columns
-from ..calibration.layers import layer_spec
 from ..calibration.ranges import FACTORS
 from ..planning.plan import PASSED_THROUGH, Plan, PlannedTensor, Unit
 from ..planning.quantizers import facts_of
@@ -151,7 +150,7 @@ def _pairs(plan: Plan, layer: int) -> dict[str, str]:
     """Relative up-projection -> down-projection of every expert, where this conversion may have folded the two."""
     if not (plan.family.pair_fold and _searched(plan)):
         return {}
-    return {up: down for _, up, down in expert_names(layer_spec(plan.checkpoint.config, layer))}
+    return {up: down for _, up, down in expert_names(plan.family.layer(layer))}
 
 
 def _column_scales(
@@ -167,7 +166,7 @@ def _column_scales(
         return columns, norms
     one_plus = 1.0 if plan.family.norm_one_plus else 0.0
     schemes = {t.name.removeprefix(prefix): t.scheme for t in unit.tensors}
-    for group in fold_groups(layer_spec(plan.checkpoint.config, unit.layer), schemes):
+    for group in fold_groups(plan.family.layer(unit.layer), schemes):
         name = prefix + group.norm
         before, after = (r.read_many([name])[name].double() + one_plus for r in (reader, converted))
         if torch.equal(before, after):

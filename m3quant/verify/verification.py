@@ -13,6 +13,7 @@ from ..calibration.rounding_errors import ROUNDING_ERROR
 from ..checkpoint import Checkpoint
 from ..planning.plan import Plan
 from ..quant.reading import ConvertedReader, SourceReader
+from .same_source import other_source_problems
 from .structure import check_same_kind, structure_problems
 from .values import TensorError, unit_errors, unit_stored_problems, worst
 
@@ -98,6 +99,8 @@ def verify(output: Path, source: str | None, say: Report) -> tuple[Verification,
     if origin is not None and origin.local and sound:
         reader = SourceReader(origin, plan.sources)
 
+        origin.record_reads()
+
         def compare() -> list[str]:
             for unit in plan.units:
                 recorded = manifest.get(ROUNDING_ERROR)
@@ -105,6 +108,12 @@ def verify(output: Path, source: str | None, say: Report) -> tuple[Verification,
             return error_problems(plan, errors)
 
         run("against the source", f"every tensor of {origin.root}, folds undone", compare)
+        read = f"what {origin.root} holds, against what was read of it when the output was made"
+        if "read" not in manifest["source"]:
+            say(
+                "note: the output was made before m3quant recorded what it read: weights were compared by their values alone"
+            )
+        run("the same source", read, lambda: other_source_problems(plan, manifest, origin))
     elif origin is not None and not origin.local:
         say(f"{origin.root} is on the Hub: only its headers were compared; download it to compare the weights")
     return Verification(str(output), checks, errors), plan

@@ -14,6 +14,7 @@ from .replies import Refusal, busy, unavailable
 
 WINDOW_S = 60.0
 LONGEST_RETRY_S = 3600
+PATIENCE = 0.25  # of the longest wait: how long a request of the whole pool may hold its room back (ledger.py)
 
 
 class ReleaseRate:
@@ -50,13 +51,20 @@ class Admission:
     """Admits requests by their tokens. All methods run in the server's event loop."""
 
     def __init__(self, capacity: int, queue_limit: int, timeout_s: float, first_guess_s: float) -> None:
-        self.ledger = Ledger(capacity, queue_limit)
+        self.ledger = Ledger(
+            capacity,
+            queue_limit,
+            patience=timeout_s * PATIENCE,
+            clock=lambda: self.clock(),  # tests turn the clock
+        )
         self.timeout_s = timeout_s
         self.first_guess_s = first_guess_s
         self.rate = ReleaseRate()
         self.clock: Callable[[], float] = time.monotonic
         self.draining = False
         self._waiters: dict[Ticket, asyncio.Future[None]] = {}
+        self._timer: asyncio.TimerHandle | None = None  # for the end of a block
+        self._timer_at: float | None = None
 
     def retry_after(self, tokens: int) -> int:
         """Whole seconds after which `tokens` should fit: what must be released first, at the observed rate."""
@@ -74,8 +82,11 @@ class Admission:
         if self.ledger.would_drop(key, tokens):
             raise self.full(guess)
 
-    async def admit(self, ticket: Ticket, hang_up: Callable[[], asyncio.Task[Message]]) -> float:
-        """Returns the seconds waited once the ticket holds its tokens; raises Refusal or ClientGone, and then it holds none."""
+    async def admit(self, ticket: Ticket, hang_up: Callable[[], asyncio.Task[Message]], waited_s: float = 0.0) -> float:
+        """Returns the seconds waited once the ticket holds its tokens; raises Refusal or ClientGone, and then it holds none.
+
+        `waited_s`: how much of the longest wait has gone by already.
+        """
         began = self.clock()
         if self.draining:
             raise going_down(self.timeout_s)
@@ -84,16 +95,16 @@ class Admission:
             self._waiters[other].set_exception(self.full(other.tokens))
         self._pump()
         if ticket.state is State.QUEUED:
-            await self._wait(ticket, hang_up())
+            await self._wait(ticket, hang_up(), max(0.0, self.timeout_s - waited_s))
         if ticket.state is not State.ADMITTED:
             raise self.full(ticket.tokens)
         self.rate.start(self.clock())
         return self.clock() - began
 
-    async def _wait(self, ticket: Ticket, hang_up: asyncio.Task[Message]) -> None:
+    async def _wait(self, ticket: Ticket, hang_up: asyncio.Task[Message], left_s: float) -> None:
         waiter = self._waiters[ticket] = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait({waiter, hang_up}, timeout=self.timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({waiter, hang_up}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             if hang_up.done():
                 raise ClientGone
             if not waiter.done():
@@ -143,10 +154,27 @@ class Admission:
         )
 
     def _pump(self) -> None:
+        if not self.ledger.queued:
+            return
         for ticket in self.ledger.advance():
             waiter = self._waiters.get(ticket)
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        ends = self.ledger.block_ends()
+        if ends == self._timer_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._timer_at = None, ends
+        if ends is not None:
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, ends - self.clock()), self._block_over)
+
+    def _block_over(self) -> None:
+        self._timer = self._timer_at = None
+        self._pump()
 
 
 def going_down(seconds: float) -> Refusal:

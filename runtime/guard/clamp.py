@@ -9,7 +9,7 @@ import json
 import re
 from json.decoder import scanstring  # type: ignore[attr-defined]
 
-SPACE = re.compile(r"[ \t\n\r]*")
+SPACE = re.compile(r"[ \t\n\r]*+")
 DECODER = json.JSONDecoder()
 
 
@@ -41,13 +41,22 @@ def skip(text: str, at: int) -> int:
 
 
 def with_number(body: bytes, name: str, value: int) -> bytes:
-    """The body with the member `name` of its outermost object set to `value`: replaced wherever it stands, or put first."""
+    """The body with the member `name` of its outermost object set to `value`: replaced wherever it stands, or put first.
+
+    Raises ValueError for what is no JSON object in UTF-8, also one nested too deep to be read.
+    """
     text = body.decode("utf-8")
-    places = [(start, end) for found, start, end in members(text) if found == name]
-    for start, end in reversed(places):
-        text = f"{text[:start]}{value}{text[end:]}"
+    try:
+        places = [(start, end) for found, start, end in members(text) if found == name]
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    number = str(value)
     if not places:
         brace = text.index("{") + 1
         comma = "" if text[skip(text, brace) :].startswith("}") else ","
-        text = f"{text[:brace]}{json.dumps(name)}:{value}{comma}{text[brace:]}"
-    return text.encode("utf-8")
+        return f"{text[:brace]}{json.dumps(name)}:{number}{comma}{text[brace:]}".encode()
+    pieces, kept = [], 0
+    for start, end in places:  # joined once: replacing in place would copy the body for every duplicate
+        pieces += [text[kept:start], number]
+        kept = end
+    return "".join([*pieces, text[kept:]]).encode()

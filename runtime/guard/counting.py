@@ -9,83 +9,112 @@ template adds. Which of the two was used is a label in the metrics.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
+import re
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pydantic_core
 
-from .demand import CHAT, Demand, Prompt
-from .idspan import IdSpan, shorten
-from .inbox import Message
+from .begun import within
+from .idspan import LONG, IdSpan, shorten
+from .inbox import Inbox, Message
+from .need import Count
 from .pool import Pool
+from .reading import Counted, Reading, query_bound
 from .replies import Refusal
 from .settings import GuardSettings
+from .turns import Turns
 
 logger = logging.getLogger("vllm.m3quant.guard")
 
-PER_MESSAGE = 16  # tokens a template may put around one message: role names and separators
-
-# What the chat route and /tokenize both take, with one meaning.
-SHARED_FIELDS = (
-    "model",
-    "add_generation_prompt",
-    "continue_final_message",
-    "add_special_tokens",
-    "chat_template",
-    "tools",
-)
-
 App = Callable[..., Awaitable[None]]
-
-
-@dataclass
-class Count:
-    """`exact` counts can be refused; a bound only reserves, at most what the context holds, and leaves the refusal to the engine."""
-
-    tokens: int
-    method: str  # "ids", "tokenize", "bytes" or "context"
-    exact: bool
-    token_ids: list[int] | IdSpan | None = None
+FOUND = re.compile(
+    rb'\A\{"count": ?([0-9]{1,15}),'
+)  # how vLLM's answer begins; what follows is the ids, which nobody needs here
+LEAST_S = 1.0  # a prompt gets this long to be counted, also when QUEUE_TIMEOUT_S is shorter
 
 
 class Counter:
+    """Asks the tokenizer, a bounded number of prompts at once, fairly between keys; large prompts one at a time."""
+
     def __init__(self, app: App, settings: GuardSettings) -> None:
         self.app = app
         self.settings = settings
         self.has_tokenize = settings.count == "tokenize"
-        self._slots = asyncio.Semaphore(settings.tokenize_concurrency)
+        self.small = Turns(settings.tokenize_concurrency)
+        self.large = Turns(1)
 
-    async def count(self, demand: Demand, prompt: Prompt, scope: dict[str, Any], size: int, pool: Pool) -> Count:
-        """Tokens of one prompt. `size` is the body's length in bytes. Raises the server's own 404 (unknown model) as a Refusal."""
-        found = await self._count(demand, prompt, scope, size, pool)
-        if prompt.media:
-            found.tokens += prompt.media * self.settings.media_tokens
-            found.exact = False
-        if demand.truncate is not None:
-            limit = demand.truncate if demand.truncate >= 0 else pool.max_model_len - 1
-            found.tokens = min(found.tokens, limit)
-        return found
+    async def count(
+        self, reading: Reading, scope: dict[str, Any], key: str, inbox: Inbox, deadline: float, pool: Pool
+    ) -> tuple[list[Count], list[int] | IdSpan | None]:
+        """The tokens of every prompt, and the ids of the first where they are known.
 
-    async def _count(self, demand: Demand, prompt: Prompt, scope: dict[str, Any], size: int, pool: Pool) -> Count:
-        if prompt.whole_context:
-            return Count(pool.longest, "context", False)
+        Raises the server's own 404 (unknown model) as a Refusal, and ClientGone. Nothing is counted after `deadline` (time.monotonic):
+        then bytes bound the rest.
+        """
+        counts, ids = [], None
+        for number, prompt in enumerate(reading.prompts):
+            count, tokens = await self._count(prompt, scope, key, inbox, deadline)
+            if number == 0:
+                ids = tokens
+            self._adjust(count, prompt, reading, pool)
+            counts.append(count)
+        return counts, ids
+
+    def _adjust(self, count: Count, prompt: Counted, reading: Reading, pool: Pool) -> None:
+        """What stands around the counted text: media, a suffix, ids in its place, the cut that the request asks for."""
+        if count.tokens < 0:  # the context, whatever is around it
+            count.tokens = pool.longest
+            return
+        if prompt.media or prompt.extra or prompt.at_least > count.tokens:
+            added = prompt.media * self.settings.media_tokens + prompt.extra
+            count.least = min(count.tokens, prompt.at_least) if prompt.at_least else count.tokens if count.exact else 1
+            count.tokens = max(count.tokens + added, prompt.at_least)
+            count.exact = False
+        if reading.truncate is not None and not prompt.media:
+            limit = reading.truncate if reading.truncate >= 0 else pool.max_model_len - 1
+            count.tokens, count.least = max(1, min(count.tokens, limit)), 1
+
+    async def _count(
+        self, prompt: Counted, scope: dict[str, Any], key: str, inbox: Inbox, deadline: float
+    ) -> tuple[Count, list[int] | IdSpan | None]:
         if prompt.ids is not None:
-            return Count(prompt.ids, "ids", True, prompt.token_ids)
-        if self.has_tokenize and (query := tokenize_query(demand, prompt)) is not None:
-            async with self._slots:
-                if (counted := await self._tokenize(query, scope)) is not None:
-                    return counted
-        return Count(byte_bound(prompt, demand, size, self.settings.template_tokens), "bytes", False)
+            return Count(prompt.ids, "ids", True), prompt.token_ids
+        if prompt.query is not None and self.has_tokenize:
+            found = await self._in_turn(prompt.query, scope, key, inbox, deadline)
+            if found is not None:
+                return found
+        if prompt.any_template or (prompt.bound is None and prompt.query is None):
+            return Count(-1, "context", False), None
+        bound = prompt.bound if prompt.bound is not None else query_bound(prompt.query or b"")
+        return Count(bound + self.settings.template_tokens, "bytes", False), None
 
-    async def _tokenize(self, query: dict[str, Any], scope: dict[str, Any]) -> Count | None:
+    async def _in_turn(
+        self, query: bytes, scope: dict[str, Any], key: str, inbox: Inbox, deadline: float
+    ) -> tuple[Count, list[int] | IdSpan | None] | None:
+        limit = min(self.settings.tokenize_timeout_s, max(LEAST_S, deadline - time.monotonic()))
+        if len(query) < LONG and self.small.enter(key, len(query)) is None:  # soon over: not worth a task of its own
+            try:
+                return await within(self._tokenize(query, scope), limit)
+            except TimeoutError:
+                return None
+            finally:
+                self.small.leave(key)
+        turns = self.large if len(query) >= LONG else self.small
         try:
-            async with asyncio.timeout(self.settings.tokenize_timeout_s):
-                status, answer = await self._ask(to_bytes(query), scope)
+            return await turns.run(key, len(query), inbox, deadline, limit, lambda: self._tokenize(query, scope))
+        except TimeoutError:
+            return None
+
+    async def _tokenize(self, query: bytes, scope: dict[str, Any]) -> tuple[Count, list[int] | IdSpan | None] | None:
+        try:
+            status, answer = await self._ask(query, scope)
         except Exception:  # whatever went wrong inside the application, the byte bound is still right
             return None
+        if status == 200 and self.settings.prefix_hits == "ignore" and (found := FOUND.match(answer)):
+            return Count(int(found[1]), "tokenize", True), None
         try:
             short, span = shorten(answer, (b'"tokens"',))
             parsed = pydantic_core.from_json(short)
@@ -95,7 +124,8 @@ class Counter:
             return None
         if status == 200 and isinstance(parsed.get("count"), int):
             tokens = span if span is not None else parsed.get("tokens")
-            return Count(parsed["count"], "tokenize", True, tokens if isinstance(tokens, list | IdSpan) else None)
+            ids = tokens if isinstance(tokens, list | IdSpan) else None
+            return Count(parsed["count"], "tokenize", True), ids
         error = parsed.get("error")
         if status == 404 and isinstance(error, dict) and error.get("param") == "model":
             kind = str(error.get("type", "NotFoundError"))
@@ -132,54 +162,3 @@ class Counter:
 
         await self.app(inner, receive, send)
         return status, b"".join(chunks)
-
-
-def to_bytes(query: dict[str, Any]) -> bytes:
-    try:
-        return pydantic_core.to_json(query)
-    except ValueError:  # lone surrogates
-        return json.dumps(query).encode()
-
-
-def tokenize_query(demand: Demand, prompt: Prompt) -> dict[str, Any] | None:
-    body = demand.body
-    if prompt.text is not None:
-        query = {"model": body.get("model"), "prompt": prompt.text}
-        if "add_special_tokens" in body:
-            query["add_special_tokens"] = body["add_special_tokens"]
-        return query
-    if prompt.messages is None:
-        return None
-    if demand.kind == CHAT:
-        shared = {name: body[name] for name in SHARED_FIELDS if body.get(name) is not None}
-        return {**shared, "messages": prompt.messages, **template_arguments(body)}
-    if demand.tools:  # other routes write their tools in another shape
-        return None
-    return {"model": body.get("model"), "messages": prompt.messages}
-
-
-def template_arguments(body: dict[str, Any]) -> dict[str, Any]:
-    """What vLLM's chat route gives the template beside the messages (`ChatCompletionRequest.build_chat_params`)."""
-    given = body.get("chat_template_kwargs")
-    arguments = dict(given) if isinstance(given, dict) else {}
-    effort = body.get("reasoning_effort")
-    if effort is not None:
-        arguments.setdefault("enable_thinking", effort != "none")
-        arguments["reasoning_effort"] = effort
-    if body.get("documents") is not None:
-        arguments["documents"] = body["documents"]
-    return {"chat_template_kwargs": arguments} if arguments else {}
-
-
-def byte_bound(prompt: Prompt, demand: Demand, size: int, template_tokens: int) -> int:
-    """UTF-8 bytes of what is rendered, and the template's allowance.
-
-    JSON text is never shorter than the string it stands for, so serialised messages bound their contents.
-    """
-    if prompt.text is not None:
-        return len(prompt.text.encode("utf-8", "surrogatepass")) + template_tokens
-    if prompt.messages is None:
-        return size + template_tokens
-    parts = [prompt.messages, demand.tools, demand.body.get("chat_template_kwargs"), demand.body.get("documents")]
-    text = "".join(json.dumps(part, ensure_ascii=False) for part in parts if part)
-    return len(text.encode("utf-8", "surrogatepass")) + template_tokens + PER_MESSAGE * len(prompt.messages)

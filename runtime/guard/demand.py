@@ -1,19 +1,30 @@
 """What a request asks for: its sequences, its output tokens, and what has to be counted of its prompt.
 
 The guard reads a request as vLLM does: JSON with duplicate members resolved to the last, integers in pydantic's lax mode (true is 1, 5.0
-is 5, "5" is 5). What vLLM would refuse is either refused here with its words or passed on for vLLM to refuse.
+is 5, "5" is 5). Where releases of vLLM read a body differently, or where the route leaves open which model reads it, every reading
+counts and the largest is reserved. What vLLM would refuse is either refused here with its words or passed on for vLLM to refuse.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from .idspan import MARKER, IdSpan, shorten
-from .replies import bad_request
+from .idspan import MARKER, IdSpan
+from .prompts import (
+    Prompt,
+    chat_prompts,
+    completion_prompts,
+    messages_prompts,
+    parts_of_media,
+    responses_prompts,
+    token_prompts,
+)
+from .replies import Refusal, bad_request, too_many_prompts
 
 CHAT, COMPLETION, RESPONSES, MESSAGES, COHERE, TOKENS = (
     "chat",
@@ -24,7 +35,7 @@ CHAT, COMPLETION, RESPONSES, MESSAGES, COHERE, TOKENS = (
     "tokens",
 )
 
-TOKEN_ROUTE = "/inference/v1/generate"
+TOKEN_ROUTE, EITHER_ROUTE = "/inference/v1/generate", "/invocations"
 ID_NAMES = ((b'"prompt"',), (b'"token_ids"',))  # where a body may hold a long array of ids: others, and TOKEN_ROUTE
 
 # Routes that generate, and how their bodies read. `/invocations` is SageMaker's door to the same handlers: its body decides.
@@ -36,23 +47,48 @@ ROUTES = {
     "/v1/messages": MESSAGES,
     "/cohere/v2/chat": COHERE,
     TOKEN_ROUTE: TOKENS,
-    "/invocations": None,
-}
-
-# Where each kind says how many tokens it wants, in order of precedence.
-OUTPUT_FIELDS = {
-    CHAT: ("max_completion_tokens", "max_tokens"),
-    COMPLETION: ("max_tokens",),
-    RESPONSES: ("max_output_tokens",),
-    MESSAGES: ("max_tokens",),
-    COHERE: ("max_tokens",),
-    TOKENS: ("max_tokens",),
+    EITHER_ROUTE: None,
 }
 # The routes on which vLLM cuts a prompt to `truncate_prompt_tokens`; on others the member would only talk the guard into too little.
-TRUNCATING = ("/v1/chat/completions", "/v1/completions")
+TRUNCATING = ("/v1/chat/completions", "/v1/completions", EITHER_ROUTE)
+
 COMPLETION_DEFAULT = 16  # OpenAI's and vLLM's default of `max_tokens` for /v1/completions
+MOST_PROMPTS = 8192  # of one request, whatever the pool; more would only keep the guard busy
+MOST = 2**63 - 1  # vLLM's own integers end here or earlier
 
 INTEGER = TypeAdapter(int | None)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How one kind of request says how much it wants. Read from vLLM 0.32's request models (`to_sampling_params`, `get_max_tokens`).
+
+    `fields`: where it says how many output tokens, in order of precedence. `absent`: what their absence means, None for what the
+    server lets it use. A field that is null always counts as that: releases before 0.32 read null so on /v1/completions too, 0.32 as 16.
+    `capped`: whether the server's own ceiling (`--override-generation-config`) lowers what is asked for, in every release.
+    `n`: whether the kind has `n`; elsewhere it is reserved all the same, but nothing is refused for it.
+    """
+
+    prompts: Callable[[dict[str, Any]], list[Prompt]]
+    fields: tuple[str, ...] = ("max_tokens",)
+    absent: int | None = None
+    capped: bool = False
+    n: bool = False
+    zero_is_silence: bool = False  # `max_completion_tokens or max_tokens`, as older releases say
+
+
+def cohere_prompts(request: dict[str, Any]) -> list[Prompt]:
+    return [Prompt(media=parts_of_media(request.get("messages")))]  # documents and tools in a shape of its own
+
+
+RULES = {
+    CHAT: Rules(chat_prompts, ("max_completion_tokens", "max_tokens"), capped=True, n=True, zero_is_silence=True),
+    COMPLETION: Rules(completion_prompts, absent=COMPLETION_DEFAULT, n=True),
+    RESPONSES: Rules(responses_prompts, ("max_output_tokens",)),
+    MESSAGES: Rules(messages_prompts, capped=True),
+    COHERE: Rules(cohere_prompts, capped=True, zero_is_silence=True),
+    TOKENS: Rules(token_prompts, n=True),
+}
 
 
 class Unreadable(Exception):
@@ -60,29 +96,17 @@ class Unreadable(Exception):
 
 
 @dataclass
-class Prompt:
-    """One prompt: token ids known, or text, or messages for the chat template; none of them where only the body's size is a bound."""
-
-    ids: int | None = None
-    token_ids: list[int] | IdSpan | None = None
-    text: str | None = None
-    messages: list[Any] | None = None
-    media: int = 0
-    whole_context: bool = (
-        False  # length cannot be known here (a stored conversation, embeddings): the context is the bound
-    )
-
-
-@dataclass
 class Demand:
+    """One reading of a request. `output` is None when the request does not say; `copies` are sequences for each prompt."""
+
     kind: str
-    body: dict[str, Any]
     prompts: list[Prompt]
-    output: int | None  # tokens asked for each sequence, None when the request does not say
+    output: int | None
     output_field: str
-    copies: int = 1  # sequences generated for each prompt
+    copies: int = 1
+    certain_copies: int = 1
     truncate: int | None = None
-    tools: list[Any] | None = field(default=None)
+    uncapped: bool = False  # neither the server's default nor its ceiling lowers the output
 
 
 def parse_json(body: bytes) -> Any:
@@ -93,14 +117,43 @@ def parse_json(body: bytes) -> Any:
         raise Unreadable from None
 
 
-def read_demand(route: str, body: bytes) -> Demand:
-    """Raises Unreadable for what vLLM refuses itself, Refusal for numbers it refuses with words of its own."""
-    short, span = shorten(body, ID_NAMES[route == TOKEN_ROUTE])
-    request = parse_json(short)
+def read_demands(
+    route: str, request: Any, span: IdSpan | None = None, most_prompts: int = MOST_PROMPTS
+) -> list[Demand]:
+    """Every way in which vLLM may read the request, at least one.
+
+    `request` is the parsed body, in which a long array of ids may have been replaced by its marker (`span`).
+    Raises Unreadable for what vLLM refuses itself, Refusal for numbers it refuses with words of its own.
+    """
     if not isinstance(request, dict):
         raise Unreadable
-    kind = ROUTES[route] or kind_of(request)
-    numbers = request
+    kind = ROUTES[route]
+    kinds = [kind] if kind is not None else kinds_of(request)
+    for name in ("prompt", "messages", "prompt_embeds"):
+        several = request.get(name)
+        if isinstance(several, list) and len(several) > most_prompts and isinstance(several[0], str | list):
+            raise too_many_prompts(len(several), most_prompts)
+    found, refusals = [], []
+    for one in kinds:
+        try:
+            found.append(read_as(one, route, request, span))
+        except Refusal as refusal:  # then the other model reads it
+            refusals.append(refusal)
+    if not found:
+        raise refusals[0]
+    return found
+
+
+def kinds_of(request: dict[str, Any]) -> list[str]:
+    """vLLM tries the chat model first and, where it does not validate, the completion model: a wrong value anywhere decides."""
+    completion = request.get("prompt") is not None or request.get("prompt_embeds") is not None
+    if not isinstance(request.get("messages"), list):
+        return [COMPLETION]
+    return [CHAT, COMPLETION] if completion else [CHAT]
+
+
+def read_as(kind: str, route: str, request: dict[str, Any], span: IdSpan | None) -> Demand:
+    numbers, rules = request, RULES[kind]
     if kind == TOKENS:
         given = request.get("sampling_params")
         numbers = given if isinstance(given, dict) else {}
@@ -110,24 +163,32 @@ def read_demand(route: str, body: bytes) -> Demand:
             "background",
         )
     output, output_field = read_output(kind, numbers)
-    copies = max(1, integer(numbers, "n") or 1, integer(numbers, "best_of") or 1)
-    truncate = integer(request, "truncate_prompt_tokens") if route in TRUNCATING else None
-    prompts = PROMPTS[kind](request) or [Prompt()]
+    n = max(1, integer(numbers, "n") or 1)
+    prompts = rules.prompts(request) or [Prompt(media=parts_of_media(request))]
+    reused = request.get("kv_transfer_params")
+    ids = reused.get("prompt_token_ids") if isinstance(reused, dict) else None
     for prompt in prompts:
         if span is not None and prompt.token_ids == [MARKER]:
             prompt.ids, prompt.token_ids = span.count, span
-    tools = request.get("tools") if isinstance(request.get("tools"), list) else None
-    return Demand(kind, request, prompts, output, output_field, copies, truncate, tools)
+        if isinstance(ids, list):  # a prefill server's ids, in place of the messages
+            prompt.at_least = len(ids)
+    return Demand(
+        kind,
+        prompts,
+        output,
+        output_field,
+        copies=max(n, integer(numbers, "best_of") or 1),
+        certain_copies=n if rules.n else 1,
+        truncate=read_truncation(kind, route, request),
+        uncapped=kind == TOKENS and "max_tokens" in numbers,
+    )
 
 
-def kind_of(request: dict[str, Any]) -> str:
-    if "messages" in request:
-        return CHAT
-    if "prompt" in request or "prompt_embeds" in request:
-        return COMPLETION
-    if "input" in request:
-        return RESPONSES
-    return COMPLETION  # vLLM refuses it; until then its bytes bound it
+def read_truncation(kind: str, route: str, request: dict[str, Any]) -> int | None:
+    """The length to which vLLM cuts a prompt, -1 for what the context holds, None where it refuses instead."""
+    if kind == RESPONSES and "truncation" in request:
+        return None if request["truncation"] == "disabled" else -1
+    return integer(request, "truncate_prompt_tokens") if route in TRUNCATING else None
 
 
 def integer(request: dict[str, Any], name: str) -> int | None:
@@ -136,133 +197,20 @@ def integer(request: dict[str, Any], name: str) -> int | None:
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]["msg"]
         raise bad_request(f"{name}: {detail}", param=name) from None
+    if value is not None and abs(value) > MOST:
+        raise bad_request(f"{name}: the number has too many digits; it must lie within 64 bits.", param=name)
     return value
 
 
 def read_output(kind: str, request: dict[str, Any]) -> tuple[int | None, str]:
-    fields = OUTPUT_FIELDS[kind]
-    for name in fields:
+    """The output tokens asked for and the member that says so."""
+    rules = RULES[kind]
+    for name in rules.fields:
         value = integer(request, name)
-        if value is None:
+        if value is None or (value == 0 and rules.zero_is_silence):
             continue
-        if value < 0 or (value == 0 and kind not in (COMPLETION, CHAT)):
+        if value < 0 or (value == 0 and kind != COMPLETION):
             raise bad_request(f"{name} must be at least 1, got {value}. (parameter={name}, value={value})", param=name)
         return max(value, 1), name  # echo with max_tokens 0 still runs one decoding step
-    return (COMPLETION_DEFAULT if kind == COMPLETION else None), fields[0]
-
-
-def chat_prompts(request: dict[str, Any]) -> list[Prompt]:
-    messages = request.get("messages")
-    if not isinstance(messages, list) or not messages:
-        return []
-    if all(isinstance(item, list) for item in messages):  # the batch route: one conversation each
-        return [conversation(item) for item in messages]
-    return [conversation(messages)]
-
-
-def conversation(messages: list[Any]) -> Prompt:
-    """Text messages for the template; media parts are taken out and counted by their bound."""
-    kept, media = [], 0
-    for message in messages:
-        if not isinstance(message, dict):
-            return Prompt()
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [part for part in content if is_text(part)]
-            media += len(content) - len(parts)
-            message = {**message, "content": parts}
-        kept.append(message)
-    return Prompt(messages=kept, media=media)
-
-
-def is_text(part: Any) -> bool:
-    return isinstance(part, str) or (
-        isinstance(part, dict) and part.get("type") in ("text", "input_text", "output_text", "refusal", "thinking")
-    )
-
-
-def completion_prompts(request: dict[str, Any]) -> list[Prompt]:
-    found = []
-    if embeds := request.get("prompt_embeds"):
-        found += [Prompt(whole_context=True) for _ in (embeds if isinstance(embeds, list) else [embeds])]
-    prompt = request.get("prompt")
-    if isinstance(prompt, str):
-        found.append(Prompt(text=prompt))
-    elif isinstance(prompt, list) and prompt:
-        if all(isinstance(item, str) for item in prompt):
-            found += [Prompt(text=item) for item in prompt]
-        elif all(isinstance(item, list) for item in prompt):
-            found += [Prompt(ids=len(item), token_ids=item) for item in prompt]
-        else:  # numbers, also written as 1.0 or "1" among them: pydantic takes those for token ids
-            found.append(Prompt(ids=len(prompt), token_ids=prompt))
-    return found
-
-
-def token_prompts(request: dict[str, Any]) -> list[Prompt]:
-    ids = request.get("token_ids")
-    if not isinstance(ids, list):
-        return []
-    parts = request.get("content_parts")
-    return [Prompt(ids=len(ids), token_ids=ids, media=len(parts) if isinstance(parts, list) else 0)]
-
-
-def responses_prompts(request: dict[str, Any]) -> list[Prompt]:
-    if request.get("previous_response_id") or request.get("previous_input_messages"):
-        return [Prompt(whole_context=True)]
-    given = request.get("input")
-    system = request.get("instructions")
-    messages: list[Any] = [{"role": "system", "content": system}] if isinstance(system, str) else []
-    if isinstance(given, str):
-        messages.append({"role": "user", "content": given})
-        return [Prompt(messages=messages)]
-    if not isinstance(given, list):
-        return []
-    plain = [item for item in given if isinstance(item, dict) and item.get("type", "message") == "message"]
-    if len(plain) != len(given):  # tool calls, reasoning, files: their rendering is the engine's own; bytes bound them
-        return [Prompt()]
-    prompt = conversation([{"role": item.get("role"), "content": item.get("content")} for item in plain])
-    return [Prompt(messages=messages + as_chat(prompt.messages or []), media=prompt.media)]
-
-
-def as_chat(messages: list[Any]) -> list[Any]:
-    """Responses name their text parts input_text and output_text, chat names them text."""
-    renamed = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            texts = [
-                part if isinstance(part, str) else part.get("text") or part.get("refusal") or "" for part in content
-            ]
-            message = {**message, "content": "".join(str(text) for text in texts)}
-        renamed.append(message)
-    return renamed
-
-
-def messages_prompts(request: dict[str, Any]) -> list[Prompt]:
-    """Anthropic's route: its blocks (tool_use, tool_result, thinking) are rendered by the engine in its own way; bytes bound them."""
-    messages = request.get("messages")
-    if not isinstance(messages, list) or not messages:
-        return []
-    simple = all(isinstance(item, dict) and isinstance(item.get("content"), str) for item in messages)
-    system = request.get("system")
-    if simple and (system is None or isinstance(system, str)) and not request.get("tools"):
-        before = [{"role": "system", "content": system}] if system else []
-        return [Prompt(messages=[*before, *messages])]
-    media = sum(
-        1
-        for item in messages
-        if isinstance(item, dict) and isinstance(item.get("content"), list)
-        for part in item["content"]
-        if isinstance(part, dict) and part.get("type") in ("image", "document")
-    )
-    return [Prompt(media=media)]
-
-
-PROMPTS = {
-    CHAT: chat_prompts,
-    COMPLETION: completion_prompts,
-    RESPONSES: responses_prompts,
-    MESSAGES: messages_prompts,
-    COHERE: lambda request: [Prompt()],  # documents and tools in a shape of its own
-    TOKENS: token_prompts,
-}
+    absent = not any(name in request for name in rules.fields)
+    return (rules.absent if absent else None), rules.fields[0]

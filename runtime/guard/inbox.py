@@ -24,6 +24,7 @@ class Inbox:
         self.refusal: Refusal | None = None  # what became of a body over the limit
         self._replay: list[Message] = []
         self._next: asyncio.Task[Message] | None = None
+        self._left = False
 
     async def read(self) -> bytes:
         """The whole body. Raises ClientGone, or the 413 refusal when it is over the limit, whatever Content-Length said."""
@@ -50,9 +51,11 @@ class Inbox:
         """What the application reads: the same messages in the same pieces, then the live connection."""
         if self._replay:
             return self._replay.pop(0)
-        return await asyncio.shield(
-            self.hang_up()
-        )  # the application may give up waiting; the message must not get lost
+        if self._next is None:  # nobody else listens, so nothing can get lost when the application gives up waiting
+            message = await self._receive()
+            self._left |= message["type"] == "http.disconnect"
+            return message
+        return await asyncio.shield(self._next)
 
     async def counted(self) -> Message:
         """For a route whose body the guard does not read: the live messages, refused once they are over the limit."""
@@ -72,7 +75,7 @@ class Inbox:
     @property
     def gone(self) -> bool:
         """Whether the client was seen to hang up."""
-        return self._next is not None and self._next.done() and not self._next.cancelled()
+        return self._left or (self._next is not None and self._next.done() and not self._next.cancelled())
 
     def close(self) -> None:
         if self._next is not None:

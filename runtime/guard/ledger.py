@@ -1,16 +1,26 @@
-"""Who holds how many KV cache tokens, and who is next: the guard's bookkeeping, without I/O, clocks or tasks.
+"""Who holds how many KV cache tokens, and who is next: the guard's bookkeeping, without I/O or tasks; time is what `clock` says.
 
 Reservations never exceed the capacity. What does not fit waits in one first-come queue per API key; across keys the next request is the
 one whose key has been served the fewest tokens (start-time fair queuing, Goyal, Vin and Cheng 1996, with the request's tokens as its
-length). The next request blocks those behind it until it fits, so a large request cannot starve behind small ones. The queue is
-bounded in tokens; when it is full, the newest request of the key with most tokens queued has to go (longest queue drop), so one key's
-burst cannot fill the queue against the others.
+length). The queue is bounded in tokens; when it is full, the newest request of the key with most tokens queued has to go (longest queue
+drop), so one key's burst cannot fill the queue against the others.
+
+When the next request does not fit, it may hold its room back for a while: it *blocks*. The guarantee, for a pool of C tokens:
+
+- A blocking request of h tokens starts at the latest when the requests that other keys were running when it began to block have ended.
+  Requests of other keys pass it meanwhile, as long as they and what its own key runs hold at most C - h tokens: they do not delay it.
+- It blocks for at most `patience` x C / h seconds. Then everything that fits passes it, and nobody blocks for as long as it blocked:
+  for a request of the whole pool others are held back at most half the time, and never longer than `patience` at a stretch.
+- It does not block at all for what its own key holds: what would not fit although all other keys' requests ended waits, and is passed.
+- Whoever blocked without starting pays its tokens as if it had run, so its key is not next again until others were served as much.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -35,15 +45,26 @@ class Ticket:
     state: State = State.NEW
     shared: list[bytes] = field(default_factory=list)
     private: int = 0
+    paid: bool = False  # its tokens were charged when it blocked in vain
 
 
 @dataclass
 class Lane:
-    """One key: its waiting requests and the virtual time at which it is next served."""
+    """One key: its waiting requests, the virtual time at which it is next served, and the tokens of its running requests."""
 
     queue: deque[Ticket] = field(default_factory=deque)
     queued_tokens: int = 0
     start: int = 0
+    running: int = 0
+
+
+@dataclass
+class Block:
+    """A request that holds its room back: since when, and the running requests that passed it meanwhile."""
+
+    ticket: Ticket
+    since: float
+    passed: dict[Ticket, int] = field(default_factory=dict)
 
 
 class Ledger:
@@ -52,7 +73,18 @@ class Ledger:
     `reserved` is the sum of the admitted tickets' private tokens and of the blocks they share, each counted once.
     """
 
-    def __init__(self, capacity: int, queue_limit: int, block_size: int = 1) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        queue_limit: int,
+        block_size: int = 1,
+        patience: float = math.inf,
+        clock: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self.patience = patience
+        self.clock = clock
+        self.block: Block | None = None
+        self.open_until = 0.0  # nobody blocks before this
         self.capacity = capacity
         self.queue_limit = queue_limit
         self.block_size = block_size
@@ -85,8 +117,10 @@ class Ledger:
         """Admits, queues or drops a new ticket; returns the others that were dropped to make room for it."""
         if ticket.state is not State.NEW:
             raise ValueError(f"a ticket is offered once, this one is {ticket.state.value}")
-        if not self.queued and self.cost(ticket) <= self.free:
-            self._admit(ticket, self._lane(ticket.key))
+        if self.fits_now(ticket.key, ticket.tokens, self.cost(ticket)):
+            lane = self._lane(ticket.key)
+            lane.start = max(lane.start, self.virtual)
+            self._admit(ticket, lane)
             return []
         evicted = self._room_for(ticket.key, ticket.tokens)
         if evicted is None or ticket.tokens > self.capacity:
@@ -97,19 +131,84 @@ class Ledger:
         self._push(ticket)
         return evicted
 
+    def fits_now(self, key: str, tokens: int, cost: int) -> bool:
+        """Whether a new request of that many tokens would start on arrival: it fits, nothing of its key waits, and nobody holds it back."""
+        self._end_block()
+        lane = self.lanes.get(key)
+        return not (lane and lane.queue) and cost <= self.free and self._may_pass(key, tokens)
+
     def would_drop(self, key: str, tokens: int) -> bool:
         """Whether a request of that many tokens would be dropped on arrival."""
-        return not (not self.queued and tokens <= self.free) and self._room_for(key, tokens) is None
+        return not self.fits_now(key, tokens, tokens) and self._room_for(key, tokens) is None
 
     def advance(self) -> list[Ticket]:
-        """Admits waiting tickets in turn while the next one fits."""
-        admitted = []
-        while (lane := self._next()) is not None and self.cost(lane.queue[0]) <= self.free:
-            ticket = lane.queue[0]
+        """Admits waiting tickets, those of the keys served least first; one that does not fit blocks, or is passed."""
+        self._end_block()
+        admitted: list[Ticket] = []
+        while (ticket := self._next_to_start()) is not None:
+            lane = self.lanes[ticket.key]
             self._remove(ticket, keep_lane=True)
             self._admit(ticket, lane)
             admitted.append(ticket)
         return admitted
+
+    def _next_to_start(self) -> Ticket | None:
+        if self.block is not None:
+            if self.cost(self.block.ticket) <= self.free:
+                return self.block.ticket
+            if self._beside(self.block) <= 0:
+                return None
+        heads = [lane for lane in self.lanes.values() if lane.queue]
+        if not heads:
+            return None
+        first = min(heads, key=lambda lane: lane.start)
+        if self.cost(first.queue[0]) > self.free and self.free <= 0:  # a full pool: nobody else fits either
+            self._begin_block(first)
+            return None
+        for lane in sorted(heads, key=lambda lane: lane.start):
+            ticket = lane.queue[0]
+            if self.cost(ticket) <= self.free and self._may_pass(ticket.key, ticket.tokens):
+                return ticket
+            self._begin_block(lane)
+        return None
+
+    def _begin_block(self, lane: Lane) -> None:
+        """The lane's first request does not fit: it blocks, unless another one does, nobody may now, or its own key holds the room."""
+        ticket = lane.queue[0]
+        allowed = self.block is None and self.patience > 0 and self.clock() >= self.open_until
+        if allowed and lane.running + ticket.tokens <= self.capacity:
+            self.block = Block(ticket, self.clock())
+
+    def _beside(self, block: Block) -> int:
+        """Tokens that requests may still take beside the one that blocks without delaying it."""
+        held = self.lanes[block.ticket.key].running + sum(block.passed.values())
+        return self.capacity - block.ticket.tokens - held
+
+    def _may_pass(self, key: str, tokens: int) -> bool:
+        """Whether a request may start without delaying the one that blocks, and before that one's key would be served again."""
+        if self.block is None:
+            return True
+        ticket = self.block.ticket
+        passing = self.lanes.get(key)
+        ahead = max(self.virtual, passing.start if passing else 0) - self.lanes[ticket.key].start
+        return key != ticket.key and tokens <= self._beside(self.block) and ahead < ticket.tokens
+
+    def block_ends(self) -> float | None:
+        """When, by the clock, the present block ends if nothing else ends it: `advance` is due then."""
+        if self.block is None:
+            return None
+        return self.block.since + self.patience * self.capacity / self.block.ticket.tokens
+
+    def _end_block(self, leaving: bool = False) -> None:
+        """Ends a block that has lasted long enough or whose request leaves; it pays, and as long as it blocked nobody else will."""
+        block, ends = self.block, self.block_ends()
+        if block is None or ends is None or not (leaving or self.clock() >= ends):
+            return
+        self.block = None
+        self.open_until = self.clock() + min(self.clock(), ends) - block.since
+        lane = self.lanes[block.ticket.key]
+        lane.start += block.ticket.tokens
+        block.ticket.paid = True
 
     def release(self, ticket: Ticket) -> bool:
         """Gives back what a ticket holds. True the first time, False for a ticket that holds nothing (any more)."""
@@ -118,6 +217,9 @@ class Ledger:
         if ticket.state is not State.ADMITTED:
             return False
         ticket.state = State.RELEASED
+        self.lanes[ticket.key].running -= ticket.tokens
+        if self.block is not None:
+            self.block.passed.pop(ticket, None)
         self.reserved -= ticket.private
         for block in ticket.shared:
             self.held[block] -= 1
@@ -148,13 +250,17 @@ class Ledger:
     def _lane(self, key: str) -> Lane:
         return self.lanes.setdefault(key, Lane(start=self.virtual))
 
-    def _next(self) -> Lane | None:
-        waiting = [lane for lane in self.lanes.values() if lane.queue]
-        return min(waiting, key=lambda lane: lane.start, default=None)
-
     def _admit(self, ticket: Ticket, lane: Lane) -> None:
-        self.virtual = max(self.virtual, lane.start)
-        lane.start = self.virtual + ticket.tokens
+        if not ticket.paid:  # the start was set when the lane began to wait: what passed it meanwhile does not move it
+            self.virtual = max(self.virtual, lane.start)
+            lane.start += ticket.tokens
+        lane.running += ticket.tokens
+        if self.block is not None:
+            if self.block.ticket is ticket:
+                self.open_until = self.clock() + self.clock() - self.block.since
+                self.block = None
+            else:
+                self.block.passed[ticket] = ticket.tokens
         ticket.state = State.ADMITTED
         ticket.shared = list(ticket.chain[: self._hits(ticket)])
         ticket.private = ticket.tokens - self.block_size * len(ticket.shared)
@@ -187,6 +293,8 @@ class Ledger:
 
     def _remove(self, ticket: Ticket, keep_lane: bool = False) -> None:
         lane = self.lanes[ticket.key]
+        if self.block is not None and self.block.ticket is ticket and not keep_lane:
+            self._end_block(leaving=True)
         lane.queue.remove(ticket)
         lane.queued_tokens -= ticket.tokens
         self.queued -= ticket.tokens
@@ -214,11 +322,19 @@ class Ledger:
         return evicted
 
     def _forget_idle(self) -> None:
-        """Keys come from the outside: a lane without waiting requests is kept only while it is ahead of the others."""
-        if not self.queued:  # nobody competes, so past service gives no one a claim
+        """Keys come from the outside: a lane without requests is kept only while it is ahead of the others."""
+        if not self.queued and not self.admitted:
             self.lanes.clear()
             self.virtual = 0
             return
-        behind = [key for key, lane in self.lanes.items() if not lane.queue and lane.start <= self.virtual]
+        if not self.queued:  # nobody competes, so past service gives no one a claim
+            self.virtual = 0
+            for lane in self.lanes.values():
+                lane.start = 0
+        behind = [
+            key
+            for key, lane in self.lanes.items()
+            if not lane.queue and not lane.running and lane.start <= self.virtual
+        ]
         for key in behind:
             del self.lanes[key]

@@ -33,6 +33,8 @@ class Metrics:
         self.requests = counter("requests", "Requests on guarded routes by how they ended.", "outcome")
         self.counted = counter("counted", "Prompts by how their tokens were counted.", "method")
         self.clamped = counter("clamped", "Requests whose max_tokens the guard set, as its settings say.", "reason")
+        self.count_of = cache(self.counted.labels)  # looking a label up costs as much as counting
+        self.request_of = cache(self.requests.labels)  # outcomes are few, and none comes from outside
         self.wait = Histogram(
             "m3quant_guard_wait_seconds", "Time spent waiting for KV cache tokens.", registry=registry, buckets=WAITS
         )

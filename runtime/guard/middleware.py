@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -21,32 +22,31 @@ from typing import Any
 from m3quant.errors import GuardError
 
 from .admission import Admission
+from .answer import Answer, Send
+from .aside import ASIDE_BYTES, Aside
 from .clamp import with_number
-from .counting import Counter
-from .demand import ROUTES, Demand, Unreadable, read_demand
+from .counting import LEAST_S, Counter
+from .demand import ID_NAMES, MOST_PROMPTS, ROUTES, TOKEN_ROUTE, Unreadable
 from .door import Door, known_keys
-from .idspan import IdSpan
-from .inbox import ClientGone, Inbox, Message, Receive
+from .idspan import IdSpan, shorten
+from .inbox import ClientGone, Inbox, Receive
 from .ledger import Ticket
 from .metrics import metrics, read_gauges
-from .need import Need, plan_need
+from .need import Need, plan_all, refuse_certain
 from .pool import Pool, PoolReader
 from .prefix import block_chain
-from .replies import Refusal, bad_request, body_too_large, send_json, send_refusal, unavailable
+from .reading import Reading, read_short
+from .replies import Refusal, bad_request, body_too_large, busy, send_json, send_refusal, unavailable
 from .settings import GuardSettings, read_settings
+from .turns import Turns
 from .watchdog import GAUGES, Watchdog
 
 logger = logging.getLogger("vllm.m3quant.guard")  # under vLLM's logger, so that its handlers print it
 
 Scope = dict[str, Any]
-Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 QUEUE_OF_POOLS = 4  # default bound of the queue, in pools
-
-
-class ClientStalled(Exception):
-    """The client stopped reading its stream."""
 
 
 class Guard:
@@ -62,6 +62,8 @@ class Guard:
         ) as error:  # raised here it would only be a warning: servers take it for an app without lifespan
             self.problem, self.settings = error, GuardSettings()
         self.counter = Counter(app, self.settings)
+        self.aside = Aside()
+        self.turns = Turns(1)  # at the process aside
         self.watchdog = Watchdog(self.settings.watchdog_s)
         self.reader = PoolReader(self.settings)
         self.inside: set[Answer] = set()  # answers to requests that hold a reservation
@@ -112,6 +114,7 @@ class Guard:
             await self.app(scope, receive, send)
         finally:
             self._watching.cancel()
+            self.aside.close()
 
     def _prepare(self, scope: Scope) -> None:
         if self.problem is not None:
@@ -168,7 +171,7 @@ class Guard:
                     failed = True
 
     def _look(self, gauges: dict[str, float]) -> None:
-        unanswered = sum(not answer.sending for answer in self.inside)
+        unanswered = len(self._unanswered())
         self.watchdog.see(gauges, unanswered)
         self._show()
         hanging = self.watchdog.hanging
@@ -185,9 +188,13 @@ class Guard:
             logger.warning("m3quant guard: the engine moves again; /health passes through.")
         self._reported = hanging
 
+    def _unanswered(self) -> list[Answer]:
+        """The requests inside that wait for the engine, not for their client to read."""
+        return [answer for answer in self.inside if not answer.sending]
+
     def state(self, gauges: dict[str, float] | None = None) -> dict[str, Any]:
         """The guard's and the engine's figures; no key, no prompt."""
-        ledger, pool = self.admission.ledger, self.pool
+        ledger, pool, now = self.admission.ledger, self.pool, time.monotonic()
         return {
             "engine": read_gauges(GAUGES) if gauges is None else gauges,
             "pool": None if pool is None else pool.__dict__,
@@ -197,6 +204,8 @@ class Guard:
             "queued_tokens": ledger.queued,
             "requests_waiting": ledger.waiting,
             "keys_waiting": sum(1 for lane in ledger.lanes.values() if lane.queue),
+            "requests_unanswered": len(self._unanswered()),
+            "oldest_unanswered_s": round(max((now - answer.began for answer in self._unanswered()), default=0.0), 1),
             "draining": self.admission.draining,
             "stalled_s": round(self.watchdog.stalled_s, 1),
         }
@@ -227,7 +236,7 @@ class Guard:
         path = local_path(scope)
         guarded = scope["method"] == "POST" and path in ROUTES
         inbox = Inbox(receive, self.settings.max_body_bytes)
-        answer = Answer(send, self.settings.send_timeout_s, inbox)
+        answer = Answer(send, self.settings.send_timeout_s, self.settings.send_floor_bytes_s, inbox)
         try:
             self._prepare(scope)
             assert self.door is not None
@@ -245,12 +254,12 @@ class Guard:
             if answer.started:
                 raise
             if guarded:
-                self.metrics.requests.labels(refusal.reason).inc()
+                self.metrics.request_of(refusal.reason).inc()
             await send_refusal(send, refusal)
         except GuardError as error:
             await send_refusal(send, unavailable(f"m3quant guard: {error}", "misconfigured", 60))
         except ClientGone:
-            self.metrics.requests.labels("disconnected").inc()
+            self.metrics.request_of("disconnected").inc()
         finally:
             inbox.close()
 
@@ -271,66 +280,101 @@ class Guard:
         assert self.pool is not None
         waited_for_body = time.perf_counter()
         body = await inbox.read()
-        began += time.perf_counter() - waited_for_body
+        came = time.perf_counter()
+        deadline = time.monotonic() + self.settings.queue_timeout_s
+        began += came - waited_for_body
         try:
-            demand = read_demand(path, body)
+            readings = await self._read(path, key, body, inbox)
         except Unreadable:
-            self.metrics.requests.labels("passed").inc()
+            self.metrics.request_of("passed").inc()
             await self.app(scope, inbox.receive, answer.send)
             return
-        self.admission.precheck(key, self.pool.block_size, guess_tokens(demand, len(body), self.pool))
+        for reading in readings if len(readings) == 1 else []:
+            refuse_certain(reading, self.pool, self.settings)
+        guess = max(guess_tokens(reading, len(body), self.pool) for reading in readings)
+        self.admission.precheck(key, self.pool.block_size, guess)
         counted_from = time.perf_counter()
-        need, chain = await self._need(demand, scope, len(body))
+        need, chain = await self._need(readings, scope, key, inbox, deadline)
         counting = time.perf_counter() - counted_from
         if need.set_output is not None:
-            scope = self._set_output(scope, body, need, inbox, answer)
+            scope = await self._set_output(scope, key, body, need, inbox, answer)
         ticket = Ticket(key, need.tokens, chain)
         if chain:
             answer.on_first_token = lambda: self.admission.ledger.prefilled(ticket)
         try:
-            del body, demand  # the application has its own copy, for as long as the request lives
-            overhead = time.perf_counter() - began - counting
-            wait = await self.admission.admit(ticket, inbox.hang_up)
+            del body, readings  # the application has its own copy, for as long as the request lives
+            now = time.perf_counter()
+            overhead = now - began - counting
+            wait = await self.admission.admit(ticket, inbox.hang_up, waited_s=now - came)
             self.metrics.counting.observe(counting)
             self.metrics.overhead.observe(overhead)
             self.metrics.wait.observe(wait)
             self.inside.add(answer)
             await self.app(scope, inbox.receive, answer.send)
-            self.metrics.requests.labels(answer.outcome()).inc()
+            self.metrics.request_of(answer.outcome()).inc()
         except (Refusal, ClientGone):
             raise
         except Exception:
             if not answer.stalled:
-                self.metrics.requests.labels("error").inc()
+                self.metrics.request_of("error").inc()
                 raise
-            self.metrics.requests.labels("stalled").inc()
+            self.metrics.request_of("stalled").inc()
             logger.warning(
-                "m3quant guard: a client read nothing for %g s; its request is aborted.", self.settings.send_timeout_s
+                "m3quant guard: a client kept the server waiting %g s beyond %d bytes a second; its request is aborted.",
+                self.settings.send_timeout_s,
+                self.settings.send_floor_bytes_s,
             )
         finally:
             self.inside.discard(answer)
             self.admission.release(ticket)
 
-    async def _need(self, demand: Demand, scope: Scope, size: int) -> tuple[Need, tuple[bytes, ...]]:
+    async def _read(self, path: str, key: str, body: bytes, inbox: Inbox) -> list[Reading]:
+        keep_ids = self.settings.prefix_hits == "count"
+        short, span = shorten(body, ID_NAMES[path == TOKEN_ROUTE])
+        assert self.pool is not None
+        most = min(MOST_PROMPTS, self.pool.usable // self.pool.block_size)
+        return await self._aside(key, inbox, len(short), read_short, path, short, span, len(body), keep_ids, most)
+
+    async def _aside(self, key: str, inbox: Inbox, size: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function makes of `size` bytes: here when they are few, else in its turn and in another process."""
+        if size < ASIDE_BYTES:
+            return function(*arguments)
+        wait_s = max(self.settings.queue_timeout_s, LEAST_S)
+        try:
+            return await self.turns.run(
+                key, size, inbox, time.monotonic() + wait_s, wait_s, lambda: self.aside.run(function, *arguments)
+            )
+        except TimeoutError:
+            raise busy(
+                f"The body could not be read within {wait_s:g} seconds. Please retry later.",
+                "queue_timeout",
+                math.ceil(self.settings.retry_after_s),
+            ) from None
+
+    async def _need(
+        self, readings: list[Reading], scope: Scope, key: str, inbox: Inbox, deadline: float
+    ) -> tuple[Need, tuple[bytes, ...]]:
         """What to reserve, and the blocks of the prompt that may be shared: none unless the settings say so."""
         assert self.pool is not None
-        counts = []
-        for prompt in demand.prompts:
-            counts.append(await self.counter.count(demand, prompt, scope, size, self.pool))
-            self.metrics.counted.labels(counts[-1].method).inc()
-        need = plan_need(demand, counts, self.pool, self.settings)
-        ids = counts[0].token_ids
-        single = len(counts) == 1 and demand.copies == 1 and demand.truncate is None and not demand.prompts[0].media
+        counts, ids = [], None
+        for reading in readings:
+            found, ids = await self.counter.count(reading, scope, key, inbox, deadline, self.pool)
+            counts.append(found)
+            for count in found:
+                self.metrics.count_of(count.method).inc()
+        need = plan_all(readings, counts, self.pool, self.settings)
+        only = readings[0]
+        single = len(readings) == 1 and only.sequences == 1 and only.truncate is None and counts[0][0].exact
         if self.settings.prefix_hits != "count" or not single or ids is None:
             return need, ()
-        salt = f"{demand.body.get('model')}\0{demand.body.get('cache_salt')}"
-        return need, block_chain(ids.ids() if isinstance(ids, IdSpan) else ids, self.pool.block_size, salt)
+        size = len(ids.raw) if isinstance(ids, IdSpan) else 0
+        return need, await self._aside(key, inbox, size, block_chain, ids, self.pool.block_size, only.salt)
 
-    def _set_output(self, scope: Scope, body: bytes, need: Need, inbox: Inbox, answer: Answer) -> Scope:
+    async def _set_output(self, scope: Scope, key: str, body: bytes, need: Need, inbox: Inbox, answer: Answer) -> Scope:
         assert need.set_output is not None
         try:
-            changed = with_number(body, need.output_field, need.set_output)
-        except (ValueError, RecursionError):
+            changed = await self._aside(key, inbox, len(body), with_number, body, need.output_field, need.set_output)
+        except ValueError:
             raise bad_request("The body must be a JSON object in UTF-8.", None) from None
         inbox.replace(changed)
         self.metrics.clamped.labels(need.set_reason).inc()
@@ -340,53 +384,11 @@ class Guard:
         return {**scope, "headers": [*headers, (b"content-length", length)]}
 
 
-class Answer:
-    """The outgoing side: passes every message on untouched, remembers how it ended, and gives up on a client that stops reading."""
-
-    def __init__(self, send: Send, timeout_s: float, inbox: Inbox) -> None:
-        self._send = send
-        self._inbox = inbox
-        self._timeout_s = timeout_s or None
-        self.on_first_token: Callable[[], None] | None = None
-        self.extra: list[tuple[bytes, bytes]] = []
-        self.started = False
-        self.finished = False
-        self.sending = False
-        self.stalled = False
-        self.status = 0
-
-    async def send(self, message: Message) -> None:
-        if self._inbox.refusal is not None and not self.started:
-            raise self._inbox.refusal  # the application made another answer of it
-        if message["type"] == "http.response.start":
-            self.started, self.status = True, message["status"]
-            if self.extra:
-                message = {**message, "headers": [*message.get("headers", []), *self.extra]}
-        elif self.on_first_token is not None and (body := message.get("body")) and not body.startswith(b":"):
-            self.on_first_token()  # a comment is only vLLM keeping the stream alive during a long prefill
-            self.on_first_token = None
-        self.sending = True
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._send(message)
-        except TimeoutError:
-            self.stalled = True
-            raise ClientStalled(f"the client read nothing for {self._timeout_s:g} seconds") from None
-        finally:
-            self.sending = False
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.finished = True
-
-    def outcome(self) -> str:
-        if not self.finished:
-            return "disconnected" if self._inbox.gone or self.started else "error"
-        return "success" if self.status < 400 else "refused_by_server" if self.status < 500 else "error"
-
-
-def guess_tokens(demand: Demand, size: int, pool: Pool) -> int:
+def guess_tokens(reading: Reading, size: int, pool: Pool) -> int:
     """What a request may need, before its prompt is counted: four bytes a token, as English text has."""
-    prompts = sum(size // 4 // len(demand.prompts) if prompt.ids is None else prompt.ids for prompt in demand.prompts)
-    tokens = (prompts + len(demand.prompts) * (demand.output or 0)) * demand.copies
+    count = len(reading.prompts)
+    prompts = sum(size // 4 // count if prompt.ids is None else prompt.ids for prompt in reading.prompts)
+    tokens = (prompts + count * (reading.output or 0)) * reading.copies
     return min(pool.blocks(tokens), pool.usable)
 
 

@@ -43,6 +43,8 @@ class PoolReader:
 
     def __init__(self, settings: GuardSettings) -> None:
         self.settings = settings
+        self._pool: Pool | None = None
+        self._seen: tuple[Any, ...] = ()
         self._model: Any = None
         self._defaults: tuple[int | None, int | None] = (None, None)
 
@@ -57,6 +59,10 @@ class PoolReader:
         tokens = settings.pool_tokens or getattr(cache, "kv_cache_size_tokens", None)
         block = settings.block_size or getattr(cache, "block_size", None)
         length = settings.max_model_len or getattr(model, "max_model_len", None)
+        speculative = getattr(config, "speculative_config", None)
+        seen = (tokens, block, length, getattr(speculative, "num_speculative_tokens", 0) or 0, id(model), id(cache))
+        if seen == self._seen and self._pool is not None:
+            return self._pool
         known = {"POOL_TOKENS": tokens, "BLOCK_SIZE": block, "MAX_MODEL_LEN": length}
         if missing := [f"M3QUANT_GUARD_{name}" for name, value in known.items() if not value]:
             raise GuardError(f"The server does not tell its KV cache pool; set {' and '.join(missing)}.")
@@ -64,18 +70,19 @@ class PoolReader:
         usable = int((tokens - block) * (1 - settings.watermark)) // block * block
         if usable <= 0:
             raise GuardError(f"A KV cache of {tokens} tokens in blocks of {block} leaves nothing to serve from.")
-        speculative = getattr(config, "speculative_config", None)
         default, cap = self._output_defaults(model)
-        return Pool(
+        self._pool, self._seen = None, seen
+        self._pool = Pool(
             tokens=tokens,
             block_size=block,
             max_model_len=length,
             usable=usable,
-            lookahead=getattr(speculative, "num_speculative_tokens", 0) or 0,
+            lookahead=seen[3],
             default_output=default,
             output_cap=cap,
             prefix_caching=bool(getattr(cache, "enable_prefix_caching", False)),
         )
+        return self._pool
 
     def _output_defaults(self, model: Any) -> tuple[int | None, int | None]:
         """The server's own default and ceiling of max_tokens (`--generation-config`, `--override-generation-config`).

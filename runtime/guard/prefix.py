@@ -10,9 +10,13 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 
+from .idspan import IdSpan
 
-def block_chain(token_ids: Sequence[int], block_size: int, salt: str) -> tuple[bytes, ...]:
+
+def block_chain(token_ids: Sequence[int] | IdSpan, block_size: int, salt: str) -> tuple[bytes, ...]:
     """One hash for each whole block that a hit could cover; the last token is always computed (vLLM needs its logits)."""
+    if isinstance(token_ids, IdSpan):
+        token_ids = token_ids.ids()
     whole = max(0, len(token_ids) - 1) // block_size * block_size
     try:
         raw = array("q", token_ids[:whole]).tobytes()

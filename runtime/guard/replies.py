@@ -72,6 +72,15 @@ def too_many_sequences(sequences: int, tokens: int, pool: int) -> Refusal:
     )
 
 
+def too_many_prompts(prompts: int, most: int) -> Refusal:
+    return bad_request(
+        f"This request has {prompts} prompts, and this server takes {most} in one: each needs a block of KV cache of its own. "
+        f"Please send fewer prompts in one request.",
+        "prompt",
+        "never_fits",
+    )
+
+
 def unauthorized() -> Refusal:
     return Refusal(
         401, "Unauthorized", "AuthenticationError", "unauthorized", headers=[(b"www-authenticate", b"Bearer")]

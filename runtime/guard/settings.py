@@ -43,7 +43,7 @@ class GuardSettings(BaseModel):
     # What a request is taken to need.
     count: Literal["tokenize", "bytes"] = "tokenize"
     tokenize_timeout_s: Seconds = 30.0
-    tokenize_concurrency: int = Field(default=4, ge=1, le=1024)
+    tokenize_concurrency: int = Field(default=64, ge=1, le=1024)
     template_tokens: int = Field(default=512, ge=0, le=1_000_000)
     media_tokens: int = Field(default=16384, ge=1, le=10_000_000)
     default_max_tokens: Tokens | None = None
@@ -53,7 +53,8 @@ class GuardSettings(BaseModel):
     # Waiting.
     queue_tokens: int | None = Field(default=None, ge=0, le=2**40)
     queue_timeout_s: Seconds = 30.0
-    send_timeout_s: Seconds = 300.0
+    send_timeout_s: Seconds = 15.0
+    send_floor_bytes_s: int = Field(default=16384, ge=0, le=2**40)
     retry_after_s: Annotated[float, Field(ge=1, le=3600)] = 10.0
 
     # The door.

@@ -1,8 +1,8 @@
-"""The guard's own time per request, without counting tokens: a 100,000-token prompt as text and as token ids.
+"""The guard's own time per request, without counting tokens: a short chat, and a 100,000-token prompt as text and as token ids.
 
     python tests/benchmarks/guard_overhead.py [--requests 300] [--json FILE]
 
-Three cases around an application that answers at once: text (its tokenizer answers at once, so what is left is the guard), token ids, and
+Four cases around an application that answers at once: a chat of a hundred words, text (its tokenizer answers at once, so what is left is the guard), token ids, and
 text with prefix_hits=count. Times are CPU time of the server's thread, so that other work on the machine does not count: that of the whole call, less
 that of the application called alone with the same messages, less the time inside /tokenize.
 """
@@ -43,13 +43,14 @@ WORDS = [
     "“yes”",
 ]
 LINE = 12  # words
+CHAT = "chat of 100 words"
 
 
 class Instant:
     """An application that reads the body and answers; its tokenizer returns a prepared answer and its time is kept apart."""
 
     def __init__(self) -> None:
-        self.count = json.dumps({"count": TOKENS, "tokens": list(range(TOKENS))}).encode()
+        self.count = json.dumps({"count": TOKENS, "max_model_len": 200_000, "tokens": list(range(TOKENS))}).encode()
         self.tokenizing = 0.0
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -66,12 +67,17 @@ def text_prompt() -> str:
 
 
 def body_of(case: str) -> bytes:
+    if case == CHAT:
+        content = " ".join(random.Random(0).choices(WORDS, k=100))
+        return json.dumps(
+            {"model": "m", "messages": [{"role": "user", "content": content}], "max_tokens": 100}
+        ).encode()
     prompt: Any = list(range(TOKENS)) if case == "token ids" else text_prompt()
     body = {"model": "m", "prompt": prompt, "max_tokens": 100, "stream": True}
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()  # as OpenAI's client writes it
 
 
-async def call(app: Any, body: bytes) -> float:
+async def call(app: Any, body: bytes, path: str = "/v1/completions") -> float:
     chunks = [body[at : at + 65536] for at in range(0, len(body), 65536)]  # as uvicorn delivers it
     messages = [
         {"type": "http.request", "body": chunk, "more_body": n + 1 < len(chunks)} for n, chunk in enumerate(chunks)
@@ -92,7 +98,7 @@ async def call(app: Any, body: bytes) -> float:
         "app": server,
         "type": "http",
         "method": "POST",
-        "path": "/v1/completions",
+        "path": path,
         "headers": [],
         "query_string": b"",
     }
@@ -120,12 +126,14 @@ async def measure(case: str, requests: int) -> dict[str, float]:
             app.tokenizing += time.thread_time() - began
 
     guard.counter._tokenize = timed  # type: ignore[method-assign]
-    body = body_of(case)
-    took = []
+    body, took = body_of(case), []
+    path = "/v1/chat/completions" if case == CHAT else "/v1/completions"
+    if case == CHAT:
+        app.count = json.dumps({"count": 120, "max_model_len": 200_000, "tokens": list(range(120))}).encode()
     for _ in range(requests):
-        alone = await call(app, body)
+        alone = await call(app, body, path)
         app.tokenizing = 0.0
-        took.append(await call(guard, body) - app.tokenizing - alone)
+        took.append(await call(guard, body, path) - app.tokenizing - alone)
     took.sort()
     at = {
         name: took[min(len(took) - 1, int(len(took) * share))]
@@ -144,7 +152,8 @@ def main() -> None:
     options = parser.parse_args()
     gc.freeze()
     found = {
-        case: asyncio.run(measure(case, options.requests)) for case in ("text", "token ids", "text, prefix_hits=count")
+        case: asyncio.run(measure(case, options.requests))
+        for case in (CHAT, "text", "token ids", "text, prefix_hits=count")
     }
     for case, figures in found.items():
         print(case, json.dumps(figures))

@@ -28,7 +28,7 @@ class Told:
 def random_windows(plan: Plan) -> Any:
     """Random token ids in the shape that the recipe asks for: what calibration costs does not depend on the text."""
     data = plan.recipe.data
-    vocabulary = int(plan.family.text_config(plan.checkpoint.config)["vocab_size"])
+    vocabulary = plan.family.vocab_size
     shape = (data.windows + data.heldout_windows, data.window_length)
     ids = np.random.default_rng(0).integers(0, vocabulary, shape)
     counts = np.full((shape[0], 1), shape[1])

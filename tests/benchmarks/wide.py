@@ -78,7 +78,7 @@ def stored_tensors(config: dict[str, Any]) -> list[Entry]:
     """Every tensor of the checkpoint that `config` describes."""
     family, kind = family_of(config), source_kind(config, "this checkpoint")
     entries: list[Entry] = []
-    for name, fact in family.expected_tensors(config).items():
+    for name, fact in family.expected_tensors.items():
         shape = tuple(fact.shape)
         if kind == PLAIN or len(shape) != 2 or fact.float32 or family.role(name).kind in NOT_IN_FP8:
             entries.append(Entry(name, torch.float32 if fact.float32 else torch.bfloat16, shape, shape[-1] ** -0.5))

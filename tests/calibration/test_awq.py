@@ -10,7 +10,7 @@ from planted import Tensors, all_int, linears, salient, tiny_layer
 
 from m3quant.calibration.awq import CalibratedLayer, calibrate_layer
 from m3quant.calibration.awq_settings import AwqSettings
-from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, ROUTER, all_groups
+from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, all_groups
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.ops import gated
 from m3quant.calibration.spec import LayerSpec
@@ -18,6 +18,8 @@ from m3quant.calibration.stream import HiddenStates
 from m3quant.errors import CalibrationError
 from m3quant.quant.integer import fake_quantize
 from m3quant.schemes import Scheme, parse_scheme
+
+ROUTER = "block_sparse_moe.gate.weight"
 
 BIAS = "block_sparse_moe.e_score_correction_bias"
 FAST = AwqSettings(n_grid=6)

@@ -12,9 +12,9 @@ from text_windows import text_windows
 from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, pair_folds
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.ops import rms_norm
-from m3quant.calibration.spec import layer_spec
-from m3quant.calibration.stream import embed_source, num_layers, read_head, read_layer
+from m3quant.calibration.stream import embed_source, read_head, read_layer
 from m3quant.checkpoint import Checkpoint
+from m3quant.families import family_of
 from m3quant.quant.reading import SourceReader
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
@@ -27,7 +27,7 @@ def test_folds_of_a_trained_model_are_exact(name: str, monkeypatch: pytest.Monke
     tokens = text_windows(FIXTURES / name, FIXTURES / "heldout.txt", TOKENS, 1)
     states = embed_source(source, tokens, torch.float32)
     x = states.read(slice(0, 1))
-    specs = [layer_spec(source.config, index) for index in range(num_layers(source.config))]
+    specs = family_of(source.config).layers
     plain, folded, entering = [], [], x
     for index, spec in enumerate(specs):
         tensors = {n: t.float() for n, t in read_layer(source, index).items()}

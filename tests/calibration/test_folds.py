@@ -10,12 +10,14 @@ from plain_folds import apply_folds
 from planted import Tensors, linears, tiny_layer
 
 from m3quant.calibration import attention
-from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, ROUTER, all_groups, fold_groups, fold_norm, pair_folds
+from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, all_groups, fold_groups, fold_norm, pair_folds
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.ops import Activation, gated, rms_norm
 from m3quant.calibration.spec import LayerSpec, layer_spec
 from m3quant.errors import PlanError
 from m3quant.schemes import parse_scheme
+
+ROUTER = "block_sparse_moe.gate.weight"
 
 INT4, FP8 = parse_scheme("int4-g128"), parse_scheme("fp8-channel")
 

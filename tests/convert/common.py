@@ -74,7 +74,7 @@ def make_plan_of(
 def random_windows(plan: Plan, seed: int = 0) -> Windows:
     """Windows of random token ids of the shape that the plan's recipe asks for."""
     data = plan.recipe.data
-    vocab = int(plan.family.text_config(plan.checkpoint.config)["vocab_size"])
+    vocab = plan.family.vocab_size
     shape = (data.windows + data.heldout_windows, data.window_length)
     ids = np.random.default_rng(seed).integers(0, vocab, shape)
     kinds = np.full((shape[0], 1), shape[1])

@@ -58,12 +58,12 @@ def test_one_scheme_for_every_member_of_a_fused_module(sources: dict[str, Path],
     """Schemes that no recipe can give, as a family with a wrong role would: each is named with its fused module."""
     plan = make_plan_of(sources[family], "int4")
     assert plan.quantization is not None
-    for module in plan.family.engine_modules(plan.checkpoint.config):
+    for module in plan.family.engine_modules():
         if len(module.members) > 1:
             odd = {**plan.modules, module.members[-1]: KEEP}
             found = engine_problems(plan.family, plan.checkpoint.config, plan.quantization, odd)
             assert len(found) == 1 and module.fused_name in found[0] and module.members[-1] in found[0]
-    fused = [m.fused_name for m in plan.family.engine_modules(plan.checkpoint.config) if len(m.members) > 1]
+    fused = [m.fused_name for m in plan.family.engine_modules() if len(m.members) > 1]
     assert any("gate_up_proj" in name for name in fused) == (family == "m3")
 
 
@@ -88,7 +88,7 @@ def test_every_name_the_engine_looks_up_resolves_to_what_is_stored(
     plan = make_plan_of(sources[family], to, settings, served_format(family, to, fmt))
     assert plan.quantization is not None and problems(plan, plan.quantization) == []
     probes = 0
-    for module in plan.family.engine_modules(plan.checkpoint.config):
+    for module in plan.family.engine_modules():
         stored_as = plan.modules[module.members[0]]
         for probe in module.probes:
             probes += 1
@@ -212,7 +212,7 @@ def test_an_unknown_architecture_is_told_which_file_to_write(sources: dict[str, 
 def test_windows_that_never_exercise_block_selection_are_noted(tmp_path: Path) -> None:
     source = make_source(tmp_path / "m3", "m3")
     plan = make_plan_of(source)
-    covered = plan.family.selected_tokens(plan.checkpoint.config)
+    covered = plan.family.selected_tokens
     assert covered > 0
     for length, noted in ((covered, True), (covered + 1, False)):
         notes = make_plan_of(source, data={"window_length": length}).notes

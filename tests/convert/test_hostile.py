@@ -181,4 +181,4 @@ def test_counts_far_above_what_the_headers_hold(
     write_json_atomic(source / "config.json", config)
     for command in (["plan", source], ["convert", source, tmp_path / "out", "--to", "int4"]):
         code, _, err = m3quant(*command)
-        assert code == 2 and key in err, err
+        assert code == 2 and (key in err or "an entry for each layer" in err), err

@@ -90,8 +90,8 @@ def reference_logprobs(folder: Path, prompts: list[list[int]]) -> tuple[list[lis
     """(log-probs of tokens 1.., most likely ids) of each prompt under the unquantized checkpoint in `folder`, in float32."""
     import transformers
 
-    model_type = json.loads((folder / "config.json").read_text())["model_type"]
-    kind = transformers.AutoModelForCausalLM if model_type == "minimax_m2" else transformers.AutoModelForImageTextToText
+    sees = "vision_config" in json.loads((folder / "config.json").read_text())
+    kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
     model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     logprobs, top1 = [], []
     for prompt in prompts:

@@ -96,3 +96,17 @@ def reference(logits: torch.Tensor, one: ScoredSequence) -> tuple[np.ndarray, np
     logp = torch.log_softmax(logits, dim=-1)
     target = torch.from_numpy(one.ids[one.scored])
     return -logp.gather(1, target[:, None])[:, 0].numpy(), logp.numpy()
+
+
+class StopAfter(Silent):
+    """Raises where progress tells of a layer."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.left = layers
+
+    def say(self, line: str) -> None:
+        super().say(line)
+        self.left -= line.startswith("layer")
+        if self.left < 0:
+            raise KeyboardInterrupt

@@ -96,7 +96,7 @@ def edited(hub: Hub, name: str, data: bytes | None = None, claimed: str | None =
         ("m3quant.json", b"{", ["manifest of m3quant", "damaged"]),
         (
             "m3quant.json",
-            b'{"files": {}, "shards": {"config.json": {"sha256": "0"}}}',
+            b'{"files": {}, "shards": {"config.json": {"size": 28, "sha256": "%s"}}}' % (b"0" * 64),
             ["different sums", "config.json"],
         ),
     ],

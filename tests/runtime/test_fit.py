@@ -42,7 +42,7 @@ def test_the_reference_table_of_m2() -> None:
     assert sizes["fp8-block"] == pytest.approx(230, rel=0.01)
     assert sizes["fp8"] == pytest.approx(230, rel=0.01)
     assert sizes["awq"] == pytest.approx(115, rel=0.06)
-    fp8_cache = kv_bytes_per_token(M2.family, M2.config, Setup(kv_dtype="fp8"))[0] * 1_000_000
+    fp8_cache = kv_bytes_per_token(M2.family, Setup(kv_dtype="fp8"))[0] * 1_000_000
     assert fp8_cache / 1e9 == pytest.approx(127, rel=0.01) and fp8_cache / GIB == pytest.approx(
         118, rel=0.01
     )  # "~120 GB"
@@ -74,11 +74,11 @@ TABLE = {
 def test_bytes_per_token_and_rank(key: tuple[str, str, str]) -> None:
     subject = M2 if key[0] == "m2" else M3
     for tp, expected in zip((1, 2, 4, 8), TABLE[key], strict=True):
-        assert kv_bytes_per_token(subject.family, subject.config, Setup(Split(tp), key[1], key[2])) == [expected]
+        assert kv_bytes_per_token(subject.family, Setup(Split(tp), key[1], key[2])) == [expected]
 
 
 def test_stages_halve_the_cache_and_the_smallest_decides() -> None:
-    halves = kv_bytes_per_token(M3.family, M3.config, Setup(Split(4, 2)))
+    halves = kv_bytes_per_token(M3.family, Setup(Split(4, 2)))
     assert sum(halves) == 45312 and halves[0] < halves[1]  # the first three layers keep no index keys
     assert [len(stage) for stage in stage_of_layers(62, 4)] == [15, 16, 16, 15]
     assert pool_of([100 * 128, 50 * 128], [1, 1], 128).tokens == 49 * 128
@@ -107,8 +107,8 @@ def test_stored_checkpoints_are_counted_tensor_by_tensor() -> None:
         (whole,) = rank_weights(
             model.groups,
             Split(1, vision=True),
-            model.family.kv_geometry(model.config).kv_heads,
-            model.family.num_layers(model.config),
+            model.family.kv_geometry.kv_heads,
+            model.family.num_layers,
         )
         routing = sum(
             t.numel

@@ -14,17 +14,29 @@ from m3quant.runtime.guard.prefix import block_chain
 BLOCK = 16
 
 
+PATIENCE = 8.0
+ROUNDING = 1e-6  # of times
+
+
 class LedgerMachine(RuleBasedStateMachine):
-    """Requests come, run, end, hang up while waiting, are released twice; the pool shrinks and grows."""
+    """Requests come, run, end, hang up while waiting, are released twice; the pool shrinks and grows; time goes on.
+
+    The guarantee of ledger.py is checked against what this machine saw itself: who ran when a block began, how long it lasted, who passed.
+    """
 
     tickets: Bundle = Bundle("tickets")
 
     @initialize(blocks=st.integers(1, 40), queue=st.integers(0, 60))
     def begin(self, blocks: int, queue: int) -> None:
-        self.ledger = Ledger(blocks * BLOCK, queue * BLOCK, BLOCK)
+        self.now = 0.0
+        self.ledger = Ledger(blocks * BLOCK, queue * BLOCK, BLOCK, PATIENCE, lambda: self.now)
         self.all: list[Ticket] = []
         self.shrunk = False
-        self.given_back = 0
+        self.blocking: Ticket | None = None
+        self.since = 0.0
+        self.open_until = 0.0
+        self.before: list[Ticket] = []  # what other keys ran when the present block began
+        self.resized = False
 
     @rule(
         target=tickets,
@@ -36,16 +48,62 @@ class LedgerMachine(RuleBasedStateMachine):
         """Prompts are of blocks of all zeros or all ones, so that many share a beginning."""
         chain = block_chain([token for token in prompt[:blocks] for _ in range(BLOCK)] + [0], BLOCK, "")
         ticket = Ticket(key, blocks * BLOCK, chain[:blocks])
-        was_waiting = [other for other in self.all if other.state is State.QUEUED]
-        fits = not was_waiting and self.ledger.cost(ticket) <= self.ledger.free
+        waiting = [other for other in self.all if other.state is State.QUEUED]
+        fits = self.ledger.cost(ticket) <= self.ledger.free
         evicted = self.ledger.offer(ticket)
         self.all.append(ticket)
-        assert (ticket.state is State.ADMITTED) == fits
-        assert all(other in was_waiting and other.state is State.DROPPED and other.key != key for other in evicted)
+        if ticket.state is State.ADMITTED:
+            assert fits and not any(other.key == key for other in waiting)  # nobody passes those of the same key
+        elif fits:
+            assert waiting  # an empty queue holds nobody back
+        assert all(other in waiting and other.state is State.DROPPED and other.key != key for other in evicted)
         if ticket.state is State.DROPPED:
             assert not evicted
-        self.ledger.advance()
+        self.advance()
         return ticket
+
+    def advance(self) -> None:
+        for ticket in self.ledger.advance():
+            assert ticket.state is State.ADMITTED
+        self.watch()
+
+    def watch(self) -> None:
+        """Follows the block, and checks what it must never do."""
+        block = self.ledger.block
+        now_blocking = block.ticket if block is not None else None
+        if now_blocking is not self.blocking:
+            if self.blocking is not None:
+                lasted = self.now - self.since
+                assert lasted <= self.longest(self.blocking) + ROUNDING or self.resized
+                self.open_until = min(self.now, self.since + self.longest(self.blocking)) + lasted
+            if now_blocking is not None:
+                assert (
+                    self.now >= self.open_until - ROUNDING or self.resized
+                )  # open for as long as the last one blocked
+                running = [ticket for ticket in self.all if ticket.state is State.ADMITTED]
+                own = sum(ticket.tokens for ticket in running if ticket.key == now_blocking.key)
+                assert own + now_blocking.tokens <= self.ledger.capacity  # nobody waits for what its own key holds
+                self.before = [ticket for ticket in running if ticket.key != now_blocking.key]
+                self.since, self.resized = self.now, False
+            self.blocking = now_blocking
+        if self.blocking is not None and not self.resized:
+            assert any(ticket.state is State.ADMITTED for ticket in self.before)  # else it would have started
+
+    def longest(self, ticket: Ticket) -> float:
+        return PATIENCE * self.ledger.capacity / ticket.tokens
+
+    @rule(seconds=st.sampled_from([0.5, 3.0, 20.0]))
+    def wait(self, seconds: float) -> None:
+        """As the admission does: it advances the ledger at the very end of a block, too."""
+        until = self.now + seconds
+        while (ends := self.ledger.block_ends()) is not None and ends <= until:
+            self.now = max(self.now, ends)
+            blocked, start = self.blocking, self.ledger.lanes[self.blocking.key].start if self.blocking else 0
+            self.advance()
+            if blocked is not None and blocked.state is State.QUEUED:
+                assert self.ledger.lanes[blocked.key].start == start + blocked.tokens  # it pays for having blocked
+        self.now = until
+        self.advance()
 
     @rule(ticket=tickets)
     def prefill(self, ticket: Ticket) -> None:
@@ -58,7 +116,7 @@ class LedgerMachine(RuleBasedStateMachine):
         held = ticket.state is State.ADMITTED
         assert self.ledger.release(ticket) is held
         assert ticket.state in (State.RELEASED, State.DROPPED)
-        self.ledger.advance()
+        self.advance()
         return ticket
 
     @rule(ticket=tickets)
@@ -71,14 +129,16 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(blocks=st.integers(1, 40))
     def resize(self, blocks: int) -> None:
         self.shrunk |= blocks * BLOCK < self.ledger.reserved
+        self.resized = True  # sizes as they were when the block began hold no more
         lost = self.ledger.resize(blocks * BLOCK, self.ledger.queue_limit, BLOCK)
         assert all(ticket.state is State.DROPPED and ticket.tokens > blocks * BLOCK for ticket in lost)
-        self.ledger.advance()
+        self.advance()
 
     @rule()
     def drain(self) -> None:
         self.ledger.drop_waiting()
         assert self.ledger.queued == 0 and self.ledger.waiting == 0
+        self.watch()
 
     @invariant()
     def books_balance(self) -> None:
@@ -96,6 +156,10 @@ class LedgerMachine(RuleBasedStateMachine):
         assert ledger.queued <= ledger.queue_limit
         self.shrunk = self.shrunk and ledger.reserved > ledger.capacity
         assert ledger.reserved <= ledger.capacity or self.shrunk
+        for key, lane in ledger.lanes.items():
+            assert lane.running == sum(ticket.tokens for ticket in running if ticket.key == key)
+            if lane.queue and ledger.block is None:
+                assert ledger.cost(lane.queue[0]) > ledger.free  # without a block nothing that fits waits
         if not running:
             assert ledger.reserved == 0 and not waiting  # an empty pool starves nobody
         assert len(ledger.lanes) <= 3
@@ -152,6 +216,92 @@ def test_a_large_request_does_not_starve_behind_small_ones() -> None:
         ledger.release(ticket)
         ledger.advance()
     assert large.state is State.ADMITTED
+
+
+def run_against(
+    hog: str, occupant: str, patience: float = 7.5, timeout: float = 30.0, seconds: float = 300.0
+) -> list[int]:
+    """Answers of the key "small" for every ten seconds.
+
+    "small" keeps eight requests of 50 tokens and half a second each in a pool of 1,000. From the start `occupant` runs one request of 200
+    tokens for ever, and `hog` asks for the whole pool again and again, each time for as long as `timeout`.
+    """
+    now = [0.0]
+    ledger = Ledger(1000, 10**6, 1, patience, lambda: now[0])
+    ledger.offer(Ticket(occupant, 200))
+    big, deadline = Ticket(hog, 1000), timeout
+    ledger.offer(big)
+    small: dict[Ticket, float] = {}
+    answers = [0] * int(seconds / 10)
+    while now[0] < seconds:
+        while len(small) < 8:
+            ticket = Ticket("small", 50)
+            small[ticket] = 0.0
+            ledger.offer(ticket)
+        if now[0] >= deadline:
+            assert big.state is State.QUEUED
+            ledger.release(big)
+            big, deadline = Ticket(hog, 1000), now[0] + timeout
+            ledger.offer(big)
+        ledger.advance()
+        now[0] += 0.05
+        for ticket in list(small):
+            if ticket.state is State.ADMITTED:
+                small[ticket] += 0.05
+            if small[ticket] > 0.49:
+                del small[ticket]
+                ledger.release(ticket)
+                answers[min(len(answers) - 1, int(now[0] / 10))] += 1
+        ledger.advance()
+    return answers
+
+
+def test_a_whole_pool_request_that_cannot_start_does_not_starve_another_key() -> None:
+    alone = run_against("hog", "hog", patience=0)  # nobody may block
+    whole = sum(alone) / len(alone)
+    own = run_against("hog", "hog")
+    assert own == alone, own  # what its own key holds gives it no right to block
+    other = run_against("hog", "third")
+    assert sum(other) >= 0.45 * whole * len(other), other  # held back at most half the time
+    assert min(other) >= 0.2 * whole, other  # and not for ten seconds at a stretch
+
+
+def test_a_whole_pool_request_starts_between_short_ones() -> None:
+    now = [0.0]
+    ledger = Ledger(1000, 10**6, 1, 7.5, lambda: now[0])
+    running = [Ticket("small", 100) for _ in range(10)]
+    for ticket in running:
+        ledger.offer(ticket)
+    large = Ticket("large", 1000)
+    ledger.offer(large)
+    waiting = [Ticket("small", 100) for _ in range(5)]
+    for ticket in waiting:
+        ledger.offer(ticket)
+    for ticket in running:
+        now[0] += 0.5
+        ledger.release(ticket)
+        ledger.advance()
+    assert large.state is State.ADMITTED and all(ticket.state is State.QUEUED for ticket in waiting)
+
+
+def test_smaller_requests_pass_a_blocking_one_without_delaying_it() -> None:
+    ledger = Ledger(1000, 10**6)
+    old = [Ticket("a", 300) for _ in range(3)]
+    for ticket in old:
+        ledger.offer(ticket)
+    large = Ticket("b", 600)
+    ledger.offer(large)
+    ledger.advance()
+    passing = [Ticket("c", 100) for _ in range(5)]
+    for ticket in passing:
+        ledger.offer(ticket)
+    ledger.release(old[0])
+    ledger.advance()
+    assert [ticket.state for ticket in passing] == [State.ADMITTED] * 4 + [State.QUEUED]  # 400 beside its 600
+    ledger.release(old[1])
+    assert ledger.advance() == []
+    ledger.release(old[2])
+    assert ledger.advance() == [large]
 
 
 def test_a_key_that_was_idle_has_no_claim_on_the_past() -> None:

@@ -280,6 +280,10 @@ def test_requests_without_an_answer_count_as_waiting_but_not_those_whose_client_
         now[0] = 6.0
         guard._look(idle)
         assert guard.watchdog.hanging
+        health = await ask(
+            guard, "/health", b"", method="GET"
+        )  # meant: one request that the engine does not begin is enough
+        assert (health.status, health.json["requests_unanswered"], health.json["requests_waiting"]) == (503, 1, 0)
         guard._look({})  # no gauges, no verdict
         assert not guard.watchdog.hanging
         engine.go.set()

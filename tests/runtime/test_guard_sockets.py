@@ -145,7 +145,7 @@ def test_hanging_up_waiting_running_and_while_streaming() -> None:
 
 def test_a_client_that_reads_nothing_is_given_up() -> None:
     engine = Engine(stream=[b"x" * 2**20] * 64)
-    guard = make_guard(engine, send_timeout_s=0.2)
+    guard = make_guard(engine, send_timeout_s=0.2, send_floor_bytes_s=2**20)
 
     async def scenario(port: int) -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
@@ -155,6 +155,39 @@ def test_a_client_that_reads_nothing_is_given_up() -> None:
         )  # the stream is stuck in the client's full buffer
         await idle(guard)
         writer.close()
+
+    serve(guard, scenario)
+
+
+async def read_slowly(port: int, bytes_a_turn: int, until_s: float) -> int:
+    """Asks, and reads that many bytes every twentieth of a second; the bytes read until the server ends it or the time is over."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+    writer.write(request(BODY))
+    read, loop = 0, asyncio.get_running_loop()
+    end = loop.time() + until_s
+    while loop.time() < end and (piece := await reader.read(bytes_a_turn)):
+        read += len(piece)
+        await asyncio.sleep(0.05)
+    writer.close()
+    return read
+
+
+@pytest.mark.parametrize(("floor", "given_up"), [(100 * 2**20, True), (1, False)])
+def test_a_client_that_hardly_reads_is_given_up_below_the_floor(floor: int, given_up: bool) -> None:
+    """It reads all the time, so no single message waits for long, and the pool is held for the whole stream all the same."""
+    engine = Engine(stream=[b"x" * 2**16] * 1024)
+    guard = make_guard(engine, send_timeout_s=0.5, send_floor_bytes_s=floor)
+
+    async def scenario(port: int) -> None:
+        reading = asyncio.ensure_future(read_slowly(port, 2**17, 3.0))
+        await until(guard, lambda: guard.admission.ledger.admitted == 1)
+        for _ in range(200):
+            await asyncio.sleep(0.01)
+            if guard.admission.ledger.admitted == 0:
+                break
+        assert (guard.admission.ledger.admitted == 0) is given_up
+        await reading
+        await idle(guard)
 
     serve(guard, scenario)
 

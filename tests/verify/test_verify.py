@@ -22,9 +22,11 @@ from convert.common import (
     stored,
 )
 from convert.sources import quantized_source
+from convert.tampering import edit_unsampled
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from m3quant.checkpoint import Checkpoint
 from m3quant.cli import cli
 from m3quant.errors import M3QuantError
 
@@ -39,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = {}
     for family in ("m2", "m3"):
         out[family] = with_outliers(make_source(folder / f"{family}-plain", family), folder / family)
-        run_convert(out[family], folder / f"{family}-awq", "awq-all-int4", awq={"n_grid": 6})
+        run_convert(out[family], folder / f"{family}-awq", "awq-all-int4", rounding="awq", awq={"n_grid": 6})
         run_convert(out[family], folder / f"{family}-int4", "int4")
         out[f"{family}-awq"], out[f"{family}-int4"] = folder / f"{family}-awq", folder / f"{family}-int4"
     return out
@@ -447,6 +449,34 @@ def test_a_wrong_source(made: dict[str, Path], tmp_path: Path) -> None:
     assert status == 1 and "made from another source" in said and "rope_theta" in said, said
 
 
+def test_one_bit_of_the_source_that_no_error_shows_is_another_source(made: dict[str, Path], tmp_path: Path) -> None:
+    """The lowest bit of one weight: rounded codes are the same, or one apart."""
+    other = shutil.copytree(made["m2"], tmp_path / "other")
+    infos = Checkpoint.open(other).tensors
+    info = next(infos[n] for n in infos if ".layers.0." in n and n.endswith("w1.weight"))
+    edit_unsampled(other, info.shard, info.name)
+    status, said = check(made["m2-int4"], other)
+    assert status == 1 and f"(layer 0) was made of other tensors than {info.shard} of {other} holds" in said, said
+    assert "(layer 1)" not in said
+    assert check(made["m2-int4"], shutil.copytree(made["m2"], tmp_path / "copy"))[0] == 0
+
+
+def test_a_file_beside_the_source_s_weights_that_was_edited_is_named(made: dict[str, Path], tmp_path: Path) -> None:
+    other = shutil.copytree(made["m2"], tmp_path / "other")
+    out = tmp_path / "out"
+    (other / "tokenizer.json").write_text("{}")
+    (other / "README.md").write_text("# a card")
+    run_convert(other, out, "int4")
+    (other / "README.md").write_text("# edited, as people do")
+    assert check(out, other)[0] == 0
+    (other / "tokenizer.json").write_text('{"a": 1}')
+    status, said = check(out, other)
+    assert status == 1 and f"{other / 'tokenizer.json'} is not the file that was carried over" in said
+    (other / "tokenizer.json").unlink()
+    status, said = check(out, other)
+    assert status == 1 and "tokenizer.json was carried over, but" in said
+
+
 def test_folders_that_are_no_finished_output(made: dict[str, Path], tmp_path: Path) -> None:
     status, said = check(made["m2"])
     assert status == 1 and "was not written by m3quant convert" in said
@@ -491,7 +521,6 @@ def test_a_manifest_of_wrong_types_is_damaged(made: dict[str, Path], tmp_path: P
 
 def test_the_plan_rebuilt_from_the_manifest_is_the_plan(made: dict[str, Path], tmp_path: Path) -> None:
     from m3quant.artifact.output import output_plan, read_manifest
-    from m3quant.checkpoint import Checkpoint
 
     for which, to in (("m2-int4", "int4"), ("m3-int4", "int4")):
         plan = make_plan_of(made[which[:2]], to)

@@ -17,7 +17,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ...artifact.identity import sampled_identity
 from ...artifact.journal import FOLDER
+from ...artifact.reread import recorded_digests, stored_infos
 from ...checkpoint import Checkpoint, make_folder, sync_folder
 from ...errors import M3QuantError, OutputError, PlanError
 from ...planning.plan import Plan, Unit, make_plan
@@ -38,12 +40,14 @@ class Job:
     output: str
     recipe: str  # JSON of the resolved recipe
     fingerprint: str
+    sampled: str  # of the source's weights (`artifact.identity.sampled_identity`)
     device: str  # "cuda" or "cpu"; Ray shows a worker its own GPU only
 
 
 def job_of(plan: Plan, output: Path, device: str) -> Job:
     source = str(Path(plan.checkpoint.root).resolve())
-    return Job(source, str(output.resolve()), plan.recipe.model_dump_json(), plan.fingerprint(), device)
+    sampled = sampled_identity(plan.checkpoint)
+    return Job(source, str(output.resolve()), plan.recipe.model_dump_json(), plan.fingerprint(), sampled, device)
 
 
 def run_units(run: Run, units: list[Unit]) -> None:
@@ -119,6 +123,7 @@ def _convert_in(attempt: Path, job: Job, index: int) -> dict[str, Any]:
 
     plan = same_plan(job)
     unit = plan.units[index]
+    plan.checkpoint.record_reads()
     reader = SourceReader(plan.checkpoint, plan.sources)
     try:
         record = convert_unit(
@@ -128,7 +133,7 @@ def _convert_in(attempt: Path, job: Job, index: int) -> dict[str, Any]:
         raise out_of_memory(f"{job.device} on node {socket.gethostname()}", error) from None
     os.replace(attempt / unit.shard, Path(job.output) / unit.shard)
     sync_folder(Path(job.output))
-    return shard_facts(record)
+    return {**shard_facts(record), "read": recorded_digests(plan.checkpoint, stored_infos(unit))}
 
 
 def check_output_seen(job: Job) -> None:
@@ -144,7 +149,7 @@ def same_plan(job: Job) -> Plan:
     """The plan as this node sees it. Raises PlanError where this node sees another checkpoint or another output folder."""
     check_output_seen(job)
     plan = make_plan(Checkpoint.open(job.source), build_recipe(json.loads(job.recipe)))
-    if plan.fingerprint() != job.fingerprint:
+    if plan.fingerprint() != job.fingerprint or sampled_identity(plan.checkpoint) != job.sampled:
         raise PlanError(
             f"node {socket.gethostname()} sees another checkpoint at {job.source}, or has another version of m3quant: use one shared copy of both."
         )

@@ -1,0 +1,120 @@
+"""Weights that read the same rows, quantized: estimate, target, codes, verdict of held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from m3quant.calibration.feedback.evidence import Rule, estimate
+from m3quant.calibration.feedback.heldout import Readers, aimed, judged
+from m3quant.calibration.feedback.moments import Moments
+from m3quant.calibration.feedback.products import matmul
+from m3quant.calibration.feedback.settings import FeedbackSettings
+from m3quant.calibration.feedback.solve import Solver
+from m3quant.calibration.quantized_layer import StoredWeight
+
+NOT_JUDGED = "one half of the rows is empty, so nothing shows that feedback helps: rounded to nearest"
+WORSE = "feedback did not lower the error on held-out rows: rounded to nearest"
+SINGULAR = "the moment could not be factored: no error was fed forward"
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass
+class Verdict:
+    """What is logged of one weight. rows: effective. damping: of the mean diagonal. Pairs: rounded to nearest under
+    searched ranges, and fed back (error: as stored).
+
+    error: squared output error relative to the output's energy, as the damped moments tell it. heldout: the same of sampled output
+    rows on the half of the rows that was not learnt from, less a constant; NaN if it has no rows.
+    """
+
+    rows: float
+    damping: float
+    error: tuple[float, float]
+    heldout: tuple[float, float]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        notes = {"notes": self.notes} if self.notes else {}
+        pairs = {name: [_short(value) for value in getattr(self, name)] for name in ("error", "heldout")}
+        return {"rows": _short(self.rows), "damping": _short(self.damping), **pairs, **notes}
+
+
+@dataclass
+class Fitted:
+    """A stack of stored weights, and a verdict for each."""
+
+    stored: StoredWeight
+    verdicts: list[Verdict]
+
+
+def fit(
+    moments: Sequence[Moments], readers: Readers, rule: Rule, prior: torch.Tensor | None, settings: FeedbackSettings
+) -> list[Fitted]:
+    """One `Fitted` for each weight of `readers`, [E, N, K] each; moments: one for each E."""
+    known = estimate(moments, rule, prior)
+    nearest, found = judged(moments, readers, rule, prior, settings)
+    kept = found < nearest  # [E, weights]; False for NaN too
+    solution = Solver(aimed(readers, known), known.second, readers.scheme, settings).solve()
+    stored, loss = solution.stored, readers.sums(solution.loss)
+    if not bool(kept.all()):
+        plain = Solver(readers.weight, known.second, readers.scheme, settings)
+        state = plain.nearest()
+        stored = _chosen(kept, readers.sizes, stored, plain.stored(state))
+        loss = torch.where(kept, loss, readers.sums(state.loss))
+    energy = readers.sums((matmul(readers.weight, known.second) * readers.weight).sum(2)).clamp(min=_TINY)
+    before, after = readers.sums(solution.nearest) / energy, loss / energy
+    failed = solution.failed.tolist()
+    out = []
+    for index, part in enumerate(stored.rows(readers.sizes)):
+        verdicts = []
+        for slot in range(len(moments)):
+            held = (float(nearest[slot, index]), float(found[slot, index]))
+            notes = list(known.notes[slot])
+            if failed[slot]:
+                notes.append(SINGULAR)
+            if not kept[slot, index]:
+                notes.append(NOT_JUDGED if held[1] != held[1] else WORSE)
+            error = (float(before[slot, index]), float(after[slot, index]))
+            verdicts.append(Verdict(known.rows[slot], known.damping[slot], error, held, notes))
+        out.append(Fitted(part, verdicts))
+    return out
+
+
+def _chosen(kept: torch.Tensor, sizes: Sequence[int], first: StoredWeight, second: StoredWeight) -> StoredWeight:
+    """Weight by weight, the first where kept [E, weights], else the second."""
+    by_row = kept.repeat_interleave(torch.tensor(sizes, device=kept.device), dim=1)
+
+    def pick(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        step = by_row.shape[1] // a.shape[1] if a.shape[1] < by_row.shape[1] else 1  # FP8 blocks: a scale for 128 rows
+        rows = by_row[:, ::step][:, : a.shape[1]]
+        out = a.clone()
+        out[~rows] = b[~rows]
+        return out
+
+    zero = None
+    if first.zero_point is not None and second.zero_point is not None:
+        zero = pick(first.zero_point, second.zero_point)
+    return StoredWeight(pick(first.codes, second.codes), pick(first.scale, second.scale), zero)
+
+
+def block_log(block: str, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
+    """What is logged of a block. verdicts: by tensor name. block_error: means of `Verdict.error` over them."""
+    if not verdicts:
+        return {"block": block, "groups": [], "chosen": "unquantized"}
+    before, after = (sum(v.error[i] for v in verdicts.values()) / len(verdicts) for i in range(2))
+    return {
+        "block": block,
+        "groups": [],
+        "chosen": "feedback",
+        "block_error": {"round_to_nearest": before, "feedback": after},
+        "weights": {name: verdict.to_json() for name, verdict in verdicts.items()},
+    }
+
+
+def _short(value: float) -> float | None:
+    """Four significant digits; None for NaN, which JSON does not have."""
+    return None if value != value else float(f"{value:.4g}")

@@ -1,0 +1,120 @@
+"""What rows that took no part say: whether feedback helps a weight at all.
+
+Errors on the other half of the rows follow from its moments alone: with D = Q - W,
+
+    sum w |y' - x Q^T|^2 = tr D (sum w x^T x) D^T - 2 tr D (sum w e^T x)^T + a constant.
+
+Output rows are independent, so a sample of them is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+
+from m3quant.calibration.feedback.evidence import Estimate, Rule, estimate
+from m3quant.calibration.feedback.moments import HALVES, Moments
+from m3quant.calibration.feedback.products import matmul
+from m3quant.calibration.feedback.settings import FeedbackSettings
+from m3quant.calibration.feedback.solve import Solver
+from m3quant.calibration.feedback.targets import targets
+from m3quant.schemes import FP8_BLOCK, Scheme
+
+Key = TypeVar("Key")
+
+_SAMPLE_ROWS = 32  # output rows of a weight that are tried
+_ROUNDS = 1
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Weights of one scheme that read the same rows: weight [E, N, K] float32, the output rows of each behind one another.
+
+    sizes: output rows of each. inputs: the cross moment is of the inputs, [K, K]; else of the outputs, [N, K].
+    """
+
+    weight: torch.Tensor
+    sizes: tuple[int, ...]
+    scheme: Scheme
+    inputs: bool
+
+    @classmethod
+    def of(cls, weights: Sequence[torch.Tensor], scheme: Scheme, inputs: bool) -> Readers:
+        """Stacks [E, N_i, K] of one scheme. Those in FP8 blocks must be of whole blocks of rows, all but the last."""
+        return cls(torch.cat(list(weights), dim=1), tuple(weight.shape[1] for weight in weights), scheme, inputs)
+
+    def sampled(self) -> tuple[Readers, torch.Tensor]:
+        """The same of some output rows of each, evenly spread, and which they are."""
+        picked, first = [], 0
+        for size in self.sizes:
+            count = min(_SAMPLE_ROWS, size)
+            picked.append(first + torch.arange(count) * size // count)
+            first += size
+        rows = torch.cat(picked).to(self.weight.device)
+        # Blocks of rows that do not lie together share no scale here: one for each row stands for theirs.
+        scheme = replace(self.scheme, block=False)
+        return Readers(self.weight[:, rows], tuple(map(len, picked)), scheme, self.inputs), rows
+
+    def cross(self, cross: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """[E, N, K] of the output rows (`rows` of all of them) from a cross moment [E, M, K]."""
+        if self.inputs:
+            return matmul(self.weight, cross)
+        return cross if rows is None else cross[:, rows]
+
+    def sums(self, by_row: torch.Tensor) -> torch.Tensor:
+        """[E, N] -> [E, weights]."""
+        return torch.stack([part.sum(1) for part in by_row.split(self.sizes, dim=1)], dim=1)
+
+
+def joined_by_scheme(weights: Mapping[Key, tuple[Scheme, int]]) -> list[tuple[Key, ...]]:
+    """Which weights, given as (scheme, output rows), can be solved as one stack of rows: those of one scheme, in their order.
+
+    One in FP8 blocks stands alone if its rows are not whole blocks.
+    """
+    sets: dict[object, list[Key]] = {}
+    for key, (scheme, rows) in weights.items():
+        ragged = scheme.block and rows % FP8_BLOCK
+        sets.setdefault((scheme, key) if ragged else scheme, []).append(key)
+    return [tuple(keys) for keys in sets.values()]
+
+
+def judged(
+    moments: Sequence[Moments], readers: Readers, rule: Rule, prior: torch.Tensor | None, settings: FeedbackSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Errors [E, weights] on the second half of the rows of what the first taught: (rounded to nearest with searched
+    ranges, with feedback).
+
+    Relative to the energy of the outputs there, less a constant; NaN where the second half has no rows.
+    """
+    learnt, judge = HALVES
+    known = estimate(moments, rule, prior, learnt)
+    part, rows = readers.sampled()
+    quick = replace(settings, rounds=min(_ROUNDS, settings.rounds))
+    plain = Solver(part.weight, known.second, part.scheme, quick)
+    nearest = plain.stored(plain.nearest()).dequantized()
+    found = Solver(aimed(part, known, rows), known.second, part.scheme, quick).solve().stored.dequantized()
+    return tuple(_errors(values, part, rows, moments, judge) for values in (nearest, found))  # type: ignore[return-value]
+
+
+def aimed(readers: Readers, known: Estimate, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """The targets [E, N, K] of readers, of which `rows` are the output rows."""
+    return targets(readers.weight, readers.cross(known.cross, rows), known.system, known.ridge)[0]
+
+
+def _errors(
+    values: torch.Tensor, readers: Readers, rows: torch.Tensor, moments: Sequence[Moments], half: int
+) -> torch.Tensor:
+    out = []
+    for slot, own in enumerate(moments):
+        second, cross, mass, _ = own.of(half)
+        weight = readers.weight[slot]
+        pull = weight @ cross if readers.inputs else cross[rows]
+        difference = values[slot] - weight
+        error = ((difference @ second) * difference).sum(1) - 2 * (difference * pull).sum(1)
+        energy = ((weight @ second) * weight).sum(1)
+        ratio = readers.sums(error[None]) / readers.sums(energy[None])
+        out.append(ratio[0] if mass > 0 else torch.full_like(ratio[0], torch.nan))
+    return torch.stack(out)

@@ -1,0 +1,96 @@
+"""The rows that the feed-forward block's units read, in both streams, and what their outputs fall short of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from m3quant.calibration import ops
+from m3quant.calibration.feedback.moments import Moments, MomentSum, halves
+from m3quant.calibration.feedback.settings import FeedbackSettings
+from m3quant.calibration.glu import Glu, Unit
+from m3quant.calibration.layers import Layer
+
+ROWS = 8192  # activation rows in work at once
+
+
+@dataclass
+class MlpStates:
+    """Both residual streams after attention, [T, H]: the quantized model's and the source's. window: tokens of one."""
+
+    quantized: torch.Tensor
+    source: torch.Tensor
+    window: int
+
+
+class UnitRows:
+    """Moments and outputs of units (routed experts, or the MLP that sees every token), block of rows by block.
+
+    missing: [T, H], what the units' outputs together have to make good beyond their own; share: [T], the sum of the
+    weights of the units that share it.
+    """
+
+    def __init__(self, layer: Layer, states: MlpStates, settings: FeedbackSettings) -> None:
+        self.layer, self.states, self.settings = layer, states, settings
+        self.activation = layer.spec.activation
+        self.half = halves(len(states.quantized), states.window, layer.device)
+        self.missing = states.source - states.quantized
+        self.share = torch.ones(len(states.quantized), device=layer.device)
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """All tokens in order, as index tensors."""
+        yield from torch.arange(len(self.half), device=self.layer.device).split(ROWS)
+
+    def quantized(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The normed inputs [n, H] of these tokens in the quantized stream."""
+        return self.layer.mlp_input(self.states.quantized[tokens])
+
+    def source(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The same in the source stream; in the quantized one, if its errors are not to be made good."""
+        return self.layer.mlp_input(
+            (self.states.source if self.settings.source_targets else self.states.quantized)[tokens]
+        )
+
+    def input_moments(self, unit: Unit) -> Moments:
+        """Of what gate and up read; the cross moment is of the inputs."""
+        width = self.layer.spec.hidden_size
+        total = MomentSum(width, width, self.layer.device)
+        for tokens, gates in zip(unit.tokens.split(ROWS), unit.weights.split(ROWS), strict=True):
+            x = self.quantized(tokens).float()
+            total.add(x, self.source(tokens).float() - x, gates.square(), self.half[tokens])
+        return total.total()
+
+    def layer_moment(self) -> torch.Tensor | None:
+        """The second moment [H, H] of all tokens, per token: a prior for every expert. None if it is not finite."""
+        width = self.layer.spec.hidden_size
+        total = MomentSum(width, 1, self.layer.device)
+        for tokens in self.blocks():
+            x = self.quantized(tokens)
+            total.add(x, x.new_zeros(len(x), 1), torch.ones(len(x), device=x.device), self.half[tokens])
+        second, _, mass, _ = total.total().of(None)
+        return second / mass if mass and bool(torch.isfinite(second).all() & (second.diagonal().mean() > 0)) else None
+
+    def down_moments(self, unit: Unit, acting: Glu, source: Glu) -> Moments:
+        """Of what down reads under the rounded gate and up; weights [I, H] and [H, I]. The cross moment is of the outputs."""
+        total = MomentSum(source.down.shape[1], source.down.shape[0], self.layer.device)
+        for tokens, gates in zip(unit.tokens.split(ROWS), unit.weights.split(ROWS), strict=True):
+            hidden = self._hidden(self.quantized(tokens), acting)
+            short = ops.linear(self._hidden(self.source(tokens), source) - hidden, source.down).float()
+            if self.settings.residual:
+                short += self.missing[tokens].float() / self.share[tokens, None]
+            total.add(hidden, short, gates.square(), self.half[tokens])
+        return total.total()
+
+    def outputs(self, unit: Unit, acting: Glu) -> torch.Tensor:
+        """[natural rows, H] float32: what the unit adds to its routed tokens."""
+        parts = [torch.empty(0, self.layer.spec.hidden_size, device=self.layer.device)]
+        tokens, weights = unit.tokens[: unit.natural], unit.weights[: unit.natural]
+        for own, gates in zip(tokens.split(ROWS), weights.split(ROWS), strict=True):
+            hidden = self._hidden(self.quantized(own), acting)
+            parts.append(ops.linear(hidden, acting.down).float() * gates[:, None])
+        return torch.cat(parts)
+
+    def _hidden(self, x: torch.Tensor, weights: Glu) -> torch.Tensor:
+        return ops.gated(ops.linear(x, weights.gate), ops.linear(x, weights.up), self.activation)

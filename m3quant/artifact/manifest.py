@@ -1,0 +1,198 @@
+"""m3quant.json of a finished output: what it was made from and of, and the sha256 of every file. Torch-free.
+
+Schema 1 recorded neither `source.identity` nor `source.read`; outputs of that time are read all the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..checkpoint import DTYPE_BYTES, write_json_atomic
+from ..checkpoint.strict_json import shown
+from ..planning.source_tensors import FP8_BLOCK, MXFP8, PLAIN
+from .identity import SourceIdentity
+
+MANIFEST = "m3quant.json"
+MANIFEST_SCHEMA = 2
+MAX_BYTES = 512 * 2**20  # a checkpoint of a million tensors takes a quarter of it
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    """Unknown keys are passed over: a later minor version may add some."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
+
+
+class Shard(_Part):
+    size: Size
+    sha256: Sha256
+
+
+class CarriedFile(_Part):
+    """A file of the source that was carried over. as_on_hub: whether its bytes are those the Hub sent, None if unknown."""
+
+    size: Size
+    sha256: Sha256
+    as_on_hub: bool | None
+
+
+class SourceTensorFacts(_Part):
+    """A source tensor: how it is stored, and the dtype of its scale."""
+
+    dtype: Annotated[str, Field(pattern=f"^({'|'.join(DTYPE_BYTES)})$")]
+    shape: tuple[Annotated[int, Field(ge=0, lt=2**48)], ...] = Field(max_length=8)
+    kind: Annotated[str, Field(pattern=f"^({PLAIN}|{FP8_BLOCK}|{MXFP8})$")]
+    scale: Annotated[str, Field(pattern=f"^({'|'.join(DTYPE_BYTES)})$")] | None = None
+
+
+class ManifestSource(_Part):
+    """What the output was made from.
+
+    identity: what was known of it before it was read; read: output shard -> source shard -> digest of the tensors that were
+    read for it.
+    files, left_behind, card: not in outputs that are older than the record.
+    """
+
+    fingerprint: str
+    bytes: Size
+    tensors: dict[str, SourceTensorFacts]
+    identity: SourceIdentity | None = None
+    read: dict[str, dict[str, str]] = Field(default_factory=dict)
+    repo: str | None = None
+    revision: str | None = None
+    files: dict[str, CarriedFile] = Field(default_factory=dict)
+    left_behind: dict[str, str] = Field(default_factory=dict)
+    card: dict[str, Any] | None = None
+
+
+class RoleRow(_Part):
+    role: str
+    action: str
+    scheme: str
+    tensors: int
+    bytes_in: int
+    bytes_out: int
+    reason: str
+
+
+class CalibrationFacts(_Part):
+    """The text that was calibrated on (`calibration.corpus.Windows.record`)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    sha256: str
+    source: str
+    corpus_sha256: str
+    tokenizer_sha256: str
+    kind_tokens: dict[str, int]
+
+
+class Heldout(_Part):
+    """Figures of the windows that calibration never saw (`convert.quality`)."""
+
+    windows: int
+    window_length: int
+    tokens: int
+    perplexity_source: float
+    perplexity_quantized: float
+    kl_mean: float
+    kl_median: float
+    kl_max: float
+    top1_agreement: float
+
+
+class Coverage(_Part):
+    """How well the text covered the experts. starved: layer -> experts below the floor."""
+
+    experts: int
+    floor: int
+    least_tokens: int
+    starved: dict[str, list[int]]
+    sentence: str
+
+
+class JobFacts(_Part):
+    """What the output's bytes depend on, as the journal kept it; recipe: JSON. None: they do not depend on it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    source: str
+    recipe: str
+    version: str
+    calibration: str | None
+    device: str | None
+    torch: str | None
+    transformers: str | None
+
+
+class Sums(_Part):
+    """What states the bytes of an output: of every shard size and sha256, of other files the sha256."""
+
+    shards: dict[str, Shard]
+    files: dict[str, Sha256]
+
+
+class Manifest(Sums):
+    """The whole of m3quant.json."""
+
+    schema_version: int = Field(alias="schema")
+    m3quant: str
+    finished: str
+    fingerprint: str
+    source: ManifestSource
+    recipe: dict[str, Any]
+    output_bytes: Size
+    bits_per_weight: float | None
+    roles: list[RoleRow]
+    passed_through: list[str]
+    notes: list[str]
+    job: JobFacts
+    seconds: float
+    calibration: CalibrationFacts | None = None
+    heldout: Heldout | None = None
+    coverage: Coverage | None = None
+    stream_error: dict[str, float] = Field(default_factory=dict)
+    rounding_error: dict[str, float] = Field(default_factory=dict)
+    report: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written: keys that nobody set are left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+View = TypeVar("View", bound=Sums)
+
+
+def parse_manifest(data: bytes, where: str, kind: type[View]) -> View:
+    """The manifest in `data`, or the part of it that `kind` describes. Raises ValueError: a clause that begins with `where`."""
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{where} has more than {MAX_BYTES} bytes: it is no manifest of m3quant")
+    try:
+        manifest = kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = shown(".".join(map(str, first["loc"]))) + ": " if first["loc"] else ""
+        raise ValueError(f"{where} is damaged ({place}{first['msg'][:200]})") from None
+    if isinstance(manifest, Manifest) and manifest.schema_version > MANIFEST_SCHEMA:
+        raise ValueError(f"{where} was written by a newer m3quant (schema {manifest.schema_version})")
+    return manifest
+
+
+def load_manifest(path: Path, kind: type[View]) -> View:
+    """The manifest at `path`. Raises ValueError as `parse_manifest`."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    return parse_manifest(data, str(path), kind)
+
+
+def write_manifest(output: Path, manifest: Manifest) -> None:
+    write_json_atomic(output / MANIFEST, manifest.to_json())

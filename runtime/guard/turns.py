@@ -1,0 +1,124 @@
+"""Turns at a bounded resource, shared fairly between keys: whose turn is next is decided by the bytes each key has had worked on.
+
+Start-time fair queuing as in ledger.py, without reservations: work has a size, runs once it has a place, and ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from .inbox import ClientGone, Inbox
+
+T = TypeVar("T")
+
+
+@dataclass
+class Line:
+    waiting: deque[tuple[int, asyncio.Future[None]]] = field(default_factory=deque)
+    start: int = 0
+    inside: int = 0
+
+
+class Turns:
+    """`places` at once, and of these at most half for one key while there is more than one place, so that others find one free."""
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self.share = max(1, places // 2)
+        self.inside = 0
+        self.virtual = 0
+        self.lines: dict[str, Line] = {}
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def run(
+        self,
+        key: str,
+        size: int,
+        inbox: Inbox,
+        deadline: float,
+        limit_s: float,
+        work: Callable[[], Coroutine[Any, Any, T]],
+    ) -> T:
+        """The result of the work, once its turn has come.
+
+        Raises ClientGone when the client hangs up first, TimeoutError when the turn has not come at `deadline` (time.monotonic) or the
+        work takes more than `limit_s`. Work that has begun cannot be interrupted: it keeps its place until it is done, whoever has left.
+        """
+        if (turn := self.enter(key, size)) is not None:
+            await self._wait(turn, key, inbox, deadline)
+        running = asyncio.ensure_future(work())
+        self._running.add(running)
+        running.add_done_callback(lambda _: self.leave(key))
+        running.add_done_callback(self._running.discard)
+        running.add_done_callback(
+            lambda task: task.cancelled() or task.exception()
+        )  # seen, also when nobody waits any more
+        either: set[asyncio.Future[Any]] = {running, inbox.hang_up()}
+        await asyncio.wait(either, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        if inbox.gone:
+            raise ClientGone
+        if not running.done():
+            raise TimeoutError
+        return running.result()
+
+    async def _wait(self, turn: asyncio.Future[None], key: str, inbox: Inbox, deadline: float) -> None:
+        try:
+            left = max(0.0, deadline - time.monotonic())
+            either: set[asyncio.Future[Any]] = {turn, inbox.hang_up()}
+            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if inbox.gone:
+                raise ClientGone
+            if not turn.done():
+                raise TimeoutError
+        except BaseException:
+            if turn.done():  # it came in the same instant
+                self.leave(key)
+            else:
+                turn.cancel()
+            raise
+
+    def enter(self, key: str, size: int) -> asyncio.Future[None] | None:
+        """None when the place is taken at once; else what to wait for. Whoever got a place leaves it once, whoever stops waiting cancels."""
+        line = self.lines.setdefault(key, Line(start=self.virtual))
+        if self.inside < self.places and line.inside < self.share and not line.waiting:
+            self._admit(line, size)
+            return None
+        if not line.waiting:
+            line.start = max(line.start, self.virtual)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        line.waiting.append((size, turn))
+        return turn
+
+    def leave(self, key: str) -> None:
+        self.lines[key].inside -= 1
+        self.inside -= 1
+        self._next()
+
+    def _next(self) -> None:
+        while self.inside < self.places:
+            for line in self.lines.values():
+                while line.waiting and line.waiting[0][1].done():  # its asker has gone
+                    line.waiting.popleft()
+            ready = [line for line in self.lines.values() if line.waiting and line.inside < self.share]
+            if not ready:
+                break
+            line = min(ready, key=lambda line: line.start)
+            size, turn = line.waiting.popleft()
+            self._admit(line, size)
+            turn.set_result(None)
+        for key in [key for key, line in self.lines.items() if not line.inside and not line.waiting]:
+            if self.lines[key].start <= self.virtual or not self.inside:
+                del self.lines[key]
+        if not self.lines:
+            self.virtual = 0
+
+    def _admit(self, line: Line, size: int) -> None:
+        self.virtual = max(self.virtual, line.start)
+        line.start = self.virtual + size
+        line.inside += 1
+        self.inside += 1

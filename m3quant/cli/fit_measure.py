@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, write_bytes_atomic
-from ..errors import OutputError
+from ..errors import OutputError, PlanError
 from ..planning.fit import Fitting
 from ..planning.sensitivity import Sensitivity
 
@@ -20,12 +20,18 @@ def measure_file(
     windows: int | None = None,
     heldout: int | None = None,
 ) -> Sensitivity:
-    """Measure `checkpoint` and write `path`. Raises OutputError, before anything is read, where that cannot be written."""
+    """Measure `checkpoint` and write `path`. Raises PlanError or OutputError, before anything is
+    read, where the one is not on this machine or the other cannot be written."""
     from ..calibration.mixture import mixture_sha256, parse_mixture
     from ..convert.measure import MeasureSettings, measure
     from .convert import calibration_windows
     from .progress import BytesProgress
 
+    if not checkpoint.local:
+        raise PlanError(
+            f"{checkpoint.root} is no folder with weights on this machine, and measuring reads every weight: download it "
+            "first (m3quant pull), or leave --measure out."
+        )
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise OutputError(f"{path} cannot be written: give --sensitivity a file in a folder that exists.")
     data = {"windows": windows or WINDOWS, "heldout_windows": heldout or HELDOUT}

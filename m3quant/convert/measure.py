@@ -36,7 +36,7 @@ from ..calibration.quantizers import layer_quantizer
 from ..calibration.ranks import ALONE
 from ..calibration.spec import LayerSpec
 from ..calibration.stream import HiddenStates, Prefetcher, embed_source, read_head, read_layer, run_layer
-from ..errors import CalibrationError, PlanError
+from ..errors import CalibrationError
 from ..planning.choices import role_of
 from ..planning.fit import Fitting
 from ..planning.layout import scale_dtype
@@ -112,14 +112,8 @@ def measure(
     """Read the whole checkpoint once and return what every candidate of `fitting` costs.
 
     windows: those of fitting.data, calibration before held-out. text_sha256: of the documents they are from. Raises CalibrationError without held-out windows or
-    for weights and activations that are not finite, CheckpointError for a source that is not on this machine, and
-    InterruptedRun.
+    for weights and activations that are not finite, CheckpointError where the source cannot be read, and InterruptedRun.
     """
-    if not fitting.checkpoint.local:
-        raise PlanError(
-            f"{fitting.checkpoint.root} is not a folder with weights on this machine: measuring reads every weight; "
-            "download it first (m3quant pull)."
-        )
     device = pick_device(settings.device)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())

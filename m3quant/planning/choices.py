@@ -6,17 +6,19 @@ Layers of the same tensors, and layer numbers of the same length, weigh the same
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
 
 from ..errors import PlanError
 from ..families import Family
 from ..schemes import Scheme, parse_scheme
-from .layout import check_divisible, stored_tensors
+from .layout import stored_bytes, stored_tensors
 from .plan import OutputTensor, Plan, PlannedTensor, Unit
 from .sensitivity import ROLES
 
-# What is tried where nothing was measured, from few bytes to many. Zero points at 2, 3 and 5 bits: one vLLM release
+# What is tried where nothing was measured. Zero points at 2, 3 and 5 bits: one vLLM release
 # unpacks symmetric experts of these widths while it loads them (engine_integers). Symmetric at 4, 6 and 8: the kernels
 # that every engine has.
 BULK_CANDIDATES = (
@@ -40,22 +42,28 @@ def bulk_role(family: Family) -> str:
 
 
 def default_candidates(family: Family) -> dict[str, tuple[str, ...]]:
-    """Role -> schemes to try, from few bytes to many."""
+    """Role -> schemes to try."""
     return {role: BULK_CANDIDATES if role == bulk_role(family) else OTHER_CANDIDATES for role in ROLES}
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """One way to store a layer: role -> scheme name, and the bytes that its shard and index lines take."""
+    """One way to store a layer: role -> scheme name. Layers of one kind share their choices."""
 
     schemes: Mapping[str, str]
-    nbytes: int
+    _unit: Callable[[], Unit] = field(repr=False)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the layer's shard and index lines. Worked out when first asked for: a header of thousands of tensors."""
+        return unit_bytes(self._unit())
 
 
 @dataclass(frozen=True)
 class Choices:
-    """layers: of every layer, all combinations of its roles' candidates. candidates: by layer and role, those that its
-    shapes allow. refused: why others are not among them, one sentence a role and scheme."""
+    """layers: of every layer, all combinations of its roles' candidates, that of the fewest bytes first. candidates: by
+    layer and role, those that its shapes allow, from few bytes to many. refused: why others are not among them, by role
+    and scheme."""
 
     layers: Sequence[Sequence[LayerChoice]]
     candidates: Sequence[Mapping[str, Sequence[str]]]
@@ -134,18 +142,17 @@ def _allowed(
     """The candidates of each role of the layer that its shapes allow."""
     found: dict[str, list[str]] = {}
     for role in ROLES:
-        shapes = {t.source.info.shape for t in unit.tensors if role_of(t) == role}
+        shapes = Counter(t.source.info.shape for t in unit.tensors if role_of(t) == role)
         if not shapes:
             continue
-        found[role] = []
+        sizes = {}
         for name in candidates.get(role, ()):
             try:
-                for shape in sorted(shapes):
-                    check_divisible(shape, parse_scheme(name), plan.recipe.format)
+                scheme = parse_scheme(name)
+                sizes[name] = sum(n * stored_bytes(shape, scheme, plan.recipe.format) for shape, n in shapes.items())
             except PlanError as error:
                 refused.setdefault((role, name), f"{role} of layer {unit.layer} cannot be {name}: {error}")
-                continue
-            found[role].append(name)
+        found[role] = sorted(sizes, key=sizes.__getitem__)
         if not found[role]:
             why = next((text for (r, _), text in refused.items() if r == role), f"no candidate scheme for {role}")
             raise PlanError(f"{why} No other candidate of {role} divides its weights either.")
@@ -153,18 +160,17 @@ def _allowed(
 
 
 def _choices(unit: Unit, allowed: Mapping[str, Sequence[str]], fmt: str) -> Iterator[LayerChoice]:
-    parts = {
-        (role, name): {t.name: stored_as(t, parse_scheme(name), fmt) for t in unit.tensors if role_of(t) == role}
-        for role, names in allowed.items()
-        for name in names
-    }
+    @cache
+    def part(role: str, name: str) -> dict[str, PlannedTensor]:
+        return {t.name: stored_as(t, parse_scheme(name), fmt) for t in unit.tensors if role_of(t) == role}
+
+    def stored(schemes: Mapping[str, str]) -> Unit:
+        changed = {name: tensor for item in schemes.items() for name, tensor in part(*item).items()}
+        return replace(unit, tensors=tuple(changed.get(t.name, t) for t in unit.tensors))
+
     for combination in itertools.product(*allowed.values()):
         schemes = dict(zip(allowed, combination, strict=True))
-        changed: dict[str, PlannedTensor] = {}
-        for item in schemes.items():
-            changed |= parts[item]
-        tensors = tuple(changed.get(t.name, t) for t in unit.tensors)
-        yield LayerChoice(schemes, unit_bytes(replace(unit, tensors=tensors)))
+        yield LayerChoice(schemes, partial(stored, schemes))
 
 
 def unit_bytes(unit: Unit) -> int:

@@ -111,7 +111,7 @@ class Fitting:
     @property
     def least(self) -> list[int]:
         """Every layer's choice of the fewest bytes."""
-        return [min(range(len(own)), key=own.__getitem__) for own in self.output_costs]
+        return [0] * len(self.choices.layers)
 
     @cached_property
     def _outside_layers(self) -> int:
@@ -131,7 +131,8 @@ class Fitting:
         return tuple(choices[i].schemes for choices, i in zip(self.choices.layers, chosen, strict=True))
 
     def point(self, chosen: Sequence[int]) -> Point:
-        nbytes = self._outside_layers + sum(own[i] for own, i in zip(self.output_costs, chosen, strict=True))
+        layers = zip(self.choices.layers, chosen, strict=True)
+        nbytes = self._outside_layers + sum(choices[i].nbytes for choices, i in layers)
         return Point(self.schemes(chosen), nbytes, self.predicted_kl(chosen))
 
     def predicted_kl(self, chosen: Sequence[int]) -> float | None:
@@ -188,18 +189,8 @@ class Fitting:
 
     def _even_steps(self, layers: range, costs: Sequence[Sequence[int]]) -> list[_Step]:
         """The rule of a fit without sensitivity: choices by rising cost. costs: of these layers."""
-        now: list[dict[str, str]] = []
-        ladders: list[dict[str, list[str]]] = []
-        for layer, own in zip(layers, costs, strict=True):
-            choices = self.choices.layers[layer]
-            least = dict(choices[min(range(len(own)), key=own.__getitem__)].schemes)
-            cost = {tuple(sorted(c.schemes.items())): n for c, n in zip(choices, own, strict=True)}
-            rank = {
-                role: sorted(names, key=lambda s, role=role: cost[tuple(sorted({**least, role: s}.items()))])  # type: ignore[misc]
-                for role, names in self.choices.candidates[layer].items()
-            }
-            now.append(least)
-            ladders.append(rank)
+        ladders = [self.choices.candidates[layer] for layer in layers]
+        now = [{role: names[0] for role, names in ladder.items()} for ladder in ladders]
         states = [self._step(layers, costs, now, True)]
         others = [role for role in ROLES if role != self.bulk]
         states += self._widen(

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import NodeError
 from .enginelog import EngineLog, is_empty
 from .fit import Ask, Fit, assess
-from .hardware import GIB, Gpu, Node
-from .memory import Estimate, pool_of
+from .hardware import CPU, GIB, Gpu, Node
+from .logsettings import CACHE, OVERHEAD, WEIGHTS, is_true, no_images, uncovered
+from .memory import (
+    DEFAULT_BATCHED_TOKENS,
+    INDEX_BYTES,
+    KV_BYTES,
+    LARGE_GPU,
+    Estimate,
+    gib,
+    index_name,
+    kv_dtype_of,
+    kv_name,
+    pool_of,
+)
 from .model import ServedModel
 
 EXACT = 0.01  # what headers and formulae give: weights, bytes per token, sizes that follow from them
 TOLERATED = 0.05  # a promised pool may be smaller than the promise by this much before it is called broken
 ROUNDING = int(0.006 * GIB)  # logs print two decimals
+LOADING_BUFFERS = gib(0.0, 0.0, 1.0, "what replicas allocate for their all-to-all while they load; not measured here")
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class Line:
     measured: float
     holds: bool
     constant: str
+    parts: tuple[str, ...] = ()  # what the prediction is made of: WEIGHTS, CACHE, OVERHEAD
 
     @property
     def off(self) -> float:
@@ -43,39 +57,69 @@ class Line:
 
 @dataclass(frozen=True)
 class LogCheck:
-    """All comparisons that the log allows."""
+    """All comparisons that the log allows. uncompared: settings that the prediction does not cover, and what they change; the
+    lines that depend on it are left out."""
 
     log: EngineLog
     fit: Fit
     lines: list[Line]
+    uncompared: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
         return all(line.holds for line in self.lines)
 
 
-def asked_by(log: EngineLog, ask: Ask) -> Ask:
-    """`ask` with the settings that the log states laid under it: what the user gave on the command line stays."""
+def asked_by(log: EngineLog, ask: Ask, gpu: Gpu | None = None) -> Ask:
+    """`ask` with the settings that the log states laid under it: what the user gave on the command line stays.
+
+    Where the log prints the arguments, what they lack is the engine's default on `gpu`, not m3quant's.
+    """
     changes: dict[str, Any] = {}
-    if log.setting("tensor_parallel_size") and not (ask.tp or ask.pp):
+    if (log.setting("tensor_parallel_size") or log.arguments) and not (ask.tp or ask.pp):
         changes |= {"tp": log.tp, "pp": log.pp}
-    for name, key in (
-        ("max_num_seqs", "max_num_seqs"),
-        ("max_num_batched_tokens", "max_num_batched_tokens"),
-        ("block_size", "block_size"),
-    ):
+    changes |= {"dp": log.dp, "dcp": log.dcp, "enforce_eager": is_true(log.setting("enforce_eager"))}
+    if log.arguments or log.setting("enable_expert_parallel"):
+        changes["expert_parallel"] = is_true(log.setting("enable_expert_parallel"))
+    tokens, seqs = _engine_defaults(gpu) if log.arguments and gpu else (None, None)
+    for key, default in (("max_num_seqs", seqs), ("max_num_batched_tokens", tokens), ("block_size", None)):
         value = log.setting(key)
-        if value and value.isdigit() and getattr(ask, name) == getattr(Ask(), name):
-            changes[name] = int(value)
+        if getattr(ask, key) == getattr(Ask(), key) and (
+            stated := int(value) if value and value.isdigit() else default
+        ):
+            changes[key] = stated
+    if ask.vision is None and (vision := _vision(log)) is not None:
+        changes["vision"] = vision
     kv = log.setting("kv_cache_dtype")
     if kv and kv != "auto" and ask.kv_dtype == "auto":
-        changes["kv_dtype"] = kv.removeprefix("torch.")
+        changes["kv_dtype"] = kv
     if (index := log.setting("indexer_kv_dtype")) and ask.index_dtype == Ask().index_dtype:
         changes["index_dtype"] = index
     utilization = log.utilization or _float(log.setting("gpu_memory_utilization"))
     if utilization and ask.utilization == Ask().utilization:
         changes["utilization"] = utilization
     return replace(ask, **changes)
+
+
+def _engine_defaults(gpu: Gpu) -> tuple[int, int] | tuple[None, None]:
+    """max_num_batched_tokens and max_num_seqs of vLLM's API server (engine/arg_utils.py); unknown without the memory."""
+    if not gpu.total_bytes or gpu.name == CPU:
+        return None, None
+    if gpu.total_bytes >= LARGE_GPU:
+        return 16384, 1024
+    if gpu.total_bytes >= 70 * GIB and gpu.name not in ("A100", "GB10"):
+        return DEFAULT_BATCHED_TOKENS, 1024
+    return 2048, 256
+
+
+def _vision(log: EngineLog) -> bool | None:
+    """Whether the engine built and profiled the vision tower; None where the log does not tell."""
+    if log.vision:
+        return True
+    limit = log.setting("limit_mm_per_prompt")
+    if is_true(log.setting("language_model_only")) or (limit and no_images(limit)):
+        return False
+    return True if log.arguments else None
 
 
 def _float(text: str | None) -> float | None:
@@ -93,34 +137,48 @@ def check_log(model: ServedModel, log: EngineLog, node: Node | None, ask: Ask) -
         raise NodeError(
             "the log holds none of vLLM's memory lines: give the output of a start-up, with INFO logging on."
         )
-    ask = asked_by(log, ask)
+    gpu = replace(node.gpu, total_bytes=log.total or node.gpu.total_bytes) if node else None
+    ask = asked_by(log, ask, gpu or Gpu("the log's GPU", log.total or 0, 0.0, "the log", "unknown"))
+    ask, uncompared = _covered(log, ask, model)
     if node is None:
         if log.total is None and not (log.kv_available or log.kv_pinned):
             raise NodeError("the log does not state the GPU's memory: say which node it is from with --on.")
-        ranks = (ask.tp or 1) * (ask.pp or 1)
+        ranks = (ask.tp or 1) * (ask.pp or 1) * ask.dp
         node = Node(ranks, Gpu("the log's GPU", log.total or 0, 0.0, "the log", "unknown"))
     elif log.total is not None:
         node = Node(node.count, replace(node.gpu, total_bytes=log.total))
     fit = assess(model, node, ask)
-    lines = list(_lines(log, fit))
+    changed = {part for parts in uncompared.values() for part in parts}
+    lines = [line for line in _lines(log, fit) if not changed & set(line.parts)]
+    if not lines and uncompared:
+        raise NodeError(f"nothing of this log can be compared: the prediction does not cover {', '.join(uncompared)}.")
     if not lines:  # nothing that could be off is no agreement
         raise NodeError(
             "the log states no size that the prediction covers: give the whole start-up, or say with --on which node it is from."
         )
-    return LogCheck(log, fit, lines)
+    return LogCheck(log, fit, lines, uncompared)
+
+
+def _covered(log: EngineLog, ask: Ask, model: ServedModel) -> tuple[Ask, dict[str, tuple[str, ...]]]:
+    """`ask` without what the prediction does not know, and that: `setting=value` -> what it changes."""
+    found = uncovered(log.settings)
+    if not ask.vision:
+        found = {name: parts for name, parts in found.items() if not name.startswith("mm_encoder_tp_mode")}
+    if model.label == "bf16" and (method := log.setting("quantization")) and method.lower() not in ("none", "null"):
+        found[f"quantization={method}"] = (WEIGHTS,)  # of BF16 weights the engine makes others while it loads them
+    if kv_name(kv_dtype_of(model.config, ask.kv_dtype)) not in KV_BYTES:
+        found[f"kv_cache_dtype={ask.kv_dtype}"] = (CACHE,)
+        ask = replace(ask, kv_dtype="bfloat16")
+    if index_name(ask.index_dtype) not in INDEX_BYTES:
+        found[f"indexer_kv_dtype={ask.index_dtype}"] = (CACHE,)
+        ask = replace(ask, index_dtype=Ask().index_dtype)
+    return ask, found
 
 
 def _lines(log: EngineLog, fit: Fit) -> Iterator[Line]:
     rank = max(fit.prediction.ranks, key=lambda r: r.weight_bytes)
     if log.weights is not None and rank.weight_bytes:
-        yield _exact(
-            "weights per GPU",
-            "GiB",
-            rank.weight_bytes / GIB,
-            log.weights / GIB,
-            "weights: the split of a role over ranks",
-            ROUNDING / GIB,
-        )
+        yield _weights(rank.weight_bytes, log.weights, fit.setup.split.dp)
     if log.non_torch is not None:
         yield _range("non-torch", rank.non_torch, log.non_torch, "NON_TORCH")
     elif log.consumed is not None:
@@ -143,7 +201,8 @@ def _lines(log: EngineLog, fit: Fit) -> Iterator[Line]:
 
 def _cache_lines(log: EngineLog, fit: Fit) -> Iterator[Line]:
     prediction, ranks = fit.prediction, fit.prediction.ranks
-    per_token, block = max(r.bytes_per_token for r in ranks), fit.setup.block_size
+    per_token, dcp = max(r.bytes_per_token for r in ranks), fit.setup.split.dcp
+    block = fit.setup.block_size * dcp  # tokens, of which each rank keeps its share
     if log.kv_available is not None and fit.node.gpu.total_bytes and log.kv_pinned is None:
         kv = [min(r.kv_bytes(getattr(r.overhead, which)) for r in ranks) / GIB for which in ("high", "expected", "low")]
         holds = (
@@ -160,9 +219,10 @@ def _cache_lines(log: EngineLog, fit: Fit) -> Iterator[Line]:
             log.kv_available / GIB,
             holds,
             "the sum of the lines above",
+            (WEIGHTS, OVERHEAD),
         )
     if log.needed and log.needed_for:
-        needed = math.ceil(log.needed_for / block) * block * per_token
+        needed = math.ceil(log.needed_for / block) * block // dcp * per_token
         yield _exact(
             f"KV cache for {log.needed_for:,} tokens",
             "GiB",
@@ -176,15 +236,15 @@ def _cache_lines(log: EngineLog, fit: Fit) -> Iterator[Line]:
         yield _exact(
             "longest context by the engine's own memory",
             "tokens",
-            available / per_token,
+            available / per_token * dcp,
             log.estimated_max_len,
             "bytes per token",
             block,
         )
     if log.pool_tokens and available:
-        pool = pool_of([available] * len(ranks), [r.bytes_per_token for r in ranks], block)
+        pool = pool_of([available] * len(ranks), [r.bytes_per_token for r in ranks], fit.setup.block_size, dcp)
         tokens = pool.engine_tokens(log.max_model_len or fit.context or block)
-        rounding = ROUNDING / per_token + block
+        rounding = ROUNDING / per_token * dcp + block
         yield _exact(
             "KV tokens by the engine's own memory",
             "tokens",
@@ -197,16 +257,26 @@ def _cache_lines(log: EngineLog, fit: Fit) -> Iterator[Line]:
         length = log.max_model_len or fit.context or block
         low, expected, high = (prediction.pool(which).engine_tokens(length) for which in ("high", "expected", "low"))
         holds = low * (1 - TOLERATED) <= log.pool_tokens <= high * (1 + TOLERATED)
-        yield Line("KV pool", "tokens", low, expected, high, log.pool_tokens, holds, "the sum of the lines above")
+        blame, parts = "the sum of the lines above", (WEIGHTS, CACHE, OVERHEAD)
+        yield Line("KV pool", "tokens", low, expected, high, log.pool_tokens, holds, blame, parts)
+
+
+def _weights(predicted: int, measured: int, dp: int) -> Line:
+    slack = LOADING_BUFFERS.high if dp > 1 else 0
+    low, high = predicted * (1 - EXACT) - ROUNDING, predicted * (1 + EXACT) + slack + ROUNDING
+    return Line(
+        "weights per GPU", "GiB", predicted / GIB, predicted / GIB, (predicted + slack) / GIB, measured / GIB, low <= measured <= high,
+        "weights: the split of a role over ranks", (WEIGHTS,),
+    )  # fmt: skip
 
 
 def _exact(name: str, unit: str, predicted: float, measured: float, constant: str, rounding: float) -> Line:
+    """A size that follows from the bytes of a token."""
     holds = abs(measured - predicted) <= EXACT * predicted + rounding
-    return Line(name, unit, predicted, predicted, predicted, measured, holds, constant)
+    return Line(name, unit, predicted, predicted, predicted, measured, holds, constant, (CACHE,))
 
 
 def _range(name: str, estimate: Estimate, measured: int, constant: str) -> Line:
     holds = estimate.low - ROUNDING <= measured <= estimate.high + ROUNDING
-    return Line(
-        name, "GiB", estimate.low / GIB, estimate.expected / GIB, estimate.high / GIB, measured / GIB, holds, constant
-    )
+    low, expected, high = (size / GIB for size in (estimate.low, estimate.expected, estimate.high))
+    return Line(name, "GiB", low, expected, high, measured / GIB, holds, constant, (OVERHEAD,))

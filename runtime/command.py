@@ -27,7 +27,7 @@ def vllm_arguments(fit: Fit) -> list[str]:
     if split.expert_parallel:
         out += ["--enable-expert-parallel"]
     if fit.ask.kv_dtype != "auto":
-        out += ["--kv-cache-dtype", fit.ask.kv_dtype]
+        out += ["--kv-cache-dtype", setup.kv_dtype]
     if setup.index_dtype != "bfloat16" and fit.model.family.kv_geometry.index_layers:
         out += ["--attention-config", json.dumps({"indexer_kv_dtype": setup.index_dtype})]
     if fit.model.config.get("vision_config") and not split.vision:

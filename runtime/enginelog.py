@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .hardware import GIB
+from .logsettings import read_settings
 
 _N = r"(-?\d[\d,]*(?:\.\d+)?)"
 _G = rf"{_N} Gi?B"
@@ -22,6 +23,9 @@ class EngineLog:
 
     version: str | None = None
     settings: dict[str, str] = field(default_factory=dict)
+    arguments: bool = False  # the arguments were printed: a setting that is absent has the engine's default
+    other_settings: list[str] = field(default_factory=list)  # names of arguments that the prediction does not read
+    vision: bool = False  # the vision tower was profiled
     total: int | None = None
     free_at_start: int | None = None
     requested: int | None = None
@@ -52,6 +56,14 @@ class EngineLog:
     @property
     def pp(self) -> int:
         return self._count("pipeline_parallel_size")
+
+    @property
+    def dp(self) -> int:
+        return self._count("data_parallel_size")
+
+    @property
+    def dcp(self) -> int:
+        return self._count("decode_context_parallel_size")
 
     def _count(self, name: str) -> int:
         """What is no number (None, auto) is the engine's default, 1."""
@@ -131,28 +143,24 @@ _LINES: tuple[tuple[re.Pattern[str], Fields], ...] = tuple(
             (("_from", str, _last), ("fitted_len", lambda t: int(_number(t)), _last), ("kv_available", _bytes, _smallest)),
         ),
         (r"MiniMax M3 sparse attention selected (\S+)", (("sparse_attention", str, _last),)),
+        (r"(Encoder cache) will be initialized with a budget", (("vision", bool, _last),)),
     )
 )  # fmt: skip
-_SETTING = re.compile(
-    r"['\"]?\b(tensor_parallel_size|pipeline_parallel_size|max_seq_len|max_model_len|kv_cache_dtype|max_num_seqs|max_num_batched_tokens|"
-    r"gpu_memory_utilization|block_size|enforce_eager|enable_expert_parallel|language_model_only|indexer_kv_dtype|kv_cache_memory_bytes)"
-    r"\b['\"]?\s*[=:]\s*['\"]?([\w.]+)"
-)
-START = "non-default args: "  # printed once a start
-_SETTING_LINES = re.compile(r"LLM engine \(v|non-default args|Chunked prefill is enabled|engine args")
 _NO_MEMORY = re.compile(r"No available memory for the cache blocks")
 
 
 def parse_log(text: str) -> EngineLog:
     """All that the log tells. A log of something else gives an empty EngineLog."""
-    log = EngineLog()
+    stated = read_settings(text)
+    log = EngineLog(settings=stated.values, arguments=stated.given, other_settings=stated.others)
     for line in text.splitlines():
         _read_line(log, line)
-        if _SETTING_LINES.search(line):
-            log.settings |= {name: value.rstrip(".") for name, value in _SETTING.findall(line)}
         log.no_memory |= bool(_NO_MEMORY.search(line))
     if log.needed is None:
         _read_line(log, " ".join(text.split()))  # a message that was wrapped when it was pasted
+    pinned = log.setting("kv_cache_memory_bytes", "kv_cache_memory") or ""
+    if log.kv_pinned is None and pinned.isdigit():
+        log.kv_pinned = int(pinned)
     return log
 
 

@@ -16,7 +16,9 @@ from .memory import (
     Pool,
     Prediction,
     Setup,
+    index_name,
     kv_dtype_of,
+    kv_name,
     predict,
 )
 from .model import ServedModel, Subject
@@ -38,8 +40,13 @@ class Ask:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int = DEFAULT_BATCHED_TOKENS
     utilization: float = DEFAULT_UTILIZATION
-    vision: bool = False
+    vision: bool | None = None  # None: text alone
     block_size: int = BLOCK_SIZE
+    # of a log alone: m3quant plans no replicas of its own
+    dp: int = 1
+    dcp: int = 1
+    expert_parallel: bool | None = None
+    enforce_eager: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,12 +84,13 @@ def assess(model: ServedModel, node: Node, ask: Ask) -> Fit:
     split, problem = _split(model, node, ask)
     setup = Setup(
         split=split,
-        kv_dtype=kv_dtype_of(model.config, ask.kv_dtype),
-        index_dtype=ask.index_dtype,
+        kv_dtype=kv_name(kv_dtype_of(model.config, ask.kv_dtype)),
+        index_dtype=index_name(ask.index_dtype),
         utilization=ask.utilization,
         max_num_seqs=ask.max_num_seqs or max(DEFAULT_NUM_SEQS, ask.concurrency),
         max_num_batched_tokens=ask.max_num_batched_tokens,
         block_size=ask.block_size,
+        enforce_eager=ask.enforce_eager,
     )
     prediction = predict(node, model.family, model.groups, setup)
     pool = prediction.pool("high")
@@ -94,28 +102,32 @@ def assess(model: ServedModel, node: Node, ask: Ask) -> Fit:
 
 def _split(model: ServedModel, node: Node, ask: Ask) -> tuple[Split, str]:
     """The split asked for, or the first that the model allows: TP over the node, then with whole experts, then with stages."""
+    count = node.count // ask.dp
     if ask.tp or ask.pp:
-        tp = ask.tp or max(1, node.count // (ask.pp or 1))
-        pp = ask.pp or max(1, node.count // tp)
-        if tp < 1 or pp < 1 or tp * pp != node.count:
+        tp = ask.tp or max(1, count // (ask.pp or 1))
+        pp = ask.pp or max(1, count // tp)
+        ranks = tp * pp * ask.dp
+        if min(tp, pp, ask.dp) < 1 or ranks != node.count:
+            replicas = f" x DP {ask.dp}" if ask.dp > 1 else ""
             raise NodeError(
-                f"TP {tp} x PP {pp} is {tp * pp} ranks, but {node.name} has {node.count} GPUs: choose factors of {node.count}."
+                f"TP {tp} x PP {pp}{replicas} is {ranks} ranks, but {node.name} has {node.count} GPUs: choose factors of {node.count}."
             )
         shapes = [(tp, pp)]
     else:
         # More ranks than KV heads save no cache (each keeps a head of its own), stages do: those splits come last.
         heads = model.family.kv_geometry.kv_heads
-        divisors = [n for n in range(node.count, 0, -1) if node.count % n == 0]
-        shapes = sorted(((tp, node.count // tp) for tp in divisors), key=lambda shape: shape[0] > heads)
-    first = ""
+        divisors = [n for n in range(count, 0, -1) if count % n == 0]
+        shapes = sorted(((tp, count // tp) for tp in divisors), key=lambda shape: shape[0] > heads)
+    first, vision = "", bool(ask.vision) and model.has_vision
     for tp, pp in shapes:
-        for whole_experts in (False, True) if tp > 1 else (False,):
-            split = Split(tp, pp, whole_experts, ask.vision and model.has_vision)
+        choices = (False, True) if tp * ask.dp > 1 else (False,)
+        for whole_experts in choices if ask.expert_parallel is None else (ask.expert_parallel,):
+            split = Split(tp, pp, whole_experts, vision, ask.dp, ask.dcp)
             problem = split_problem(model.groups, split, model.family)
             if not problem:
                 return split, ""
             first = first or problem
-    return Split(shapes[0][0], shapes[0][1], False, ask.vision and model.has_vision), first
+    return Split(*shapes[0], bool(ask.expert_parallel), vision, ask.dp, ask.dcp), first
 
 
 def _why_not(model: ServedModel, ask: Ask, setup: Setup, prediction: Prediction, longest: int) -> str:

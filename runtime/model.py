@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.strict_json import parse_object
 from ..errors import CheckpointError, PlanError
-from ..families import QUANTIZABLE, Family, family_of
+from ..families import Family, family_of
 from ..planning.engine_config import check_format, config_schemes
+from ..planning.other_trees import other_tree
 from ..planning.plan import unquantized
-from ..planning.source_tensors import PLAIN, scale_layout, source_kind
+from ..planning.source_format import PLAIN, SourceFormat, file_format, source_format, stored_entries
+from ..planning.source_tensors import check_complete, scale_layout, source_tensors
 from ..recipe.recipe import Recipe, build_recipe, for_family, named_recipe, recipe_names
 from ..schemes import Scheme
-from .weights import Group, bf16_release, checkpoint_groups, converted_groups, stored_bytes
+from .weights import Group, bf16_release, checkpoint_groups, converted_groups, gather, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -48,22 +50,24 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint and what can be made of it. convertible: recipes apply (it is plain or FP8, not quantized by a tool)."""
+    """A checkpoint and what can be made of it. refused: why `m3quant convert` would not take it, or ''."""
 
     where: str
     family: Family
     config: Mapping[str, Any]
     stored: ServedModel
-    convertible: bool
+    refused: str
     config_only: bool
     source_groups: Sequence[Group] = field(repr=False)
 
+    @property
+    def convertible(self) -> bool:
+        return not self.refused
+
     def converted(self, recipe: Recipe) -> ServedModel:
         """What `m3quant convert` would write. Raises PlanError where the recipe does not fit the shapes or the family."""
-        if not self.convertible:
-            raise PlanError(
-                f"{self.where} is quantized already: recipes apply to the BF16 or FP8 release. Leave --to out."
-            )
+        if self.refused:
+            raise PlanError(f"no recipe can be applied: {self.refused}")
         if reason := self.family.refused_formats.get(recipe.format):
             raise PlanError(f"format '{recipe.format}' cannot be served for {self.family.model_type}: {reason}.")
         recipe, _ = for_family(recipe, self.family)
@@ -95,12 +99,20 @@ def open_subject(src: str, revision: str | None = None) -> Subject:
         return _from_config(path if path.suffix == ".json" else path / CONFIG_NAME)
     checkpoint = Checkpoint.open(src, revision)
     family = family_of(checkpoint.config, f"{checkpoint.root}/{CONFIG_NAME}")
+    if tree := other_tree(checkpoint, family):
+        raise CheckpointError(tree)
+    found = source_format(checkpoint)
+    refused = found.refused
+    if not refused:
+        try:
+            check_complete(checkpoint, family, source_tensors(checkpoint))
+        except CheckpointError as error:  # its weights can be counted, if not converted
+            refused = str(error)
     groups = checkpoint_groups(checkpoint, family)
-    kind = _kind(checkpoint.config, checkpoint.root)
     where = checkpoint.root if checkpoint.local else src.partition("@")[0]
-    label, schemes = _stored_label(checkpoint.config, kind), config_schemes(checkpoint.config)
-    stored = ServedModel(where, label, family, checkpoint.config, groups, schemes)
-    return Subject(checkpoint.root, family, checkpoint.config, stored, kind is not None, False, groups)
+    config = _with_section(checkpoint.config, found)
+    stored = ServedModel(where, found.label, family, config, groups, config_schemes(config))
+    return Subject(checkpoint.root, family, config, stored, refused, False, groups)
 
 
 def _from_config(path: Path) -> Subject:
@@ -112,40 +124,27 @@ def _from_config(path: Path) -> Subject:
         read_bounded(path, CONFIG_BYTES, follow=True), str(path), "Copy or download it again.", constants=True
     )
     family = family_of(config, str(path))
-    groups = bf16_release(family)
-    kind = _kind(config, str(path.parent))
-    if kind is None:
+    found = file_format(path, config)
+    if found.refused:
         raise CheckpointError(
-            f"{path} describes a quantized checkpoint (quant_method '{config['quantization_config'].get('quant_method')}') whose sizes "
-            "are in its shards: give the folder with the *.safetensors files, or the config.json of the BF16 or FP8 release."
+            f"{found.refused} Its sizes are in its shards: to plan it as it is, give the folder with the *.safetensors files."
         )
-    stored = groups if kind == PLAIN else [part for group in groups for part in _as_fp8(group, kind)]
-    model = ServedModel(str(path.parent), _stored_label(config, kind), family, config, stored)
-    return Subject(str(path.parent), family, config, model, True, True, groups)
+    groups = bf16_release(family)
+    stored = groups if found.kind == PLAIN else gather(family, _with_scales(stored_entries(family, found)))
+    model = ServedModel(str(path.parent), found.label, family, _with_section(config, found), stored)
+    return Subject(str(path.parent), family, config, model, "", True, groups)
 
 
-def _kind(config: Mapping[str, Any], where: str) -> str | None:
-    """PLAIN, an FP8 kind, or None for a checkpoint that a tool quantized."""
-    try:
-        return source_kind(config, where)
-    except CheckpointError:
-        return None
+def _with_section(config: Mapping[str, Any], found: SourceFormat) -> Mapping[str, Any]:
+    """The config with its quantization section in the usual place, wherever it was read: the cache's dtype is stated there too."""
+    return {**unquantized(config), "quantization_config": dict(found.section)} if found.section else config
 
 
-def _stored_label(config: Mapping[str, Any], kind: str | None) -> str:
-    if kind == PLAIN:
-        return "bf16"
-    if kind is not None:
-        return kind
-    return str((config.get("quantization_config") or {}).get("quant_method", "quantized"))
-
-
-def _as_fp8(group: Group, kind: str) -> list[Group]:
-    if group.role not in QUANTIZABLE or group.leaf != "weight" or len(group.shape) != 2:
-        return [group]
-    shape, dtypes = scale_layout(kind, (group.shape[0], group.shape[1]))
-    same = (group.role, group.part, group.layer)
-    return [
-        Group(*same, "weight", "F8_E4M3", group.shape, group.count, group.per_expert),
-        Group(*same, "weight_scale_inv", dtypes[0], shape, group.count, group.per_expert),
-    ]
+def _with_scales(
+    entries: Iterable[tuple[str, str, tuple[int, ...], str]],
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    for name, dtype, shape, kind in entries:
+        yield name, dtype, shape
+        if kind != PLAIN:
+            scale, dtypes = scale_layout(kind, shape)
+            yield f"{name}_scale_inv", dtypes[0], scale

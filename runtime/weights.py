@@ -126,12 +126,26 @@ def bf16_release(family: Family) -> list[Group]:
 
 @dataclass(frozen=True)
 class Split:
-    """How an engine divides the model: tp ranks a stage, pp stages, experts whole (expert_parallel) or split like the rest."""
+    """How an engine divides the model: tp ranks a stage, pp stages, experts whole (expert_parallel) or split like the rest.
+
+    dp: replicas of everything but the routed experts, which all tp x dp ranks of a stage share (vLLM's
+    fused_moe/config.py: FusedMoEParallelConfig.make). dcp: tp ranks that share the tokens of the cache among them.
+    """
 
     tp: int = 1
     pp: int = 1
     expert_parallel: bool = False
     vision: bool = False
+    dp: int = 1
+    dcp: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def expert_ranks(self) -> int:
+        return self.tp * self.dp
 
 
 def stage_of_layers(layers: int, pp: int) -> list[range]:
@@ -167,7 +181,7 @@ def rank_weights(groups: Iterable[Group], split: Split, kv_heads: int, layers: i
 
 
 def _rank_share(group: Group, split: Split, kv_heads: int) -> int:
-    whole, tp = group.engine_bytes, split.tp
+    whole, tp = group.engine_bytes, split.expert_ranks if group.per_expert else split.tp
     if group.role in ("embedding", "lm_head"):
         rows = group.shape[0]
         padded = math.ceil(rows / VOCAB_PADDING) * VOCAB_PADDING
@@ -188,7 +202,7 @@ def _rank_share(group: Group, split: Split, kv_heads: int) -> int:
 def _one_input_group(group: Group) -> bool:
     if group.leaf in ("scales", "qzeros"):  # AutoAWQ keeps [groups, out]
         return group.shape[0] == 1
-    return len(group.shape) == 1 or group.shape[-1] == 1
+    return len(group.shape) < 2 or group.shape[-1] == 1
 
 
 def split_problem(groups: Iterable[Group], split: Split, family: Family) -> str:
@@ -204,13 +218,14 @@ def split_problem(groups: Iterable[Group], split: Split, family: Family) -> str:
         if group.role not in QUANTIZABLE or group.part in ("", *_REPLICATED_PARTS) or group.leaf in _UNSPLIT:
             continue
         if group.per_expert and split.expert_parallel:
-            if family.moe and family.moe.num_experts % split.tp:
-                return f"{family.moe.num_experts} experts do not divide by {split.tp} ranks"
+            if family.moe and family.moe.num_experts % split.expert_ranks:
+                return f"{family.moe.num_experts} experts do not divide by {split.expert_ranks} ranks"
             continue
-        ways = min(split.tp, kv) if group.part in _LIKE_KV else split.tp
+        ranks = split.expert_ranks if group.per_expert else split.tp
+        ways = min(ranks, kv) if group.part in _LIKE_KV else ranks
         pieces = _pieces(group)
         if pieces % ways and pieces != 1:
-            return f"{group.role} {group.part}: its {pieces} {_piece_name(group)} do not divide by TP {split.tp}"
+            return f"{group.role} {group.part}: its {pieces} {_piece_name(group)} do not divide by TP {ranks}"
     return ""
 
 
@@ -218,7 +233,7 @@ def _pieces(group: Group) -> int:
     """Along the axis that is split: rows or columns of a weight; blocks or groups of a scale, none of which may be cut."""
     transposed = group.leaf in ("scales", "qzeros", "qweight")  # AutoAWQ keeps [in, out]
     if len(group.shape) < 2:
-        return 1 if group.part in _ROW else group.shape[0]
+        return 1 if group.part in _ROW or not group.shape else group.shape[0]
     return group.shape[-1 if (group.part in _ROW) != transposed else 0]
 
 

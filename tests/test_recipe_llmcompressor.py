@@ -24,7 +24,8 @@ from m3quant.schemes import KEEP
 M2: dict[str, Any] = {
     "architectures": ["MiniMaxM2ForCausalLM"], "model_type": "minimax_m2", "hidden_size": 256,
     "intermediate_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_local_experts": 4, "vocab_size": 512,
+    "num_local_experts": 4, "vocab_size": 512, "num_experts_per_tok": 2, "head_dim": 64, "rotary_dim": 32,
+    "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu", "use_routing_bias": True,
 }  # fmt: skip
 M3: dict[str, Any] = {
     "architectures": ["MiniMaxM3SparseForConditionalGeneration"], "model_type": "minimax_m3_vl",
@@ -36,9 +37,13 @@ M3: dict[str, Any] = {
         "hidden_size": 256, "num_hidden_layers": 3, "intermediate_size": 128, "shared_intermediate_size": 128,
         "n_shared_experts": 1, "dense_intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
         "head_dim": 128, "vocab_size": 512, "num_local_experts": 4, "moe_layer_freq": [0, 1, 1],
+        "num_experts_per_tok": 2, "rotary_dim": 64, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "use_gemma_norm": True,
+        "qk_norm_type": "per_head", "hidden_act": "swigluoai", "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
+        "use_routing_bias": True, "routed_scaling_factor": 2.0,
         "sparse_attention_config": {
             "use_sparse_attention": True, "sparse_attention_freq": [0, 1, 1], "sparse_index_dim": 128,
-            "sparse_num_index_heads": 2,
+            "sparse_num_index_heads": 2, "sparse_score_type": "max", "sparse_disable_index_value": [0, 1, 1],
+            "sparse_block_size": 128, "sparse_topk_blocks": 2, "sparse_local_block": 1, "sparse_init_block": 0,
         },
     },
 }  # fmt: skip

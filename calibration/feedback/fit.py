@@ -15,6 +15,7 @@ from m3quant.calibration.feedback.products import matmul
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.feedback.solve import Solver
 from m3quant.calibration.quantized_layer import StoredWeight
+from m3quant.schemes import FP8_BLOCK
 
 NOT_JUDGED = "one half of the rows is empty, so nothing shows that feedback helps: rounded to nearest"
 WORSE = "feedback did not lower the error on held-out rows: rounded to nearest"
@@ -89,8 +90,7 @@ def _chosen(kept: torch.Tensor, sizes: Sequence[int], first: StoredWeight, secon
     by_row = kept.repeat_interleave(torch.tensor(sizes, device=kept.device), dim=1)
 
     def pick(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        step = by_row.shape[1] // a.shape[1] if a.shape[1] < by_row.shape[1] else 1  # FP8 blocks: a scale for 128 rows
-        rows = by_row[:, ::step][:, : a.shape[1]]
+        rows = by_row if a.shape[1] == by_row.shape[1] else by_row[:, ::FP8_BLOCK]  # a block's scale is of 128 rows
         out = a.clone()
         out[~rows] = b[~rows]
         return out

@@ -16,7 +16,7 @@ from m3quant.schemes import FP8_BLOCK, Scheme
 # best step of four points is 0.55 of the full range's.
 _LOW_BIT = 3
 LOW_BIT_FACTORS: tuple[float, ...] = (1.0, *(round(1.15 - 0.025 * i, 3) for i in range(36) if i != 6))
-_SIDE_FACTORS = tuple(round(1.1 - 0.1 * i, 2) for i in range(9))
+_SIDE_FACTORS = ((0.5, 0.7, 0.85, 1.15, 1.35), (0.85, 0.93, 1.07, 1.15))  # of one end, where the other stays
 
 
 @dataclass
@@ -26,10 +26,9 @@ class Levels:
     scale: torch.Tensor
     zero: torch.Tensor | None = None
 
-    def of(self, group: torch.Tensor) -> Levels:
-        """Those of one group per expert, group [E] int64: [E, N]."""
-        pick = torch.arange(len(group), device=group.device)
-        return Levels(self.scale[pick, group], None if self.zero is None else self.zero[pick, group])
+    def at(self, column: int) -> Levels:
+        """Those of one column of what `columns` gave: [E, N]."""
+        return Levels(self.scale[:, column], None if self.zero is None else self.zero[:, column])
 
     def columns(self, groups: torch.Tensor) -> Levels:
         """Those of every column, groups [E, K] int64: [E, K, N]."""
@@ -94,28 +93,31 @@ class Grid:
 def _search_sides(
     weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point [E, N, G] of an asymmetric grid of few points, both ends of the range searched on their own.
+    """Scale and zero point [E, N, G] of an asymmetric grid of few points: one factor for both ends of the range first,
+    then each end on its own, in steps that grow finer.
 
-    One factor for both ends, as in `ranges`, keeps the zero point; with four points that leaves two to choose from.
+    One factor, as in `ranges`, keeps the zero point of the full range; with four points there are but four to choose from.
     """
     size = scheme.group_size or weight.shape[-1]
     grouped = weight.float().unflatten(-1, (-1, size))
     wanted = importance[:, None, :].unflatten(-1, (-1, size))
-    low, high = grouped.amin(-1).clamp_(max=0.0), grouped.amax(-1).clamp_(min=0.0)
     ends = Scheme("int", scheme.bits, 2, symmetric=False)
-    best: torch.Tensor | None = None
-    for left in _SIDE_FACTORS:
-        for right in _SIDE_FACTORS:
-            pair = torch.stack((low * left, high * right), -1).flatten(-2)
-            scale, zero = int_qparams(pair, ends, scale_dtype=dtype)
-            assert zero is not None
-            step, shift = scale[..., None], zero[..., None].float()
-            rounded = ((grouped / step + shift).clamp_(*int_range(scheme)).round_() - shift) * step
-            error = (grouped - rounded).square_().mul_(wanted).sum(-1)
-            if best is None:
-                best, best_scale, best_zero = error, scale, zero
-                continue
-            better = error < best
-            best = torch.where(better, error, best)
-            best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+
+    def tried(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scale, zero = int_qparams(torch.stack((low, high), -1).flatten(-2), ends, scale_dtype=dtype)
+        assert zero is not None
+        step, shift = scale[..., None], zero[..., None].float()
+        rounded = (grouped / step).add_(shift).clamp_(*int_range(scheme)).round_().sub_(shift).mul_(step)
+        return rounded.sub_(grouped).square_().mul_(wanted).sum(-1), scale, zero, low, high
+
+    factor = search_range(weight, scheme, importance, LOW_BIT_FACTORS, dtype)
+    best = tried(grouped.amin(-1).clamp_(max=0.0) * factor, grouped.amax(-1).clamp_(min=0.0) * factor)
+    for factors in _SIDE_FACTORS:
+        for side in (4, 3):
+            start = best[3:]
+            for one in factors:
+                low, high = start
+                found = tried(low * one, high) if side == 3 else tried(low, high * one)
+                better = found[0] < best[0]
+                best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))
+    return best[1], best[2]

@@ -26,7 +26,6 @@ from m3quant.schemes import FP8_BLOCK, Scheme
 Key = TypeVar("Key")
 
 _SAMPLE_ROWS = 32  # output rows of a weight that are tried
-_ROUNDS = 1
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def judged(
     learnt, judge = HALVES
     known = estimate(moments, rule, prior, learnt)
     part, rows = readers.sampled()
-    quick = replace(settings, rounds=min(_ROUNDS, settings.rounds))
+    quick = replace(settings, rounds=0)  # the sweep alone: what follows it can only do better on the rows learnt from
     plain = Solver(part.weight, known.second, part.scheme, quick)
     nearest = plain.stored(plain.nearest()).dequantized()
     found = Solver(aimed(part, known, rows), known.second, part.scheme, quick).solve().stored.dequantized()

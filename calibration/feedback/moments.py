@@ -66,14 +66,12 @@ class MomentSum:
     def _add(self, x: torch.Tensor, error: torch.Tensor, weight: torch.Tensor, half: torch.Tensor) -> None:
         usable = torch.isfinite(x).all(1) & torch.isfinite(error).all(1) & torch.isfinite(weight)
         self.dropped += (~usable).sum()
-        x, error = (torch.where(usable[:, None], part, 0.0) for part in (x, error))
-        weight = torch.where(usable, weight, 0.0)
         for index in HALVES:
-            own = torch.where(half == bool(index), weight, 0.0)
-            scaled = x * own[:, None]
+            rows = (usable & (half == bool(index))).nonzero()[:, 0]
+            own, scaled = weight[rows], x[rows]
             with tf32():
-                self.second[index].addmm_(scaled.T, x)
-                self.cross[index].addmm_(error.T, scaled)
+                self.cross[index].addmm_((error[rows] * own[:, None]).T, scaled)
+                self.second[index].addmm_((scaled * own[:, None]).T, scaled)
             self.sums[0, index] += own.sum(dtype=torch.float64)
             self.sums[1, index] += own.double().square().sum()
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..checkpoint import DTYPE_BYTES, write_json_atomic
 from ..checkpoint.strict_json import shown
-from ..planning.source_tensors import FP8_BLOCK, MXFP8, PLAIN
+from ..planning.source_format import FP8_BLOCK, MXFP8, PLAIN
 from .identity import SourceIdentity
 
 MANIFEST = "m3quant.json"

@@ -13,8 +13,9 @@ from ..checkpoint.strict_json import shown
 from ..errors import CheckpointError, M3QuantError, VerifyError
 from ..planning.headers import HeaderSource
 from ..planning.plan import RECIPE_FILE, Plan, make_plan, unquantized
-from ..planning.source_tensors import FP8_BLOCK, PLAIN
+from ..planning.source_format import FP8_BLOCK, MX_GROUP, PLAIN
 from ..recipe.recipe import Recipe, build_recipe
+from ..schemes import FP8_BLOCK as BLOCK
 from .journal import unfinished
 from .manifest import MANIFEST, Manifest, load_manifest
 
@@ -56,7 +57,11 @@ def _source_config(config: Mapping[str, Any], kinds: set[str]) -> dict[str, Any]
     source = unquantized(config)
     quantized = kinds - {PLAIN}
     if quantized:
-        source["quantization_config"] = {"quant_method": "fp8" if FP8_BLOCK in quantized else "mxfp8"}
+        block = FP8_BLOCK in quantized
+        source["quantization_config"] = {
+            "quant_method": "fp8" if block else "mxfp8",
+            "weight_block_size": [BLOCK, BLOCK] if block else [1, MX_GROUP],
+        }
     return source
 
 

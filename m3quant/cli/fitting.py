@@ -17,11 +17,13 @@ from ..running.words import human_bytes
 from ..runtime.checklog import LogCheck, check_log
 from ..runtime.command import vllm_command
 from ..runtime.cost import Prices, decode_bound, load_prices, price_per_million
-from ..runtime.enginelog import START, parse_log
+from ..runtime.enginelog import parse_log
 from ..runtime.fit import Ask, Fit, Remedy, assess, remedies
 from ..runtime.hardware import GIB, STANDARD_NODES, Node, parse_node
+from ..runtime.logsettings import START
 from ..runtime.memory import Estimate
 from ..runtime.model import ServedModel, Subject, open_subject
+from ..runtime.weights import Split
 from .options import print_table
 
 TABLE_CONTEXT = 32768  # tokens that each request of the price column holds, unless --context says otherwise
@@ -83,13 +85,19 @@ def _log_mode(model: ServedModel, path: Path, node: Node | None, ask: Ask, as_js
 
 
 def log_json(check: LogCheck) -> dict[str, Any]:
-    return {"holds": check.holds, "engine": asdict(check.log), "lines": [line.to_json() for line in check.lines]}
+    return {
+        "holds": check.holds,
+        "engine": asdict(check.log),
+        "setup": asdict(check.fit.setup),
+        "lines": [line.to_json() for line in check.lines],
+        "not_covered": check.uncompared,
+    }
 
 
 def print_log(check: LogCheck) -> None:
     log, setup = check.log, check.fit.setup
     click.echo(
-        f"vLLM {log.version or '(version not in the log)'}: TP {setup.split.tp}, PP {setup.split.pp}, KV {setup.kv_dtype}, "
+        f"vLLM {log.version or '(version not in the log)'}: {_split_words(setup.split)}, KV {setup.kv_dtype}, "
         f"utilization {setup.utilization:g}; {check.fit.model.label} of {check.fit.model.where}"
     )
     rows = [["quantity", "predicted", "range", "engine", "off", "verdict"]]
@@ -101,10 +109,24 @@ def print_log(check: LogCheck) -> None:
             "holds" if line.holds else f"OFF: {line.constant}",
         ])  # fmt: skip
     print_table(rows)
+    for name, parts in check.uncompared.items():
+        click.echo(
+            f"not compared: what depends on {' and '.join(parts)}, which the log's {name} changes; the prediction does not cover it"
+        )
+    if log.other_settings and not check.holds:
+        click.echo(
+            f"note: the prediction does not read these of the log's settings either: {', '.join(log.other_settings)}"
+        )
     if any(line.name.startswith("weights") and not line.holds for line in check.lines):
         click.echo(
             f"note: is {check.fit.model.label} of {check.fit.model.where} what the log is of? --to and CKPT say what is compared"
         )
+
+
+def _split_words(split: Split) -> str:
+    words = [f"TP {split.tp}", f"PP {split.pp}"]
+    words += [f"{name} {size}" for name, size in (("DP", split.dp), ("DCP", split.dcp)) if size > 1]
+    return ", ".join([*words, *(["EP"] if split.expert_parallel else []), *(["vision"] if split.vision else [])])
 
 
 def _table_mode(

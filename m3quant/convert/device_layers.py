@@ -20,7 +20,7 @@ from ..calibration.layers import LayerTensors
 from ..checkpoint.reader import bytes_view, torch_dtype
 from ..families import family_of
 from ..families.spec import STACKS, LayerSpec, layer_shapes
-from ..planning.source_tensors import PLAIN
+from ..planning.source_format import PLAIN
 from ..quant.reading import densify
 from ..running.timing import span
 from .device_fp8 import Expert, StoredExperts

@@ -16,7 +16,8 @@ from ..checkpoint.bounded import TOKENIZER_BYTES, read_bounded
 from ..errors import EvaluationError
 from ..families import Family, family_of
 from ..planning.plan import nbytes
-from ..planning.source_tensors import check_complete, source_kind
+from ..planning.source_format import source_format
+from ..planning.source_tensors import check_complete
 from ..quant.reading import ConvertedReader, SourceReader
 
 # Files that decide which ids a text has.
@@ -69,9 +70,9 @@ class Model:
         return output_fingerprint(self.reader.checkpoint, self.manifest)
 
     def measured(self) -> Measured:
-        stored = self.manifest["recipe"]["name"] if self.manifest else source_kind(self.config, str(self.folder))
+        stored = self.manifest["recipe"]["name"] if self.manifest else source_format(self.reader.checkpoint).label
         name = self.folder.resolve().name
-        return Measured(name=name, fingerprint=self.fingerprint(), stored="bf16" if stored == "plain" else stored)
+        return Measured(name=name, fingerprint=self.fingerprint(), stored=stored)
 
 
 def open_model(path: str | Path, label: str = "checkpoint") -> Model:

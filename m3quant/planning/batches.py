@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint import DTYPE_BYTES, TensorInfo, torch_dtype
 from .layout import one_pass
 from .plan import OutputTensor, PlannedTensor, Unit, nbytes
-from .source_tensors import PLAIN
+from .source_format import PLAIN
 
 if TYPE_CHECKING:
     from torch import Tensor

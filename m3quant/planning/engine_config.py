@@ -12,28 +12,35 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import PlanError
-from ..families.base import QUANTIZABLE, Family
+from ..families.base import QUANTIZABLE, Family, Role
 from ..recipe.recipe import Recipe
 from ..schemes import KEEP, Scheme
 from .engine_integers import check_expert_scheme, scheme_of_group
+from .engine_kept import add_kept
 
 # `packed_modules_mapping` of vLLM's models.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def quantization_config(
-    recipe: Recipe, family: Family, modules: Mapping[str, Scheme], linears: Iterable[str]
+    recipe: Recipe, family: Family, modules: Mapping[str, Scheme], kept: Iterable[tuple[str, Role]]
 ) -> dict[str, Any]:
     """The `quantization_config` for these modules.
 
     modules: on-disk module name -> scheme, for every module of a quantizable role.
-    linears: on-disk names of the other modules that engines build as Linear layers (vision, projector).
+    kept: the other modules that engines may build as Linear layers, as `engine_kept.kept_linears` finds them.
     """
     if recipe.format == "fp8":
-        return _deepseek_fp8(family, modules, linears)
-    if recipe.format == "autoawq":
-        return _autoawq(recipe, family, modules)
-    return _compressed_tensors(recipe, family, modules)
+        config = _deepseek_fp8(family, modules)
+    elif recipe.format == "autoawq":
+        config = _autoawq(recipe, family, modules)
+    else:
+        config = _compressed_tensors(recipe, family, modules)
+    roles = {module: family.role(f"{module}.weight") for module in modules if ".experts." not in module}
+    own = [(module, role) for module, role in roles.items() if not modules[module].quantizes]
+    mixed = {role.kind for _, role in own} & {roles[m].kind for m in roles if modules[m].quantizes}
+    add_kept(config, family, [*kept, *own], mixed)
+    return config
 
 
 def _roles(recipe: Recipe, family: Family) -> dict[str, Scheme]:
@@ -103,10 +110,10 @@ def compressed_tensors_group(scheme: Scheme) -> dict[str, Any]:
     return {"weights": weights, "input_activations": inputs, "output_activations": None, "format": "float-quantized"}
 
 
-def _deepseek_fp8(family: Family, modules: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
+def _deepseek_fp8(family: Family, modules: Mapping[str, Scheme]) -> dict[str, Any]:
     kept = [name for name, scheme in modules.items() if not scheme.quantizes]
     # One entry stands for all experts of a layer: vLLM asks whether the layer's prefix lies in an entry.
-    exact = sorted({alias for name in (*kept, *linears) for alias in family.engine_names(name)})
+    exact = sorted({alias for name in kept for alias in family.engine_names(name)})
     return {
         "quant_method": "fp8",
         "fmt": "float8_e4m3fn",

@@ -14,8 +14,9 @@ from ..checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
 from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.strict_json import parse_object
 from ..errors import CheckpointError
-from ..families import QUANTIZABLE, family_of
-from .source_tensors import PLAIN, scale_layout, source_kind
+from ..families import family_of
+from .source_format import PLAIN, file_format, stored_entries
+from .source_tensors import scale_layout
 
 
 class HeaderSource(Checkpoint):
@@ -59,12 +60,11 @@ def from_config(path: Path) -> HeaderSource:
     raw = read_bounded(path, CONFIG_BYTES, follow=True)
     config = parse_object(raw, str(path), "Give the config.json of a release.", constants=True)
     family = family_of(config, str(path))
-    kind = source_kind(config, str(path))
+    stored = file_format(path, config)
+    stored.required_kind()
     source = HeaderSource(str(path), config)
-    for name, expected in family.expected_tensors.items():
-        quantized = kind != PLAIN and family.role(name).kind in QUANTIZABLE
-        dtype = "F8_E4M3" if quantized else "F32" if expected.float32 else "BF16"
-        source.add(name, dtype, expected.shape, kind if quantized else PLAIN)
+    for name, dtype, shape, kind in stored_entries(family, stored):
+        source.add(name, dtype, shape, kind)
     source.warnings.append(
         "planned from config.json alone: sizes are those of the weights the config promises, without other files"
     )

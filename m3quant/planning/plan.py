@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from ..checkpoint import DTYPE_BYTES, Checkpoint, Entry, aligned_order, entry_bytes, file_size
+from ..checkpoint import DTYPE_BYTES, Checkpoint, Entry, TensorInfo, aligned_order, entry_bytes, file_size
 from ..errors import PlanError
 from ..families import KEPT, QUANTIZABLE, Family, Role, family_of
 from ..families.spec import is_index
@@ -23,18 +23,19 @@ from ..recipe.recipe import Recipe, for_family, split_layers
 from ..schemes import FP8_BLOCK, KEEP, Scheme
 from .engine_config import check_format, engine_problems, quantization_config
 from .engine_integers import integer_notes
+from .engine_kept import PASSED_THROUGH, kept_linears
 from .layout import check_divisible, stored_tensors
-from .source_tensors import FP8_BLOCK as FP8_BLOCK_SOURCE
-from .source_tensors import PLAIN, SourceTensor, check_complete, source_tensors
+from .source_format import FP8_BLOCK as FP8_BLOCK_SOURCE
+from .source_format import HF_QUANT_CONFIG, PLAIN
+from .source_tensors import SourceTensor, check_complete, source_tensors
 
 T = TypeVar("T")
 
 SHARD_METADATA = {"format": "pt"}  # transformers refuses shards without it
 RECIPE_FILE = "recipe.yaml"
-PASSED_THROUGH = ("mtp", "unknown")  # roles copied byte for byte, in whatever dtype the source has them
 INDEX_FILE = "model.safetensors.index.json"
 # Files that describe the source and would be wrong of the output, which has or gets its own.
-REPLACED_FILES = (RECIPE_FILE, "m3quant.json", "eval.json", "SHA256SUMS")
+REPLACED_FILES = (RECIPE_FILE, "m3quant.json", "eval.json", "SHA256SUMS", HF_QUANT_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -177,11 +178,12 @@ class Plan:
 
 
 def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without quantization_config, at the top or in text_config (`source_kind` reads either)."""
-    out = {key: value for key, value in config.items() if key != "quantization_config"}
+    """A config.json without quantization_config, at the top or in text_config (`source_format` reads either)."""
+    sections = ("quantization_config", "compression_config")
+    out = {key: value for key, value in config.items() if key not in sections}
     text = out.get("text_config")
-    if isinstance(text, Mapping) and "quantization_config" in text:
-        out["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+    if isinstance(text, Mapping) and any(section in text for section in sections):
+        out["text_config"] = {key: value for key, value in text.items() if key not in sections}
     return out
 
 
@@ -217,16 +219,32 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     others = {scheme for kind, own in schemes.items() if kind != "routed_experts" for scheme in own}
     plan.notes += integer_notes(schemes["routed_experts"], others)
     if any(scheme.quantizes for scheme in plan.modules.values()):
-        linears = [
-            t.module for t in plan.tensors if t.role.kind in ("vision", "projector") and len(t.source.info.shape) == 2
-        ]
-        plan.quantization = quantization_config(recipe, family, plan.modules, linears)
+        stored = (
+            TensorInfo(o.name, o.dtype, o.shape, "", 0, 0)
+            for t in plan.tensors
+            if not t.scheme.quantizes
+            for o in t.outputs
+        )
+        kept = kept_linears(family, stored, recipe.format)
+        plan.quantization = quantization_config(recipe, family, plan.modules, kept)
+        plan.notes += _scaled_extras_notes(plan)
         _check_engine_rules(plan)
     elif all(t.action == "copy" for t in plan.tensors):
         raise PlanError(
             "the recipe quantizes nothing in this checkpoint: give at least one role a scheme, e.g. --set routed_experts=int4-g128."
         )
     return plan
+
+
+def _scaled_extras_notes(plan: Plan) -> list[str]:
+    """Passed-through FP8 weights lie in the output with scales that its quantization_config has no word for."""
+    scaled = [t.name for t in plan.tensors if t.role.kind in PASSED_THROUGH and t.source.scale]
+    if not scaled or plan.recipe.format == "fp8":
+        return []
+    return [
+        f"{len(scaled)} passed-through weights are FP8 in the source and are copied with their scales, first {scaled[0]}: engines skip them, "
+        "and one that builds them from this checkpoint would read the codes without the scales"
+    ]
 
 
 def _calibration_notes(family: Family, recipe: Recipe) -> list[str]:

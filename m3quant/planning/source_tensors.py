@@ -1,6 +1,6 @@
-"""How the source checkpoint stores its weights: plain, FP8 in 128x128 blocks, or MXFP8. Torch-free.
+"""The tensors of a source that m3quant reads: plain, FP8 in 128x128 blocks, or MXFP8. Torch-free.
 
-Decides which tensors are weights, which are companions (scales), and refuses checkpoints that are quantized already.
+Decides which tensors are weights, which are companions (scales), and whether they are those that config.json promises.
 """
 
 from __future__ import annotations
@@ -8,28 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import CheckpointError
 from ..families.base import Family
 from ..schemes import FP8_BLOCK as BLOCK
+from .other_trees import other_tree
+from .source_format import FP8_BLOCK, MX_GROUP, PLAIN, source_format
 
-PLAIN, FP8_BLOCK, MXFP8 = "plain", "fp8-block", "mxfp8"
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 _SCALE = "_scale_inv"  # companion of X.weight is X.weight_scale_inv in both FP8 layouts of MiniMax
-_MX_GROUP = 32
-# Leaves that only a quantized checkpoint has, with the format that writes them.
-_FOREIGN = {
-    "weight_packed": "compressed-tensors pack-quantized",
-    "weight_shape": "compressed-tensors pack-quantized",
-    "weight_scale": "compressed-tensors or ModelOpt",
-    "weight_zero_point": "compressed-tensors",
-    "qweight": "AWQ or GPTQ INT4",
-    "qzeros": "AWQ or GPTQ INT4",
-    "g_idx": "GPTQ",
-}
-_READABLE_METHODS = {"fp8": FP8_BLOCK, "mxfp8": MXFP8}
 
 
 @dataclass(frozen=True)
@@ -49,31 +37,10 @@ class SourceTensor:
         return self.info.nbytes + (self.scale.nbytes if self.scale else 0)
 
 
-def source_kind(config: Mapping[str, Any], where: str) -> str:
-    """What config.json says of the source. Raises CheckpointError for a checkpoint that is already quantized otherwise."""
-    quantization = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if not quantization:
-        return PLAIN
-    method = quantization.get("quant_method")
-    if method in _READABLE_METHODS:
-        return _READABLE_METHODS[method]
-    raise CheckpointError(
-        f"{where}/config.json says quant_method '{method}': this checkpoint is quantized already, and quantizing it "
-        "again would stack two rounding errors. Start from the BF16, FP8-block or MXFP8 release."
-    )
-
-
 def source_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
     """Every model tensor by name, scales paired with their weights (wherever the shard). Raises CheckpointError."""
-    kind = source_kind(checkpoint.config, checkpoint.root)
+    kind = source_format(checkpoint).required_kind()
     infos = checkpoint.tensors
-    for name, info in infos.items():
-        leaf = name.rpartition(".")[2]
-        if leaf in _FOREIGN:
-            raise CheckpointError(
-                f"{checkpoint.root}/{info.shard}: tensor '{name}' belongs to a checkpoint quantized as {_FOREIGN[leaf]}, "
-                "which m3quant does not requantize. Start from the BF16, FP8-block or MXFP8 release."
-            )
     out: dict[str, SourceTensor] = {}
     for name, info in infos.items():
         if name.endswith(_SCALE):
@@ -119,7 +86,7 @@ def scale_layout(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, int], tu
     rows, columns = shape
     if kind == FP8_BLOCK:
         return (math.ceil(rows / BLOCK), math.ceil(columns / BLOCK)), ("F32", "BF16")
-    return (rows, columns // _MX_GROUP), ("U8", "F8_E8M0")
+    return (rows, columns // MX_GROUP), ("U8", "F8_E8M0")
 
 
 def check_complete(checkpoint: Checkpoint, family: Family, tensors: Mapping[str, SourceTensor]) -> list[str]:
@@ -132,6 +99,8 @@ def check_complete(checkpoint: Checkpoint, family: Family, tensors: Mapping[str,
     absent_groups = {role for role, names in optional.items() if names and not any(n in tensors for n in names)}
     missing = [n for n in expected if n not in tensors and family.role(n).kind not in absent_groups]
     if missing:
+        if tree := other_tree(checkpoint, family):
+            raise CheckpointError(tree)
         raise CheckpointError(
             f"{checkpoint.root} lacks {len(missing)} tensors that its config.json promises, first '{missing[0]}': "
             "fetch the missing shards, or restore the release's config.json."

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..planning.plan import PlannedTensor
-from ..planning.source_tensors import FP8_BLOCK, PLAIN, SourceTensor, source_tensors
+from ..planning.source_format import FP8_BLOCK, PLAIN
+from ..planning.source_tensors import SourceTensor, source_tensors
 from .dequantize import dequantize_fp8_block, dequantize_mxfp8
 from .formats import decompress
 

@@ -114,6 +114,10 @@ class Recipe(BaseModel):
             )
         return document
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both are written alike: who asked for a scheme is no part of what a recipe says."""
+        return isinstance(other, Recipe) and self.dump() == other.dump()
+
     @property
     def calibrated(self) -> bool:
         """Whether rounding reads calibration text, and layers therefore depend on one another."""

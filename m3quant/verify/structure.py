@@ -10,8 +10,9 @@ from ..artifact.manifest import MANIFEST
 from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..errors import CheckpointError
 from ..planning.engine_config import engine_problems
+from ..planning.engine_kept import kept_linears, kept_problems
 from ..planning.plan import INDEX_FILE, RECIPE_FILE, Plan, unquantized
-from ..planning.source_tensors import source_kind
+from ..planning.source_format import source_format
 
 
 def structure_problems(
@@ -49,6 +50,9 @@ def _config_problems(output: Checkpoint, plan: Plan, source: Checkpoint | None) 
     if written:
         for problem in engine_problems(plan.family, written, plan.modules):
             yield f"config.json: {problem}"
+        kept = kept_linears(plan.family, output.tensors.values(), plan.recipe.format)
+        for problem in kept_problems(written, plan.family, kept):
+            yield f"config.json: {problem}"
     if source is not None:
         theirs, ours = unquantized(source.config), unquantized(output.config)
         if changed := sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k)):
@@ -57,7 +61,7 @@ def _config_problems(output: Checkpoint, plan: Plan, source: Checkpoint | None) 
 
 def check_same_kind(output: Checkpoint, source: Checkpoint) -> None:
     """Raise CheckpointError if the source given is quantized in a way that cannot be a source."""
-    source_kind(source.config, source.root)
+    source_format(source).required_kind()
     if source.config.get("model_type") != output.config.get("model_type"):
         raise CheckpointError(
             f"{source.root} is a {source.config.get('model_type')}, {output.root} a {output.config.get('model_type')}: "

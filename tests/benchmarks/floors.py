@@ -133,7 +133,7 @@ def pack_rate(scheme_name: str, fmt: str, device: torch.device) -> float:
         size = stored_bytes(shape, scheme, fmt)
         codes = next(iter(stored_tensors(shape, scheme, fmt).values()))
         first = int(np.prod(codes[1])) * {"F8_E4M3": 1, "I32": 4}[codes[0]]
-        table = torch.tensor([[i * nbytes, i * size, i * size + first] for i in range(weights)], device=device)
+        table = torch.tensor([[i * nbytes, i * size, i * size + first, 0] for i in range(weights)], device=device)
         out, flags = (
             torch.empty(weights * size, dtype=torch.uint8, device=device),
             torch.zeros(weights, dtype=torch.int32, device=device),

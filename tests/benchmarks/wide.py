@@ -12,7 +12,8 @@ import torch
 
 from m3quant.checkpoint import ShardWriter, write_json_atomic
 from m3quant.families import family_of
-from m3quant.planning.source_tensors import FP8_BLOCK, PLAIN, scale_layout, source_kind
+from m3quant.planning.source_format import FP8_BLOCK, PLAIN, config_format
+from m3quant.planning.source_tensors import scale_layout
 from m3quant.quant.fp8 import E4M3_MAX
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +77,7 @@ def wide_config(
 
 def stored_tensors(config: dict[str, Any]) -> list[Entry]:
     """Every tensor of the checkpoint that `config` describes."""
-    family, kind = family_of(config), source_kind(config, "this checkpoint")
+    family, kind = family_of(config), config_format(config, "this checkpoint").required_kind()
     entries: list[Entry] = []
     for name, fact in family.expected_tensors.items():
         shape = tuple(fact.shape)

@@ -27,7 +27,8 @@ from m3quant.families import Role  # noqa: E402
 from m3quant.planning import batches  # noqa: E402
 from m3quant.planning.layout import stored_tensors  # noqa: E402
 from m3quant.planning.plan import OutputTensor, PlannedTensor  # noqa: E402
-from m3quant.planning.source_tensors import FP8_BLOCK, MXFP8, SourceTensor, scale_layout  # noqa: E402
+from m3quant.planning.source_format import FP8_BLOCK, MXFP8  # noqa: E402
+from m3quant.planning.source_tensors import SourceTensor, scale_layout  # noqa: E402
 from m3quant.quant.formats import compress  # noqa: E402
 from m3quant.quant.reading import densify  # noqa: E402
 from m3quant.schemes import KEEP, parse_scheme  # noqa: E402

@@ -115,7 +115,7 @@ def test_stored_checkpoints_are_counted_tensor_by_tensor() -> None:
             for t in checkpoint.tensors.values()
             if "block_sparse_moe.gate" in t.name or "correction_bias" in t.name
         )
-        vocab, hidden = model.text["vocab_size"], model.text["hidden_size"]
+        vocab, hidden = model.family.vocab_size, model.family.hidden_size
         padding = 2 * (-vocab % 64) * hidden * 2
         rest = sum(t.numel for t in checkpoint.tensors.values()) - routing
         assert sum(whole.values()) == 2 * rest + 4 * routing + padding
@@ -146,6 +146,9 @@ def test_vision_counts_only_when_asked_for() -> None:
      ({"quantization_config": {"quant_method": "compressed-tensors", "kv_cache_scheme": None}}, "bfloat16"),
      ({"quantization_config": {"kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"}}}, "fp8"),
      ({"quantization_config": {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}}, "fp8"),
+     ({"quantization_config": {"quant_method": "modelopt", "kv_cache_quant_algo": "NVFP4"}}, "nvfp4"),
+     ({"quantization_config": {"quant_method": "modelopt", "kv_cache_quant_algo": None}}, "bfloat16"),
+     ({"quantization_config": {"kv_cache_scheme": {"num_bits": 8, "type": "int"}}}, "int8"),
      ({"text_config": {"quantization_config": {"kv_cache_scheme": {"num_bits": 8}}}}, "fp8")],
 )  # fmt: skip
 def test_kv_dtype_comes_from_the_kv_scheme_alone(config: dict, expected: str) -> None:
@@ -283,14 +286,16 @@ def test_bad_requests_are_refused(ask: Ask) -> None:
 
 def test_quantized_checkpoints_need_their_shards(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**M2.config, "quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(CheckpointError, match="sizes are in its shards"):
+    with pytest.raises(CheckpointError, match=r"quant_method 'awq'.*sizes are in its shards"):
         open_subject(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"neither config\.json"):
         open_subject(str(tmp_path / "elsewhere.json"))
 
 
 def test_recipes_do_not_apply_twice() -> None:
-    subject = Subject("x", M2.family, M2.config, M2.stored, False, False, M2.source_groups)
+    subject = Subject(
+        "x", M2.family, M2.config, M2.stored, "this checkpoint is quantized already", False, M2.source_groups
+    )
     with pytest.raises(PlanError, match="quantized already"):
         subject.converted(recipe("awq"))
 
@@ -310,7 +315,7 @@ def test_serving_table_of_a_checkpoint() -> None:
 
 
 def test_overheads_carry_a_source_and_a_range() -> None:
-    for rank in predict(parse_node("2xH100"), M2.family, M2.config, MODELS[0].groups, Setup(Split(2))).ranks:
+    for rank in predict(parse_node("2xH100"), M2.family, MODELS[0].groups, Setup(Split(2))).ranks:
         for estimate in (rank.non_torch, rank.activation, rank.graphs):
             assert (
                 isinstance(estimate, Estimate)

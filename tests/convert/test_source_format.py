@@ -1,0 +1,301 @@
+"""What a source is, from config.json, hf_quant_config.json and headers: one answer for plan, plan --on, convert, eval and verify."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from convert.common import config_of, make_plan_of, make_source, rewrite, stored
+from convert.sources import is_linear, quantized_source
+
+from m3quant.checkpoint import Checkpoint
+from m3quant.errors import CheckpointError, PlanError
+from m3quant.families import family_of
+from m3quant.planning.headers import from_config
+from m3quant.planning.source_format import (
+    FP8_BLOCK,
+    MXFP8,
+    PLAIN,
+    KeptModules,
+    config_format,
+    file_format,
+    source_format,
+)
+from m3quant.recipe.recipe import build_recipe, named_recipe
+from m3quant.runtime.fit import Ask, assess
+from m3quant.runtime.hardware import parse_node
+from m3quant.runtime.model import open_subject
+
+DATA = Path(__file__).parents[1] / "data"
+AWQ = build_recipe(named_recipe("awq"))
+E4M3 = torch.float8_e4m3fn
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("formats")
+    made = {family: make_source(folder / family, family) for family in ("m2", "m3")}
+    return made | {
+        "fp8": quantized_source(made["m2"], folder, "fp8")[0],
+        "mxfp8": quantized_source(made["m3"], folder, "mxfp8")[0],
+    }
+
+
+BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    ("section", "kind", "label", "words"),
+    [
+        (BLOCKS, FP8_BLOCK, "fp8-block", ""),
+        ({"quant_method": "mxfp8"}, MXFP8, "mxfp8", ""),
+        ({"quant_method": "mxfp8", "weight_block_size": [1, 32], "attention_quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}, MXFP8, "mxfp8", ""),
+        ({**BLOCKS, "weight_block_size": [64, 64]}, "", "fp8", r"blocks of \[64, 64\]"),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, "", "fp8-tensor", "no weight_block_size"),
+        ({**BLOCKS, "activation_scheme": "static"}, "", "fp8", "static activation scales"),
+        ({**BLOCKS, "fmt": "float8_e5m2"}, "", "fp8", "e5m2"),
+        ({**BLOCKS, "moe_quant_algo": "W4A8"}, "", "fp8+w4a8", "FP8 mixed with W4A8"),
+        ({"quant_method": "mxfp8", "moe_quant_algo": "NVFP4"}, "", "mxfp8+nvfp4", r"NVFP4 \(moe_quant_algo\)"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "", "nvfp4", "4-bit floats"),
+        ({"quant_algo": "FP8"}, "", "fp8", "ModelOpt's FP8"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "", "nvfp4", "4-bit floats"),
+        ({"quant_method": "awq", "bits": 4}, "", "awq", "stack two rounding errors"),
+        ({"quant_method": "something"}, "", "something", "a format that m3quant does not know"),
+        (["fp8"], "", "quantized", "is no object"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["top", "text_config", "compression_config", "hf_quant_config"])
+def test_what_a_config_says(section: Any, kind: str, label: str, words: str, place: str) -> None:
+    hf = None
+    if place == "top":
+        config: dict[str, Any] = {"quantization_config": section}
+    elif place == "hf_quant_config":
+        if not isinstance(section, dict) or "quant_algo" not in section:
+            return
+        config, hf = (
+            {},
+            {
+                "producer": {"name": "modelopt"},
+                "quantization": {k: v for k, v in section.items() if k != "quant_method"},
+            },
+        )
+    else:
+        config = (
+            {"compression_config": section}
+            if place == "compression_config"
+            else {"text_config": {"quantization_config": section}}
+        )
+    found = config_format(config, "x/config.json", hf)
+    assert (found.kind, found.label) == (kind, label)
+    assert bool(found.refused) != bool(kind)
+    if words:
+        with pytest.raises(CheckpointError, match=words):
+            found.required_kind()
+        assert found.refused.startswith("x/hf_quant_config.json" if hf else "x/config.json")
+
+
+def write_config(folder: Path, release: str, **changes: Any) -> Path:
+    config = json.loads((DATA / release / "config.json").read_text())
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder / "config.json"
+
+
+def test_kept_parts_of_an_fp8_release_are_planned_in_bf16(tmp_path: Path) -> None:
+    """M2.7's attention has 2,730,491,904 weights: one byte each, and an F32 scale per block, more than in the release."""
+    whole = open_subject(str(DATA / "minimax-m2.7")).stored.stored_bytes
+    section = {**BLOCKS, "modules_to_not_convert": ["gate", "lm_head", "self_attn"]}
+    path = write_config(tmp_path, "minimax-m2.7", quantization_config=section)
+    subject = open_subject(str(path))
+    attention = 2_730_491_904
+    assert subject.stored.stored_bytes == whole + attention - 4 * attention // 128**2
+    assert {g.dtype for g in subject.stored.groups if g.role == "attention"} == {"BF16"}
+    plan_bytes = sum(t.source.stored_bytes for t in make_plan_of_config(path).tensors)
+    assert plan_bytes == subject.stored.stored_bytes
+    for entry in ("model.layers.3.self_attn", "model.layers.3.self_attn.*", "layers.3.self_attn.q_proj"):
+        path = write_config(tmp_path, "minimax-m2.7", quantization_config={**BLOCKS, "modules_to_not_convert": [entry]})
+        kept = {
+            (g.layer, g.part)
+            for g in open_subject(str(path)).stored.groups
+            if g.role == "attention" and g.dtype == "BF16"
+        }
+        assert kept == {(3, f"{p}_proj") for p in ("q" if "q_proj" in entry else "qkvo")}, entry
+    path = write_config(tmp_path, "minimax-m2.7", quantization_config={**BLOCKS, "ignored_layers": ["re:.*(a+)+$"]})
+    with pytest.raises(CheckpointError, match="does not evaluate"):
+        open_subject(str(path))
+
+
+def make_plan_of_config(path: Path) -> Any:
+    from m3quant.planning.plan import make_plan
+
+    return make_plan(from_config(path), AWQ)
+
+
+def test_kept_modules_by_the_names_of_other_trees() -> None:
+    family = family_of(json.loads((DATA / "minimax-m3" / "config.json").read_text()))
+    name = "language_model.model.layers.3.block_sparse_moe.experts.7.w1.weight"
+    for entry in (
+        "model.language_model.layers.3.mlp.experts",
+        "block_sparse_moe.experts",
+        "*layers.3.mlp.experts.*",
+        "experts.7",
+    ):
+        assert name in KeptModules([entry], family), entry
+    for entry in ("gate", "mlp.gate", "layers.30", "experts.70", "w"):
+        assert name not in KeptModules([entry], family), entry
+
+
+@pytest.mark.parametrize("section", [
+    {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {}},
+    {"quant_method": "mxfp8", "moe_quant_algo": "NVFP4", "moe_quant_format": "nvfp4-pack-quantized"},
+])  # fmt: skip
+def test_a_config_alone_of_what_is_not_read_is_refused_by_both_plans(tmp_path: Path, section: dict[str, Any]) -> None:
+    text = json.loads((DATA / "minimax-m3" / "config.json").read_text())["text_config"]
+    for changes in ({"quantization_config": section}, {"text_config": {**text, "quantization_config": section}}):
+        path = write_config(tmp_path, "minimax-m3", **changes)
+        with pytest.raises(
+            CheckpointError, match=r"config\.json says quant_method.*4-bit floats.*sizes are in its shards"
+        ):
+            open_subject(str(path))
+        with pytest.raises(CheckpointError, match=r"^[^:]*/config\.json says quant_method.*4-bit floats"):
+            from_config(path)
+
+
+def quantize(source: Path, folder: Path, parts: Any, section: dict[str, Any] | None, only: str = "") -> Path:
+    tensors = {}
+    for name, tensor in stored(source).items():
+        tensors |= parts(name.removesuffix(".weight"), tensor) if is_linear(name) and only in name else {name: tensor}
+    return rewrite(folder, tensors, config_of(source) | ({"quantization_config": section} if section else {}))
+
+
+def nvfp4_modelopt(m: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
+    n, k = w.shape
+    return {f"{m}.weight": torch.zeros(n, k // 2, dtype=torch.uint8), f"{m}.weight_scale": torch.ones(n, k // 16).to(E4M3), f"{m}.weight_scale_2": torch.ones(())}  # fmt: skip
+
+
+def nvfp4_packed(m: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
+    n, k = w.shape
+    return {f"{m}.weight_packed": torch.zeros(n, k // 2, dtype=torch.uint8), f"{m}.weight_scale": torch.ones(n, k // 16).to(E4M3), f"{m}.weight_global_scale": torch.ones(1)}  # fmt: skip
+
+
+def fp8_rows(m: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"{m}.weight": w.to(E4M3), f"{m}.weight_scale": torch.ones(w.shape[0], 1).bfloat16()}
+
+
+def fp8_tensor(m: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"{m}.weight": w.to(E4M3), f"{m}.weight_scale": torch.ones(()), f"{m}.input_scale": torch.ones(())}
+
+
+def mxfp8_modelopt(m: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"{m}.weight": w.to(E4M3), f"{m}.weight_scale": torch.ones(w.shape[0], w.shape[1] // 32, dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize(("parts", "section", "label", "words"), [
+    (nvfp4_modelopt, None, "nvfp4", "NVFP4"),
+    (nvfp4_packed, {"quant_method": "mxfp8"}, "nvfp4", "NVFP4"),
+    (nvfp4_packed, {"quant_method": "mxfp8", "moe_quant_algo": "NVFP4"}, "mxfp8+nvfp4", "NVFP4"),
+    (fp8_rows, {"quant_method": "fp8", "activation_scheme": "static"}, "fp8-channel", "one scale a row"),
+    (fp8_tensor, {"quant_method": "fp8", "activation_scheme": "static"}, "fp8-tensor", "one scale a tensor"),
+    (fp8_rows, BLOCKS, "fp8-channel", "one scale a row"),
+    (mxfp8_modelopt, {"quant_method": "modelopt", "quant_algo": "MXFP8"}, "mxfp8", "ModelOpt's MXFP8"),
+    (mxfp8_modelopt, {"quant_method": "mxfp8"}, "mxfp8-modelopt", "under ModelOpt's names"),
+])  # fmt: skip
+def test_plan_on_a_node_refuses_what_convert_refuses(sources: dict[str, Path], tmp_path: Path, parts: Any, section: Any, label: str, words: str) -> None:  # fmt: skip
+    folder = quantize(sources["m2"], tmp_path / "src", parts, section)
+    with pytest.raises(CheckpointError, match=words):
+        make_plan_of(folder, "int4")
+    subject = open_subject(str(folder))
+    assert (
+        subject.stored.label == label and assess(subject.stored, parse_node("1xH200"), Ask()).fits
+    )  # as it is, it can be counted
+    with pytest.raises(PlanError, match=f"no recipe can be applied: .*{words}.*Start from the BF16"):
+        subject.converted(AWQ)
+    assert len(subject.precisions()[0]) == 1
+
+
+def test_hf_quant_config_alone_names_weights_and_cache(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = quantize(sources["m2"], tmp_path / "src", nvfp4_modelopt, None, ".experts.")
+    said = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16, "exclude_modules": ["lm_head"]}
+    (folder / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": said}))
+    subject = open_subject(str(folder))
+    fit = assess(subject.stored, parse_node("1xH200"), Ask())
+    assert (subject.stored.label, fit.setup.kv_dtype) == ("nvfp4", "fp8")
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json says .*NVFP4"):
+        make_plan_of(folder, "int4")
+    (folder / "hf_quant_config.json").write_text('{"a": 1, "a": 2}')
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json"):
+        open_subject(str(folder))
+    # a cache alone is no quantized weight, and the output does not carry the file
+    plain = rewrite(tmp_path / "plain", stored(sources["m2"]), config_of(sources["m2"]))
+    (plain / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}})
+    )
+    assert (
+        source_format(Checkpoint.open(plain)).kind == PLAIN == file_format(plain / "config.json", config_of(plain)).kind
+    )
+    assert assess(open_subject(str(plain)).stored, parse_node("1xH200"), Ask()).setup.kv_dtype == "fp8"
+    assert "hf_quant_config.json" not in make_plan_of(plain, "int4").copied_files
+
+
+def test_readable_sources_have_one_answer_everywhere(sources: dict[str, Path]) -> None:
+    for name, kind, label in (
+        ("m2", PLAIN, "bf16"),
+        ("m3", PLAIN, "bf16"),
+        ("fp8", FP8_BLOCK, "fp8-block"),
+        ("mxfp8", MXFP8, "mxfp8"),
+    ):
+        subject = open_subject(str(sources[name]))
+        assert (source_format(Checkpoint.open(sources[name])).kind, subject.stored.label, subject.refused) == (
+            kind,
+            label,
+            "",
+        )
+        planned = make_plan_of(sources[name], "int4")
+        assert subject.converted(build_recipe(named_recipe("int4"))).stored_bytes == planned.tensor_bytes
+
+
+def stacked(tensors: dict[str, torch.Tensor], root: str, layer: int) -> dict[str, torch.Tensor]:
+    """A layer's experts as transformers 5 holds them in memory."""
+    prefix = f"{root}layers.{layer}.block_sparse_moe.experts."
+    count = len({n[len(prefix) :].partition(".")[0] for n in tensors if n.startswith(prefix)})
+    one = [torch.cat([tensors[f"{prefix}{e}.{w}.weight"] for w in ("w1", "w3")]) for e in range(count)]
+    return {
+        "gate_up_proj": torch.stack(one),
+        "down_proj": torch.stack([tensors[f"{prefix}{e}.w2.weight"] for e in range(count)]),
+    }
+
+
+@pytest.mark.parametrize("tree", ["stacked", "modules", "text-only"])
+@pytest.mark.parametrize("family", ["m2", "m3"])
+def test_another_tree_is_named_in_every_command(
+    sources: dict[str, Path], tmp_path: Path, family: str, tree: str
+) -> None:
+    tensors = stored(sources[family])
+    root = "model." if family == "m2" else "language_model.model."
+    if tree == "text-only":
+        new = {("text." + n if family == "m2" else n.removeprefix("language_model.")): t for n, t in tensors.items()}
+    else:
+
+        def renamed(name: str) -> str:
+            return name.replace("language_model.model.", "model.language_model.").replace("block_sparse_moe", "mlp")
+
+        new = {renamed(n): t for n, t in tensors.items() if tree == "modules" or ".experts." not in n}
+        for layer in (0, 1) if family == "m2" else (1,):
+            if tree == "stacked":
+                new |= {
+                    renamed(f"{root}layers.{layer}.block_sparse_moe.experts.{part}"): t
+                    for part, t in stacked(tensors, root, layer).items()
+                }
+    folder = rewrite(tmp_path / "src", new, config_of(sources[family]))
+    with pytest.raises(CheckpointError, match=r"name of another tree.*save_pretrained") as convert:
+        make_plan_of(folder, "int4")
+    with pytest.raises(CheckpointError, match="name of another tree") as serve:
+        open_subject(str(folder))
+    assert str(convert.value) == str(serve.value) and ("in one tensor" in str(serve.value)) == (tree == "stacked")
+    from m3quant.evaluate.models import open_model
+
+    with pytest.raises(CheckpointError, match="name of another tree"):
+        open_model(folder)

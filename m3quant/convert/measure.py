@@ -20,7 +20,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import cast
 
 import torch
@@ -39,6 +38,7 @@ from ..calibration.stream import HiddenStates, Prefetcher, embed_source, read_he
 from ..errors import CalibrationError
 from ..planning.choices import role_of
 from ..planning.fit import Fitting
+from ..planning.kl_estimate import kl_of_error, others_left
 from ..planning.layout import scale_dtype
 from ..planning.plan import Unit
 from ..planning.sensitivity import (
@@ -48,7 +48,6 @@ from ..planning.sensitivity import (
     Probe,
     Sensitivity,
     TextIdentity,
-    kl_through,
     source_identity,
 )
 from ..quant.formats import TORCH_DTYPES
@@ -70,7 +69,6 @@ PILOTS = (("int2-g128-asym", "int8-g128"), ("int3-g128-asym", "int8-g128"), ("in
 # experts that are rounded after it, and this says how much of it is left.
 OTHERS_PILOT = ("int4-g128", "int4-g128")
 PROBE_BYTES = 16 * 10**9
-MOST_LEFT = 4.0  # times its estimate, that the error outside the experts may count
 
 
 @dataclass
@@ -295,7 +293,10 @@ class _Measuring:
             )
         raw = [
             {
-                role: {name: (error, kl_of_error(error, probed[own.layer, role])) for name, error in errors.items()}
+                role: {
+                    name: (error, kl_of_error(error, [(p.error, p.kl) for p in probed[own.layer, role]]))
+                    for name, error in errors.items()
+                }
                 for role, errors in own.errors.items()
             }
             for own in self.measured
@@ -369,27 +370,6 @@ def _sums(
     return sums[0], sums[1]
 
 
-def others_left(pilots: Sequence[tuple[tuple[float, float], float, bool]]) -> float:
-    """By what the estimates outside the bulk of the weights are to be multiplied so that the last pilot is predicted.
-
-    pilots: ((estimates of the bulk, of others), KL measured, whether it is the one that this is for). 1 without that one.
-    """
-    asked = next(((sums, kl) for sums, kl, others in pilots if others), None)
-    known = [(sums, kl) for sums, kl, others in pilots if not others]
-    if asked is None or not known or asked[0][1] <= 0:
-        return 1.0
-    (experts, others), kl = asked
-
-    def predicted(left: float) -> float:
-        return kl_through([(e + left * o, own) for (e, o), own in known], experts + left * others)
-
-    low, high = 1 / MOST_LEFT, MOST_LEFT
-    for _ in range(60):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if predicted(middle) < kl else (low, middle)
-    return math.sqrt(low * high)
-
-
 def _relative(out: torch.Tensor, expected: torch.Tensor) -> float:
     """||out - expected||^2 / ||expected||^2. Raises CalibrationError if it is not finite."""
     error = float((out - expected).double().square().sum())
@@ -397,22 +377,6 @@ def _relative(out: torch.Tensor, expected: torch.Tensor) -> float:
     if not math.isfinite(error) or not math.isfinite(norm):
         raise CalibrationError("a layer gives NaN or Inf on the held-out windows; look for non-finite weights in it.")
     return error / norm if norm else float(error > 0)
-
-
-def kl_of_error(error: float, probes: Sequence[Probe]) -> float:
-    """The KL divergence that an error would end in, from probes of the same layer and role.
-
-    A divergence is proportional to the squared norm of a small error. Between two probes a power law leads from one to
-    the other; beyond them it is in proportion to the nearer one.
-    """
-    known = sorted((p.error, p.kl) for p in probes if p.error > 0 and p.kl > 0)
-    if not known or error <= 0:
-        return 0.0
-    for (low, kl), (high, kl_high) in pairwise(known):
-        if low <= error <= high and low < high:
-            return kl * (error / low) ** (math.log(kl_high / kl) / math.log(high / low))
-    nearest = known[0] if error < known[0][0] else known[-1]
-    return nearest[1] * error / nearest[0]
 
 
 def layer_line(layer: int, errors: Mapping[str, Mapping[str, float]]) -> str:

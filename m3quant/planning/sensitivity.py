@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +23,7 @@ from ..errors import CheckpointError, OptionError
 from ..families import QUANTIZABLE
 from ..families.config import MAX_LAYERS
 from ..schemes import parse_scheme
+from .kl_estimate import kl_through
 
 SCHEMA = 1
 MOST_BYTES = 64 * 2**20  # of a file that is read: 1,024 layers with 4 roles of 100 candidates take 40 MB
@@ -132,26 +131,6 @@ class Sensitivity(_Model):
 
     def dump(self) -> bytes:
         return (self.model_dump_json(indent=1) + "\n").encode()
-
-
-def kl_through(pilots: Sequence[tuple[float, float]], total: float) -> float:
-    """The KL divergence that a sum of estimates means, by (sum, KL divergence) of recipes that were measured.
-
-    Straight lines between the pilots in logarithms; in proportion below the first and above the last. Never falls.
-    """
-    known: list[tuple[float, float]] = []
-    for estimate, kl in sorted(pilots):
-        if estimate > 0 and kl > 0 and (not known or estimate > known[-1][0]):
-            known.append((estimate, max(kl, known[-1][1] if known else 0.0)))
-    if not known or total <= 0:
-        return max(total, 0.0)
-    if total <= known[0][0]:
-        return known[0][1] * total / known[0][0]
-    for (x, y), (x2, y2) in pairwise(known):
-        if total <= x2:
-            share = math.log(total / x) / math.log(x2 / x)
-            return math.exp(math.log(y) + share * math.log(y2 / y))
-    return known[-1][1] * total / known[-1][0]
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:

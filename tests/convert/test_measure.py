@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from m3quant.calibration.quantizers import layer_quantizer
 from m3quant.calibration.ranks import ALONE
 from m3quant.calibration.stream import HiddenStates, embed_source, num_layers, read_head, read_layer
 from m3quant.checkpoint import Checkpoint
-from m3quant.convert.measure import MeasureSettings, kl_of_error, measure, others_left
+from m3quant.convert.measure import MeasureSettings, measure
 from m3quant.errors import CalibrationError
 from m3quant.planning.fit import Fitting
 from m3quant.planning.plan import make_plan
-from m3quant.planning.sensitivity import Probe, Sensitivity, load_sensitivity
+from m3quant.planning.sensitivity import Sensitivity, load_sensitivity
 from m3quant.quant.reading import SourceReader
 from m3quant.recipe.recipe import build_recipe
 from m3quant.running.progress import Silent
@@ -35,10 +34,10 @@ CANDIDATES = {
 }
 
 
-@pytest.fixture(scope="module", params=["m2", "m3"])
-def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Fitting, Any, Any]:
-    """(fitting, windows, what was measured) of a tiny random checkpoint."""
-    source = make_source(tmp_path_factory.mktemp("source") / request.param, request.param)
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Fitting, Any, Any]:
+    """(fitting, windows, what was measured) of a tiny random checkpoint: a dense layer and one with experts."""
+    source = make_source(tmp_path_factory.mktemp("source") / "m3", "m3")
     fitting = Fitting(Checkpoint.open(source), DATA, candidates=CANDIDATES)
     windows = random_windows(fitting.base)
     return fitting, windows, measure(fitting, windows, "text", MeasureSettings(), Silent())
@@ -114,24 +113,3 @@ def test_measuring_needs_held_out_windows(tmp_path: Path) -> None:
     fitting = Fitting(Checkpoint.open(source), {**DATA, "heldout_windows": 0})
     with pytest.raises(CalibrationError, match="heldout_windows"):
         measure(fitting, random_windows(fitting.base), "text", MeasureSettings(), Silent())
-
-
-def test_kl_of_an_error_follows_the_probes() -> None:
-    low, high = Probe(scheme="int4-g128", error=0.01, kl=0.02), Probe(scheme="int2-g128", error=0.16, kl=0.16)
-    assert kl_of_error(0.01, [high, low]) == pytest.approx(0.02)
-    assert kl_of_error(0.16, [high, low]) == pytest.approx(0.16)
-    assert kl_of_error(0.04, [high, low]) == pytest.approx((0.02 * 0.16) ** 0.5)  # half way in logarithms
-    assert kl_of_error(0.001, [low, high]) == pytest.approx(0.002)
-    assert kl_of_error(0.32, [low, high]) == pytest.approx(0.32)
-    assert kl_of_error(0.0, [low]) == 0.0 and kl_of_error(0.1, []) == 0.0
-
-
-def test_what_is_left_of_errors_outside_the_experts_predicts_the_last_pilot() -> None:
-    """Experts 4 bits .02 and 2 bits .32; others at 4 bits .01 by their probes, of which .6 is left."""
-    known = [((0.32, 0.001), 0.30, False), ((0.02, 0.001), 0.02, False)]
-    total = 0.02 + 0.6 * 0.01
-    share = math.log(total / (0.02 + 0.6 * 0.001)) / math.log((0.32 + 0.6 * 0.001) / (0.02 + 0.6 * 0.001))
-    kl = 0.02 * (0.30 / 0.02) ** share
-    assert others_left([*known, ((0.02, 0.01), kl, True)]) == pytest.approx(0.6, rel=1e-6)
-    assert others_left([*known, ((0.02, 0.01), 1e-9, True)]) == pytest.approx(0.25)  # not below a quarter
-    assert others_left(known) == 1.0

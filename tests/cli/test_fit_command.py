@@ -63,7 +63,9 @@ def test_what_cannot_be_asked_is_refused_with_a_sentence(shell: Shell, tmp_path:
     assert "add --on NODE" in shell.refuses("fit", TINY_M3, "--budget", "8MB", "--context", "4096")
     assert "no size" in shell.refuses("fit", TINY_M3, "--budget", "8 apples")
     assert "config.json allows 8,192 tokens" in shell.refuses("fit", TINY_M3, "--on", "1xH200", "--context", "8193")
-    assert "does not hold the smallest recipe" in shell.refuses("fit", TINY_M3, "--on", "1x0.5GiB", "--context", "4096", code=3)
+    assert "does not hold the smallest recipe" in shell.refuses(
+        "fit", TINY_M3, "--on", "1x0.5GiB", "--context", "4096", code=3
+    )
     assert "add --measure" in shell.refuses("fit", TINY_M3, "--windows", "4")
     assert "give --budget or --on" in shell.refuses("fit", TINY_M3, "--recipe-out", tmp_path / "r.yaml")
     assert "was not measured" in shell.refuses("fit", TINY_M3, "--budget", "8MB", "--chart", tmp_path / "c.html")
@@ -91,7 +93,10 @@ def test_convert_measures_chooses_and_converts(shell: Shell, tmp_path: Path) -> 
     assert "two passes over the weights" in done.err and "KL divergence: predicted" in done.out
     manifest = json.loads((out / "m3quant.json").read_text())
     assert manifest["output_bytes"] <= budget and manifest["recipe"]["name"] == "fit"
-    experts = {manifest["recipe"]["schemes"]["routed_experts"], *(o["routed_experts"] for o in manifest["recipe"]["layers"].values())}
+    experts = {
+        manifest["recipe"]["schemes"]["routed_experts"],
+        *(o["routed_experts"] for o in manifest["recipe"]["layers"].values()),
+    }
     assert experts == {"int2-g128-asym", "int4-g128"}
 
     measured = tmp_path / "out.sensitivity.json"

@@ -93,7 +93,7 @@ class _Probe:
 class _Pilot:
     layers: list[dict[str, str]]  # role -> scheme name, of every layer
     states: HiddenStates
-    others: bool = False  # whether it is OTHERS_PILOT
+    others: bool | None  # whether it is OTHERS_PILOT; None: a recipe that is measured and tells nothing of others
 
 
 @dataclass
@@ -116,12 +116,14 @@ def measure(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         try:
-            return _Measuring(fitting, windows, settings, device, stop, progress).run(text_sha256)
+            return Measuring(fitting, windows, settings, device, stop, progress).run(text_sha256)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(device, error) from None
 
 
-class _Measuring:
+class Measuring:
+    """One measuring pass; `measure` runs it."""
+
     def __init__(
         self,
         fitting: Fitting,
@@ -158,7 +160,7 @@ class _Measuring:
         self.exact = self._embedded(self.tokens[self.calibration :], torch.float32)
         self.probe_windows = self._probe_windows()
         self.pilots = [
-            _Pilot(layers, self._embedded(self.tokens, self.dtype), others) for layers, others in self._pilot_recipes()
+            _Pilot(layers, self._embedded(self.tokens, self.dtype), others) for layers, others in self.pilot_recipes()
         ]
         with contextlib.ExitStack() as stack:
             for unit, tensors in zip(units, self._layers(stack, units), strict=True):
@@ -189,11 +191,11 @@ class _Measuring:
         wanted = BULK_PROBES if role == self.fitting.bulk else OTHER_PROBES
         return [name for name in names if name in wanted] or [min(names, key=lambda name: parse_scheme(name).bits)]
 
-    def _pilot_recipes(self) -> list[tuple[list[dict[str, str]], bool]]:
+    def pilot_recipes(self) -> list[tuple[list[dict[str, str]], bool | None]]:
         """(layers, whether it is OTHERS_PILOT) of the pilots whose schemes are candidates wherever a role exists; the first
         candidates if no pilot is possible."""
         candidates = self.fitting.choices.candidates
-        found = []
+        found: list[tuple[list[dict[str, str]], bool | None]] = []
         for schemes in (*PILOTS, OTHERS_PILOT):
             layers = [{role: schemes[role != self.fitting.bulk] for role in own} for own in candidates]
             if all(
@@ -306,11 +308,9 @@ class _Measuring:
             divergence(head, source, WindowView(pilot.states, self.calibration, len(self.tokens)), tokens)
             for pilot in self.pilots
         ]
-        pilots = [
-            (_sums(raw, pilot.layers, self.fitting.bulk), kl, pilot.others)
-            for pilot, kl in zip(self.pilots, kls, strict=True)
-        ]
-        left = others_left(pilots)
+        sums = [_sums(raw, pilot.layers, self.fitting.bulk) for pilot in self.pilots]
+        told = zip(sums, kls, (pilot.others for pilot in self.pilots), strict=True)
+        left = others_left([(both, kl, others) for both, kl, others in told if others is not None])
         layers = [
             LayerSensitivity(
                 layer=number,
@@ -336,8 +336,8 @@ class _Measuring:
             others_left=left,
             layers=layers,
             pilots=[
-                Pilot(layers=pilot.layers, estimate=experts + left * others, kl=kl)
-                for pilot, ((experts, others), kl, _) in zip(self.pilots, pilots, strict=True)
+                Pilot(layers=pilot.layers, estimate=bulk + left * others, kl=kl)
+                for pilot, (bulk, others), kl in zip(self.pilots, sums, kls, strict=True)
             ],
         )
 

@@ -37,11 +37,12 @@ def measure_file(
     data = {"windows": windows or WINDOWS, "heldout_windows": heldout or HELDOUT}
     fitting = Fitting(checkpoint, data)
     parts = parse_mixture(corpus)
+    partial = path.with_name(f"{path.name}.partial")
     with BytesProgress("measure") as progress:
         progress.say(f"reading text for {sum(data.values())} windows")
         text = calibration_windows(fitting.base, parts)
         for note in text.notes:
             progress.say(f"note: {note}")
-        found = measure(fitting, text, mixture_sha256(parts), MeasureSettings(device=device), progress)
+        found = measure(fitting, text, mixture_sha256(parts), MeasureSettings(device=device), progress, partial)
     write_bytes_atomic(path, found.dump())
     return found

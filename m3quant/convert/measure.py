@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -58,6 +60,7 @@ from ..running.stopping import StopFlag, stop_on_signals
 from ..schemes import Scheme, parse_scheme
 from .device_layers import DeviceLoader
 from .job import out_of_memory
+from .measure_state import MeasureState, PilotState, ProbeState, SavedState
 
 # Errors that are carried to the end: a large and a small one for the role that most bytes and most of the loss are in,
 # one for the others. Where a role's candidates have none of them, the one of fewest bits.
@@ -76,47 +79,30 @@ class MeasureSettings:
     """How to measure, as opposed to what."""
 
     device: str = "cpu"
+    save_seconds: float = 600.0  # between two saved states, if there is a folder for them
     micro_batch_tokens: int = 16384
     strict_coverage: bool = False
 
 
-@dataclass
-class _Probe:
-    layer: int
-    role: str
-    scheme: str
-    error: float
-    states: HiddenStates
-
-
-@dataclass
-class _Pilot:
-    layers: list[dict[str, str]]  # role -> scheme name, of every layer
-    states: HiddenStates
-    others: bool | None  # whether it is OTHERS_PILOT; None: a recipe that is measured and tells nothing of others
-
-
-@dataclass
-class _Measured:
-    """Of one layer: role -> scheme -> error of the layer's output."""
-
-    layer: int
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)
-
-
 def measure(
-    fitting: Fitting, windows: Windows, text_sha256: str, settings: MeasureSettings, progress: Progress
+    fitting: Fitting,
+    windows: Windows,
+    text_sha256: str,
+    settings: MeasureSettings,
+    progress: Progress,
+    state_folder: Path | None = None,
 ) -> Sensitivity:
     """Read the whole checkpoint once and return what every candidate of `fitting` costs.
 
-    windows: those of fitting.data, calibration before held-out. text_sha256: of the documents they are from. Raises CalibrationError without held-out windows or
+    windows: those of fitting.data, calibration before held-out. text_sha256: of the documents they are from.
+    state_folder: where the state is saved now and then, so that the same call goes on after a kill; removed at the end. Raises CalibrationError without held-out windows or
     for weights and activations that are not finite, CheckpointError where the source cannot be read, and InterruptedRun.
     """
     device = pick_device(settings.device)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         try:
-            return Measuring(fitting, windows, settings, device, stop, progress).run(text_sha256)
+            return Measuring(fitting, windows, settings, device, stop, progress).run(text_sha256, state_folder)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(device, error) from None
 
@@ -145,27 +131,51 @@ class Measuring:
         self.reader = SourceReader(self.plan.checkpoint, self.plan.sources)
         scale = TORCH_DTYPES[scale_dtype(Scheme("int", 4), self.recipe.format)]
         self._quantizer = layer_quantizer(self.recipe, scale, settings.strict_coverage, ALONE)
-        self.probes: list[_Probe] = []
-        self.pilots: list[_Pilot] = []
-        self.measured: list[_Measured] = []
+        self.state = MeasureState(
+            self._embedded(self.tokens, self.dtype),
+            self._embedded(self.tokens[self.calibration :], torch.float32),
+            [PilotState(own, self._embedded(self.tokens, self.dtype), others) for own, others in self.pilot_recipes()],
+        )
+        self.probe_windows = self._probe_windows()
 
-    def run(self, text_sha256: str) -> Sensitivity:
-        units = self.plan.units[1:]
+    def run(self, text_sha256: str, state_folder: Path | None = None) -> Sensitivity:
+        units, state = self.plan.units[1:], self.state
         self.progress.start(sum(unit.bytes_in for unit in units), 0)
         self.progress.say(
             f"measuring: {len(units)} layers, {sum(len(n) for n in self.fitting.choices.by_role.values())} candidates a layer "
             f"at most, {self.calibration} windows to calibrate on and {len(self.tokens) - self.calibration} held out"
         )
-        self.source = self._embedded(self.tokens, self.dtype)
-        self.exact = self._embedded(self.tokens[self.calibration :], torch.float32)
-        self.probe_windows = self._probe_windows()
-        self.pilots = [
-            _Pilot(layers, self._embedded(self.tokens, self.dtype), others) for layers, others in self.pilot_recipes()
-        ]
+        saved = SavedState(state_folder, self._identity(text_sha256)) if state_folder else None
+        if saved and saved.restore(state, self.device):
+            self.progress.say(f"continuing after layer {len(state.errors) - 1}, where the state was saved last")
+            self.progress.advance(sum(unit.bytes_in for unit in units[: len(state.errors)]))
+        todo, last = units[len(state.errors) :], time.monotonic()
         with contextlib.ExitStack() as stack:
-            for unit, tensors in zip(units, self._layers(stack, units), strict=True):
+            for unit, tensors in zip(todo, self._layers(stack, todo), strict=True):
                 self._measure_layer(unit, tensors)
-        return self._result(text_sha256)
+                if saved and unit is not units[-1] and time.monotonic() - last >= self.settings.save_seconds:
+                    saved.save(state)
+                    last = time.monotonic()
+        found = self._result(text_sha256)
+        if saved:
+            saved.remove()
+        return found
+
+    def _identity(self, text_sha256: str) -> dict[str, Any]:
+        """Everything that the numbers depend on."""
+        return {
+            "m3quant": __version__,
+            "torch": torch.__version__,
+            "device": device_name(self.device),
+            "source": self.plan.checkpoint.fingerprint(),
+            "text": [text_sha256, self.windows.sha256],
+            "recipe": self.recipe.model_dump(),
+            "candidates": [
+                {role: list(names) for role, names in own.items()} for own in self.fitting.choices.candidates
+            ],
+            "pilots": [pilot.layers for pilot in self.state.pilots],
+            "settings": [self.settings.micro_batch_tokens, self.settings.strict_coverage],
+        }
 
     def _embedded(self, tokens: torch.Tensor, dtype: torch.dtype) -> HiddenStates:
         return embed_source(self.reader, tokens, dtype, self.device, None)
@@ -175,8 +185,9 @@ class Measuring:
         probes = sum(
             len(self._probes(role, names)) for own in self.fitting.choices.candidates for role, names in own.items()
         )
-        window = self.exact.nbytes // len(self.exact)
-        return min(len(self.exact), max(2, PROBE_BYTES // (window * probes)))
+        exact = self.state.exact
+        window = exact.nbytes // len(exact)
+        return min(len(exact), max(2, PROBE_BYTES // (window * probes)))
 
     def _layers(self, stack: contextlib.ExitStack, units: Sequence[Unit]) -> Iterator[dict[str, torch.Tensor]]:
         load: Callable[[Unit], dict[str, torch.Tensor]]
@@ -206,43 +217,40 @@ class Measuring:
 
     def _measure_layer(self, unit: Unit, tensors: dict[str, torch.Tensor]) -> None:
         assert unit.layer is not None
-        spec = layer_spec(self.plan.checkpoint.config, unit.layer)
+        state, spec = self.state, layer_spec(self.plan.checkpoint.config, unit.layer)
         layer = Layer(spec, tensors, self.device, self.dtype)
         exact = layer if self.dtype == torch.float32 else Layer(spec, tensors, self.device, torch.float32)
-        heldout = self.exact.read(slice(None))
+        heldout = state.exact.read(slice(None))
         expected = self._through(exact, heldout)
         candidates = self.fitting.choices.candidates[unit.layer]
-        found = _Measured(unit.layer)
-        steps = sum(map(len, candidates.values())) + len(self.pilots) + 1
-        arrived = len(self.probes)
+        errors: dict[str, dict[str, float]] = {role: {} for role in candidates}
+        part = unit.bytes_in // (sum(map(len, candidates.values())) + len(state.pilots) + 1)
+        arrived = len(state.probes)
+        view = WindowView(state.source, 0, self.calibration)
         for role, names in candidates.items():
             probes = self._probes(role, names)
             for name in names:
                 self.stop.check()
-                schemes = self._schemes(unit, {role: name})
-                view = WindowView(self.source, 0, self.calibration)
-                quantized = self._quantize(layer, tensors, schemes, view, view)
+                quantized = self._quantize(layer, tensors, self._schemes(unit, {role: name}), view, view)
                 out = self._through(self._rounded(spec, tensors, quantized, torch.float32), heldout)
-                error = _relative(out, expected)
-                found.errors.setdefault(role, {})[name] = error
+                errors[role][name] = error = _relative(out, expected)
                 if name in probes:
                     states = HiddenStates(out[: self.probe_windows].clone())
-                    self.probes.append(_Probe(unit.layer, role, name, error, states))
-                self.progress.advance(unit.bytes_in // steps)
-        for pilot in self.pilots:
+                    state.probes.append(ProbeState(unit.layer, role, name, error, states))
+                self.progress.advance(part)
+        for pilot in state.pilots:
             self.stop.check()
-            schemes = self._schemes(unit, pilot.layers[unit.layer])
-            views = [WindowView(states, 0, self.calibration) for states in (pilot.states, self.source)]
-            quantized = self._quantize(layer, tensors, schemes, *views)
+            own = WindowView(pilot.states, 0, self.calibration)
+            quantized = self._quantize(layer, tensors, self._schemes(unit, pilot.layers[unit.layer]), own, view)
             run_layer(self._rounded(spec, tensors, quantized, self.dtype), pilot.states, self.micro_batch)
-            self.progress.advance(unit.bytes_in // steps)
-        for probe in self.probes[:arrived]:
+            self.progress.advance(part)
+        for probe in state.probes[:arrived]:
             run_layer(exact, probe.states, self.micro_batch)
-        self.exact.write(slice(None), expected)
-        run_layer(layer, self.source, self.micro_batch)
-        self.progress.advance(unit.bytes_in - unit.bytes_in // steps * (steps - 1))
-        self.measured.append(found)
-        self.progress.say(layer_line(found.layer, found.errors))
+        state.exact.write(slice(None), expected)
+        run_layer(layer, state.source, self.micro_batch)
+        self.progress.advance(unit.bytes_in - part * (sum(map(len, candidates.values())) + len(state.pilots)))
+        state.errors.append(errors)
+        self.progress.say(layer_line(unit.layer, errors))
 
     def _schemes(self, unit: Unit, by_role: Mapping[str, str]) -> dict[str, Scheme]:
         """Relative weight name -> scheme, for the weights of some roles of the layer."""
@@ -288,28 +296,28 @@ class Measuring:
         head = read_head(self.reader, self.device)
         tokens = self.tokens[self.calibration :]
         probed: dict[tuple[int, str], list[Probe]] = {}
-        for probe in self.probes:
-            kl = divergence(head, self.exact, probe.states, tokens)
+        for probe in self.state.probes:
+            kl = divergence(head, self.state.exact, probe.states, tokens)
             probed.setdefault((probe.layer, probe.role), []).append(
                 Probe(scheme=probe.scheme, error=probe.error, kl=kl)
             )
         raw = [
             {
                 role: {
-                    name: (error, kl_of_error(error, [(p.error, p.kl) for p in probed[own.layer, role]]))
+                    name: (error, kl_of_error(error, [(p.error, p.kl) for p in probed[number, role]]))
                     for name, error in errors.items()
                 }
-                for role, errors in own.errors.items()
+                for role, errors in own.items()
             }
-            for own in self.measured
+            for number, own in enumerate(self.state.errors)
         ]
-        source = WindowView(self.source, self.calibration, len(self.tokens))
+        source = WindowView(self.state.source, self.calibration, len(self.tokens))
         kls = [
             divergence(head, source, WindowView(pilot.states, self.calibration, len(self.tokens)), tokens)
-            for pilot in self.pilots
+            for pilot in self.state.pilots
         ]
-        sums = [_sums(raw, pilot.layers, self.fitting.bulk) for pilot in self.pilots]
-        told = zip(sums, kls, (pilot.others for pilot in self.pilots), strict=True)
+        sums = [_sums(raw, pilot.layers, self.fitting.bulk) for pilot in self.state.pilots]
+        told = zip(sums, kls, (pilot.others for pilot in self.state.pilots), strict=True)
         left = others_left([(both, kl, others) for both, kl, others in told if others is not None])
         layers = [
             LayerSensitivity(
@@ -337,7 +345,7 @@ class Measuring:
             layers=layers,
             pilots=[
                 Pilot(layers=pilot.layers, estimate=bulk + left * others, kl=kl)
-                for pilot, (bulk, others), kl in zip(self.pilots, sums, kls, strict=True)
+                for pilot, (bulk, others), kl in zip(self.state.pilots, sums, kls, strict=True)
             ],
         )
 

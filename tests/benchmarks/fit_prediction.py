@@ -17,7 +17,7 @@ import click
 from m3quant.calibration.mixture import parse_mixture
 from m3quant.checkpoint import Checkpoint
 from m3quant.cli.convert import calibration_windows
-from m3quant.convert.measure import Measuring, MeasureSettings
+from m3quant.convert.measure import MeasureSettings, Measuring
 from m3quant.planning.fit import Fitting
 from m3quant.running.device import pick_device
 from m3quant.running.stopping import StopFlag

@@ -113,3 +113,24 @@ def test_measuring_needs_held_out_windows(tmp_path: Path) -> None:
     fitting = Fitting(Checkpoint.open(source), {**DATA, "heldout_windows": 0})
     with pytest.raises(CalibrationError, match="heldout_windows"):
         measure(fitting, random_windows(fitting.base), "text", MeasureSettings(), Silent())
+
+
+class Stopping(Silent):
+    """A progress at whose first finished layer the run is killed."""
+
+    def say(self, line: str) -> None:
+        super().say(line)
+        if line.startswith("layer 1"):
+            raise KeyboardInterrupt
+
+
+def test_a_killed_pass_goes_on_to_the_same_numbers(measured: tuple[Fitting, Any, Sensitivity], tmp_path: Path) -> None:
+    fitting, windows, found = measured
+    folder = tmp_path / "sensitivity.json.partial"
+    with pytest.raises(KeyboardInterrupt):
+        measure(fitting, windows, "text", MeasureSettings(save_seconds=0), Stopping(), folder)
+    assert (folder / "state.json").exists()
+    progress = Silent()
+    again = measure(fitting, windows, "text", MeasureSettings(), progress, folder)
+    assert again == found and not folder.exists()
+    assert "continuing after layer 0" in progress.lines[1] and progress.done == progress.total

@@ -14,7 +14,7 @@ from m3quant.calibration.head import compare_heads
 from m3quant.calibration.layers import Layer, layer_spec
 from m3quant.calibration.quantizers import layer_quantizer
 from m3quant.calibration.ranks import ALONE
-from m3quant.calibration.stream import HiddenStates, embed_source, num_layers, read_head, read_layer
+from m3quant.calibration.stream import HiddenStates, embed_source, read_head, read_layer
 from m3quant.checkpoint import Checkpoint
 from m3quant.convert.measure import MeasureSettings, measure
 from m3quant.errors import CalibrationError
@@ -66,7 +66,7 @@ def test_errors_and_probes_are_those_of_whole_models(measured: tuple[Fitting, An
     fitting, windows, found = measured
     reader = SourceReader(fitting.base.checkpoint, fitting.base.sources)
     config = fitting.checkpoint.config
-    last = num_layers(config)
+    last = fitting.base.family.num_layers
     index, first = last - 2, DATA["windows"]
     role = "routed_experts" if "routed_experts" in found.layers[index].candidates else "dense_mlp"
     changed, x = changed_layer(fitting, windows, index, role, "int4-g128")

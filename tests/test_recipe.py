@@ -30,7 +30,8 @@ def test_the_shipped_recipes() -> None:
 def test_awq_is_what_the_issue_says() -> None:
     recipe = build_recipe(named_recipe("awq"))
     assert recipe.scheme("routed_experts") == parse_scheme("int4-g128") and recipe.scheme("routed_experts").symmetric
-    assert {recipe.scheme(r).name for r in ("attention", "indexer", "shared_experts", "dense_mlp")} == {"fp8-channel"}
+    assert {recipe.scheme(r).name for r in ("attention", "indexer", "shared_experts", "dense_mlp")} == {"int8-g128"}
+    assert build_recipe(named_recipe("awq-fp8")).scheme("attention").name == "fp8-channel"
     assert build_recipe(named_recipe("awq-attn-bf16")).scheme("attention") == KEEP
 
 

@@ -38,7 +38,7 @@ def test_a_data_free_conversion_takes_as_long_as_its_slowest_stage(tmp_path: Pat
 
 
 def test_a_calibrated_conversion_needs_its_own_rates_and_grows_with_tokens(tmp_path: Path) -> None:
-    plan = make_plan_of(make_source(tmp_path / "src", "m3"), "awq")
+    plan = make_plan_of(make_source(tmp_path / "src", "m3"), "awq", rounding="awq")
     assert estimate(plan, rates()) is None
     slow = rates(search=1e6, forward=1e9)
     found = estimate(plan, slow)
@@ -46,7 +46,7 @@ def test_a_calibrated_conversion_needs_its_own_rates_and_grows_with_tokens(tmp_p
     assert found.stages["search"] == pytest.approx(search_flops(plan) / 1e6 * (len(plan.units) - 1))
     assert found.seconds >= found.stages["search"] + found.stages["forward"]
     data = plan.recipe.data.model_dump()
-    double = make_plan_of(tmp_path / "src", "awq", data={**data, "windows": 4, "heldout_windows": 2})
+    double = make_plan_of(tmp_path / "src", "awq", rounding="awq", data={**data, "windows": 4, "heldout_windows": 2})
     assert search_flops(double) == pytest.approx(2 * search_flops(plan))
     assert forward_flops(double) == pytest.approx(2 * forward_flops(plan))
     quick = estimate(plan, rates(search=1e18, forward=1e18))
@@ -54,7 +54,7 @@ def test_a_calibrated_conversion_needs_its_own_rates_and_grows_with_tokens(tmp_p
 
 
 def test_a_calibrated_conversion_overlaps_all_but_its_first_read_and_last_layer(tmp_path: Path) -> None:
-    plan = make_plan_of(make_source(tmp_path / "src", "m3"), "awq")
+    plan = make_plan_of(make_source(tmp_path / "src", "m3"), "awq", rounding="awq")
     outside, *layers = plan.units
     computing = rates(search=search_flops(plan), forward=forward_flops(plan), hash=1e3)  # 2 s a layer
     found = estimate(plan, computing)

@@ -37,23 +37,15 @@ def round_columns(
     to come are zero). Returns codes [E, K, N] float32 and the new errors.
     """
     columns = target.shape[1]
-    descent = errors is not None
+    first = errors is None
     errors = torch.zeros_like(target) if errors is None else errors.clone()
     codes = torch.empty_like(target)
-    fused = target.is_cuda
-    for first in range(0, columns, _BLOCK):
-        stop = min(first + _BLOCK, columns)
-        seen = slice(0, columns if descent else first)
-        aim = target[:, first:stop] + matmul(factor[:, seen, first:stop].transpose(1, 2), errors[:, seen])
-        if fused:
-            from m3quant.calibration.feedback import kernels
-
-            limits = None if grid.scheme.kind == "fp8" else int_range(grid.scheme)
-            kernels.round_block(
-                aim, target, factor, levels.scale, levels.zero, groups, codes, errors, first, limits, descent
-            )
-        else:
-            plain_block(aim, target, factor, levels, grid, groups, codes, errors, first)
+    one_block = _kernel_block if target.is_cuda else plain_block
+    for start in range(0, columns, _BLOCK):
+        stop = min(start + _BLOCK, columns)
+        seen = slice(0, start if first else columns)
+        aim = target[:, start:stop] + matmul(factor[:, seen, start:stop].transpose(1, 2), errors[:, seen])
+        one_block(aim, target, factor, levels, grid, groups, codes, errors, start, first)
     return codes, errors
 
 
@@ -66,23 +58,48 @@ def plain_block(
     groups: torch.Tensor,
     codes: torch.Tensor,
     errors: torch.Tensor,
-    first: int,
+    start: int,
+    first: bool,
 ) -> None:
-    """Round columns first .. first + count in place in codes and errors [E, K, N].
+    """Round the columns that begin with number `start`, in place in codes and errors.
 
-    aim: [E, count, N], where each column would be rounded to but for changes inside the block; overwritten.
+    aim: [E, B, N], where each would be rounded to but for changes inside the block; it is overwritten. first: errors of these
+    columns are not read. The rest as in `round_columns`.
     """
-    count = aim.shape[1]
-    span = slice(first, first + count)
+    width = aim.shape[1]
+    span = slice(start, start + width)
     inner, own = factor[:, span, span], levels.columns(groups[:, span])
-    for step in range(count):
-        level = own.at(step)
-        code = grid.codes(aim[:, step], level)
-        error = target[:, first + step] - grid.values(code, level)
-        if step + 1 < count:
-            change = error - errors[:, first + step]
-            aim[:, step + 1 :].addcmul_(inner[:, step, step + 1 :, None], change[:, None, :])
-        codes[:, first + step], errors[:, first + step] = code, error
+    for offset in range(width):
+        column = start + offset
+        part = own.at(offset)
+        code = grid.codes(aim[:, offset], part)
+        error = target[:, column] - grid.values(code, part)
+        if offset + 1 < width:
+            change = error if first else error - errors[:, column]
+            aim[:, offset + 1 :].addcmul_(inner[:, offset, offset + 1 :, None], change[:, None, :])
+        codes[:, column], errors[:, column] = code, error
+
+
+def _kernel_block(
+    aim: torch.Tensor,
+    target: torch.Tensor,
+    factor: torch.Tensor,
+    levels: Levels,
+    grid: Grid,
+    groups: torch.Tensor,
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+    start: int,
+    first: bool,
+) -> None:
+    """`plain_block` in one launch."""
+    from m3quant.calibration.feedback.kernels import round_block
+
+    limits = None if grid.scheme.kind == "fp8" else int_range(grid.scheme)
+    round_block(
+        aim.contiguous(), target.contiguous(), factor.contiguous(), levels.scale.contiguous(),
+        None if levels.zero is None else levels.zero.contiguous(), groups.contiguous(), codes, errors, start, limits, not first,
+    )  # fmt: skip
 
 
 def falling_order(second: torch.Tensor) -> torch.Tensor:

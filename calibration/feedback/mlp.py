@@ -104,10 +104,11 @@ class MlpQuantizer:
             return self._fit(units, moments, prior, outputs=self.always_on is not None)
 
         stacks: dict[str, list[StoredWeight]] = {}
+        stacked = self.layer.device.type == "cuda" and len({unit.schemes for unit in self.routed}) == 1
         for units, part in self.settings.ranks.each(work, self._chunks()):
             self._collect(units, part, result, verdicts)
             for which, one in zip(("w1", "w3", "w2"), part.fitted, strict=True):
-                if one is not None and self.layer.device.type == "cuda":
+                if one is not None and stacked:
                     stacks.setdefault(which, []).append(one.stored)
             if part.outputs is not None:
                 for unit, rows in zip(units, part.outputs.split([unit.natural for unit in units]), strict=True):
@@ -186,8 +187,6 @@ class MlpQuantizer:
         role = {"w1": 0, "w3": 1, "w2": 2}
         for which in list(parts):
             whole = StoredWeight.joined(parts.pop(which))
-            if len(whole.codes) != len(self.routed):  # some experts keep this matrix
-                continue
             result.stacks[which] = whole
             for expert, unit in enumerate(self.routed):
                 result.weights[unit.names[role[which]]] = whole[expert]

@@ -98,7 +98,9 @@ def peer(source: Path, output: Path, answer: Path, arguments: argparse.Namespace
     answer.with_suffix(".config.json").write_text(json.dumps(plan.quantization))
     shape = [arguments.windows, arguments.window_length, arguments.peer_batch]
     device = str(pick_device(arguments.device))
-    command = peers.command(arguments.peer_python, plan.recipe.calibration, [source, output, answer], device, shape)
+    command = peers.command(
+        arguments.peer_python, "awq" if plan.recipe.calibrated else "none", [source, output, answer], device, shape
+    )
     return peers.run(command, answer, arguments.peer_limit)
 
 
@@ -288,7 +290,7 @@ def main() -> None:
     if arguments.against:
         device = str(pick_device(arguments.device))
         for recipe in arguments.to.split(","):
-            calibration = str(named_recipe(recipe).get("calibration", "none"))
+            calibration = "awq" if build_recipe(named_recipe(recipe)).calibrated else "none"
             if refused := peers.refusal(calibration, device):
                 raise SystemExit(f"--against {arguments.against} --to {recipe}: {refused}")
         found = subprocess.run([arguments.peer_python, "-c", "import llmcompressor"], capture_output=True)

@@ -26,6 +26,8 @@ def plan_of(result: dict[str, Any]) -> Plan:
     stored = result.get("stored", "plain")
     config = wide_config(result["shape"], result["layers"], result["experts"], result["narrower"], stored)
     document = named_recipe(result["recipe"])
+    if result["recipe"] == "awq" and "rounding" not in result:  # measured before feedback became the default
+        document = {**named_recipe("awq-fp8"), "rounding": "awq"}
     if document.get("calibration") != "none":
         data = {"windows": result["windows"], "window_length": result["window_length"]}
         document = {**document, "data": {**document.get("data", {}), **data}}

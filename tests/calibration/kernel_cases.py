@@ -96,7 +96,7 @@ def test_rows_are_cut_into_blocks_and_summed_in_order() -> None:
     ("units", "most", "each"), [(256, 37, 32), (128, 9, 8), (37, 37, 37), (5, 1, 1), (300, 37, 19)]
 )
 def test_chunks_divide_among_the_gpus_of_a_node(units: int, most: int, each: int) -> None:
-    assert glu._even(units, most) == each <= most
+    assert glu.even_chunk(units, most) == each <= most
 
 
 @pytest.mark.parametrize(("family", "scheme"), [("m2", "int4-g128"), ("m3", "int4-g128-asym")])

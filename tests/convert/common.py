@@ -24,6 +24,7 @@ from m3quant.running.progress import Silent
 # The least that calibration needs: two windows to search on, one held out.
 FEW = {"windows": 2, "window_length": 32, "heldout_windows": 1, "min_expert_tokens": 4}
 COARSE = {"n_grid": 3}
+QUICK = {"rounds": 0}
 SMALL: dict[str, dict[str, Any]] = {
     "m2": {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
     "m3": {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -67,8 +68,17 @@ def make_plan_of(
     **document: Any,
 ) -> Plan:
     """The plan of a shipped recipe with `document` laid over it; calibrated recipes get few windows and a coarse grid."""
-    base = {**named_recipe(to), "data": FEW, "awq": COARSE, **document}
+    base = {**named_recipe(to), "data": FEW, "awq": COARSE, "feedback": QUICK}
+    if "calibration" in document:  # it implies a rounding of its own
+        base.pop("rounding", None)
+    base |= document
     return make_plan(Checkpoint.open(source), build_recipe(base, settings=settings, format=format))
+
+
+def quickly_calibrated(recipe: str) -> dict[str, Any]:
+    """What to lay over a calibrated recipe that is converted dozens of times: durable operations are the same for any rounding, and AWQ's
+    coarse search takes the least time on a CPU."""
+    return {"rounding": "awq"} if recipe.startswith("awq") else {}
 
 
 def random_windows(plan: Plan, seed: int = 0) -> Windows:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convert.common import files, make_plan_of, run_plan, same_output
+from convert.common import files, make_plan_of, quickly_calibrated, run_plan, same_output
 
 from m3quant.planning.plan import Plan
 
@@ -186,7 +186,7 @@ def kill_again_and_again(plan: Plan, folder: Path, step: int) -> dict[str, Any]:
 def main() -> None:
     source, folder, recipe, stride = sys.argv[1:]
     torch.set_num_threads(1)  # and no thread pool is started before a fork
-    plan = make_plan_of(Path(source), recipe)
+    plan = make_plan_of(Path(source), recipe, **quickly_calibrated(recipe))
     import_for_children(plan, Path(folder))
     result = kill_everywhere(plan, Path(folder), int(stride))
     result["again"] = kill_again_and_again(plan, Path(folder), 17)

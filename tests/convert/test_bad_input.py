@@ -282,10 +282,12 @@ def test_a_text_only_copy_is_a_note(m3quant: Run, made: dict[str, Path], tmp_pat
 
 @pytest.mark.parametrize(("config", "words"), [
     ({"vocab_size": 513}, ["embed_tokens.weight", "[512, 256]", "[513, 256]"]),
-    ({"num_hidden_layers": 3}, ["lacks", "model.layers.2."]),
+    ({"num_hidden_layers": 3}, ["attn_type_list", "an entry for each layer"]),
+    ({"num_hidden_layers": 3, "attn_type_list": [1, 1, 1]}, ["lacks", "model.layers.2."]),
     ({"num_local_experts": 5}, ["experts.4.w1.weight"]),
     ({"hidden_size": None}, ["hidden_size"]),
-    ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ["llama", "m3quant/families/llama.py"]),
+    ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, ["mamba", "write a file in m3quant/families"]),
+    ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ["which this architecture does not"]),
     ({"architectures": ["LlamaForCausalLM"]}, ["LlamaForCausalLM", "MiniMaxM2ForCausalLM"]),
     ({"quantization_config": {"quant_method": "gptq"}}, ["gptq", "quantized already"]),
 ])  # fmt: skip
@@ -327,7 +329,7 @@ def test_a_resume_with_something_else_is_refused_by_name(
     m3quant: Run, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    begun = begin(m3quant, monkeypatch, made["m2"], out, "--to", "awq", *SHORT)
+    begun = begin(m3quant, monkeypatch, made["m2"], out, "--to", "awq-fp8", *SHORT)
     other = changed(made["m2"], tmp_path / "other", poison(EXPERT, 0.5), rms_norm_eps=1e-5)
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(97 + (i * i) % 23) for i in range(4000)))
@@ -339,25 +341,25 @@ def test_a_resume_with_something_else_is_refused_by_name(
     )
     refused(
         m3quant("convert", made["m2"], out, "--to", "int4"),
-        "recipe.calibration was 'awq', now 'none'",
+        "recipe.calibration was 'text', now 'none'",
     )
-    refused(m3quant("convert", other, out, "--to", "awq", *SHORT), "another source")
-    refused(m3quant("convert", made["m2"], out, "--to", "awq", *SHORT, "--calibration", text), "calibration was")
+    refused(m3quant("convert", other, out, "--to", "awq-fp8", *SHORT), "another source")
+    refused(m3quant("convert", made["m2"], out, "--to", "awq-fp8", *SHORT, "--calibration", text), "calibration was")
     refused(
-        m3quant("convert", made["m2"], out, "--to", "awq", "--windows", 3, *SHORT[2:]),
+        m3quant("convert", made["m2"], out, "--to", "awq-fp8", "--windows", 3, *SHORT[2:]),
         "recipe.data.windows was",
         "now 3)",
     )
     with monkeypatch.context() as patch:
         patch.setattr("m3quant.convert.conversion.__version__", "99.0")
-        refused(m3quant("convert", made["m2"], out, "--to", "awq", *SHORT), "version was", "99.0")
+        refused(m3quant("convert", made["m2"], out, "--to", "awq-fp8", *SHORT), "version was", "99.0")
     assert files(out) == begun
-    assert m3quant("convert", made["m2"], out, "--to", "awq", *SHORT)[0] == 0
+    assert m3quant("convert", made["m2"], out, "--to", "awq-fp8", *SHORT)[0] == 0
     # A finished one is protected as well, and of the recipe only what differs is told.
     said = refused(
         m3quant("convert", made["m2"], out, "--to", "int4"),
         "complete and was made otherwise",
-        "recipe.name was 'awq', now 'int4'",
+        "recipe.name was 'awq-fp8', now 'int4'",
     )
     assert "schemes" not in said and "device" not in said and "continue" not in said
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from convert.common import files, make_plan_of, make_source, run_plan, same_output
+from convert.common import files, make_plan_of, make_source, quickly_calibrated, run_plan, same_output
 from convert.kill_driver import OTHERS, WRITES, Counter
 
 from m3quant.convert import conversion as run_module
@@ -57,7 +57,7 @@ def test_enospc_anywhere_stops_cleanly_and_the_same_command_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, recipe: str, spill: bool, count: int
 ) -> None:
     source = make_source(tmp_path / "src", family, num_local_experts=2, num_experts_per_tok=1)
-    plan = make_plan_of(source, recipe)
+    plan = make_plan_of(source, recipe, **quickly_calibrated(recipe))
     names = counted(plan, tmp_path / "whole", monkeypatch, spill=spill)
     places = [number for number, name in enumerate(names, start=1) if name in CAN_FILL]
     # every kind of operation, and otherwise evenly over the run

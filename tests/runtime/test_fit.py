@@ -369,7 +369,7 @@ def test_command_line_verdicts_and_exit_codes(tmp_path: Path) -> None:
     m3 = json.loads(cli(str(DATA / "minimax-m3" / "config.json"), "--all", "--json").stdout)
     assert "--format compressed-tensors" in m3["refused"]["fp8-block"]
     for arguments, part in (
-        (("--on", "2xH900"), "did you mean"), (("--context", "5"), "--on NODE"), (("--on", "1xH200", "--prices", "nowhere.yaml"), "price file"),
+        (("--on", "2xH900"), "did you mean"), (("--context", "5"), "--on NODE"), (("--on", "1xH200", "--prices", "nowhere.yaml"), "nowhere.yaml cannot be read"),
         (("--check-log", "nowhere"), "cannot be read"),
     ):  # fmt: skip
         refused = cli(str(FIXTURES / "tiny-m2"), *arguments)

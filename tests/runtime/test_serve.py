@@ -199,8 +199,8 @@ def test_what_does_not_fit_is_refused_with_the_change_that_helps() -> None:
 def test_a_checkpoint_with_a_short_shard_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(M2, folder)
-    shards = {path.name: {"size": path.stat().st_size} for path in folder.glob("*.safetensors")}
-    (folder / "m3quant.json").write_text(json.dumps({"shards": shards}))
+    shards = {p.name: {"size": p.stat().st_size, "sha256": "0" * 64} for p in folder.glob("*.safetensors")}
+    (folder / "m3quant.json").write_text(json.dumps({"shards": shards, "files": {}}))
     assert quick_check(str(folder), open_subject(str(folder))) == []
     manifest = json.loads((folder / "m3quant.json").read_text())
     name = next(iter(manifest["shards"]))

@@ -30,12 +30,20 @@ def script(text: str, answer: Path) -> list[str]:
     return [sys.executable, "-c", text, str(answer)]
 
 
-def alive(pid: int) -> bool:
-    """Whether the process runs; one that has ended may wait for its new parent to collect it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def alive(pid: int, patience: float = 10.0) -> bool:
+    """Whether the process still runs after `patience` seconds; one that has ended may wait for its new parent to collect it.
+
+    A process that was killed is gone only once the kernel has taken it down, which a busy machine does late.
+    """
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return False
+        except FileNotFoundError:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def test_a_calibrated_recipe_is_compared_with_llm_compressors_awq_and_never_with_round_to_nearest() -> None:

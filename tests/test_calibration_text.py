@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from m3quant.planning.calibration_text import (
 )
 from m3quant.planning.headers import from_config
 from m3quant.planning.plan import Plan, make_plan
+from m3quant.planning.resources import resources
 from m3quant.planning.timing_model import load_rates
 from m3quant.recipe.recipe import build_recipe, named_recipe
 
@@ -61,6 +63,17 @@ class TestTokens:
         assert (slow.bound, slow.tokens) == ("least", FEWEST_TOKENS)
         unknown = token_choice(plan, rates.model_copy(update={"forward": None}))
         assert (unknown.tokens, unknown.compute_seconds) == (FEWEST_TOKENS, 0.0)
+
+    def test_a_smaller_gpu_takes_what_it_has_room_for(self) -> None:
+        plan, rates = awq_plan(CONFIGS["m3"]), load_rates()
+        h100 = token_choice(plan, rates.model_copy(update={"device_memory": 85 * 10**9}))
+        assert h100.bound == "memory" and FEWEST_TOKENS < h100.tokens < 400_000
+        data = plan.recipe.data.model_copy(update={"windows": h100.tokens // plan.recipe.data.window_length})
+        chosen = replace(plan, recipe=plan.recipe.model_copy(update={"data": data}))
+        assert resources(chosen, on_gpu=True).device <= 0.95 * 85e9
+        assert resources(chosen, on_gpu=True).device + 14 * 6144 * 65_536 > 0.95 * 85e9, "a step more has no room"
+        none = token_choice(plan, rates.model_copy(update={"device_memory": 20 * 10**9}))
+        assert (none.bound, none.tokens) == ("least", FEWEST_TOKENS)
 
     def test_a_narrow_model_has_rows_enough_already(self) -> None:
         plan = awq_plan(FIXTURES / "tiny-m2" / "config.json")

@@ -28,7 +28,7 @@ from m3quant.schemes import KEEP, Scheme
 
 # Bytes of a chunk's moments and weights in work; m3quant/planning/quantizers.py plans with the GPU's.
 _CHUNK_BYTES = {"cpu": 1 << 30, "cuda": 12 * 10**9}
-_SQUARES, _WEIGHTS = 9, 12  # float32 matrices [K, K] and [N, K] of an expert alive at once
+_SQUARES, _WEIGHTS = 14, 12  # float32 matrices [K, K] and [N, K] of an expert alive at once
 
 
 @dataclass

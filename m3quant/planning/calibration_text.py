@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .plan import Plan
-from .quantizers import active_weights
+from .quantizers import active_weights, facts_of
+from .resources import resources
 from .timing_model import Rates, layer_io
 
 # Measured on the trained fixtures: from 8 rows per K on, twice the text takes off 3 % of the KL divergence or less.
@@ -22,10 +23,8 @@ FEWEST_TOKENS = 65_536
 FLOOR_FACTOR = 1.2
 # Tokens are chosen in steps of this many: small differences of the rates do not change the run.
 TOKEN_STEP = 65_536
-# What feedback holds on the device of every token, in bytes for each hidden channel: both streams before and after attention
-# and what is missing (BF16), and the experts' sum (float32). All of it is kept below MOST_STATE_BYTES.
-STATE_BYTES_PER_CHANNEL = 2 * 2 + 2 * 2 + 2 + 4
-MOST_STATE_BYTES = 24 * 10**9
+# Share of a GPU's memory that a run may be predicted to take: the allocator needs room to cut its blocks from.
+DEVICE_SHARE = 0.95
 # Shares of the rows in windows of one row, of four, and past the selection of sparse attention.
 LONG_SHARES = (0.25, 0.25)
 MIDDLE_ROWS = 4
@@ -88,10 +87,20 @@ def token_choice(plan: Plan, rates: Rates) -> Tokens:
     hidden = FLOOR_FACTOR * layer_io(plan, rates) * rates.forward / flops_per_token(plan)
     experts, top_k, _ = _experts(plan)
     most = tokens_for_rows(MOST_ROWS_PER_K, plan.family.hidden_size, experts, top_k)
-    room = MOST_STATE_BYTES // (STATE_BYTES_PER_CHANNEL * plan.family.hidden_size)
-    chosen, bound = min((most, "rows"), (int(hidden), "disk"), (room, "memory"))
+    bounds = [(most, "rows"), (int(hidden), "disk")]
+    if rates.device_memory:
+        bounds.append((device_room(plan, rates.device_memory), "memory"))
+    chosen, bound = min(bounds)
     chosen = chosen // TOKEN_STEP * TOKEN_STEP
     return described(plan, rates, chosen, bound) if chosen > FEWEST_TOKENS else described(plan, rates, FEWEST_TOKENS, "least")  # fmt: skip
+
+
+def device_room(plan: Plan, device_memory: int) -> int:
+    """Calibration tokens for which a GPU of so many bytes has room, beside the layers and the search; 0: for none."""
+    data, state = plan.recipe.data, facts_of(plan.recipe.rounding).state
+    now = (data.windows + data.heldout_windows) * data.window_length
+    free = DEVICE_SHARE * device_memory - resources(plan, on_gpu=True).device
+    return max(0, now + int(free / (state * plan.family.hidden_size)) - data.heldout_windows * data.window_length)
 
 
 def described(plan: Plan, rates: Rates, tokens: int, bound: str = "given") -> Tokens:

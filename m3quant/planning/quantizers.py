@@ -20,6 +20,10 @@ AWQ_BYTES_PER_WEIGHT = 20
 # moment, the damped inverse and its factor, and one in work. A chunk is as many experts as these bytes allow.
 FEEDBACK_CHUNK_BYTES = 12 * 10**9
 FEEDBACK_MATRICES = 8
+# Device bytes of a token's hidden channel, in BF16 streams. Searching a layer holds both streams, each with the layer's output
+# beside its input; feedback holds both before and after attention, what is missing, and the experts' sum in float32.
+STREAMS_BYTES = 4 * 2
+FEEDBACK_STATE_BYTES = 2 * 2 + 2 * 2 + 2 + 4
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class QuantizerFacts:
 
     nearest_codes: every code is the (folded) source's weight rounded to nearest under the stored scale, which verify then
     demands. flops: of a layer on average, beside the forward passes of both streams. scratch: device bytes of a layer's
-    search, beside the layer, its codes and the streams.
+    search, beside the layer, its codes and the streams. state: device bytes that exist of every token for each hidden channel.
     """
 
     name: str
@@ -37,6 +41,7 @@ class QuantizerFacts:
     nearest_codes: bool
     flops: Callable[[Plan], float]
     scratch: Callable[[Plan], int]
+    state: int
 
 
 def facts_of(rounding: str) -> QuantizerFacts:
@@ -114,8 +119,8 @@ def _feedback_scratch(plan: Plan) -> int:
 QUANTIZERS = {
     facts.name: facts
     for facts in (
-        QuantizerFacts("nearest", False, False, True, lambda plan: 0.0, _nothing),
-        QuantizerFacts("awq", True, True, True, _awq_flops, _awq_scratch),
-        QuantizerFacts("feedback", True, False, False, _feedback_flops, _feedback_scratch),
+        QuantizerFacts("nearest", False, False, True, lambda plan: 0.0, _nothing, 0),
+        QuantizerFacts("awq", True, True, True, _awq_flops, _awq_scratch, STREAMS_BYTES),
+        QuantizerFacts("feedback", True, False, False, _feedback_flops, _feedback_scratch, FEEDBACK_STATE_BYTES),
     )
 }

@@ -84,16 +84,17 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool 
     # Two boundaries exist for a moment: the next is in place before the old one goes.
     boundary = 2 * 2 * stream
     disk = plan.output_bytes + boundary + (2 * stream if spill else 0) + DISK_MARGIN
-    streams = 4 * stream  # two streams, each with the layer's output beside its input
     if on_gpu:
         # On the device: this layer and the next, streams and activations, and what the search of a chunk of experts takes.
         # On the host, pinned: one layer's packed output (the next is packed when it is durable), and the streams being saved.
-        scratch = facts_of(plan.recipe.rounding).scratch(plan)
+        facts = facts_of(plan.recipe.rounding)
+        scratch, streams = facts.scratch(plan), facts.state * hidden_state_bytes(plan, 1)
         packed = max(unit.bytes_out for unit in plan.units if unit.layer is not None)
         host = process + int(PINNED_SHARE * packed) + 2 * pinned_bytes(stream) + largest
         codes = layer // 2  # a byte for each weight
         return Resources(host, 2 * layer + codes + streams + scratch + largest, disk, boundary)
     # Measured: about three layers (tests/convert/test_memory.py), of which one is read ahead; a fourth is margin.
+    streams = 4 * stream  # two streams, each with the layer's output beside its input
     return Resources(process + 4 * layer + streams + largest, 0, disk, boundary)
 
 

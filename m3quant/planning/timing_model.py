@@ -54,6 +54,7 @@ class Rates(BaseModel):
     feedback: float | None = Field(default=None, gt=0)
     forward: float | None = Field(default=None, gt=0)
     start: float = Field(default=0.0, ge=0)
+    device_memory: int | None = Field(default=None, gt=0)  # bytes of one GPU, as its driver tells them
 
 
 class Estimate(BaseModel):

@@ -125,7 +125,7 @@ def measure(work: Path, source: Path, arguments: argparse.Namespace) -> dict[str
         "shape": arguments.shape, "layers": arguments.layers, "recipe": arguments.to, "experts": arguments.experts,
         "narrower": arguments.narrower, "stored": arguments.stored, "windows": arguments.windows, "window_length": arguments.window_length,
         "machine": {
-            "device": device_name(device), "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version(),
+            "device": device_name(device), "cores": os.cpu_count(), "device_memory": torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None, "torch": torch.__version__, "python": platform.python_version(),
         },
         "disk": floors.disk_floor(source, work, plan.output_bytes),
         "rates": {**floors.rates(device), "pack": floors.pack_rate(_main_scheme(plan), plan.recipe.format, device)},

@@ -74,6 +74,7 @@ def record(results: list[dict[str, Any]], source: str) -> Rates:
         measured=max(r["measured"] for r in results),
         versions={"torch": results[0]["machine"]["torch"]},
         source=dict.fromkeys([*rates, "start"], source),
+        device_memory=results[0]["machine"].get("device_memory"),
         **rates,
     )
     return found.model_copy(update={"start": beyond(results, found)})

@@ -1,6 +1,7 @@
 """What each rounding, and each part of feedback, is worth on the trained fixtures: KL divergence to the source.
 
     python -m tests.benchmarks.rounding_ablation OUT [--section main parts tokens bits] [--model tiny-m2 tiny-m3] [--device cuda]
+    python -m tests.benchmarks.rounding_ablation OUT --tables      # OUT/rounding.json as the tables of docs/rounding.md
 
 Calibration text: `tests/fixtures/calibration.jsonl` (own: the fixtures' kind of text) or the bundled corpus, in windows of
 512 tokens. KL: nats a token, mean over the first 64 windows of 512 of `heldout.txt` with its standard error over windows;
@@ -236,7 +237,11 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["tiny-m2", "tiny-m3"])
     parser.add_argument("--rounding", nargs="+", default=["nearest", "awq", "feedback"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tables", action="store_true", help="print OUT/rounding.json as Markdown and do nothing else")
     options = parser.parse_args()
+    if options.tables:
+        print(tables(json.loads((options.out / "rounding.json").read_text())))
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     models = [Model(name, torch.device(options.device)) for name in options.model]
     rows: list[dict[str, Any]] = []
@@ -260,6 +265,25 @@ def line(row: dict[str, Any]) -> str:
     what = f"{row['model']} {row['experts']} {row['around']} around, {row['rounding']}, {row['windows']} windows of {row['text']}"
     label = f", {row['label']}" if "label" in row else ""
     return f"{what}{label}: KL {row['kl']:.5f} +- {row['kl_error']:.5f}, dev {row['dev']:.5f} ({row['seconds']:.0f} s)"
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """One Markdown table a section: a row for each kind of run, a column for each model."""
+    models = sorted({row["model"] for row in rows})
+    head = ["experts", "around", "rounding", "calibration", *models]
+    parts = []
+    for section in dict.fromkeys(row["section"] for row in rows):
+        found: dict[tuple[str, ...], dict[str, str]] = {}
+        for row in (row for row in rows if row["section"] == section):
+            text = "" if row["rounding"] == "nearest" else f"{row['windows']} windows, {row['text']} text"
+            digits = 4 if row["kl"] < 0.1 else 3
+            cell = f"{row['kl']:.{digits}f} ± {row['kl_error']:.{digits}f}"
+            names = (row["experts"], row["around"], row.get("label", row["rounding"]), text)
+            found.setdefault(names, {})[row["model"]] = cell
+        lines = [head, ["---"] * 4 + ["---:"] * len(models)]
+        lines += [[*names, *(cells.get(model, "") for model in models)] for names, cells in found.items()]
+        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

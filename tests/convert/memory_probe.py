@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from convert.common import make_plan_of, make_source, run_plan
+from convert.common import make_plan_of, make_source, quickly_calibrated, run_plan
 
 from m3quant.planning.resources import CALIBRATION_BYTES, CPU_PROCESS_BYTES, resources
 
@@ -30,8 +30,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         tiny = make_source(Path(folder) / "src", "m2", num_hidden_layers=1)
-        run_plan(make_plan_of(tiny, recipe), Path(folder) / "out")
-    plan = make_plan_of(Path(source), recipe, awq={"n_grid": 1, "range_search": False})
+        run_plan(make_plan_of(tiny, recipe, **quickly_calibrated(recipe)), Path(folder) / "out")
+    plan = make_plan_of(Path(source), recipe, **quickly_calibrated(recipe), awq={"n_grid": 1, "range_search": False})
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (proc(5))
     imported = status("VmRSS")
     run_plan(plan, Path(output))

@@ -126,7 +126,7 @@ def test_every_name_the_engine_looks_up_resolves_in_every_layer(tmp_path: Path, 
     # A target that names another layer is caught.
     for group in plan.quantization["config_groups"].values():
         group["targets"] = [re.sub(r"layers\\\.\(1\)", r"layers\\.(2)", target) for target in group["targets"]]
-    assert engine_problems(plan.family, plan.checkpoint.config, plan.quantization, plan.modules)
+    assert engine_problems(plan.family, plan.quantization, plan.modules)
 
 
 def test_a_recipe_without_layers_names_none(tmp_path: Path) -> None:

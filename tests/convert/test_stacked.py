@@ -89,11 +89,11 @@ def test_a_failure_behind_the_search_stops_the_run_and_the_same_command_continue
 
     monkeypatch.setattr(Streams, "save", full)
     with pytest.raises(StoppedError, match="hidden states cannot be saved"):
-        run_plan(plan, tmp_path / "out")
+        run_plan(plan, tmp_path / "out", boundary_every=1)
     assert not list((tmp_path / "out").glob(".*.tmp")), "the layer in progress was left behind"
     monkeypatch.setattr(Streams, "save", save)
     progress = Silent()
-    run_plan(plan, tmp_path / "out", progress=progress)
+    run_plan(plan, tmp_path / "out", progress=progress, boundary_every=1)
     assert any(line.startswith("continuing: 1 of 3") for line in progress.lines)
     assert same_output(tmp_path / "whole", tmp_path / "out") == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +12,20 @@ import pytest
 import torch
 
 from m3quant.errors import EngineMissing, VerifyError
+from m3quant.families import family_of
 from m3quant.verify import engine_python as engine
 from m3quant.verify.engine_probe import WeightLedger, account, empty_response, header_names, watch_writes
 from m3quant.verify.engine_python import Difference, difference, find_engine_python, run_engine
 
 PROMPTS = [[1, 2, 3]]
+TINY_M3 = Path(__file__).parents[1] / "fixtures/tiny-m3"
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    shutil.copy(TINY_M3 / "config.json", folder)
     return folder
 
 
@@ -183,7 +186,8 @@ def test_account_separates_defects_from_what_a_text_engine_leaves_out(tmp_path: 
         "parameters": 1, "missing": [], "partial": [], "engine_check": None, "notes": [],
         "read": set(), "taken": {"model.layers.0.used"},
     }  # fmt: skip
-    found = account(reports, tmp_path, {"num_hidden_layers": 2})
+    facts = family_of(json.loads((TINY_M3 / "config.json").read_text()), "config.json").probe_facts() | {"layers": 2}
+    found = account(reports, tmp_path, facts)
     assert found["unexpected"] == found["never_read"] == ["model.layers.1.lost"]
     assert found["skipped"] == {"mtp": 2, "vision": 1}
     assert found["tensors"] == 5

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3quant.errors import EngineMissing, PlanError
+from m3quant.families import family_of
 from m3quant.planning.engine_config import config_schemes
 from m3quant.planning.engine_integers import is_humming_only, min_vllm
 from m3quant.recipe.recipe import build_recipe, named_recipe
@@ -93,13 +94,16 @@ def test_a_rank_holds_its_share(scheme: str, bits: float) -> None:
 def test_groups_divide_per_rank() -> None:
     """w2 has 3,072 columns: at TP 16 a rank has 192, which groups of 128 do not divide and groups of 64 do."""
     text = json.loads(M3.read_text())["text_config"]
-    config = {"text_config": {**text, "num_key_value_heads": 16}}
+    selection = {**text["sparse_attention_config"], "sparse_num_index_heads": 16}
+    sixteen = {"num_key_value_heads": 16, "sparse_attention_config": selection}
+    config = json.loads(M3.read_text()) | {"text_config": {**text, **sixteen}}
+    family = family_of(config, "config.json")
     for size, fits in ((128, False), (64, True)):
         model = full_m3(f"routed_experts=int3-g{size}-asym", "attention=keep", "shared_experts=keep", "dense_mlp=keep")
-        problem = split_problem(model.groups, Split(16), model.family, config)
+        problem = split_problem(model.groups, Split(16), family)
         assert (problem == "") == fits, problem
         assert fits or "routed_experts w2: its 24 scale blocks or groups do not divide by TP 16" in problem
-        assert not split_problem(model.groups, Split(16, expert_parallel=True), model.family, config)
+        assert not split_problem(model.groups, Split(16, expert_parallel=True), family)
 
 
 def test_a_scheme_that_no_kernel_runs_is_refused_before_its_memory_is_judged() -> None:

@@ -148,11 +148,10 @@ def check_format(recipe: Recipe, family: Family) -> None:
     for role, scheme in used:
         if role == "routed_experts":
             check_expert_scheme(scheme)
-    if recipe.format == "fp8":
-        if odd := [item for item in used if not (item[1].kind == "fp8" and item[1].block)]:
-            raise PlanError(
-                f"format 'fp8' holds 128x128 blocks only, but {_named(odd)}: use fp8-block or --format compressed-tensors."
-            )
+    if recipe.format == "fp8" and (odd := [item for item in used if not (item[1].kind == "fp8" and item[1].block)]):
+        raise PlanError(
+            f"format 'fp8' holds 128x128 blocks only, but {_named(odd)}: use fp8-block or --format compressed-tensors."
+        )
     if recipe.format == "autoawq":
         if recipe.layers:
             raise PlanError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -65,8 +65,21 @@ class SourceFormat:
 
 
 def config_format(config: Mapping[str, Any], where: str, hf_quant: Mapping[str, Any] | None = None) -> SourceFormat:
-    """What config.json says, or hf_quant_config.json where it says nothing. where: config.json as messages name it."""
+    """What config.json says, or hf_quant_config.json where it says nothing. where: config.json as messages name it.
+
+    Where both say something that m3quant reads, they have to say the same.
+    """
     section, file = _section(config), where
+    if section is not None and hf_quant is not None and isinstance(section, Mapping):
+        one, other = config_format(config, where), config_format({}, where, hf_quant)
+        if not one.refused and not other.refused and _claims(one) != _claims(other):
+            words = f"{where} says {one.label} ({_said(one)}), {other.file} says {other.label} ({_said(other)})"
+            return replace(
+                one,
+                kind="",
+                refused=f"{words}: one of the two is of another checkpoint. Restore both from the release. {REMEDY}",
+            )
+        return one
     if section is None and hf_quant is not None:
         inner = hf_quant.get("quantization")
         section = {"quant_method": "modelopt", **inner} if isinstance(inner, Mapping) else {"quant_method": "modelopt"}
@@ -80,6 +93,17 @@ def config_format(config: Mapping[str, Any], where: str, hf_quant: Mapping[str, 
     stated = read_section(section)
     refused = "" if stated.kind else _refusal(file, section.get("quant_method"), stated.words, stated.label)
     return SourceFormat(stated.kind, stated.label, refused, section, kept_entries(section), stated, file)
+
+
+def _claims(source: SourceFormat) -> tuple[Any, ...]:
+    """What a section says of weights, so that two can be compared."""
+    stated = source.stated
+    return {source.kind, *stated.others, *stated.modules.values()}, stated.experts, dict(stated.modules)
+
+
+def _said(source: SourceFormat) -> str:
+    named = f", for {len(source.stated.modules):,} modules by name" if source.stated.modules else ""
+    return " and ".join(WORDS[kind] for kind in sorted(_claims(source)[0] | ({source.stated.experts} - {""}))) + named
 
 
 def source_format(checkpoint: Checkpoint) -> SourceFormat:
@@ -105,7 +129,7 @@ def file_format(path: Path, config: Mapping[str, Any]) -> SourceFormat:
 
 
 def _hf_quant_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    if HF_QUANT_CONFIG not in checkpoint.other_files or _section(checkpoint.config) is not None:
+    if HF_QUANT_CONFIG not in checkpoint.other_files:
         return None
     where = f"{checkpoint.root}/{HF_QUANT_CONFIG}"
     if (size := checkpoint.file_size(HF_QUANT_CONFIG)) > CONFIG_BYTES:

@@ -336,6 +336,21 @@ def test_hf_quant_config_alone_names_weights_and_cache(sources: dict[str, Path],
     assert "hf_quant_config.json" not in make_plan_of(plain, "int4").copied_files
 
 
+def test_config_and_hf_quant_config_have_to_agree(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = quantize(
+        sources["m2"], tmp_path / "src", nvfp4_modelopt, {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    )
+    beside = folder / "hf_quant_config.json"
+    beside.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "group_size": 16}}))
+    assert {t.source.kind for t in make_plan_of(folder, "int4").tensors if t.scheme.quantizes} == {NVFP4}
+    beside.write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    words = r"config\.json says nvfp4 \(NVFP4 in ModelOpt.*hf_quant_config\.json says fp8-tensor \(FP8 with one scale a tensor"
+    with pytest.raises(CheckpointError, match=words):
+        make_plan_of(folder, "int4")
+    with pytest.raises(PlanError, match=words):
+        open_subject(str(folder)).converted(AWQ)
+
+
 def test_readable_sources_have_one_answer_everywhere(sources: dict[str, Path]) -> None:
     for name, kind, label in (
         ("m2", PLAIN, "bf16"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_json_atomic
-from .enginelog import EngineLog
+from ..engines.start_log import EngineLog
 from .fit import Fit
 
 

@@ -8,6 +8,7 @@ import math
 import click
 
 from ..artifact.output import require_converted
+from ..engines import DEFAULT
 from ..errors import VerifyError
 from ..verify.values import worst
 from ..verify.verification import Check, Verification, sqnr_by_scheme, verify
@@ -18,27 +19,29 @@ from .progress import local_folder
 @click.argument("dst")
 @click.option("--source", default=None, help="The source it was made from: every tensor is compared with it.")
 @click.option(
-    "--engine", is_flag=True, help="Load it in vLLM and compare log-probabilities with the dequantized weights."
+    "--engine",
+    is_flag=True,
+    help=f"Load it in {DEFAULT.title} and compare log-probabilities with the dequantized weights.",
 )
 @click.option(
     "--engine-python",
     default=None,
     metavar="PATH",
-    help="Python of the environment that holds vLLM [M3QUANT_ENGINE_PYTHON, or this one].",
+    help=f"Python of the environment that holds {DEFAULT.title} [M3QUANT_ENGINE_PYTHON, or this one].",
 )
 @click.option(
     "--engine-timeout",
     type=click.FloatRange(min=1),
     default=3600.0,
     show_default=True,
-    help="Seconds for vLLM to load and answer.",
+    help=f"Seconds for {DEFAULT.title} to load and answer.",
 )
 @click.option(
     "--tensor-parallel-size",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="GPUs that vLLM loads it on.",
+    help=f"GPUs that {DEFAULT.title} loads it on.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -56,9 +59,7 @@ def command(
         click.echo(line, err=True)
 
     if engine:  # before hours of reading
-        from ..verify.engine_python import find_engine_python
-
-        engine_python = find_engine_python(engine_python)
+        engine_python = DEFAULT.find_python(engine_python)
     folder = local_folder(dst)
     require_converted(folder)
     result, plan = verify(folder, source, say)
@@ -67,9 +68,9 @@ def command(
 
         options = {"timeout_s": engine_timeout, "tensor_parallel_size": tensor_parallel_size}
         try:
-            check, result.engine = engine_check(folder, plan, engine_python, say, **options)
+            check, result.engine = engine_check(DEFAULT, folder, plan, engine_python, say, **options)
         except VerifyError as error:  # it crashed: what the other checks found is still worth printing
-            check = Check("engine", "vLLM", [str(error)])
+            check = Check("engine", DEFAULT.title, [str(error)])
         result.checks.append(check)
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))

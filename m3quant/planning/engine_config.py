@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..engines.rules import check_expert_scheme
 from ..errors import PlanError
 from ..families.base import QUANTIZABLE, Family, Role
 from ..recipe.recipe import Recipe
 from ..schemes import KEEP, Scheme
-from .engine_integers import check_expert_scheme, scheme_of_group
 from .engine_kept import add_kept
 
 # `packed_modules_mapping` of vLLM's models.
@@ -169,6 +169,15 @@ def check_format(recipe: Recipe) -> None:
             raise PlanError(
                 f"format 'autoawq' holds one group size, but the recipe has {sorted(map(str, sizes))}: choose one with --set."
             )
+
+
+def scheme_of_group(group: Mapping[str, Any]) -> Scheme:
+    """The scheme of one compressed-tensors config group."""
+    weights = group["weights"]
+    if weights["type"] == "int":
+        size = weights.get("group_size") if weights["strategy"] == "group" else None
+        return Scheme("int", weights["num_bits"], size, weights["symmetric"])
+    return Scheme("fp8", bits=8, block=weights["strategy"] == "block")
 
 
 def resolve(config: Mapping[str, Any], probe: str, expert: bool = False) -> Scheme:

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from ..checkpoint import DTYPE_BYTES, Checkpoint, Entry, TensorInfo, aligned_order, entry_bytes, file_size
+from ..engines.rules import activation_notes, integer_notes
 from ..errors import PlanError
 from ..families import KEPT, QUANTIZABLE, Family, Role, family_of
 from ..families.spec import is_index
@@ -22,7 +23,6 @@ from ..recipe.layer_ranges import show_layers
 from ..recipe.recipe import Recipe, for_family, split_layers
 from ..schemes import FP8_BLOCK, KEEP, Scheme
 from .engine_config import check_format, engine_problems, quantization_config
-from .engine_integers import integer_notes
 from .engine_kept import PASSED_THROUGH, kept_linears
 from .layout import check_divisible, stored_tensors
 from .source_format import FP8_BLOCK as FP8_BLOCK_SOURCE
@@ -215,7 +215,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     plan = Plan(checkpoint, family, recipe, units, None, notes)
     _check_layers(recipe, units)
     schemes = {kind: role_schemes(plan, kind) for kind in QUANTIZABLE}
-    plan.notes += family.engine_notes(schemes["routed_experts"], recipe.format)
+    plan.notes += activation_notes(family, schemes["routed_experts"], recipe.format)
     others = {scheme for kind, own in schemes.items() if kind != "routed_experts" for scheme in own}
     plan.notes += integer_notes(schemes["routed_experts"], others)
     if any(scheme.quantizes for scheme in plan.modules.values()):

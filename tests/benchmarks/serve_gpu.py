@@ -21,15 +21,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from m3quant.engines.vllm.log import parse_log
+from m3quant.engines.vllm.probe import replace_gemma_norm
 from m3quant.planning.headers import from_config
 from m3quant.planning.plan import make_plan
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.checklog import check_log
-from m3quant.runtime.enginelog import parse_log
 from m3quant.runtime.fit import Ask, assess
 from m3quant.runtime.hardware import GIB, Gpu, Node
 from m3quant.runtime.model import open_subject
-from m3quant.verify.engine_probe import replace_gemma_norm
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASES = {"m2": "minimax-m2.7", "m3": "minimax-m3"}

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from m3quant.engines.start_log import EngineLog, is_empty
+from m3quant.engines.vllm.log import parse_log
 from m3quant.errors import NodeError
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.checklog import check_log
-from m3quant.runtime.enginelog import EngineLog, is_empty, parse_log
 from m3quant.runtime.fit import Ask
 from m3quant.runtime.hardware import GIB, parse_node
 from m3quant.runtime.model import ServedModel, open_subject

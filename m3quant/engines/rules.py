@@ -1,0 +1,57 @@
+"""What the engines together read of a checkpoint, by release: rules of plan, verify, serve and cards. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ..errors import EngineMissing, PlanError
+from ..families import Family
+from ..schemes import Scheme
+from . import ENGINES
+from .base import Engine, is_older
+from .installed import Installed
+from .integers import is_narrow, names
+
+
+def check_expert_scheme(scheme: Scheme) -> None:
+    """Raise PlanError for a scheme that no engine runs routed experts in."""
+    refusals = [engine.expert_refusal(scheme) for engine in ENGINES]
+    if all(refusals):
+        raise PlanError(refusals[0])
+
+
+def check_schemes(engine: Engine, installed: Installed | None, schemes: Collection[Scheme]) -> None:
+    """Raise EngineMissing where the engine, or its installed release, does not read integers of these widths."""
+    narrow = sorted({scheme.bits for scheme in schemes if is_narrow(scheme)})
+    if not narrow:
+        return
+    what = f"integers of {' and '.join(map(str, narrow))} bits"
+    first = engine.can.narrow_integers
+    if not first:
+        others = " or ".join(f"{e.title} {e.can.narrow_integers} or newer" for e in ENGINES if e.can.narrow_integers)
+        raise EngineMissing(f"{engine.title} does not read {what}, only 4 and 8: serve this checkpoint with {others}.")
+    if installed is not None and is_older(installed, first):
+        raise EngineMissing(
+            f"{engine.title} {installed.version} does not read {what}, only 4 and 8: install {first} or newer."
+        )
+
+
+def integer_notes(experts: Collection[Scheme], others: Collection[Scheme] = ()) -> tuple[str, ...]:
+    """What a person must know of engine releases before serving these schemes of routed experts and of other modules."""
+    notes = []
+    if narrow := names(filter(is_narrow, {*experts, *others})):
+        able = [
+            f"{e.title} {e.can.narrow_integers} or newer {e.can.narrow_integers_by}"
+            for e in ENGINES
+            if e.can.narrow_integers
+        ]
+        unable = ["older ones", *(e.title for e in ENGINES if not e.can.narrow_integers)]
+        notes.append(
+            f"{narrow}: {', '.join(able)}; {' and '.join(unable)} read integers of 4 and 8 bits only, AutoAWQ of 4"
+        )
+    return (*notes, *(note for engine in ENGINES for note in engine.expert_notes(experts)))
+
+
+def activation_notes(family: Family, experts: Collection[Scheme], fmt: str) -> tuple[str, ...]:
+    """The same of the experts' activation. fmt: the checkpoint's format, or its quant_method."""
+    return tuple(note for engine in ENGINES for note in engine.activation_notes(family, experts, fmt))

@@ -17,7 +17,7 @@ from packaging.version import InvalidVersion, Version
 
 from ..errors import EngineMissing, NodeError, RecipeError
 from ..families import Family
-from ..planning.engine_integers import FIRST_VLLM, integer_notes, is_humming_only
+from ..planning.engine_integers import FIRST_VLLM, integer_notes, is_humming_only, zero_point_notes
 from ..schemes import Scheme
 from .command import vllm_arguments
 from .fit import Fit
@@ -165,6 +165,9 @@ def weight_notes(fit: Fit) -> list[str]:
     if "F8_E4M3" in dtypes:
         method = str((fit.model.config.get("quantization_config") or {}).get("quant_method", ""))
         found += fit.model.family.engine_notes([Scheme("fp8", bits=8)], method)
+    # Of a checkpoint's config only all schemes together are known; whether the experts have zero points, the tensors say.
+    if any(group.role == "routed_experts" and group.leaf == "weight_zero_point" for group in fit.model.groups):
+        found += zero_point_notes(fit.model.schemes, "compressed-tensors")
     return [*found, *integer_notes([s for s in fit.model.schemes if is_humming_only(s)])]
 
 

@@ -54,6 +54,27 @@ def integer_notes(experts: Collection[Scheme], others: Collection[Scheme] = ()) 
     return tuple(notes)
 
 
+def zero_point_notes(experts: Collection[Scheme], fmt: str) -> tuple[str, ...]:
+    """What a person must know of engine releases before serving routed experts with zero points in compressed-tensors.
+
+    vllm#44025 (Marlin only; 0.28.0rc2 still asserts for every other kernel), vllm#39980 (0.19.0), sglang#27690. AutoAWQ's files go
+    another way. Widths that Humming alone reads need a release that is newer than these anyway.
+    """
+    if fmt != "compressed-tensors" or not any(map(has_common_zero_points, experts)):
+        return ()
+    return (
+        'routed experts with zero points: vLLM without pull request 44025 (0.19 and 0.22.1 among them) stops at "Only symmetric '
+        'quantization is supported for MoE"; 0.28 still does where Marlin is not used (other devices than NVIDIA GPUs, '
+        "VLLM_BATCH_INVARIANT=1), and so does SGLang without its pull request 27690. Serve with a newer release, or quantize routed "
+        "experts without zero points",
+    )
+
+
+def has_common_zero_points(scheme: Scheme) -> bool:
+    """Whether this scheme has zero points and a width that every engine reads, if only without them."""
+    return scheme.kind == "int" and not scheme.symmetric and not is_humming_only(scheme)
+
+
 def min_vllm(schemes: Collection[Scheme]) -> str:
     """The first vLLM release that reads all of these, or '' where every known one does."""
     return FIRST_VLLM if any(map(is_humming_only, schemes)) else ""

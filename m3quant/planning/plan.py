@@ -22,7 +22,7 @@ from ..recipe.layer_ranges import show_layers
 from ..recipe.recipe import Recipe, for_family, split_layers
 from ..schemes import FP8_BLOCK, KEEP, Scheme
 from .engine_config import check_format, engine_problems, quantization_config
-from .engine_integers import integer_notes
+from .engine_integers import integer_notes, zero_point_notes
 from .engine_kept import PASSED_THROUGH, kept_linears
 from .layout import check_divisible, stored_tensors
 from .source_format import FP8_BLOCK as FP8_BLOCK_SOURCE
@@ -218,6 +218,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     plan.notes += family.engine_notes(schemes["routed_experts"], recipe.format)
     others = {scheme for kind, own in schemes.items() if kind != "routed_experts" for scheme in own}
     plan.notes += integer_notes(schemes["routed_experts"], others)
+    plan.notes += zero_point_notes(schemes["routed_experts"], recipe.format)
     if any(scheme.quantizes for scheme in plan.modules.values()):
         stored = (
             TensorInfo(o.name, o.dtype, o.shape, "", 0, 0)

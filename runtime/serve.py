@@ -22,7 +22,7 @@ from ..artifact.manifest import MANIFEST, Sums, load_manifest
 from ..engines import Engine, Installed, Launch, StartOptions, engine_named
 from ..engines.installed import SAFE_PATH
 from ..engines.integers import is_narrow
-from ..engines.rules import check_schemes, integer_notes
+from ..engines.rules import check_schemes, integer_notes, zero_point_notes
 from ..errors import CheckpointError, DoesNotFit, EngineMissing, OptionError, RecipeError, ServeError, VerifyError
 from ..schemes import Scheme
 from .checklog import TOLERATED, LogCheck, check_log, log_reader
@@ -160,6 +160,9 @@ def weight_notes(fit: Fit) -> list[str]:
     if "F8_E4M3" in dtypes:
         method = str((fit.model.config.get("quantization_config") or {}).get("quant_method", ""))
         found += fit.engine.activation_notes(fit.model.family, [Scheme("fp8", bits=8)], method)
+    # Of a checkpoint's config only all schemes together are known; whether the experts have zero points, the tensors say.
+    if any(group.role == "routed_experts" and group.leaf == "weight_zero_point" for group in fit.model.groups):
+        found += zero_point_notes(fit.model.schemes, "compressed-tensors", [fit.engine])
     return [*found, *integer_notes([s for s in fit.model.schemes if is_narrow(s)])]
 
 

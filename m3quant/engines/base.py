@@ -29,13 +29,15 @@ class Capabilities:
 
     read: the releases whose source was read, first and first beyond. narrow_integers: integers of other widths than 4 and 8
     bits; narrow_integers_by: where, and by what.
-    fp8_index: FP8 index keys on GPUs other than data-centre Blackwells.
+    fp8_index: FP8 index keys on GPUs other than data-centre Blackwells. no_zero_points: in words, the releases that stop at
+    routed experts with zero points in compressed-tensors.
     """
 
     read: tuple[str, str] | None = None
     narrow_integers: str = ""
     narrow_integers_by: str = ""
     fp8_index: str | None = None
+    no_zero_points: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,5 +14,10 @@ def is_narrow(scheme: Scheme) -> bool:
     return scheme.kind == "int" and scheme.bits not in COMMON_BITS
 
 
+def has_common_zero_points(scheme: Scheme) -> bool:
+    """Whether this scheme has zero points and a width that every engine reads, if only without them."""
+    return scheme.kind == "int" and not scheme.symmetric and not is_narrow(scheme)
+
+
 def names(schemes: Iterable[Scheme]) -> str:
     return ", ".join(sorted(scheme.name for scheme in schemes))

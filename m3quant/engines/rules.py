@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from ..errors import EngineMissing, PlanError
 from ..families import Family
@@ -10,7 +10,7 @@ from ..schemes import Scheme
 from . import ENGINES
 from .base import Engine, is_older
 from .installed import Installed
-from .integers import is_narrow, names
+from .integers import has_common_zero_points, is_narrow, names
 
 
 def check_expert_scheme(scheme: Scheme) -> None:
@@ -50,6 +50,20 @@ def integer_notes(experts: Collection[Scheme], others: Collection[Scheme] = ()) 
             f"{narrow}: {', '.join(able)}; {' and '.join(unable)} read integers of 4 and 8 bits only, AutoAWQ of 4"
         )
     return (*notes, *(note for engine in ENGINES for note in engine.expert_notes(experts)))
+
+
+def zero_point_notes(experts: Collection[Scheme], fmt: str, engines: Sequence[Engine] = ENGINES) -> tuple[str, ...]:
+    """The same of routed experts with zero points in compressed-tensors. AutoAWQ's files go another way.
+
+    Widths that only newer releases read need a release that is newer than these anyway.
+    """
+    stopping = [engine.can.no_zero_points for engine in engines if engine.can.no_zero_points]
+    if fmt != "compressed-tensors" or not stopping or not any(map(has_common_zero_points, experts)):
+        return ()
+    return (
+        f"routed experts with zero points: {'; '.join(stopping)}. Serve with a newer release, or quantize routed experts "
+        "without zero points",
+    )
 
 
 def activation_notes(family: Family, experts: Collection[Scheme], fmt: str) -> tuple[str, ...]:

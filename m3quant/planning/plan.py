@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from ..checkpoint import DTYPE_BYTES, Checkpoint, Entry, TensorInfo, aligned_order, entry_bytes, file_size
-from ..engines.rules import activation_notes, integer_notes
+from ..engines.rules import activation_notes, integer_notes, zero_point_notes
 from ..errors import PlanError
 from ..families import KEPT, QUANTIZABLE, Family, Role, family_of
 from ..families.spec import is_index
@@ -218,6 +218,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     plan.notes += activation_notes(family, schemes["routed_experts"], recipe.format)
     others = {scheme for kind, own in schemes.items() if kind != "routed_experts" for scheme in own}
     plan.notes += integer_notes(schemes["routed_experts"], others)
+    plan.notes += zero_point_notes(schemes["routed_experts"], recipe.format)
     if any(scheme.quantizes for scheme in plan.modules.values()):
         stored = (
             TensorInfo(o.name, o.dtype, o.shape, "", 0, 0)

@@ -200,7 +200,7 @@ def test_sizes_that_do_not_fill_words_are_refused(
 
 
 @pytest.mark.parametrize(("scheme", "phrases"), [
-    ("int4-g128", []), ("int8-g128-asym", []), ("int3-g128-asym", [r"vLLM 0\.29\.0 or newer"]),
+    ("int4-g128", []), ("int8-g128-asym", [r"zero points: vLLM without pull request 44025.*SGLang"]), ("int4-g32-asym", [r"44025"]), ("int3-g128-asym", [r"vLLM 0\.29\.0 or newer"]),
     ("int2-g64", [r"vLLM 0\.29\.0 or newer.*SGLang.*AutoAWQ", r"int2-g64: Humming 0\.1\.19.*prefer int2-g64-asym"]),
     ("int4-channel", [r"--moe-backend marlin"]),
 ])  # fmt: skip

@@ -81,6 +81,10 @@ def test_notes_of_a_plan_for_a_node() -> None:
         note.split(":")[0] for note in notes("routed_experts=int2-g128-asym", "routed_experts@3=int3-g64-asym")
     ] == ["int2-g128-asym, int3-g64-asym"]
     assert notes() == []
+    # Zero points of experts at a width that every engine reads; of attention alone they are nothing new.
+    for experts, said in (("int4-g128-asym", True), ("int8-g128-asym", True), ("int4-g128", False)):
+        found = notes(f"routed_experts={experts}", "attention=int8-g128-asym", "indexer=int8-g128-asym")
+        assert any("routed experts with zero points: vLLM without pull request 44025" in note for note in found) == said
 
 
 @pytest.mark.parametrize(

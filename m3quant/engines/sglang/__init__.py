@@ -18,7 +18,8 @@ class SGLang(Engine):
     name = "sglang"
     title = "SGLang"
     argument_files = ("srt/server_args.py",)
-    can: ClassVar[Capabilities] = Capabilities()  # the wheel of 0.5.23 was read for widths of integers alone
+    # The wheel of 0.5.23 was read for widths of integers alone; sglang#27690.
+    can: ClassVar[Capabilities] = Capabilities(no_zero_points="SGLang without its pull request 27690 stops at them too")
     memory = MEMORY  # not measured: vLLM's
     sentences = (OUT_OF_MEMORY, PORT, NO_GPU, ARCHITECTURE, QUANTIZATION, CHECKPOINT, SETTINGS, ARGUMENTS)
 

@@ -32,6 +32,9 @@ class Vllm(Engine):
         narrow_integers="0.29.0",
         narrow_integers_by="on an NVIDIA GPU reads this width (by Humming's kernels, compiled at the first start)",
         fp8_index="0.32.0",  # the oldest release read that has it; 0.26 has not
+        # vllm#44025 (Marlin only; 0.28.0rc2 still asserts for every other kernel), vllm#39980 (0.19.0)
+        no_zero_points='vLLM without pull request 44025 (0.19 and 0.22.1 among them) stops at "Only symmetric quantization is supported '
+        'for MoE"; 0.28 still does where Marlin is not used (other devices than NVIDIA GPUs, VLLM_BATCH_INVARIANT=1)',
     )
     memory = MEMORY
     sentences = SENTENCES

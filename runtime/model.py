@@ -10,9 +10,10 @@ from typing import Any
 from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.strict_json import parse_object
+from ..engines.stated import config_schemes
 from ..errors import CheckpointError, PlanError
 from ..families import Family, family_of
-from ..planning.engine_config import check_format, config_schemes
+from ..planning.engine_config import check_format
 from ..planning.other_trees import other_tree
 from ..planning.plan import unquantized
 from ..planning.source_format import PLAIN, SourceFormat, file_format, source_format, stored_entries

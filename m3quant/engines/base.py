@@ -190,6 +190,12 @@ class Engine(ABC):
         """The same of the experts' activation. fmt: the checkpoint's format, or its quant_method."""
         return ()
 
+    def lookup_problems(
+        self, family: Family, quantization: Mapping[str, Any], modules: Mapping[str, Scheme]
+    ) -> list[str]:
+        """Where this engine would look a module's scheme up in `quantization_config` and find another than in `modules`."""
+        return []
+
     def check_index(self, installed: Installed, serving: Serving) -> None:
         """Raise EngineMissing for index keys that this release cannot keep on this device as asked."""
         return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from ..errors import EngineMissing, PlanError
 from ..families import Family
@@ -69,3 +70,8 @@ def zero_point_notes(experts: Collection[Scheme], fmt: str, engines: Sequence[En
 def activation_notes(family: Family, experts: Collection[Scheme], fmt: str) -> tuple[str, ...]:
     """The same of the experts' activation. fmt: the checkpoint's format, or its quant_method."""
     return tuple(note for engine in ENGINES for note in engine.activation_notes(family, experts, fmt))
+
+
+def lookup_problems(family: Family, quantization: Mapping[str, Any], modules: Mapping[str, Scheme]) -> list[str]:
+    """Where an engine would find another scheme in `quantization_config` than on-disk `modules` have; empty when all load as meant."""
+    return [problem for engine in ENGINES for problem in engine.lookup_problems(family, quantization, modules)]

@@ -15,14 +15,14 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from ..checkpoint import DTYPE_BYTES, Checkpoint, Entry, TensorInfo, aligned_order, entry_bytes, file_size
-from ..engines.rules import activation_notes, integer_notes, zero_point_notes
+from ..engines.rules import activation_notes, integer_notes, lookup_problems, zero_point_notes
 from ..errors import PlanError
 from ..families import KEPT, QUANTIZABLE, Family, Role, family_of
 from ..families.spec import is_index
 from ..recipe.layer_ranges import show_layers
 from ..recipe.recipe import Recipe, for_family, split_layers
 from ..schemes import FP8_BLOCK, KEEP, Scheme
-from .engine_config import check_format, engine_problems, quantization_config
+from .engine_config import check_format, quantization_config
 from .engine_kept import PASSED_THROUGH, kept_linears
 from .layout import check_divisible, stored_tensors
 from .source_format import FP8_BLOCK as FP8_BLOCK_SOURCE
@@ -335,7 +335,7 @@ def _as_stored(source: SourceTensor) -> tuple[OutputTensor, ...]:
 def _check_engine_rules(plan: Plan) -> None:
     """Rules of facts/checkpoints 4 and 7: fused modules share a scheme, names resolve, fused blocks are aligned."""
     assert plan.quantization is not None
-    problems = engine_problems(plan.family, plan.quantization, plan.modules)
+    problems = lookup_problems(plan.family, plan.quantization, plan.modules)
     if problems:
         more = f" ({len(problems) - 1} more of this kind)" if len(problems) > 1 else ""
         raise PlanError(problems[0] + more)

@@ -16,8 +16,8 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.bounded import TEXT_BYTES, read_text
 from ..engines import DEFAULT
 from ..engines.rules import activation_notes
+from ..engines.stated import config_schemes
 from ..families import Family, family_of
-from ..planning.engine_config import config_schemes
 from ..planning.plan import RECIPE_FILE
 from ..planning.quantizers import facts_of
 from ..recipe.recipe import Recipe, build_recipe

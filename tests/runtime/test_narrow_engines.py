@@ -16,9 +16,9 @@ from m3quant.engines import DEFAULT as VLLM
 from m3quant.engines import Installed, engine_named
 from m3quant.engines.integers import is_narrow
 from m3quant.engines.rules import check_schemes
+from m3quant.engines.stated import config_schemes
 from m3quant.errors import EngineMissing, PlanError
 from m3quant.families import family_of
-from m3quant.planning.engine_config import config_schemes
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.fit import Ask, assess
 from m3quant.runtime.hardware import parse_node

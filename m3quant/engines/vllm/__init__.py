@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import ClassVar
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
 
 from ...errors import EngineMissing
 from ...families import Family
@@ -15,6 +15,7 @@ from ..integers import is_narrow, names
 from . import command
 from .failures import KERNEL, NO_MEMORY, PREFIX, SENTENCES
 from .log import VllmLog
+from .lookup import lookup_problems
 from .memory import MEMORY
 from .probe_facts import PROBE, probe_facts
 
@@ -76,6 +77,11 @@ class Vllm(Engine):
                 "0.26 does not and answers with wrong numbers (docs/verify.md)",
             )
         return ()
+
+    def lookup_problems(
+        self, family: Family, quantization: Mapping[str, Any], modules: Mapping[str, Scheme]
+    ) -> list[str]:
+        return lookup_problems(family, quantization, modules)
 
     def check_index(self, installed: Installed, serving: Serving) -> None:
         """0.26's models/minimax_m3/common/indexer.py refuses FP8 index keys off SM100, 0.32's takes them wherever CUDA has FP8."""

@@ -8,11 +8,13 @@ import math
 import click
 
 from ..artifact.output import require_converted
-from ..engines import DEFAULT
+from ..engines.probing import PROBED, find_probed
 from ..errors import VerifyError
 from ..verify.values import worst
 from ..verify.verification import Check, Verification, sqnr_by_scheme, verify
 from .progress import local_folder
+
+TITLES = " or ".join(engine.title for engine in PROBED)
 
 
 @click.command("verify")
@@ -21,27 +23,27 @@ from .progress import local_folder
 @click.option(
     "--engine",
     is_flag=True,
-    help=f"Load it in {DEFAULT.title} and compare log-probabilities with the dequantized weights.",
+    help=f"Load it in {TITLES} and compare log-probabilities with the dequantized weights.",
 )
 @click.option(
     "--engine-python",
     default=None,
     metavar="PATH",
-    help=f"Python of the environment that holds {DEFAULT.title} [M3QUANT_ENGINE_PYTHON, or this one].",
+    help=f"Python of the environment that holds {TITLES} [M3QUANT_ENGINE_PYTHON, or this one].",
 )
 @click.option(
     "--engine-timeout",
     type=click.FloatRange(min=1),
     default=3600.0,
     show_default=True,
-    help=f"Seconds for {DEFAULT.title} to load and answer.",
+    help=f"Seconds for {TITLES} to load and answer.",
 )
 @click.option(
     "--tensor-parallel-size",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help=f"GPUs that {DEFAULT.title} loads it on.",
+    help=f"GPUs that {TITLES} loads it on.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -59,7 +61,7 @@ def command(
         click.echo(line, err=True)
 
     if engine:  # before hours of reading
-        engine_python = DEFAULT.find_python(engine_python)
+        probed, engine_python = find_probed(engine_python)
     folder = local_folder(dst)
     require_converted(folder)
     result, plan = verify(folder, source, say)
@@ -68,9 +70,9 @@ def command(
 
         options = {"timeout_s": engine_timeout, "tensor_parallel_size": tensor_parallel_size}
         try:
-            check, result.engine = engine_check(DEFAULT, folder, plan, engine_python, say, **options)
+            check, result.engine = engine_check(probed, folder, plan, engine_python, say, **options)
         except VerifyError as error:  # it crashed: what the other checks found is still worth printing
-            check = Check("engine", DEFAULT.title, [str(error)])
+            check = Check("engine", probed.title, [str(error)])
         result.checks.append(check)
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.strict_json import parse_object
-from ..errors import VerifyError
+from ..errors import EngineMissing, VerifyError
 from ..families import family_of
+from . import ENGINES
 from .base import Engine, LoadingProbe
 
 NAMES_SHOWN = 8  # of a long list of tensors, in a message
@@ -140,6 +141,24 @@ def difference(
         agreement = sum(same) / len(same)
     p99 = errors[min(len(errors) - 1, math.ceil(0.99 * len(errors)) - 1)]
     return Difference(len(errors), statistics.fmean(errors), statistics.median(errors), p99, errors[-1], agreement)
+
+
+PROBED = tuple(engine for engine in ENGINES if engine.probe is not None)
+
+
+def find_probed(explicit: str | None = None) -> tuple[Engine, str]:
+    """The first engine with a loading probe that is installed, and its Python (see `Engine.find_python`).
+
+    Raises EngineMissing, of the first engine, where none is.
+    """
+    missing: EngineMissing | None = None
+    for engine in PROBED:
+        try:
+            return engine, engine.find_python(explicit)
+        except EngineMissing as error:
+            missing = missing or error
+    assert missing is not None
+    raise missing
 
 
 def run_probe(

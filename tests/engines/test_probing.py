@@ -14,7 +14,7 @@ import torch
 
 from m3quant.engines import DEFAULT, engine_named, installed
 from m3quant.engines.installed import ENGINE_PYTHON
-from m3quant.engines.probing import Difference, difference, run_probe
+from m3quant.engines.probing import Difference, difference, find_probed, run_probe
 from m3quant.engines.vllm.probe import WeightLedger, account, empty_response, header_names, watch_writes
 from m3quant.errors import EngineMissing, VerifyError
 from m3quant.families import family_of
@@ -129,6 +129,15 @@ def test_prompts_and_folder_are_checked_first(checkpoint: Path, tmp_path: Path) 
         run_probe(DEFAULT, tmp_path, PROMPTS)
     with pytest.raises(VerifyError, match="at least two tokens"):
         run_probe(DEFAULT, checkpoint, [[1]])
+
+
+def test_the_first_engine_that_is_there_is_asked(
+    monkeypatch: pytest.MonkeyPatch, with_probe: Callable[[str], None]
+) -> None:
+    assert find_probed() == (DEFAULT, sys.executable)
+    monkeypatch.delenv("PYTHONPATH")
+    with pytest.raises(EngineMissing, match="which has no vllm"):
+        find_probed()
 
 
 def test_an_engine_without_a_probe_is_named(checkpoint: Path) -> None:

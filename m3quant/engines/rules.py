@@ -48,7 +48,7 @@ def integer_notes(experts: Collection[Scheme], others: Collection[Scheme] = ()) 
         ]
         unable = ["older ones", *(e.title for e in ENGINES if not e.can.narrow_integers)]
         notes.append(
-            f"{narrow}: {', '.join(able)}; {' and '.join(unable)} read integers of 4 and 8 bits only, AutoAWQ of 4"
+            f"{narrow}: {', '.join(able)}; {_listed(unable)} read integers of 4 and 8 bits only, AutoAWQ of 4"
         )
     return (*notes, *(note for engine in ENGINES for note in engine.expert_notes(experts)))
 
@@ -75,3 +75,8 @@ def activation_notes(family: Family, experts: Collection[Scheme], fmt: str) -> t
 def lookup_problems(family: Family, quantization: Mapping[str, Any], modules: Mapping[str, Scheme]) -> list[str]:
     """Where an engine would find another scheme in `quantization_config` than on-disk `modules` have; empty when all load as meant."""
     return [problem for engine in ENGINES for problem in engine.lookup_problems(family, quantization, modules)]
+
+
+def _listed(words: Sequence[str]) -> str:
+    """For people: "a, b and c"."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -26,6 +26,7 @@ from m3quant.engines.vllm.probe import replace_gemma_norm
 from m3quant.planning.headers import from_config
 from m3quant.planning.plan import make_plan
 from m3quant.recipe.recipe import build_recipe, named_recipe
+from m3quant.families.minimax_m3_vl import MiniMaxM3VL
 from m3quant.runtime.checklog import check_log
 from m3quant.runtime.fit import Ask, assess
 from m3quant.runtime.hardware import GIB, Gpu, Node
@@ -219,7 +220,7 @@ def main() -> int:
 
 
 if os.environ.get(CHILD) == "m3":  # here, for a worker that multiprocessing spawns imports this file as __mp_main__
-    replace_gemma_norm()
+    replace_gemma_norm(MiniMaxM3VL.engines["vllm"].probe_norm)
 
 if __name__ == "__main__":
     if CHILD in os.environ:

@@ -23,10 +23,10 @@ from typing import Any
 
 from m3quant.engines.vllm.log import parse_log
 from m3quant.engines.vllm.probe import replace_gemma_norm
+from m3quant.families.minimax_m3_vl import MiniMaxM3VL
 from m3quant.planning.headers import from_config
 from m3quant.planning.plan import make_plan
 from m3quant.recipe.recipe import build_recipe, named_recipe
-from m3quant.families.minimax_m3_vl import MiniMaxM3VL
 from m3quant.runtime.checklog import check_log
 from m3quant.runtime.fit import Ask, assess
 from m3quant.runtime.hardware import GIB, Gpu, Node

@@ -8,10 +8,16 @@ from typing import Any
 from ..errors import EngineMissing, PlanError
 from ..families import Family
 from ..schemes import Scheme
-from . import ENGINES
+from . import DEFAULT, ENGINES
 from .base import Engine, is_older
 from .installed import Installed
 from .integers import has_common_zero_points, is_narrow, names
+
+
+def check_family_format(family: Family, fmt: str) -> None:
+    """Raise PlanError for an output format in which the engine that plans are made for cannot load the family."""
+    if reason := family.in_engine(DEFAULT.name).refused_formats.get(fmt):
+        raise PlanError(f"format '{fmt}' cannot be served for {family.model_type}: {reason}.")
 
 
 def check_expert_scheme(scheme: Scheme) -> None:
@@ -47,9 +53,7 @@ def integer_notes(experts: Collection[Scheme], others: Collection[Scheme] = ()) 
             if e.can.narrow_integers
         ]
         unable = ["older ones", *(e.title for e in ENGINES if not e.can.narrow_integers)]
-        notes.append(
-            f"{narrow}: {', '.join(able)}; {_listed(unable)} read integers of 4 and 8 bits only, AutoAWQ of 4"
-        )
+        notes.append(f"{narrow}: {', '.join(able)}; {_listed(unable)} read integers of 4 and 8 bits only, AutoAWQ of 4")
     return (*notes, *(note for engine in ENGINES for note in engine.expert_notes(experts)))
 
 

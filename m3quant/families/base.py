@@ -88,13 +88,15 @@ class InEngine:
     """What is particular to one family in one engine.
 
     flags: arguments of the server that the family needs, as in the official recipes. first_release: the oldest that has the
-    architecture, '' where every known one does. reasoning_tokens: what the reasoning parser among the flags insists on in a
+    architecture, '' where every known one does. refused_formats: output format -> why it cannot load the family in it, and
+    what to use. reasoning_tokens: what the reasoning parser among the flags insists on in a
     tokenizer. probe_arguments: what a loading probe gives the engine beside the request. probe_norm: "module:class" of a
     norm of the engine's that has no plain fallback of its own.
     """
 
     flags: tuple[str, ...] = ()
     first_release: str = ""
+    refused_formats: Mapping[str, str] = field(default_factory=dict)
     reasoning_tokens: tuple[str, ...] = ()
     probe_arguments: Mapping[str, Any] = field(default_factory=dict)
     probe_norm: str = ""
@@ -113,8 +115,6 @@ class Family(ABC):
     # `modules_to_not_convert` of the AutoAWQ format, which matches by substring, and what to add per kept role
     awq_ignored: ClassVar[tuple[str, ...]]
     awq_substrings: ClassVar[Mapping[str, tuple[str, ...]]]
-    # output format -> why engines cannot load this family in it, and what to use
-    refused_formats: ClassVar[Mapping[str, str]] = {}
     # engine's name -> what is particular to the family there
     engines: ClassVar[Mapping[str, InEngine]] = {}
     # What the language model's names begin with, its head's name, and the towers beside it by prefix.

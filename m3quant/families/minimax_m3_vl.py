@@ -47,14 +47,14 @@ class MiniMaxM3VL(Family):
         "dense_mlp": (".mlp.",),
         "attention": ("self_attn",),
     }
-    refused_formats: ClassVar[Mapping[str, str]] = {
-        "fp8": "vLLM's M3 loader renames every weight_scale_inv to weight_scale and then skips it without a word, "
-        "because the fp8 layers have no such parameter; add --format compressed-tensors, which stores the same blocks",
-    }
     engines: ClassVar[Mapping[str, InEngine]] = {
         "vllm": InEngine(
             flags=("--tool-call-parser", "minimax_m3", "--enable-auto-tool-choice", "--reasoning-parser", "minimax_m3"),
             first_release="0.24.0",  # vllm-project/vllm#45381
+            refused_formats={
+                "fp8": "vLLM's M3 loader renames every weight_scale_inv to weight_scale and then skips it without a word, "
+                "because the fp8 layers have no such parameter; add --format compressed-tensors, which stores the same blocks"
+            },
             reasoning_tokens=("<mm:think>", "</mm:think>"),
             # The vision tower is neither built nor read; 128 is the only block size of the sparse kernels.
             probe_arguments={"language_model_only": True, "block_size": 128},

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from ..checkpoint import DTYPE_BYTES, Checkpoint, Entry, TensorInfo, aligned_order, entry_bytes, file_size
-from ..engines.rules import activation_notes, integer_notes, lookup_problems, zero_point_notes
+from ..engines.rules import activation_notes, check_family_format, integer_notes, lookup_problems, zero_point_notes
 from ..errors import PlanError
 from ..families import KEPT, QUANTIZABLE, Family, Role, family_of
 from ..families.spec import is_index
@@ -198,8 +198,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     recipe, recipe_notes = for_family(recipe, family)
     _check_roles(recipe, family)
     check_format(recipe, family)
-    if reason := family.refused_formats.get(recipe.format):
-        raise PlanError(f"format '{recipe.format}' cannot be served for {family.model_type}: {reason}.")
+    check_family_format(family, recipe.format)
     tensors = source_tensors(checkpoint)
     notes = [*checkpoint.warnings, *recipe_notes, *check_complete(checkpoint, family, tensors)]
     notes += _calibration_notes(family, recipe)

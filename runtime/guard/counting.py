@@ -19,7 +19,7 @@ import pydantic_core
 
 from .begun import within
 from .idspan import LONG, IdSpan, shorten
-from .inbox import Inbox, Message
+from .inbox import ClientGone, Inbox, Message
 from .need import Count
 from .pool import Pool
 from .reading import Counted, Reading, query_bound
@@ -33,7 +33,7 @@ App = Callable[..., Awaitable[None]]
 FOUND = re.compile(
     rb'\A\{"count": ?([0-9]{1,15}),'
 )  # how vLLM's answer begins; what follows is the ids, which nobody needs here
-LEAST_S = 1.0  # a prompt gets this long to be counted, also when QUEUE_TIMEOUT_S is shorter
+LEAST_S = 1.0  # a request gets this long to be counted, also when QUEUE_TIMEOUT_S is shorter
 
 
 class Counter:
@@ -55,7 +55,14 @@ class Counter:
         then bytes bound the rest.
         """
         counts, ids = [], None
+        deadline = max(deadline, time.monotonic() + LEAST_S)
+        if len(reading.prompts) > 1:
+            inbox.hang_up()  # so that `gone` says so between two prompts
         for number, prompt in enumerate(reading.prompts):
+            if number:
+                await asyncio.sleep(0)  # an application that answers without waiting would hold the event loop for all of them
+            if inbox.gone:
+                raise ClientGone
             count, tokens = await self._count(prompt, scope, key, inbox, deadline)
             if number == 0:
                 ids = tokens
@@ -94,7 +101,9 @@ class Counter:
     async def _in_turn(
         self, query: bytes, scope: dict[str, Any], key: str, inbox: Inbox, deadline: float
     ) -> tuple[Count, list[int] | IdSpan | None] | None:
-        limit = min(self.settings.tokenize_timeout_s, max(LEAST_S, deadline - time.monotonic()))
+        limit = min(self.settings.tokenize_timeout_s, deadline - time.monotonic())
+        if limit <= 0:
+            return None
         if len(query) < LONG and self.small.enter(key, len(query)) is None:  # soon over: not worth a task of its own
             try:
                 return await within(self._tokenize(query, scope), limit)

@@ -75,14 +75,16 @@ class Counter:
         if count.tokens < 0:  # the context, whatever is around it
             count.tokens = pool.longest
             return
-        if prompt.media or prompt.extra or prompt.at_least > count.tokens:
-            added = prompt.media * self.settings.media_tokens + prompt.extra
-            count.least = min(count.tokens, prompt.at_least) if prompt.at_least else count.tokens if count.exact else 1
-            count.tokens = max(count.tokens + added, prompt.at_least)
+        if prompt.media or prompt.extra:
+            count.least = count.tokens if count.exact else 1
+            count.tokens += prompt.media * self.settings.media_tokens + prompt.extra
             count.exact = False
         if reading.truncate is not None and not prompt.media:
             limit = reading.truncate if reading.truncate >= 0 else pool.max_model_len - 1
             count.tokens, count.least = max(1, min(count.tokens, limit)), 1
+        if prompt.at_least > count.tokens:  # ids in place of the messages, which nobody cuts
+            count.least = min(count.tokens if count.exact else count.least, prompt.at_least)
+            count.tokens, count.exact = prompt.at_least, False
 
     async def _count(
         self, prompt: Counted, scope: dict[str, Any], key: str, inbox: Inbox, deadline: float

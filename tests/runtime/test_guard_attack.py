@@ -256,6 +256,8 @@ async def reserved(path: str, body: Any, guard: Guard, engine: FakeEngine) -> in
         (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 0, "max_tokens": 0}, 512),
         (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 0, "max_tokens": 15}, 16),
         (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 12, "kv_transfer_params": {"prompt_token_ids": [1] * 100}}, 112),
+        (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 12, "truncate_prompt_tokens": 5, "kv_transfer_params": {"prompt_token_ids": [1] * 100}}, 112),
+        (COMPLETIONS, {"prompt": "a " * 50, "max_tokens": 12, "truncate_prompt_tokens": "4", "kv_transfer_params": {"prompt_token_ids": [1] * 3}}, 16),
         (COMPLETIONS, {"prompt": "a", "suffix": "b" * 40, "max_tokens": 7}, 48),
         ("/v1/responses", {"input": "a", "tools": [{"type": "web_search_preview"}], "max_output_tokens": 5}, 512),
         ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 5, "thinking": {"type": "enabled"}}, 512),

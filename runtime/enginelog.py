@@ -13,7 +13,9 @@ from typing import Any
 from .hardware import GIB
 from .logsettings import read_settings
 
-_N = r"(-?\d[\d,]*(?:\.\d+)?)"
+# Bounded: longer numbers are none of an engine, and Python reads them as infinite or not at all.
+_N = r"(-?[0-9][0-9,]{0,24}(?:\.[0-9]{1,12})?)"
+_DIGITS = 18
 _G = rf"{_N} Gi?B"
 
 
@@ -67,11 +69,14 @@ class EngineLog:
 
     def _count(self, name: str) -> int:
         """What is no number (None, auto) is the engine's default, 1."""
-        value = self.settings.get(name, "")
-        return int(value) if value.isdigit() else 1
+        return _whole(self.settings.get(name, "")) or 1
 
     def setting(self, *names: str) -> str | None:
         return next((self.settings[name] for name in names if name in self.settings), None)
+
+
+def _whole(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _DIGITS else None
 
 
 def _number(text: str) -> float:
@@ -125,7 +130,7 @@ _LINES: tuple[tuple[re.Pattern[str], Fields], ...] = tuple(
             rf"Actual usage is {_N} GiB for consumed memory \(weights \+ non-torch\), {_N} GiB for peak activation, and {_N} GiB for CUDAGraph",
             (("consumed", _bytes, _largest), ("activation", _bytes, _largest), ("graphs", _bytes, _largest)),
         ),
-        (r"`?--kv-cache-memory(?:-bytes)?=(\d+)`? \([\d.]+ GiB\) to fit into requested memory", (("suggested_pin", int, _smallest),)),
+        (r"`?--kv-cache-memory(?:-bytes)?=([0-9]{1,18})`? \([0-9.]+ GiB\) to fit into requested memory", (("suggested_pin", int, _smallest),)),
         (rf"reserved {_G} memory for KV Cache as specified by kv_cache_memory_bytes", (("kv_pinned", _bytes, _smallest),)),
         # the CPU build, where VLLM_CPU_KVCACHE_SPACE is set
         (rf"Explicitly set \({_N}/{_N}\) GiB for KV cache", (("kv_pinned", _bytes, _smallest), ("_node", str, _last))),
@@ -158,9 +163,8 @@ def parse_log(text: str) -> EngineLog:
         log.no_memory |= bool(_NO_MEMORY.search(line))
     if log.needed is None:
         _read_line(log, " ".join(text.split()))  # a message that was wrapped when it was pasted
-    pinned = log.setting("kv_cache_memory_bytes", "kv_cache_memory") or ""
-    if log.kv_pinned is None and pinned.isdigit():
-        log.kv_pinned = int(pinned)
+    if log.kv_pinned is None:
+        log.kv_pinned = _whole(log.setting("kv_cache_memory_bytes", "kv_cache_memory") or "")
     return log
 
 

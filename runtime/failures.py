@@ -28,6 +28,7 @@ _SENTENCES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"No common block size|block_size[^\n]{0,40}not supported"), "the attention kernels refuse the block size: leave --block-size 128"),
     (re.compile(r"(M3QUANT_GUARD_\w+[^\n]{0,200})"), "the guard refuses its settings: {0}"),
 )  # fmt: skip
+LINE_CHARACTERS = 2000  # of a line that are looked at: some of these patterns take time that is quadratic in a line
 _NOISE = re.compile(
     r"^\s*$|^\s+|Traceback|^\s*File |resource_tracker|warnings\.warn|^\^+$|See root cause|\[W\d|destroy_process_group"
 )
@@ -40,6 +41,7 @@ _PREFIX = re.compile(
 def reason(log: str) -> str:
     """What went wrong, as one clause; the last error line where no known cause is found."""
     parsed = parse_log(log)
+    log = "\n".join(line[:LINE_CHARACTERS] for line in log.splitlines())
     if parsed.needed and parsed.needed_for:
         longest = f"; {parsed.estimated_max_len:,} tokens would fit" if parsed.estimated_max_len else ""
         return (

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..engines import engine_named
 from ..engines.memory import Estimate, gib
-from ..engines.start_log import CACHE, OVERHEAD, WEIGHTS, EngineLog, LogReader, is_empty, is_true
+from ..engines.start_log import CACHE, OVERHEAD, WEIGHTS, EngineLog, LogReader, is_empty, is_true, whole_number
 from ..errors import NodeError
 from .fit import Ask, Fit, assess
 from .hardware import GIB, Gpu, Node
@@ -83,9 +83,7 @@ def asked_by(log: EngineLog, ask: Ask, gpu: Gpu | None = None) -> Ask:
     tokens, seqs = reader.server_defaults(gpu) if log.arguments and gpu else (None, None)
     for key, default in (("max_num_seqs", seqs), ("max_num_batched_tokens", tokens), ("block_size", None)):
         value = log.setting(key)
-        if getattr(ask, key) == getattr(Ask(), key) and (
-            stated := int(value) if value and value.isdigit() else default
-        ):
+        if getattr(ask, key) == getattr(Ask(), key) and (stated := whole_number(value or "") or default):
             changes[key] = stated
     if ask.vision is None and (vision := reader.vision(log)) is not None:
         changes["vision"] = vision

@@ -25,6 +25,7 @@ from .options import print_table
 
 TABLE_CONTEXT = 32768  # tokens that each request of the price column holds, unless --context says otherwise
 NO_FIT = DoesNotFit.exit_code
+LOG_BYTES = 64 * 2**20  # of an engine's log; its start has a few hundred kB
 
 
 def run_fit(src: str, revision: str | None, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None,
@@ -67,9 +68,13 @@ def _models(subject: Subject, to: str | None, recipe_file: Path | None, settings
 
 def _log_mode(model: ServedModel, path: Path, node: Node | None, ask: Ask, as_json: bool) -> int:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        with path.open("rb") as file:  # a pipe may be given too
+            data = file.read(LOG_BYTES + 1)
     except OSError as error:
         raise NodeError(f"log {path} cannot be read: {error.strerror}.") from None
+    if len(data) > LOG_BYTES:
+        raise NodeError(f"log {path} has more than {LOG_BYTES:,} bytes: cut it to the lines of one start.")
+    text = data.decode("utf-8", "replace")
     reader = log_reader(ask.engine)
     starts = text.count(reader.start)
     if starts > 1:

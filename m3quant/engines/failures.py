@@ -41,6 +41,7 @@ ARGUMENTS: Sentence = (
     re.compile(r"unrecognized arguments: ([^\n]+)"),
     "the engine does not know the arguments {0}: see --help of its version",
 )
+LINE_CHARACTERS = 2000  # of a line that are looked at: some of these patterns take time that is quadratic in a line
 _NOISE = re.compile(
     r"^\s*$|^\s+|Traceback|^\s*File |resource_tracker|warnings\.warn|^\^+$|See root cause|\[W\d|destroy_process_group"
 )
@@ -65,6 +66,7 @@ def reason(text: str, sentences: tuple[Sentence, ...], prefix: re.Pattern[str] |
 
     prefix: what the engine's logger puts before a line.
     """
+    text = "\n".join(line[:LINE_CHARACTERS] for line in text.splitlines())
     for pattern, sentence in sentences:
         match = pattern.search(text)
         if match:

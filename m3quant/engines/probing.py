@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.strict_json import parse_object
 from ..errors import EngineMissing, VerifyError
 from ..families import family_of
@@ -28,6 +29,7 @@ from .base import Engine, LoadingProbe
 
 NAMES_SHOWN = 8  # of a long list of tensors, in a message
 LOG_LINES_SHOWN = 15
+LOG_BYTES = 64 * 2**20  # what is read of an engine's output
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,10 @@ def run_probe(
     if not prompts or any(len(prompt) < 2 for prompt in prompts):
         raise VerifyError("the engine check needs prompts of at least two tokens each.")
     config = parse_object(
-        (folder / "config.json").read_bytes(), str(folder / "config.json"), "Copy it again.", constants=True
+        read_bounded(folder / "config.json", CONFIG_BYTES),
+        str(folder / "config.json"),
+        "Copy it again.",
+        constants=True,
     )
     request = {
         "model": str(folder),
@@ -215,7 +220,7 @@ def run_probe(
         log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [interpreter, str(probe.script), str(work / "request.json"), str(work / "response.json")]
         code = _run(engine, command, log_path, timeout_s)
-        text = log_path.read_text(encoding="utf-8", errors="replace")
+        text = _end_of(log_path)
         response_path = work / "response.json"
         response = json.loads(response_path.read_text(encoding="utf-8")) if response_path.is_file() else None
     return _report(engine, probe, response, code, text, folder)
@@ -228,7 +233,7 @@ def _run(engine: Engine, command: list[str], log: Path, timeout_s: float) -> int
         try:
             return process.wait(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired as error:
-            tail = _tail(log.read_text(encoding="utf-8", errors="replace"))
+            tail = _tail(_end_of(log))
             raise VerifyError(
                 f"{engine.title} did not finish within {timeout_s:.0f} s: give it more time with --engine-timeout. Its last lines:\n{tail}"
             ) from error
@@ -246,6 +251,13 @@ def _session(command: list[str], output: Any) -> Iterator[subprocess.Popen[bytes
         with suppress(ProcessLookupError):  # every process of the group has ended already
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _end_of(log: Path) -> str:
+    """The log, or the last LOG_BYTES of a longer one."""
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_BYTES))
+        return file.read(LOG_BYTES).decode("utf-8", "replace")
 
 
 def _tail(log: str) -> str:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from .device import Gpu
 
+_DIGITS = 18
 WEIGHTS, CACHE, OVERHEAD = "weights", "cache", "overhead"  # the parts of a prediction that a setting can change
 
 
@@ -65,11 +66,15 @@ class EngineLog:
 
     def _count(self, name: str) -> int:
         """What is no number (None, auto) is the engine's default, 1."""
-        value = self.settings.get(name, "")
-        return int(value) if value.isdigit() else 1
+        return whole_number(self.settings.get(name, "")) or 1
 
     def setting(self, *names: str) -> str | None:
         return next((self.settings[name] for name in names if name in self.settings), None)
+
+
+def whole_number(text: str) -> int | None:
+    """None for what is none, or has more digits than any setting of an engine."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _DIGITS else None
 
 
 def is_true(value: str | None) -> bool:

@@ -42,5 +42,5 @@ NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 KERNEL = re.compile(
-    r"(?:INFO|WARNING) \S+ \S+ \[[^\]]*\] (.*(?:MoE backend|MoEMethod|Selected \S+ for|Kernel for|selected \S+ \().*)"
+    r"(?:INFO|WARNING) \S+ \S+ \[[^\]\n]{0,200}\] (.*(?:MoE backend|MoEMethod|Selected \S+ for|Kernel for|selected \S+ \().*)"
 )

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..device import CPU, GIB, Gpu
-from ..start_log import EngineLog, LogReader, is_true
+from ..start_log import EngineLog, LogReader, is_true, whole_number
 from .log_settings import START, no_images, read_settings, uncovered
 from .memory import DEFAULT_BATCHED_TOKENS, LARGE_GPU
 
-_N = r"(-?\d[\d,]*(?:\.\d+)?)"
+# Bounded: longer numbers are none of an engine, and Python reads them as infinite or not at all.
+_N = r"(-?[0-9][0-9,]{0,24}(?:\.[0-9]{1,12})?)"
 _G = rf"{_N} Gi?B"
 
 
@@ -69,7 +70,7 @@ _LINES: tuple[tuple[re.Pattern[str], Fields], ...] = tuple(
             rf"Actual usage is {_N} GiB for consumed memory \(weights \+ non-torch\), {_N} GiB for peak activation, and {_N} GiB for CUDAGraph",
             (("consumed", _bytes, _largest), ("activation", _bytes, _largest), ("graphs", _bytes, _largest)),
         ),
-        (r"`?--kv-cache-memory(?:-bytes)?=(\d+)`? \([\d.]+ GiB\) to fit into requested memory", (("suggested_pin", int, _smallest),)),
+        (r"`?--kv-cache-memory(?:-bytes)?=([0-9]{1,18})`? \([0-9.]+ GiB\) to fit into requested memory", (("suggested_pin", int, _smallest),)),
         (rf"reserved {_G} memory for KV Cache as specified by kv_cache_memory_bytes", (("kv_pinned", _bytes, _smallest),)),
         # the CPU build, where VLLM_CPU_KVCACHE_SPACE is set
         (rf"Explicitly set \({_N}/{_N}\) GiB for KV cache", (("kv_pinned", _bytes, _smallest), ("_node", str, _last))),
@@ -102,9 +103,8 @@ def parse_log(text: str) -> EngineLog:
         log.no_memory |= bool(_NO_MEMORY.search(line))
     if log.needed is None:
         _read_line(log, " ".join(text.split()))  # a message that was wrapped when it was pasted
-    pinned = log.setting("kv_cache_memory_bytes", "kv_cache_memory") or ""
-    if log.kv_pinned is None and pinned.isdigit():
-        log.kv_pinned = int(pinned)
+    if log.kv_pinned is None:
+        log.kv_pinned = whole_number(log.setting("kv_cache_memory_bytes", "kv_cache_memory") or "")
     return log
 
 

@@ -62,7 +62,7 @@ _SETTING = re.compile(
     rf"['\"]?\b({'|'.join(sorted((MODELLED | UNMODELLED.keys()) - {'dtype'}))})\b['\"]?\s*[=:]\s*['\"]?([\w.]+)"
 )
 _BLOCK_SIZE = re.compile(r"Setting KV cache block size to (\d+)", re.IGNORECASE)
-_PAIR = re.compile(r"\s*['\"]?([A-Za-z_]\w*)['\"]?\s*[:=]\s*(.*?)\s*", re.DOTALL)
+_PAIR = re.compile(r"['\"]?([A-Za-z_]\w*)['\"]?\s*[:=]\s*(.*)", re.DOTALL)
 _OPEN, _CLOSE = "{[(", "}])"
 
 
@@ -113,7 +113,7 @@ def pairs(text: str) -> Iterator[tuple[str, str]]:
         elif char in _CLOSE:
             depth -= 1
         if (char == "," and depth == 0 and not quote) or depth < 0 or i == len(text):
-            if pair := _PAIR.fullmatch(text[start:i]):
+            if pair := _PAIR.fullmatch(text[start:i].strip()):
                 yield pair[1], pair[2].strip("'\"")
             start = i + 1
             if depth < 0:

@@ -122,7 +122,9 @@ class Fitting:
         return self.recipe_of(self.schemes(chosen))
 
     def recipe_of(self, layers: Sequence[Schemes]) -> Recipe:
-        return build_recipe(recipe_document(layers, self.data))
+        family = self.base.family
+        model = {"type": family.model_type, "layers": family.num_layers}
+        return build_recipe(recipe_document(layers, self.data) | {"model": model})
 
     def plan(self, chosen: Sequence[int]) -> Plan:
         return make_plan(self.checkpoint, self.recipe(chosen))

@@ -19,7 +19,7 @@ from ..checkpoint.strict_json import described, parse_object
 from ..errors import CheckpointError
 from ..families.base import QUANTIZABLE, Family
 from .source_layouts import PLAIN, WORDS, stored_parts
-from .source_sections import Stated, kept_entries, read_section
+from .source_sections import Stated, kept_entries, kept_problem, read_section
 
 HF_QUANT_CONFIG = "hf_quant_config.json"  # where ModelOpt wrote it before 0.30; vLLM and SGLang still look there
 REMEDY = "Start from the BF16, FP8, MXFP8, NVFP4 or MXFP4 release."
@@ -91,6 +91,8 @@ def config_format(config: Mapping[str, Any], where: str, hf_quant: Mapping[str, 
             "", "quantized", f"{file}: the quantization section is no object: restore the release's own file."
         )
     stated = read_section(section)
+    if wrong := kept_problem(section):
+        return SourceFormat("", stated.label, f"{file}: {wrong}: restore the release's own file.", section)
     refused = "" if stated.kind else _refusal(file, section.get("quant_method"), stated.words, stated.label)
     return SourceFormat(stated.kind, stated.label, refused, section, kept_entries(section), stated, file)
 

@@ -59,10 +59,24 @@ def kept_entries(section: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(entry for entries in lists if isinstance(entries, list) for entry in entries if isinstance(entry, str))
 
 
+def kept_problem(section: Mapping[str, Any]) -> str:
+    """What is wrong with the lists of modules that are left as they are; "" if nothing is."""
+    for key in _KEPT_KEYS:
+        names = section.get(key)
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            return f"'{key}' of the quantization section is {described(names)}, no list of names"
+    return ""
+
+
+def _word(value: object) -> str:
+    """A value as a word of a message: whoever wrote the file may have put anything there."""
+    return "".join(c if c.isprintable() else "?" for c in (value if isinstance(value, str) else described(value))[:60])
+
+
 def read_section(section: Mapping[str, Any]) -> Stated:
     """What a quantization section says of the weights."""
     method = section.get("quant_method")
-    name = str(method or ("modelopt" if section.get("quant_algo") else "")).lower()
+    name = _word(method or ("modelopt" if section.get("quant_algo") else "")).lower()
     if name in ("fp8", "mxfp8"):
         return _fp8_or_mxfp8(name, section)
     if name == "fbgemm_fp8":
@@ -77,7 +91,7 @@ def read_section(section: Mapping[str, Any]) -> Stated:
 def _algorithms(section: Mapping[str, Any]) -> dict[str, str]:
     """Algorithm -> the key that states it; those of what is computed or cached, not of stored weights, left out."""
     return {
-        str(value).upper(): str(key)
+        _word(value).upper(): _word(key)
         for key, value in section.items()
         if str(key).endswith("quant_algo") and not str(key).startswith(("kv_cache", "attention", "index")) and value
     }
@@ -110,7 +124,7 @@ def _mxfp8(section: Mapping[str, Any]) -> Stated:
 def _fp8(section: Mapping[str, Any]) -> Stated:
     block, form = section.get("weight_block_size"), section.get("fmt")
     if form not in (None, "e4m3", "float8_e4m3fn"):
-        return Stated("", "fp8", f"FP8 of {described(form)}, not E4M3")
+        return Stated("", "fp8", f"FP8 of {_word(form)}, not E4M3")
     if block is None:
         return Stated(FP8_TENSOR, FP8_TENSOR, others=frozenset({FP8_CHANNEL}))
     if block != [BLOCK, BLOCK]:
@@ -146,7 +160,7 @@ def _by_module(listed: object) -> Stated:
         )
     modules: dict[str, str] = {}
     for module, facts in listed.items():
-        algo = str(facts.get("quant_algo")).upper() if isinstance(facts, Mapping) else ""
+        algo = _word(facts.get("quant_algo")).upper() if isinstance(facts, Mapping) else ""
         found = (
             _of_group(Stated(_MODELOPT.get(algo, ""), algo.lower()), facts.get("group_size"))
             if algo
@@ -168,20 +182,22 @@ def _label(kinds: Iterable[str]) -> str:
 
 
 def _compressed_tensors(section: Mapping[str, Any]) -> Stated:
-    groups, top = section.get("config_groups"), str(section.get("format"))
+    groups, top = section.get("config_groups"), _word(section.get("format"))
     if section.get("transform_config"):
         return Stated(
             "", "compressed-tensors", "compressed-tensors with a transform_config, which rotates what layers read"
         )
     if not isinstance(groups, Mapping) or not groups:
         kind = _FORMATS.get(top, "")
-        return Stated(kind, _label([kind]) if kind else "compressed-tensors", "" if kind else f"format {described(top)}")
+        return Stated(
+            kind, _label([kind]) if kind else "compressed-tensors", "" if kind else f"format {described(top)}"
+        )
     kinds = []
     for group in groups.values():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         kind = _kind_of_weights(weights) if isinstance(weights, Mapping) else ""
         if not kind:
-            form = str(group.get("format") or top) if isinstance(group, Mapping) else top
+            form = _word(group.get("format") or top) if isinstance(group, Mapping) else top
             return Stated("", "compressed-tensors", f"format {described(form)} with weights of {_shown(weights)}")
         kinds.append(kind)
     found = sorted(set(kinds))

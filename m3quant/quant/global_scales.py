@@ -32,11 +32,17 @@ def check_global_scales(checkpoint: Checkpoint, tensors: Iterable[SourceTensor])
     if not wanted or not checkpoint.local:
         return
     factors = torch.empty(len(wanted), dtype=torch.float32)
-    checkpoint.peek((source.global_scale, 0, bytes_view(factors[i : i + 1])) for i, source in enumerate(wanted) if source.global_scale)
+    checkpoint.peek(
+        (source.global_scale, 0, bytes_view(factors[i : i + 1]))
+        for i, source in enumerate(wanted)
+        if source.global_scale
+    )
     sampled: dict[str, float] = {}
     for source, factor in zip(wanted, factors, strict=True):
         one = torch.ones(())
-        group_scales(one, factor, divides=source.kind == NVFP4_PACKED, name=f"'{source.info.name}' of {source.info.shard}")
+        group_scales(
+            one, factor, divides=source.kind == NVFP4_PACKED, name=f"'{source.info.name}' of {source.info.shard}"
+        )
         alike = _EXPERT.sub(".experts.*.", source.name)
         if alike not in sampled:
             sampled[alike] = _median(checkpoint, source)
@@ -48,9 +54,7 @@ def _median(checkpoint: Checkpoint, source: SourceTensor) -> float:
     assert source.scale is not None
     rows = min(SAMPLED_ROWS, source.shape[0])
     parts = [torch.empty((rows, info.shape[1]), dtype=torch_dtype(info.dtype)) for info in (source.info, source.scale)]
-    checkpoint.peek(
-        (info, 0, bytes_view(part)) for info, part in zip((source.info, source.scale), parts, strict=True)
-    )
+    checkpoint.peek((info, 0, bytes_view(part)) for info, part in zip((source.info, source.scale), parts, strict=True))
     wide = parts[1].float().abs().repeat_interleave(source.shape[1] // source.scale.shape[1], 1)
     values = unpack(parts[0]).abs() * wide
     return float(values[values > 0].median()) if bool((values > 0).any()) else float("nan")

@@ -17,7 +17,7 @@ from ..planning.other_trees import other_tree
 from ..planning.plan import unquantized
 from ..planning.source_format import PLAIN, SourceFormat, file_format, source_format, stored_entries
 from ..planning.source_tensors import check_complete, scale_layout, source_tensors
-from ..recipe.recipe import Recipe, build_recipe, for_family, named_recipe, recipe_names
+from ..recipe.recipe import Recipe, build_recipe, fitted_names, for_family, named_recipe, recipe_names
 from ..schemes import Scheme
 from .weights import Group, bf16_release, checkpoint_groups, converted_groups, gather, stored_bytes
 
@@ -71,7 +71,7 @@ class Subject:
         if reason := self.family.refused_formats.get(recipe.format):
             raise PlanError(f"format '{recipe.format}' cannot be served for {self.family.model_type}: {reason}.")
         recipe, _ = for_family(recipe, self.family)
-        check_format(recipe)
+        check_format(recipe, self.family)
         groups = converted_groups(self.source_groups, recipe)
         schemes = frozenset(s for role in self.family.targets for s in recipe.schemes_of(role) if s.quantizes)
         where = f"OUTPUT-OF-{recipe.name}"
@@ -82,7 +82,9 @@ class Subject:
         models, refused = [self.stored], dict[str, str]()
         if self.config_only and self.stored.label != "bf16":
             models.append(ServedModel(self.where, "bf16", self.family, unquantized(self.config), self.source_groups))
-        for name in recipe_names() if self.convertible else ():
+        own = {"type": self.family.model_type, "layers": self.family.num_layers}
+        names = [*recipe_names(), *(name for name in fitted_names() if named_recipe(name).get("model") == own)]
+        for name in names if self.convertible else ():
             if name == self.stored.label:
                 continue  # the checkpoint is stored in this format already
             try:

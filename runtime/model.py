@@ -10,9 +10,11 @@ from typing import Any
 from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.strict_json import parse_object
+from ..engines.rules import check_family_format
+from ..engines.stated import config_schemes
 from ..errors import CheckpointError, PlanError
 from ..families import Family, family_of
-from ..planning.engine_config import check_format, config_schemes
+from ..planning.engine_config import check_format
 from ..planning.other_trees import other_tree
 from ..planning.plan import unquantized
 from ..planning.source_format import PLAIN, SourceFormat, file_format, source_format, stored_entries
@@ -68,8 +70,7 @@ class Subject:
         """What `m3quant convert` would write. Raises PlanError where the recipe does not fit the shapes or the family."""
         if self.refused:
             raise PlanError(f"no recipe can be applied: {self.refused}")
-        if reason := self.family.refused_formats.get(recipe.format):
-            raise PlanError(f"format '{recipe.format}' cannot be served for {self.family.model_type}: {reason}.")
+        check_family_format(self.family, recipe.format)
         recipe, _ = for_family(recipe, self.family)
         check_format(recipe, self.family)
         groups = converted_groups(self.source_groups, recipe)

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..checkpoint import write_json_atomic
 from ..checkpoint.bounded import read_json
+from ..engines.start_log import EngineLog
 from ..errors import CheckpointError
-from .enginelog import EngineLog
 from .fit import Fit
 
 PIN_BYTES = 65536

@@ -1,6 +1,6 @@
 """The best recipe within a budget: every layer's schemes, chosen by measured sensitivity, or evenly where nothing was measured.
 
-All experts of a layer share one scheme, and so do its attention and indexer; layers may differ (`engine_integers`). With
+All experts of a layer share one scheme, and so do its attention and indexer; layers may differ (`engines.integers`). With
 a sensitivity file the answer is the recipe with the least predicted KL divergence of all that the budget allows
 (`knapsack`): more budget never gives a worse one. Without, the rule is plain: what every token passes through gets its
 widest scheme first, then the routed experts of all layers are widened step by step, and a step that the budget allows

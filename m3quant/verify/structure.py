@@ -9,8 +9,8 @@ from typing import Any
 from ..artifact.manifest import MANIFEST
 from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..checkpoint.strict_json import described, shown
+from ..engines.rules import lookup_problems
 from ..errors import CheckpointError
-from ..planning.engine_config import engine_problems
 from ..planning.engine_kept import kept_linears, kept_problems
 from ..planning.plan import INDEX_FILE, RECIPE_FILE, Plan, unquantized
 from ..planning.source_format import source_format
@@ -51,7 +51,7 @@ def _config_problems(output: Checkpoint, plan: Plan, source: Checkpoint | None) 
         difference = _difference(written, plan.quantization, "quantization_config")
         yield f"config.json: quantization_config is not the one that the recipe gives: {difference}"
     elif written:
-        for problem in engine_problems(plan.family, written, plan.modules):
+        for problem in lookup_problems(plan.family, written, plan.modules):
             yield f"config.json: {problem}"
     if written and isinstance(written, Mapping):
         kept = kept_linears(plan.family, output.tensors.values(), plan.recipe.format)

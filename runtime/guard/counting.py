@@ -60,7 +60,9 @@ class Counter:
             inbox.hang_up()  # so that `gone` says so between two prompts
         for number, prompt in enumerate(reading.prompts):
             if number:
-                await asyncio.sleep(0)  # an application that answers without waiting would hold the event loop for all of them
+                await asyncio.sleep(
+                    0
+                )  # an application that answers without waiting would hold the event loop for all of them
             if inbox.gone:
                 raise ClientGone
             count, tokens = await self._count(prompt, scope, key, inbox, deadline)

@@ -46,7 +46,9 @@ def shorten(body: bytes, names: tuple[bytes, ...]) -> tuple[bytes, IdSpan | None
 
     Time is linear in the body: a failed try reads at most about twice the bytes before the next one can begin, and tries are few.
     """
-    if len(body) < LONG or b"%d" % MARKER in body:  # a client's own marker would take another member's array for its prompt
+    if (
+        len(body) < LONG or b"%d" % MARKER in body
+    ):  # a client's own marker would take another member's array for its prompt
         return body, None
     for name in names:
         at = body.find(name)

@@ -23,7 +23,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-IDLE_LANES = 1024  # keys without requests that are remembered: whoever needs no key can make up a new one for every request
+IDLE_LANES = (
+    1024  # keys without requests that are remembered: whoever needs no key can make up a new one for every request
+)
 
 
 class State(enum.Enum):

@@ -6,11 +6,12 @@ import pytest
 import yaml
 
 from m3quant.cli import fitting
+from m3quant.engines import DEFAULT
+from m3quant.engines.start_log import EngineLog, is_empty
+from m3quant.engines.vllm.log import parse_log
 from m3quant.errors import NodeError
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.checklog import check_log
-from m3quant.runtime.enginelog import EngineLog, is_empty, parse_log
-from m3quant.runtime.failures import reason
 from m3quant.runtime.fit import Ask
 from m3quant.runtime.hardware import GIB, parse_node
 from m3quant.runtime.model import ServedModel, open_subject
@@ -179,7 +180,7 @@ def test_lines_that_are_made_to_be_slow_or_too_large(line: str) -> None:
     log = parse_log(line)
     assert (log.tp, log.pp, log.dp, log.dcp) == (1, 1, 1, 1)
     assert log.pool_tokens is log.weights is log.suggested_pin is log.kv_pinned is None
-    assert len(reason(line)) < 700
+    assert len(DEFAULT.reason(line)) < 700
 
 
 def test_a_log_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""An engine's own settings as its log prints them: which the prediction takes over, and which it does not cover.
+"""vLLM's own settings as its log prints them: which the prediction takes over, and which it does not cover.
 
 vLLM prints what differs from its defaults (`non-default args: {...}`, since 0.10), all arguments (`args: Namespace(...)`, before),
 and the resolved configuration (`LLM engine (v...) with config: ...`). Where the first was printed, what it lacks is the default.
@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ..start_log import CACHE, OVERHEAD, WEIGHTS
+
 START = "non-default args: "  # printed once a start
 
-WEIGHTS, CACHE, OVERHEAD = "weights", "cache", "overhead"
 EVERYTHING = (WEIGHTS, CACHE, OVERHEAD)
 
 # Taken over by `checklog.asked_by`.
@@ -127,10 +128,6 @@ def uncovered(values: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
         if value is not None and value.lower() not in without_effect:
             out[f"{name}={value if len(value) <= 60 else value[:57] + '...'}"] = changes
     return out
-
-
-def is_true(value: str | None) -> bool:
-    return value is not None and value.lower() == "true"
 
 
 def no_images(limit: str) -> bool:

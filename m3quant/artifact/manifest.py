@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..checkpoint import DTYPE_BYTES, write_json_atomic
 from ..checkpoint.strict_json import shown
 from ..planning.source_format import FP8_BLOCK, MXFP8, PLAIN
+from ..schemes import NOT_ROUNDED
 from .identity import SourceIdentity
 
 MANIFEST = "m3quant.json"
@@ -94,11 +95,15 @@ class CalibrationFacts(_Part):
 
 
 class Heldout(_Part):
-    """Figures of the windows that calibration never saw (`convert.quality`)."""
+    """Figures of the windows that calibration never saw (`convert.quality`).
+
+    activations: how the quantized stream rounded them; manifests without the key are of a time when it did not.
+    """
 
     windows: int
     window_length: int
     tokens: int
+    activations: str = NOT_ROUNDED
     perplexity_source: float
     perplexity_quantized: float
     kl_mean: float

@@ -292,13 +292,13 @@ def nll(
     micro_batch: int = 4,
     spill: Path | None = None,
     progress: Progress | None = None,
-    schemes: Mapping[str, Scheme] | None = None,
+    schemes: Callable[[int], Mapping[str, Scheme]] | None = None,
 ) -> torch.Tensor:
     """Negative log-likelihood (nats) of tokens [S, L] under the source -> [S, L - 1] float32, entry t for token t + 1.
 
     The source is streamed once. dtype: compute dtype of the layers and of the residual stream (float32 on the CPU,
     bfloat16 on a GPU if None). spill: a file for the hidden states, removed at the end. progress(done, layers).
-    schemes: by tensor name; activations are rounded as an engine rounds them for weights of these schemes.
+    schemes(layer): by relative weight name; activations are rounded as an engine does for weights of these schemes.
     """
     family = family_of(source.config)
     layers = family.num_layers
@@ -308,9 +308,7 @@ def nll(
         with Prefetcher(lambda index: read_layer(source, index), range(layers)) as loaded:
             for index, tensors in enumerate(loaded):
                 layer = Layer(family.layer(index), tensors, device, dtype)
-                prefix = family.layer_prefix(index)
-                own = {name: f"{prefix}{name}" for name in tensors}
-                layer.round_activations({n: schemes[full] for n, full in own.items() if full in schemes} if schemes else {})
+                layer.round_activations(schemes(index) if schemes else {})
                 run_layer(layer, states, micro_batch)
                 if progress:
                     progress(index + 1, layers)

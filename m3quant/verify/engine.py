@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..errors import CalibrationError
 from ..planning.plan import Plan
 from ..quant.reading import ConvertedReader
 from ..running.device import pick_device
-from ..schemes import rounded_activations
+from ..schemes import Scheme, rounded_activations
 from .engine_python import EngineReport, run_engine
 from .verification import Check
 
@@ -43,6 +44,13 @@ def prompts(plan: Plan, folder: Path) -> torch.Tensor:
         return torch.randint(0, vocabulary, (PROMPTS, length), generator=torch.Generator().manual_seed(0))
     windows = tokenize_windows(load_documents(None), tokenizer, PROMPTS, length, seed=1)
     return torch.from_numpy(windows.ids)
+
+
+def layer_schemes(plan: Plan, layer: int) -> dict[str, Scheme]:
+    """The schemes of a layer's quantized weights by relative name."""
+    prefix = plan.family.layer_prefix(layer)
+    tensors = [tensor for unit in plan.units if unit.layer == layer for tensor in unit.tensors]
+    return {t.name.removeprefix(prefix): t.scheme for t in tensors if t.action == "quantize"}
 
 
 def engine_check(
@@ -74,11 +82,10 @@ def _compare(
 ) -> None:
     reader = ConvertedReader(Checkpoint.open(folder), {t.name: t for t in plan.tensors}, plan.recipe.format)
     device = pick_device("auto")
-    schemes = {t.name: t.scheme for t in plan.tensors if t.action == "quantize"}
-    reference = -nll(reader, tokens, device, torch.float32, micro_batch=1, schemes=schemes)
+    reference = -nll(reader, tokens, device, torch.float32, micro_batch=1, schemes=partial(layer_schemes, plan))
     found = report.compare(reference.tolist())
     facts["logprob_difference"] = {"tokens": found.tokens, "mean": found.mean, "p99": found.p99, "max": found.max}
-    rounded = rounded_activations(schemes.values())
+    rounded = rounded_activations(tensor.scheme for tensor in plan.tensors)
     check.looked_at += f"; log-probs against the dequantized weights in float32, activations {rounded}: {found}"
     if found.mean > TOLERANCE:
         check.problems.append(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from m3quant.calibration.corpus import BUNDLED_NAME, BUNDLED_SPEC, Loaded, read_source
+from m3quant.calibration.corpus import BUNDLED_NAME, BUNDLED_SPEC, Loaded, corpus_sha256, read_source
 from m3quant.calibration.windows import Windows, tokenize_windows
 from m3quant.errors import CalibrationError
 
@@ -60,6 +60,15 @@ def _split(value: str) -> tuple[str, float]:
     if not (math.isfinite(weight) and weight > 0):
         raise CalibrationError(f"--calibration {value!r}: the weight must be a number above 0.")
     return spec, weight
+
+
+def mixture_sha256(parts: Sequence[Part], read: Callable[[str], Loaded] = read_source) -> str:
+    """Over the first documents of every source and their shares: the same however many windows are cut from them.
+
+    Raises CalibrationError as `read_source`.
+    """
+    digests = [[corpus_sha256(read(part.spec).documents), round(part.share, 12)] for part in parts]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def deal(windows: int, shares: Sequence[float]) -> npt.NDArray[np.int64]:

@@ -71,7 +71,7 @@ class Subject:
         if reason := self.family.refused_formats.get(recipe.format):
             raise PlanError(f"format '{recipe.format}' cannot be served for {self.family.model_type}: {reason}.")
         recipe, _ = for_family(recipe, self.family)
-        check_format(recipe)
+        check_format(recipe, self.family)
         groups = converted_groups(self.source_groups, recipe)
         schemes = frozenset(s for role in self.family.targets for s in recipe.schemes_of(role) if s.quantizes)
         where = f"OUTPUT-OF-{recipe.name}"

@@ -18,6 +18,7 @@ from ..errors import M3QuantError, StoppedError
 # command -> (module under m3quant.cli, the line that --help shows)
 COMMANDS = {
     "plan": ("plan", "What a checkpoint is, and what each output would weigh and need."),
+    "fit": ("fit", "The best bits for every layer within a number of bytes, or on a node."),
     "convert": ("convert", "Quantize a checkpoint to FP8 or AWQ INT4, streaming, resumable."),
     "verify": ("verify", "Check that a converted checkpoint is whole, right and loadable."),
     "eval": ("eval", "Perplexity, KL divergence from the source and long context, one layer in memory at a time."),

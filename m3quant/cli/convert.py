@@ -11,8 +11,9 @@ import click
 from ..checkpoint import Checkpoint
 from ..errors import EvaluationError, PlanError, RecipeError
 from ..planning.plan import Plan, make_plan
-from ..recipe.recipe import CalibrationOptions, with_data
+from ..recipe.recipe import CalibrationOptions, Recipe, with_data
 from ..running.words import human_bytes
+from .fit_convert import asked_of, fit_options, fitted, predicted_line
 from .options import TokenCount, load_recipe, recipe_options
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @click.argument("src")
 @click.argument("dst", type=click.Path(path_type=Path))
 @recipe_options("awq")
+@fit_options
 @click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto: a GPU where there is one."
 )
@@ -72,6 +74,12 @@ def command(
     recipe_file: Path | None,
     settings: tuple[str, ...],
     format_name: str | None,
+    budget: str | None,
+    node: str | None,
+    context: int | None,
+    concurrency: int | None,
+    kv_dtype: str | None,
+    sensitivity_file: Path | None,
     device: str,
     corpus: tuple[str, ...],
     windows: int | None,
@@ -92,8 +100,14 @@ def command(
         raise PlanError("--address names a Ray cluster: give --engine ray with it.")
     if engine == "ray" and ":" in device:
         raise PlanError(f"--device {device} names one GPU of this machine: with --engine ray give cuda, cpu or auto.")
+    serving = {"context": context, "concurrency": concurrency, "kv_dtype": kv_dtype}
+    asked = asked_of(budget, node, serving, sensitivity_file, bool(to or recipe_file or settings or format_name))
     checkpoint = Checkpoint.open(src)
-    recipe = load_recipe(checkpoint, to, recipe_file, settings, format_name)
+    recipe = (
+        load_recipe(checkpoint, to, recipe_file, settings, format_name)
+        if asked is None
+        else Recipe(rounding="feedback")
+    )
     if calibration_tokens is not None:
         if windows is not None:
             raise RecipeError("--windows and --calibration-tokens both say how much text: give one of them.")
@@ -105,9 +119,7 @@ def command(
         raise RecipeError(
             f"recipe '{recipe.name}' uses no calibration data: leave calibration options out, or use --to awq."
         )
-    plan = make_plan(checkpoint, with_data(recipe, changes))
-    if windows is None and not corpus and recipe.rounding == "feedback":
-        plan = _with_enough_text(plan, device)
+    recipe = with_data(recipe, changes)
     if suite is not None:
         _check_eval(suite, fail_over)
     elif fail_over is not None:
@@ -115,6 +127,13 @@ def command(
     from ..calibration.mixture import parse_mixture
 
     parts = parse_mixture(corpus)
+
+    def enough(plan: Plan) -> Plan:
+        chosen = windows is not None or corpus or plan.recipe.rounding != "feedback"
+        return plan if chosen else _with_enough_text(plan, device)
+
+    fit = fitted(checkpoint, src, dst, asked, recipe.data, enough, device, corpus, dry_run) if asked else None
+    plan = fit.plan if fit and fit.plan else enough(make_plan(checkpoint, recipe))
     if dry_run:
         from .plan import plan_json, print_plan
 
@@ -122,7 +141,7 @@ def command(
             click.echo(json.dumps(plan_json(plan), indent=2))
         else:
             print_plan(plan)
-        if recipe.calibrated and not as_json:
+        if plan.recipe.calibrated and not as_json:
             found = calibration_windows(plan, parts)
             for line in (f"calibration text: {found.source}", *(f"note: {note}" for note in found.notes)):
                 click.echo(line)
@@ -134,6 +153,8 @@ def command(
     told = {"output": str(dst), **manifest}
     if not as_json:
         print_result(plan, dst, manifest)
+        if fit and (line := predicted_line(fit, manifest)):
+            click.echo(line)
     elif suite is None:
         click.echo(json.dumps(told, indent=2))
     if suite is not None:

@@ -8,7 +8,7 @@ the engine's view of every fused module with the schemes on disk. Torch-free.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import PlanError
@@ -138,39 +138,44 @@ def _autoawq(recipe: Recipe, family: Family, modules: Mapping[str, Scheme]) -> d
     }
 
 
-def check_format(recipe: Recipe) -> None:
-    """Raise PlanError when the recipe's format cannot hold its schemes."""
+def check_format(recipe: Recipe, family: Family) -> None:
+    """Raise PlanError when the recipe's format cannot hold its schemes, with every role of the family that it is about."""
     used = [
         (role, scheme)
         for role in QUANTIZABLE
+        if role in family.targets
         for scheme in sorted(recipe.schemes_of(role), key=str)
         if scheme.quantizes
     ]
     for role, scheme in used:
         if role == "routed_experts":
             check_expert_scheme(scheme)
-    if recipe.format == "fp8":
-        for role, scheme in used:
-            if not (scheme.kind == "fp8" and scheme.block):
-                raise PlanError(
-                    f"format 'fp8' holds 128x128 blocks only, but {role} is {scheme}: use fp8-block or --format compressed-tensors."
-                )
+    if recipe.format == "fp8" and (odd := [item for item in used if not (item[1].kind == "fp8" and item[1].block)]):
+        raise PlanError(
+            f"format 'fp8' holds 128x128 blocks only, but {_named(odd)}: use fp8-block or --format compressed-tensors."
+        )
     if recipe.format == "autoawq":
         if recipe.layers:
             raise PlanError(
                 "format 'autoawq' has one scheme for the whole model, but the recipe has 'layers' of their own: use --format "
                 "compressed-tensors, or take 'layers' out."
             )
-        for role, scheme in used:
-            if scheme.kind != "int" or scheme.bits != 4:
-                raise PlanError(
-                    f"format 'autoawq' holds int4 only, but {role} is {scheme}: --to awq-attn-bf16 or awq-all-int4, or --set {role}=keep or int4-g128."
-                )
+        if odd := [item for item in used if item[1].kind != "int" or item[1].bits != 4]:
+            changes = " ".join(f"--set {role}=keep" for role in dict.fromkeys(role for role, _ in odd))
+            raise PlanError(
+                f"format 'autoawq' holds int4 only, but {_named(odd)}: --to awq-attn-bf16 or awq-all-int4, or {changes} "
+                "(or int4-g128)."
+            )
         sizes = {scheme.group_size for _, scheme in used}
         if len(sizes) > 1:
             raise PlanError(
                 f"format 'autoawq' holds one group size, but the recipe has {sorted(map(str, sizes))}: choose one with --set."
             )
+
+
+def _named(items: Sequence[tuple[str, Scheme]]) -> str:
+    """For people: "attention is fp8-channel and dense_mlp is int8-g128"."""
+    return " and ".join(f"{role} is {scheme}" for role, scheme in items)
 
 
 def resolve(config: Mapping[str, Any], probe: str, expert: bool = False) -> Scheme:

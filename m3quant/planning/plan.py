@@ -197,7 +197,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     family = family_of(checkpoint.config, f"{checkpoint.root}/config.json")
     recipe, recipe_notes = for_family(recipe, family)
     _check_roles(recipe, family)
-    check_format(recipe)
+    check_format(recipe, family)
     if reason := family.refused_formats.get(recipe.format):
         raise PlanError(f"format '{recipe.format}' cannot be served for {family.model_type}: {reason}.")
     tensors = source_tensors(checkpoint)

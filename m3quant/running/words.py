@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
+
 
 def human_bytes(count: float) -> str:
     """Decimal units, as disks and the Hub count: 1 GB = 10^9 bytes."""
@@ -10,3 +13,17 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+_SIZE = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)?\s*", re.IGNORECASE)
+_UNITS = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "8MB", "118.4 GiB" or "8000000": decimal units, and binary ones with an i. Raises ValueError."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text[:40]!r} is no size: write bytes, or for example 8MB, 120GB or 118.4GiB")
+    unit = (match[2] or "").lower()
+    base = 1024 if unit.endswith("ib") else 1000
+    return int(Decimal(match[1]) * base ** _UNITS[unit[:1]])

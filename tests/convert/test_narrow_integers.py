@@ -171,6 +171,14 @@ def test_what_no_engine_runs_is_refused(settings: list[str], layers: dict[str, A
         make_plan_of(TINY_M3, "int4", settings, layers=layers)
 
 
+def test_autoawq_names_every_role_that_it_does_not_hold_and_only_those_of_the_model() -> None:
+    said = r"but shared_experts is fp8-channel and dense_mlp is fp8-channel and attention is fp8-channel: .*--set dense_mlp=keep"
+    with pytest.raises(PlanError, match=said):
+        make_plan_of(TINY_M3, "awq-fp8", ["indexer=keep"], "autoawq")
+    with pytest.raises(PlanError, match="but attention is fp8-channel: "):  # M2 has neither shared experts nor dense MLPs
+        make_plan_of(TINY_M3.with_name("tiny-m2"), "awq-fp8", [], "autoawq")
+
+
 def test_autoawq_has_no_layers_and_no_other_width() -> None:
     with pytest.raises(PlanError, match=r"'autoawq' holds int4 only, but routed_experts is int3-g128"):
         make_plan_of(TINY_M3, "awq-attn-bf16", ["routed_experts=int3-g128"], "autoawq")

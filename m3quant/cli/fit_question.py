@@ -1,0 +1,178 @@
+"""From the options of `fit` and `convert` to a recipe: planning's choices, and a node's room for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import Checkpoint
+from ..errors import DoesNotFit, OptionError, PlanError
+from ..planning.fit import Fitting, Point
+from ..planning.plan import Plan
+from ..planning.sensitivity import Sensitivity, check_source, check_text, load_sensitivity
+from ..recipe.recipe import Recipe
+from ..running.words import human_bytes, parse_size
+from ..runtime.fit import MIN_CONTEXT, Ask, Fit, assess
+from ..runtime.hardware import Node, parse_node
+from ..runtime.model import Subject, open_subject
+from ..runtime.room import NodeRooms, check_context, does_not_hold, nearest_node, node_rooms, unsplittable
+
+DEFAULT_CONTEXT = 32768  # tokens, where a node is given without --context
+
+
+@dataclass(frozen=True)
+class Asked:
+    """budget: bytes of the output. node: its name. serving: fields of runtime.fit.Ask. Of budget and node at most one."""
+
+    budget: int | None = None
+    node: str | None = None
+    serving: Mapping[str, Any] = field(default_factory=dict)
+    sensitivity: Path | None = None
+    corpus: tuple[str, ...] | None = None  # of --calibration; None: whatever the sensitivity file was measured on
+    revision: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)  # of the recipe
+
+    def with_sensitivity(self, path: Path) -> Asked:
+        return replace(self, sensitivity=path)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A point of the frontier, and what a node serves with it."""
+
+    point: Point
+    longest_context: int | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """recipe, plan, chosen: of the budget; None where none was given. verdict: what the node serves with it."""
+
+    checkpoint: Checkpoint
+    asked: Asked
+    ask: Ask | None
+    sensitivity: Sensitivity | None
+    rows: list[Row]
+    refused: Mapping[tuple[str, str], str]
+    chosen: Point | None = None
+    plan: Plan | None = None
+    verdict: Fit | None = None
+
+    @property
+    def recipe(self) -> Recipe | None:
+        return self.plan.recipe if self.plan else None
+
+
+def budget_of(text: str | None) -> int | None:
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise OptionError(f"--budget: {error}.") from None
+
+
+def ask_of(given: Mapping[str, Any], subject: Subject) -> Ask:
+    """How the node is to serve. Raises NodeError for a context beyond config.json's."""
+    most = subject.stored.max_positions or DEFAULT_CONTEXT
+    ask = Ask(**{"context": min(DEFAULT_CONTEXT, most), **given})
+    check_context(subject, ask)
+    return ask
+
+
+def answer(checkpoint: Checkpoint, src: str, asked: Asked) -> Answer:
+    """Raises PlanError for a budget below the least, DoesNotFit for a node, OptionError for a file of another source or text."""
+    node = parse_node(asked.node) if asked.node is not None else None
+    subject = open_subject(src, asked.revision)
+    ask = ask_of(asked.serving, subject) if node else None
+    sensitivity = _sensitivity(checkpoint, subject, asked)
+    fitting = Fitting(checkpoint, asked.data, sensitivity)
+    if node is None:
+        rows = _rows(fitting, None, None, None)
+        found = Answer(checkpoint, asked, None, sensitivity, rows, fitting.choices.refused)
+        return found if asked.budget is None else _within_output(found, fitting, subject, asked.budget)
+    assert ask is not None
+    rooms = _rooms(fitting, subject, node, ask)
+    chosen = fitting.within_rooms(rooms.rooms, rooms.costs)
+    if chosen is None:
+        raise does_not_hold(subject, rooms, ask, fitting.recipe(fitting.least))
+    plan = fitting.plan(chosen)
+    verdict = assess(subject.converted(plan.recipe), node, ask)
+    if not verdict.fits:
+        raise DoesNotFit(f"{node.name}: {verdict.why_not}.")
+    point = replace(fitting.point(chosen), nbytes=plan.output_bytes)
+    rows = _rows(fitting, subject, node, ask, rooms)
+    return Answer(checkpoint, asked, ask, sensitivity, rows, fitting.choices.refused, point, plan, verdict)
+
+
+def _sensitivity(checkpoint: Checkpoint, subject: Subject, asked: Asked) -> Sensitivity | None:
+    if asked.sensitivity is None:
+        return None
+    found = load_sensitivity(asked.sensitivity)
+    check_source(found, asked.sensitivity, checkpoint, subject.family.model_type)
+    if asked.corpus is not None:
+        check_corpus(found, asked.sensitivity, checkpoint, asked.corpus)
+    return found
+
+
+def check_corpus(found: Sensitivity, path: Path, checkpoint: Checkpoint, corpus: tuple[str, ...]) -> None:
+    """Raise OptionError unless `found` was measured on this text, given as of --calibration."""
+    from ..calibration.corpus import load_tokenizer, tokenizer_sha256
+    from ..calibration.mixture import mixture_sha256, parse_mixture
+
+    tokenizer = load_tokenizer(checkpoint.root)
+    names = ", ".join(Path(spec).name for spec in corpus) or "the bundled corpus"
+    check_text(found, path, mixture_sha256(parse_mixture(corpus)), tokenizer_sha256(tokenizer), names)
+
+
+def _rooms(fitting: Fitting, subject: Subject, node: Node, ask: Ask) -> NodeRooms:
+    least = fitting.recipe(fitting.least)
+    first = assess(subject.converted(least), node, ask)
+    fitting.refuse(unsplittable(subject, first, fitting.choices.by_role))
+    return node_rooms(subject, node, ask, fitting.recipe(fitting.least), fitting.choices)
+
+
+def _within_output(found: Answer, fitting: Fitting, subject: Subject, budget: int) -> Answer:
+    best = fitting.within_output(budget)
+    if best is None:
+        least = fitting.plan(fitting.least)
+        near = nearest_node(subject, Ask(context=_least_context(subject), kv_dtype="fp8"), least.recipe)
+        holds = f" The nearest standard node that serves it is {near}." if near else ""
+        raise PlanError(
+            f"--budget {budget:,}: the smallest output of {found.checkpoint.root} has {least.output_bytes:,} bytes "
+            f"({human_bytes(least.output_bytes)}), so that {least.output_bytes - budget:,} bytes are missing.{holds}"
+        )
+    chosen, plan = best
+    return replace(found, chosen=replace(fitting.point(chosen), nbytes=plan.output_bytes), plan=plan)
+
+
+def _least_context(subject: Subject) -> int:
+    return min(MIN_CONTEXT, subject.stored.max_positions or MIN_CONTEXT)
+
+
+MOST_ROWS = 16
+
+
+def _rows(
+    fitting: Fitting, subject: Subject | None, node: Node | None, ask: Ask | None, rooms: NodeRooms | None = None
+) -> list[Row]:
+    """Points of the frontier, at most MOST_ROWS at about equal distances in bytes."""
+    points = [fitting.point(chosen) for chosen in fitting.frontier(rooms.costs if rooms else None)]
+    rows = []
+    for point in _spread(points):
+        longest = None
+        if subject and node and ask:
+            recipe = fitting.recipe_of(point.schemes)
+            longest = assess(subject.converted(recipe), node, ask).longest_context
+        rows.append(Row(point, longest))
+    return rows
+
+
+def _spread(points: list[Point]) -> list[Point]:
+    if len(points) <= MOST_ROWS:
+        return points
+    first, last = points[0].nbytes, points[-1].nbytes
+    kept: dict[int, Point] = {}
+    for point in points:
+        kept.setdefault(int((MOST_ROWS - 1) * (point.nbytes - first) / max(1, last - first)), point)
+    return [*kept.values()]

@@ -1,0 +1,123 @@
+"""How many bytes of weights a node holds beside the KV cache that is asked for, and what each layer's choices take of them.
+
+Both are those of one rank: tensor parallelism repeats some tensors on every rank, so that a smaller checkpoint is not
+always a smaller rank. The memory model is at its high end, as in every promise of `fit`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import DoesNotFit, NodeError
+from ..planning.choices import Choices
+from ..planning.fit import Room
+from ..recipe.recipe import Recipe, build_recipe
+from .fit import Ask, Fit, assess
+from .hardware import GIB, STANDARD_NODES, Node, parse_node
+from .model import Subject
+from .weights import Group, converted_groups, rank_weights, split_problem, stage_of_layers
+
+
+@dataclass(frozen=True)
+class NodeRooms:
+    """least: the verdict on the smallest recipe, whose split and setup count for all. rooms: one a pipeline stage."""
+
+    least: Fit
+    rooms: Sequence[Room]
+    costs: Sequence[Sequence[int]]
+
+
+def check_context(subject: Subject, ask: Ask) -> None:
+    """Raise NodeError for a context that config.json does not allow on any node."""
+    most = subject.stored.max_positions
+    if ask.context is not None and most and ask.context > most:
+        raise NodeError(
+            f"--context {ask.context:,}: config.json allows {most:,} tokens (max_position_embeddings); ask for at most that."
+        )
+
+
+def unsplittable(subject: Subject, least: Fit, candidates: Mapping[str, Iterable[str]]) -> dict[tuple[str, str], str]:
+    """(role, scheme) -> why the ranks of the split cannot share the role's weights in this scheme."""
+    found = {}
+    for role, names in candidates.items():
+        own = [g for g in subject.source_groups if _role(g) == role]
+        for name in names:
+            groups = converted_groups(own, _recipe({role: name}))
+            if problem := split_problem(groups, least.setup.split, subject.family):
+                found[role, name] = problem
+    return found
+
+
+def node_rooms(subject: Subject, node: Node, ask: Ask, least: Recipe, choices: Choices) -> NodeRooms:
+    """The room for layers on a node where the cache holds ask.concurrency requests of ask.context tokens.
+
+    least: the recipe of the smallest output. Raises NodeError for a request that makes no sense on any node.
+    """
+    assert ask.context is not None
+    fit = assess(subject.converted(least), node, ask)
+    setup, geometry = fit.setup, subject.family.kv_geometry
+    sizes = _role_sizes(subject, fit, choices)
+    costs = [
+        [sum(sizes[layer, role, scheme] for role, scheme in choice.schemes.items()) for choice in own]
+        for layer, own in enumerate(choices.layers)
+    ]
+    blocks = 1 + ask.concurrency * math.ceil(ask.context / setup.block_size)  # one block holds nothing
+    rooms = []
+    for rank, layers in zip(fit.prediction.ranks, stage_of_layers(geometry.layers, setup.split.pp), strict=True):
+        own = sum(
+            sizes[layer, role, least.scheme(role, layer).name] for layer in layers for role in choices.candidates[layer]
+        )
+        cache = blocks * setup.block_size * rank.bytes_per_token
+        rooms.append(Room(layers, rank.kv_bytes(rank.overhead.high) - cache + own))
+    return NodeRooms(fit, rooms, costs)
+
+
+def _role_sizes(subject: Subject, fit: Fit, choices: Choices) -> dict[tuple[int, str, str], int]:
+    """(layer, role, scheme) -> bytes on one rank of the layer's stage."""
+    geometry = subject.family.kv_geometry
+    groups: dict[tuple[int, str], list[Group]] = {}
+    for group in subject.source_groups:
+        if group.layer is not None and (role := _role(group)) is not None:
+            groups.setdefault((group.layer, role), []).append(group)
+    sizes = {}
+    for layer, candidates in enumerate(choices.candidates):
+        for role, names in candidates.items():
+            for name in names:
+                converted = converted_groups(groups[layer, role], _recipe({role: name}))
+                stages = rank_weights(converted, fit.setup.split, geometry.kv_heads, geometry.layers)
+                sizes[layer, role, name] = sum(sum(stage.values()) for stage in stages)
+    return sizes
+
+
+def _role(group: Group) -> str | None:
+    return "attention" if group.role == "indexer" else group.role
+
+
+def _recipe(schemes: Mapping[str, str]) -> Recipe:
+    return build_recipe({"rounding": "feedback", "schemes": dict(schemes)})
+
+
+def nearest_node(subject: Subject, ask: Ask, least: Recipe, beyond: Node | None = None) -> str:
+    """The first standard node that holds the smallest recipe as asked, larger than `beyond`; '' if none does."""
+    model = subject.converted(least)
+    for name in STANDARD_NODES:
+        node = parse_node(name)
+        if beyond and node.count * node.gpu.total_bytes <= beyond.count * beyond.gpu.total_bytes:
+            continue
+        if assess(model, node, ask).fits:
+            return name
+    return ""
+
+
+def does_not_hold(subject: Subject, found: NodeRooms, ask: Ask, least: Recipe) -> DoesNotFit:
+    """The refusal of a node on which even the smallest recipe leaves too little."""
+    fit = found.least
+    short = max(sum(min(found.costs[layer]) for layer in room.layers) - room.budget for room in found.rooms)
+    near = nearest_node(subject, ask, least, fit.node)
+    where = f"the nearest standard node that does is {near}" if near else "no standard node does"
+    return DoesNotFit(
+        f"{fit.node.name} does not hold the smallest recipe with {ask.concurrency} x {ask.context:,} tokens of cache: "
+        f"{short:,} bytes ({short / GIB:.2f} GiB) a GPU are missing; {where}."
+    )

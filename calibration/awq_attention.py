@@ -99,8 +99,8 @@ class AttentionSearch:
     def mlp_inputs(self) -> torch.Tensor:
         """The normed input [T, H] of the feed-forward block, with every attention weight as it will be stored.
 
-        FP8 weights are rounded here, and what they read as an engine rounds it: no fold divides that, since readers of
-        one norm share their scheme and only integers are folded for.
+        FP8 weights are rounded here, and what they read as an engine rounds it. Where readers of one norm are of both kinds,
+        a fold divides what the engine rounds, and this rounds the undivided input: the stream itself makes no such error.
         """
         for name, scheme in self.fp8.items():
             folded = self.tensors[name].float() * self.column.get(name, 1.0)

@@ -70,7 +70,8 @@ class Computed(_Record):
     @property
     def sentence(self) -> str:
         """For people: one line without a full stop."""
-        kv = f"KV cache E4M3 with scales {self.kv_scales}" if self.kv_dtype else "KV cache not rounded"
+        scales = "its stored scales" if self.kv_scales == "stored" else "scale 1.0"
+        kv = f"KV cache E4M3 with {scales}" if self.kv_dtype else "KV cache not rounded"
         index = ", index keys E4M3" if self.index_dtype else ""
         return f"computed in {self.dtype}; weights as stored; activations {self.rounding} ({self.activations}); {kv}{index}"
 

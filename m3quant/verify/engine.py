@@ -23,7 +23,8 @@ from .verification import Check
 PROMPTS = 2
 SHORT_PROMPT = 512
 # Mean absolute difference of log-probs (nats) above which the engine does not compute this checkpoint. Seen: 0.003-0.07 for
-# BF16 and INT4 against float32, up to 0.15 where FP8 activations were not followed; an unloaded or misread weight gives 1 and more.
+# BF16 and INT4 against float32, up to 0.15 with FP8 activations (which do not agree token by token, docs/verify.md); an
+# unloaded or misread weight gives 1 and more.
 TOLERANCE = 0.25
 
 

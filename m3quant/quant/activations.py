@@ -19,6 +19,7 @@ from .fp8 import E4M3_MAX
 
 _TOKEN_FLOOR = 1.0 / (E4M3_MAX * 512.0)
 _GROUP_FLOOR = 1e-10 / E4M3_MAX
+_ELEMENTS = 1 << 22  # rounded at once: each takes about 16 bytes of scratch
 
 
 def round_activations(x: Tensor, activations: Activations | None) -> Tensor:
@@ -29,13 +30,12 @@ def round_activations(x: Tensor, activations: Activations | None) -> Tensor:
     """
     if activations is None:
         return x
-    wide = x if x.dtype == torch.float64 else x.float()
-    size = activations.group_size
-    if size is None:
-        return _rounded(wide, _TOKEN_FLOOR).to(x.dtype)
-    padded = F.pad(wide, (0, -wide.shape[-1] % size))
-    groups = _rounded(padded.unflatten(-1, (-1, size)), _GROUP_FLOOR)
-    return groups.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(rows)
+    step = max(1, _ELEMENTS // max(1, x.shape[-1]))
+    for start in range(0, len(rows), step):
+        out[start : start + step] = _rows(rows[start : start + step], activations.group_size)
+    return out.view(x.shape)
 
 
 def round_cached(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
@@ -46,6 +46,15 @@ def round_cached(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """
     wide = x if x.dtype == torch.float64 else x.float()
     return (_codes(wide / scale) * scale).to(x.dtype)
+
+
+def _rows(x: Tensor, size: int | None) -> Tensor:
+    """Rows [n, K] rounded, float64 or float32; size: channels of a run, None for the whole row."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    if size is None:
+        return _rounded(wide, _TOKEN_FLOOR)
+    padded = F.pad(wide, (0, -wide.shape[-1] % size))
+    return _rounded(padded.unflatten(-1, (-1, size)), _GROUP_FLOOR).flatten(-2)[:, : x.shape[-1]]
 
 
 def _rounded(x: Tensor, floor: float) -> Tensor:

@@ -111,3 +111,12 @@ def test_a_cache_saturates_and_takes_scales_of_heads() -> None:
     expected = nearest(k.double() / scale.double()) * scale.double()
     torch.testing.assert_close(round_cached(k, scale).double(), expected, rtol=1e-6, atol=0)
     assert round_cached(k.bfloat16(), scale).dtype == torch.bfloat16
+
+
+def test_rows_do_not_depend_on_how_many_are_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rows(50, 256, 8).view(5, 10, 256)
+    for activations in (TOKEN, GROUP):
+        whole = round_activations(x, activations)
+        with monkeypatch.context() as patch:
+            patch.setattr("m3quant.quant.activations._ELEMENTS", 1000)
+            assert torch.equal(round_activations(x, activations), whole)

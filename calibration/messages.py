@@ -6,7 +6,7 @@ That form is OpenAI's, with `reasoning_content` for thinking and tool-call argum
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from m3quant.calibration.documents import OddRecord
@@ -22,8 +22,8 @@ ROLE_OF = {spelling: role for role, spellings in ROLES.items() for spelling in s
 CALLING = {"function_call", "tool_call"}
 THINKING = ("reasoning_content", "reasoning", "thinking")
 THOUGHT = re.compile(r"\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*", re.DOTALL)
-CALL_TAGS = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # the Hermes and Qwen form
-ANSWER_TAGS = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
+CALL, CALL_END = "<tool_call>", "</tool_call>"  # the Hermes and Qwen form
+ANSWER, ANSWER_END = "<tool_response>", "</tool_response>"
 Message = dict[str, Any]
 
 
@@ -122,7 +122,7 @@ def _written_calls(content: str, calls: list[Message], where: str) -> tuple[str,
     """The calls that a message of role function_call holds as JSON; content that is not JSON is refused, not made prose."""
     if not content.strip():
         return content, calls
-    found = CALL_TAGS.findall(content) or [content]
+    found = [text for _, _, text in _tagged_calls(content)] or [content]
     try:
         values = [json.loads(text) for text in found]
     except (ValueError, RecursionError) as error:
@@ -135,21 +135,47 @@ def _written_tags(
     role: str, content: str, thoughts: list[str], calls: list[Message], where: str
 ) -> tuple[str, list[str], list[Message]]:
     """Thinking and calls that stand in the content between tags; what is not between tags stays content."""
-    if role == "tool" and (whole := ANSWER_TAGS.fullmatch(content)):
-        return whole[1], thoughts, calls
+    if role == "tool" and (whole := content.strip()).startswith(ANSWER) and whole.endswith(ANSWER_END):
+        return whole.removeprefix(ANSWER).removesuffix(ANSWER_END).strip(), thoughts, calls
     if role != "assistant":
         return content, thoughts, calls
     if thought := THOUGHT.match(content):
         content = content[thought.end() :]
         thoughts = thoughts or [thought[1].strip()]
-    if "<tool_call>" in content and (written := CALL_TAGS.findall(content)):
+    if written := list(_tagged_calls(content)):
         try:
-            values = [json.loads(text) for text in written]
+            values = [json.loads(text) for _, _, text in written]
         except (ValueError, RecursionError):
             return content, thoughts, calls  # tags in prose, an explanation of them for instance
         if all(isinstance(value, dict) and isinstance(value.get("name"), str) for value in values):
-            return CALL_TAGS.sub("", content).strip(), thoughts, calls + [_tool_call(v, where) for v in values]
+            ends = [0, *(end for _, end, _ in written)]
+            starts = [*(start for start, _, _ in written), len(content)]
+            rest = "".join(content[end:start] for end, start in zip(ends, starts, strict=True))
+            return rest.strip(), thoughts, calls + [_tool_call(v, where) for v in values]
     return content, thoughts, calls
+
+
+def _tagged_calls(content: str) -> Iterator[tuple[int, int, str]]:
+    """(start, end, text) of every {...} between tags: up to the first closing tag that follows a }. Linear, which a regex is not."""
+    at = 0
+    while (start := content.find(CALL, at)) >= 0:
+        first = at = start + len(CALL)
+        while content[first : first + 1].isspace():
+            first += 1
+        if content[first : first + 1] != "{":
+            continue
+        close = first
+        while (close := content.find(CALL_END, close)) >= 0:
+            last = close
+            while last > first and content[last - 1].isspace():
+                last -= 1
+            if last - 1 > first and content[last - 1] == "}":
+                break
+            close += len(CALL_END)
+        if close < 0:  # and none for any later one
+            return
+        at = close + len(CALL_END)
+        yield start, at, content[first:last]
 
 
 def _tool_call(value: object, where: str) -> Message:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from m3quant.calibration.documents import Document, corpus_sha256, interleave
 from m3quant.calibration.template import TemplateError, rendered_chat
+from m3quant.calibration.tokenizing import check_growth, encode
 from m3quant.checkpoint.bounded import CONFIG_BYTES, TEXT_BYTES, TOKENIZER_BYTES, check_size
 from m3quant.errors import CalibrationError, CheckpointError
 
@@ -97,12 +98,14 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> "Pre
 
     # Broken tokenizer files surface as OSError, ValueError, KeyError or an exception of the Rust library.
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CalibrationError(
             f"The tokenizer of {path} cannot be read ({reason}); compare its tokenizer files with the model's own."
         ) from error
+    check_growth(tokenizer, str(path))
+    return tokenizer
 
 
 def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -253,7 +256,7 @@ def tokenize_windows(
 
 def _gather(cut: _Cut, documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", needed: int) -> None:
     for document, text in rendered(documents, tokenizer, cut.refused):
-        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = encode(tokenizer, text)
         # Chat templates close with the end-of-text token, some before a newline.
         if not text.rstrip().endswith(str(tokenizer.eos_token)):
             tokens = [*tokens, tokenizer.eos_token_id]

@@ -7,23 +7,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..engines import engine_named
+from ..engines.memory import Estimate, gib
+from ..engines.start_log import CACHE, OVERHEAD, WEIGHTS, EngineLog, LogReader, is_empty, is_true, whole_number
 from ..errors import NodeError
-from .enginelog import EngineLog, is_empty
 from .fit import Ask, Fit, assess
-from .hardware import CPU, GIB, Gpu, Node
-from .logsettings import CACHE, OVERHEAD, WEIGHTS, is_true, no_images, uncovered
-from .memory import (
-    DEFAULT_BATCHED_TOKENS,
-    INDEX_BYTES,
-    KV_BYTES,
-    LARGE_GPU,
-    Estimate,
-    gib,
-    index_name,
-    kv_dtype_of,
-    kv_name,
-    pool_of,
-)
+from .hardware import GIB, Gpu, Node
+from .memory import kv_dtype_of, pool_of
 from .model import ServedModel
 
 EXACT = 0.01  # what headers and formulae give: weights, bytes per token, sizes that follow from them
@@ -70,25 +60,32 @@ class LogCheck:
         return all(line.holds for line in self.lines)
 
 
+def log_reader(engine: str) -> LogReader:
+    """Raises NodeError for an engine whose log nobody reads."""
+    found = engine_named(engine)
+    if found.log is None:
+        raise NodeError(f"{found.title}'s log is not read here: there is nothing to compare.")
+    return found.log
+
+
 def asked_by(log: EngineLog, ask: Ask, gpu: Gpu | None = None) -> Ask:
     """`ask` with the settings that the log states laid under it: what the user gave on the command line stays.
 
     Where the log prints the arguments, what they lack is the engine's default on `gpu`, not m3quant's.
     """
     changes: dict[str, Any] = {}
+    reader = log_reader(ask.engine)
     if (log.setting("tensor_parallel_size") or log.arguments) and not (ask.tp or ask.pp):
         changes |= {"tp": log.tp, "pp": log.pp}
     changes |= {"dp": log.dp, "dcp": log.dcp, "enforce_eager": is_true(log.setting("enforce_eager"))}
     if log.arguments or log.setting("enable_expert_parallel"):
         changes["expert_parallel"] = is_true(log.setting("enable_expert_parallel"))
-    tokens, seqs = _engine_defaults(gpu) if log.arguments and gpu else (None, None)
+    tokens, seqs = reader.server_defaults(gpu) if log.arguments and gpu else (None, None)
     for key, default in (("max_num_seqs", seqs), ("max_num_batched_tokens", tokens), ("block_size", None)):
         value = log.setting(key)
-        if getattr(ask, key) == getattr(Ask(), key) and (
-            stated := int(value) if value and value.isdigit() else default
-        ):
+        if getattr(ask, key) == getattr(Ask(), key) and (stated := whole_number(value or "") or default):
             changes[key] = stated
-    if ask.vision is None and (vision := _vision(log)) is not None:
+    if ask.vision is None and (vision := reader.vision(log)) is not None:
         changes["vision"] = vision
     kv = log.setting("kv_cache_dtype")
     if kv and kv != "auto" and ask.kv_dtype == "auto":
@@ -99,27 +96,6 @@ def asked_by(log: EngineLog, ask: Ask, gpu: Gpu | None = None) -> Ask:
     if utilization and ask.utilization == Ask().utilization:
         changes["utilization"] = utilization
     return replace(ask, **changes)
-
-
-def _engine_defaults(gpu: Gpu) -> tuple[int, int] | tuple[None, None]:
-    """max_num_batched_tokens and max_num_seqs of vLLM's API server (engine/arg_utils.py); unknown without the memory."""
-    if not gpu.total_bytes or gpu.name == CPU:
-        return None, None
-    if gpu.total_bytes >= LARGE_GPU:
-        return 16384, 1024
-    if gpu.total_bytes >= 70 * GIB and gpu.name not in ("A100", "GB10"):
-        return DEFAULT_BATCHED_TOKENS, 1024
-    return 2048, 256
-
-
-def _vision(log: EngineLog) -> bool | None:
-    """Whether the engine built and profiled the vision tower; None where the log does not tell."""
-    if log.vision:
-        return True
-    limit = log.setting("limit_mm_per_prompt")
-    if is_true(log.setting("language_model_only")) or (limit and no_images(limit)):
-        return False
-    return True if log.arguments else None
 
 
 def _float(text: str | None) -> float | None:
@@ -135,7 +111,7 @@ def check_log(model: ServedModel, log: EngineLog, node: Node | None, ask: Ask) -
     where nothing can be compared."""
     if is_empty(log):
         raise NodeError(
-            "the log holds none of vLLM's memory lines: give the output of a start-up, with INFO logging on."
+            f"the log holds none of {engine_named(ask.engine).title}'s memory lines: give the output of a start-up, with INFO logging on."
         )
     gpu = replace(node.gpu, total_bytes=log.total or node.gpu.total_bytes) if node else None
     ask = asked_by(log, ask, gpu or Gpu("the log's GPU", log.total or 0, 0.0, "the log", "unknown"))
@@ -161,15 +137,16 @@ def check_log(model: ServedModel, log: EngineLog, node: Node | None, ask: Ask) -
 
 def _covered(log: EngineLog, ask: Ask, model: ServedModel) -> tuple[Ask, dict[str, tuple[str, ...]]]:
     """`ask` without what the prediction does not know, and that: `setting=value` -> what it changes."""
-    found = uncovered(log.settings)
+    found = log_reader(ask.engine).uncovered(log.settings)
     if not ask.vision:
         found = {name: parts for name, parts in found.items() if not name.startswith("mm_encoder_tp_mode")}
     if model.label == "bf16" and (method := log.setting("quantization")) and method.lower() not in ("none", "null"):
         found[f"quantization={method}"] = (WEIGHTS,)  # of BF16 weights the engine makes others while it loads them
-    if kv_name(kv_dtype_of(model.config, ask.kv_dtype)) not in KV_BYTES:
+    memory = engine_named(ask.engine).memory
+    if memory.kv_name(kv_dtype_of(model.config, ask.kv_dtype)) not in memory.kv_bytes:
         found[f"kv_cache_dtype={ask.kv_dtype}"] = (CACHE,)
         ask = replace(ask, kv_dtype="bfloat16")
-    if index_name(ask.index_dtype) not in INDEX_BYTES:
+    if memory.index_name(ask.index_dtype) not in memory.index_bytes:
         found[f"indexer_kv_dtype={ask.index_dtype}"] = (CACHE,)
         ask = replace(ask, index_dtype=Ask().index_dtype)
     return ask, found

@@ -17,7 +17,6 @@ from ..checkpoint.bounded import read_yaml
 from ..errors import NodeError
 from .fit import Fit
 from .hardware import Node
-from .memory import INDEX_BYTES, KV_BYTES
 from .weights import rank_weights, stage_of_layers
 
 PRICES = Path(__file__).with_name("prices.yaml")
@@ -83,10 +82,10 @@ def _cache_read(fit: Fit, layers: range, context: int) -> float:
     family, setup = fit.model.family, fit.setup
     geometry = family.kv_geometry
     heads = max(1, geometry.kv_heads // setup.split.tp)
-    per_layer = 2 * heads * geometry.head_dim * KV_BYTES[setup.kv_dtype]
+    per_layer = 2 * heads * geometry.head_dim * setup.memory.kv_bytes[setup.kv_dtype]
     chosen = min(context, family.selected_tokens or context)
     sparse = sum(family.has_index_keys(layer) for layer in layers)
-    index = sparse * context * geometry.index_dim * INDEX_BYTES[setup.index_dtype]
+    index = sparse * context * geometry.index_dim * setup.memory.index_bytes[setup.index_dtype]
     return index + per_layer * (sparse * chosen + (len(layers) - sparse) * context)
 
 

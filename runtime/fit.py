@@ -5,22 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..engines import DEFAULT, Engine, Serving, engine_named
 from ..errors import NodeError
 from .hardware import CPU, GIB, STANDARD_NODES, Node, parse_node
-from .memory import (
-    BLOCK_SIZE,
-    DEFAULT_BATCHED_TOKENS,
-    DEFAULT_NUM_SEQS,
-    DEFAULT_UTILIZATION,
-    KV_BYTES,
-    Pool,
-    Prediction,
-    Setup,
-    index_name,
-    kv_dtype_of,
-    kv_name,
-    predict,
-)
+from .memory import Pool, Prediction, Setup, kv_dtype_of, predict
 from .model import ServedModel, Subject
 from .weights import Split, split_problem
 
@@ -38,10 +26,11 @@ class Ask:
     tp: int | None = None
     pp: int | None = None
     max_num_seqs: int | None = None
-    max_num_batched_tokens: int = DEFAULT_BATCHED_TOKENS
-    utilization: float = DEFAULT_UTILIZATION
+    max_num_batched_tokens: int = DEFAULT.memory.batched_tokens
+    utilization: float = DEFAULT.memory.utilization
     vision: bool | None = None  # None: text alone
-    block_size: int = BLOCK_SIZE
+    block_size: int = DEFAULT.memory.block_size
+    engine: str = DEFAULT.name
     # of a log alone: m3quant plans no replicas of its own
     dp: int = 1
     dcp: int = 1
@@ -76,21 +65,57 @@ class Fit:
     def concurrency(self) -> int:
         return self.pool.concurrency(self.context) if self.fits else 0
 
+    @property
+    def engine(self) -> Engine:
+        return engine_named(self.ask.engine)
+
+    @property
+    def serving(self) -> Serving:
+        """What the engine is given of this verdict."""
+        setup, rank = self.setup, self.prediction.tightest
+        return Serving(
+            where=self.model.where,
+            family=self.model.family,
+            config=self.model.config,
+            gpu=self.node.gpu,
+            context=self.context,
+            tp=setup.split.tp,
+            pp=setup.split.pp,
+            expert_parallel=setup.split.expert_parallel,
+            vision=setup.split.vision,
+            kv_dtype=setup.kv_dtype,
+            kv_dtype_asked=self.ask.kv_dtype != "auto",
+            index_dtype=setup.index_dtype,
+            utilization=setup.utilization,
+            static_fraction=(rank.requested - rank.activation.high - rank.graphs.high) / rank.total,
+            max_num_seqs=setup.max_num_seqs,
+            max_num_batched_tokens=setup.max_num_batched_tokens,
+            block_size=setup.block_size,
+        )
+
+    def command(self) -> list[str]:
+        """The engine's whole command. Raises NodeError for a verdict that does not fit: there is no command that would work."""
+        if not self.fits:
+            raise NodeError(f"{self.model.where} does not fit on {self.node.name}: {self.why_not}.")
+        return self.engine.command(self.serving)
+
 
 def assess(model: ServedModel, node: Node, ask: Ask) -> Fit:
     """Judge one model on one node. Raises NodeError for a request that makes no sense anywhere."""
     if ask.concurrency < 1 or (ask.context is not None and ask.context < 1):
         raise NodeError("--context and --concurrency must be at least 1.")
     split, problem = _split(model, node, ask)
+    memory = engine_named(ask.engine).memory
     setup = Setup(
         split=split,
-        kv_dtype=kv_name(kv_dtype_of(model.config, ask.kv_dtype)),
-        index_dtype=index_name(ask.index_dtype),
+        kv_dtype=memory.kv_name(kv_dtype_of(model.config, ask.kv_dtype)),
+        index_dtype=memory.index_name(ask.index_dtype),
         utilization=ask.utilization,
-        max_num_seqs=ask.max_num_seqs or max(DEFAULT_NUM_SEQS, ask.concurrency),
+        max_num_seqs=ask.max_num_seqs or max(memory.num_seqs, ask.concurrency),
         max_num_batched_tokens=ask.max_num_batched_tokens,
         block_size=ask.block_size,
         enforce_eager=ask.enforce_eager,
+        engine=ask.engine,
     )
     prediction = predict(node, model.family, model.groups, setup)
     pool = prediction.pool("high")
@@ -198,7 +223,7 @@ def _cache_flags(ask: Ask, small: Ask) -> str:
 
 def _flag_changes(fit: Fit, small: Ask) -> Iterator[Change]:
     model, node, ask = fit.model, fit.node, fit.ask
-    if KV_BYTES[fit.setup.kv_dtype] > 1:
+    if fit.setup.memory.kv_bytes[fit.setup.kv_dtype] > 1:
         yield "--kv-dtype fp8", model, node, replace(ask, kv_dtype="fp8")
     if small.index_dtype != ask.index_dtype:
         yield _cache_flags(ask, small).strip(), model, node, small

@@ -10,21 +10,8 @@ import difflib
 import re
 from dataclasses import dataclass
 
+from ..engines.device import CPU, GIB, Gpu
 from ..errors import NodeError
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One accelerator. total_bytes: usable by torch; bandwidth: HBM bytes per second (datasheet)."""
-
-    name: str
-    total_bytes: int
-    bandwidth: float
-    source: str
-    generation: str = "hopper"
-
 
 # H200: 139.8 GiB in vLLM's start-up line (tests/data/serving-logs, measured). The others are not measured here: from nvidia-smi's MiB and public logs.
 # Bandwidth: NVIDIA's datasheets of the SXM boards (RTX PRO 6000 and GB10: product pages).
@@ -41,7 +28,6 @@ GPUS: dict[str, Gpu] = {
 }  # fmt: skip
 # Nodes that tables and model cards show, small to large.
 STANDARD_NODES = ("1xH200", "2xH100", "2xH200", "4xH100", "4xH200", "8xH100", "8xH200")
-CPU = "CPU"
 
 # GiB that vLLM's CPU build sets aside for the cache (VLLM_CPU_KVCACHE_SPACE takes whole ones)
 CPU_DEFAULT_GIB = 1

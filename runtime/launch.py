@@ -16,7 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import OptionError, ServeError
-from .failures import reason
 
 POLL_S = 0.5
 KEPT_LINES = 20_000  # of the engine's output in memory: its start-up, and later what came before its end
@@ -41,10 +40,15 @@ class EngineProcess:
     """A started engine. `text` is its log so far, of which the last KEPT_LINES at least."""
 
     def __init__(
-        self, command: list[str], env: Mapping[str, str], log: Path, echo: Callable[[str], None] | None
+        self,
+        command: list[str],
+        env: Mapping[str, str],
+        log: Path,
+        echo: Callable[[str], None] | None,
+        reason: Callable[[str], str],
     ) -> None:
-        """Start. Raises ServeError where the command does not exist, OptionError where the log cannot be written."""
-        self.log, self.echo = log, echo
+        """Start. reason: what a log says of an end, as one clause. Raises ServeError where the command does not exist, OptionError where the log cannot be written."""
+        self.log, self.echo, self.reason = log, echo, reason
         self._parts: list[str] = []
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -100,11 +104,11 @@ class EngineProcess:
             if code is not None:
                 self._reader.join(timeout=5)
                 raise ServeError(
-                    f"the engine ended with exit code {code} before it was ready: {reason(self.text)}. Log: {self.log}"
+                    f"the engine ended with exit code {code} before it was ready: {self.reason(self.text)}. Log: {self.log}"
                 )
             if time.monotonic() > deadline:
                 raise ServeError(
-                    f"the engine was not ready after {timeout_s:.0f} s: {reason(self.text)}. Log: {self.log}"
+                    f"the engine was not ready after {timeout_s:.0f} s: {self.reason(self.text)}. Log: {self.log}"
                 )
             with suppress(OSError, http.client.HTTPException), LOCAL.open(url, timeout=5) as answer:
                 if answer.status == 200:

@@ -10,14 +10,16 @@ from typing import Any
 from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.strict_json import parse_object
+from ..engines.rules import check_family_format
+from ..engines.stated import config_schemes
 from ..errors import CheckpointError, PlanError
 from ..families import Family, family_of
-from ..planning.engine_config import check_format, config_schemes
+from ..planning.engine_config import check_format
 from ..planning.other_trees import other_tree
 from ..planning.plan import unquantized
 from ..planning.source_format import PLAIN, SourceFormat, file_format, source_format, stored_entries
 from ..planning.source_tensors import check_complete, scale_layout, source_tensors
-from ..recipe.recipe import Recipe, build_recipe, for_family, named_recipe, recipe_names
+from ..recipe.recipe import Recipe, build_recipe, fitted_names, for_family, named_recipe, recipe_names
 from ..schemes import Scheme
 from .weights import Group, bf16_release, checkpoint_groups, converted_groups, gather, stored_bytes
 
@@ -68,8 +70,7 @@ class Subject:
         """What `m3quant convert` would write. Raises PlanError where the recipe does not fit the shapes or the family."""
         if self.refused:
             raise PlanError(f"no recipe can be applied: {self.refused}")
-        if reason := self.family.refused_formats.get(recipe.format):
-            raise PlanError(f"format '{recipe.format}' cannot be served for {self.family.model_type}: {reason}.")
+        check_family_format(self.family, recipe.format)
         recipe, _ = for_family(recipe, self.family)
         check_format(recipe, self.family)
         groups = converted_groups(self.source_groups, recipe)
@@ -82,7 +83,9 @@ class Subject:
         models, refused = [self.stored], dict[str, str]()
         if self.config_only and self.stored.label != "bf16":
             models.append(ServedModel(self.where, "bf16", self.family, unquantized(self.config), self.source_groups))
-        for name in recipe_names() if self.convertible else ():
+        own = {"type": self.family.model_type, "layers": self.family.num_layers}
+        names = [*recipe_names(), *(name for name in fitted_names() if named_recipe(name).get("model") == own)]
+        for name in names if self.convertible else ():
             if name == self.stored.label:
                 continue  # the checkpoint is stored in this format already
             try:

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_json_atomic
-from .enginelog import EngineLog
+from ..checkpoint.bounded import read_json
+from ..engines.start_log import EngineLog
+from ..errors import CheckpointError
 from .fit import Fit
+
+PIN_BYTES = 65536
 
 
 def pin_folder() -> Path:
@@ -38,10 +42,10 @@ def read_pin(key: str, folder: Path | None = None) -> int | None:
     """Bytes of KV cache per GPU pinned under `key`, or None."""
     path = (folder or pin_folder()) / f"{key}.json"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))["kv_cache_memory_bytes"]
-    except (OSError, ValueError, KeyError, TypeError):
+        value = read_json(path, PIN_BYTES, "", follow=True)["kv_cache_memory_bytes"]
+    except (CheckpointError, KeyError):
         return None  # no pin, or a damaged one: the engine measures again, which is always right
-    return value if isinstance(value, int) and value > 0 else None
+    return value if type(value) is int and value > 0 else None
 
 
 def pinned_bytes(log: EngineLog) -> int | None:

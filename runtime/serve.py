@@ -19,32 +19,21 @@ import m3quant
 
 from ..artifact.journal import unfinished
 from ..artifact.manifest import MANIFEST, Sums, load_manifest
-from ..checkpoint.bounded import TOKENIZER_BYTES, read_bounded
-from ..errors import CheckpointError, DoesNotFit, EngineMissing, OptionError, ServeError, VerifyError
-from .checklog import TOLERATED, LogCheck, check_log
-from .command import vllm_arguments
-from .enginelog import parse_log
-from .engines import (
-    GUARD,
-    SAFE_PATH,
-    Engine,
-    Launch,
-    check_dtypes,
-    check_integers,
-    detect_node,
-    find_engine,
-    sglang_launch,
-    version_notes,
-    vllm_launch,
-    weight_notes,
-)
-from .failures import reason
+from ..engines import Engine, Installed, Launch, StartOptions, engine_named
+from ..engines.installed import SAFE_PATH
+from ..engines.integers import is_narrow
+from ..engines.rules import check_schemes, integer_notes, zero_point_notes
+from ..errors import CheckpointError, DoesNotFit, EngineMissing, OptionError, RecipeError, ServeError, VerifyError
+from ..schemes import Scheme
+from .checklog import TOLERATED, LogCheck, check_log, log_reader
 from .fit import Fit, assess, remedies
+from .guard.settings import PREFIX, read_settings
 from .hardware import CPU, STANDARD_NODES, Node, parse_node
 from .launch import EngineProcess, check_port
 from .model import Subject, open_subject
 from .pins import pin_key, pinned_bytes, read_pin, write_pin
 from .serve_recipe import ServeRecipe
+from .this_machine import detect_node
 
 Say = Callable[[str], None]
 TYPICAL_REQUEST = 8192  # tokens, prompt and answer
@@ -57,7 +46,7 @@ class Prepared:
     subject: Subject
     fit: Fit
     recipe: ServeRecipe
-    engine: Engine | None
+    installed: Installed | None
     launch: Launch
     pin_key: str
     pin: int | None
@@ -107,87 +96,106 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
     subject = open_subject(src)
     for note in quick_check(src, subject):
         say(f"note: {note}")
-    engine = _engine(recipe, python, dry)
-    if engine is not None:
-        for note in version_notes(engine, subject.family, subject.config):
+    engine = engine_named(recipe.engine)
+    installed = _installed(engine, python, dry)
+    if installed is not None:
+        for note in engine.check_family(installed, subject.family):
             say(f"warning: {note}")
-    check_integers(recipe.engine, engine, subject.stored.schemes)
-    node = _node(recipe, engine, dry, say)
+    check_schemes(engine, installed, subject.stored.schemes)
+    node = _node(recipe, engine, installed, dry, say)
     where = str(Path(src).expanduser().resolve()) if Path(src).expanduser().is_dir() else subject.stored.where
     fit = assess(replace(subject.stored, where=where), node, recipe.ask())
     if not fit.fits:
         tried = [f"{r.change} (context up to {r.fit.longest_context:,})" for r in remedies(fit)]
         helps = f" It would with {', or '.join(tried)}." if tried else ""
         raise DoesNotFit(f"{src} does not fit on {node.name}: {fit.why_not}.{helps}")
-    if engine is not None:
-        check_dtypes(fit, engine)
+    if installed is not None:
+        engine.check_index(installed, fit.serving)
     for note in weight_notes(fit):
         say(f"note: {note}")
     fit, recipe = _sized(fit, recipe, say)
-    version = engine.version if engine else "any"
-    key = pin_key(fit, version, [*vllm_arguments(fit), *recipe.extra])
-    pin = read_pin(key) if pinning and recipe.engine == "vllm" and node.gpu.name != CPU else None
-    if recipe.engine == "sglang":
-        launch = sglang_launch(fit, recipe, engine, api_key_env)
-    else:
-        launch = without_reasoning(vllm_launch(fit, recipe, engine, api_key, pin), fit, Path(src).expanduser())
-    return Prepared(subject, fit, recipe, engine, launch, key, pin)
+    version = installed.version if installed else "any"
+    key = pin_key(fit, version, [*engine.arguments(fit.serving), *recipe.extra])
+    pin = read_pin(key) if pinning and engine.takes_pin and node.gpu.name != CPU else None
+    launch = engine.launch(fit.serving, start_options(src, recipe, api_key, api_key_env, pin), installed)
+    return Prepared(subject, fit, recipe, installed, launch, key, pin)
 
 
-def without_reasoning(launch: Launch, fit: Fit, folder: Path) -> Launch:
-    """The launch, without the reasoning parser where the tokenizer lacks the markers that it insists on. Said in a note."""
-    tokenizer, wanted = folder / "tokenizer.json", fit.model.family.reasoning_tokens
-    if not wanted or "--reasoning-parser" not in launch.command or not tokenizer.is_file():
-        return launch
-    text = read_bounded(tokenizer, TOKENIZER_BYTES).decode("utf-8", errors="replace")
-    absent = [token for token in wanted if f'"{token}"' not in text]
-    if not absent:
-        return launch
-    at = launch.command.index("--reasoning-parser")
-    note = f"tokenizer.json has no {' and '.join(absent)}, which --reasoning-parser {launch.command[at + 1]} insists on: served without that parser"
-    return replace(launch, command=launch.command[:at] + launch.command[at + 2 :], notes=[*launch.notes, note])
+def start_options(
+    src: str, recipe: ServeRecipe, api_key: str | None, api_key_env: str | None, pin: int | None
+) -> StartOptions:
+    """Raises what `guard_environment` raises."""
+    return StartOptions(
+        host=recipe.host,
+        port=recipe.port,
+        folder=Path(src).expanduser(),
+        served_name=recipe.served_name,
+        guard=guard_environment(recipe) if recipe.guard and engine_named(recipe.engine).has_guard else None,
+        api_key=api_key,
+        api_key_env=api_key_env,
+        pin=pin,
+        start_timeout=recipe.start_timeout,
+        shutdown_timeout=recipe.shutdown_timeout,
+        watermark=recipe.watermark,
+        extra=tuple(recipe.extra),
+    )
 
 
-def _engine(recipe: ServeRecipe, python: str | None, dry: bool) -> Engine | None:
-    """The installed engine; None in a dry run on a machine that has none."""
-    from ..verify.engine_python import find_engine_python
+def guard_environment(recipe: ServeRecipe) -> dict[str, str]:
+    """The guard's variables. Raises RecipeError for a key in the recipe, GuardError for what the guard would refuse once all weights are loaded."""
+    env = {f"{PREFIX}{name.upper()}": str(value) for name, value in recipe.guard_settings.items()}
+    if f"{PREFIX}API_KEYS" in env:  # not repeated here: commands, recipes and the files for other managers are shown
+        raise RecipeError(
+            "guard_settings holds API keys, which would be printed: name their variable with --api-key-env."
+        )
+    env.setdefault(f"{PREFIX}WATERMARK", f"{recipe.watermark:g}")
+    read_settings({**os.environ, **env})
+    return env
 
-    if recipe.engine == "sglang":
-        import sys
 
-        try:
-            return find_engine("sglang", python or sys.executable)
-        except EngineMissing:
-            if dry and python is None:
-                return None
-            raise
+def weight_notes(fit: Fit) -> list[str]:
+    """What is known of engines that read weights stored so."""
+    found = list[str]()
+    dtypes = {group.dtype for group in fit.model.groups if group.role == "routed_experts"}
+    if "F8_E4M3" in dtypes:
+        method = str((fit.model.config.get("quantization_config") or {}).get("quant_method", ""))
+        found += fit.engine.activation_notes(fit.model.family, [Scheme("fp8", bits=8)], method)
+    # Of a checkpoint's config only all schemes together are known; whether the experts have zero points, the tensors say.
+    if any(group.role == "routed_experts" and group.leaf == "weight_zero_point" for group in fit.model.groups):
+        found += zero_point_notes(fit.model.schemes, "compressed-tensors", [fit.engine])
+    return [*found, *integer_notes([s for s in fit.model.schemes if is_narrow(s)])]
+
+
+def _installed(engine: Engine, python: str | None, dry: bool) -> Installed | None:
+    """What is installed; None in a dry run on a machine that has none."""
     try:
-        return find_engine("vllm", find_engine_python(python))
+        return engine.find(python)
     except EngineMissing:
         if dry and python is None:
             return None
         raise
 
 
-def _node(recipe: ServeRecipe, engine: Engine | None, dry: bool, say: Say) -> Node:
+def _node(recipe: ServeRecipe, engine: Engine, installed: Installed | None, dry: bool, say: Say) -> Node:
+    cpu = installed is not None and installed.is_cpu
     if recipe.node is None:
-        if engine is None:  # in a dry run only
+        if installed is None:  # in a dry run only
             say(
                 f"note: no engine is installed here: this is the command for {STANDARD_NODES[0]}; --on names another node"
             )
             return parse_node(STANDARD_NODES[0])
-        return detect_node(engine)
+        return detect_node(cpu)
     asked = parse_node(recipe.node)
     if dry:
         return asked
-    if (asked.gpu.name == CPU) != bool(engine and engine.is_cpu):
-        have = "vLLM's CPU build" if engine and engine.is_cpu else "a GPU build of the engine"
+    if (asked.gpu.name == CPU) != cpu:
+        have = f"{engine.title}'s CPU build" if cpu else "a GPU build of the engine"
         raise OptionError(
-            f"--on {recipe.node} does not go with {have} ({engine.python if engine else ''}): name another engine or node."
+            f"--on {recipe.node} does not go with {have} ({installed.python if installed else ''}): name another engine or node."
         )
     if asked.gpu.name == CPU:
         return asked
-    here = detect_node(engine) if engine else asked
+    here = detect_node(cpu) if installed else asked
     if here.count < asked.count or here.gpu.total_bytes < 0.99 * asked.gpu.total_bytes:
         raise OptionError(
             f"--on {recipe.node}, but this machine has {here.name} ({here.gpu.total_bytes / 2**30:.1f} GiB each): plan for that one."
@@ -226,13 +234,13 @@ def _with_useful_seqs(fit: Fit, recipe: ServeRecipe) -> Fit:
 
 
 @contextmanager
-def importable(engine: Engine, launch: Launch) -> Iterator[dict[str, str]]:
+def importable(installed: Installed, launch: Launch) -> Iterator[dict[str, str]]:
     """The launch's environment, with a folder on PYTHONPATH that holds only m3quant where the engine's Python lacks it.
 
     The guard runs inside the engine; putting our site-packages on its path would replace the engine's own libraries.
     """
     env = {**launch.env, **SAFE_PATH}
-    if GUARD not in launch.command or engine.has_m3quant:
+    if not launch.guarded or installed.has_m3quant:
         yield env
         return
     folder = Path(tempfile.mkdtemp(prefix="m3quant-path-"))
@@ -260,11 +268,12 @@ def check_guard() -> None:
 
 def compare(prepared: Prepared, log_text: str) -> LogCheck:
     """The engine's numbers beside the plan's. Raises ServeError if the pool is more than 5 % below what was promised."""
-    log = parse_log(log_text)
     fit = prepared.fit
+    reader = log_reader(fit.ask.engine)
+    log = reader.read(log_text)
     if log.pool_tokens is None:
         raise ServeError(
-            "the engine printed no KV cache size, so the plan cannot be checked: use a vLLM of 0.24 to 0.33."
+            f"the engine printed no KV cache size, so the plan cannot be checked: use a {fit.engine.title} of {reader.releases}."
         )
     check = check_log(fit.model, log, fit.node, fit.ask)
     promised = fit.pool.engine_tokens(log.max_model_len or fit.context)
@@ -301,7 +310,7 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Ready:
-    """A serving engine. check is None for SGLang, whose log is not compared."""
+    """A serving engine. check is None for an engine whose log is not compared."""
 
     url: str
     check: LogCheck | None
@@ -312,22 +321,22 @@ def serve(
     prepared: Prepared, log: Path, echo: Say | None, say: Say, on_ready: Callable[[Ready], None], pinning: bool
 ) -> int:
     """Run until the engine ends or a signal comes. 0: stopped by a signal, drained. Raises ServeError for everything else, OptionError before the start."""
-    recipe, engine = prepared.recipe, prepared.engine
-    assert engine is not None
-    if GUARD in prepared.launch.command:
+    recipe, installed, engine = prepared.recipe, prepared.installed, prepared.fit.engine
+    assert installed is not None
+    if prepared.launch.guarded:
         check_guard()
     check_port(recipe.host, recipe.port)
     host = "127.0.0.1" if recipe.host in ("0.0.0.0", "") else "[::1]" if recipe.host == "::" else recipe.host
     url = f"http://{host}:{recipe.port}"
-    with Stopping() as stopped, importable(engine, prepared.launch) as env:
-        process = EngineProcess(prepared.launch.command, env, log, echo)
+    with Stopping() as stopped, importable(installed, prepared.launch) as env:
+        process = EngineProcess(prepared.launch.command, env, log, echo, engine.reason)
         try:
             if process.wait_ready(f"{url}/health", recipe.start_timeout, stopped):
                 on_ready(_judge(prepared, process, url, pinning))
                 code = process.wait(stopped)
                 if code is not None:
                     raise ServeError(
-                        f"the engine ended with exit code {code} while serving: {reason(process.text)}. Log: {log}"
+                        f"the engine ended with exit code {code} while serving: {engine.reason(process.text)}. Log: {log}"
                     )
             say("stopping: running requests have " + f"{recipe.shutdown_timeout} s to end")
         finally:
@@ -336,8 +345,12 @@ def serve(
 
 
 def _judge(prepared: Prepared, process: EngineProcess, url: str, pinning: bool) -> Ready:
-    if prepared.recipe.engine != "vllm":
+    if prepared.fit.engine.log is None:
         return Ready(url, None, None)
     check = compare(prepared, process.text)
-    size = pinned_bytes(check.log) if pinning and prepared.pin is None and prepared.fit.node.gpu.name != CPU else None
+    size = (
+        pinned_bytes(check.log)
+        if pinning and prepared.fit.engine.takes_pin and prepared.pin is None and prepared.fit.node.gpu.name != CPU
+        else None
+    )
     return Ready(url, check, write_pin(prepared.pin_key, size, prepared.fit) if size else None)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
+from ..engines import DEFAULT, NAMES
 from ..errors import RecipeError
 from ..recipe.recipe import read_recipe_file, recipe_folder
 from .fit import Ask
 from .hardware import MAX_COUNT
-from .memory import DEFAULT_BATCHED_TOKENS, DEFAULT_UTILIZATION
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Word = Annotated[str, Field(pattern=r"^\S+$")]  # what an engine's argument may be: not empty, no white space
@@ -30,7 +30,7 @@ class ServeRecipe(BaseModel):
 
     name: str = "defaults"
     node: str | None = None  # as in --on; YAML would read a key `on` as true
-    engine: Literal["vllm", "sglang"] = "vllm"
+    engine: str = DEFAULT.name
     context: Count | None = None
     concurrency: Count = 1
     kv_dtype: str = "auto"
@@ -38,8 +38,8 @@ class ServeRecipe(BaseModel):
     tp: Count | None = None
     pp: Count | None = None
     max_num_seqs: Count | None = None
-    max_num_batched_tokens: Count = DEFAULT_BATCHED_TOKENS
-    utilization: float = Field(default=DEFAULT_UTILIZATION, gt=0, le=1)
+    max_num_batched_tokens: Count = DEFAULT.memory.batched_tokens
+    utilization: float = Field(default=DEFAULT.memory.utilization, gt=0, le=1)
     vision: bool = False
     watermark: float = Field(default=0.02, ge=0, lt=1)
     shutdown_timeout: int = Field(default=60, ge=0, le=3600)
@@ -50,6 +50,13 @@ class ServeRecipe(BaseModel):
     guard: bool = True
     guard_settings: dict[str, str | int | float] = Field(default_factory=dict)
     extra: list[str] = Field(default_factory=list)  # more arguments for the engine, as they are
+
+    @field_validator("engine")
+    @classmethod
+    def _known_engine(cls, engine: str) -> str:
+        if engine not in NAMES:
+            raise PydanticCustomError("engine", f"Input should be {' or '.join(map(repr, NAMES))}")
+        return engine
 
     @field_validator("extra")
     @classmethod
@@ -65,7 +72,7 @@ class ServeRecipe(BaseModel):
         """The part that the plan judges."""
         return Ask(
             self.context, self.concurrency, self.kv_dtype, self.index_dtype, self.tp, self.pp, self.max_num_seqs, self.max_num_batched_tokens,
-            self.utilization, self.vision,
+            self.utilization, self.vision, engine=self.engine,
         )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from .command import vllm_command
 from .fit import Ask, Fit, assess
 from .hardware import STANDARD_NODES, parse_node
 from .model import open_subject
@@ -15,7 +14,7 @@ from .model import open_subject
 @dataclass(frozen=True)
 class ServingRow:
     """One node and KV dtype. pool_tokens: KV tokens that all requests share; longest_context: of one request, within the model's
-    own limit; command: the exact `vllm serve` line, '' where it does not fit; why_not: '' where it fits."""
+    own limit; command: the engine's exact command line, '' where it does not fit; why_not: '' where it fits."""
 
     node: str
     fits: bool
@@ -33,7 +32,7 @@ def serving_row(fit: Fit) -> ServingRow:
         fit.setup.kv_dtype,
         fit.pool.tokens,
         fit.longest_context,
-        shlex.join(vllm_command(fit)) if fit.fits else "",
+        shlex.join(fit.command()) if fit.fits else "",
         fit.why_not,
     )
 

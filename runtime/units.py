@@ -52,9 +52,9 @@ def _literal(text: str) -> str:
     return text.replace("%", "%%")
 
 
-def compose_file(engine_command: Sequence[str], env: dict[str, str], secret: frozenset[str], fit: Fit, recipe: ServeRecipe, image_version: str,
+def compose_file(engine_command: Sequence[str], env: dict[str, str], secret: frozenset[str], fit: Fit, recipe: ServeRecipe, image: str,
                  api_key_env: str | None) -> str:  # fmt: skip
-    """A compose file around vLLM's image with m3quant in it (for the guard). The checkpoint is mounted read-only; of one on the
+    """A compose file around an engine's image with m3quant in it (for the guard). The checkpoint is mounted read-only; of one on the
     Hub the cache is mounted instead, so that it is downloaded once."""
     where = fit.model.where
     local = Path(where).is_dir()
@@ -66,7 +66,7 @@ def compose_file(engine_command: Sequence[str], env: dict[str, str], secret: fro
         name: (f"${{{api_key_env}:?}}" if name in secret else _no_variable(value)) for name, value in env.items()
     }
     service = {
-        "build": {"dockerfile_inline": f"FROM vllm/vllm-openai:v{image_version}\nRUN pip install --no-deps m3quant=={__version__}\n"},
+        "build": {"dockerfile_inline": f"FROM {image}\nRUN pip install --no-deps m3quant=={__version__}\n"},
         "command": arguments,
         "environment": environment,
         "volumes": [mounted],

@@ -14,6 +14,7 @@ import pytest
 from m3quant.errors import CheckpointError, M3QuantError
 from m3quant.families import family_of
 from m3quant.planning.headers import from_config
+from m3quant.planning.source_format import config_format, stored_entries
 from m3quant.runtime.model import open_subject
 
 DATA = Path(__file__).parent / "data"
@@ -54,6 +55,19 @@ def small(model: str) -> dict[str, Any]:
     return config
 
 
+SHARED = {
+    "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+    "vocab_size": 1000, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None, "hidden_act": "silu", "max_position_embeddings": 2048,
+    "tie_word_embeddings": False, "attention_bias": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False, **SHARED}
+QWEN = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2,
+    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False, "sliding_window": None,
+    "max_window_layers": 4, **SHARED,
+}  # fmt: skip
+
+
 def use(config: dict[str, Any]) -> None:
     family = family_of(config)
     assert family.expected_tensors and list(family.engine_modules())
@@ -79,8 +93,13 @@ def test_any_one_value_may_be_anything(model: str) -> None:
 def test_several_values_at_once_through_the_commands(tmp_path: Path) -> None:
     """plan of a config.json and of a node, from the file's own bytes."""
     draw, file = random.Random(0), tmp_path / "config.json"
-    for _ in range(120):
-        config = small(draw.choice(MODELS))
+    bases = [*map(small, MODELS), LLAMA, QWEN]
+    for base in bases:  # each as it is must do
+        file.write_text(json.dumps(base))
+        from_config(file)
+        open_subject(str(file))
+    for _ in range(240):
+        config = draw.choice(bases)
         everywhere = list(paths(config))[1:]
         for _ in range(draw.choice((1, 1, 2, 4))):
             try:
@@ -93,6 +112,43 @@ def test_several_values_at_once_through_the_commands(tmp_path: Path) -> None:
                 opened(file)
             except M3QuantError as error:
                 str(error).encode()
+
+
+SECTIONS: dict[str, dict[str, Any]] = {
+    "fp8": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "modules_to_not_convert": ["gate", "lm_head"]},
+    "mxfp8": {"quant_method": "mxfp8", "weight_block_size": [1, 32], "ignored_layers": ["lm_head"], "moe_quant_algo": "MXFP8", "kv_cache_quant_algo": "FP8"},
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "exclude_modules": ["*gate"], "group_size": 16},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["re:.*gate"], "config_groups": {"g": {"targets": ["Linear"]}}},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_any_value_of_a_quantization_section_may_be_anything(section: str) -> None:
+    config = small("minimax-m2.7")
+    family = family_of(config)
+    for place in ("quantization_config", "compression_config", "hf_quant_config"):
+        for path in paths(SECTIONS[section]):
+            for value in (*VALUES, "*a" * 40 + "b", ["*a" * 40 + "b"], ["re:("], "x" * 100_000, [0] * 100_000):
+                changed_section = changed(SECTIONS[section], path, value) if path else value
+                if place == "hf_quant_config":
+                    given = {**config, "quantization_config": None}, {"quantization": changed_section}
+                else:
+                    given = {**config, "quantization_config": None, place: changed_section}, None
+                found = config_format(given[0], "config.json", given[1])
+                assert len(found.refused) < 700 and len(found.label) < 200 and f"{found.label}{found.refused}".isprintable()
+                if path in [("modules_to_not_convert",), ("ignored_layers",)] and not found.refused:
+                    try:
+                        assert len(list(stored_entries(family, found))) == len(family.expected_tensors)
+                    except CheckpointError as error:
+                        assert "m3quant does not evaluate" in str(error)
+
+
+@pytest.mark.parametrize("value", [5, "gate", {"gate": 1}, ["gate", 5], True])
+def test_kept_modules_that_are_no_list_of_names_are_refused(value: Any) -> None:
+    section = {**SECTIONS["fp8"], "modules_to_not_convert": value}
+    found = config_format({"quantization_config": section}, "config.json")
+    assert not found.kind and "'modules_to_not_convert' of the quantization section is" in found.refused
 
 
 @pytest.mark.parametrize("name", [

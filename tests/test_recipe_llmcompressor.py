@@ -188,7 +188,7 @@ def test_names_beat_regexes_and_regexes_beat_classes_as_in_compressed_tensors() 
 )
 def test_the_winning_target_is_the_one_that_compressed_tensors_puts_first(targets: list[str], name: str) -> None:
     theirs = match_targets(name, nn.Linear(2, 2), targets)
-    assert _Matcher(targets).first(_Module(name, "attention", None, (name,), "Linear")) == (theirs[0] if theirs else None)
+    assert _Matcher(targets, "the recipe").first(_Module(name, "attention", None, (name,), "Linear")) == (theirs[0] if theirs else None)
 
 
 def test_a_later_modifier_beats_an_earlier_one_where_it_matches() -> None:
@@ -232,7 +232,7 @@ def test_our_own_recipes_are_not_taken_for_theirs() -> None:
         (M2, [*IGNORE_M2, "re:.*experts.3.w2"], r"'routed_experts' gets two .*0.w1 is int4.*3.w2 is keep.*one scheme"),
         (M2, ["lm_head", "gate"], r"'gate' ignores nothing.*layers.0.*gate would be quantized; write 're:\(\.\*\\.\)\?gate\$'"),
         (M2, [*IGNORE_M2, "self_attn"], r"'self_attn' ignores nothing.*q_proj would be quantized; write 're:.*self_attn\\..*'"),
-        (M2, [*IGNORE_M2, "re:(.*"], r"ignore: 're:\(\.\*' is not a regular expression"),
+        (M2, [*IGNORE_M2, "re:(.*"], r"ignore: '\(\.\*' is not a regular expression"),
         (M2, [*IGNORE_M2, 3], "list of names, classes or 're:' regexes"),
     ],
 )  # fmt: skip

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import sync_folder, write_bytes_atomic
+from ..checkpoint.bounded import MANIFEST_BYTES, read_bounded
 from ..errors import OutputError, StoppedError
 from .identity import SourceIdentity, differences
 from .manifest import MANIFEST
@@ -228,12 +229,7 @@ class Journal:
 
 
 def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be read: {error.strerror}. Mend that and run the same command again."
-        ) from None
+    return read_bounded(path, MANIFEST_BYTES, error=OutputError)  # of M3 a few megabytes
 
 
 def remove_leftover(output: Path) -> None:

@@ -63,8 +63,8 @@ def known_sha256(root: Path, name: str) -> str | None:
     if etag is None or not _SHA256.fullmatch(etag):
         return None
     try:
-        downloaded = float(metadata.read_text(encoding="utf-8").splitlines()[2])
-    except (OSError, ValueError):
+        downloaded = float(read_text(metadata, RECORD_BYTES).splitlines()[2])
+    except (CheckpointError, ValueError):
         return None
     return etag if path.stat().st_mtime - 1 <= downloaded else None
 

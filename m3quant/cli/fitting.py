@@ -11,23 +11,21 @@ from typing import Any
 
 import click
 
+from ..engines.memory import Estimate
 from ..errors import DoesNotFit, NodeError
 from ..recipe.recipe import build_recipe, named_recipe, read_recipe_file
 from ..running.words import human_bytes
-from ..runtime.checklog import LogCheck, check_log
-from ..runtime.command import vllm_command
+from ..runtime.checklog import LogCheck, check_log, log_reader
 from ..runtime.cost import Prices, decode_bound, load_prices, price_per_million
-from ..runtime.enginelog import parse_log
 from ..runtime.fit import Ask, Fit, Remedy, assess, remedies
 from ..runtime.hardware import GIB, STANDARD_NODES, Node, parse_node
-from ..runtime.logsettings import START
-from ..runtime.memory import Estimate
 from ..runtime.model import ServedModel, Subject, open_subject
 from ..runtime.weights import Split
 from .options import print_table
 
 TABLE_CONTEXT = 32768  # tokens that each request of the price column holds, unless --context says otherwise
 NO_FIT = DoesNotFit.exit_code
+LOG_BYTES = 64 * 2**20  # of an engine's log; its start has a few hundred kB
 
 
 def run_fit(src: str, revision: str | None, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None,
@@ -70,13 +68,20 @@ def _models(subject: Subject, to: str | None, recipe_file: Path | None, settings
 
 def _log_mode(model: ServedModel, path: Path, node: Node | None, ask: Ask, as_json: bool) -> int:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        with path.open("rb") as file:  # a pipe may be given too
+            data = file.read(LOG_BYTES + 1)
     except OSError as error:
         raise NodeError(f"log {path} cannot be read: {error.strerror}.") from None
-    starts = text.count(START)
+    if len(data) > LOG_BYTES:
+        raise NodeError(f"log {path} has more than {LOG_BYTES:,} bytes: cut it to the lines of one start.")
+    text = data.decode("utf-8", "replace")
+    reader = log_reader(ask.engine)
+    starts = text.count(reader.start)
     if starts > 1:
-        raise NodeError(f"log {path} holds {starts} starts of an engine: cut it to one (each begins with '{START}').")
-    check = check_log(model, parse_log(text), node, ask)
+        raise NodeError(
+            f"log {path} holds {starts} starts of an engine: cut it to one (each begins with '{reader.start}')."
+        )
+    check = check_log(model, reader.read(text), node, ask)
     if as_json:
         click.echo(json.dumps(log_json(check), indent=2))
     else:
@@ -97,7 +102,7 @@ def log_json(check: LogCheck) -> dict[str, Any]:
 def print_log(check: LogCheck) -> None:
     log, setup = check.log, check.fit.setup
     click.echo(
-        f"vLLM {log.version or '(version not in the log)'}: {_split_words(setup.split)}, KV {setup.kv_dtype}, "
+        f"{check.fit.engine.title} {log.version or '(version not in the log)'}: {_split_words(setup.split)}, KV {setup.kv_dtype}, "
         f"utilization {setup.utilization:g}; {check.fit.model.label} of {check.fit.model.where}"
     )
     rows = [["quantity", "predicted", "range", "engine", "off", "verdict"]]
@@ -249,7 +254,7 @@ def fit_json(fit: Fit, changes: list[Remedy], prices: Prices) -> dict[str, Any]:
         "price": {"per_hour": per_hour, "currency": prices.currency, "date": prices.date.isoformat(), "decode_bound_tokens_per_s": bound,
                   "bound_context": _context(fit.ask, fit.model), "bound_requests": _requests(fit),
                   "per_million_output_floor": price_per_million(per_hour, bound) if per_hour is not None and bound else None},
-        "command": shlex.join(vllm_command(fit)) if fit.fits else None,
+        "command": shlex.join(fit.command()) if fit.fits else None,
         "changes": [{"change": r.change, "longest_context": r.fit.longest_context, "pool_tokens": r.fit.pool.tokens} for r in changes],
     }  # fmt: skip
 
@@ -302,7 +307,7 @@ def print_fit(fit: Fit, changes: list[Remedy], prices: Prices) -> None:
             f"price: {per_hour:.2f} {prices.currency}/h ({prices.date}); at least {price_per_million(per_hour, bound):.2f} per million output tokens "
             f"(bandwidth bound of {bound:,.0f} tokens/s, {_requests(fit)} requests of {_context(fit.ask, fit.model):,} tokens)"
         )
-    click.echo(shlex.join(vllm_command(fit)))
+    click.echo(shlex.join(fit.command()))
 
 
 def _span(estimate: Estimate) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
+from ..engines import DEFAULT, ENGINES, NAMES
 from ..errors import OptionError, OutputError, StoppedError
-from ..runtime.engines import shown
 from ..runtime.hardware import CPU, MAX_COUNT
 from ..runtime.serve import Prepared, Ready, full_check, prepare, serve
 from ..runtime.serve_recipe import load_serve_recipe
@@ -33,7 +33,6 @@ RECIPE_OPTIONS = (
     *ASK_OPTIONS,
 )
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-NEWEST_READ = "0.33.0"  # the image named in a compose file when no engine is installed here
 
 
 @click.command("serve")
@@ -55,14 +54,18 @@ NEWEST_READ = "0.33.0"  # the image named in a compose file when no engine is in
 @click.option(
     "--api-key-env", default=None, metavar="NAME", help="Environment variable that holds the API key clients must send."
 )
-@click.option("--engine", type=click.Choice(("vllm", "sglang")), default=None, help="[vllm]")
+@click.option("--engine", type=click.Choice(NAMES), default=None, help=f"[{DEFAULT.name}]")
 @click.option(
     "--engine-python",
     default=None,
     metavar="PYTHON",
     help="Python that has the engine. [M3QUANT_ENGINE_PYTHON, or this one]",
 )
-@click.option("--guard/--no-guard", default=None, help="The KV cache guard inside vLLM's server. [on for vllm]")
+@click.option(
+    "--guard/--no-guard",
+    default=None,
+    help=f"The KV cache guard inside the server. [on for {' and '.join(engine.name for engine in ENGINES if engine.has_guard)}]",
+)
 @click.option("--pin/--no-pin", default=True, help="Reuse the cache size that an earlier start measured. [on]")
 @click.option(
     "--shutdown-timeout",
@@ -94,8 +97,6 @@ def command(checkpoint: str, recipe_file: str | None, api_key_env: str | None, e
             dry_run: bool, write_compose: Path | None, write_systemd: Path | None, quiet: bool, as_json: bool, **options: Any) -> int:  # fmt: skip
     """Serve CHECKPOINT: check it, judge the node, start the engine, compare what it measured with the plan, stay until it ends."""
     recipe = load_serve_recipe(recipe_file, {name: options[name] for name in RECIPE_OPTIONS})
-    if recipe.engine == "sglang":
-        recipe = recipe.model_copy(update={"guard": False})
     dry = bool(dry_run or write_compose or write_systemd)
 
     def say(line: str) -> None:
@@ -159,15 +160,18 @@ def _own_command() -> list[str]:
 
 def _compose(prepared: Prepared, api_key_env: str | None) -> str:
     fit = prepared.fit
-    if fit.node.gpu.name == CPU or prepared.recipe.engine != "vllm":
-        raise OptionError("--write-compose is for vLLM on GPUs: its image has no CPU build and no SGLang.")
-    version = prepared.engine.version if prepared.engine else NEWEST_READ
+    image = fit.engine.image(prepared.installed.version if prepared.installed else None)
+    if fit.node.gpu.name == CPU or image is None:
+        able = " and ".join(engine.title for engine in ENGINES if engine.image(None))
+        raise OptionError(
+            f"--write-compose is for {able} on GPUs: no image of a CPU build or of another engine is known."
+        )
     launch = prepared.launch
-    arguments = launch.command[launch.command.index("serve") + 1 :]
+    arguments = list(launch.arguments)
     arguments[arguments.index("--host") + 1] = (
         "0.0.0.0"  # inside the container; the port is published on the host's loopback
     )
-    return compose_file(arguments, launch.env, launch.secret, fit, prepared.recipe, version, api_key_env)
+    return compose_file(arguments, launch.env, launch.secret, fit, prepared.recipe, image, api_key_env)
 
 
 def _write(path: Path, text: str) -> None:
@@ -183,7 +187,9 @@ def _show(prepared: Prepared, as_json: bool, api_key_env: str | None) -> None:
     fit, launch = prepared.fit, prepared.launch
     if as_json:
         env = {name: (None if name in launch.secret else value) for name, value in launch.env.items()}
-        engine = {"name": prepared.engine.name, "version": prepared.engine.version} if prepared.engine else None
+        engine = (
+            {"name": prepared.installed.name, "version": prepared.installed.version} if prepared.installed else None
+        )
         decision = {
             "event": "decided", "command": launch.command, "env": env, "node": fit.node.name, "context": fit.context, "pool_tokens": fit.pool.tokens,
             "concurrency": fit.concurrency, "kv_dtype": fit.setup.kv_dtype, "engine": engine, "kv_cache_memory_bytes": prepared.pin,
@@ -195,7 +201,7 @@ def _show(prepared: Prepared, as_json: bool, api_key_env: str | None) -> None:
         f"{fit.model.where} ({fit.model.label}) on {fit.node.name}: context {fit.context:,}, at least {fit.pool.tokens:,} KV tokens ({fit.setup.kv_dtype}), "
         f"{fit.concurrency} request(s) of full length at once{pinned}"
     )
-    click.echo(shown(launch, shlex.quote, api_key_env))
+    click.echo(launch.shown(shlex.quote, api_key_env))
 
 
 def _ready(prepared: Prepared, ready: Ready, as_json: bool) -> None:

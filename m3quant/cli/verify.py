@@ -8,37 +8,42 @@ import math
 import click
 
 from ..artifact.output import require_converted
+from ..engines.probing import PROBED, find_probed
 from ..errors import VerifyError
 from ..verify.values import worst
 from ..verify.verification import Check, Verification, sqnr_by_scheme, verify
 from .progress import local_folder
+
+TITLES = " or ".join(engine.title for engine in PROBED)
 
 
 @click.command("verify")
 @click.argument("dst")
 @click.option("--source", default=None, help="The source it was made from: every tensor is compared with it.")
 @click.option(
-    "--engine", is_flag=True, help="Load it in vLLM and compare log-probabilities with the dequantized weights."
+    "--engine",
+    is_flag=True,
+    help=f"Load it in {TITLES} and compare log-probabilities with the dequantized weights.",
 )
 @click.option(
     "--engine-python",
     default=None,
     metavar="PATH",
-    help="Python of the environment that holds vLLM [M3QUANT_ENGINE_PYTHON, or this one].",
+    help=f"Python of the environment that holds {TITLES} [M3QUANT_ENGINE_PYTHON, or this one].",
 )
 @click.option(
     "--engine-timeout",
     type=click.FloatRange(min=1),
     default=3600.0,
     show_default=True,
-    help="Seconds for vLLM to load and answer.",
+    help=f"Seconds for {TITLES} to load and answer.",
 )
 @click.option(
     "--tensor-parallel-size",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="GPUs that vLLM loads it on.",
+    help=f"GPUs that {TITLES} loads it on.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -56,9 +61,7 @@ def command(
         click.echo(line, err=True)
 
     if engine:  # before hours of reading
-        from ..verify.engine_python import find_engine_python
-
-        engine_python = find_engine_python(engine_python)
+        probed, engine_python = find_probed(engine_python)
     folder = local_folder(dst)
     require_converted(folder)
     result, plan = verify(folder, source, say)
@@ -67,9 +70,9 @@ def command(
 
         options = {"timeout_s": engine_timeout, "tensor_parallel_size": tensor_parallel_size}
         try:
-            check, result.engine = engine_check(folder, plan, engine_python, say, **options)
+            check, result.engine = engine_check(probed, folder, plan, engine_python, say, **options)
         except VerifyError as error:  # it crashed: what the other checks found is still worth printing
-            check = Check("engine", "vLLM", [str(error)])
+            check = Check("engine", probed.title, [str(error)])
         result.checks.append(check)
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))

@@ -18,6 +18,7 @@ import numpy as np
 
 from .. import __version__
 from ..artifact.eval_record import EvalRecord, Measured, Result
+from ..calibration.tokenizing import encode
 from ..errors import EvaluationError
 from .haystack import Reach
 from .openai_server import FORMS, IDS_OUT, Offer, Refused, Server, finite, generated_ids, prompt_scores
@@ -159,7 +160,7 @@ class _Asker:
         if self._offer.token_ids:
             return tokens
         text: str = self._tokenizer.decode(tokens)
-        if self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] != tokens:
+        if encode(self._tokenizer, text) != tokens:
             raise Refused(
                 "the server takes text prompts only, and these tokens are not what their text is tokenized to"
             )

@@ -10,12 +10,14 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..artifact.eval_record import Data, Result
+from ..calibration.tokenizing import encode
 from ..errors import EvaluationError
 from ..families import family_of
 from .task import ScoredSequence
@@ -56,11 +58,7 @@ def parse(model: type[P], params: Mapping[str, Any], task: str) -> P:
 
 def encoder(tokenizer: Any) -> Encode:
     """Text to token ids without special tokens."""
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    return encode
+    return partial(encode, tokenizer)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ TRIES = 4
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
 BODY_SHOWN = 300  # characters of a server's message
+ERROR_BYTES = 65536  # of its body that are read
+# Log-probs of a prompt of a million tokens, with the texts of two tokens at each place.
+ANSWER_BYTES = 2**29
 
 
 class Refused(Exception):
@@ -86,7 +89,7 @@ class Server:
         body = {"model": self.model, "prompt": prompt if isinstance(prompt, str) else list(map(int, prompt))}
         answer = self._request("/v1/completions", {**body, "temperature": 0, **options})
         choices = answer.get("choices")
-        if not choices or not isinstance(choices[0], dict):
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise EvaluationError(f"{self.url}/v1/completions answers without choices; is it OpenAI-compatible?")
         return {**choices[0], "prompt_logprobs": choices[0].get("prompt_logprobs") or answer.get("prompt_logprobs")}
 
@@ -121,7 +124,7 @@ class Server:
             last = attempt == TRIES - 1
             try:
                 with self._opener.open(request, timeout=self.timeout_s) as response:
-                    return _json_object(response.read(), self.url + path)
+                    return _json_object(response.read(ANSWER_BYTES + 1), self.url + path)
             except urllib.error.HTTPError as error:
                 said = _message(error)
                 if error.code in (401, 403):
@@ -133,7 +136,11 @@ class Server:
                 if last:
                     raise EvaluationError(f"{self.url}{path} answered {error.code} {TRIES} times: {said}.") from error
                 after = error.headers.get("Retry-After") or ""
-                pause = min(float(after), LONGEST_WAIT_S) if after.isdigit() else wait
+                pause = (
+                    min(float(after), LONGEST_WAIT_S)
+                    if after.isascii() and after.isdigit() and len(after) < 10
+                    else wait
+                )
             except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
                 reason = getattr(error, "reason", error)
                 # Nothing listens there: waiting does not help. A timeout is a minute's work thrown away: not repeated.
@@ -213,7 +220,8 @@ def generated_ids(choice: Mapping[str, Any]) -> list[int] | None:
         ids = [
             number if not before and mark else "" for before, mark, number in marked
         ]  # without the mark they are texts
-    return [int(token) for token in ids] if ids and all(str(token).isdecimal() for token in ids) else None
+    texts = [str(token) for token in ids] if ids else []
+    return [int(text) for text in texts] if texts and all(t.isdecimal() and len(t) < 19 for t in texts) else None
 
 
 def finite(value: float) -> bool:
@@ -250,9 +258,13 @@ def _authorization(variable: str | None) -> dict[str, str]:
 
 
 def _json_object(data: bytes, where: str) -> dict[str, Any]:
+    if len(data) > ANSWER_BYTES:
+        raise EvaluationError(
+            f"{where} answers with more than {ANSWER_BYTES:,} bytes; is this an OpenAI-compatible server?"
+        )
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{where} does not answer in JSON; is this an OpenAI-compatible server?") from error
     if not isinstance(value, dict):
         raise EvaluationError(f"{where} does not answer with an object; is this an OpenAI-compatible server?")
@@ -261,11 +273,11 @@ def _json_object(data: bytes, where: str) -> dict[str, Any]:
 
 def _message(error: urllib.error.HTTPError) -> str:
     """The server's own words, shortened: `error.message` of an OpenAI error, else the body."""
-    body = error.read().decode("utf-8", "replace").strip()
+    body = error.read(ERROR_BYTES).decode("utf-8", "replace").strip()
     try:
         value = json.loads(body)
         inner = value.get("error", value)
         text = str(inner.get("message", body) if isinstance(inner, dict) else inner)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         text = body
     return (text or error.reason or "no message")[:BODY_SHOWN]

@@ -18,6 +18,7 @@ from ..artifact.eval_record import Data
 from ..calibration.corpus import load_documents
 from ..calibration.documents import Document, Skipped, corpus_sha256
 from ..calibration.files import read_file
+from ..calibration.tokenizing import encode
 from ..calibration.windows import refusals, rendered
 from ..errors import CalibrationError, EvaluationError
 
@@ -55,7 +56,7 @@ class Texts:
 @lru_cache(maxsize=64)
 def token_ids(tokenizer: Any, text: str) -> np.ndarray:
     """Ids [N] int64 of a text, no special token added. Read-only: the tasks of a suite share the text, and so its ids."""
-    ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    ids = np.array(encode(tokenizer, text), dtype=np.int64)
     ids.flags.writeable = False
     return ids
 

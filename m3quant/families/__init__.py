@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError
-from .base import KEPT, QUANTIZABLE, EngineModule, Family, Role
+from .base import KEPT, QUANTIZABLE, EngineModule, Family, InEngine, Role
 from .config import REMEDY, check_values, shown
 from .llama import Llama
 from .minimax_m2 import MiniMaxM2
@@ -43,5 +43,5 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
 
 
 __all__ = [
-    "FAMILIES", "KEPT", "QUANTIZABLE", "REMEDY", "EngineModule", "Expected", "Family", "LayerSpec", "Role", "family_of",
+    "FAMILIES", "KEPT", "QUANTIZABLE", "REMEDY", "EngineModule", "Expected", "Family", "InEngine", "LayerSpec", "Role", "family_of",
 ]  # fmt: skip

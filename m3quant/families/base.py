@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 from ..errors import CheckpointError
-from ..schemes import Scheme
 from .config import MAX_LAYERS, MAX_SIZE, MAX_VOCABULARY, REMEDY, ConfigPart
 from .spec import SILU, Expected, LayerSpec, LayerTensor, MoeSpec, is_index, layer_tensors
 
@@ -84,6 +83,25 @@ class KvGeometry:
         return kv + self.index_layers * self.index_dim * index_bytes
 
 
+@dataclass(frozen=True)
+class InEngine:
+    """What is particular to one family in one engine.
+
+    flags: arguments of the server that the family needs, as in the official recipes. first_release: the oldest that has the
+    architecture, '' where every known one does. refused_formats: output format -> why it cannot load the family in it, and
+    what to use. reasoning_tokens: what the reasoning parser among the flags insists on in a
+    tokenizer. probe_arguments: what a loading probe gives the engine beside the request. probe_norm: "module:class" of a
+    norm of the engine's that has no plain fallback of its own.
+    """
+
+    flags: tuple[str, ...] = ()
+    first_release: str = ""
+    refused_formats: Mapping[str, str] = field(default_factory=dict)
+    reasoning_tokens: tuple[str, ...] = ()
+    probe_arguments: Mapping[str, Any] = field(default_factory=dict)
+    probe_norm: str = ""
+
+
 class Family(ABC):
     """One architecture, bound to one config.json. Subclasses read the config in `read_layers` and state what differs."""
 
@@ -97,16 +115,8 @@ class Family(ABC):
     # `modules_to_not_convert` of the AutoAWQ format, which matches by substring, and what to add per kept role
     awq_ignored: ClassVar[tuple[str, ...]]
     awq_substrings: ClassVar[Mapping[str, tuple[str, ...]]]
-    # output format -> why engines cannot load this family in it, and what to use
-    refused_formats: ClassVar[Mapping[str, str]] = {}
-    # flags that `vllm serve` needs for this family, as in the official recipes, and the first release that has the model
-    serve_flags: ClassVar[tuple[str, ...]] = ()
-    sglang_flags: ClassVar[tuple[str, ...]] = ()
-    # what the loading probe gives vLLM beside the request, and a Gemma norm ("module:class") of vLLM's without a fallback
-    probe_arguments: ClassVar[Mapping[str, Any]] = {}
-    probe_gemma_norm: ClassVar[str] = ""
-    reasoning_tokens: ClassVar[tuple[str, ...]] = ()  # the reasoning parser refuses a tokenizer without them
-    min_vllm: ClassVar[str] = ""
+    # engine's name -> what is particular to the family there
+    engines: ClassVar[Mapping[str, InEngine]] = {}
     # What the language model's names begin with, its head's name, and the towers beside it by prefix.
     body: ClassVar[str] = "model."
     head_name: ClassVar[str] = "lm_head.weight"
@@ -313,15 +323,9 @@ class Family(ABC):
             yield EngineModule((f"{mlp}.gate_up_proj", *pair), pair, f"{mlp}.gate_up_proj (gate, up)")
             yield EngineModule((f"{mlp}.down_proj",), (f"{mlp}.down_proj",), f"{mlp}.down_proj")
 
-    def probe_facts(self) -> dict[str, Any]:
-        """What verify/engine_probe.py must know, JSON-able, because it runs where m3quant is not installed."""
-        return {
-            "arguments": dict(self.probe_arguments),
-            "gemma_norm": self.probe_gemma_norm,
-            "towers": list(self.towers),
-            "layers": self.num_layers,
-            "unread": [self.head_name] if self.tied else [],
-        }
+    def in_engine(self, name: str) -> InEngine:
+        """What is particular to this family in the engine of that name."""
+        return self.engines.get(name, InEngine())
 
     def recipe_aliases(self, module: str) -> tuple[str, ...]:
         """Other names of an on-disk module (as in the transformers tree), for recipes written by regex."""
@@ -330,10 +334,6 @@ class Family(ABC):
     def engine_names(self, module: str) -> tuple[str, ...]:
         """The on-disk module name and the name vLLM gives the module, where an exact list must hold both."""
         return (module,)
-
-    def engine_notes(self, routed_experts: Collection[Scheme], fmt: str) -> tuple[str, ...]:
-        """What a person must know of engine releases before serving routed experts in these schemes."""
-        return ()
 
     def optional_groups(self) -> tuple[str, ...]:
         """Roles that a checkpoint may lack altogether (a text-only copy without vision), but not in part."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from .base import Family
+from .base import Family, InEngine
 from .config import MAX_EXPERTS, ConfigPart, heads_of, read_rope, top_k_of
 from .spec import SILU, Activation, LayerSpec, MoeSpec
 
@@ -25,8 +25,12 @@ class MiniMaxM2(Family):
         "routed_experts": (".experts",),
         "attention": ("self_attn",),
     }
-    serve_flags = ("--tool-call-parser", "minimax_m2", "--enable-auto-tool-choice", "--reasoning-parser", "minimax_m2")
-    sglang_flags = ("--tool-call-parser", "minimax-m2", "--reasoning-parser", "minimax-append-think")
+    engines: ClassVar[Mapping[str, InEngine]] = {
+        "vllm": InEngine(
+            flags=("--tool-call-parser", "minimax_m2", "--enable-auto-tool-choice", "--reasoning-parser", "minimax_m2")
+        ),
+        "sglang": InEngine(flags=("--tool-call-parser", "minimax-m2", "--reasoning-parser", "minimax-append-think")),
+    }
     expert_probes = ("mlp.experts.0.w1", "mlp.experts.0.w2", "mlp.experts.0.w3")
 
     def read_layers(self, top: ConfigPart, text: ConfigPart) -> list[LayerSpec]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 from ..errors import CheckpointError
-from ..schemes import Scheme
-from .base import Family
+from .base import Family, InEngine
 from .config import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_SIZE, ConfigPart, heads_of, read_rope, top_k_of
 from .spec import SILU, SWIGLUOAI, Activation, Expected, LayerSpec, MoeSpec, SparseSpec
 
@@ -48,17 +47,21 @@ class MiniMaxM3VL(Family):
         "dense_mlp": (".mlp.",),
         "attention": ("self_attn",),
     }
-    refused_formats: ClassVar[Mapping[str, str]] = {
-        "fp8": "vLLM's M3 loader renames every weight_scale_inv to weight_scale and then skips it without a word, "
-        "because the fp8 layers have no such parameter; add --format compressed-tensors, which stores the same blocks",
+    engines: ClassVar[Mapping[str, InEngine]] = {
+        "vllm": InEngine(
+            flags=("--tool-call-parser", "minimax_m3", "--enable-auto-tool-choice", "--reasoning-parser", "minimax_m3"),
+            first_release="0.24.0",  # vllm-project/vllm#45381
+            refused_formats={
+                "fp8": "vLLM's M3 loader renames every weight_scale_inv to weight_scale and then skips it without a word, "
+                "because the fp8 layers have no such parameter; add --format compressed-tensors, which stores the same blocks"
+            },
+            reasoning_tokens=("<mm:think>", "</mm:think>"),
+            # The vision tower is neither built nor read; 128 is the only block size of the sparse kernels.
+            probe_arguments={"language_model_only": True, "block_size": 128},
+            probe_norm="vllm.models.minimax_m3.nvidia.model:MiniMAXGemmaRMSNorm",
+        ),
+        "sglang": InEngine(flags=("--tool-call-parser", "minimax-m3", "--reasoning-parser", "minimax-m3")),
     }
-    serve_flags = ("--tool-call-parser", "minimax_m3", "--enable-auto-tool-choice", "--reasoning-parser", "minimax_m3")
-    sglang_flags = ("--tool-call-parser", "minimax-m3", "--reasoning-parser", "minimax-m3")
-    # The vision tower is neither built nor read; 128 is the only block size of the sparse kernels.
-    probe_arguments: ClassVar[Mapping[str, Any]] = {"language_model_only": True, "block_size": 128}
-    probe_gemma_norm = "vllm.models.minimax_m3.nvidia.model:MiniMAXGemmaRMSNorm"
-    reasoning_tokens = ("<mm:think>", "</mm:think>")
-    min_vllm = "0.24.0"  # vllm-project/vllm#45381
     body = "language_model.model."
     head_name = "language_model.lm_head.weight"
     towers: ClassVar[Mapping[str, str]] = {
@@ -201,14 +204,6 @@ class MiniMaxM3VL(Family):
             return (module, f"vision_tower.{module}")
         # vLLM drops `mlp.` from the vision layers, but its name mapper misses entries without a trailing dot
         return tuple(dict.fromkeys((module, module.replace(".mlp.fc", ".fc"))))
-
-    def engine_notes(self, routed_experts: Collection[Scheme], fmt: str) -> tuple[str, ...]:
-        if any(scheme.kind == "fp8" for scheme in routed_experts) and fmt == "compressed-tensors":
-            return (
-                "FP8 routed experts of M3 need a vLLM that hands swiglu_alpha and swiglu_beta to its FP8 experts: 0.32 does, "
-                "0.26 does not and answers with wrong numbers (docs/verify.md)",
-            )
-        return ()
 
     def optional_groups(self) -> tuple[str, ...]:
         return ("vision", "projector")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from .base import Family
+from .base import Family, InEngine
 from .config import MAX_EXPERTS, MAX_LAYERS, ConfigPart, full_attention_only, heads_of, read_rope, top_k_of
 from .spec import SILU, Activation, LayerSpec, MoeSpec
 
@@ -27,8 +27,12 @@ class Qwen3Moe(Family):
         "dense_mlp": ("mlp.gate_", "mlp.up_", "mlp.down_"),
         "attention": ("self_attn",),
     }
-    serve_flags = ("--tool-call-parser", "hermes", "--enable-auto-tool-choice", "--reasoning-parser", "qwen3")
-    sglang_flags = ("--tool-call-parser", "qwen25", "--reasoning-parser", "qwen3")
+    engines: ClassVar[Mapping[str, InEngine]] = {
+        "vllm": InEngine(
+            flags=("--tool-call-parser", "hermes", "--enable-auto-tool-choice", "--reasoning-parser", "qwen3")
+        ),
+        "sglang": InEngine(flags=("--tool-call-parser", "qwen25", "--reasoning-parser", "qwen3")),
+    }
     expert_probes = tuple(f"mlp.experts.0.{part}" for part in ("gate_proj", "down_proj", "up_proj"))
 
     def read_layers(self, top: ConfigPart, text: ConfigPart) -> list[LayerSpec]:

@@ -19,7 +19,7 @@ from .plan import OutputTensor, Plan, PlannedTensor, Unit
 from .sensitivity import ROLES
 
 # What is tried where nothing was measured. Zero points at 2, 3 and 5 bits: one vLLM release
-# unpacks symmetric experts of these widths while it loads them (engine_integers). Symmetric at 4, 6 and 8: the kernels
+# unpacks symmetric experts of these widths while it loads them (engines/vllm). Symmetric at 4, 6 and 8: the kernels
 # that every engine has.
 BULK_CANDIDATES = (
     "int2-g128-asym",

@@ -1,25 +1,16 @@
-"""`quantization_config`: what an engine is told, and what it will make of it.
-
-`quantization_config` writes the group; `resolve` reads it the way vLLM does (compressed_tensors/utils.py
-`find_matched_target` and `should_ignore_layer`, quant_utils `is_layer_skipped`), so that plan and verify can compare
-the engine's view of every fused module with the schemes on disk. Torch-free.
-"""
+"""`quantization_config`: what an engine is told. What it makes of it is `engines.rules.lookup_problems`. Torch-free."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..engines.rules import check_expert_scheme
 from ..errors import PlanError
 from ..families.base import QUANTIZABLE, Family, Role
 from ..recipe.recipe import Recipe
-from ..schemes import KEEP, Scheme
-from .engine_integers import check_expert_scheme, scheme_of_group
+from ..schemes import Scheme
 from .engine_kept import add_kept
-
-# `packed_modules_mapping` of vLLM's models.
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def quantization_config(
@@ -176,117 +167,3 @@ def check_format(recipe: Recipe, family: Family) -> None:
 def _named(items: Sequence[tuple[str, Scheme]]) -> str:
     """For people: "attention is fp8-channel and dense_mlp is int8-g128"."""
     return " and ".join(f"{role} is {scheme}" for role, scheme in items)
-
-
-def resolve(config: Mapping[str, Any], probe: str, expert: bool = False) -> Scheme:
-    """The scheme that vLLM's lookup gives to the module called `probe`; KEEP where it stays unquantized."""
-    method = config.get("quant_method")
-    if method == "compressed-tensors":
-        if any(_matches(probe, pattern) for pattern in config.get("ignore") or ()):
-            return KEEP
-        for group in config["config_groups"].values():
-            if any(_matches(probe, target) for target in group["targets"]):
-                return scheme_of_group(group)
-        return KEEP
-    ignored = config.get("modules_to_not_convert") or config.get("ignored_layers") or []
-    if method == "awq":
-        if any(entry in probe for entry in ignored):
-            return KEEP
-        size = config["group_size"]
-        return Scheme("int", config["bits"], None if size == -1 else size, symmetric=False)
-    if method == "fp8":
-        return KEEP if _fp8_skipped(probe, ignored, expert) else Scheme("fp8", bits=8, block=True)
-    raise PlanError(f"quantization_config has quant_method {method!r}, which m3quant does not write.")
-
-
-def _fp8_skipped(probe: str, ignored: Iterable[str], expert: bool) -> bool:
-    """vLLM's `is_layer_skipped`: a fused name is skipped if it is listed itself, or if all its parts are."""
-    listed = set(ignored)
-    if expert:
-        return any(_parent(probe) in entry for entry in listed if "experts" in entry)
-    parent, _, leaf = probe.rpartition(".")
-    parts = _FUSED.get(leaf)
-    return probe in listed or (parts is not None and all(f"{parent}.{part}" in listed for part in parts))
-
-
-def _parent(probe: str) -> str:
-    """'…experts.0.w1' -> '…experts': vLLM looks a whole MoE layer up under the name of its list of experts."""
-    return probe.rsplit(".", 2)[0]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return name == pattern
-
-
-def config_schemes(config: Mapping[str, Any]) -> frozenset[Scheme]:
-    """Every integer or FP8 scheme that a compressed-tensors or AutoAWQ checkpoint's config.json states, whoever wrote it.
-
-    Groups of other kinds (FP4), and what is no scheme at all, are left out: what they mean is for the engine to say.
-    """
-    text = config.get("text_config")
-    quantization = config.get("quantization_config") or (
-        text.get("quantization_config") if isinstance(text, Mapping) else None
-    )
-    if not isinstance(quantization, Mapping):
-        return frozenset()
-    if quantization.get("quant_method") == "awq":
-        groups: Any = {
-            "awq": {
-                "weights": {
-                    "num_bits": quantization.get("bits"),
-                    "type": "int",
-                    "strategy": "group",
-                    "symmetric": False,
-                }
-            }
-        }
-    else:
-        groups = quantization.get("config_groups")
-    found = set()
-    for group in groups.values() if isinstance(groups, Mapping) else ():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        if isinstance(weights, Mapping) and _is_known(weights):
-            found.add(scheme_of_group({"weights": weights}))
-    return frozenset(found)
-
-
-def _is_known(weights: Mapping[str, Any]) -> bool:
-    size = weights.get("group_size")
-    kinds = (type(weights.get("num_bits")), type(weights.get("symmetric")), type(weights.get("strategy")))
-    if kinds != (int, bool, str) or not (size is None or type(size) is int):
-        return False
-    return weights.get("type") == "int" or (weights.get("type") == "float" and weights["num_bits"] == 8)
-
-
-def engine_problems(family: Family, qconfig: Mapping[str, Any], modules: Mapping[str, Scheme]) -> list[str]:
-    """Where the engine's view of the checkpoint differs from the schemes of `modules`; empty when it loads as meant.
-
-    Checks the rules of facts/checkpoints 4 and 7: members of one fused module share a scheme, and every name under
-    which the engine looks that module up resolves to it.
-    """
-    problems = []
-    zero_point_only = qconfig.get("quant_method") == "awq"
-    for module in family.engine_modules():
-        schemes = {modules[m] for m in module.members if m in modules}
-        if len(schemes) > 1:
-            example = {scheme.name: next(m for m in module.members if modules.get(m) == scheme) for scheme in schemes}
-            listed = ", ".join(f"{name} ({member})" for name, member in sorted(example.items()))
-            problems.append(
-                f"{module.fused_name} is one module in the engine but has several schemes: {listed}. Give them one scheme, or keep all of them."
-            )
-            continue
-        if not schemes:
-            continue
-        planned = schemes.pop()
-        for probe in module.probes:
-            seen = resolve(qconfig, probe, expert=".experts." in probe and "shared" not in probe)
-            same = seen == planned or (
-                zero_point_only and seen.quantizes and seen.group_size == planned.group_size and planned.quantizes
-            )
-            if not same:
-                problems.append(
-                    f"the engine looks up {probe} and finds {seen}, but {module.fused_name} is stored as {planned}: quantization_config's targets are wrong."
-                )
-    return problems

@@ -1,6 +1,6 @@
 """The best recipe within a budget: every layer's schemes, chosen by measured sensitivity, or evenly where nothing was measured.
 
-All experts of a layer share one scheme, and so do its attention and indexer; layers may differ (`engine_integers`). With
+All experts of a layer share one scheme, and so do its attention and indexer; layers may differ (`engines.integers`). With
 a sensitivity file the answer is the recipe with the least predicted KL divergence of all that the budget allows
 (`knapsack`): more budget never gives a worse one. Without, the rule is plain: what every token passes through gets its
 widest scheme first, then the routed experts of all layers are widened step by step, and a step that the budget allows
@@ -122,7 +122,9 @@ class Fitting:
         return self.recipe_of(self.schemes(chosen))
 
     def recipe_of(self, layers: Sequence[Schemes]) -> Recipe:
-        return build_recipe(recipe_document(layers, self.data))
+        family = self.base.family
+        model = {"type": family.model_type, "layers": family.num_layers}
+        return build_recipe(recipe_document(layers, self.data) | {"model": model})
 
     def plan(self, chosen: Sequence[int]) -> Plan:
         return make_plan(self.checkpoint, self.recipe(chosen))

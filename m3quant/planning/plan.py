@@ -15,14 +15,14 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from ..checkpoint import DTYPE_BYTES, Checkpoint, Entry, TensorInfo, aligned_order, entry_bytes, file_size
+from ..engines.rules import activation_notes, check_family_format, integer_notes, lookup_problems, zero_point_notes
 from ..errors import PlanError
 from ..families import KEPT, QUANTIZABLE, Family, Role, family_of
 from ..families.spec import is_index
 from ..recipe.layer_ranges import show_layers
 from ..recipe.recipe import Recipe, for_family, split_layers
 from ..schemes import FP8_BLOCK, KEEP, Scheme
-from .engine_config import check_format, engine_problems, quantization_config
-from .engine_integers import integer_notes
+from .engine_config import check_format, quantization_config
 from .engine_kept import PASSED_THROUGH, kept_linears
 from .layout import check_divisible, stored_tensors
 from .source_format import FP8_BLOCK as FP8_BLOCK_SOURCE
@@ -198,8 +198,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     recipe, recipe_notes = for_family(recipe, family)
     _check_roles(recipe, family)
     check_format(recipe, family)
-    if reason := family.refused_formats.get(recipe.format):
-        raise PlanError(f"format '{recipe.format}' cannot be served for {family.model_type}: {reason}.")
+    check_family_format(family, recipe.format)
     tensors = source_tensors(checkpoint)
     notes = [*checkpoint.warnings, *recipe_notes, *check_complete(checkpoint, family, tensors)]
     notes += _calibration_notes(family, recipe)
@@ -215,9 +214,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     plan = Plan(checkpoint, family, recipe, units, None, notes)
     _check_layers(recipe, units)
     schemes = {kind: role_schemes(plan, kind) for kind in QUANTIZABLE}
-    plan.notes += family.engine_notes(schemes["routed_experts"], recipe.format)
+    plan.notes += activation_notes(family, schemes["routed_experts"], recipe.format)
     others = {scheme for kind, own in schemes.items() if kind != "routed_experts" for scheme in own}
     plan.notes += integer_notes(schemes["routed_experts"], others)
+    plan.notes += zero_point_notes(schemes["routed_experts"], recipe.format)
     if any(scheme.quantizes for scheme in plan.modules.values()):
         stored = (
             TensorInfo(o.name, o.dtype, o.shape, "", 0, 0)
@@ -334,7 +334,7 @@ def _as_stored(source: SourceTensor) -> tuple[OutputTensor, ...]:
 def _check_engine_rules(plan: Plan) -> None:
     """Rules of facts/checkpoints 4 and 7: fused modules share a scheme, names resolve, fused blocks are aligned."""
     assert plan.quantization is not None
-    problems = engine_problems(plan.family, plan.quantization, plan.modules)
+    problems = lookup_problems(plan.family, plan.quantization, plan.modules)
     if problems:
         more = f" ({len(problems) - 1} more of this kind)" if len(problems) > 1 else ""
         raise PlanError(problems[0] + more)

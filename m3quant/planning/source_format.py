@@ -14,7 +14,7 @@ from typing import Any
 
 from ..checkpoint import CONFIG_NAME, Checkpoint, TensorInfo
 from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
-from ..checkpoint.strict_json import parse_object
+from ..checkpoint.strict_json import described, parse_object
 from ..errors import CheckpointError
 from ..families.base import QUANTIZABLE, Family
 from ..schemes import FP8_BLOCK as BLOCK
@@ -65,14 +65,15 @@ def config_format(config: Mapping[str, Any], where: str, hf_quant: Mapping[str, 
             "", "quantized", f"{file}: the quantization section is no object: restore the release's own file."
         )
     kind, label, what = _judge(section)
-    kept = tuple(
-        e
-        for key in _KEPT_KEYS
-        for e in section.get(key) or ()
-        if isinstance(section.get(key), list) and isinstance(e, str)
-    )
+    kept: list[str] = []
+    for key in _KEPT_KEYS:
+        names = section.get(key)
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            wrong = f"{file}: '{key}' of the quantization section is {described(names)}, no list of names: restore the release's own file."
+            return SourceFormat("", label, wrong, section)
+        kept += names or ()
     refused = "" if kind else _refusal(file, section.get("quant_method"), what, label)
-    return SourceFormat(kind, label, refused, section, kept)
+    return SourceFormat(kind, label, refused, section, tuple(kept))
 
 
 def source_format(checkpoint: Checkpoint) -> SourceFormat:
@@ -119,9 +120,11 @@ def _section(config: Mapping[str, Any]) -> Any:
 def _judge(section: Mapping[str, Any]) -> tuple[str, str, str]:
     """(kind or "", label, what it is in words)."""
     method = section.get("quant_method")
-    name = str(method or ("modelopt" if section.get("quant_algo") else "")).lower()
+    name = _word(method or ("modelopt" if section.get("quant_algo") else "")).lower()
     parts = {
-        str(v).upper(): k for k, v in section.items() if str(k).endswith("quant_algo") and not _of_cache(str(k)) and v
+        _word(v).upper(): _word(k)
+        for k, v in section.items()
+        if str(k).endswith("quant_algo") and not _of_cache(str(k)) and v
     }
     others = sorted(algo for algo in parts if algo not in ("MXFP8", "FP8"))
     if name in ("fp8", "mxfp8") and others:
@@ -132,7 +135,7 @@ def _judge(section: Mapping[str, Any]) -> tuple[str, str, str]:
     if name == "mxfp8":
         block = section.get("weight_block_size")
         if block not in (None, [1, MX_GROUP]):
-            return "", "mxfp8", f"MXFP8 with blocks of {block}, not [1, {MX_GROUP}]"
+            return "", "mxfp8", f"MXFP8 with blocks of {described(block)}, not [1, {MX_GROUP}]"
         return MXFP8, "mxfp8", ""
     if name.startswith("modelopt"):
         algorithms = [algo for algo, key in parts.items() if algo not in ("NONE", "NULL")]
@@ -141,9 +144,14 @@ def _judge(section: Mapping[str, Any]) -> tuple[str, str, str]:
         said = ", ".join(algorithms) or "no quant_algo"
         return "", said.lower() if algorithms else "modelopt", f"ModelOpt's {said}"
     if name == "compressed-tensors":
-        form = str(section.get("format"))
+        form = _word(section.get("format"))
         return "", next((algo for algo in ("nvfp4", "mxfp4") if algo in form.lower()), name), f"format {form}"
     return "", name or "quantized", _INTEGERS.get(name, "a format that m3quant does not know")
+
+
+def _word(value: object) -> str:
+    """A value as a word of a message: whoever wrote the file may have put anything there."""
+    return "".join(c if c.isprintable() else "?" for c in (value if isinstance(value, str) else described(value))[:60])
 
 
 def _of_cache(key: str) -> bool:
@@ -154,11 +162,11 @@ def _of_cache(key: str) -> bool:
 def _fp8(section: Mapping[str, Any]) -> tuple[str, str, str]:
     block, form = section.get("weight_block_size"), section.get("fmt")
     if form not in (None, "e4m3", "float8_e4m3fn"):
-        return "", "fp8", f"FP8 of {form}, not E4M3"
+        return "", "fp8", f"FP8 of {_word(form)}, not E4M3"
     if block is None:
         return "", "fp8-tensor", f"{_ONE_SCALE} (no weight_block_size)"
     if block != [BLOCK, BLOCK]:
-        return "", "fp8", f"FP8 in blocks of {block}, not [{BLOCK}, {BLOCK}]"
+        return "", "fp8", f"FP8 in blocks of {described(block)}, not [{BLOCK}, {BLOCK}]"
     if section.get("activation_scheme") == "static":
         return "", "fp8", "FP8 blocks with static activation scales"
     return FP8_BLOCK, "fp8-block", ""
@@ -168,7 +176,7 @@ _VAGUE = ("fp8-tensor", "quantized", "modelopt")  # where headers say more
 
 
 def _refusal(file: str, method: object, what: str, label: str) -> str:
-    return f"{file} says quant_method {method!r}, {what}: {_advice(label)[0].lower()}{_advice(label)[1:]}"
+    return f"{file} says quant_method {described(method)}, {what}: {_advice(label)[0].lower()}{_advice(label)[1:]}"
 
 
 def _advice(label: str) -> str:

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ..artifact.output import read_manifest
 from ..checkpoint import sha256_file, write_bytes_atomic
 from ..checkpoint.bounded import MANIFEST_BYTES, TEXT_BYTES, read_bounded
-from ..checkpoint.strict_json import shown
+from ..engines import DEFAULT
 from ..errors import PublishError
 from ..planning.plan import RECIPE_FILE
 from ..running.words import human_bytes
@@ -103,6 +103,7 @@ def render(facts: CardFacts, left_out: Mapping[str, str], notes: str = "", check
         figure=figure,
         starved=lambda coverage: sum(map(len, coverage["starved"].values())),
         commands=commands(facts),
+        plain_command=shlex.join(DEFAULT.plain_command(facts.download)),
         calibration_option="" if bundled(calibration) else " --calibration CORPUS",
         not_carried=left_out,
         recipe_file=RECIPE_FILE,
@@ -129,9 +130,9 @@ def metadata(facts: CardFacts) -> ModelCardData:
         license=licence.identifier if licence else None,
         license_name=licence.name if licence else None,
         license_link=licence.file if licence and licence.identifier == "other" else None,
-        library_name="vllm",
+        library_name=DEFAULT.name,
         pipeline_tag="image-text-to-text" if facts.multimodal else "text-generation",
-        tags=["m3quant", "vllm", facts.recipe.format, facts.config["model_type"], "moe", *bits],
+        tags=["m3quant", DEFAULT.name, facts.recipe.format, facts.config["model_type"], "moe", *bits],
         model_name=facts.name if evals else None,
         eval_results=evals or None,
     )
@@ -207,10 +208,7 @@ def commands(facts: CardFacts) -> list[dict[str, str]]:
             best[row.node] = row
     out = []
     for row in best.values():
-        words = shlex.split(row.command)  # vllm serve FOLDER FLAGS
-        if words[:2] != ["vllm", "serve"] or len(words) < 3:
-            raise ValueError(f"no vllm serve command: {shown(row.command)}")
-        command = shlex.join(["vllm", "serve", facts.download, *words[3:]])
+        command = shlex.join(DEFAULT.command_for(shlex.split(row.command), facts.download))
         out.append({"node": row.node, "kv_dtype": row.kv_dtype, "command": command})
     return out
 

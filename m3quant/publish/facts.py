@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from huggingface_hub import EvalResult
-from packaging.version import Version
 
 from ..artifact.conversion_eval import output_fingerprint
 from ..artifact.eval_record import EvalRecord
 from ..checkpoint import Checkpoint
 from ..checkpoint.bounded import TEXT_BYTES, read_text
+from ..engines import DEFAULT
+from ..engines.rules import activation_notes
+from ..engines.stated import config_schemes
 from ..families import Family, family_of
-from ..planning.engine_config import config_schemes
-from ..planning.engine_integers import min_vllm
 from ..planning.plan import RECIPE_FILE
 from ..planning.quantizers import facts_of
 from ..recipe.recipe import Recipe, build_recipe
@@ -95,12 +95,13 @@ class CardFacts:
 
     @property
     def engine_notes(self) -> tuple[str, ...]:
-        return self.family.engine_notes(self.recipe.schemes_of("routed_experts"), self.recipe.format)
+        return activation_notes(self.family, self.recipe.schemes_of("routed_experts"), self.recipe.format)
 
     @property
-    def min_vllm(self) -> str:
-        """The first vLLM release that has this architecture, as the family states it, and its integers, or ''."""
-        return max(self.family.min_vllm, min_vllm(config_schemes(self.config)), key=lambda v: Version(v or "0"))
+    def first_release(self) -> str:
+        """The engine's oldest release that reads the checkpoint, as `NAME VERSION`; '' where every known one does."""
+        release = DEFAULT.first_release(self.family, config_schemes(self.config))
+        return f"{DEFAULT.title} {release}" if release else ""
 
     @property
     def max_context(self) -> int | None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.patterns import BoundedPattern
 from ..errors import RecipeError
 from ..families.base import KEPT, QUANTIZABLE, Family
 from ..schemes import KEEP, Scheme
@@ -239,15 +240,12 @@ def _strings(value: object, where: str) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise RecipeError(f"{where} is {value!r}; write a list of names, classes or 're:' regexes.")
     for name in names:
-        try:
-            _pattern(name)
-        except re.error as error:
-            raise RecipeError(f"{where}: '{name}' is not a regular expression: {error}.") from None
+        _pattern(name, where)
     return names
 
 
-def _pattern(name: str) -> re.Pattern[str] | None:
-    return re.compile(name.removeprefix("re:")) if name.startswith("re:") else None
+def _pattern(name: str, where: str) -> BoundedPattern | None:
+    return BoundedPattern(name.removeprefix("re:"), where, RecipeError) if name.startswith("re:") else None
 
 
 def _awq_options(awq: Mapping[str, Any], quantizations: list[_Quantization], where: str) -> dict[str, Any]:
@@ -302,8 +300,8 @@ def _names(family: Family, module: str, role: str) -> tuple[str, ...]:
 class _Matcher:
     """The entries of one target or ignore list, in the order in which compressed-tensors lets them win."""
 
-    def __init__(self, entries: list[str]) -> None:
-        self.patterns = [(entry, pattern) for entry in sorted(entries) if (pattern := _pattern(entry))]
+    def __init__(self, entries: list[str], where: str) -> None:
+        self.patterns = [(entry, pattern) for entry in sorted(entries) if (pattern := _pattern(entry, where))]
         self.plain = {entry for entry in entries if not entry.startswith("re:")}
         self.unused = set(entries)
 
@@ -325,7 +323,8 @@ def _roles(
     """
     found: dict[str, Scheme] = {module.name: KEEP for module in modules}
     for quantization in quantizations:
-        targets, ignore = _Matcher(list(quantization.schemes)), _Matcher(quantization.ignore)
+        targets = _Matcher(list(quantization.schemes), quantization.where)
+        ignore = _Matcher(quantization.ignore, quantization.where)
         for module in modules:
             target = targets.first(module)
             if ignore.first(module) is None and target is not None:

@@ -74,16 +74,27 @@ class CalibrationOptions(BaseModel):
     seed: int = 0
 
 
+class ModelOfLayers(BaseModel):
+    """The model whose layers a recipe numbers: its config's model_type and number of layers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: str
+    layers: int = Field(ge=1)
+
+
 class Recipe(BaseModel):
     """A validated recipe. `schemes` maps a role to a scheme name; roles left out are kept as they are.
 
     `layers` maps layers ("0-3,7") to the roles that have another scheme there. It is held in one form, whatever was
     written: each layer in one entry, together with the layers of the same schemes, in the order of the first layer.
+    `model` says which model they are of; another one refuses the recipe.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     name: str = "custom"
+    model: ModelOfLayers | None = None
     format: Literal["compressed-tensors", "autoawq", "fp8"] = "compressed-tensors"
     calibration: Literal["awq", "text", "none"] = "none"
     rounding: Rounding = "nearest"
@@ -139,6 +150,7 @@ class Recipe(BaseModel):
         implies, so that recipes older than these keys are written as they were."""
         out: dict[str, Any] = handler(self)
         empty = {
+            "model": self.model is None,
             "layers": not self.layers,
             "feedback": self.rounding != "feedback",
             "awq": self.rounding == "feedback",
@@ -181,8 +193,14 @@ def for_family(recipe: Recipe, family: Family) -> tuple[Recipe, list[str]]:
 
     Where a model has no routed experts, its dense MLPs are the bulk of its weights and take the experts' scheme, unless
     a person gave them their own; attention keeps what the recipe says. The result no longer names routed experts, so that
-    it means the same when it is read again.
+    it means the same when it is read again. Raises RecipeError for a recipe that is fitted to another model.
     """
+    own = ModelOfLayers(type=family.model_type, layers=family.num_layers)
+    if recipe.model not in (None, own):
+        raise RecipeError(
+            f"recipe '{recipe.name}' is fitted to {recipe.model.type} with {recipe.model.layers} layers, but this model is "
+            f"{own.type} with {own.layers}: make one for it with m3quant fit, or take 'model' and 'layers' out of the recipe."
+        )
     experts = recipe.scheme("routed_experts")
     if family.moe is not None or "routed_experts" not in recipe.schemes:
         return recipe, []
@@ -260,8 +278,14 @@ def recipe_folder() -> Path:
 
 
 def recipe_names() -> list[str]:
-    """Names that `--to` takes. Recipes for serving nodes carry a `serve-` prefix and are not among them."""
-    return sorted(p.stem for p in recipe_folder().glob("*.yaml") if not p.stem.startswith("serve-"))
+    """Names that `--to` takes for any model. Recipes fitted to one release (`fit-`) and choices for serving (`serve-`) are not
+    among them."""
+    return sorted(p.stem for p in recipe_folder().glob("*.yaml") if not p.stem.startswith(("fit-", "serve-")))
+
+
+def fitted_names() -> list[str]:
+    """Names that `--to` takes for one release: its layers fitted to a node by `m3quant fit`, whose command heads each file."""
+    return sorted(p.stem for p in recipe_folder().glob("fit-*.yaml"))
 
 
 def read_recipe_file(path: str | Path) -> dict[str, Any]:
@@ -278,9 +302,10 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
 
 def named_recipe(name: str) -> dict[str, Any]:
     """The document of a recipe that ships with m3quant."""
-    if name not in recipe_names():
-        near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.0)
-        raise RecipeError(f"no recipe called '{name}': did you mean '{near[0]}'? Known: {', '.join(recipe_names())}.")
+    known = recipe_names() + fitted_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise RecipeError(f"no recipe called '{name}': did you mean '{near[0]}'? Known: {', '.join(known)}.")
     return read_recipe_file(recipe_folder() / f"{name}.yaml")
 
 

@@ -1,4 +1,4 @@
-"""The engine's own word: vLLM loads the output, accounts for every weight, and agrees with the dequantized weights."""
+"""The engine's own word: it loads the output, accounts for every weight, and agrees with the dequantized weights."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 from ..calibration.corpus import load_documents, load_tokenizer, tokenize_windows
 from ..calibration.stream import nll
 from ..checkpoint import Checkpoint
+from ..engines import Engine
+from ..engines.probing import EngineReport, run_probe
 from ..errors import CalibrationError
 from ..planning.plan import Plan
 from ..quant.reading import ConvertedReader
 from ..running.device import pick_device
 from ..schemes import Scheme, rounded_activations
-from .engine_python import EngineReport, run_engine
 from .verification import Check
 
 PROMPTS = 2
@@ -55,14 +56,14 @@ def layer_schemes(plan: Plan, layer: int) -> dict[str, Scheme]:
 
 
 def engine_check(
-    folder: Path, plan: Plan, python: str | None, say: Callable[[str], None], **options: Any
+    engine: Engine, folder: Path, plan: Plan, python: str | None, say: Callable[[str], None], **options: Any
 ) -> tuple[Check, dict[str, Any]]:
-    """Load `folder` in vLLM and compare. options go to `run_engine`. Raises VerifyError if there is no engine or it crashes."""
+    """Load `folder` in the engine and compare. options go to `run_probe`. Raises VerifyError if there is no engine or it crashes."""
     tokens = prompts(plan, folder)
     say(f"engine: {PROMPTS} prompts of {tokens.shape[1]} tokens ...")
-    report = run_engine(folder, tokens.tolist(), python=python, **options)
+    report = run_probe(engine, folder, tokens.tolist(), python=python, **options)
     facts: dict[str, Any] = {
-        "vllm": report.vllm,
+        engine.name: report.version,
         "torch": report.torch,
         "device": report.device,
         "parameters": report.parameters,
@@ -72,7 +73,11 @@ def engine_check(
         "skipped": report.skipped,
         "seconds": report.seconds,
     }
-    check = Check("engine", f"vLLM {report.vllm} on {report.device}: {report.parameters} parameters", report.problems())
+    check = Check(
+        "engine",
+        f"{engine.title} {report.version} on {report.device}: {report.parameters} parameters",
+        report.problems(),
+    )
     if not check.problems:
         _compare(folder, plan, tokens, report, check, facts)
     return check, facts

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..artifact.manifest import MANIFEST
 from ..checkpoint import CONFIG_NAME, Checkpoint
+from ..checkpoint.strict_json import described, shown
+from ..engines.rules import lookup_problems
 from ..errors import CheckpointError
-from ..planning.engine_config import engine_problems
 from ..planning.engine_kept import kept_linears, kept_problems
 from ..planning.plan import INDEX_FILE, RECIPE_FILE, Plan, unquantized
 from ..planning.source_format import source_format
@@ -46,9 +47,11 @@ def structure_problems(
 def _config_problems(output: Checkpoint, plan: Plan, source: Checkpoint | None) -> Iterator[str]:
     written = output.config.get("quantization_config")
     if written != plan.quantization:
-        yield "config.json: quantization_config is not the one that the recipe gives"
-    if written:
-        for problem in engine_problems(plan.family, written, plan.modules):
+        # Only the recipe's own is asked what an engine makes of it: another one may be of any shape, with patterns of anybody's.
+        difference = _difference(written, plan.quantization, "quantization_config")
+        yield f"config.json: quantization_config is not the one that the recipe gives: {difference}"
+    elif written:
+        for problem in lookup_problems(plan.family, written, plan.modules):
             yield f"config.json: {problem}"
         kept = kept_linears(plan.family, output.tensors.values(), plan.recipe.format)
         for problem in kept_problems(written, plan.family, kept):
@@ -57,6 +60,23 @@ def _config_problems(output: Checkpoint, plan: Plan, source: Checkpoint | None) 
         theirs, ours = unquantized(source.config), unquantized(output.config)
         if changed := sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k)):
             yield f"config.json differs from the source's in {', '.join(changed)}: only quantization_config may"
+
+
+def _difference(written: Any, expected: Any, where: str) -> str:
+    """The first place where two JSON values differ, and how."""
+    if isinstance(written, Mapping) and isinstance(expected, Mapping):
+        for key in sorted({*written, *expected}):
+            if key not in written or key not in expected:
+                return f"{where}.{shown(key)} is {'missing' if key in expected else 'too many'}"
+            if written[key] != expected[key]:
+                return _difference(written[key], expected[key], f"{where}.{key}")
+    if isinstance(written, list) and isinstance(expected, list):
+        if missing := next((item for item in expected if item not in written), None):
+            return f"{where} lacks {described(missing)}"
+        if extra := next((item for item in written if item not in expected), None):
+            return f"{where} has {described(extra)}, which the recipe does not give"
+        return f"{where} has another order"
+    return f"{where} is {described(written)}, not {described(expected)}"
 
 
 def check_same_kind(output: Checkpoint, source: Checkpoint) -> None:

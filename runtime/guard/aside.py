@@ -19,13 +19,13 @@ from typing import Any
 
 from .clamp import with_number
 from .prefix import block_chain
-from .reading import read_body, read_short
+from .reading import read_body, read_short, read_whole
 from .replies import bad_request
 
 ASIDE_BYTES = 256 * 1024  # from here on: about 5 ms of json.loads for the densest bodies
 LONGEST_S = 60.0
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    function.__name__: function for function in (read_body, read_short, with_number, block_chain)
+    function.__name__: function for function in (read_body, read_short, read_whole, with_number, block_chain)
 }
 PROGRAM = "from m3quant.runtime.guard.aside import work; work({descriptor})"
 

@@ -19,7 +19,7 @@ import pydantic_core
 
 from .begun import within
 from .idspan import LONG, IdSpan, shorten
-from .inbox import Inbox, Message
+from .inbox import ClientGone, Inbox, Message
 from .need import Count
 from .pool import Pool
 from .reading import Counted, Reading, query_bound
@@ -33,7 +33,7 @@ App = Callable[..., Awaitable[None]]
 FOUND = re.compile(
     rb'\A\{"count": ?([0-9]{1,15}),'
 )  # how vLLM's answer begins; what follows is the ids, which nobody needs here
-LEAST_S = 1.0  # a prompt gets this long to be counted, also when QUEUE_TIMEOUT_S is shorter
+LEAST_S = 1.0  # a request gets this long to be counted, also when QUEUE_TIMEOUT_S is shorter
 
 
 class Counter:
@@ -55,7 +55,16 @@ class Counter:
         then bytes bound the rest.
         """
         counts, ids = [], None
+        deadline = max(deadline, time.monotonic() + LEAST_S)
+        if len(reading.prompts) > 1:
+            inbox.hang_up()  # so that `gone` says so between two prompts
         for number, prompt in enumerate(reading.prompts):
+            if number:
+                await asyncio.sleep(
+                    0
+                )  # an application that answers without waiting would hold the event loop for all of them
+            if inbox.gone:
+                raise ClientGone
             count, tokens = await self._count(prompt, scope, key, inbox, deadline)
             if number == 0:
                 ids = tokens
@@ -68,14 +77,16 @@ class Counter:
         if count.tokens < 0:  # the context, whatever is around it
             count.tokens = pool.longest
             return
-        if prompt.media or prompt.extra or prompt.at_least > count.tokens:
-            added = prompt.media * self.settings.media_tokens + prompt.extra
-            count.least = min(count.tokens, prompt.at_least) if prompt.at_least else count.tokens if count.exact else 1
-            count.tokens = max(count.tokens + added, prompt.at_least)
+        if prompt.media or prompt.extra:
+            count.least = count.tokens if count.exact else 1
+            count.tokens += prompt.media * self.settings.media_tokens + prompt.extra
             count.exact = False
         if reading.truncate is not None and not prompt.media:
             limit = reading.truncate if reading.truncate >= 0 else pool.max_model_len - 1
             count.tokens, count.least = max(1, min(count.tokens, limit)), 1
+        if prompt.at_least > count.tokens:  # ids in place of the messages, which nobody cuts
+            count.least = min(count.tokens if count.exact else count.least, prompt.at_least)
+            count.tokens, count.exact = prompt.at_least, False
 
     async def _count(
         self, prompt: Counted, scope: dict[str, Any], key: str, inbox: Inbox, deadline: float
@@ -94,7 +105,9 @@ class Counter:
     async def _in_turn(
         self, query: bytes, scope: dict[str, Any], key: str, inbox: Inbox, deadline: float
     ) -> tuple[Count, list[int] | IdSpan | None] | None:
-        limit = min(self.settings.tokenize_timeout_s, max(LEAST_S, deadline - time.monotonic()))
+        limit = min(self.settings.tokenize_timeout_s, deadline - time.monotonic())
+        if limit <= 0:
+            return None
         if len(query) < LONG and self.small.enter(key, len(query)) is None:  # soon over: not worth a task of its own
             try:
                 return await within(self._tokenize(query, scope), limit)

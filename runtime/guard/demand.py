@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from .idspan import MARKER, IdSpan
+from .idspan import IdSpan, is_marked
 from .prompts import (
     Prompt,
     chat_prompts,
@@ -131,7 +131,9 @@ def read_demands(
     kinds = [kind] if kind is not None else kinds_of(request)
     for name in ("prompt", "messages", "prompt_embeds"):
         several = request.get(name)
-        if isinstance(several, list) and len(several) > most_prompts and isinstance(several[0], str | list):
+        if not isinstance(several, list) or len(several) <= most_prompts:
+            continue
+        if name == "prompt_embeds" or isinstance(several[0], str | list):
             raise too_many_prompts(len(several), most_prompts)
     found, refusals = [], []
     for one in kinds:
@@ -168,7 +170,7 @@ def read_as(kind: str, route: str, request: dict[str, Any], span: IdSpan | None)
     reused = request.get("kv_transfer_params")
     ids = reused.get("prompt_token_ids") if isinstance(reused, dict) else None
     for prompt in prompts:
-        if span is not None and prompt.token_ids == [MARKER]:
+        if span is not None and is_marked(prompt.token_ids):
             prompt.ids, prompt.token_ids = span.count, span
         if isinstance(ids, list):  # a prefill server's ids, in place of the messages
             prompt.at_least = len(ids)

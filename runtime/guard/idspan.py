@@ -2,13 +2,14 @@
 
 The array after `"prompt":` or `"token_ids":` is replaced by a marker and its ids are counted by its commas. A quote, the name and a quote,
 followed by a colon and a bracket, cannot stand inside a JSON string (its quotes would be escaped), so what is replaced is always an
-array, and whose it is the parser says.
+array. Whose it is the parser says (`is_marked`): another member's, a tool's schema for instance, has to be read as it is.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import pydantic_core
 
@@ -35,12 +36,19 @@ class IdSpan:
             return []
 
 
+def is_marked(value: Any) -> bool:
+    """Whether a parsed member is what stands in the place of its array. Of a shortened body only: no client's number is the marker there."""
+    return isinstance(value, list) and len(value) == 1 and type(value[0]) is int and value[0] == MARKER
+
+
 def shorten(body: bytes, names: tuple[bytes, ...]) -> tuple[bytes, IdSpan | None]:
     """The body with its long array of ids replaced by [MARKER], and that array; the body itself when there is none.
 
     Time is linear in the body: a failed try reads at most about twice the bytes before the next one can begin, and tries are few.
     """
-    if len(body) < LONG:
+    if (
+        len(body) < LONG or b"%d" % MARKER in body
+    ):  # a client's own marker would take another member's array for its prompt
         return body, None
     for name in names:
         at = body.find(name)

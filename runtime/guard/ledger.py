@@ -23,6 +23,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+IDLE_LANES = (
+    1024  # keys without requests that are remembered: whoever needs no key can make up a new one for every request
+)
+
 
 class State(enum.Enum):
     NEW = "new"
@@ -307,15 +311,18 @@ class Ledger:
         excess = self.queued + tokens - self.queue_limit
         if tokens > self.queue_limit:
             return None
+        if excess <= 0:
+            return []
         share = {name: lane.queued_tokens for name, lane in self.lanes.items() if lane.queue}
         own = share.pop(key, 0) + tokens
-        left = {name: list(self.lanes[name].queue) for name in share}
+        newest = dict.fromkeys(share, -1)
         evicted: list[Ticket] = []
         while excess > 0:
             longest = max(share, key=share.__getitem__, default=None)
             if longest is None or share[longest] <= own:
                 return None
-            ticket = left[longest].pop()
+            ticket = self.lanes[longest].queue[newest[longest]]
+            newest[longest] -= 1
             share[longest] -= ticket.tokens
             excess -= ticket.tokens
             evicted.append(ticket)
@@ -338,3 +345,7 @@ class Ledger:
         ]
         for key in behind:
             del self.lanes[key]
+        idle = [key for key, lane in self.lanes.items() if not lane.queue and not lane.running]
+        if len(idle) > IDLE_LANES:  # the least ahead have the least to lose
+            for key in sorted(idle, key=lambda key: self.lanes[key].start)[: -IDLE_LANES // 2]:
+                del self.lanes[key]

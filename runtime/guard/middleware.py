@@ -35,7 +35,7 @@ from .metrics import metrics, read_gauges
 from .need import Need, plan_all, refuse_certain
 from .pool import Pool, PoolReader
 from .prefix import block_chain
-from .reading import Reading, read_short
+from .reading import Reading, read_short, read_whole
 from .replies import Refusal, bad_request, body_too_large, busy, send_json, send_refusal, unavailable
 from .settings import GuardSettings, read_settings
 from .turns import Turns
@@ -47,6 +47,7 @@ Scope = dict[str, Any]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 QUEUE_OF_POOLS = 4  # default bound of the queue, in pools
+LENGTH_DIGITS = 18  # of a Content-Length; Python itself refuses numbers of thousands of digits
 
 
 class Guard:
@@ -265,7 +266,9 @@ class Guard:
 
     def _check_length(self, scope: Scope) -> None:
         for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value) > self.settings.max_body_bytes:
+            if name != b"content-length" or not value.isdigit():
+                continue
+            if len(value) > LENGTH_DIGITS or int(value) > self.settings.max_body_bytes:
                 raise body_too_large(self.settings.max_body_bytes)
 
     def _unhealthy(self) -> bool:
@@ -333,7 +336,11 @@ class Guard:
         short, span = shorten(body, ID_NAMES[path == TOKEN_ROUTE])
         assert self.pool is not None
         most = min(MOST_PROMPTS, self.pool.usable // self.pool.block_size)
-        return await self._aside(key, inbox, len(short), read_short, path, short, span, len(body), keep_ids, most)
+        found = await self._aside(key, inbox, len(short), read_short, path, short, span, len(body), keep_ids, most)
+        if found is None:  # the long array was no prompt
+            found = await self._aside(key, inbox, len(body), read_whole, path, body, keep_ids, most)
+        readings: list[Reading] = found
+        return readings
 
     async def _aside(self, key: str, inbox: Inbox, size: int, function: Callable[..., Any], *arguments: Any) -> Any:
         """What the function makes of `size` bytes: here when they are few, else in its turn and in another process."""
@@ -393,6 +400,8 @@ def guess_tokens(reading: Reading, size: int, pool: Pool) -> int:
 
 
 def local_path(scope: Scope) -> str:
-    """The path as the application routes it: without the mount prefix."""
+    """The path as the application routes it: without the mount prefix (starlette._utils.get_route_path)."""
     path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", "")).rstrip("/") or "/"
+    prefix = scope.get("root_path", "")
+    inside = path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in ("", "/")
+    return (path[len(prefix) :] if inside else path).rstrip("/") or "/"

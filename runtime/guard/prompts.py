@@ -72,8 +72,9 @@ def completion_prompts(request: dict[str, Any]) -> list[Prompt]:
         else:  # numbers, also written as 1.0 or "1" among them: pydantic takes those for token ids
             found.append(Prompt(ids=len(prompt), token_ids=prompt))
     if isinstance(suffix := request.get("suffix"), str):  # models that fill in the middle render it into the prompt
+        extra = len(suffix.encode("utf-8", "surrogatepass"))
         for one in found:
-            one.extra = len(suffix.encode("utf-8", "surrogatepass"))
+            one.extra = extra
     return found
 
 

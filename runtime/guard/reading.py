@@ -12,13 +12,16 @@ from typing import Any
 import pydantic_core
 
 from .demand import CHAT, ID_NAMES, MOST_PROMPTS, RULES, TOKEN_ROUTE, Demand, Rules, parse_json, read_demands
-from .idspan import IdSpan, shorten
+from .idspan import IdSpan, is_marked, shorten
 from .prompts import Prompt
 
 PER_MEMBER = (
     16  # tokens a template may put around one member of a structure: a message's role, a tool's argument in markup
 )
 MANY = 1024  # prompts of one request that are counted one by one; more are bounded by their bytes
+# Bytes of all questions of one request, for each byte of its body (escapes may double them) and at least. What conversations share, tools
+# for instance, stands in every question: a few bytes of body could otherwise ask for gigabytes.
+QUERY_BYTES_A_BYTE, QUERY_BYTES = 4, 4 * 2**20
 
 # What the chat route and /tokenize both take, with one meaning.
 SHARED_FIELDS = (
@@ -74,19 +77,32 @@ class Reading:
 def read_body(route: str, body: bytes, keep_ids: bool, most_prompts: int = MOST_PROMPTS) -> list[Reading]:
     """The readings of a body; raises what `read_demands` raises. `keep_ids`: keep short arrays of ids too, to name their blocks."""
     short, span = shorten(body, ID_NAMES[route == TOKEN_ROUTE])
-    return read_short(route, short, span, len(body), keep_ids, most_prompts)
+    found = read_short(route, short, span, len(body), keep_ids, most_prompts)
+    return read_whole(route, body, keep_ids, most_prompts) if found is None else found
+
+
+def read_whole(route: str, body: bytes, keep_ids: bool, most_prompts: int) -> list[Reading]:
+    """`read_body` without a look for a long array of ids."""
+    found = read_short(route, body, None, len(body), keep_ids, most_prompts)
+    assert found is not None
+    return found
 
 
 def read_short(
     route: str, short: bytes, span: IdSpan | None, size: int, keep_ids: bool, most_prompts: int
-) -> list[Reading]:
-    """`read_body` of a body of `size` bytes whose long array of ids was already taken out."""
+) -> list[Reading] | None:
+    """`read_body` of a body of `size` bytes whose long array of ids was already taken out; None when that array is not its prompt."""
     request = parse_json(short)
+    if span is not None and not (
+        isinstance(request, dict) and is_marked(request.get(ID_NAMES[route == TOKEN_ROUTE][0].strip(b'"').decode()))
+    ):
+        return None
     return [digest(demand, request, size, keep_ids) for demand in read_demands(route, request, span, most_prompts)]
 
 
 def digest(demand: Demand, request: dict[str, Any], size: int, keep_ids: bool) -> Reading:
-    ask = len(demand.prompts) <= MANY
+    left = max(QUERY_BYTES_A_BYTE * size, QUERY_BYTES) if len(demand.prompts) <= MANY else 0
+    structure: int | None = None  # the bound of any prompt that is a structure, counted once
     prompts = []
     for prompt in demand.prompts:
         one = Counted(prompt.ids, media=prompt.media, extra=prompt.extra, at_least=prompt.at_least)
@@ -94,11 +110,16 @@ def digest(demand: Demand, request: dict[str, Any], size: int, keep_ids: bool) -
             if keep_ids or isinstance(prompt.token_ids, IdSpan):
                 one.token_ids = prompt.token_ids
         elif not prompt.whole_context:
-            query = tokenize_query(demand, prompt, request) if ask else None
+            query = tokenize_query(demand, prompt, request) if left > 0 else None
             one.query = None if query is None else to_bytes(query)
+            left -= len(one.query or b"")
             one.any_template = bool(request.get("chat_template"))
-            if not one.any_template and (one.query is None or prompt.text is not None):
-                one.bound = byte_bound(prompt, request, size)
+            if not one.any_template and prompt.text is not None:
+                one.bound = len(prompt.text.encode("utf-8", "surrogatepass"))
+            elif not one.any_template and one.query is None:
+                if structure is None:
+                    structure = structure_bound(request, size)
+                one.bound = structure
         prompts.append(one)
     return Reading(
         demand.kind,
@@ -151,13 +172,11 @@ def template_arguments(body: dict[str, Any]) -> dict[str, Any]:
     return {"chat_template_kwargs": arguments} if arguments else {}
 
 
-def byte_bound(prompt: Prompt, request: dict[str, Any], size: int) -> int:
+def structure_bound(request: dict[str, Any], size: int) -> int:
     """Tokens at most, without the template's own: the UTF-8 bytes, and what markup may stand around the members of a structure.
 
-    JSON text is never shorter than the string it stands for, so the body bounds its contents; a completion's text is measured itself.
+    JSON text is never shorter than the string it stands for, so the body bounds its contents.
     """
-    if prompt.text is not None:
-        return len(prompt.text.encode("utf-8", "surrogatepass"))
     return size + PER_MEMBER * members(request)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .inbox import ClientGone, Inbox
+from .ledger import IDLE_LANES
 
 T = TypeVar("T")
 
@@ -113,6 +114,10 @@ class Turns:
             turn.set_result(None)
         for key in [key for key, line in self.lines.items() if not line.inside and not line.waiting]:
             if self.lines[key].start <= self.virtual or not self.inside:
+                del self.lines[key]
+        if len(self.lines) > IDLE_LANES:
+            idle = [key for key, line in self.lines.items() if not line.inside and not line.waiting]
+            for key in sorted(idle, key=lambda key: self.lines[key].start)[: -IDLE_LANES // 2]:
                 del self.lines[key]
         if not self.lines:
             self.virtual = 0

@@ -21,15 +21,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from m3quant.engines.vllm.log import parse_log
+from m3quant.engines.vllm.probe import replace_gemma_norm
+from m3quant.families.minimax_m3_vl import MiniMaxM3VL
 from m3quant.planning.headers import from_config
 from m3quant.planning.plan import make_plan
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.checklog import check_log
-from m3quant.runtime.enginelog import parse_log
 from m3quant.runtime.fit import Ask, assess
 from m3quant.runtime.hardware import GIB, Gpu, Node
 from m3quant.runtime.model import open_subject
-from m3quant.verify.engine_probe import replace_gemma_norm
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASES = {"m2": "minimax-m2.7", "m3": "minimax-m3"}
@@ -219,7 +220,7 @@ def main() -> int:
 
 
 if os.environ.get(CHILD) == "m3":  # here, for a worker that multiprocessing spawns imports this file as __mp_main__
-    replace_gemma_norm()
+    replace_gemma_norm(MiniMaxM3VL.engines["vllm"].probe_norm)
 
 if __name__ == "__main__":
     if CHILD in os.environ:

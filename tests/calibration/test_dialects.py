@@ -105,6 +105,40 @@ def test_tools_have_one_form(tools: object) -> None:
     assert document.tools == (TOOL,) and document.kind == "tools"
 
 
+@pytest.mark.parametrize(
+    ("role", "content"),
+    [
+        ("assistant", "<tool_call>{" * 40_000), ("assistant", "<tool_call>{}" * 40_000), ("function_call", "<tool_call>{" * 40_000),
+        ("tool", "<tool_response>" + " " * 400_000 + "x"), ("tool", "<tool_response>" + (" " * 1000 + "x") * 400),
+        ("assistant", "<tool_call>" + " " * 400_000), ("assistant", "<tool_call>{" + "}  " * 150_000), ("assistant", "<think>" * 60_000),
+    ],
+)  # fmt: skip
+def test_tags_that_are_never_closed_take_linear_time(role: str, content: str) -> None:
+    """Each took minutes: a scan to the end for every opening tag."""
+    record = {"messages": [{"role": "user", "content": "q"}, {"role": role, "content": content}]}
+    if role == "function_call":
+        with pytest.raises(OddRecord, match="is not JSON"):
+            parse_record(record, "here")
+    else:
+        document = parse_record(record, "here")
+        assert document.messages and document.messages[1]["content"] == content
+
+
+def test_tagged_calls_end_at_the_first_closing_tag_behind_a_brace() -> None:
+    calls = '{"name": "f", "arguments": {"text": "</tool_call> <tool_call>"}}'
+    content = f"before <tool_call>\n{calls}\n </tool_call> between <tool_call>{calls}</tool_call><tool_call> x"
+    record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]}
+    answer = (parse_record(record, "here").messages or ())[1]
+    assert answer["content"] == "before  between <tool_call> x"
+    assert [call["function"]["arguments"]["text"] for call in answer["tool_calls"]] == ["</tool_call> <tool_call>"] * 2
+    for odd in ("<tool_call>{</tool_call>", "<tool_call></tool_call>", "<tool_call>a}</tool_call>", "</tool_call>{}<tool_call>"):
+        record["messages"][1]["content"] = odd
+        assert (parse_record(record, "here").messages or ())[1]["content"] == odd
+    response = {"role": "tool", "content": " <tool_response>\n a <tool_response> b \n</tool_response>\n"}
+    answered = parse_record({"messages": [{"role": "user", "content": "q"}, response]}, "here").messages or ()
+    assert answered[1]["content"] == "a <tool_response> b"
+
+
 def test_text_columns_and_what_describes_them() -> None:
     document = parse_record({"content": "x = 1", "lang": "python", "kind": "code", "license": "MIT"}, "here")
     assert document == Document("code", "python", "here", "MIT", text="x = 1")

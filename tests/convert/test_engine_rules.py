@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from convert.common import config_of, make_plan_of, make_source, rewrite, served_format, stored
 
+from m3quant.engines.rules import lookup_problems
+from m3quant.engines.vllm.lookup import resolve
 from m3quant.errors import CheckpointError, PlanError
-from m3quant.planning.engine_config import engine_problems, resolve
 from m3quant.planning.plan import Plan
 from m3quant.recipe.recipe import recipe_names
 from m3quant.schemes import KEEP, parse_scheme
@@ -24,7 +25,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def problems(plan: Plan, qconfig: dict[str, Any]) -> list[str]:
-    return engine_problems(plan.family, qconfig, plan.modules)
+    return lookup_problems(plan.family, qconfig, plan.modules)
 
 
 def test_the_deepseek_fp8_format_is_refused_for_m3(sources: dict[str, Path]) -> None:
@@ -61,7 +62,7 @@ def test_one_scheme_for_every_member_of_a_fused_module(sources: dict[str, Path],
     for module in plan.family.engine_modules():
         if len(module.members) > 1:
             odd = {**plan.modules, module.members[-1]: KEEP}
-            found = engine_problems(plan.family, plan.quantization, odd)
+            found = lookup_problems(plan.family, plan.quantization, odd)
             assert len(found) == 1 and module.fused_name in found[0] and module.members[-1] in found[0]
     fused = [m.fused_name for m in plan.family.engine_modules() if len(m.members) > 1]
     assert any("gate_up_proj" in name for name in fused) == (family == "m3")
@@ -174,7 +175,8 @@ def test_a_source_that_is_quantized_already_is_refused(
     config = {**config_of(sources["m2"]), "quantization_config": quantization}
     source = rewrite(tmp_path / "src", stored(sources["m2"]), config)
     with pytest.raises(
-        CheckpointError, match=f"says quant_method '?{words}'?, .*: this checkpoint is quantized already.*Start from the BF16"
+        CheckpointError,
+        match=f"says quant_method '?{words}'?, .*: this checkpoint is quantized already.*Start from the BF16",
     ):
         make_plan_of(source, "int4")
 
@@ -203,9 +205,7 @@ def test_an_own_output_cannot_be_a_source(sources: dict[str, Path], tmp_path: Pa
 def test_an_unknown_architecture_is_told_which_file_to_write(sources: dict[str, Path], tmp_path: Path) -> None:
     config = {**config_of(sources["m2"]), "model_type": "minimax_m4", "architectures": ["MiniMaxM4ForCausalLM"]}
     source = rewrite(tmp_path / "src", stored(sources["m2"]), config)
-    with pytest.raises(
-        CheckpointError, match=r"'minimax_m4'.*write a file in m3quant/families.*families/__init__\.py"
-    ):
+    with pytest.raises(CheckpointError, match=r"'minimax_m4'.*write a file in m3quant/families.*families/__init__\.py"):
         make_plan_of(source, "int4")
 
 

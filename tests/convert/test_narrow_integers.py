@@ -15,8 +15,9 @@ from compressed_tensors.utils.match import match_name
 from convert.common import config_of, make_plan_of, make_source, run_plan, stored
 
 from m3quant.cli import cli
+from m3quant.engines.rules import lookup_problems
+from m3quant.engines.vllm.lookup import resolve
 from m3quant.errors import PlanError
-from m3quant.planning.engine_config import engine_problems, resolve
 from m3quant.planning.plan import Plan, role_table
 from m3quant.quant.formats import round_trip
 from m3quant.schemes import parse_scheme
@@ -126,7 +127,7 @@ def test_every_name_the_engine_looks_up_resolves_in_every_layer(tmp_path: Path, 
     # A target that names another layer is caught.
     for group in plan.quantization["config_groups"].values():
         group["targets"] = [re.sub(r"layers\\\.\(1\)", r"layers\\.(2)", target) for target in group["targets"]]
-    assert engine_problems(plan.family, plan.quantization, plan.modules)
+    assert lookup_problems(plan.family, plan.quantization, plan.modules)
 
 
 def test_a_recipe_without_layers_names_none(tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ def test_sizes_that_do_not_fill_words_are_refused(
 
 
 @pytest.mark.parametrize(("scheme", "phrases"), [
-    ("int4-g128", []), ("int8-g128-asym", []), ("int3-g128-asym", [r"vLLM 0\.29\.0 or newer"]),
+    ("int4-g128", []), ("int8-g128-asym", [r"zero points: vLLM without pull request 44025.*SGLang"]), ("int4-g32-asym", [r"44025"]), ("int3-g128-asym", [r"vLLM 0\.29\.0 or newer"]),
     ("int2-g64", [r"vLLM 0\.29\.0 or newer.*SGLang.*AutoAWQ", r"int2-g64: Humming 0\.1\.19.*prefer int2-g64-asym"]),
     ("int4-channel", [r"--moe-backend marlin"]),
 ])  # fmt: skip

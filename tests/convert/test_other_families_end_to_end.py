@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tiny_family import make_tiny
 
 from m3quant.cli import cli
-from m3quant.planning.engine_config import resolve
+from m3quant.engines.vllm.lookup import resolve
 from m3quant.recipe.recipe import recipe_names
 
 SMALL = ("--windows", 6, "--window-length", 96, "--min-expert-tokens", 4)

@@ -22,8 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from m3quant.engines import DEFAULT
+from m3quant.engines.probing import EngineReport, difference, run_probe
 from m3quant.errors import M3QuantError
-from m3quant.verify.engine_python import EngineReport, difference, run_engine
 
 ENV = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 KV_BYTES = 1 << 30  # a fixed cache: engines that share a GPU cannot measure each other's free memory
@@ -51,7 +52,8 @@ def check(
     row: dict[str, Any] = {"checkpoint": folder.name, "backend": backend or "default"}
     log = Path(arguments.logs) / f"{folder.name}-{row['backend']}.log" if arguments.logs else None
     try:
-        report = run_engine(
+        report = run_probe(
+            DEFAULT,
             folder,
             reference["prompts"],
             moe_backend=backend,
@@ -66,7 +68,7 @@ def check(
     row |= {
         "status": "whole" if report.complete else "incomplete",
         "problems": report.problems(),
-        "vllm": report.vllm,
+        "vllm": report.version,
         "device": report.device,
         "kernels": report.kernels,
         "notes": report.notes,

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import m3quant
-from m3quant.verify.engine_python import ENGINE_PYTHON
+from m3quant.engines.installed import ENGINE_PYTHON
 
 REPOSITORY = Path(__file__).parents[2]
 FIXTURE = REPOSITORY / "tests/fixtures/tiny-m2"

@@ -22,9 +22,10 @@ from running import ENV
 from text_windows import text_windows
 
 from m3quant.calibration.stream import nll
+from m3quant.engines import DEFAULT
+from m3quant.engines.probing import Difference, EngineReport, difference, run_probe
 from m3quant.evaluate.models import open_model
 from m3quant.quant.reading import ConvertedReader
-from m3quant.verify.engine_python import Difference, EngineReport, difference, run_engine
 
 TEXT = Path(__file__).parents[1] / "fixtures" / "heldout.txt"
 
@@ -53,7 +54,7 @@ def judge(folder: Path, length: int, dtype: str = "float32", prompts: int = 2) -
     """Two windows of the fixtures' held-out text through the engine and through the stream."""
     tokens = text_windows(folder, TEXT, length, prompts)
     env = {**ENV, "M3QUANT_CPU_ENGINE_ACTIVATIONS": "engine"}
-    report = run_engine(folder, tokens.tolist(), dtype=dtype, env=env, timeout_s=550, log=folder / "engine.log")
+    report = run_probe(DEFAULT, folder, tokens.tolist(), dtype=dtype, env=env, timeout_s=550, log=folder / "engine.log")
     model = open_model(folder)
     if isinstance(model.reader, ConvertedReader):
         model.reader.dtype = (

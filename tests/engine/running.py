@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3quant.verify.engine_python import ENGINE_PYTHON, EngineReport, run_engine
+from m3quant.engines import DEFAULT
+from m3quant.engines.installed import ENGINE_PYTHON
+from m3quant.engines.probing import EngineReport, run_probe
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 NEEDS_ENGINE = [
@@ -36,4 +38,6 @@ def make_prompts() -> list[list[int]]:
 
 
 def engine(folder: Path) -> EngineReport:
-    return run_engine(folder, make_prompts(), dtype="float32", env=ENV, timeout_s=300, log=folder / "engine.log")
+    return run_probe(
+        DEFAULT, folder, make_prompts(), dtype="float32", env=ENV, timeout_s=300, log=folder / "engine.log"
+    )

@@ -19,12 +19,12 @@ from running import ENV, NEEDS_ENGINE
 
 from m3quant.calibration.corpus import load_tokenizer
 from m3quant.calibration.stream import nll
+from m3quant.engines import DEFAULT
 from m3quant.evaluate import needle, position
 from m3quant.evaluate.endpoint import GENERATED, evaluate_endpoint
 from m3quant.evaluate.haystack import Reach
 from m3quant.evaluate.models import open_model
 from m3quant.evaluate.task import Predictions
-from m3quant.verify.engine_python import find_engine_python
 
 pytestmark = NEEDS_ENGINE
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-m2"
@@ -37,7 +37,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("vllm") / "server.log"
-    command = [find_engine_python(), "-m", "vllm.entrypoints.openai.api_server", "--model", str(FIXTURE), "--host", "127.0.0.1"]  # fmt: skip
+    command = [DEFAULT.find_python(), "-m", "vllm.entrypoints.openai.api_server", "--model", str(FIXTURE), "--host", "127.0.0.1"]  # fmt: skip
     command += ["--served-model-name", "tiny-m2", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "2048", "--max-num-seqs", "4"]
     env = {**os.environ, **ENV, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}

@@ -241,6 +241,41 @@ def test_texts_of_tokens_are_not_taken_for_ids() -> None:
     for tokens in (["5", "6"], ["token_id:5", "6"], ["x token_id:5"], [], None, "56"):
         assert ids({"logprobs": {"tokens": tokens}}) is None
     assert ids({"logprobs": [5]}) is None and ids({"token_ids": ["a"]}) is None
+    assert ids({"token_ids": ["9" * 5000]}) is None
+
+
+class Odd(socketserver.BaseRequestHandler):
+    """Answers in HTTP with what no server of models says."""
+
+    body = b""
+
+    def handle(self) -> None:
+        self.request.recv(10_000)
+        self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(self.body), self.body))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [(b"[" * 100_000, "does not answer in JSON"), (b'{"data": 1' + b" " * 5000 + b"}", "answers with more than 4,000 bytes"),
+     (b'{"data": ' + b"9" * 3000 + b"}", "serves no model")],
+)  # fmt: skip
+def test_answers_without_bound_are_one_sentence(body: bytes, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_server, "ANSWER_BYTES", 4000 if b"data" in body else 2**20)
+    monkeypatch.setattr(Odd, "body", body)
+    with socketserver.TCPServer(("127.0.0.1", 0), Odd) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(EvaluationError, match=words):
+            openai_server.Server(f"http://127.0.0.1:{server.server_address[1]}", None)
+        server.shutdown()
+
+
+def test_choices_that_are_no_list_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = openai_server.Server.__new__(openai_server.Server)
+    server.model, server.url = "m", "http://x"
+    for choices in ({"0": 1}, "ab", [5], None, {}):
+        monkeypatch.setattr(server, "_request", lambda *_, choices=choices: {"choices": choices})
+        with pytest.raises(EvaluationError, match="answers without choices"):
+            server.complete("a")
 
 
 def test_several_values_need_the_true_prefix_only_where_it_is_known() -> None:

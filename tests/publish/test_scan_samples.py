@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import gzip
 import io
+import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,26 @@ def test_a_secret_at_the_seam_of_two_pieces_is_found_once(
     assert [(f.kind, f.line) for f in found] == [("Hugging Face token", place // 2 + 1)]
 
 
+def test_a_zlib_stream_is_read_in_pieces_and_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = samples.SECRETS["hugging face"].encode()
+    data = zlib.compress(b"a line\n" * 9_000_000 + secret)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "_pieces", lambda stream, *_: iter([decoding.View(str(len(stream.read())), "", 1)]))
+        tracemalloc.start()
+        sizes = [view.text for view in decoding.views(io.BytesIO(data), "", decoding.Budget())]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert sizes == [str(7 * 9_000_000 + len(secret))] and peak < 2.5 * 63_000_000  # the reader here reads all of it
+    monkeypatch.setattr(decoding, "DECODED_BYTES", 10**6)
+    budget = decoding.Budget(10**6)
+    with pytest.raises(decoding.Unread, match="more than 1,000,000 bytes"):
+        list(decoding.views(io.BytesIO(data), "", budget))
+    assert [f.kind for f in look(tmp_path, zlib.compress(b"x " * 100)[:-9], "notes.bin")] == ["not looked into"]
+    assert [f.kind for f in look(tmp_path, zlib.compress(b"x\n" * 50_000 + secret), "notes.bin")] == [
+        "Hugging Face token"
+    ]
+
+
 def test_the_name_of_a_file_in_an_archive_counts(tmp_path: Path) -> None:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
@@ -111,6 +133,9 @@ def test_many_findings_end_with_a_count(tmp_path: Path) -> None:
     lambda: b"sk-" * 100_000, lambda: b"A" * 300_000, lambda: b"a-1." * 75_000 + b".local", lambda: b"ssh " + b"a " * 150_000,
     lambda: base64.b64encode(base64.b64encode(b"text " * 30_000)), lambda: b"-----BEGIN " * 27_000 + b" PRIVATE KEY",
     lambda: b"password=" * 33_000, lambda: b"://" + b"a" * 300_000, lambda: b"~a/" * 100_000,
+    lambda: b"password = " + b"qwertyuiopasdfghjklzxcvbnm" * 4 + b"1!", lambda: (b"password" + b" " * 100) * 2800,
+    lambda: b"-----BEGIN " + b"PRIVATE KEY-----\n" + b"A: b " * 100 + b"\n!", lambda: b"password" + b" " * 300_000 + b"x",
+    lambda: b"---- BEGIN SSH2 ENCRYPTED " + b"PRIVATE KEY ----\n" + b"A: b c: d " * 60 + b"\n!",
 ])  # fmt: skip
 def test_no_text_takes_more_than_linear_time(make: object, tmp_path: Path) -> None:
     """A few seconds each; a quadratic rule would take minutes and meet the test's own limit."""

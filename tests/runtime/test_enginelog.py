@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from m3quant.cli import fitting
+from m3quant.engines import DEFAULT
+from m3quant.engines.start_log import EngineLog, is_empty
+from m3quant.engines.vllm.log import parse_log
 from m3quant.errors import NodeError
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.checklog import check_log
-from m3quant.runtime.enginelog import EngineLog, is_empty, parse_log
 from m3quant.runtime.fit import Ask
 from m3quant.runtime.hardware import GIB, parse_node
 from m3quant.runtime.model import ServedModel, open_subject
@@ -163,3 +166,26 @@ def test_values_that_are_no_numbers_are_passed_over(line: str) -> None:
 def test_a_log_in_which_nothing_can_be_compared_is_no_agreement() -> None:
     with pytest.raises(NodeError, match="states no size that the prediction covers"):
         check_log(model_of({"model": "minimax-m2.7"}), parse_log("Available KV cache memory: 10.0 GiB"), None, Ask())
+
+
+@pytest.mark.parametrize("line", [
+    "GPU KV cache size: " + "9" * 400 + " tokens", "Model loading took " + "9" * 5000 + " GiB", "GPU KV cache size: " + "1," * 200_000 + " tokens",
+    "LLM engine (v1) with config: tensor_parallel_size=\u00b2, kv_cache_memory_bytes=" + "9" * 5000 + ", data_parallel_size=" + "9" * 5000,
+    "`--kv-cache-memory=" + "9" * 5000 + "` (3 GiB) to fit into requested memory", "non-default args: {'a': x" + " " * 300_000 + "y, 'b': 1}",
+    "Free memory on device " + "x" * 300_000, "max seq len (" + "1" * 300_000, "Value error, " + "x" * 300_000, "Error" * 60_000, "a" * 300_000,
+    "Free memory on device (1" * 15_000, "non-default args: " + "{" * 300_000,
+])  # fmt: skip
+def test_lines_that_are_made_to_be_slow_or_too_large(line: str) -> None:
+    """Infinite numbers, digits that are none, and patterns that took time quadratic in a line."""
+    log = parse_log(line)
+    assert (log.tp, log.pp, log.dp, log.dcp) == (1, 1, 1, 1)
+    assert log.pool_tokens is log.weights is log.suggested_pin is log.kv_pinned is None
+    assert len(DEFAULT.reason(line)) < 700
+
+
+def test_a_log_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"x" * 2000)
+    monkeypatch.setattr(fitting, "LOG_BYTES", 1999)
+    with pytest.raises(NodeError, match=r"log .* has more than 1,999 bytes: cut it"):
+        fitting._log_mode(None, log, None, Ask(), False)  # type: ignore[arg-type]

@@ -58,6 +58,119 @@ def test_a_body_nested_too_deep_has_no_place_for_a_number() -> None:
         with_number(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "max_tokens", 7)
 
 
+BATCH = "/v1/chat/completions/batch"
+ONE = [{"role": "user", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        (BATCH, {"messages": [[{}]] * 8000}),
+        (BATCH, {"messages": [ONE] * 1000, "tools": [{"type": "function", "function": {"name": "f", "description": "x" * 800_000}}]}),
+        (BATCH, {"messages": [ONE] * 1000, "chat_template_kwargs": {"a": "x" * 800_000}}),
+        (COMPLETIONS, {"prompt": ["a"] * 1000, "model": "x" * 800_000}),
+        (COMPLETIONS, {"prompt": ["a"] * 8000, "suffix": "x" * 800_000}),
+    ],
+)  # fmt: skip
+def test_what_prompts_share_is_read_and_asked_for_a_bounded_number_of_times(route: str, body: Any) -> None:
+    """Each of these took seconds to minutes, or gigabytes: what all prompts share was done again for every one."""
+    raw = json.dumps(body).encode()
+    (reading,) = read_body(route, raw, False)
+    asked = [len(prompt.query) for prompt in reading.prompts if prompt.query]
+    assert sum(asked) <= 4 * max(len(raw), 2**20) + max(asked, default=0)
+    # Who is not asked for is bounded by the bytes: never by nothing.
+    assert all(prompt.query or prompt.bound for prompt in reading.prompts)
+    assert len(reading.prompts) == len(body.get("messages") or body["prompt"])
+
+
+def test_embeddings_without_number_are_refused() -> None:
+    with pytest.raises(Refusal, match="9000 prompts"):
+        read_body(COMPLETIONS, b'{"prompt_embeds":[' + b"1," * 8999 + b"1]}", False)
+    assert read_body(CHAT, json.dumps({"messages": ONE * 9000}).encode(), False)[0].sequences == 1
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "name"),
+    [
+        (CHAT, {"messages": ONE, "tools": [{"type": "function", "function": {"parameters": {"prompt": [1] * 60_000}}}]}, "tools"),
+        (CHAT, {"messages": ONE, "documents": [{"prompt": [1] * 60_000}]}, "documents"),
+        (INVOCATIONS, {"messages": ONE, "prompt": "a", "chat_template_kwargs": {"prompt": [1] * 60_000}}, "prompt"),
+        (CHAT, {"messages": [{"role": "assistant", "content": "", "x": {"prompt": [1] * 60_000}}]}, "messages"),
+    ],
+)  # fmt: skip
+def test_a_long_array_of_another_member_is_counted_whole(route: str, body: Any, name: str) -> None:
+    """Under the name of the prompt, but a tool's schema: the template writes it out."""
+    readings = read_body(route, json.dumps(body).encode(), False)
+    assert max(len(prompt.query or b"") for reading in readings for prompt in reading.prompts) > 120_000
+
+
+@pytest.mark.parametrize("mark", ["-1099511627776", "-1099511627776.0", "-1.099511627776e12", '"-1099511627776"'])
+def test_a_client_cannot_write_the_marker(mark: str) -> None:
+    tools = json.dumps([{"type": "function", "function": {"parameters": {"prompt": [1] * 60_000}}}])
+    body = f'{{"tools":{tools},"messages":{json.dumps(ONE)},"prompt":[{mark}]}}'.encode()
+    chat = next(reading for reading in read_body(INVOCATIONS, body, False) if reading.kind == "chat")
+    assert len(chat.prompts[0].query or b"") > 120_000
+    assert all(prompt.ids in (None, 1) for reading in read_body(INVOCATIONS, body, False) for prompt in reading.prompts)
+
+
+def test_a_long_array_of_another_member_through_the_guard() -> None:
+    async def scenario() -> None:
+        engine = SlowTokenizer()
+        engine.let.set()
+        guard = make_guard(engine)
+        for items in (60_000, 200_000):  # read here, and in the other process
+            engine.asked.clear()
+            tools = [{"type": "function", "function": {"name": "f", "parameters": {"prompt": [1] * items}}}]
+            call = await ask(guard, CHAT, {"messages": ONE, "tools": tools, "max_tokens": 5})
+            assert call.status == 200 and engine.asked[0] > 2 * items
+        guard.aside.close()
+
+    run(scenario())
+
+
+def test_a_body_in_a_piece_a_byte_is_handed_on_as_one() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        guard = make_guard(engine)
+        body = json.dumps(completion(5)).encode() + b" " * 3000
+        for pieces in ([body[at : at + 1] for at in range(len(body))], [body[:9], body[9:]]):
+            call = await ask(guard, COMPLETIONS, pieces)
+            assert call.status == 200 and engine.bodies.pop() == body
+        messages = [{"type": "http.request", "body": b"a", "more_body": True} for _ in range(200_000)]
+
+        async def receive() -> Any:
+            return messages.pop() if messages else {"type": "http.request", "body": b"", "more_body": False}
+
+        inbox = Inbox(receive, 10**6)
+        assert await inbox.read() == b"a" * 200_000
+        assert await inbox.receive() == {"type": "http.request", "body": b"a" * 200_000, "more_body": False}
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("length", ["9" * 19, "9" * 5000, "33554433"])
+def test_a_content_length_of_any_number_of_digits_is_413(length: str) -> None:
+    async def scenario() -> None:
+        call = await ask(make_guard(FakeEngine()), COMPLETIONS, completion(5), headers={"content-length": length})
+        assert call.status == 413 and call.error is None
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("prefix", "path", "guarded"),
+    [("/v", "/v1/completions", True), ("/api", "/api/v1/completions", True), ("", "/v1/completions/", True),
+     ("/api", "/v1/completions", True), ("/v1", "/v1/completions", False)],
+)  # fmt: skip
+def test_a_path_is_what_the_application_takes_it_for(prefix: str, path: str, guarded: bool) -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        call = await ask(make_guard(engine), path, completion(600), scope={"root_path": prefix})
+        assert (call.status == 400 and not engine.bodies) == guarded
+
+    run(scenario())
+
+
 # The other process
 
 
@@ -143,6 +256,8 @@ async def reserved(path: str, body: Any, guard: Guard, engine: FakeEngine) -> in
         (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 0, "max_tokens": 0}, 512),
         (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 0, "max_tokens": 15}, 16),
         (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 12, "kv_transfer_params": {"prompt_token_ids": [1] * 100}}, 112),
+        (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 12, "truncate_prompt_tokens": 5, "kv_transfer_params": {"prompt_token_ids": [1] * 100}}, 112),
+        (COMPLETIONS, {"prompt": "a " * 50, "max_tokens": 12, "truncate_prompt_tokens": "4", "kv_transfer_params": {"prompt_token_ids": [1] * 3}}, 16),
         (COMPLETIONS, {"prompt": "a", "suffix": "b" * 40, "max_tokens": 7}, 48),
         ("/v1/responses", {"input": "a", "tools": [{"type": "web_search_preview"}], "max_output_tokens": 5}, 512),
         ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 5, "thinking": {"type": "enabled"}}, 512),
@@ -278,6 +393,54 @@ def test_large_prompts_of_one_key_do_not_keep_another_key_from_being_counted() -
         await asyncio.wait_for(second.task, 5)  # type: ignore[arg-type]
         assert second.status == 200 and len([size for size in engine.asked if size > 65536]) == 2
         assert guard.counter.large.inside == guard.counter.small.inside == 0 and not guard.counter.large.lines
+
+    run(scenario())
+
+
+def test_many_prompts_of_a_client_that_left_are_not_counted_on() -> None:
+    async def scenario() -> None:
+        engine = SlowTokenizer()
+        guard = make_guard(engine, max_model_len=100_000, pool_tokens=2**20)
+        body = {"prompt": ["word " * 100] * 500, "max_tokens": 5}
+        call = start(guard, COMPLETIONS, body)
+        while len(engine.asked) < 10:
+            await asyncio.sleep(0)
+        call.hang_up()
+        await asyncio.wait_for(call.task, 10)  # type: ignore[arg-type]
+        assert len(engine.asked) < 30 and not engine.bodies and guard.admission.ledger.reserved == 0
+
+    run(scenario())
+
+
+def test_nothing_is_counted_after_the_longest_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 prompts of a tokenizer that takes its time: the rest is bounded by its bytes, not given a second each."""
+    monkeypatch.setattr("m3quant.runtime.guard.counting.LEAST_S", 0.2)
+
+    class Slow(FakeEngine):
+        async def answer_tokenize(self, body: bytes, send: Any) -> None:
+            await asyncio.sleep(0.02)
+            await super().answer_tokenize(body, send)
+
+    async def scenario() -> None:
+        guard = make_guard(Slow(), max_model_len=4096, pool_tokens=2**22, queue_timeout_s=0.0)
+        began = asyncio.get_running_loop().time()
+        call = await ask(guard, COMPLETIONS, {"prompt": ["word"] * 500, "max_tokens": 5})
+        assert call.status == 200 and asyncio.get_running_loop().time() - began < 5
+
+    run(scenario())
+
+
+def test_keys_that_are_made_up_are_forgotten() -> None:
+    async def scenario() -> None:
+        turns = Turns(2)
+        assert turns.enter("busy", 1) is None
+        for number in range(5000):
+            key = f"made-up-{number}"
+            assert turns.enter(key, 10) is None
+            turns.leave(key)
+        assert len(turns.lines) <= 1100
+        turns.leave("busy")
+        assert not turns.lines
 
     run(scenario())
 

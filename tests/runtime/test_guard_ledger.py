@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from m3quant.runtime.guard.ledger import Ledger, State, Ticket
+from m3quant.runtime.guard.ledger import IDLE_LANES, Ledger, State, Ticket
 from m3quant.runtime.guard.prefix import block_chain
 
 BLOCK = 16
@@ -339,3 +339,26 @@ def test_the_chain_covers_what_a_hit_can_cover() -> None:
     assert same == [True] * 3 + [False] * 6
     assert not set(block_chain(base, BLOCK, "a")) & set(block_chain(base, BLOCK, "b"))
     assert block_chain([1.5] * 40, BLOCK, "") == ()  # type: ignore[list-item]
+
+
+def test_keys_that_are_made_up_are_forgotten() -> None:
+    """A queue that is never empty, and a new key for every request: what is remembered of keys stays bounded."""
+    ledger = Ledger(capacity=100, queue_limit=10_000)
+    for number in range(40):
+        ledger.offer(Ticket(f"waiting-{number}", 60))
+    for number in range(5000):
+        ticket = Ticket(f"made-up-{number}", 10)
+        ledger.offer(ticket)
+        ledger.release(ticket)
+    assert len(ledger.lanes) <= IDLE_LANES + 50
+
+
+def test_the_newest_of_the_longest_queue_make_room() -> None:
+    ledger = Ledger(capacity=10, queue_limit=100)
+    ledger.offer(Ticket("a", 10))
+    hogs = [Ticket("hog", 10) for _ in range(10)]
+    for hog in hogs:
+        assert ledger.offer(hog) == []
+    assert ledger.offer(Ticket("guest", 10)) == [hogs[-1]] and ledger.queued == 100
+    assert ledger.offer(Ticket("guest", 10)) == [hogs[-2]]
+    assert ledger.would_drop("hog", 10) and not ledger.would_drop("third", 10)

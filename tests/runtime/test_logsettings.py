@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from m3quant.engines.vllm.log import parse_log
+from m3quant.engines.vllm.log_settings import read_settings
+from m3quant.engines.vllm.memory import MEMORY
 from m3quant.errors import NodeError
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.checklog import LogCheck, check_log
-from m3quant.runtime.enginelog import parse_log
 from m3quant.runtime.fit import Ask, assess
 from m3quant.runtime.hardware import Gpu, Node, parse_node
-from m3quant.runtime.logsettings import read_settings
-from m3quant.runtime.memory import KV_BYTES, index_name, kv_name
 from m3quant.runtime.model import open_subject
 from m3quant.runtime.weights import Split, rank_weights
 
@@ -111,7 +111,7 @@ def test_public_pools_of_m3_with_vision_lie_in_the_range() -> None:
     [("bf16", "bfloat16"), ("torch.bfloat16", "bfloat16"), ("fp8_inc", "fp8_inc"), ("fp8_e4m3fn", "fp8_e4m3"), ("half", "float16"), ("FP8", "fp8")],
 )  # fmt: skip
 def test_engine_spellings_of_the_cache_dtype(spelled: str, name: str) -> None:
-    assert kv_name(spelled) == name and name in KV_BYTES
+    assert MEMORY.kv_name(spelled) == name and name in MEMORY.kv_bytes
     log = parse_log(
         f"non-default args: {{'tensor_parallel_size': 2, 'kv_cache_dtype': '{spelled}'}}\nAvailable KV cache memory: 10 GiB\nGPU KV cache size: 5 tokens\n"
     )
@@ -119,7 +119,7 @@ def test_engine_spellings_of_the_cache_dtype(spelled: str, name: str) -> None:
 
 
 def test_engine_spellings_of_the_index_dtype() -> None:
-    assert [index_name(n) for n in ("bf16", "fp8_e4m3", "torch.bfloat16", "auto", "fp8")] == [
+    assert [MEMORY.index_name(n) for n in ("bf16", "fp8_e4m3", "torch.bfloat16", "auto", "fp8")] == [
         "bfloat16",
         "fp8",
         "bfloat16",

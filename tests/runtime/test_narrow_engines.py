@@ -12,22 +12,25 @@ from convert.common import make_plan_of, make_source, run_plan
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m3quant.engines import DEFAULT as VLLM
+from m3quant.engines import Installed, engine_named
+from m3quant.engines.integers import is_narrow
+from m3quant.engines.rules import check_schemes
+from m3quant.engines.stated import config_schemes
 from m3quant.errors import EngineMissing, PlanError
 from m3quant.families import family_of
-from m3quant.planning.engine_config import config_schemes
-from m3quant.planning.engine_integers import is_humming_only, min_vllm
 from m3quant.recipe.recipe import build_recipe, named_recipe
-from m3quant.runtime.engines import Engine, check_integers, weight_notes
 from m3quant.runtime.fit import Ask, assess
 from m3quant.runtime.hardware import parse_node
 from m3quant.runtime.model import ServedModel, open_subject
-from m3quant.runtime.serve import prepare
+from m3quant.runtime.serve import prepare, weight_notes
 from m3quant.runtime.serve_recipe import ServeRecipe
 from m3quant.runtime.weights import Split, rank_weights, split_problem, stored_bytes
 from m3quant.schemes import INT_BITS, Scheme, parse_scheme
 
 M3 = Path(__file__).parents[1] / "data" / "minimax-m3" / "config.json"
-VLLM = Engine("vllm", "python", "0.33.0", frozenset(), True)
+M2 = Path(__file__).parents[1] / "data" / "minimax-m2.7" / "config.json"
+NEW = Installed("vllm", "python", "0.33.0", frozenset(), True)
 
 
 def full_m3(*settings: str) -> ServedModel:
@@ -37,22 +40,24 @@ def full_m3(*settings: str) -> ServedModel:
 @pytest.mark.parametrize("bits", INT_BITS)
 @pytest.mark.parametrize(("version", "old"), [("0.28.1", True), ("0.26.0", True), ("0.29.0", False), ("0.33.0", False)])
 def test_vllm_before_029_reads_four_and_eight_bits_only(bits: int, version: str, old: bool) -> None:
-    schemes, engine = [Scheme("int", bits, 128), Scheme("fp8", 8)], replace(VLLM, version=version)
+    schemes, installed = [Scheme("int", bits, 128), Scheme("fp8", 8)], replace(NEW, version=version)
     if old and bits not in (4, 8):
         with pytest.raises(
             EngineMissing, match=rf"vLLM {version} does not read integers of {bits} bits.*install 0\.29\.0"
         ):
-            check_integers("vllm", engine, schemes)
+            check_schemes(VLLM, installed, schemes)
     else:
-        check_integers("vllm", engine, schemes)
-    assert min_vllm(schemes) == ("" if bits in (4, 8) else "0.29.0")
+        check_schemes(VLLM, installed, schemes)
+    m2 = family_of(json.loads(M2.read_text()), "config.json")  # of which every release known has the architecture
+    assert VLLM.first_release(m2, schemes) == ("" if bits in (4, 8) else "0.29.0")
 
 
 def test_sglang_is_refused_by_name_installed_or_not() -> None:
-    for engine in (None, replace(VLLM, name="sglang", version="0.5.23")):
+    sglang = engine_named("sglang")
+    for installed in (None, replace(NEW, name="sglang", version="0.5.23")):
         with pytest.raises(EngineMissing, match=r"SGLang does not read integers of 2 and 3 bits.*vLLM 0\.29\.0"):
-            check_integers("sglang", engine, [parse_scheme("int3-g128"), parse_scheme("int2-g64-asym")])
-        check_integers("sglang", engine, [parse_scheme("int4-g128"), parse_scheme("fp8-channel")])
+            check_schemes(sglang, installed, [parse_scheme("int3-g128"), parse_scheme("int2-g64-asym")])
+        check_schemes(sglang, installed, [parse_scheme("int4-g128"), parse_scheme("fp8-channel")])
 
 
 def test_serve_refuses_an_engine_that_cannot_read_the_output(tmp_path: Path) -> None:
@@ -76,6 +81,10 @@ def test_notes_of_a_plan_for_a_node() -> None:
         note.split(":")[0] for note in notes("routed_experts=int2-g128-asym", "routed_experts@3=int3-g64-asym")
     ] == ["int2-g128-asym, int3-g64-asym"]
     assert notes() == []
+    # Zero points of experts at a width that every engine reads; of attention alone they are nothing new.
+    for experts, said in (("int4-g128-asym", True), ("int8-g128-asym", True), ("int4-g128", False)):
+        found = notes(f"routed_experts={experts}", "attention=int8-g128-asym", "indexer=int8-g128-asym")
+        assert any("routed experts with zero points: vLLM without pull request 44025" in note for note in found) == said
 
 
 @pytest.mark.parametrize(
@@ -138,4 +147,4 @@ def test_a_config_of_any_form_gives_schemes_and_no_error(weights: Any) -> None:
         {"quant_method": "awq", "bits": weights},
         weights,
     ):
-        assert all(isinstance(is_humming_only(s), bool) for s in config_schemes({"quantization_config": config}))
+        assert all(isinstance(is_narrow(s), bool) for s in config_schemes({"quantization_config": config}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import signal
 import socket
@@ -21,6 +22,9 @@ import yaml
 from click.testing import CliRunner
 
 from m3quant.cli import cli
+from m3quant.engines import DEFAULT as VLLM
+from m3quant.engines import Installed, Launch, engine_named
+from m3quant.engines.vllm.log import parse_log
 from m3quant.errors import (
     CheckpointError,
     DoesNotFit,
@@ -32,24 +36,14 @@ from m3quant.errors import (
     ServeError,
 )
 from m3quant.recipe.recipe import recipe_folder, recipe_names
-from m3quant.runtime import engines, failures
-from m3quant.runtime.enginelog import parse_log
-from m3quant.runtime.engines import (
-    Engine,
-    detect_node,
-    find_engine,
-    gpu_called,
-    sglang_launch,
-    version_notes,
-    vllm_launch,
-)
 from m3quant.runtime.fit import Ask, Fit, assess
 from m3quant.runtime.hardware import GIB, parse_node
 from m3quant.runtime.launch import EngineProcess, check_port
 from m3quant.runtime.model import open_subject
 from m3quant.runtime.pins import pin_key, pinned_bytes, read_pin, write_pin
-from m3quant.runtime.serve import compare, importable, prepare, quick_check
+from m3quant.runtime.serve import compare, importable, prepare, quick_check, start_options, weight_notes
 from m3quant.runtime.serve_recipe import ServeRecipe, load_serve_recipe
+from m3quant.runtime.this_machine import detect_node, gpu_called
 from m3quant.runtime.units import compose_file, systemd_unit
 
 TESTS = Path(__file__).parents[1]
@@ -79,11 +73,17 @@ FLAGS = [
     "watermark",
     "enforce-eager",
 ]
-NEW = Engine("vllm", "python-of-the-engine", "0.33.0", frozenset(FLAGS), True)
+NEW = Installed("vllm", "python-of-the-engine", "0.33.0", frozenset(FLAGS), True)
 
 
 def fit_on(folder: Path, node: str, **ask: Any) -> Fit:
     return assess(open_subject(str(folder)).stored, parse_node(node), Ask(**ask))
+
+
+def launched(fit: Fit, recipe: ServeRecipe, installed: Installed | None, api_key: str | None = None, pin: int | None = None,
+             api_key_env: str | None = None) -> Launch:  # fmt: skip
+    options = start_options("a-hub/model", recipe, api_key, api_key_env, pin)
+    return engine_named(recipe.engine).launch(fit.serving, options, installed)
 
 
 # --- the command ---
@@ -91,7 +91,7 @@ def fit_on(folder: Path, node: str, **ask: Any) -> Fit:
 
 def test_the_command_holds_what_the_family_and_the_node_need() -> None:
     fit = fit_on(M3, "2xH100", context=4096, kv_dtype="fp8", index_dtype="fp8")
-    launch = vllm_launch(fit, ServeRecipe(port=9000, served_name="m3", watermark=0.03), NEW, "secret", None)
+    launch = launched(fit, ServeRecipe(port=9000, served_name="m3", watermark=0.03), NEW, "secret")
     text = " ".join(launch.command)
     for part in ("--max-model-len 4096", "--block-size 128", "--kv-cache-dtype fp8", "--language-model-only", "--tensor-parallel-size 2",
                  "--tool-call-parser minimax_m3", "--reasoning-parser minimax_m3", "--enable-auto-tool-choice", "--port 9000", "--shutdown-timeout 60",
@@ -102,19 +102,19 @@ def test_the_command_holds_what_the_family_and_the_node_need() -> None:
         and launch.env["VLLM_API_KEY"] == "secret"
         and launch.secret >= {"VLLM_API_KEY", "M3QUANT_GUARD_API_KEYS"}
     )
-    line = engines.shown(launch, str, "MY_KEY")
+    line = launch.shown(str, "MY_KEY")
     assert "secret" not in line and "VLLM_API_KEY=$MY_KEY M3QUANT_GUARD_API_KEYS=$MY_KEY" in line
-    with_vision = vllm_launch(fit_on(M3, "2xH100", vision=True), ServeRecipe(), NEW, None, 5)
+    with_vision = launched(fit_on(M3, "2xH100", vision=True), ServeRecipe(), NEW, pin=5)
     assert "--language-model-only" not in with_vision.command and "--kv-cache-memory-bytes" in with_vision.command
 
 
 def test_an_older_engine_loses_optional_flags_with_a_word_and_needed_ones_with_an_error() -> None:
     fit = fit_on(M2, "1xH200")
     old = replace(NEW, version="0.26.0", flags=frozenset(FLAGS) - {"watermark"})
-    launch = vllm_launch(fit, ServeRecipe(), old, None, None)
+    launch = launched(fit, ServeRecipe(), old)
     assert "--watermark" not in launch.command and any("--watermark" in note for note in launch.notes)
     with pytest.raises(EngineMissing, match=r"0\.26\.0 does not know --middleware"):
-        vllm_launch(fit, ServeRecipe(), replace(old, flags=old.flags - {"middleware"}), None, None)
+        launched(fit, ServeRecipe(), replace(old, flags=old.flags - {"middleware"}))
 
 
 @pytest.mark.parametrize(
@@ -122,21 +122,21 @@ def test_an_older_engine_loses_optional_flags_with_a_word_and_needed_ones_with_a
 )
 def test_unknown_versions_warn(version: str, warns: bool) -> None:
     subject = open_subject(str(M3))
-    assert bool(version_notes(replace(NEW, version=version), subject.family, subject.config)) == warns
+    assert bool(VLLM.check_family(replace(NEW, version=version), subject.family)) == warns
 
 
 def test_a_version_without_the_model_is_refused() -> None:
     subject = open_subject(str(M3))
     with pytest.raises(EngineMissing, match=r"0\.23\.0 does not have minimax_m3_vl: install 0\.24\.0"):
-        version_notes(replace(NEW, version="0.23.0"), subject.family, subject.config)
+        VLLM.check_family(replace(NEW, version="0.23.0"), subject.family)
 
 
 def test_an_fp8_index_cache_needs_a_release_that_has_it() -> None:
     fit = fit_on(M3, "1xH200", index_dtype="fp8")
-    engines.check_dtypes(fit, NEW)
-    engines.check_dtypes(fit_on(M2, "1xH200", index_dtype="fp8"), replace(NEW, version="0.26.0"))
+    VLLM.check_index(NEW, fit.serving)
+    VLLM.check_index(replace(NEW, version="0.26.0"), fit_on(M2, "1xH200", index_dtype="fp8").serving)
     with pytest.raises(EngineMissing, match=r"0\.26\.0 keeps M3's index keys in BF16"):
-        engines.check_dtypes(fit, replace(NEW, version="0.26.0"))
+        VLLM.check_index(replace(NEW, version="0.26.0"), fit.serving)
 
 
 def test_fp8_experts_of_m3_come_with_a_warning() -> None:
@@ -144,14 +144,13 @@ def test_fp8_experts_of_m3_come_with_a_warning() -> None:
     models = {model.label: model for model in subject.precisions()[0]}
     config = {**subject.config, "quantization_config": {"quant_method": "compressed-tensors"}}
     fp8 = assess(replace(models["fp8"], config=config), parse_node("8xH200"), Ask())
-    assert any("swiglu" in note for note in engines.weight_notes(fp8))
-    assert engines.weight_notes(assess(models["awq"], parse_node("8xH200"), Ask())) == []
+    assert any("swiglu" in note for note in weight_notes(fp8))
+    assert weight_notes(assess(models["awq"], parse_node("8xH200"), Ask())) == []
 
 
 def test_sglang_gets_the_same_choices() -> None:
-    launch = sglang_launch(
-        fit_on(M3, "2xH100", context=4096, kv_dtype="fp8"), ServeRecipe(engine="sglang"), None, "KEY"
-    )
+    fit = fit_on(M3, "2xH100", context=4096, kv_dtype="fp8", engine="sglang")
+    launch = launched(fit, ServeRecipe(engine="sglang"), None, api_key_env="KEY")
     text = " ".join(launch.command)
     for part in (
         "sglang.launch_server",
@@ -293,31 +292,31 @@ def test_a_serving_recipe_that_does_not_exist_names_those_that_ship() -> None:
 def test_no_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(NodeError, match="no GPU was found"):
-        detect_node(NEW)
+        detect_node(False)
     (tmp_path / "nvidia-smi").write_text(
         "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA H100 80GB HBM3, 81559'\n"
     )
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
-    assert detect_node(NEW).name == "2xH100"
+    assert detect_node(False).name == "2xH100"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert detect_node(NEW).name == "1xH100"
+    assert detect_node(False).name == "1xH100"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(NodeError, match="hides every GPU"):
-        detect_node(NEW)
+        detect_node(False)
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A]'\n")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert detect_node(NEW).name == "1xGB10"
+    assert detect_node(False).name == "1xGB10"
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA L4, 23034'\n")
     for visible, order in ((None, None), ("0", None), ("0,1", "PCI_BUS_ID")):
         for variable, value in (("CUDA_VISIBLE_DEVICES", visible), ("CUDA_DEVICE_ORDER", order)):
             monkeypatch.delenv(variable, raising=False) if value is None else monkeypatch.setenv(variable, value)
         with pytest.raises(NodeError, match=r"GPUs differ.*CUDA_DEVICE_ORDER=PCI_BUS_ID"):
-            detect_node(NEW)
+            detect_node(False)
     for visible, found in (("0", "H100"), ("1", "NVIDIA L4")):  # what the refusal advises
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert detect_node(NEW).name == f"1x{found}"
+        assert detect_node(False).name == f"1x{found}"
 
 
 def test_gpus_by_their_nvidia_smi_names() -> None:
@@ -333,13 +332,15 @@ def test_gpus_by_their_nvidia_smi_names() -> None:
 
 def test_an_engine_that_is_not_installed() -> None:
     with pytest.raises(EngineMissing, match="has no sglang"):
-        find_engine("sglang", sys.executable)
+        engine_named("sglang").find(sys.executable)
     with pytest.raises(EngineMissing, match="does not run"):
-        find_engine("vllm", "/nowhere/python")
+        VLLM.find("/nowhere/python")
+    with pytest.raises(OptionError, match="no engine 'x': choose one of vllm, sglang"):
+        engine_named("x")
 
 
 def test_the_engine_gets_m3quant_alone_and_the_folder_goes() -> None:
-    launch = vllm_launch(fit_on(M2, "1xH200"), ServeRecipe(), NEW, None, None)
+    launch = launched(fit_on(M2, "1xH200"), ServeRecipe(), NEW)
     with importable(replace(NEW, has_m3quant=False), launch) as env:
         folder = Path(env["PYTHONPATH"].split(":")[0])
         assert [path.name for path in folder.iterdir()] == ["m3quant"]
@@ -385,6 +386,13 @@ def test_pins_are_kept_by_what_changes_the_measurement(tmp_path: Path) -> None:
     assert read_pin(key, tmp_path) is None
     write_pin(key, 123, fit, tmp_path)
     assert read_pin(key, tmp_path) == 123
+    for damaged in (b"[" * 50_000, b'{"kv_cache_memory_bytes": true}', b'{"kv_cache_memory_bytes": 1' + b" " * 70_000 + b"}", b"\xff", b"[1]"):
+        (tmp_path / f"{key}.json").write_bytes(damaged)
+        assert read_pin(key, tmp_path) is None
+    (tmp_path / f"{key}.json").unlink()
+    os.mkfifo(tmp_path / f"{key}.json")  # reading it would wait for a writer
+    assert read_pin(key, tmp_path) is None
+    (tmp_path / f"{key}.json").unlink()
     assert (
         key
         != pin_key(fit, "0.32.0", ["--max-model-len", "8192"])
@@ -423,7 +431,7 @@ def test_a_pin_is_for_one_set_of_the_recipes_own_arguments() -> None:
     ],
 )  # fmt: skip
 def test_failures_are_named(log: str, part: str) -> None:
-    found = failures.reason(log)
+    found = VLLM.reason(log)
     assert part in found and "\n" not in found and "Traceback" not in found
 
 
@@ -461,7 +469,7 @@ server.serve_forever()
 
 
 def run_server(kind: str, tmp_path: Path) -> tuple[EngineProcess, int, int]:
-    process = EngineProcess([sys.executable, "-u", "-c", SERVER, kind], {}, tmp_path / "log", None)
+    process = EngineProcess([sys.executable, "-u", "-c", SERVER, kind], {}, tmp_path / "log", None, VLLM.reason)
     deadline = time.monotonic() + 30
     while "port" not in process.text and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -495,10 +503,13 @@ def test_an_engine_that_ends_or_stalls_is_reported(tmp_path: Path) -> None:
         {},
         tmp_path / "a",
         None,
+        VLLM.reason,
     )
     with pytest.raises(ServeError, match="exit code 3 before it was ready: weights and overhead"):
         ended.wait_ready("http://127.0.0.1:9/health", 30, threading.Event())
-    stalled = EngineProcess([sys.executable, "-c", "import time; time.sleep(60)"], {}, tmp_path / "b", None)
+    stalled = EngineProcess(
+        [sys.executable, "-c", "import time; time.sleep(60)"], {}, tmp_path / "b", None, VLLM.reason
+    )
     with pytest.raises(ServeError, match="not ready after 0 s"):
         stalled.wait_ready("http://127.0.0.1:9/health", 0.2, threading.Event())
     stopped = threading.Event()
@@ -506,7 +517,7 @@ def test_an_engine_that_ends_or_stalls_is_reported(tmp_path: Path) -> None:
     assert stalled.wait_ready("http://127.0.0.1:9/health", 30, stopped) is False
     stalled.stop(0)
     with pytest.raises(ServeError, match="cannot be started"):
-        EngineProcess(["/nowhere/engine"], {}, tmp_path / "c", None)
+        EngineProcess(["/nowhere/engine"], {}, tmp_path / "c", None, VLLM.reason)
 
 
 def closed(line: str) -> None:
@@ -519,7 +530,7 @@ def test_an_engine_is_read_on_though_its_words_have_nowhere_to_go(
     """Else its pipe fills up, and it waits."""
     monkeypatch.setattr("m3quant.runtime.launch.KEPT_LINES", 100)
     talk = "for number in range(20_000): print('line', number)"
-    process = EngineProcess([sys.executable, "-c", talk], {}, Path("/dev/full"), closed)
+    process = EngineProcess([sys.executable, "-c", talk], {}, Path("/dev/full"), closed, VLLM.reason)
     process.process.wait(timeout=30)
     assert process.stop(0) == 0
     assert process.text.endswith("line 19999\n") and 100 <= process.text.count("\n") <= 200
@@ -573,7 +584,9 @@ def test_files_for_other_managers_hold_names_as_they_are(tmp_path: Path) -> None
     shutil.copytree(M2, folder)
     prepared = decide(folder, node="1xH200", served_name="x$y")
     command = prepared.launch.command[2:]
-    text = compose_file(command, {"V": "1$2"}, frozenset(), prepared.fit, prepared.recipe, "0.33.0", None)
+    text = compose_file(
+        command, {"V": "1$2"}, frozenset(), prepared.fit, prepared.recipe, "vllm/vllm-openai:v0.33.0", None
+    )
     service = yaml.safe_load(text)["services"]["m3quant"]
     assert service["volumes"] == [f"{tmp_path.resolve()}/a$$b%n:/model:ro"] and service["environment"] == {"V": "1$$2"}
     assert service["command"][0] == "/model" and "x$$y" in service["command"]
@@ -584,7 +597,9 @@ def test_files_for_other_managers_hold_names_as_they_are(tmp_path: Path) -> None
 def test_a_compose_file_of_a_checkpoint_on_the_hub_mounts_its_cache() -> None:
     fit = fit_on(M2, "1xH200")
     fit = replace(fit, model=replace(fit.model, where="org/name"))
-    text = compose_file(["org/name", "--port", "8000"], {}, frozenset(), fit, ServeRecipe(), "0.33.0", None)
+    text = compose_file(
+        ["org/name", "--port", "8000"], {}, frozenset(), fit, ServeRecipe(), "vllm/vllm-openai:v0.33.0", None
+    )
     service = yaml.safe_load(text)["services"]["m3quant"]
     assert service["command"][0] == "org/name" and service["volumes"][0].endswith(":/root/.cache/huggingface")
 

@@ -388,8 +388,15 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 CONFIGS = [
     ("m3", lambda c: c["quantization_config"]["config_groups"]["group_0"]["targets"].pop(0), "experts"),
-    ("m2", lambda c: c["quantization_config"]["ignore"].append("re:.*self_attn.*"), "self_attn"),
-    ("m2", lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(num_bits=8), "int8"),
+    ("m2", lambda c: c["quantization_config"]["ignore"].append("re:.*self_attn.*"), "ignore has 're:.*self_attn.*', which"),
+    ("m2", lambda c: c["quantization_config"]["ignore"].append("re:(([a-z.]+)+)+\\d$x"), "which the recipe does not give"),
+    ("m2", lambda c: c["quantization_config"]["ignore"].append("re:("), "which the recipe does not give"),
+    ("m2", lambda c: c["quantization_config"].update(config_groups=[1]), "config_groups is [1], not {"),
+    ("m2", lambda c: c["quantization_config"]["config_groups"]["group_0"].pop("targets"), "group_0.'targets' is missing"),
+    ("m2", lambda c: c["quantization_config"].update(ignore={"a": [[]]}), "ignore is {'a': [[]]}, not ["),
+    ("m2", lambda c: c["quantization_config"].update({"a\x1b[31m": 1}), "is too many"),
+    ("m2", lambda c: c.update(quantization_config=[]), "quantization_config is [], not {"),
+    ("m2", lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(num_bits=8), "weights.num_bits is 8, not 4"),
     ("m2", lambda c: c.update(rope_theta=10000), "config.json differs from the source's in rope_theta"),
     ("m3", lambda c: c["text_config"].update(swiglu_limit=1.0), "config.json differs from the source's in text_config"),
     ("m2", lambda c: c.pop("quantization_config"), "quantization_config is not the one"),

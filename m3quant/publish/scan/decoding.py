@@ -229,8 +229,25 @@ _OPEN: dict[str, Callable[[IO[bytes]], Any]] = {
     "gzip": lambda stream: gzip.GzipFile(fileobj=stream, mode="rb"),
     "bzip2": bz2.BZ2File,
     "xz": lzma.LZMAFile,
-    "zlib": lambda stream: io.BytesIO(zlib.decompressobj().decompress(stream.read(), DECODED_BYTES)),
+    "zlib": lambda stream: _Inflated(stream),
 }
+
+
+class _Inflated:
+    """What a zlib stream holds, in pieces: neither the file nor what it expands to is in memory at once."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._inflate = zlib.decompressobj()
+
+    def read(self, size: int) -> bytes:
+        while not self._inflate.eof:
+            data = self._inflate.unconsumed_tail or self._stream.read(PIECE_BYTES)
+            if not data:
+                raise EOFError("it ends before its end")
+            if found := self._inflate.decompress(data, size):
+                return found
+        return b""
 
 
 def _spooled(stream: IO[bytes], budget: Budget) -> IO[bytes]:

@@ -25,7 +25,7 @@ PERSON = "e-mail address"
 STORAGE = "storage address"
 RULES: list[Rule] = [
     _rule(PATH, rf"{_ROOT}(?:{_OWN})/[A-Za-z0-9._-]+(?:/{_PART}*)?", "/"),
-    _rule(PATH, rf"{_ROOT}(?:root|tmp|var/tmp|dev/shm|run/user|private/var|private/tmp)/[A-Za-z0-9._-]+{_PART}*", "/root", "/tmp", "/dev/shm", "/run/", "/private"),
+    _rule(PATH, rf"{_ROOT}(?:root|tmp|var/tmp|dev/shm|run/user|var/folders|private/var|private/tmp)/[A-Za-z0-9._-]+{_PART}*", "/root", "/tmp", "/dev/shm", "/run/", "/var/folders", "/private"),
     _rule(PATH, rf"{_ROOT}(?:{_SHARED})/[A-Za-z0-9._-]{{2,}}/[A-Za-z0-9._-]{{2,}}{_PART}*", "/"),
     _rule(PATH, rf"{_ROOT}var/(?:lib|log|spool|www|data|run|opt)/[A-Za-z0-9._-]+/[A-Za-z0-9._-]+{_PART}*", "/var/"),
     _rule(PATH, r"(?<![\w~./-])~[a-z][a-z0-9_-]{1,31}/[A-Za-z0-9._-]+/[A-Za-z0-9._-]+", "~"),

@@ -82,16 +82,16 @@ def _plain_beginning(shape: str) -> str:
 
 
 ISSUED: list[Rule] = [
-    *_prefixed("Hugging Face token", r"hf_[A-Za-z0-9]{30,}", r"api_org_[A-Za-z0-9]{30,}"),
+    *_prefixed("Hugging Face token", r"hf_[A-Za-z0-9]{30,}", r"hf_(?:oauth|jwt)_[A-Za-z0-9_.-]{30,}", r"api_org_[A-Za-z0-9]{30,}", r"oauth_app_secret_[A-Za-z0-9-]{30,}"),
     *_prefixed("API key", r"sk-ant-[a-z]+[0-9]+-[A-Za-z0-9_-]{40,}", r"sk-(?:[a-z0-9]+-)*(?=[A-Za-z0-9_]*[0-9])(?=[A-Za-z0-9_]*[A-Za-z])[A-Za-z0-9_]{20,}"),
-    *_prefixed("API key", r"gsk_[A-Za-z0-9]{40,}", r"xai-[A-Za-z0-9]{40,}", r"pplx-[A-Za-z0-9]{40,}", r"r8_[A-Za-z0-9]{30,}", r"fw_[A-Za-z0-9]{20,}", r"nvapi-[A-Za-z0-9_-]{40,}", r"pcsk_[A-Za-z0-9_]{40,}", r"tgp_v1_[A-Za-z0-9_-]{30,}", r"co_[A-Za-z0-9]{38,}", r"jina_[A-Za-z0-9]{40,}", r"lsv2_(?:pt|sk)_[0-9a-f]{32}_[0-9a-f]{10}", r"KGAT_[0-9a-f]{32}"),
+    *_prefixed("API key", r"gsk_[A-Za-z0-9]{40,}", r"xai-[A-Za-z0-9]{40,}", r"pplx-[A-Za-z0-9]{40,}", r"r8_[A-Za-z0-9]{30,}", r"fw_[A-Za-z0-9]{20,}", r"nvapi-[A-Za-z0-9_-]{40,}", r"pcsk_[A-Za-z0-9_]{40,}", r"tgp_v1_[A-Za-z0-9_-]{30,}", r"co_[A-Za-z0-9]{38,}", r"jina_[A-Za-z0-9]{40,}", r"lsv2_(?:pt|sk)_[0-9a-f]{32}_[0-9a-f]{10}", r"KGAT_[0-9a-f]{32}", r"ms-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}" + _END),
     *_prefixed("W&B key", r"wandb_v1_[A-Za-z0-9_]{40,}", r"local-[0-9a-f]{40}" + _END),
     *_prefixed("AWS access key", r"AKIA[A-Z0-9]{16}(?![A-Za-z0-9])", r"ASIA[A-Z0-9]{16}(?![A-Za-z0-9])") ,
     *_prefixed("GitHub token", r"gh[pousr]_[A-Za-z0-9]{36}", r"github_pat_[A-Za-z0-9_]{40,}"),
     *_prefixed("GitLab token", r"gl(?:pat|dt|ft|soat|rt|cbt|imt|ptt|agent|oas|ffct)-[A-Za-z0-9_.-]{20,}", r"GR1348941[A-Za-z0-9_-]{20}"),
     *_prefixed("Slack token", r"xox[abeoprs]-[A-Za-z0-9-]{20,}", r"xapp-[0-9]-[A-Z0-9]+-[0-9]+-[a-z0-9]{20,}", r"xoxe\.xox[bp]-[A-Za-z0-9-]{20,}"),
     *_prefixed("Google API key", r"AIza[A-Za-z0-9_-]{35}" + _END),
-    *_prefixed("Google credential", r"GOCSPX-[A-Za-z0-9_-]{20,}", r"ya29\.[A-Za-z0-9_-]{30,}", r"1//0[A-Za-z0-9_-]{40,}"),
+    *_prefixed("Google credential", r"GOCSPX-[A-Za-z0-9_-]{20,}", r"ya29\.[A-Za-z0-9_-]{30,}", r"1//0[A-Za-z0-9_-]{40,}", r"GOOG1[A-Z0-9]{20,60}" + _END),
     *_prefixed("Stripe key", r"[spr]k_(?:live|test)_[A-Za-z0-9]{16,}", r"whsec_[A-Za-z0-9+/]{24,}"),
     *_prefixed("npm token", r"npm_[A-Za-z0-9]{36}"),
     *_prefixed("PyPI token", r"pypi-[A-Za-z0-9_-]{50,}"),
@@ -99,16 +99,19 @@ ISSUED: list[Rule] = [
     *_prefixed("Vault token", r"hv[sbr]\.[A-Za-z0-9_-]{24,}", r"s\.[A-Za-z0-9]{24}" + _END),
     *_prefixed("cloud token", r"do[opr]_v1_[0-9a-f]{64}", r"dapi[0-9a-f]{32}", r"HRKU-[A-Za-z0-9_-]{36,}", r"fo1_[A-Za-z0-9_-]{40,}", r"FlyV1 fm[12][a-z]?_[A-Za-z0-9+/=_,-]{40,}", r"sbp_[0-9a-f]{40}", r"pscale_(?:tkn|pw|oauth)_[A-Za-z0-9_.-]{32,}", r"vercel_[A-Za-z0-9]{24,}", r"dckr_(?:pat|oat)_[A-Za-z0-9_-]{27,}", r"rubygems_[0-9a-f]{48}", r"cio[A-Za-z0-9]{32}" + _END, r"tskey-[a-z]+-[A-Za-z0-9-]{20,}", r"LTAI[A-Za-z0-9]{16,24}" + _END, r"AKID[A-Za-z0-9]{32}" + _END, r"rpa_[A-Z0-9]{40,}", r"rnd_[A-Za-z0-9]{28,}"),
     *_prefixed("service token", r"shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}", r"glsa_[A-Za-z0-9]{32}_[0-9a-f]{8}", r"glc_[A-Za-z0-9+/=]{40,}", r"NRAK-[A-Z0-9]{27}", r"sntry[su]_[A-Za-z0-9+/=_-]{40,}", r"PMAK-[0-9a-f]{24}-[0-9a-f]{34}", r"dp\.(?:pt|st|ct|sa|scim|audit)\.[A-Za-z0-9._-]{40,}", r"sl\.[A-Za-z0-9_-]{60,}", r"pat[A-Za-z0-9]{14}\.[0-9a-f]{64}", r"lin_(?:api|oauth)_[A-Za-z0-9]{32,}", r"ntn_[A-Za-z0-9]{40,}", r"secret_[A-Za-z0-9]{43}" + _END, r"figd_[A-Za-z0-9_-]{36,}", r"ATATT3[A-Za-z0-9_=-]{60,}", r"ATCTT3[A-Za-z0-9_=-]{60,}", r"ATBB[A-Za-z0-9]{28,}", r"key-[0-9a-f]{32}" + _END, r"sq0(?:atp|csp|idp)-[A-Za-z0-9_-]{22,43}", r"EAA[A-Za-z0-9]{80,}", r"AAAAAAAAAAAAAAAAAAAAA[A-Za-z0-9%]{40,}", r"xkeysib-[0-9a-f]{64}-[A-Za-z0-9]{16}", r"re_[A-Za-z0-9]{8}_[A-Za-z0-9]{20,}", r"phc_[A-Za-z0-9]{40,}", r"phx_[A-Za-z0-9]{40,}", r"CFPAT-[A-Za-z0-9_-]{40,}", r"[0-9]{8,10}:AA[A-Za-z0-9_-]{33}" + _END),
+    Rule("API key", re.compile(r"\"username\"\s*:\s*\"[^\"]{1,64}\"\s*,\s*\"key\"\s*:\s*\"([0-9a-f]{32})\""), ("\"username\"",), vocabulary=False),
+    Rule("service token", re.compile(r"https?://([0-9a-f]{32})(?::[0-9a-f]{32})?@[A-Za-z0-9.-]+/[0-9]+"), ("://",), vocabulary=False),
+    Rule("private key", re.compile(r"(?<![A-Za-z0-9_-])S[UAONCX][A-Z2-7]{56}" + _END), ("s",), vocabulary=False),
     Rule("Terraform token", re.compile(r"(?<![A-Za-z0-9])[A-Za-z0-9]{14}\.atlasv1\.[A-Za-z0-9_=-]{60,}"), (".atlasv1.",)),
     Rule("Azure secret", re.compile(r"(?<![A-Za-z0-9_~.-])[A-Za-z0-9_~.]{3}[0-9]Q~[A-Za-z0-9_~.-]{31,34}"), ("q~",)),
     Rule("Azure secret", re.compile(r"(?i)(?:Account|SharedAccess|Primary|Secondary)Key\s*=\s*([A-Za-z0-9+/]{40,}={0,2})"), ("key",)),
     Rule("Azure secret", re.compile(r"(?i)[?&]sig=([A-Za-z0-9%+/]{30,}(?:%3D|=)?)"), ("sig=",)),
     Rule("AWS secret key", re.compile(r"(?i)aws_?secret_?access_?key[\"'\s]*[:=][\"'\s]*([A-Za-z0-9/+]{40})(?![A-Za-z0-9/+])"), ("aws",)),
-    Rule("private key", re.compile(r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?:\\[rn]|\s)*(?:[A-Za-z-]+: [^\n\\]{0,100}(?:\\[rn]|\s)+)*([A-Za-z0-9+/=]{16,})"), ("private key",)),
+    Rule("private key", re.compile(r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?:\\[rn]|\s)*+(?:[A-Za-z-]++: [^\r\n\\]{0,100}+(?:\\[rn]|[\r\n])(?:\\[rn]|\s)*+)*+([A-Za-z0-9+/=]{16,})"), ("private key",)),
     Rule("private key", re.compile(r"(?s)PuTTY-User-Key-File-[0-9]: .{0,600}?Private-Lines: [0-9]+\s+([A-Za-z0-9+/=]{16,})"), ("putty-user-key-file",)),
     Rule("private key", re.compile(r"AGE-SECRET-KEY-1[0-9A-Z]{58}"), ("age-secret-key-1",)),
     Rule("private key", re.compile(r"-----BEGIN OpenVPN Static key V1-----\s+([0-9a-f\s]{64,})"), ("openvpn static key",)),
-    Rule("private key", re.compile(r"---- BEGIN SSH2 ENCRYPTED PRIVATE KEY ----\s+(?:[A-Za-z-]+: [^\n]{0,100}\s+)*([A-Za-z0-9+/=]{16,})"), ("ssh2 encrypted private key",)),
+    Rule("private key", re.compile(r"---- BEGIN SSH2 ENCRYPTED PRIVATE KEY ----\s++(?:[A-Za-z-]++: [^\n]{0,100}+\n\s*+)*+([A-Za-z0-9+/=]{16,})"), ("ssh2 encrypted private key",)),
     Rule("JSON web token", re.compile(r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"), ("eyj",)),
     Rule("password in a URL", re.compile(r"[a-z][a-z0-9+.-]{1,12}://[^/\s:@\"'<>]{0,64}:([^/\s:@\"'<>{}$]{3,128})@[A-Za-z0-9.-]+"), ("://",), vocabulary=False, secret=False),
     Rule("webhook address", re.compile(r"https://hooks\.slack(?:-gov)?\.com/(?:services|workflows|triggers)/[A-Za-z0-9_/]{20,}"), ("hooks.slack",)),
@@ -165,6 +168,10 @@ _HINTS = {
 }
 
 
+# Some detectors take time that is cubic in a run of blanks ("name", blanks, blanks for a sign, blanks, value). Same length: places stay.
+_BLANKS = re.compile(r"(?<= {12}) +")
+
+
 @cache
 def library() -> tuple[tuple[str, tuple[re.Pattern[str], ...]], ...]:
     """(kind, patterns) of the detectors of detect-secrets that are used."""
@@ -181,6 +188,7 @@ def library() -> tuple[tuple[str, tuple[re.Pattern[str], ...]], ...]:
 
 def library_matches(text: str, lowered: str) -> Iterator[tuple[str, int, str]]:
     """(kind, place, text) of what detect-secrets finds in a text of few lines; lowered: the same in lower case."""
+    text = _BLANKS.sub(lambda run: "\0" * len(run[0]), text)
     for kind, patterns in library():
         if (hints := _HINTS.get(kind)) and not any(hint in lowered for hint in hints):
             continue
@@ -199,7 +207,8 @@ def assigned(text: str, lowered: str) -> Iterator[tuple[int, str]]:
                 yield at, found
 
 
+# Possessive: parts that could be divided in many ways would be tried in all of them.
 # os.environ["X"], self.api_key2, gpt-4o-mini, 2024-01-01, v1.2.3: names of code, models and versions, not secrets.
 _IDENTIFIER = re.compile(
-    r"(?:[a-z_]+[0-9]{0,2}[._-]?)+|[A-Z_]+[0-9]{0,2}[A-Z_]*|[0-9._:/-]+|[vV]?[0-9]+(?:\.[0-9]+)+[a-z0-9.+-]{0,12}"
+    r"(?:[a-z_]++[0-9]{0,2}+[._-]?+)++|[A-Z_]+[0-9]{0,2}[A-Z_]*|[0-9._:/-]+|[vV]?[0-9]+(?:\.[0-9]+)+[a-z0-9.+-]{0,12}"
 )

@@ -1,4 +1,4 @@
-"""m3quant.verify.engine_python without an engine: what is found, what is said, and how a dying process is told apart. No vLLM needed."""
+"""m3quant.engines.probing without an engine: what is found, what is said, and how a dying process is told apart. No vLLM needed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from m3quant.engines import DEFAULT, engine_named, installed
+from m3quant.engines.installed import ENGINE_PYTHON
+from m3quant.engines.probing import Difference, difference, find_probed, run_probe
+from m3quant.engines.vllm.probe import WeightLedger, account, empty_response, header_names, watch_writes
 from m3quant.errors import EngineMissing, VerifyError
 from m3quant.families import family_of
-from m3quant.verify import engine_python as engine
-from m3quant.verify.engine_probe import WeightLedger, account, empty_response, header_names, watch_writes
-from m3quant.verify.engine_python import Difference, difference, find_engine_python, run_engine
 
 PROMPTS = [[1, 2, 3]]
 TINY_M3 = Path(__file__).parents[1] / "fixtures/tiny-m3"
@@ -36,12 +38,13 @@ def with_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     (packages / "vllm").mkdir(parents=True)
     (packages / "vllm" / "__init__.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(packages))
-    monkeypatch.setenv(engine.ENGINE_PYTHON, sys.executable)
+    monkeypatch.setenv(ENGINE_PYTHON, sys.executable)
 
     def put(script: str) -> None:
         path = tmp_path / "probe.py"
         path.write_text("import json, os, signal, sys, time\n" + script)
-        monkeypatch.setattr(engine, "PROBE", path)
+        assert DEFAULT.probe is not None
+        monkeypatch.setattr(type(DEFAULT), "probe", replace(DEFAULT.probe, script=path))
 
     return put
 
@@ -53,53 +56,53 @@ def respond(**fields: object) -> str:
 
 
 def test_no_vllm_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(engine.ENGINE_PYTHON, raising=False)
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv(ENGINE_PYTHON, raising=False)
+    monkeypatch.setattr(installed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineMissing, match=r"vLLM is not installed.*--engine-python.*M3QUANT_ENGINE_PYTHON"):
-        find_engine_python()
+        DEFAULT.find_python()
 
 
 def test_a_python_that_does_not_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(EngineMissing, match=r"--engine-python names .*nowhere, which does not run"):
-        find_engine_python(str(tmp_path / "nowhere"))
+        DEFAULT.find_python(str(tmp_path / "nowhere"))
 
 
 def test_a_python_without_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(engine.ENGINE_PYTHON, sys.executable)
+    monkeypatch.setenv(ENGINE_PYTHON, sys.executable)
     with pytest.raises(EngineMissing, match=r"M3QUANT_ENGINE_PYTHON names .*, which has no vllm"):
-        find_engine_python()
+        DEFAULT.find_python()
 
 
 def test_a_crash_shows_the_last_lines(checkpoint: Path, with_probe: Callable[[str], None]) -> None:
     with_probe("print('the engine began', flush=True)\nos.kill(os.getpid(), signal.SIGSEGV)")
     with pytest.raises(VerifyError, match=r"crashed on .* with exit code -11.*\n.*the engine began"):
-        run_engine(checkpoint, PROMPTS)
+        run_probe(DEFAULT, checkpoint, PROMPTS)
 
 
 def test_a_killed_process_is_out_of_memory(checkpoint: Path, with_probe: Callable[[str], None]) -> None:
     with_probe("os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(VerifyError, match="ran out of memory"):
-        run_engine(checkpoint, PROMPTS)
+        run_probe(DEFAULT, checkpoint, PROMPTS)
 
 
 def test_an_engines_own_out_of_memory_is_recognised(checkpoint: Path, with_probe: Callable[[str], None]) -> None:
     error = {"type": "OutOfMemoryError", "message": "CUDA out of memory. Tried to allocate 20 GiB", "trace": []}
     with_probe(respond(status="failed", error=error) + "sys.exit(1)")
     with pytest.raises(VerifyError, match=r"ran out of memory .*Tried to allocate 20 GiB"):
-        run_engine(checkpoint, PROMPTS)
+        run_probe(DEFAULT, checkpoint, PROMPTS)
 
 
 def test_a_refusal_gives_the_engines_words(checkpoint: Path, with_probe: Callable[[str], None]) -> None:
     error = {"type": "ValueError", "message": "Only swigluoai is supported.", "trace": ["File model.py"]}
     with_probe(respond(status="failed", error=error) + "sys.exit(1)")
     with pytest.raises(VerifyError, match=r"refused .*Only swigluoai is supported"):
-        run_engine(checkpoint, PROMPTS)
+        run_probe(DEFAULT, checkpoint, PROMPTS)
 
 
 def test_a_silent_engine_is_ended_in_time(checkpoint: Path, with_probe: Callable[[str], None], tmp_path: Path) -> None:
     with_probe("print('loading', flush=True)\ntime.sleep(600)")
     with pytest.raises(VerifyError, match=r"did not finish within 2 s"):
-        run_engine(checkpoint, PROMPTS, timeout_s=2, log=tmp_path / "engine.log")
+        run_probe(DEFAULT, checkpoint, PROMPTS, timeout_s=2, log=tmp_path / "engine.log")
 
 
 def test_an_incomplete_load_that_then_fails_is_still_a_report(
@@ -113,19 +116,33 @@ def test_an_incomplete_load_that_then_fails_is_still_a_report(
         "tensors": 3,
         "parameters": 9,
         "unexpected": ["a.w1.weight"],
-        "vllm": "0",
+        "version": "0",
     }
     with_probe(respond(**fields) + "sys.exit(1)")
-    report = run_engine(checkpoint, PROMPTS)
+    report = run_probe(DEFAULT, checkpoint, PROMPTS)
     assert not report.complete and report.score_error == "RuntimeError: probability tensor contains nan"
     assert "a.w1.weight" in report.problems()[0]
 
 
 def test_prompts_and_folder_are_checked_first(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(VerifyError, match=r"no config\.json"):
-        run_engine(tmp_path, PROMPTS)
+        run_probe(DEFAULT, tmp_path, PROMPTS)
     with pytest.raises(VerifyError, match="at least two tokens"):
-        run_engine(checkpoint, [[1]])
+        run_probe(DEFAULT, checkpoint, [[1]])
+
+
+def test_the_first_engine_that_is_there_is_asked(
+    monkeypatch: pytest.MonkeyPatch, with_probe: Callable[[str], None]
+) -> None:
+    assert find_probed() == (DEFAULT, sys.executable)
+    monkeypatch.delenv("PYTHONPATH")
+    with pytest.raises(EngineMissing, match="which has no vllm"):
+        find_probed()
+
+
+def test_an_engine_without_a_probe_is_named(checkpoint: Path) -> None:
+    with pytest.raises(VerifyError, match="SGLang has no loading probe"):
+        run_probe(engine_named("sglang"), checkpoint, PROMPTS)
 
 
 def test_difference_of_logprobs() -> None:
@@ -186,7 +203,7 @@ def test_account_separates_defects_from_what_a_text_engine_leaves_out(tmp_path: 
         "parameters": 1, "missing": [], "partial": [], "engine_check": None, "notes": [],
         "read": set(), "taken": {"model.layers.0.used"},
     }  # fmt: skip
-    facts = family_of(json.loads((TINY_M3 / "config.json").read_text()), "config.json").probe_facts() | {"layers": 2}
+    facts = DEFAULT.probe.facts(family_of(json.loads((TINY_M3 / "config.json").read_text()))) | {"layers": 2}
     found = account(reports, tmp_path, facts)
     assert found["unexpected"] == found["never_read"] == ["model.layers.1.lost"]
     assert found["skipped"] == {"mtp": 2, "vision": 1}

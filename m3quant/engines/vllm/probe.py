@@ -1,4 +1,4 @@
-"""Loads a checkpoint folder in the installed vLLM, accounts for every weight, and scores prompts. Run by m3quant.verify.engine_python.
+"""Loads a checkpoint folder in the installed vLLM, accounts for every weight, and scores prompts. Run by m3quant.engines.probing.
 
     ENGINE_PYTHON engine_probe.py request.json response.json
 
@@ -11,9 +11,9 @@ parameter's storage is seen by a torch dispatch mode and credited to the checkpo
 That gives, by name, the parameters (or the share of a fused parameter) that no tensor filled, and the tensors that
 filled nothing.
 
-Request:  model, family (as `Family.probe_facts` gives it), prompts [[token id]], max_model_len, dtype, moe_backend, block_size, tensor_parallel_size,
+Request:  model, family (as `probe_facts` gives it), prompts [[token id]], max_model_len, dtype, moe_backend, block_size, tensor_parallel_size,
           gpu_memory_utilization, kv_cache_memory_bytes, env {name: value}.
-Response: status "ok" | "incomplete" | "failed", vllm, torch, python, platform, device, parameters, tensors, missing, partial, unexpected,
+Response: status "ok" | "incomplete" | "failed", version (of vLLM), torch, python, platform, device, parameters, tensors, missing, partial, unexpected,
           never_read, skipped, engine_check, notes, seconds, logprobs, top1, error. `empty_response` documents each.
 """
 
@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# This file's folder holds modules named checkpoint, quant, convert, ...: none of them may shadow an engine's import.
+# This file's folder holds modules named log, memory, command, ...: none of them may shadow an engine's import.
 _HERE = str(Path(__file__).resolve().parent)
 sys.path[:] = [entry for entry in sys.path if entry == "" or str(Path(entry).resolve()) != _HERE]
 
@@ -316,7 +316,7 @@ def probe(request: dict[str, Any], response: dict[str, Any]) -> None:
     from vllm.plugins import load_general_plugins
 
     response |= {
-        "vllm": vllm.__version__,
+        "version": vllm.__version__,
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "platform": current_platform.device_type,
@@ -351,7 +351,7 @@ def empty_response() -> dict[str, Any]:
     logprobs, top1: see `score`. error: {type, message, trace}.
     """
     return {
-        "status": "running", "vllm": None, "torch": None, "python": None, "platform": None, "device": None,
+        "status": "running", "version": None, "torch": None, "python": None, "platform": None, "device": None,
         "parameters": 0, "tensors": 0, "missing": [], "partial": [], "unexpected": [], "never_read": [], "skipped": {},
         "engine_check": None, "notes": [], "seconds": {}, "logprobs": [], "top1": [], "error": None,
     }  # fmt: skip

@@ -1,20 +1,17 @@
-"""Loads a checkpoint in the real vLLM, in the engine's own Python, and says what it made of it.
+"""Loads a checkpoint in a real engine, in its own Python, and says what it made of it.
 
-The work is done by engine_probe.py in a subprocess, so the engine may live in another environment and its crash is not ours.
+The work is done by the engine's probe in a subprocess, so the engine may live in another environment and its crash is not ours.
 Torch-free.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
-import re
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,27 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.strict_json import parse_object
 from ..errors import EngineMissing, VerifyError
 from ..families import family_of
+from . import ENGINES
+from .base import Engine, LoadingProbe
 
-ENGINE_PYTHON = "M3QUANT_ENGINE_PYTHON"
-PROBE = Path(__file__).with_name("engine_probe.py")
 NAMES_SHOWN = 8  # of a long list of tensors, in a message
 LOG_LINES_SHOWN = 15
-
-HOW_TO_GET = (
-    "install vllm beside m3quant, or name the Python of an environment that has it with --engine-python "
-    f"or {ENGINE_PYTHON} (for a CPU: tests/engine/make_env.sh)"
-)
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|OutOfMemoryError|No available memory for the cache blocks|Cannot allocate memory|DefaultCPUAllocator: can't allocate"
-    r"|less than desired [CG]PU memory utilization|larger than the available KV cache memory",
-    re.IGNORECASE,
-)
-_KERNEL = re.compile(
-    r"(?:INFO|WARNING) \S+ \S+ \[[^\]]*\] (.*(?:MoE backend|MoEMethod|Selected \S+ for|Kernel for|selected \S+ \().*)"
-)
+LOG_BYTES = 64 * 2**20  # what is read of an engine's output
 
 
 @dataclass(frozen=True)
@@ -64,15 +50,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What vLLM made of a checkpoint.
+    """What an engine made of a checkpoint.
 
     missing: parameters that no checkpoint tensor filled. partial: name -> (elements written, elements) of those filled in part.
-    unexpected: checkpoint tensors that filled nothing; never_read: those of them in a file that vLLM did not read.
+    unexpected: checkpoint tensors that filled nothing; never_read: those of them in a file that the engine did not read.
     skipped: tensors that a text-only engine leaves out on purpose, counted ("vision", "mtp"); they are not checked.
     logprobs[i][t]: log-prob of prompt i's token t+1 given those before it; top1[i][t]: the most likely id there.
     """
 
-    vllm: str
+    engine: str  # as sentences call it
+    version: str
     torch: str
     python: str
     platform: str
@@ -102,17 +89,19 @@ class EngineReport:
         found = []
         if self.missing:
             found.append(
-                f"vLLM {self.vllm} found no weights for {len(self.missing)} of its {self.parameters} parameters, which are left "
+                f"{self.engine} {self.version} found no weights for {len(self.missing)} of its {self.parameters} parameters, which are left "
                 f"uninitialised: {shorten(self.missing)}."
             )
         if self.partial:
             shares = [
                 f"{name} ({written} of {elements} elements)" for name, (written, elements) in self.partial.items()
             ]
-            found.append(f"vLLM {self.vllm} filled {len(shares)} fused parameters only in part: {shorten(shares)}.")
+            found.append(
+                f"{self.engine} {self.version} filled {len(shares)} fused parameters only in part: {shorten(shares)}."
+            )
         if self.unexpected:
             found.append(
-                f"vLLM {self.vllm} silently skipped {len(self.unexpected)} of the checkpoint's {self.tensors} tensors: "
+                f"{self.engine} {self.version} silently skipped {len(self.unexpected)} of the checkpoint's {self.tensors} tensors: "
                 f"{shorten(self.unexpected)}; it has no parameter of these names under this quantization_config."
             )
         return found
@@ -156,26 +145,26 @@ def difference(
     return Difference(len(errors), statistics.fmean(errors), statistics.median(errors), p99, errors[-1], agreement)
 
 
-def find_engine_python(explicit: str | None = None) -> str:
-    """The Python that runs vLLM: `explicit`, else the variable M3QUANT_ENGINE_PYTHON, else this one. Raises EngineMissing."""
-    asked = explicit or os.environ.get(ENGINE_PYTHON)
-    if not asked:
-        if importlib.util.find_spec("vllm") is None:
-            raise EngineMissing(f"vLLM is not installed for {sys.executable}: {HOW_TO_GET}.")
-        return sys.executable
-    where = "--engine-python" if explicit else ENGINE_PYTHON
-    check = "import importlib.util, sys; sys.exit(0 if importlib.util.find_spec('vllm') else 3)"
-    try:
-        code = subprocess.run([asked, "-c", check], capture_output=True, timeout=120).returncode
-    except (OSError, subprocess.TimeoutExpired) as error:
-        why = error.strerror if isinstance(error, OSError) else "it did not answer within 120 s"
-        raise EngineMissing(f"{where} names {asked}, which does not run ({why}): {HOW_TO_GET}.") from None
-    if code != 0:
-        raise EngineMissing(f"{where} names {asked}, which has no vllm: {HOW_TO_GET}.")
-    return asked
+PROBED = tuple(engine for engine in ENGINES if engine.probe is not None)
 
 
-def run_engine(
+def find_probed(explicit: str | None = None) -> tuple[Engine, str]:
+    """The first engine with a loading probe that is installed, and its Python (see `Engine.find_python`).
+
+    Raises EngineMissing, of the first engine, where none is.
+    """
+    missing: EngineMissing | None = None
+    for engine in PROBED:
+        try:
+            return engine, engine.find_python(explicit)
+        except EngineMissing as error:
+            missing = missing or error
+    assert missing is not None
+    raise missing
+
+
+def run_probe(
+    engine: Engine,
     model: str | Path,
     prompts: Sequence[Sequence[int]],
     *,
@@ -191,22 +180,28 @@ def run_engine(
     timeout_s: float = 3600.0,
     log: Path | None = None,
 ) -> EngineReport:
-    """Load the folder `model` in vLLM and score `prompts` (token ids, at least two each).
+    """Load the folder `model` in the engine and score `prompts` (token ids, at least two each).
 
     An incomplete load is a report (see `EngineReport.problems`), not an error. Raises VerifyError when there is no engine, and when
     it runs out of memory or time, or crashes. `log`: where to keep the engine's output; else it is dropped on success.
     """
+    probe = engine.probe
+    if probe is None:
+        raise VerifyError(f"{engine.title} has no loading probe here: its word on a checkpoint cannot be had.")
     folder = Path(model).resolve()
     if not (folder / "config.json").is_file():
         raise VerifyError(f"{folder} holds no config.json: give the folder of a finished checkpoint.")
     if not prompts or any(len(prompt) < 2 for prompt in prompts):
         raise VerifyError("the engine check needs prompts of at least two tokens each.")
     config = parse_object(
-        (folder / "config.json").read_bytes(), str(folder / "config.json"), "Copy it again.", constants=True
+        read_bounded(folder / "config.json", CONFIG_BYTES),
+        str(folder / "config.json"),
+        "Copy it again.",
+        constants=True,
     )
     request = {
         "model": str(folder),
-        "family": family_of(config, str(folder / "config.json")).probe_facts(),
+        "family": probe.facts(family_of(config, str(folder / "config.json"))),
         "prompts": [list(map(int, prompt)) for prompt in prompts],
         "max_model_len": max_model_len,
         "dtype": dtype,
@@ -217,30 +212,30 @@ def run_engine(
         "kv_cache_memory_bytes": kv_cache_memory_bytes,
         "env": dict(env or {}),
     }
-    engine = find_engine_python(python)
+    interpreter = engine.find_python(python)
     with tempfile.TemporaryDirectory(prefix="m3quant-engine-") as scratch:
         work = Path(scratch)
         (work / "request.json").write_text(json.dumps(request), encoding="utf-8")
         log_path = log or work / "engine.log"
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        command = [engine, str(PROBE), str(work / "request.json"), str(work / "response.json")]
-        code = _run(command, log_path, timeout_s)
-        text = log_path.read_text(encoding="utf-8", errors="replace")
+        command = [interpreter, str(probe.script), str(work / "request.json"), str(work / "response.json")]
+        code = _run(engine, command, log_path, timeout_s)
+        text = _end_of(log_path)
         response_path = work / "response.json"
         response = json.loads(response_path.read_text(encoding="utf-8")) if response_path.is_file() else None
-    return _report(response, code, text, folder)
+    return _report(engine, probe, response, code, text, folder)
 
 
-def _run(command: list[str], log: Path, timeout_s: float) -> int:
+def _run(engine: Engine, command: list[str], log: Path, timeout_s: float) -> int:
     """Exit code of `command`, its output in `log`. Raises VerifyError on timeout, with all its processes ended."""
     with log.open("wb") as output, _session(command, output) as process:
         deadline = time.monotonic() + timeout_s
         try:
             return process.wait(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired as error:
-            tail = _tail(log.read_text(encoding="utf-8", errors="replace"))
+            tail = _tail(_end_of(log))
             raise VerifyError(
-                f"vLLM did not finish within {timeout_s:.0f} s: give it more time with --engine-timeout. Its last lines:\n{tail}"
+                f"{engine.title} did not finish within {timeout_s:.0f} s: give it more time with --engine-timeout. Its last lines:\n{tail}"
             ) from error
 
 
@@ -258,31 +253,42 @@ def _session(command: list[str], output: Any) -> Iterator[subprocess.Popen[bytes
         process.wait()
 
 
+def _end_of(log: Path) -> str:
+    """The log, or the last LOG_BYTES of a longer one."""
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_BYTES))
+        return file.read(LOG_BYTES).decode("utf-8", "replace")
+
+
 def _tail(log: str) -> str:
     lines = [line for line in log.splitlines() if line.strip()]
     return "\n".join(lines[-LOG_LINES_SHOWN:])
 
 
-def _report(response: dict[str, Any] | None, code: int, log: str, folder: Path) -> EngineReport:
+def _report(
+    engine: Engine, probe: LoadingProbe, response: dict[str, Any] | None, code: int, log: str, folder: Path
+) -> EngineReport:
     error = (response or {}).get("error")
     detail = f"{error['type']}: {error['message']}" if error else ""
     weights_known = response is not None and response["tensors"] > 0
     incomplete = weights_known and bool(response["missing"] or response["partial"] or response["unexpected"])  # type: ignore[index]
     if response is None or (error and not incomplete):
         # Without a response the process died; exit code -9 is the kernel's memory killer more often than not.
-        if code in (-signal.SIGKILL, 137) or _OUT_OF_MEMORY.search(detail or _tail(log)):
+        if code in (-signal.SIGKILL, 137) or probe.no_memory.search(detail or _tail(log)):
             reason = detail.splitlines()[0] if detail else "the process was killed"
             raise VerifyError(
-                f"vLLM ran out of memory loading {folder} ({reason}): use a larger machine, a smaller max_model_len, or more GPUs "
+                f"{engine.title} ran out of memory loading {folder} ({reason}): use a larger machine, a smaller max_model_len, or more GPUs "
                 "(tensor_parallel_size)."
             )
         if error:
             raise VerifyError(
-                f"vLLM refused {folder}: {detail}\nLast lines:\n" + "\n".join(error["trace"][-LOG_LINES_SHOWN:])
+                f"{engine.title} refused {folder}: {detail}\nLast lines:\n"
+                + "\n".join(error["trace"][-LOG_LINES_SHOWN:])
             )
-        raise VerifyError(f"vLLM crashed on {folder} with exit code {code}. Its last lines:\n{_tail(log)}")
+        raise VerifyError(f"{engine.title} crashed on {folder} with exit code {code}. Its last lines:\n{_tail(log)}")
     return EngineReport(
-        vllm=response["vllm"],
+        engine=engine.title,
+        version=response["version"],
         torch=response["torch"],
         python=response["python"],
         platform=response["platform"],
@@ -296,7 +302,7 @@ def _report(response: dict[str, Any] | None, code: int, log: str, folder: Path) 
         skipped=response["skipped"],
         engine_check=response["engine_check"],
         notes=response["notes"],
-        kernels=list(dict.fromkeys(match.group(1).strip() for match in _KERNEL.finditer(log))),
+        kernels=list(dict.fromkeys(match.group(1).strip() for match in probe.kernel.finditer(log))),
         seconds=response["seconds"],
         logprobs=response["logprobs"],
         top1=response["top1"],

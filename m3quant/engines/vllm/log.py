@@ -6,72 +6,17 @@ Multi-rank logs repeat a line per worker: weights take the largest, cache memory
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from .hardware import GIB
-from .logsettings import read_settings
+from ..device import CPU, GIB, Gpu
+from ..start_log import EngineLog, LogReader, is_true, whole_number
+from .log_settings import START, no_images, read_settings, uncovered
+from .memory import DEFAULT_BATCHED_TOKENS, LARGE_GPU
 
-_N = r"(-?\d[\d,]*(?:\.\d+)?)"
+# Bounded: longer numbers are none of an engine, and Python reads them as infinite or not at all.
+_N = r"(-?[0-9][0-9,]{0,24}(?:\.[0-9]{1,12})?)"
 _G = rf"{_N} Gi?B"
-
-
-@dataclass
-class EngineLog:
-    """What a log said; None where it said nothing. Sizes in bytes, per GPU."""
-
-    version: str | None = None
-    settings: dict[str, str] = field(default_factory=dict)
-    arguments: bool = False  # the arguments were printed: a setting that is absent has the engine's default
-    other_settings: list[str] = field(default_factory=list)  # names of arguments that the prediction does not read
-    vision: bool = False  # the vision tower was profiled
-    total: int | None = None
-    free_at_start: int | None = None
-    requested: int | None = None
-    utilization: float | None = None
-    weights: int | None = None
-    consumed: int | None = None  # weights + non-torch (0.33's wording)
-    non_torch: int | None = None
-    activation: int | None = None
-    graphs: int | None = None
-    graphs_estimated: int | None = None
-    kv_available: int | None = None
-    kv_pinned: int | None = None
-    pool_tokens: int | None = None
-    max_model_len: int | None = None
-    concurrency: float | None = None
-    needed_for: int | None = None  # the length that did not fit, with the bytes it needs and the longest that would
-    needed: int | None = None
-    estimated_max_len: int | None = None
-    fitted_len: int | None = None
-    suggested_pin: int | None = None
-    sparse_attention: str | None = None
-    no_memory: bool = False
-
-    @property
-    def tp(self) -> int:
-        return self._count("tensor_parallel_size")
-
-    @property
-    def pp(self) -> int:
-        return self._count("pipeline_parallel_size")
-
-    @property
-    def dp(self) -> int:
-        return self._count("data_parallel_size")
-
-    @property
-    def dcp(self) -> int:
-        return self._count("decode_context_parallel_size")
-
-    def _count(self, name: str) -> int:
-        """What is no number (None, auto) is the engine's default, 1."""
-        value = self.settings.get(name, "")
-        return int(value) if value.isdigit() else 1
-
-    def setting(self, *names: str) -> str | None:
-        return next((self.settings[name] for name in names if name in self.settings), None)
 
 
 def _number(text: str) -> float:
@@ -125,7 +70,7 @@ _LINES: tuple[tuple[re.Pattern[str], Fields], ...] = tuple(
             rf"Actual usage is {_N} GiB for consumed memory \(weights \+ non-torch\), {_N} GiB for peak activation, and {_N} GiB for CUDAGraph",
             (("consumed", _bytes, _largest), ("activation", _bytes, _largest), ("graphs", _bytes, _largest)),
         ),
-        (r"`?--kv-cache-memory(?:-bytes)?=(\d+)`? \([\d.]+ GiB\) to fit into requested memory", (("suggested_pin", int, _smallest),)),
+        (r"`?--kv-cache-memory(?:-bytes)?=([0-9]{1,18})`? \([0-9.]+ GiB\) to fit into requested memory", (("suggested_pin", int, _smallest),)),
         (rf"reserved {_G} memory for KV Cache as specified by kv_cache_memory_bytes", (("kv_pinned", _bytes, _smallest),)),
         # the CPU build, where VLLM_CPU_KVCACHE_SPACE is set
         (rf"Explicitly set \({_N}/{_N}\) GiB for KV cache", (("kv_pinned", _bytes, _smallest), ("_node", str, _last))),
@@ -158,9 +103,8 @@ def parse_log(text: str) -> EngineLog:
         log.no_memory |= bool(_NO_MEMORY.search(line))
     if log.needed is None:
         _read_line(log, " ".join(text.split()))  # a message that was wrapped when it was pasted
-    pinned = log.setting("kv_cache_memory_bytes", "kv_cache_memory") or ""
-    if log.kv_pinned is None and pinned.isdigit():
-        log.kv_pinned = int(pinned)
+    if log.kv_pinned is None:
+        log.kv_pinned = whole_number(log.setting("kv_cache_memory_bytes", "kv_cache_memory") or "")
     return log
 
 
@@ -172,5 +116,30 @@ def _read_line(log: EngineLog, line: str) -> None:
                     setattr(log, name, merge(getattr(log, name), convert(value)))
 
 
-def is_empty(log: EngineLog) -> bool:
-    return log == EngineLog()
+class VllmLog(LogReader):
+    start = START
+    releases = "0.24 to 0.33"
+
+    def read(self, text: str) -> EngineLog:
+        return parse_log(text)
+
+    def server_defaults(self, gpu: Gpu) -> tuple[int, int] | tuple[None, None]:
+        """Of vLLM's API server (engine/arg_utils.py)."""
+        if not gpu.total_bytes or gpu.name == CPU:
+            return None, None
+        if gpu.total_bytes >= LARGE_GPU:
+            return 16384, 1024
+        if gpu.total_bytes >= 70 * GIB and gpu.name not in ("A100", "GB10"):
+            return DEFAULT_BATCHED_TOKENS, 1024
+        return 2048, 256
+
+    def vision(self, log: EngineLog) -> bool | None:
+        if log.vision:
+            return True
+        limit = log.setting("limit_mm_per_prompt")
+        if is_true(log.setting("language_model_only")) or (limit and no_images(limit)):
+            return False
+        return True if log.arguments else None
+
+    def uncovered(self, settings: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+        return uncovered(settings)

@@ -1,4 +1,4 @@
-"""An engine's own settings as its log prints them: which the prediction takes over, and which it does not cover.
+"""vLLM's own settings as its log prints them: which the prediction takes over, and which it does not cover.
 
 vLLM prints what differs from its defaults (`non-default args: {...}`, since 0.10), all arguments (`args: Namespace(...)`, before),
 and the resolved configuration (`LLM engine (v...) with config: ...`). Where the first was printed, what it lacks is the default.
@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ..start_log import CACHE, OVERHEAD, WEIGHTS
+
 START = "non-default args: "  # printed once a start
 
-WEIGHTS, CACHE, OVERHEAD = "weights", "cache", "overhead"
 EVERYTHING = (WEIGHTS, CACHE, OVERHEAD)
 
 # Taken over by `checklog.asked_by`.
@@ -61,7 +62,7 @@ _SETTING = re.compile(
     rf"['\"]?\b({'|'.join(sorted((MODELLED | UNMODELLED.keys()) - {'dtype'}))})\b['\"]?\s*[=:]\s*['\"]?([\w.]+)"
 )
 _BLOCK_SIZE = re.compile(r"Setting KV cache block size to (\d+)", re.IGNORECASE)
-_PAIR = re.compile(r"\s*['\"]?([A-Za-z_]\w*)['\"]?\s*[:=]\s*(.*?)\s*", re.DOTALL)
+_PAIR = re.compile(r"['\"]?([A-Za-z_]\w*)['\"]?\s*[:=]\s*(.*)", re.DOTALL)
 _OPEN, _CLOSE = "{[(", "}])"
 
 
@@ -112,7 +113,7 @@ def pairs(text: str) -> Iterator[tuple[str, str]]:
         elif char in _CLOSE:
             depth -= 1
         if (char == "," and depth == 0 and not quote) or depth < 0 or i == len(text):
-            if pair := _PAIR.fullmatch(text[start:i]):
+            if pair := _PAIR.fullmatch(text[start:i].strip()):
                 yield pair[1], pair[2].strip("'\"")
             start = i + 1
             if depth < 0:
@@ -127,10 +128,6 @@ def uncovered(values: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
         if value is not None and value.lower() not in without_effect:
             out[f"{name}={value if len(value) <= 60 else value[:57] + '...'}"] = changes
     return out
-
-
-def is_true(value: str | None) -> bool:
-    return value is not None and value.lower() == "true"
 
 
 def no_images(limit: str) -> bool:

@@ -1,0 +1,248 @@
+"""What every engine is to the rest of m3quant: one protocol. Torch-free, and nothing of an engine is imported."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from packaging.version import Version
+
+from ..checkpoint.strict_json import shown
+from ..errors import EngineMissing
+from ..families import Family
+from ..schemes import Scheme
+from .device import Gpu
+from .failures import Sentence, no_room, reason
+from .installed import Installed, find_python, read_installed
+from .integers import is_narrow
+from .memory import MemoryModel
+from .start_log import LogReader
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What releases of an engine can do, by the first that can; '' where none can, None where nobody has looked.
+
+    read: the releases whose source was read, first and first beyond. narrow_integers: integers of other widths than 4 and 8
+    bits; narrow_integers_by: where, and by what.
+    fp8_index: FP8 index keys on GPUs other than data-centre Blackwells. no_zero_points: in words, the releases that stop at
+    routed experts with zero points in compressed-tensors.
+    """
+
+    read: tuple[str, str] | None = None
+    narrow_integers: str = ""
+    narrow_integers_by: str = ""
+    fp8_index: str | None = None
+    no_zero_points: str = ""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A model on a node as the plan decided it, in sizes of one engine process. kv_dtype, index_dtype: resolved names.
+
+    where: a folder or a Hub id. static_fraction: the share of the GPU's memory that weights and cache may take together.
+    """
+
+    where: str
+    family: Family
+    config: Mapping[str, Any]
+    gpu: Gpu
+    context: int
+    tp: int
+    pp: int
+    expert_parallel: bool
+    vision: bool
+    kv_dtype: str
+    kv_dtype_asked: bool
+    index_dtype: str
+    utilization: float
+    static_fraction: float
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """What does not follow from the plan. guard: the guard's environment, None without it; pin: bytes of KV cache per GPU.
+
+    folder: the checkpoint's, if it is local; api_key_env: the name of the variable that holds api_key.
+    """
+
+    host: str
+    port: int
+    folder: Path
+    served_name: str | None = None
+    guard: Mapping[str, str] | None = None
+    api_key: str | None = None
+    api_key_env: str | None = None
+    pin: int | None = None
+    start_timeout: int = 3600
+    shutdown_timeout: int = 60
+    watermark: float = 0.0
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command ready to run. program: what an image of the engine has as its entry point; env: what is added to the environment,
+    secrets among it under `secret` names; notes: said to the user; guarded: whether m3quant's guard runs inside."""
+
+    program: list[str]
+    arguments: list[str]
+    env: dict[str, str]
+    secret: frozenset[str]
+    notes: list[str]
+    guarded: bool = False
+
+    @property
+    def command(self) -> list[str]:
+        return [*self.program, *self.arguments]
+
+    def shown(self, quote: Callable[[str], str], api_key_env: str | None) -> str:
+        """A shell line, with the environment before it; the key as the variable that the user named."""
+        env = [
+            f"{name}=${api_key_env}" if name in self.secret else f"{name}={quote(value)}"
+            for name, value in self.env.items()
+        ]
+        return " ".join([*env, *map(quote, self.command)])
+
+
+@dataclass(frozen=True)
+class LoadingProbe:
+    """A script that loads a checkpoint in the engine's own Python and accounts for every weight (`probing.run_probe`).
+
+    facts: what the script must know of a family, JSON-able. no_memory, kernel: lines of its output.
+    """
+
+    script: Path
+    facts: Callable[[Family], dict[str, Any]]
+    no_memory: re.Pattern[str]
+    kernel: re.Pattern[str]
+
+
+class Engine(ABC):
+    """One engine. An instance has no state; what is installed is an `Installed`, which `find` gives."""
+
+    name: ClassVar[str]  # in options, recipes and families; also its Python package
+    title: ClassVar[str]  # in sentences
+    argument_files: ClassVar[tuple[str, ...]]  # of its package, as globs: where its flags are written
+    can: ClassVar[Capabilities]
+    memory: ClassVar[MemoryModel]
+    sentences: ClassVar[tuple[Sentence, ...]]
+    log_prefix: ClassVar[re.Pattern[str] | None] = None
+    log: ClassVar[LogReader | None] = None  # None: its log is not compared with the plan
+    probe: ClassVar[LoadingProbe | None] = None
+    has_guard: ClassVar[bool] = False  # whether m3quant's guard runs inside its server
+    takes_pin: ClassVar[bool] = False  # whether a measured cache size can be given back to it
+
+    # --- what is installed ---
+
+    def find_python(self, explicit: str | None = None) -> str:
+        """The Python that has this engine (`installed.find_python`). Raises EngineMissing."""
+        return find_python(self.name, self.title, explicit)
+
+    def find(self, explicit: str | None = None) -> Installed:
+        """What that Python has. Raises EngineMissing."""
+        return read_installed(self.name, self.argument_files, self.find_python(explicit))
+
+    # --- what a release can do ---
+
+    def check_family(self, installed: Installed, family: Family) -> list[str]:
+        """Warnings about this release. Raises EngineMissing where it is too old for the family."""
+        if self.can.read is None:
+            return []
+        release = installed.release
+        if release is None:
+            return [
+                f"{self.title} calls itself '{installed.version}': its version was not checked against the checkpoint"
+            ]
+        needed = family.in_engine(self.name).first_release
+        if needed and is_older(installed, needed):
+            raise EngineMissing(
+                f"{self.title} {installed.version} does not have {family.model_type}: install {needed} or newer."
+            )
+        first, beyond = self.can.read
+        if not Version(first) <= release < Version(beyond):
+            return [
+                f"{self.title} {installed.version} is outside the releases this was written for ({first} to before {beyond}): check what it measures"
+            ]
+        return []
+
+    def first_release(self, family: Family, schemes: Collection[Scheme]) -> str:
+        """The oldest release that reads such a checkpoint of the family; '' where every known one does."""
+        narrow = self.can.narrow_integers if any(map(is_narrow, schemes)) else ""
+        return max(family.in_engine(self.name).first_release, narrow, key=lambda v: Version(v or "0"))
+
+    def expert_refusal(self, scheme: Scheme) -> str:
+        """Why no release of this engine runs routed experts in the scheme, '' where one does."""
+        return ""
+
+    def expert_notes(self, experts: Collection[Scheme]) -> tuple[str, ...]:
+        """What a person must know of releases before serving routed experts in these schemes, whatever the family."""
+        return ()
+
+    def activation_notes(self, family: Family, experts: Collection[Scheme], fmt: str) -> tuple[str, ...]:
+        """The same of the experts' activation. fmt: the checkpoint's format, or its quant_method."""
+        return ()
+
+    def lookup_problems(
+        self, family: Family, quantization: Mapping[str, Any], modules: Mapping[str, Scheme]
+    ) -> list[str]:
+        """Where this engine would look a module's scheme up in `quantization_config` and find another than in `modules`."""
+        return []
+
+    def check_index(self, installed: Installed, serving: Serving) -> None:
+        """Raise EngineMissing for index keys that this release cannot keep on this device as asked."""
+        return
+
+    # --- its command ---
+
+    @abstractmethod
+    def plain_command(self, where: str) -> list[str]:
+        """The shortest command that serves the model; `where` is its last word."""
+
+    @abstractmethod
+    def arguments(self, serving: Serving) -> list[str]:
+        """What follows the model: flags that every release with the family takes."""
+
+    def command(self, serving: Serving) -> list[str]:
+        """What a person types to serve it as planned."""
+        return [*self.plain_command(serving.where), *self.arguments(serving)]
+
+    def command_for(self, command: list[str], where: str) -> list[str]:
+        """`command` for the same model in another place. Raises ValueError for what `self.command` did not give."""
+        plain = self.plain_command(where)
+        if command[: len(plain) - 1] != plain[:-1] or len(command) < len(plain):
+            raise ValueError(f"no {' '.join(plain[:-1])} command: {shown(' '.join(command))}")
+        return [*plain, *command[len(plain) :]]
+
+    @abstractmethod
+    def launch(self, serving: Serving, options: StartOptions, installed: Installed | None) -> Launch:
+        """All of it, ready to run. installed None: a release that is not here, so every known flag is used.
+
+        Raises EngineMissing where the installed release lacks a flag that is needed.
+        """
+
+    def image(self, release: str | None) -> str | None:
+        """The container image of a release (None: the newest that was read); None if none is known."""
+        return None
+
+    # --- what its log says ---
+
+    def reason(self, text: str) -> str:
+        """Why it did not start or stopped, as one clause; the log's last error where no known cause is found."""
+        found = no_room(self.log.read(text)) if self.log else ""
+        return found or reason(text, self.sentences, self.log_prefix)
+
+    def __repr__(self) -> str:
+        return f"<engine {self.name}>"
+
+
+def is_older(installed: Installed, release: str) -> bool:
+    """Whether what is installed is known to come before `release`."""
+    return installed.release is not None and installed.release < Version(release)

@@ -1,0 +1,66 @@
+"""The GPUs of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+from ..errors import NodeError
+from .hardware import GPUS, Gpu, Node, cpu_node
+
+
+def detect_node(cpu: bool) -> Node:
+    """The GPUs of this machine as nvidia-smi lists them, as many as CUDA_VISIBLE_DEVICES leaves; the CPU where `cpu` says so. Raises NodeError where there is none."""
+    if cpu:
+        return cpu_node(2**30)
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        done = None
+    rows = (
+        [line.rsplit(",", 1) for line in done.stdout.splitlines() if "," in line]
+        if done and done.returncode == 0
+        else []
+    )
+    if not rows:
+        raise NodeError(
+            "no GPU was found (nvidia-smi lists none): start where the GPUs are, or ask for a plan with --dry-run --on 1xH200."
+        )
+    kinds = {name.strip() for name, _ in rows}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        parts = [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
+        numbers = [int(part) for part in parts if part.isdigit()]
+        rows = [rows[i] for i in numbers if i < len(rows)] if len(numbers) == len(parts) else rows[: len(parts)]
+        if not rows:
+            raise NodeError("CUDA_VISIBLE_DEVICES hides every GPU: unset it, or name those to use.")
+    names = {name.strip() for name, _ in rows}
+    # Unless told otherwise CUDA numbers the fastest first, nvidia-smi goes by the bus: among unlike GPUs a number names two.
+    if len(names) > 1 or (len(kinds) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID"):
+        raise NodeError(
+            f"the GPUs differ ({', '.join(sorted(kinds))}): choose equal ones by nvidia-smi's numbers, with "
+            "CUDA_DEVICE_ORDER=PCI_BUS_ID and CUDA_VISIBLE_DEVICES."
+        )
+    size = rows[0][1].strip()
+    return Node(len(rows), gpu_called(names.pop(), int(size) if size.isdigit() else None))
+
+
+def gpu_called(name: str, mib: int | None) -> Gpu:
+    """The known GPU of an nvidia-smi name, or one of its memory less what the driver keeps (0.5 %, as on H100 and H200).
+
+    mib is None where nvidia-smi says [N/A], as for GB10, whose memory is the host's. Raises NodeError if the name is unknown too.
+    """
+    flat = name.upper().replace(" ", "")
+    for gpu in GPUS.values():
+        if gpu.name in flat and (mib is None or abs(gpu.total_bytes / 2**20 / mib - 1) < 0.05):
+            return gpu
+    if mib is None:
+        raise NodeError(
+            f"nvidia-smi does not tell the memory of {name}: plan for its GiB with --dry-run --on, as 1x95.5GiB."
+        )
+    return Gpu(name, int(mib * 2**20 * 0.995), 0.0, "nvidia-smi", "unknown")

@@ -15,6 +15,7 @@ from ..checkpoint.bounded import MANIFEST_BYTES, read_bounded
 from ..checkpoint.strict_json import shown
 from ..errors import CheckpointError
 from ..planning.source_format import FP8_BLOCK, MXFP8, PLAIN
+from ..schemes import NOT_ROUNDED
 from .identity import SourceIdentity
 
 MANIFEST = "m3quant.json"
@@ -96,11 +97,15 @@ class CalibrationFacts(_Part):
 
 
 class Heldout(_Part):
-    """Figures of the windows that calibration never saw (`convert.quality`)."""
+    """Figures of the windows that calibration never saw (`convert.quality`).
+
+    activations: how the quantized stream rounded them; manifests without the key are of a time when it did not.
+    """
 
     windows: int
     window_length: int
     tokens: int
+    activations: str = NOT_ROUNDED
     perplexity_source: float
     perplexity_quantized: float
     kl_mean: float

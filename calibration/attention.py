@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from m3quant.calibration import ops
+from m3quant.calibration.inputs import Cache, Inputs, Rounding
 from m3quant.calibration.msa import block_sparse_attention, select_blocks
 from m3quant.families.spec import LayerSpec, Rope, SparseSpec
 
@@ -20,42 +21,45 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 class Attention:
     """Projections, head norms, rotary embedding and causal attention, sparse where the layer is.
 
-    weights: the layer's dict by relative name, read at each call, so that a weight replaced there is used.
+    weights: the layer's dict by relative name, read at each call, so that a weight replaced there is used. rounding,
+    cache: how inputs, keys and values are rounded; not at all until they are set.
     """
 
     def __init__(self, spec: LayerSpec, weights: Mapping[str, torch.Tensor]) -> None:
         self.spec, self._weights = spec, weights
+        self.rounding, self.cache = Rounding(), Cache()
 
     def heads(self, normed: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         """[S, L, H] -> the heads' outputs side by side, [S, L, num_heads * head_dim]. rotary: of `rotary_embedding`."""
-        spec = self.spec
-        q, k = self._normed(normed, "q", spec.head_dim), self._normed(normed, "k", spec.head_dim)
-        v = self._project(normed, "v").unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        spec, inputs = self.spec, Inputs(normed)
+        q, k = self._normed(inputs, "q", spec.head_dim), self._normed(inputs, "k", spec.head_dim)
+        v = self._project(inputs, "v").unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)
+        q, k, v = rotate(q, rotary), self.cache.keys(rotate(k, rotary)), self.cache.values(v)
         scaling = spec.head_dim**-0.5
-        blocks = self.blocks(normed, rotary)
+        blocks = self._blocks(inputs, rotary)
         if blocks is not None and spec.sparse is not None:
             out = block_sparse_attention(q, k, v, blocks, spec.sparse.block_size, scaling)
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2).flatten(2).contiguous()
 
-    def blocks(self, normed: torch.Tensor, rotary: Rotary) -> torch.Tensor | None:
+    def _blocks(self, inputs: Inputs, rotary: Rotary) -> torch.Tensor | None:
         """The key blocks that every query attends to (`msa.select_blocks`), or None where it attends to all."""
         sparse: SparseSpec | None = self.spec.sparse
-        if sparse is None or sparse.covers(normed.shape[1]):
+        if sparse is None or sparse.covers(inputs.x.shape[1]):
             return None
         turned = (rotary[0][..., : sparse.index_dim], rotary[1][..., : sparse.index_dim])
-        q, k = (rotate(self._normed(normed, f"index_{which}", sparse.index_dim), turned) for which in "qk")
-        return select_blocks(q, k, sparse)
+        q, k = (rotate(self._normed(inputs, f"index_{which}", sparse.index_dim), turned) for which in "qk")
+        return select_blocks(self.cache.indices(q), self.cache.indices(k), sparse)
 
-    def _project(self, normed: torch.Tensor, name: str) -> torch.Tensor:
+    def _project(self, inputs: Inputs, name: str) -> torch.Tensor:
+        weight = f"self_attn.{name}_proj.weight"
         bias = self._weights[f"self_attn.{name}_proj.bias"] if f"{name}_proj" in self.spec.biased else None
-        return ops.linear_with_bias(normed, self._weights[f"self_attn.{name}_proj.weight"], bias)
+        return ops.linear_with_bias(inputs.under(self.rounding.by_name.get(weight)), self._weights[weight], bias)
 
-    def _normed(self, normed: torch.Tensor, name: str, head_dim: int) -> torch.Tensor:
+    def _normed(self, inputs: Inputs, name: str, head_dim: int) -> torch.Tensor:
         """One projection, normed as the layer does it (over each head, over all of them, or not), [S, heads, L, head_dim]."""
-        spec, projected = self.spec, self._project(normed, name)
+        spec, projected = self.spec, self._project(inputs, name)
         if spec.qk_norm == "whole":
             projected = ops.rms_norm(
                 projected, self._weights[f"self_attn.{name}_norm.weight"], spec.eps, spec.norm_one_plus

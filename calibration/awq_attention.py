@@ -12,15 +12,13 @@ import torch
 from m3quant.calibration.awq_settings import AwqSettings
 from m3quant.calibration.folds import FoldGroup, all_groups, fold_norm
 from m3quant.calibration.head import Windows
-from m3quant.calibration.layers import Layer
+from m3quant.calibration.layers import O_PROJ, Layer
 from m3quant.calibration.ranges import COARSE_FACTORS, FACTORS, fake_quantize, search_range, weighted_error
 from m3quant.calibration.scales import candidate, ratios, weight_mean
 from m3quant.calibration.search import BlockResult, best_ratio, choose, energy, range_log, require_finite, squared_error
 from m3quant.families.spec import LayerSpec
 from m3quant.quant.formats import round_trip
 from m3quant.schemes import KEEP, Scheme
-
-O_PROJ = "self_attn.o_proj.weight"
 
 
 @dataclass
@@ -101,7 +99,8 @@ class AttentionSearch:
     def mlp_inputs(self) -> torch.Tensor:
         """The normed input [T, H] of the feed-forward block, with every attention weight as it will be stored.
 
-        FP8 weights are rounded here; their activations are not.
+        FP8 weights are rounded here, and what they read as an engine rounds it. Where readers of one norm are of both kinds,
+        a fold divides what the engine rounds, and this rounds the undivided input: the stream itself makes no such error.
         """
         for name, scheme in self.fp8.items():
             folded = self.tensors[name].float() * self.column.get(name, 1.0)
@@ -109,9 +108,10 @@ class AttentionSearch:
             self.layer.set_weight(name, rounded.to(self.tensors[name].dtype))
         windows, length, hidden = self.x.shape
         h = torch.empty(windows, length, hidden, dtype=self.layer.dtype, device=self.layer.device)
-        for part in self._slices():
-            x = self.x.read(part, self.layer.device)
-            h[part] = self.layer.mlp_input(x + self.layer.attention(self.layer.attention_input(x)).to(x.dtype))
+        with self.layer.rounding({**self.schemes, **self.fp8}):
+            for part in self._slices():
+                x = self.x.read(part, self.layer.device)
+                h[part] = self.layer.mlp_input(x + self.layer.attention(self.layer.attention_input(x)).to(x.dtype))
         return h.flatten(0, 1)
 
     def _slices(self) -> Iterator[slice]:

@@ -18,7 +18,7 @@ from m3quant.calibration.experts import ExpertTokens
 from m3quant.calibration.grouped import Block, PairSum, Rows, gated_rows, row_blocks, times
 from m3quant.calibration.ops import gated
 from m3quant.families.spec import Activation, LayerSpec, always_on_names, expert_names
-from m3quant.schemes import KEEP, Scheme
+from m3quant.schemes import KEEP, Activations, Scheme
 
 # Elements of weight (gate, up and down together) of a chunk, float32 while they are searched: M3 has 57 M per expert,
 # M2 14 M. On a GPU a chunk is one batch of products: 9 experts of M3, 37 of M2, and with all that is made of it 8 GB.
@@ -40,6 +40,11 @@ class Unit:
     @property
     def quantized(self) -> bool:
         return any(scheme.kind == "int" for scheme in self.schemes)
+
+    @property
+    def reads(self) -> tuple[Activations | None, Activations | None]:
+        """How an engine rounds what gate and up read (`inputs.Rounding` refuses two ways), and what down reads."""
+        return self.schemes[0].activations, self.schemes[2].activations
 
 
 @dataclass(frozen=True)

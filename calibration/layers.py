@@ -4,20 +4,25 @@ Attention is `attention`; norms, router and experts are the functions of `ops`. 
 is converted for the one product that reads it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from m3quant.calibration import ops
 from m3quant.calibration.attention import Attention, Rotary, rotary_embedding
+from m3quant.calibration.inputs import Cache, Rounding, cache_scales
 from m3quant.calibration.ops import Routing
 from m3quant.calibration.spec import layer_spec
 from m3quant.errors import CheckpointError
 from m3quant.families.spec import INPUT_NORM, MLP_NORM, STACKS, Activation, LayerSpec, MoeSpec, SparseSpec, layer_shapes
+from m3quant.quant.activations import round_activations
+from m3quant.schemes import Scheme
 
 __all__ = ["Layer", "LayerSpec", "LayerTensors", "MoeSpec", "SparseSpec", "layer_shapes", "layer_spec", "stack_experts"]
 
 Tensors = Mapping[str, torch.Tensor]
+O_PROJ = "self_attn.o_proj.weight"
 
 
 def stack_experts(tensors: Tensors, spec: LayerSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -62,6 +67,7 @@ class Layer:
     experts are copied into three stacks (unless they come as LayerTensors). `set_weight` never writes into a tensor
     that was passed in, those of LayerTensors apart.
     Inputs x are [S, L, H] windows from position 0; the residual stream keeps x's dtype. No method records gradients.
+    Activations, keys and values are not rounded, until `round_activations` and `round_cache` say how an engine does it.
 
     Raises CheckpointError naming a tensor that is missing or has another shape than config.json implies.
     """
@@ -90,6 +96,37 @@ class Layer:
                 self._experts[which] = parts if self.device.type == "cpu" else _to_stack(parts, self.device)
         self._attention = Attention(spec, self._weights)
         self._rotary: Rotary | None = None
+        self._rounding = Rounding()
+        self._scales = {name: tensor for name, tensor in tensors.items() if name.endswith("_scale")}
+
+    def round_activations(self, schemes: Mapping[str, Scheme]) -> None:
+        """From now on, round what every product reads as an engine does for a weight of its scheme; {}: round nothing.
+
+        schemes: by weight name. Raises CalibrationError as `Rounding.of`.
+        """
+        self._rounding = self._attention.rounding = Rounding.of(self.spec, schemes)
+
+    @contextmanager
+    def rounding(self, schemes: Mapping[str, Scheme]) -> Iterator[None]:
+        """`round_activations(schemes)` within this block."""
+        before = self._rounding
+        self.round_activations(schemes)
+        try:
+            yield
+        finally:
+            self._rounding = self._attention.rounding = before
+
+    def round_cache(self, kv: bool, index: bool) -> None:
+        """From now on, round keys and values, or index keys, as an FP8 cache does, under the scales among the layer's tensors.
+
+        Raises CalibrationError as `cache_scales`.
+        """
+        scales = {name: scale.to(self.device) for name, scale in cache_scales(self.spec, self._scales).items()}
+        self._attention.cache = Cache(kv, index, **scales)
+
+    def read_by(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """x as the product of this weight (no routed expert's) reads it."""
+        return round_activations(x, self._rounding.by_name.get(name))
 
     def weight(self, name: str) -> torch.Tensor:
         """The tensor in use under a relative name, on the layer's device, in its stored dtype."""
@@ -136,12 +173,12 @@ class Layer:
     @torch.no_grad()
     def attention(self, normed: torch.Tensor) -> torch.Tensor:
         """The attention block's contribution to the residual stream, from `attention_input`'s [S, L, H]."""
-        return self.output(self.heads(normed), self._weights["self_attn.o_proj.weight"])
+        return self.output(self.heads(normed), self._weights[O_PROJ])
 
     def output(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """What the attention block adds, from the heads' outputs [S, L, K] and an o_proj weight [H, K]; its bias is the layer's."""
         bias = self._weights["self_attn.o_proj.bias"] if "o_proj" in self.spec.biased else None
-        return ops.linear_with_bias(heads, weight, bias)
+        return ops.linear_with_bias(self.read_by(O_PROJ, heads), weight, bias)
 
     @torch.no_grad()
     def mlp_input(self, x: torch.Tensor) -> torch.Tensor:
@@ -177,6 +214,7 @@ class Layer:
             self._experts["w3"],
             self._experts["w2"],
             moe.activation,
+            self._rounding.experts,
         ).view(normed.shape)
         return routed + self._glu(normed, moe.shared_prefix, moe.activation) if moe.has_shared else routed
 
@@ -199,8 +237,9 @@ class Layer:
         return ops.rms_norm(x, self._weights[name], self.spec.eps, self.spec.norm_one_plus).to(self.dtype)
 
     def _glu(self, x: torch.Tensor, prefix: str, act: Activation) -> torch.Tensor:
-        gate, up, down = (self._weights[f"{prefix}{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj"))
-        return ops.glu_mlp(x, gate, up, down, act)
+        names = [f"{prefix}{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
+        gate, up, down = (self._weights[name] for name in names)
+        return ops.glu_mlp(self.read_by(names[0], x), gate, up, down, act, self._rounding.by_name.get(names[2]))
 
 
 def _to_stack(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:

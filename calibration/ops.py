@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 from m3quant.calibration.routers import scores_of
 from m3quant.families.spec import SILU, Activation
+from m3quant.quant.activations import round_activations
+from m3quant.schemes import Activations
 
 # One kind of matrix for all experts of a layer: a stack [E, N, K], or E matrices [N, K] kept where they were read.
 Experts = torch.Tensor | Sequence[torch.Tensor]
@@ -66,10 +68,18 @@ def gated(gate: torch.Tensor, up: torch.Tensor, act: Activation) -> torch.Tensor
 
 
 def glu_mlp(
-    x: torch.Tensor, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, act: Activation
+    x: torch.Tensor,
+    gate_proj: torch.Tensor,
+    up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    act: Activation,
+    hidden: Activations | None = None,
 ) -> torch.Tensor:
-    """A dense or shared MLP: x [..., H], gate_proj and up_proj [I, H], down_proj [H, I] -> [..., H] in x's dtype."""
-    return linear(gated(linear(x, gate_proj), linear(x, up_proj), act), down_proj)
+    """A dense or shared MLP: x [..., H], gate_proj and up_proj [I, H], down_proj [H, I] -> [..., H] in x's dtype.
+
+    x: as gate and up read it. hidden: how what down reads is rounded.
+    """
+    return linear(round_activations(gated(linear(x, gate_proj), linear(x, up_proj), act), hidden), down_proj)
 
 
 def linear_with_bias(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -120,26 +130,33 @@ def sort_by_expert(routing: Routing, num_experts: int) -> tuple[torch.Tensor, to
 
 
 def experts_forward(
-    h: torch.Tensor, routing: Routing, w1: Experts, w3: Experts, w2: Experts, act: Activation
+    h: torch.Tensor,
+    routing: Routing,
+    w1: Experts,
+    w3: Experts,
+    w2: Experts,
+    act: Activation,
+    rounding: tuple[Activations | None, Activations | None] = (None, None),
 ) -> torch.Tensor:
     """Weighted sum of the chosen experts: h [T, H], w1 and w3 [E, I, H] (gate, up), w2 [E, H, I] -> [T, H], h's dtype.
 
     Each of w1, w3, w2 is a stack or a sequence of E matrices. Pairs are sorted by expert, and only experts with tokens
     are computed. Stacks on CUDA take three grouped products; otherwise one expert at a time, converting that expert's
     weights alone. The k results of a token are summed in float32 in slot order: deterministic, where an atomic
-    scatter-add would not be.
+    scatter-add would not be. rounding: how the experts' inputs are rounded, and what w2 reads.
     """
     pairs, tokens, counts = sort_by_expert(routing, len(w1))
-    x = h[tokens]
+    x = round_activations(h, rounding[0])[tokens]
     if isinstance(w1, torch.Tensor) and isinstance(w3, torch.Tensor) and isinstance(w2, torch.Tensor) and h.is_cuda:
-        y = grouped_linear(gated(grouped_linear(x, w1, counts), grouped_linear(x, w3, counts), act), w2, counts)
+        hidden = gated(grouped_linear(x, w1, counts), grouped_linear(x, w3, counts), act)
+        y = grouped_linear(round_activations(hidden, rounding[1]), w2, counts)
     else:
         y = torch.empty_like(x)
         start = 0
         for expert, count in enumerate(counts.tolist()):
             if count:
                 rows = slice(start, start + count)
-                y[rows] = glu_mlp(x[rows], w1[expert], w3[expert], w2[expert], act)
+                y[rows] = glu_mlp(x[rows], w1[expert], w3[expert], w2[expert], act, rounding[1])
                 start += count
     position = torch.empty_like(pairs)
     position[pairs] = torch.arange(pairs.shape[0], device=pairs.device)

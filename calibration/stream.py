@@ -8,7 +8,7 @@ use, one being read), a GPU one layer, the hidden states (unless spilled) and th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from m3quant.calibration.layers import Layer
 from m3quant.calibration.ranks import ALONE, Ranks
 from m3quant.errors import CalibrationError, CheckpointError
 from m3quant.families import family_of
+from m3quant.schemes import Scheme
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -291,11 +292,13 @@ def nll(
     micro_batch: int = 4,
     spill: Path | None = None,
     progress: Progress | None = None,
+    schemes: Callable[[int], Mapping[str, Scheme]] | None = None,
 ) -> torch.Tensor:
     """Negative log-likelihood (nats) of tokens [S, L] under the source -> [S, L - 1] float32, entry t for token t + 1.
 
     The source is streamed once. dtype: compute dtype of the layers and of the residual stream (float32 on the CPU,
     bfloat16 on a GPU if None). spill: a file for the hidden states, removed at the end. progress(done, layers).
+    schemes(layer): by relative weight name; activations are rounded as an engine does for weights of these schemes.
     """
     family = family_of(source.config)
     layers = family.num_layers
@@ -304,7 +307,9 @@ def nll(
     try:
         with Prefetcher(lambda index: read_layer(source, index), range(layers)) as loaded:
             for index, tensors in enumerate(loaded):
-                run_layer(Layer(family.layer(index), tensors, device, dtype), states, micro_batch)
+                layer = Layer(family.layer(index), tensors, device, dtype)
+                layer.round_activations(schemes(index) if schemes else {})
+                run_layer(layer, states, micro_batch)
                 if progress:
                     progress(index + 1, layers)
         return head_nll(read_head(source, device), states, tokens)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,6 +19,16 @@ INT_BITS = (2, 3, 4, 5, 6, 7, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256)
 _INT = re.compile(r"int([1-9][0-9]{0,2})-(?:g([1-9][0-9]{0,5})|(channel))(-asym)?")
 _LONGEST = 64  # characters of a name that are compared with known ones and repeated in a message
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How an engine rounds what a linear reads while it runs: to E4M3 under one scale per token, or per token and run of channels."""
+
+    group_size: int | None = None
+
+    def __str__(self) -> str:
+        return "E4M3 per token" + (f" and {self.group_size} channels" if self.group_size else "")
 
 
 @dataclass(frozen=True)
@@ -47,11 +58,25 @@ class Scheme:
     def quantizes(self) -> bool:
         return self.kind != "keep"
 
+    @property
+    def activations(self) -> Activations | None:
+        """How the linear's inputs are rounded; None where they are read as they are (integers, kept weights)."""
+        if self.kind != "fp8":
+            return None
+        return Activations(FP8_BLOCK if self.block else None)
+
     def __str__(self) -> str:
         return self.name
 
 
 KEEP = Scheme("keep")
+NOT_ROUNDED = "not rounded"
+
+
+def rounded_activations(schemes: Iterable[Scheme]) -> str:
+    """What an engine does to activations under these schemes, for people: 'not rounded', or 'E4M3 per token'."""
+    kinds = sorted({str(kind) for scheme in schemes if (kind := scheme.activations)})
+    return " or ".join(kinds) or NOT_ROUNDED
 
 
 @lru_cache(maxsize=256)  # a plan asks for the scheme of every one of some 50,000 tensors

@@ -14,11 +14,10 @@ from m3quant.calibration.feedback.moments import Moments, MomentSum, halves
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.folds import all_groups
 from m3quant.calibration.head import Windows
-from m3quant.calibration.layers import Layer
+from m3quant.calibration.layers import O_PROJ, Layer
 from m3quant.calibration.quantized_layer import StoredWeight
-from m3quant.schemes import KEEP, Scheme
-
-O_PROJ = "self_attn.o_proj.weight"
+from m3quant.quant.activations import round_activations
+from m3quant.schemes import KEEP, Activations, Scheme
 
 
 class AttentionQuantizer:
@@ -40,12 +39,14 @@ class AttentionQuantizer:
     def run(self) -> tuple[dict[str, StoredWeight], torch.Tensor, torch.Tensor, dict[str, Any]]:
         """(weights by name, the quantized stream and the source's after attention [T, H], log). The layer stays as it was."""
         source_mid = torch.cat([self._after(self._read(self.x_source, part)) for part in self._slices()])
+        schemes = {**self.readers, O_PROJ: self.o_scheme}
         try:
-            if self.readers:
-                self._fit(self._input_moments(), self.readers, NORMED, inputs=True)
-            if self.o_scheme.quantizes:
-                self._fit(self._output_moments(source_mid), {O_PROJ: self.o_scheme}, HEADS, inputs=False)
-            mid = torch.cat([self._after(self._read(self.x, part)) for part in self._slices()])
+            for activations, readers in self._by_activations().items():
+                self._fit(self._input_moments(activations), readers, NORMED, inputs=True)
+            with self.layer.rounding(schemes):
+                if self.o_scheme.quantizes:
+                    self._fit(self._output_moments(source_mid), {O_PROJ: self.o_scheme}, HEADS, inputs=False)
+                mid = torch.cat([self._after(self._read(self.x, part)) for part in self._slices()])
         finally:
             for name, tensor in self.kept.items():
                 self.layer.set_weight(name, tensor)
@@ -65,6 +66,13 @@ class AttentionQuantizer:
                 self.fitted[name] = fitted
                 self.layer.set_weight(name, fitted.stored.dequantized()[0].to(self.kept[name].dtype))
 
+    def _by_activations(self) -> dict[Activations | None, dict[str, Scheme]]:
+        """The readers by how they round what they read: each kind has its own moments."""
+        kinds: dict[Activations | None, dict[str, Scheme]] = {}
+        for name, scheme in self.readers.items():
+            kinds.setdefault(scheme.activations, {})[name] = scheme
+        return kinds
+
     def _slices(self) -> Iterator[slice]:
         for start in range(0, self.x.shape[0], self.step):
             yield slice(start, min(start + self.step, self.x.shape[0]))
@@ -75,13 +83,13 @@ class AttentionQuantizer:
     def _after(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.layer.attention(self.layer.attention_input(x)).to(x.dtype)
 
-    def _input_moments(self) -> Moments:
-        """Of what q, k, v and the index projections read; the cross moment is of the inputs."""
+    def _input_moments(self, activations: Activations | None) -> Moments:
+        """Of what q, k, v and the index projections read, rounded so; the cross moment is of the inputs."""
         width = self.spec.hidden_size
         total = MomentSum(width, width, self.layer.device)
         for part in self._slices():
-            h = self.layer.attention_input(self._read(self.x, part)).flatten(0, 1).float()
-            given = h
+            read = self.layer.attention_input(self._read(self.x, part)).flatten(0, 1).float()
+            given, h = read, round_activations(read, activations)
             if self.settings.source_targets:
                 given = self.layer.attention_input(self._read(self.x_source, part)).flatten(0, 1).float()
             total.add(h, given - h, torch.ones(len(h), device=h.device), self.half[part].flatten())
@@ -99,7 +107,7 @@ class AttentionQuantizer:
                 # With the residual: what the whole stream lacks after attention; without: what the block's output does.
                 base = x if self.settings.residual else self._read(self.x_source, part)
                 short = source_mid[part].float() - base.float() - self.layer.output(heads, weight).float()
-            heads = heads.flatten(0, 1)
+            heads = self.layer.read_by(O_PROJ, heads).flatten(0, 1)
             ones = torch.ones(len(heads), device=heads.device)
             total.add(heads, short.flatten(0, 1), ones, self.half[part].flatten())
         return total.total()

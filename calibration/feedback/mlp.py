@@ -97,7 +97,7 @@ class MlpQuantizer:
             self.rows.share.index_add_(0, unit.tokens[natural], unit.weights[natural].float())
         if self.always_on is not None:
             self.rows.share += 1.0
-        prior = self.rows.layer_moment()
+        prior = self.rows.layer_moment(self.routed[0].reads[0])
 
         def work(units: list[Unit]) -> _Part:
             moments = [self.rows.input_moments(unit) for unit in units]

@@ -12,6 +12,8 @@ from m3quant.calibration.feedback.moments import Moments, MomentSum, halves
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.glu import Glu, Unit
 from m3quant.calibration.layers import Layer
+from m3quant.quant.activations import round_activations
+from m3quant.schemes import Activations
 
 ROWS = 8192  # activation rows in work at once
 
@@ -44,7 +46,7 @@ class UnitRows:
         yield from torch.arange(len(self.half), device=self.layer.device).split(ROWS)
 
     def quantized(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The normed inputs [n, H] of these tokens in the quantized stream."""
+        """The normed inputs [n, H] of these tokens in the quantized stream, before a product rounds them."""
         return self.layer.mlp_input(self.states.quantized[tokens])
 
     def source(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -58,16 +60,16 @@ class UnitRows:
         width = self.layer.spec.hidden_size
         total = MomentSum(width, width, self.layer.device)
         for tokens, gates in zip(unit.tokens.split(ROWS), unit.weights.split(ROWS), strict=True):
-            x = self.quantized(tokens).float()
+            x = round_activations(self.quantized(tokens).float(), unit.reads[0])
             total.add(x, self.source(tokens).float() - x, gates.square(), self.half[tokens])
         return total.total()
 
-    def layer_moment(self) -> torch.Tensor | None:
-        """The second moment [H, H] of all tokens, per token: a prior for every expert. None if it is not finite."""
+    def layer_moment(self, activations: Activations | None) -> torch.Tensor | None:
+        """The second moment [H, H] of all tokens, rounded so, per token: a prior for every expert. None if it is not finite."""
         width = self.layer.spec.hidden_size
         total = MomentSum(width, 1, self.layer.device)
         for tokens in self.blocks():
-            x = self.quantized(tokens)
+            x = round_activations(self.quantized(tokens), activations)
             total.add(x, x.new_zeros(len(x), 1), torch.ones(len(x), device=x.device), self.half[tokens])
         second, _, mass, _ = total.total().of(None)
         return second / mass if mass and bool(torch.isfinite(second).all() & (second.diagonal().mean() > 0)) else None
@@ -76,7 +78,7 @@ class UnitRows:
         """Of what down reads under the rounded gate and up; weights [I, H] and [H, I]. The cross moment is of the outputs."""
         total = MomentSum(source.down.shape[1], source.down.shape[0], self.layer.device)
         for tokens, gates in zip(unit.tokens.split(ROWS), unit.weights.split(ROWS), strict=True):
-            hidden = self._hidden(self.quantized(tokens), acting)
+            hidden = self._gated(self.quantized(tokens), acting, unit)
             short = ops.linear(self._hidden(self.source(tokens), source) - hidden, source.down).float()
             if self.settings.residual:
                 short += self.missing[tokens].float() / self.share[tokens, None]
@@ -88,9 +90,13 @@ class UnitRows:
         parts = [torch.empty(0, self.layer.spec.hidden_size, device=self.layer.device)]
         tokens, weights = unit.tokens[: unit.natural], unit.weights[: unit.natural]
         for own, gates in zip(tokens.split(ROWS), weights.split(ROWS), strict=True):
-            hidden = self._hidden(self.quantized(own), acting)
+            hidden = self._gated(self.quantized(own), acting, unit)
             parts.append(ops.linear(hidden, acting.down).float() * gates[:, None])
         return torch.cat(parts)
+
+    def _gated(self, x: torch.Tensor, weights: Glu, unit: Unit) -> torch.Tensor:
+        """What the unit's down reads for normed inputs x, everything rounded as an engine does."""
+        return round_activations(self._hidden(round_activations(x, unit.reads[0]), weights), unit.reads[1])
 
     def _hidden(self, x: torch.Tensor, weights: Glu) -> torch.Tensor:
         return ops.gated(ops.linear(x, weights.gate), ops.linear(x, weights.up), self.activation)

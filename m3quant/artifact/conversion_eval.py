@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..checkpoint import Checkpoint, json_bytes
+from ..schemes import NOT_ROUNDED
 from .eval_record import Data, EvalRecord, Measured, Result
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ def heldout_result(manifest: Mapping[str, Any]) -> Result | None:
         tokens=found["tokens"],
         metrics=measured,
         source_metrics=source,
-        notes=["the text resembles what was calibrated on, so these figures flatter the checkpoint"],
+        notes=[
+            "the text resembles what was calibrated on, so these figures flatter the checkpoint",
+            f"activations of the quantized model: {found.get('activations', NOT_ROUNDED)}",
+        ],
     )
 
 

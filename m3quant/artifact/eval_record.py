@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -52,8 +52,32 @@ class Measured(_Record):
     stored: str | None = None
 
 
+class Computed(_Record):
+    """How the checkpoint was computed; its source always with activations, keys and values unrounded.
+
+    dtype: of products and of the residual stream. activations: "engine", rounded as an engine does for their weights'
+    schemes (`rounding` says how), or "exact". kv_dtype, index_dtype: "fp8" (E4M3), or None for keys, values and index keys
+    as computed. kv_scales: "1.0" or "stored" of an FP8 cache.
+    """
+
+    dtype: str
+    activations: Literal["engine", "exact"]
+    rounding: str
+    kv_dtype: Literal["fp8"] | None = None
+    kv_scales: Literal["1.0", "stored"] | None = None
+    index_dtype: Literal["fp8"] | None = None
+
+    @property
+    def sentence(self) -> str:
+        """For people: one line without a full stop."""
+        scales = "its stored scales" if self.kv_scales == "stored" else "scale 1.0"
+        kv = f"KV cache E4M3 with {scales}" if self.kv_dtype else "KV cache not rounded"
+        index = ", index keys E4M3" if self.index_dtype else ""
+        return f"computed in {self.dtype}; weights as stored; activations {self.rounding} ({self.activations}); {kv}{index}"
+
+
 class EvalRecord(_Record):
-    """The whole of eval.json."""
+    """The whole of eval.json. computed: None where a server computed, and before activations could be rounded."""
 
     schema_version: int = SCHEMA
     m3quant: str
@@ -64,6 +88,7 @@ class EvalRecord(_Record):
     checkpoint: Measured
     source: Measured | None = None
     suite: str
+    computed: Computed | None = None
     results: list[Result]
     # stream error of every layer against the source: {"layer": i, "relative_error": e}
     layers: list[dict[str, float]] = Field(default_factory=list)

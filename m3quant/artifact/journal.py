@@ -95,7 +95,7 @@ class Journal:
     def _take_lock(self) -> None:
         busy = OutputError(f"{self.output} is in use by another m3quant process: wait for it, or stop it first.")
         try:
-            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held, named = os.fstat(self._lock), os.stat(self.folder / LOCK)
         except FileNotFoundError:  # that process has just finished and removed its journal
@@ -185,7 +185,7 @@ class Journal:
         path = self.folder / RECORDS
         new = not path.exists()
         before = 0 if new else path.stat().st_size
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             if os.write(descriptor, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -11,13 +11,16 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..checkpoint import DTYPE_BYTES, write_json_atomic
+from ..checkpoint.bounded import MANIFEST_BYTES, read_bounded
 from ..checkpoint.strict_json import shown
+from ..errors import CheckpointError
 from ..planning.source_layouts import KINDS, PLAIN, SourceTensor, stored_parts
+from ..schemes import NOT_ROUNDED
 from .identity import SourceIdentity
 
 MANIFEST = "m3quant.json"
 MANIFEST_SCHEMA = 2
-MAX_BYTES = 512 * 2**20  # a checkpoint of a million tensors takes a quarter of it
+MAX_BYTES = MANIFEST_BYTES  # a checkpoint of a million tensors takes half of it
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0)]
@@ -116,11 +119,15 @@ class CalibrationFacts(_Part):
 
 
 class Heldout(_Part):
-    """Figures of the windows that calibration never saw (`convert.quality`)."""
+    """Figures of the windows that calibration never saw (`convert.quality`).
+
+    activations: how the quantized stream rounded them; manifests without the key are of a time when it did not.
+    """
 
     windows: int
     window_length: int
     tokens: int
+    activations: str = NOT_ROUNDED
     perplexity_source: float
     perplexity_quantized: float
     kl_mean: float
@@ -209,10 +216,9 @@ def parse_manifest(data: bytes, where: str, kind: type[View]) -> View:
 def load_manifest(path: Path, kind: type[View]) -> View:
     """The manifest at `path`. Raises ValueError as `parse_manifest`."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+        data = read_bounded(path, MAX_BYTES)
+    except CheckpointError as error:
+        raise ValueError(str(error).rstrip(".")) from None
     return parse_manifest(data, str(path), kind)
 
 

@@ -223,7 +223,8 @@ def print_result(plan: Plan, dst: Path, manifest: dict[str, Any]) -> None:
     if quality := manifest.get("heldout"):
         click.echo(
             f"held-out windows ({quality['tokens']} tokens): perplexity {quality['perplexity_source']:.4f} -> "
-            f"{quality['perplexity_quantized']:.4f}, KL divergence {quality['kl_mean']:.5f}, top-1 agreement {quality['top1_agreement']:.2%}"
+            f"{quality['perplexity_quantized']:.4f}, KL divergence {quality['kl_mean']:.5f}, top-1 agreement {quality['top1_agreement']:.2%}, "
+            f"activations {quality['activations']}"
         )
     if coverage := manifest.get("coverage"):
         click.echo(coverage["sentence"])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import EvaluationError
+from ..evaluate.choices import ACTIVATIONS, INDEX_DTYPES, KV_DTYPES
 from .options import print_table
 
 if TYPE_CHECKING:
@@ -62,6 +63,27 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @running_options
 @click.option(
+    "--activations",
+    type=click.Choice(ACTIVATIONS),
+    default=ACTIVATIONS[0],
+    show_default=True,
+    help="CKPT's activations: rounded where an engine rounds them, or exact (weights only).",
+)
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(KV_DTYPES),
+    default=KV_DTYPES[0],
+    show_default=True,
+    help="CKPT's keys and values: rounded to FP8 as an FP8 cache does, or not; auto: as config.json states.",
+)
+@click.option(
+    "--index-dtype",
+    type=click.Choice(INDEX_DTYPES),
+    default=INDEX_DTYPES[0],
+    show_default=True,
+    help="CKPT's index keys.",
+)
+@click.option(
     "--report",
     type=click.Path(path_type=Path),
     default=None,
@@ -80,6 +102,9 @@ def command(
     device: str,
     states: str,
     batch_tokens: int,
+    activations: str,
+    kv_dtype: str,
+    index_dtype: str,
     report: Path | None,
     fail_over: str | None,
     as_json: bool,
@@ -91,9 +116,13 @@ def command(
     if endpoint is not None:
         if source is not None:
             raise EvaluationError("--source is compared by streaming: leave --endpoint out, or evaluate the two apart.")
+        if (activations, kv_dtype, index_dtype) != (ACTIVATIONS[0], KV_DTYPES[0], INDEX_DTYPES[0]):
+            raise EvaluationError(
+                "a server rounds as it was started: leave --activations, --kv-dtype and --index-dtype out."
+            )
         _served(local_folder(ckpt), endpoint, model, api_key_env, suite, data, report, fail_over, as_json)
         return
-    settings = Settings(device, states, batch_tokens)
+    settings = Settings(device, states, batch_tokens, activations, kv_dtype, index_dtype)
     folder, origin = local_folder(ckpt), local_folder(source) if source else None
     run_eval(folder, origin, suite, data, settings, report, fail_over, as_json)
 

@@ -2,13 +2,13 @@
 
 Per layer: a quantizer makes codes from the layer's weights and from what enters it in both streams; the source stream passes
 through the source weights; the codes are packed, written, and put back dequantized; the quantized stream passes through
-those. So the layer's error, and at the end perplexity and KL divergence on held-out windows, come out of the same pass.
+those, activations rounded where an engine rounds them. So the layer's error, and at the end perplexity and KL divergence on held-out windows, come out of the same pass.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,7 +29,7 @@ from ..planning.resources import boundary_interval
 from ..quant.formats import TORCH_DTYPES, pack
 from ..reports.conversion import write_report
 from ..running.timing import device_span
-from ..schemes import Scheme
+from ..schemes import Scheme, rounded_activations
 from .device_layers import DeviceLoader
 from .device_warm_up import WarmUp
 from .expert_stacks import pack_experts
@@ -74,9 +74,15 @@ def convert_calibrated(run: Run) -> dict[str, Any]:
         if not ranks.first:
             return {}
         head = read_head(run.reader, run.device)
-        quality = heldout_quality(head, streams, layerwise.tokens, run.plan.recipe.data.windows)
+        quality = heldout_quality(
+            head, streams, layerwise.tokens, run.plan.recipe.data.windows, rounded_activations(_all_schemes(run))
+        )
         writer.wait()
     return _summary(run, quality)
+
+
+def _all_schemes(run: Run) -> Iterator[Scheme]:
+    return (t.scheme for unit in run.plan.units for t in unit.tensors if t.action == "quantize")
 
 
 def stacked_on(device: torch.device) -> bool:
@@ -171,6 +177,7 @@ class _Layerwise:
         self.writer.begin(unit)
         with device_span("pack"):
             errors = self._store(unit, prefix, layer, tensors, quantized)
+        layer.round_activations(schemes)
         with device_span("forward"):
             error = run_layer(layer, streams.quantized, self.micro_batch, streams.source, self.ranks)
         ledger = quantized.ledger.to_json() if quantized.ledger else None

@@ -18,6 +18,8 @@ import torch
 from ..calibration.boundary import disk_errors
 from ..calibration.stream import HiddenStates
 from ..checkpoint import sync_folder, write_json_atomic
+from ..checkpoint.bounded import MANIFEST_BYTES, read_json
+from ..errors import CheckpointError
 
 RECORDS = "state.json"
 _COPY_WINDOWS = 16
@@ -111,8 +113,8 @@ class SavedState:
 
     def _records(self, folder: Path) -> dict[str, Any] | None:
         try:
-            records: dict[str, Any] = json.loads((folder / RECORDS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            records = read_json(folder / RECORDS, MANIFEST_BYTES, "")
+        except CheckpointError:
             return None
         return records if records.get("identity") == self.identity else None
 

@@ -15,12 +15,13 @@ from ..calibration.head import Head, compare_heads
 
 
 def heldout_quality(
-    head: Head, streams: Streams, tokens: torch.Tensor, calibration_windows: int
+    head: Head, streams: Streams, tokens: torch.Tensor, calibration_windows: int, activations: str
 ) -> dict[str, Any] | None:
     """Perplexity of both models and KL divergence on the windows that calibration never saw; None without such windows.
 
     tokens: [S, L]. Perplexity is exp of the mean negative log-likelihood over the L - 1 predicted tokens of each window;
-    KL is KL(source || quantized) in nats over the whole vocabulary. Weight rounding only: activations are not rounded.
+    KL is KL(source || quantized) in nats over the whole vocabulary. activations: how the quantized stream rounded them
+    (`schemes.rounded_activations`); the source's are not rounded.
     """
     total = tokens.shape[0]
     if calibration_windows >= total:
@@ -31,6 +32,7 @@ def heldout_quality(
         "windows": total - calibration_windows,
         "window_length": tokens.shape[1],
         "tokens": result.kl.numel(),
+        "activations": activations,
         "perplexity_source": math.exp(result.nll_source.double().mean().item()),
         "perplexity_quantized": math.exp(result.nll_quant.double().mean().item()),
         "kl_mean": result.kl.double().mean().item(),

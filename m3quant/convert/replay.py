@@ -35,6 +35,7 @@ def replay_layer(
     raw = _stored(output, unit, planned)
     for name, tensor in planned.items():
         layer.set_weight(name, _dense(tensor, raw, plan.recipe.format))
+    layer.round_activations({name: t.scheme for name, t in planned.items() if t.action == "quantize"})
     run_layer(layer, streams.quantized, micro_batch, ranks=ranks)
 
 

@@ -26,7 +26,9 @@ from ..errors import EvaluationError, StoppedError
 from ..running.device import device_name, pick_device
 from ..running.progress import Progress
 from ..running.stopping import StopFlag, stop_on_signals
+from .arithmetic import Arithmetic
 from .batches import unique
+from .choices import ENGINE
 from .haystack import Reach
 from .models import Model, check_same_model
 from .passes import NOISE, PassSettings, make_streams, predict, run_layers
@@ -42,11 +44,15 @@ _WORKING = 2 << 30  # chunks of logits and attention, the allocator's slack
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run. states: where hidden states live, one of `states.PLACES`."""
+    """How to run. states: where hidden states live, one of `states.PLACES`. activations, kv_dtype, index_dtype: of the
+    checkpoint, one of `choices`' ACTIVATIONS, KV_DTYPES and INDEX_DTYPES."""
 
     device: str = "auto"
     states: str = "auto"
     batch_tokens: int = 16384
+    activations: str = ENGINE
+    kv_dtype: str = "auto"
+    index_dtype: str = "bf16"
 
 
 def evaluate(
@@ -116,7 +122,9 @@ class _Plan:
             noise_dtype=torch.float32 if on_gpu else torch.bfloat16,
             batch_tokens=settings.batch_tokens,
             place=settings.states,
+            arithmetic=Arithmetic.of(checkpoint, settings.activations, settings.kv_dtype, settings.index_dtype),
         )
+        self.computed = self.settings.arithmetic.record(checkpoint, self.settings.dtype)
         self.given = [list(task.sequences()) for task in tasks]
         for task, sequences in zip(tasks, self.given, strict=True):
             _check_sequences(task.name, sequences, checkpoint)
@@ -155,6 +163,7 @@ class _Plan:
             "noise": self.noise,
             "device": device_name(self.settings.device),
             "batch_tokens": self.settings.batch_tokens,
+            "computed": self.computed.sentence,
             "version": __version__,
             "torch": torch.__version__,
             "transformers": version("transformers"),
@@ -230,7 +239,8 @@ class _Plan:
             results=results,
             layers=[facts for facts in layers if "relative_error" in facts],
             coverage=(manifest or {}).get("coverage"),
-            notes=[f"computed in {str(self.settings.dtype)[6:]}; weights as stored, activations not rounded"],
+            computed=self.computed,
+            notes=[self.computed.sentence],
         )
 
     def _noise_of(self, predictions: dict[str, list[Predictions]], place: tuple[int, np.ndarray]) -> Predictions:

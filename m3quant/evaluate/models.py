@@ -17,8 +17,10 @@ from ..errors import EvaluationError
 from ..families import Family, family_of
 from ..planning.plan import nbytes
 from ..planning.source_format import source_format
+from ..planning.source_layouts import FP8_BLOCK
 from ..planning.source_tensors import check_complete
 from ..quant.reading import ConvertedReader, SourceReader
+from ..schemes import Scheme
 
 # Files that decide which ids a text has.
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
@@ -41,6 +43,19 @@ class Model:
     def layer_names(self, layer: int) -> list[str]:
         prefix = self.family.layer_prefix(layer)
         return [name for name in self.reader.tensors if name.startswith(prefix)]
+
+    def schemes(self, layer: int) -> dict[str, Scheme]:
+        """The schemes of one layer's quantized weights, by name relative to it.
+
+        Of a source, its FP8 blocks, which engines read with rounded activations; whether they round those of MXFP8
+        weights depends on the GPU, so that here they are kept.
+        """
+        prefix, names = self.family.layer_prefix(layer), self.layer_names(layer)
+        if isinstance(self.reader, SourceReader):
+            blocks = (n for n in names if self.reader.tensors[n].kind == FP8_BLOCK)
+            return {n.removeprefix(prefix): Scheme("fp8", bits=8, block=True) for n in blocks}
+        planned = {n.removeprefix(prefix): self.reader.tensors[n] for n in names}
+        return {n: t.scheme for n, t in planned.items() if t.action == "quantize"}
 
     def stored_infos(self, layer: int) -> list[TensorInfo]:
         """What is read from the disk for one layer; for the first the embeddings too."""
@@ -76,7 +91,7 @@ class Model:
 
 
 def open_model(path: str | Path, label: str = "checkpoint") -> Model:
-    """A source (BF16, FP8-block, MXFP8) or an output of m3quant. Raises CheckpointError, VerifyError or EvaluationError."""
+    """A source (in a layout of `planning.source_layouts`) or an output of m3quant. Raises CheckpointError, VerifyError or EvaluationError."""
     checkpoint = Checkpoint.open(path)
     if not checkpoint.local:
         raise EvaluationError(

@@ -20,12 +20,13 @@ from ..calibration.stream import Prefetcher, embed, read_embeddings, read_head, 
 from ..errors import EvaluationError
 from ..running.progress import Progress
 from ..running.stopping import StopFlag
+from .arithmetic import WEIGHTS_ONLY, Arithmetic
 from .batches import Batch, Layout, lay_out
 from .models import Model
 from .states import StreamStates
 from .task import Predictions, ScoredSequence
 
-NOISE = "noise"
+NOISE, CHECKPOINT = "noise", "checkpoint"
 _EMBED_TOKENS = 1 << 14
 # States of a run of predicted tokens are read together where no more than this many others lie between two of them.
 _GAP = 64
@@ -36,6 +37,7 @@ class PassSettings:
     """How to run. dtype: of the layers and the residual stream; noise_dtype: the other one, for the noise floor.
 
     batch_tokens: tokens that pass through a layer together; a longer sequence's attention is computed whole all the same.
+    arithmetic: of the checkpoint's stream; the source and its noise floor round nothing.
     """
 
     device: torch.device
@@ -43,6 +45,7 @@ class PassSettings:
     noise_dtype: torch.dtype
     batch_tokens: int = 16384
     place: str = "auto"
+    arithmetic: Arithmetic = WEIGHTS_ONLY
 
 
 class Stream:
@@ -89,7 +92,7 @@ def make_streams(
         if noise:
             other = lay_out([texts[i] for i in noise], max(1, settings.batch_tokens // 2), longest_first=True)
             streams.append(Stream(NOISE, source, settings.noise_dtype, other, noise))
-    streams.append(Stream("checkpoint", checkpoint, settings.dtype, layout, range(len(texts))))
+    streams.append(Stream(CHECKPOINT, checkpoint, settings.dtype, layout, range(len(texts))))
     return streams
 
 
@@ -146,16 +149,18 @@ def _one_layer(
         for stream in mine:
             reference = streams[0] if stream is streams[-1] and len(streams) > 1 else None
             # The layer has no name here: it must be gone from the device before the next one is put there.
-            spec = model.family.layer(layer)
-            error = _through(
-                Layer(spec, tensors, settings.device, stream.dtype), stream, reference, settings, stop, ticks
-            )
+            error = _through(_computed(stream, layer, tensors, settings), stream, reference, settings, stop, ticks)
             stream.states.finish()
             if error is not None:
                 facts["relative_error"] = error
                 progress.say(f"layer {layer}: stream error {error:.5f}")
         ticks.rest()
     return facts
+
+
+def _computed(stream: Stream, index: int, tensors: dict[str, torch.Tensor], settings: PassSettings) -> Layer:
+    layer = Layer(stream.model.family.layer(index), tensors, settings.device, stream.dtype)
+    return settings.arithmetic.apply(layer, stream.model) if stream.name == CHECKPOINT else layer
 
 
 def _through(

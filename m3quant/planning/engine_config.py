@@ -94,10 +94,12 @@ def compressed_tensors_group(scheme: Scheme) -> dict[str, Any]:
     common = {"num_bits": 8, "type": "float", "symmetric": True}
     if scheme.block:
         weights = {**common, "strategy": "block", "block_structure": [128, 128], "dynamic": False}
-        inputs = {**common, "strategy": "group", "group_size": 128, "dynamic": True}
     else:
         weights = {**common, "strategy": "channel", "dynamic": False}
-        inputs = {**common, "strategy": "token", "dynamic": True}
+    rounded = scheme.activations
+    assert rounded is not None, "FP8 weights are read with FP8 activations"
+    run = {"strategy": "group", "group_size": rounded.group_size} if rounded.group_size else {"strategy": "token"}
+    inputs = {**common, **run, "dynamic": True}
     return {"weights": weights, "input_activations": inputs, "output_activations": None, "format": "float-quantized"}
 
 

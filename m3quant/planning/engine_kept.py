@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..checkpoint import TensorInfo
+from ..checkpoint.patterns import BoundedPattern
+from ..errors import CheckpointError
 from ..families import QUANTIZABLE, Family, Role
 
 PASSED_THROUGH = ("mtp", "unknown")  # roles copied byte for byte, in whatever dtype the source has them
@@ -94,15 +96,19 @@ def add_kept(
 
 
 class IgnoreList:
-    """The modules that a quantization_config leaves alone, by the rule of its method: `name in IgnoreList(config)`."""
+    """The modules that a quantization_config leaves alone, by the rule of its method: `name in IgnoreList(config)`.
+
+    Of any shape, and with anybody's patterns: raises CheckpointError for one that is none, or takes too long.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.method = config.get("quant_method")
         key = "ignore" if self.method == "compressed-tensors" else "modules_to_not_convert"
-        entries = [entry for entry in config.get(key) or config.get("ignored_layers") or () if isinstance(entry, str)]
+        listed = config.get(key) or config.get("ignored_layers")
+        entries = [entry for entry in listed if isinstance(entry, str)] if isinstance(listed, list) else []
         patterns = [entry for entry in entries if entry.startswith("re:") and self.method == "compressed-tensors"]
         self._exact = frozenset(entries)
-        self._patterns = [re.compile(pattern[3:]) for pattern in patterns]
+        self._patterns = [BoundedPattern(pattern[3:], "quantization_config.ignore", CheckpointError) for pattern in patterns]
 
     def __contains__(self, name: str) -> bool:
         if name in self._exact:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.bounded import read_bounded
 from ..checkpoint.strict_json import parse_object
 from ..errors import CheckpointError, OptionError
 from ..families import QUANTIZABLE
@@ -148,13 +149,9 @@ def load_sensitivity(path: Path) -> Sensitivity:
     """Raises OptionError with the file's name for one that cannot be read or does not hold what it should."""
     again = "Measure again with m3quant fit SRC --measure, or give another file."
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise OptionError(f"{path} is larger than {MOST_BYTES >> 20} MiB, which no sensitivity file is. {again}")
-        document = parse_object(path.read_bytes(), str(path), again)
-    except OSError as error:
-        raise OptionError(f"sensitivity file {path} cannot be read: {error.strerror}. {again}") from None
+        document = parse_object(read_bounded(path, MOST_BYTES, follow=True), str(path), again)
     except CheckpointError as error:
-        raise OptionError(str(error)) from None
+        raise OptionError(f"sensitivity file: {error}") from None
     if document.get("schema_version") != SCHEMA:
         raise OptionError(
             f"{path} has schema_version {str(document.get('schema_version'))[:20]}, this m3quant reads {SCHEMA}. {again}"

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from huggingface_hub import EvalResult
 
 from ..artifact.conversion_eval import output_fingerprint
+from ..artifact.eval_record import EvalRecord
 from ..checkpoint import Checkpoint
 from ..checkpoint.bounded import TEXT_BYTES, read_text
 from ..engines import DEFAULT
@@ -143,7 +144,7 @@ def gather(
         excluded=excluded_modules(checkpoint.config),
         parameters=parameters(manifest),
         eval_tables=tables(record) if record else [],
-        eval_about=json.loads(record.model_dump_json(exclude={"results", "layers", "coverage"})) if record else None,
+        eval_about=_about(record) if record else None,
         eval_missing=missing(record),
         hub_evals=hub_results(record),
         benchmarks=read_benchmarks(out),
@@ -151,6 +152,12 @@ def gather(
         serving=serving,
         notes=list(manifest["notes"]),
     )
+
+
+def _about(record: EvalRecord) -> dict[str, Any]:
+    """The record's head, `computed` as one sentence or None."""
+    about: dict[str, Any] = json.loads(record.model_dump_json(exclude={"results", "layers", "coverage", "computed"}))
+    return {**about, "computed": record.computed.sentence if record.computed else None}
 
 
 def excluded_modules(config: Mapping[str, Any]) -> list[str]:

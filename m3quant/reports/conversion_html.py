@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from ..schemes import NOT_ROUNDED
 from .charts import heatmap, line_chart, number
 
 Json = Mapping[str, Any]
@@ -153,7 +154,7 @@ def _heldout(heldout: Json | None) -> str:
     ]
     caption = (
         f"{heldout['tokens']:,} predicted tokens that calibration never saw (windows: {heldout['windows']:,} of "
-        f"{heldout['window_length']:,} tokens). Weights as stored, activations not rounded."
+        f"{heldout['window_length']:,} tokens). Weights as stored; activations {heldout.get('activations', NOT_ROUNDED)}."
     )
     return "<h2>Held-out quality</h2>" + table(["measure", "value"], rows, text=(0,), caption=caption)
 

@@ -47,15 +47,19 @@ def structure_problems(
 def _config_problems(output: Checkpoint, plan: Plan, source: Checkpoint | None) -> Iterator[str]:
     written = output.config.get("quantization_config")
     if written != plan.quantization:
-        # Only the recipe's own is asked what an engine makes of it: another one may be of any shape, with patterns of anybody's.
+        # Only the recipe's own is asked what an engine makes of it all: another one may be of any shape.
         difference = _difference(written, plan.quantization, "quantization_config")
         yield f"config.json: quantization_config is not the one that the recipe gives: {difference}"
     elif written:
         for problem in lookup_problems(plan.family, written, plan.modules):
             yield f"config.json: {problem}"
+    if written and isinstance(written, Mapping):
         kept = kept_linears(plan.family, output.tensors.values(), plan.recipe.format)
-        for problem in kept_problems(written, plan.family, kept):
-            yield f"config.json: {problem}"
+        try:
+            for problem in kept_problems(written, plan.family, kept):
+                yield f"config.json: {problem}"
+        except CheckpointError as error:
+            yield f"config.json: {error}"
     if source is not None:
         theirs, ours = unquantized(source.config), unquantized(output.config)
         if changed := sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k)):

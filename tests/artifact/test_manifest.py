@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from convert.common import make_plan_of, make_source, run_convert, run_plan
 from convert.tampering import Told
 
 from m3quant.artifact.eval_record import EvalRecord
+from m3quant.artifact.journal import FOLDER, JOB, LOCK, RECORDS, Journal
 from m3quant.artifact.manifest import MANIFEST_SCHEMA, Manifest, Sums, load_manifest, parse_manifest
 from m3quant.artifact.output import read_manifest
+from m3quant.checkpoint.bounded import MANIFEST_BYTES
 from m3quant.errors import M3QuantError, OutputError
 from m3quant.verify.verification import verify
 
@@ -33,7 +36,8 @@ def test_a_manifest_of_schema_1_is_read_whole(name: str) -> None:
 def test_an_evaluation_of_schema_1_is_read_whole() -> None:
     text = (SAMPLES / "eval.json").read_text()
     record = EvalRecord.model_validate_json(text)
-    assert record.schema_version == 1 and record.model_dump(mode="json") == json.loads(text)
+    assert record.schema_version == 1 and record.computed is None
+    assert record.model_dump(mode="json") == {**json.loads(text), "computed": None}
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +126,42 @@ def test_a_manifest_of_a_later_schema_says_so(made: tuple[Path, Path]) -> None:
     later = {**json.loads((made[1] / "m3quant.json").read_text()), "schema": MANIFEST_SCHEMA + 1}
     with pytest.raises(ValueError, match="written by a newer m3quant"):
         parse_manifest(json.dumps(later).encode(), "here", Manifest)
+
+
+def test_a_manifest_that_is_no_regular_file_or_too_large_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for a writer
+    (tmp_path / "link").symlink_to("/etc/hostname")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(MANIFEST_BYTES + 1)
+    for name, words in (
+        ("pipe", "is not a regular file"),
+        ("link", "is a link to"),
+        ("large", "more than the"),
+        ("absent", "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_manifest(tmp_path / name, Manifest)
+
+
+@pytest.mark.parametrize("name", [JOB, RECORDS])
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_journal_reads_no_link_and_no_pipe(name: str, kind: str, tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    Journal.begin(out, {"a": 1}, {}).release()
+    elsewhere.write_text("a secret\n")
+    (out / FOLDER / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(out / FOLDER / name)
+    else:
+        (out / FOLDER / name).symlink_to(elsewhere)
+    with pytest.raises(OutputError, match=rf"{name} is (not a regular file|a link to)"):
+        Journal.begin(out, {"a": 1}, {})
+    assert elsewhere.read_text() == "a secret\n"
+
+
+def test_a_lock_that_is_a_link_is_not_made_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "out" / FOLDER).mkdir(parents=True)
+    (tmp_path / "out" / FOLDER / LOCK).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="cannot be locked"):
+        Journal.begin(tmp_path / "out", {"a": 1}, {})
+    assert not (tmp_path / "elsewhere").exists()

@@ -207,6 +207,15 @@ def compare(found: dict[str, Samples]) -> dict[str, Any]:
     return {"bare": bare, "guarded": guarded, "added": added}
 
 
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    """In Markdown, a row a plan and server; `added` has no rate of its own."""
+    columns = list(dict.fromkeys(column for found in runs.values() for figures in found.values() for column in figures))
+    lines = [["load", "server", *columns], ["---"] * (len(columns) + 2)]
+    for plan, found in runs.items():
+        lines += [[plan, name, *(str(figures.get(c, "")) for c in columns)] for name, figures in found.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--serve"]:
         return serve(sys.argv[2] == "guarded", int(sys.argv[3]))
@@ -216,9 +225,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     runs = asyncio.run(measure(options.seconds, options.rounds))
-    for plan, found in runs.items():
-        for name, figures in found.items():
-            print(f"{plan:26} {name:8} {json.dumps(figures)}")
+    print(table(runs))
     if options.json:
         versions = {"python": platform.python_version(), "machine": platform.machine(), "cpus": os.cpu_count()}
         options.json.write_text(json.dumps({"versions": versions, "runs": runs}, indent=1) + "\n")

@@ -62,6 +62,19 @@ def bodies() -> dict[str, Callable[[int], bytes]]:
         "long numbers": lambda size: repeated("9" * 4299 + ",", size, '{"n":[', "]}"),
         "deep": lambda size: repeated("[", size, '{"prompt":', ""),
         "tools": lambda size: repeated('{"a":{"type":"image"}},', size, '{"messages":[{}],"tools":[', "]}"),
+        # What all prompts share, and as many prompts as one request may have; of a size that grows, the shared part grows.
+        "empty conversations": lambda size: repeated(
+            "[{}],", min(size, 5 * 8192), '{"messages":[', '],"x":"' + "x" * size + '"}'
+        ),
+        "conversations, tools": lambda size: repeated(
+            '[{"role":"user","content":"a"}],', 32 * 1000, '{"messages":[', '],"tools":["' + "x" * size + '"]}'
+        ),
+        "texts, model": lambda size: repeated('"a",', 4 * 1000, '{"prompt":[', '],"model":"' + "x" * size + '"}'),
+        "texts, suffix": lambda size: repeated('"a",', 4 * 8000, '{"prompt":[', '],"suffix":"' + "x" * size + '"}'),
+        "embeddings": lambda size: repeated("1,", size, '{"prompt_embeds":[', "]}"),
+        "ids of another": lambda size: repeated(
+            "1,", size, '{"messages":[{"role":"user","content":"a"}],"tools":[{"prompt":[', "]}]}"
+        ),
     }
 
 

@@ -5,8 +5,8 @@
 
 Calibration text: `tests/fixtures/calibration.jsonl` (own: the fixtures' kind of text) or the bundled corpus, in windows of
 512 tokens. KL: nats a token, mean over the first 64 windows of 512 of `heldout.txt` with its standard error over windows;
-`dev` is that of the windows behind them, on which settings were chosen. Weights are rounded, activations are not;
-everything is computed in float32. A line is printed, and OUT/rounding.json rewritten, after every run.
+`dev` is that of the windows behind them, on which settings were chosen. Both are of rounded weights alone; `served` is the
+first with activations rounded too, where FP8 weights round them, as the calibrated stream does. Everything is computed in float32. A line is printed, and OUT/rounding.json rewritten, after every run.
 
 main: all roundings, both texts, FP8 and INT8 around INT4 experts. parts: feedback with one part taken out. tokens: few
 windows of own text. bits: experts of two and three bits. On one H200 all of it takes some minutes, on two CPU cores hours.
@@ -137,15 +137,16 @@ def divergences(
 ) -> dict[str, Any]:
     """KL of one conversion on the judged windows and on those for choosing settings."""
     tokens = torch.cat([text, model.heldout])
-    source = model.source_states(tokens)
-    quantized = HiddenStates(source[0].clone())
+    source, first = model.source_states(tokens), len(text)
+    taught, exact = HiddenStates(source[0][:first].clone()), HiddenStates(source[0][first:].clone())
+    served = HiddenStates(source[0][first : first + JUDGED].clone())
     rejected, started = 0, time.perf_counter()
     for spec, tensors, given in zip(model.specs, model.layers, source, strict=False):
         layer = Layer(spec, tensors, model.device, torch.float32)
         named = {name: scheme_of(name, experts, around) for name in layer_shapes(spec)}
         schemes = {name: scheme for name, scheme in named.items() if scheme is not None}
         quantizer, settings = quantizer_of(rounding, more)
-        views = [WindowView(states, 0, len(text)) for states in (quantized, HiddenStates(given))]
+        views = [WindowView(states, 0, first) for states in (taught, HiddenStates(given))]
         found = quantizer.quantize(spec, tensors, schemes, *views, settings, model.device, torch.float32, layer)
         for name, tensor in found.other.items():
             layer.set_weight(name, tensor)
@@ -153,16 +154,25 @@ def divergences(
             layer.set_weight(name, found.weights[name].dequantized().to(torch.bfloat16))
         weights = [w for block in found.log["blocks"] for w in block.get("weights", {}).values()]
         rejected += sum(any("rounded to nearest" in note for note in w.get("notes", ())) for w in weights)
-        run_layer(layer, quantized, MICRO_BATCH)
+        run_layer(layer, exact, MICRO_BATCH)
+        layer.round_activations(schemes)
+        for states in (taught, served):
+            run_layer(layer, states, MICRO_BATCH)
     seconds = time.perf_counter() - started
-    first = len(text)
-    views = [WindowView(states, first, len(tokens)) for states in (HiddenStates(source[-1]), quantized)]
-    kl = compare_heads(model.head, model.head, *views, tokens[first:]).kl.double().mean(1)
+    kl, engine = (
+        compare_heads(
+            model.head, model.head, HiddenStates(source[-1][first : first + len(own)]), own, model.heldout[: len(own)]
+        )
+        .kl.double()
+        .mean(1)
+        for own in (exact, served)
+    )
     test, dev = kl[:JUDGED], kl[JUDGED:]
     error = float(test.std() / len(test) ** 0.5)
     return {
         "kl": float(test.mean()),
         "kl_error": error,
+        "served": float(engine.mean()),
         "dev": float(dev.mean()),
         "rejected": rejected,
         "seconds": seconds,
@@ -264,11 +274,11 @@ def main() -> None:
 def line(row: dict[str, Any]) -> str:
     what = f"{row['model']} {row['experts']} {row['around']} around, {row['rounding']}, {row['windows']} windows of {row['text']}"
     label = f", {row['label']}" if "label" in row else ""
-    return f"{what}{label}: KL {row['kl']:.5f} +- {row['kl_error']:.5f}, dev {row['dev']:.5f} ({row['seconds']:.0f} s)"
+    return f"{what}{label}: KL {row['kl']:.5f} +- {row['kl_error']:.5f}, served {row['served']:.5f}, dev {row['dev']:.5f} ({row['seconds']:.0f} s)"
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """One Markdown table a section: a row for each kind of run, a column for each model."""
+    """One Markdown table a section: a row for each kind of run, a column for each model: KL, and KL as served."""
     models = sorted({row["model"] for row in rows})
     head = ["experts", "around", "rounding", "calibration", *models]
     parts = []
@@ -277,7 +287,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         for row in (row for row in rows if row["section"] == section):
             text = "" if row["rounding"] == "nearest" else f"{row['windows']} windows, {row['text']} text"
             digits = 4 if row["kl"] < 0.1 else 3
-            cell = f"{row['kl']:.{digits}f} ± {row['kl_error']:.{digits}f}"
+            cell = f"{row['kl']:.{digits}f} ± {row['kl_error']:.{digits}f}, {row['served']:.{digits}f}"
             names = (row["experts"], row["around"], row.get("label", row["rounding"]), text)
             found.setdefault(names, {})[row["model"]] = cell
         lines = [head, ["---"] * 4 + ["---:"] * len(models)]

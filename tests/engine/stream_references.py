@@ -1,4 +1,4 @@
-"""Reference log-probs for gpu_check.py from m3quant's own float32 stream, where transformers' release is not to be trusted
+"""Reference log-probs for gpu_check.py from m3quant's own float32 stream, activations rounded as engines do, where transformers' release is not to be trusted
 (5.17 rotates whole heads on M2): `stream_references.py REFERENCE.json TEXT LENGTH FOLDER...`.
 
 Two prompts of LENGTH tokens from TEXT; the folders' tokenizers must agree. Runs on a GPU where there is one.
@@ -26,7 +26,8 @@ def main() -> None:
     device = pick_device("auto")
     references = {}
     for folder in folders:
-        logprobs = -nll(open_model(folder).reader, tokens, device, torch.float32, micro_batch=1)
+        model = open_model(folder)
+        logprobs = -nll(model.reader, tokens, device, torch.float32, micro_batch=1, schemes=model.schemes)
         references[Path(folder).name] = {"logprobs": logprobs.tolist(), "top1": None}
     Path(output).write_text(json.dumps({"prompts": tokens.tolist(), "references": references}))
 

@@ -7,10 +7,11 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from m3quant.artifact.eval_record import Data, EvalRecord, Measured, Result
+from m3quant.artifact.eval_record import Computed, Data, EvalRecord, Measured, Result
 from m3quant.evaluate.intervals import wilson
 
 TEXT = Data(name="bundled evaluation text", sha256="5d" * 32, licence="public domain")
+COMPUTED = Computed(dtype="bfloat16", activations="engine", rounding="E4M3 per token")
 LENGTHS, DEPTHS = (2048, 4096, 16384, 65536, 131072), (0.0, 0.25, 0.5, 0.75, 1.0)
 EDGES = (1, 64, 256, 1024, 4096, 16384, 65536, 131072)
 
@@ -75,7 +76,8 @@ def sample_record(seed: int = 3) -> EvalRecord:
         results=results,
         layers=[{"layer": i, "relative_error": 0.002 * (i + 1) ** 0.7} for i in range(60)],
         coverage={"experts": 7296, "floor": 64, "least_tokens": 11, "starved": starved, "sentence": sentence},
-        notes=["computed in bfloat16; weights as stored, activations not rounded"],
+        computed=COMPUTED,
+        notes=[COMPUTED.sentence],
     )
 
 

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
 from . import dequantize
+from .activations import expert_quantizer, rounded
 
 Dequantize = Callable[[Any, Any, str], torch.Tensor]  # (method, layer, "w13" | "w2") -> float32 [E, N, K]
 
@@ -86,11 +87,15 @@ class ReferenceExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
         total = torch.zeros_like(hidden_states, dtype=torch.float32)
         for expert in topk_ids.unique().tolist():
             token, slot = (topk_ids == expert).nonzero(as_tuple=True)
-            x = hidden_states[token]
+            x = self._read(hidden_states[token])
             middle = self._act(linear(x, w1[expert].to(x.dtype)), activation)
-            result = linear(middle, w2[expert].to(x.dtype))
+            result = linear(self._read(middle), w2[expert].to(x.dtype))
             total.index_add_(0, token, result.float() * topk_weights[token, slot, None].float())
         output.copy_(total)
+
+    def _read(self, x: torch.Tensor) -> torch.Tensor:
+        quantizer = getattr(self, "input_quantizer", None)
+        return x if quantizer is None else rounded(x, quantizer)
 
     def _act(self, gate_up: torch.Tensor, activation: Any) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -127,8 +132,11 @@ def _awq(method: Any, layer: Any, part: str) -> torch.Tensor:
     return dequantize.integer(codes.mT, scale.mT, zero.mT)  # stored K-first
 
 
-def _run_dequantized(method_class: Any, dequantize_part: Dequantize) -> None:
-    """Make `method_class` run its experts as ReferenceExperts on weights that `dequantize_part` makes after loading."""
+def _run_dequantized(method_class: Any, dequantize_part: Dequantize, fp8_inputs: bool = False) -> None:
+    """Make `method_class` run its experts as ReferenceExperts on weights that `dequantize_part` makes after loading.
+
+    fp8_inputs: what the two products read is rounded, once before w13 and once before w2.
+    """
 
     def process_weights_after_loading(self: Any, layer: Any) -> None:
         dtype = self.moe.in_dtype
@@ -143,6 +151,8 @@ def _run_dequantized(method_class: Any, dequantize_part: Dequantize) -> None:
             experts_cls=ReferenceExperts,
             routing_tables=layer._expert_routing_tables(),
         )
+        if fp8_inputs:
+            self.moe_kernel.fused_experts.input_quantizer = expert_quantizer(self)
 
     method_class.process_weights_after_loading = process_weights_after_loading
     method_class.get_fused_moe_quant_config = lambda self, layer: self.moe_quant_config
@@ -183,9 +193,9 @@ def install() -> None:
     ct_int.select_wna16_moe_backend = lambda **_: (WNA16MoEBackend.MARLIN, ReferenceExperts)
     _run_dequantized(ct_int.CompressedTensorsWNA16MoEMethod, _packed)
     ct_fp8.select_fp8_moe_backend = lambda **_: (Fp8MoeBackend.CPU, ReferenceExperts)
-    _run_dequantized(ct_fp8.CompressedTensorsW8A8Fp8MoEMethod, _fp8)
+    _run_dequantized(ct_fp8.CompressedTensorsW8A8Fp8MoEMethod, _fp8, fp8_inputs=True)
     fp8.select_fp8_moe_backend = lambda **_: (Fp8MoeBackend.CPU, ReferenceExperts)
-    _run_dequantized(fp8.Fp8MoEMethod, _fp8)
+    _run_dequantized(fp8.Fp8MoEMethod, _fp8, fp8_inputs=True)
     auto_awq.select_wna16_moe_backend = lambda *_, **__: (WNA16MoEBackend.MARLIN, ReferenceExperts)
     auto_awq.check_moe_marlin_supports_layer = lambda *_, **__: True  # the method that a GPU would pick
     _run_dequantized(auto_awq.AutoAWQMoEMethod, _awq)

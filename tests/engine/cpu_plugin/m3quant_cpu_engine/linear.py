@@ -1,4 +1,4 @@
-"""Reference kernels for quantized linears: dequantize once, multiply in the activations' dtype.
+"""Reference kernels for quantized linears: dequantize once, multiply in the activations' dtype, FP8 inputs rounded by vLLM.
 
 vLLM picks a kernel from lists by platform. Ours go first in the CPU's lists, so the quantization method, its parameters and
 their loaders stay vLLM's own.
@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from vllm.platforms import PlatformEnum
 
 from . import dequantize
+from .activations import rounded
 
 
 def _multiply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -69,7 +70,7 @@ class ReferenceFp8Channel(kernels.FP8ScaledMMLinearKernel):  # type: ignore[misc
         layer.reference_weight = dequantize.fp8(layer.weight.data.T, layer.weight_scale.data)
 
     def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return _multiply(layer, x, bias)
+        return _multiply(layer, rounded(x, self.quant_fp8), bias)
 
     def apply_scaled_mm(self, **_: Any) -> torch.Tensor:
         raise NotImplementedError("apply_weights does not come here")
@@ -86,7 +87,7 @@ class ReferenceFp8Block(kernels.Fp8BlockScaledMMLinearKernel):  # type: ignore[m
         layer.reference_weight = dequantize.fp8(layer.weight.data, self._get_layer_params(layer).block_scale.data)
 
     def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
-        return _multiply(layer, x, bias)
+        return _multiply(layer, rounded(x, self.quant_fp8), bias)
 
     def apply_block_scaled_mm(self, *_: Any, **__: Any) -> torch.Tensor:
         raise NotImplementedError("apply_weights does not come here")

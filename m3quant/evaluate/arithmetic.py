@@ -1,0 +1,97 @@
+"""How far a checkpoint is computed as an engine computes it: rounded activations, an FP8 KV cache, FP8 index keys.
+
+Only the checkpoint is; its source is the reference, with weights as stored and nothing else rounded, also where it is
+itself an FP8 release whose engine rounds activations. Given as the checkpoint, such a release is computed as it is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..artifact.eval_record import Computed
+from ..calibration.inputs import cache_scales
+from ..calibration.layers import Layer
+from ..errors import EvaluationError
+from ..schemes import NOT_ROUNDED, rounded_activations
+from .choices import ENGINE, EXACT
+
+if TYPE_CHECKING:
+    from .models import Model
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What of the checkpoint's stream is rounded. activations: one of `choices.ACTIVATIONS`; kv, index: whether to E4M3."""
+
+    activations: str = ENGINE
+    kv: bool = False
+    index: bool = False
+
+    @classmethod
+    def of(cls, model: Model, activations: str, kv_dtype: str, index_dtype: str) -> Arithmetic:
+        """kv_dtype 'auto' is FP8 where config.json states such a cache. Raises EvaluationError for what is not computed."""
+        index = index_dtype == "fp8"
+        if index and not any(spec.sparse for spec in model.family.layers):
+            raise EvaluationError(
+                f"{model.folder} has no index keys, which only sparse attention has: leave --index-dtype out."
+            )
+        kv = kv_dtype == "fp8" or (kv_dtype == "auto" and _states_fp8_cache(model))
+        return cls(activations, kv, index)
+
+    def apply(self, layer: Layer, model: Model) -> Layer:
+        """The layer of this model, from now on computed so. Raises CalibrationError for cache scales of a wrong shape."""
+        if self.activations == ENGINE:
+            layer.round_activations(model.schemes(layer.spec.index))
+        if self.kv or self.index:
+            layer.round_cache(self.kv, self.index)
+        return layer
+
+    def record(self, model: Model, dtype: torch.dtype) -> Computed:
+        """What eval.json says of it."""
+        schemes = (scheme for layer in range(model.family.num_layers) for scheme in model.schemes(layer).values())
+        return Computed(
+            dtype=str(dtype).removeprefix("torch."),
+            activations="engine" if self.activations == ENGINE else "exact",
+            rounding=rounded_activations(schemes) if self.activations == ENGINE else NOT_ROUNDED,
+            kv_dtype="fp8" if self.kv else None,
+            kv_scales=("stored" if self._has_scales(model) else "1.0") if self.kv else None,
+            index_dtype="fp8" if self.index else None,
+        )
+
+    def _has_scales(self, model: Model) -> bool:
+        for layer, spec in enumerate(model.family.layers):
+            prefix = model.family.layer_prefix(layer)
+            names = [name for name in model.layer_names(layer) if name.endswith("_scale")]
+            tensors = {n.removeprefix(prefix): t for n, t in model.reader.read_many(names).items()}
+            if cache_scales(spec, tensors):
+                return True
+        return False
+
+
+WEIGHTS_ONLY = Arithmetic(EXACT)
+
+
+def _states_fp8_cache(model: Model) -> bool:
+    """Whether config.json asks an engine for an FP8 KV cache (compressed-tensors' `kv_cache_scheme`, ModelOpt's `kv_cache_quant_algo`)."""
+    config: Mapping[str, Any] = model.config
+    inner = config.get("text_config")
+    quantization = config.get("quantization_config") or (
+        isinstance(inner, Mapping) and inner.get("quantization_config")
+    )
+    if not isinstance(quantization, Mapping):
+        return False
+    scheme, algorithm = quantization.get("kv_cache_scheme"), quantization.get("kv_cache_quant_algo")
+    stated: Any = None
+    if isinstance(scheme, Mapping) and scheme.get("num_bits"):
+        stated = "fp8" if (scheme["num_bits"], scheme.get("type", "float")) == (8, "float") else dict(scheme)
+    elif algorithm is not None and str(algorithm).lower() != "none":
+        stated = str(algorithm).lower()
+    if stated not in (None, "fp8"):
+        raise EvaluationError(
+            f"{model.folder}/config.json states a KV cache in {str(stated)[:80]}, which m3quant does not compute: give --kv-dtype bf16 or fp8."
+        )
+    return stated == "fp8"

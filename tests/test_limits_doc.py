@@ -1,0 +1,43 @@
+"""docs/limits.md says what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from m3quant.calibration import files, template, tokenizing
+from m3quant.checkpoint import bounded, header, patterns
+from m3quant.cli import fitting
+from m3quant.evaluate import openai_server
+
+TEXT = (Path(__file__).parents[1] / "docs" / "limits.md").read_text(encoding="utf-8")
+MODULES = (bounded, header, files, fitting, openai_server)
+UNITS = {"MiB": 2**20, "bytes": 1}
+
+
+def test_every_bound_of_the_table_is_the_codes() -> None:
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line.startswith("| ")
+    ][1:]
+    seen = 0
+    for _, most, where in rows:
+        numbers = [
+            int(n.replace(",", "")) * UNITS.get(unit, 1) for n, unit in re.findall(r"([0-9][0-9,]*) (\w+)", most)
+        ]
+        names = re.findall(r"`(\w+)`", where)
+        values = [next(getattr(module, name) for module in MODULES if hasattr(module, name)) for name in names]
+        assert numbers == values, (most, where)
+        seen += len(names)
+    assert seen == 12
+
+
+def test_the_bounds_of_programs_are_the_codes() -> None:
+    for said in (
+        f"has {template.CPU_SECONDS:g} s of processor time and {template.CPU_SECONDS_PER_MB:g} s for each MB",
+        f"{template.MEMORY_BYTES // 2**30} GiB of memory",
+        f"{template.MEMORY_PER_INPUT_BYTE} bytes for each byte of the record",
+        f"may write {template.OUTPUT_CHARACTERS // 2**20} Mi characters and {template.OUTPUT_PER_INPUT_BYTE} for each byte",
+        f"at most {tokenizing.MOST_GROWTH:g} characters of one",
+        f"have {patterns.SECONDS:g} s for all names together",
+    ):
+        assert said in " ".join(TEXT.split()), said

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from ..families import Family, family_of
 from ..planning.engine_config import check_format
 from ..planning.other_trees import other_tree
 from ..planning.plan import unquantized
-from ..planning.source_format import PLAIN, SourceFormat, file_format, source_format, stored_entries
-from ..planning.source_tensors import check_complete, scale_layout, source_tensors
+from ..planning.source_format import SourceFormat, file_format, source_format, stored_entries
+from ..planning.source_layouts import PLAIN
+from ..planning.source_tensors import check_complete, source_tensors
 from ..recipe.recipe import Recipe, build_recipe, fitted_names, for_family, named_recipe, recipe_names
 from ..schemes import Scheme
-from .weights import Group, bf16_release, checkpoint_groups, converted_groups, gather, stored_bytes
+from .weights import Group, bf16_release, checkpoint_groups, converted_groups, gather, model_groups, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -106,16 +107,17 @@ def open_subject(src: str, revision: str | None = None) -> Subject:
         raise CheckpointError(tree)
     found = source_format(checkpoint)
     refused = found.refused
+    groups = wanted = checkpoint_groups(checkpoint, family)
     if not refused:
         try:
-            check_complete(checkpoint, family, source_tensors(checkpoint))
+            check_complete(checkpoint, family, tensors := source_tensors(checkpoint))
+            wanted = model_groups(tensors.values(), family)
         except CheckpointError as error:  # its weights can be counted, if not converted
             refused = str(error)
-    groups = checkpoint_groups(checkpoint, family)
     where = checkpoint.root if checkpoint.local else src.partition("@")[0]
     config = _with_section(checkpoint.config, found)
     stored = ServedModel(where, found.label, family, config, groups, config_schemes(config))
-    return Subject(checkpoint.root, family, config, stored, refused, False, groups)
+    return Subject(checkpoint.root, family, config, stored, refused, False, wanted)
 
 
 def _from_config(path: Path) -> Subject:
@@ -133,7 +135,7 @@ def _from_config(path: Path) -> Subject:
             f"{found.refused} Its sizes are in its shards: to plan it as it is, give the folder with the *.safetensors files."
         )
     groups = bf16_release(family)
-    stored = groups if found.kind == PLAIN else gather(family, _with_scales(stored_entries(family, found)))
+    stored = groups if found.kind == PLAIN else gather(family, stored_entries(family, found))
     model = ServedModel(str(path.parent), found.label, family, _with_section(config, found), stored)
     return Subject(str(path.parent), family, config, model, "", True, groups)
 
@@ -141,13 +143,3 @@ def _from_config(path: Path) -> Subject:
 def _with_section(config: Mapping[str, Any], found: SourceFormat) -> Mapping[str, Any]:
     """The config with its quantization section in the usual place, wherever it was read: the cache's dtype is stated there too."""
     return {**unquantized(config), "quantization_config": dict(found.section)} if found.section else config
-
-
-def _with_scales(
-    entries: Iterable[tuple[str, str, tuple[int, ...], str]],
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    for name, dtype, shape, kind in entries:
-        yield name, dtype, shape
-        if kind != PLAIN:
-            scale, dtypes = scale_layout(kind, shape)
-            yield f"{name}_scale_inv", dtypes[0], scale

@@ -8,12 +8,14 @@ model_executor/layers/linear.py (0.32).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..checkpoint import DTYPE_BYTES, Checkpoint
 from ..families import QUANTIZABLE, Family, Role
+from ..planning.engine_kept import PASSED_THROUGH
 from ..planning.layout import stored_tensors
+from ..planning.source_layouts import PLAIN, SourceTensor
 from ..planning.source_tensors import FLOAT_DTYPES
 from ..recipe.recipe import Recipe
 
@@ -25,7 +27,9 @@ _SCALES = ("weight_scale", "weight_scale_inv", "scales", "qzeros", "weight_zero_
 _UNSPLIT = (
     "weight_shape",
     "input_scale",
+    "input_global_scale",
     "weight_scale_2",
+    "weight_global_scale",
     "k_scale",
     "v_scale",
 )  # a few numbers per tensor, on every rank
@@ -90,19 +94,31 @@ def checkpoint_groups(checkpoint: Checkpoint, family: Family) -> list[Group]:
     return gather(family, ((t.name, t.dtype, t.shape) for t in checkpoint.tensors.values()))
 
 
+def model_groups(tensors: Iterable[SourceTensor], family: Family) -> list[Group]:
+    """Groups of a source's tensors as a conversion reads them: dense, but for those that it passes through as they are stored."""
+
+    def entries() -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        for source in tensors:
+            if source.kind == PLAIN:
+                yield source.name, source.info.dtype, source.shape
+            elif family.role(source.name).kind in PASSED_THROUGH:
+                yield from ((part.name, part.dtype, part.shape) for part in source.stored)
+            else:
+                yield source.name, "BF16", source.shape
+
+    return gather(family, entries())
+
+
 def converted_groups(groups: Iterable[Group], recipe: Recipe) -> list[Group]:
-    """Groups after a conversion of a plain or FP8 source by `recipe`; the same sizes as `m3quant.planning.plan.make_plan` gives.
+    """Groups after a conversion by `recipe` of the tensors that `model_groups` or `bf16_release` gives; the same sizes as `m3quant.planning.plan.make_plan` gives.
 
     Raises PlanError where a shape does not divide.
     """
     out = []
     for group in groups:
         scheme = recipe.scheme(group.role, group.layer) if group.role in QUANTIZABLE else None
-        if group.leaf == "weight_scale_inv":
-            continue  # a source's FP8 scale: its weight is converted or dequantized below
         if scheme is None or not scheme.quantizes or group.leaf != "weight":
-            plain = "BF16" if group.dtype not in FLOAT_DTYPES and group.leaf == "weight" else group.dtype
-            out.append(_with(group, group.leaf, plain, group.shape))
+            out.append(group)
             continue
         stored = stored_tensors(group.shape, scheme, recipe.format)
         out += [_with(group, leaf, dtype, tuple(shape)) for leaf, (dtype, shape) in stored.items()]

@@ -14,7 +14,7 @@ from ..checkpoint import DTYPE_BYTES, write_json_atomic
 from ..checkpoint.bounded import MANIFEST_BYTES, read_bounded
 from ..checkpoint.strict_json import shown
 from ..errors import CheckpointError
-from ..planning.source_format import FP8_BLOCK, MXFP8, PLAIN
+from ..planning.source_layouts import KINDS, PLAIN, SourceTensor, stored_parts
 from ..schemes import NOT_ROUNDED
 from .identity import SourceIdentity
 
@@ -24,6 +24,8 @@ MAX_BYTES = MANIFEST_BYTES  # a checkpoint of a million tensors takes half of it
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0)]
+StoredDtype = Annotated[str, Field(pattern=f"^({'|'.join(DTYPE_BYTES)})$")]
+StoredShape = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**48)], ...], Field(max_length=8)]
 
 
 class _Part(BaseModel):
@@ -46,12 +48,30 @@ class CarriedFile(_Part):
 
 
 class SourceTensorFacts(_Part):
-    """A source tensor: how it is stored, and the dtype of its scale."""
+    """A source tensor: the dtype of it or its codes, its own shape, its layout, the dtype of its scale; and, where a quantized one is not
+    stored as releases store that kind, every part of it by leaf, with dtype and shape."""
 
-    dtype: Annotated[str, Field(pattern=f"^({'|'.join(DTYPE_BYTES)})$")]
-    shape: tuple[Annotated[int, Field(ge=0, lt=2**48)], ...] = Field(max_length=8)
-    kind: Annotated[str, Field(pattern=f"^({PLAIN}|{FP8_BLOCK}|{MXFP8})$")]
-    scale: Annotated[str, Field(pattern=f"^({'|'.join(DTYPE_BYTES)})$")] | None = None
+    dtype: StoredDtype
+    shape: StoredShape
+    kind: Annotated[str, Field(pattern=f"^({'|'.join(KINDS)})$")]
+    scale: StoredDtype | None = None
+    parts: dict[str, tuple[StoredDtype, StoredShape]] | None = Field(default=None, max_length=8)
+
+
+def tensor_facts(source: SourceTensor) -> dict[str, Any]:
+    """`SourceTensorFacts` of a tensor, as plain values."""
+    facts: dict[str, Any] = {"dtype": source.info.dtype, "shape": list(source.shape), "kind": source.kind}
+    if source.kind == PLAIN or source.scale is None:
+        return facts
+    facts["scale"] = source.scale.dtype
+    held = {part.name: (part.dtype, part.shape) for part in source.stored}
+    usual = {
+        n: (dtype, shape)
+        for n, dtype, shape in stored_parts(source.kind, source.name, source.shape, source.scale.dtype)
+    }
+    if held != usual:
+        facts["parts"] = {name.rpartition(".")[2]: (dtype, list(shape)) for name, (dtype, shape) in held.items()}
+    return facts
 
 
 class ManifestSource(_Part):
@@ -59,6 +79,7 @@ class ManifestSource(_Part):
 
     identity: what was known of it before it was read; read: output shard -> source shard -> digest of the tensors that were
     read for it.
+    quantization: the source's own quantization section, None of an unquantized one.
     files, left_behind, card: not in outputs that are older than the record.
     """
 
@@ -67,6 +88,7 @@ class ManifestSource(_Part):
     tensors: dict[str, SourceTensorFacts]
     identity: SourceIdentity | None = None
     read: dict[str, dict[str, str]] = Field(default_factory=dict)
+    quantization: dict[str, Any] | None = None
     repo: str | None = None
     revision: str | None = None
     files: dict[str, CarriedFile] = Field(default_factory=dict)

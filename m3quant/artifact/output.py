@@ -13,7 +13,7 @@ from ..checkpoint.strict_json import shown
 from ..errors import CheckpointError, M3QuantError, VerifyError
 from ..planning.headers import HeaderSource
 from ..planning.plan import RECIPE_FILE, Plan, make_plan, unquantized
-from ..planning.source_format import FP8_BLOCK, MX_GROUP, PLAIN
+from ..planning.source_layouts import FP8_BLOCK, MX_GROUP, PLAIN
 from ..recipe.recipe import Recipe, build_recipe
 from ..schemes import FP8_BLOCK as BLOCK
 from .journal import unfinished
@@ -45,18 +45,25 @@ def read_manifest(output: Path) -> dict[str, Any]:
 def recorded_source(output: Checkpoint, manifest: Mapping[str, Any]) -> HeaderSource:
     """The source as the manifest recorded it: enough to plan again without the source's files."""
     recorded = manifest["source"]["tensors"]
-    config = _source_config(output.config, {facts["kind"] for facts in recorded.values()})
+    kinds = {facts["kind"] for facts in recorded.values()}
+    config = _source_config(output.config, kinds, manifest["source"].get("quantization"))
     source = HeaderSource(output.root, config)
     for name, facts in recorded.items():
-        source.add(name, facts["dtype"], tuple(facts["shape"]), facts["kind"], facts.get("scale"))
+        if facts.get("parts"):
+            source.add_parts(name, {leaf: (dtype, tuple(shape)) for leaf, (dtype, shape) in facts["parts"].items()})
+        else:
+            source.add(name, facts["dtype"], tuple(facts["shape"]), facts["kind"], facts.get("scale"))
     return source
 
 
-def _source_config(config: Mapping[str, Any], kinds: set[str]) -> dict[str, Any]:
-    """The source's config.json: the output's, with the source's own quantization in place of ours."""
+def _source_config(config: Mapping[str, Any], kinds: set[str], section: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The source's config.json: the output's, with the source's own quantization in place of ours. section: as recorded; older outputs
+    have none, and were made of FP8 in blocks or MXFP8."""
     source = unquantized(config)
     quantized = kinds - {PLAIN}
-    if quantized:
+    if section:
+        source["quantization_config"] = dict(section)
+    elif quantized:
         block = FP8_BLOCK in quantized
         source["quantization_config"] = {
             "quant_method": "fp8" if block else "mxfp8",

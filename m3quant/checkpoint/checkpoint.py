@@ -227,6 +227,11 @@ class Checkpoint:
             for info, first, view in wanted:
                 self.digests.add(info, first, view)
 
+    def peek(self, ranges: "Iterable[tuple[TensorInfo, int, memoryview]]") -> None:
+        """As `read_ranges`, of what is only looked at: it enters no digest. Raises CheckpointError."""
+        store = self._local_store("read")
+        read_ranges(store.root, ranges, store.stamps)
+
     def read_bytes(self, name: str) -> bytes:
         """A tensor's bytes as they lie in the file. Raises CheckpointError."""
         store = self._local_store("read")

@@ -11,6 +11,9 @@ from .links import cache_blob, is_regular, link_refusal
 from .strict_json import shown
 
 CONFIG_NAME = "config.json"
+# A draft model for speculative decoding that a release keeps beside its shards, outside the index: it is carried over whole. SGLang
+# looks for MiniMax-M3.1's there (srt/arg_groups/speculative_hook.py).
+DRAFT_FOLDERS = frozenset({"dspark"})
 OTHER_WEIGHT_SUFFIXES = frozenset(
     {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".tflite"}
 )
@@ -18,7 +21,7 @@ OTHER_WEIGHT_SUFFIXES = frozenset(
 
 @dataclass
 class Listing:
-    """Relative names with '/'. shards: *.safetensors at the top; other: files to carry over; skipped: name -> reason.
+    """Relative names with '/'. shards: *.safetensors at the top; other: files to carry over, a draft's among them; skipped: name -> reason.
 
     config.json and the index are in neither list: a converter writes its own, last.
     """
@@ -42,6 +45,8 @@ def classify(names: Iterable[str], where: str, skipped: dict[str, str] | None = 
         top = len(path.parts) == 1
         if any(part.startswith(".") for part in path.parts):
             listing.skipped[name] = "hidden file"
+        elif not top and path.parts[0] in DRAFT_FOLDERS:
+            listing.other.append(name)
         elif path.suffix == ".safetensors":
             if top:
                 listing.shards.append(name)

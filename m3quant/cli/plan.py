@@ -134,7 +134,7 @@ def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
 
 def print_source(plan: Plan) -> None:
     family = plan.family
-    weights = sum(t.source.info.numel for t in plan.tensors)
+    weights = sum(t.source.numel for t in plan.tensors)
     shards = f" in {len(plan.checkpoint.shards)} shards" if plan.checkpoint.shards else ""
     bytes_in = sum(u.bytes_in for u in plan.units)
     click.echo(

@@ -1,9 +1,9 @@
-"""Routed experts of an FP8 source on a GPU: their codes and scales in one piece of memory, and from there into the BF16 stacks."""
+"""Routed experts of a quantized source on a GPU: their codes and scales in one piece of memory, and from there into the BF16 stacks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.reader import torch_dtype
 from ..planning.batches import aligned
-from ..planning.source_tensors import SourceTensor
+from ..planning.source_layouts import SourceTensor
 from ..quant.reading import densify
 from .gpu_stage import LAUNCH, why_plain
 
@@ -19,23 +19,23 @@ Expert = tuple[str, int, SourceTensor]  # stack ("w1", "w3" or "w2"), number, wh
 
 
 class StoredExperts:
-    """FP8 experts of one layer as the source stores them. Memory is taken at once; `targets` are to be filled before `dense_into`."""
+    """Quantized experts of one layer as the source stores them. Memory is taken at once; `targets` are to be filled before `dense_into`."""
 
     def __init__(self, experts: list[Expert], device: torch.device) -> None:
         self.device = device
         self._experts = sorted(experts, key=lambda expert: (expert[0], _alike(expert)))
-        self._starts: list[tuple[int, int]] = []  # of each one's codes and scale
+        self._starts: list[tuple[int, ...]] = []  # of each one's parts
         end = 0
         for _, _, source in self._experts:
-            first, second = (aligned(info.nbytes) for info in _parts(source))
-            self._starts.append((end, end + first))
-            end += first + second
+            ends = list(accumulate((aligned(info.nbytes) for info in source.parts), initial=end))
+            self._starts.append(tuple(ends[:-1]))
+            end = ends[-1]
         self._memory = torch.empty(end, dtype=torch.uint8, device=device)
 
     def targets(self) -> Iterator[tuple[TensorInfo, Tensor]]:
         """Every stored tensor and where its bytes belong."""
         for number, (_, _, source) in enumerate(self._experts):
-            yield from zip(_parts(source), self._views(number).values(), strict=True)
+            yield from zip(source.parts, self._views(number).values(), strict=True)
 
     def dense_into(self, stacks: Mapping[str, Tensor]) -> None:
         """Fill the experts' places in `stacks`, BF16 [E, N, K]. Raises CheckpointError on NaN, or a product beyond BF16."""
@@ -46,16 +46,17 @@ class StoredExperts:
         from ..quant.gpu_source import dense_group
 
         flags = torch.zeros(len(self._experts), dtype=torch.int32, device=self.device)
-        for (which, (dtype, _)), group in groupby(
+        for (which, _), group in groupby(
             range(len(self._experts)), key=lambda n: (self._experts[n][0], _alike(self._experts[n]))
         ):
             numbers, stack = list(group), stacks[which]
             rows = [(*self._starts[n], self._experts[n][1] * stack[0].nbytes) for n in numbers]
             own = flags[numbers[0] : numbers[-1] + 1]
-            shape = (stack.shape[1], stack.shape[2])
             with LAUNCH:
                 out = stack.view(torch.uint8).view(-1)
-                dense_group(self._memory, out, torch.tensor(rows, device=self.device), own, shape, dtype)
+                dense_group(
+                    self._memory, out, torch.tensor(rows, device=self.device), own, self._experts[numbers[0]][2]
+                )
         for number in flags.nonzero().flatten().tolist():
             source = self._experts[number][2]
             densify(source, {name: part.cpu() for name, part in self._views(number).items()})
@@ -63,18 +64,13 @@ class StoredExperts:
 
     def _views(self, number: int) -> dict[str, Tensor]:
         views = {}
-        for info, start in zip(_parts(self._experts[number][2]), self._starts[number], strict=True):
+        for info, start in zip(self._experts[number][2].parts, self._starts[number], strict=True):
             piece = self._memory[start : start + info.nbytes]
             views[info.name] = piece.view(torch_dtype(info.dtype)).view(info.shape)
         return views
 
 
-def _parts(source: SourceTensor) -> tuple[TensorInfo, TensorInfo]:
-    assert source.scale is not None
-    return source.info, source.scale
-
-
-def _alike(expert: Expert) -> tuple[str, tuple[int, ...]]:
+def _alike(expert: Expert) -> tuple[str, str, tuple[int, ...]]:
     """What one launch has in common, beside the stack."""
-    info, scale = _parts(expert[2])
-    return scale.dtype, info.shape
+    source = expert[2]
+    return source.kind, source.scale.dtype if source.scale else "", source.shape

@@ -20,7 +20,7 @@ from ..calibration.layers import LayerTensors
 from ..checkpoint.reader import bytes_view, torch_dtype
 from ..families import family_of
 from ..families.spec import STACKS, LayerSpec, layer_shapes
-from ..planning.source_format import PLAIN
+from ..planning.source_layouts import PLAIN
 from ..quant.reading import densify
 from ..running.timing import span
 from .device_fp8 import Expert, StoredExperts
@@ -76,9 +76,8 @@ class DeviceLoader:
                 expert, which = routed
                 stored.append((which, expert, source))
             else:
-                infos = [source.info] + ([source.scale] if source.scale else [])
-                raw[name] = {info.name: self._empty(info) for info in infos}
-                targets += [(info, raw[name][info.name]) for info in infos]
+                raw[name] = {info.name: self._empty(info) for info in source.parts}
+                targets += [(info, raw[name][info.name]) for info in source.parts]
         experts = StoredExperts(stored, self.device) if stored else None
         if experts:
             targets += experts.targets()

@@ -10,11 +10,12 @@ from typing import Any
 from .. import __version__
 from ..artifact.identity import SOURCE
 from ..artifact.journal import Journal
-from ..artifact.manifest import MANIFEST_SCHEMA, Manifest, write_manifest
+from ..artifact.manifest import MANIFEST_SCHEMA, Manifest, tensor_facts, write_manifest
 from ..artifact.source_record import SourceRecord
 from ..checkpoint import make_folder, write_bytes_atomic
 from ..errors import OutputError
 from ..planning.plan import INDEX_FILE, RECIPE_FILE, Plan, bits_per_weight, passed_through, role_table
+from ..planning.source_format import source_format
 
 
 def finish(plan: Plan, output: Path, journal: Journal, extra: dict[str, Any]) -> dict[str, Any]:
@@ -64,15 +65,8 @@ def make_manifest(plan: Plan, journal: Journal, extra: dict[str, Any]) -> dict[s
             "bytes": sum(u.bytes_in for u in plan.units),
             "identity": journal.read[SOURCE],
             "read": {journal.records[u.index]["shard"]: journal.records[u.index]["read"] for u in plan.units},
-            "tensors": {
-                t.name: {
-                    "dtype": t.source.info.dtype,
-                    "shape": list(t.source.info.shape),
-                    "kind": t.source.kind,
-                    **({"scale": t.source.scale.dtype} if t.source.scale else {}),
-                }
-                for t in plan.tensors
-            },
+            "tensors": {t.name: tensor_facts(t.source) for t in plan.tensors},
+            "quantization": source_format(plan.checkpoint).section or None,
         },
         "recipe": plan.recipe.model_dump(),
         "output_bytes": plan.output_bytes,

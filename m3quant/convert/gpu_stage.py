@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import torch_dtype
-from ..planning.batches import Item, aligned, output_ranges, output_views, staged_parts
+from ..planning.batches import Item, output_ranges, output_views, staged_parts
 from ..quant.formats import compress
 from ..quant.integer import ensure_finite, int_qparams
 from ..quant.reading import densify
@@ -64,7 +64,7 @@ class GpuStage:
         for item, _, output in places:
             for o, (start, end) in zip(item.outputs, output_ranges(item, output), strict=True):
                 if o.name.endswith(".weight_shape"):
-                    shape = torch.tensor(item.stored.shape, dtype=torch_dtype(o.dtype))
+                    shape = torch.tensor(item.shape, dtype=torch_dtype(o.dtype))
                     buffer[start:end] = shape.view(torch.uint8)
 
     def _make_room(self, source: int, out: int, dense: int) -> None:
@@ -89,7 +89,7 @@ class GpuStage:
         for _, alike in groupby((places[i] for i in order), key=_kind):
             group = list(alike)
             item = group[0][0]
-            scheme, shape = item.planned.scheme, item.stored.shape
+            scheme, shape = item.planned.scheme, item.shape
             own = flags[done : done + len(group)]
             done += len(group)
             source, begins = self._source, [start for _, start, _ in group]
@@ -109,26 +109,24 @@ class GpuStage:
         return flags[torch.tensor([order.index(i) for i in range(len(places))], device=self.device)]
 
     def _make_dense(self, group: list[Place], flags: Tensor, begin: int) -> tuple[Tensor, list[int], int]:
-        """BF16 of FP8 weights of one kind: in the outputs' places if that is all, else in `_dense` from `begin` on.
+        """BF16 of quantized weights of one kind: in the outputs' places if that is all, else in `_dense` from `begin` on.
 
         Returns where they are: the memory, the offset of each in it, and the first free one after them.
         """
         from ..quant import gpu_source
 
         item = group[0][0]
-        scale = item.planned.source.scale
-        assert scale is not None
         only = item.planned.action == "dequantize"
         places, rows = [], []
         for own, start, output in group:
             places.append(output if only else begin)
             begin += own.dense_bytes
-            rows.append((start, start + aligned(own.stored.nbytes), places[-1]))
+            starts = [start + before for before in own.part_starts]
+            rows.append((*starts, places[-1]))
         out = self._out if only else self._dense
         table = torch.tensor(rows).to(self.device, non_blocking=True)
         with LAUNCH:
-            rows_columns = (item.stored.shape[0], item.stored.shape[1])
-            gpu_source.dense_group(self._source, out, table, flags, rows_columns, scale.dtype)
+            gpu_source.dense_group(self._source, out, table, flags, item.planned.source)
         return out, places, begin
 
     def _plainly(self, place: Place, fmt: str) -> None:
@@ -154,11 +152,11 @@ class GpuStage:
                 raise AssertionError(f"{item.planned.name} was refused on the GPU alone")
 
 
-def _kind(place: Place) -> tuple[str, str, tuple[int, ...], str]:
+def _kind(place: Place) -> tuple[str, str, tuple[int, ...], str, str]:
     """What one launch has in common."""
     planned = place[0].planned
-    scale = planned.source.scale
-    return planned.action, planned.scheme.name, planned.source.info.shape, scale.dtype if scale else ""
+    source = planned.source
+    return planned.action, planned.scheme.name, source.shape, source.kind, source.scale.dtype if source.scale else ""
 
 
 def table_row(place: Place, begin: int) -> tuple[int, int, int, int]:

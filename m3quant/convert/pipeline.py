@@ -204,7 +204,7 @@ class Pipeline:
             return None
         if self._worker.dense is None or self._worker.dense.numel() < item.elements:
             self._worker.dense = torch.empty(item.elements, dtype=torch.bfloat16)
-        return self._worker.dense[: item.elements].view(item.stored.shape)
+        return self._worker.dense[: item.elements].view(item.shape)
 
     def _gpu(self) -> GpuStage:
         if self._worker.gpu is None:

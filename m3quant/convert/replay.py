@@ -53,5 +53,5 @@ def _dense(planned: PlannedTensor, raw: Mapping[str, torch.Tensor], fmt: str) ->
     """What an engine computes with: dequantized to BF16, or as stored."""
     if not planned.scheme.quantizes:
         return raw[planned.name]
-    shape = planned.source.info.shape
+    shape = planned.source.shape
     return decompress(planned.parts(raw), planned.scheme, fmt, shape, name=planned.name).to(torch.bfloat16)

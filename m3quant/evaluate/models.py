@@ -16,7 +16,8 @@ from ..checkpoint.bounded import TOKENIZER_BYTES, read_bounded
 from ..errors import EvaluationError
 from ..families import Family, family_of
 from ..planning.plan import nbytes
-from ..planning.source_format import FP8_BLOCK, source_format
+from ..planning.source_format import source_format
+from ..planning.source_layouts import FP8_BLOCK
 from ..planning.source_tensors import check_complete
 from ..quant.reading import ConvertedReader, SourceReader
 from ..schemes import Scheme
@@ -74,8 +75,8 @@ class Model:
     def dense_bytes(self, layer: int) -> int:
         """Bytes of one layer as it lies in memory: BF16, whatever the disk holds."""
         if isinstance(self.reader, SourceReader):
-            return sum(2 * self.reader.tensors[n].info.numel for n in self.layer_names(layer))
-        return sum(2 * self.reader.tensors[n].source.info.numel for n in self.layer_names(layer))
+            return sum(2 * self.reader.tensors[n].numel for n in self.layer_names(layer))
+        return sum(2 * self.reader.tensors[n].source.numel for n in self.layer_names(layer))
 
     def fingerprint(self) -> str:
         """What tells this checkpoint from others: headers and config, and for an output of ours its shards' hashes."""
@@ -90,7 +91,7 @@ class Model:
 
 
 def open_model(path: str | Path, label: str = "checkpoint") -> Model:
-    """A source (BF16, FP8-block, MXFP8) or an output of m3quant. Raises CheckpointError, VerifyError or EvaluationError."""
+    """A source (in a layout of `planning.source_layouts`) or an output of m3quant. Raises CheckpointError, VerifyError or EvaluationError."""
     checkpoint = Checkpoint.open(path)
     if not checkpoint.local:
         raise EvaluationError(

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ..checkpoint import DTYPE_BYTES, TensorInfo, torch_dtype
 from .layout import one_pass
 from .plan import OutputTensor, PlannedTensor, Unit, nbytes
-from .source_format import PLAIN
+from .source_layouts import PLAIN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,8 +34,8 @@ COPY, FUSED, WHOLE = "copy", "fused", "whole"
 class Item:
     """One source tensor's way through a batch, or a stretch of a copied one.
 
-    kind: "copy" (bytes first..last of one stored tensor), "fused" (rounded from buffer to buffer; an FP8 source becomes
-    BF16 first, or only that), or "whole" (read and converted by the general path). outputs: what it writes, whole or for
+    kind: "copy" (bytes first..last of one stored tensor), "fused" (rounded from buffer to buffer; a quantized source
+    becomes BF16 first, or only that), or "whole" (read and converted by the general path). outputs: what it writes, whole or for
     a copy the tensor it is part of.
     """
 
@@ -51,9 +52,8 @@ class Item:
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
-        """What is stored of the tensor: itself and, of an FP8 one, its scale."""
-        scale = self.planned.source.scale
-        return (self.stored,) if scale is None else (self.stored, scale)
+        """What is read of the tensor: itself or, of a quantized one, codes and scales."""
+        return self.planned.source.parts
 
     @property
     def staged_bytes(self) -> int:
@@ -61,14 +61,25 @@ class Item:
         return sum(aligned(part.nbytes) for part in self.parts)
 
     @property
+    def part_starts(self) -> tuple[int, ...]:
+        """Where in the read buffer each part of a fused item begins, from the item's own beginning on."""
+        ends = accumulate(aligned(part.nbytes) for part in self.parts)
+        return (0, *ends)[: len(self.parts)]
+
+    @property
     def dense_bytes(self) -> int:
-        """Of the BF16 weight that a fused item of an FP8 source passes through; 0 where it is read as that."""
+        """Of the BF16 weight that a fused item of a quantized source passes through; 0 where it is read as that."""
         passes = self.kind == FUSED and len(self.parts) > 1 and self.planned.action == "quantize"
         return aligned(self.elements * 2) if passes else 0
 
     @property
     def elements(self) -> int:
-        return self.planned.source.info.numel
+        return self.planned.source.numel
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor in the model, whatever its codes are packed in."""
+        return self.planned.source.shape
 
     @property
     def bytes_out(self) -> int:
@@ -107,7 +118,7 @@ class Batch:
 
     @property
     def dense_bytes(self) -> int:
-        """Of all BF16 weights that the batch's FP8 ones become."""
+        """Of all BF16 weights that the batch's quantized ones become."""
         return sum(item.dense_bytes for item in self.items)
 
 
@@ -146,8 +157,7 @@ def _items(unit: Unit, limit: int, fmt: str) -> Iterator[Item]:
     for planned in unit.tensors:
         source = planned.source
         if planned.action == "copy" and ordered:
-            parts = (source.info,) if source.scale is None else (source.info, source.scale)
-            for stored, output in zip(parts, planned.outputs, strict=True):
+            for stored, output in zip(source.stored, planned.outputs, strict=True):
                 yield from _stretches(planned, stored, output, limit)
         elif planned.action != "copy" and ordered and _fusable(planned, fmt):
             yield Item(planned, FUSED, source.info, 0, source.info.nbytes, planned.outputs)
@@ -178,7 +188,7 @@ class Working:
 
 def working_bytes(units: Iterable[Unit], on_gpu: bool, fmt: str, workers: int) -> Working:
     """One read buffer a worker and one write buffer a batch in flight, pinned where there is a GPU, which has its own of
-    both. FP8 weights become BF16 one after the other on a CPU, a batch at a time on a GPU. Tensors on the general path
+    both. Quantized weights become BF16 one after the other on a CPU, a batch at a time on a GPU. Tensors on the general path
     exist as stored, as a float32 copy with one temporary, and as outputs instead.
     """
     limit = GPU_BATCH_BYTES if on_gpu else CPU_BATCH_BYTES

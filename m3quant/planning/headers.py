@@ -15,8 +15,8 @@ from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.strict_json import parse_object
 from ..errors import CheckpointError
 from ..families import family_of
-from .source_format import PLAIN, file_format, stored_entries
-from .source_tensors import scale_layout
+from .source_format import file_format, stored_entries
+from .source_layouts import PLAIN, stored_parts
 
 
 class HeaderSource(Checkpoint):
@@ -35,11 +35,17 @@ class HeaderSource(Checkpoint):
     def add(
         self, name: str, dtype: str, shape: tuple[int, ...], kind: str = PLAIN, scale_dtype: str | None = None
     ) -> None:
-        """A tensor, and for an FP8 kind its scale beside it (in F32 or U8 unless told otherwise)."""
-        self._put(name, dtype, shape)
-        if kind != PLAIN:
-            scale_shape, dtypes = scale_layout(kind, shape)
-            self._put(f"{name}_scale_inv", scale_dtype or dtypes[0], scale_shape)
+        """A tensor of that dtype, or of a quantized kind what releases store of it. shape: of the tensor in the model."""
+        if kind == PLAIN:
+            self._put(name, dtype, shape)
+            return
+        for part, part_dtype, part_shape in stored_parts(kind, name, shape, scale_dtype):
+            self._put(part, part_dtype, part_shape)
+
+    def add_parts(self, name: str, parts: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        """What is stored of the weight `name` by leaf: dtype and shape."""
+        for leaf, (dtype, shape) in parts.items():
+            self._put(f"{name.removesuffix('weight')}{leaf}", dtype, shape)
 
     def _put(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         self.tensors[name] = TensorInfo(name, dtype, shape, self.root, 0, DTYPE_BYTES[dtype] * math.prod(shape))
@@ -56,15 +62,15 @@ class HeaderSource(Checkpoint):
 
 
 def from_config(path: Path) -> HeaderSource:
-    """The BF16 release that a config.json describes, for planning. Raises CheckpointError for another file or architecture."""
+    """The release that a config.json describes, for planning. Raises CheckpointError for another file or architecture."""
     raw = read_bounded(path, CONFIG_BYTES, follow=True)
     config = parse_object(raw, str(path), "Give the config.json of a release.", constants=True)
     family = family_of(config, str(path))
     stored = file_format(path, config)
     stored.required_kind()
     source = HeaderSource(str(path), config)
-    for name, dtype, shape, kind in stored_entries(family, stored):
-        source.add(name, dtype, shape, kind)
+    for name, dtype, shape in stored_entries(family, stored):
+        source.add(name, dtype, shape)
     source.warnings.append(
         "planned from config.json alone: sizes are those of the weights the config promises, without other files"
     )

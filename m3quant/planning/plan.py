@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
 from ..checkpoint import DTYPE_BYTES, Checkpoint, Entry, TensorInfo, aligned_order, entry_bytes, file_size
+from ..checkpoint.listing import DRAFT_FOLDERS
 from ..engines.rules import activation_notes, check_family_format, integer_notes, lookup_problems, zero_point_notes
 from ..errors import PlanError
 from ..families import KEPT, QUANTIZABLE, Family, Role, family_of
@@ -25,9 +25,10 @@ from ..schemes import FP8_BLOCK, KEEP, Scheme
 from .engine_config import check_format, quantization_config
 from .engine_kept import PASSED_THROUGH, kept_linears
 from .layout import check_divisible, stored_tensors
-from .source_format import FP8_BLOCK as FP8_BLOCK_SOURCE
-from .source_format import HF_QUANT_CONFIG, PLAIN
-from .source_tensors import SourceTensor, check_complete, source_tensors
+from .source_format import HF_QUANT_CONFIG
+from .source_layouts import FOUR_BIT, PLAIN, WORDS, SourceTensor
+from .source_layouts import FP8_BLOCK as FP8_BLOCK_SOURCE
+from .source_tensors import check_complete, source_tensors
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ class OutputTensor:
 class PlannedTensor:
     """What happens to one source tensor.
 
-    action: "copy" (byte for byte), "dequantize" (FP8 source kept: BF16 out), or "quantize" to `scheme`.
+    action: "copy" (byte for byte), "dequantize" (quantized source kept: BF16 out), or "quantize" to `scheme`.
     """
 
     source: SourceTensor
@@ -63,7 +64,7 @@ class PlannedTensor:
 
     @property
     def name(self) -> str:
-        return self.source.info.name
+        return self.source.name
 
     @property
     def module(self) -> str:
@@ -201,7 +202,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     check_family_format(family, recipe.format)
     tensors = source_tensors(checkpoint)
     notes = [*checkpoint.warnings, *recipe_notes, *check_complete(checkpoint, family, tensors)]
-    notes += _calibration_notes(family, recipe)
+    notes += _calibration_notes(family, recipe) + _source_notes(checkpoint, tensors)
     layers = family.num_layers
     by_unit: list[list[PlannedTensor]] = [[] for _ in range(layers + 1)]
     for name in sorted(tensors, key=_natural):
@@ -242,7 +243,7 @@ def _scaled_extras_notes(plan: Plan) -> list[str]:
     if not scaled or plan.recipe.format == "fp8":
         return []
     return [
-        f"{len(scaled)} passed-through weights are FP8 in the source and are copied with their scales, first {scaled[0]}: engines skip them, "
+        f"{len(scaled)} passed-through weights are quantized in the source and are copied with their scales, first {scaled[0]}: engines skip them, "
         "and one that builds them from this checkpoint would read the codes without the scales"
     ]
 
@@ -255,6 +256,28 @@ def _calibration_notes(family: Family, recipe: Recipe) -> list[str]:
         f"calibration windows of {length} tokens never exercise block selection, which begins past {covered} tokens: the error of "
         f"the index projections enters neither the search nor the held-out figures; --window-length {covered * 3 // 2} does"
     ]
+
+
+def _source_notes(checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor]) -> list[str]:
+    """What a source's own precision, its scales of activations and a draft beside it mean for the output."""
+    notes, kinds = [], sorted({t.kind for t in tensors.values()} & set(FOUR_BIT))
+    if kinds:
+        notes.append(
+            f"the source holds {' and '.join(WORDS[kind] for kind in kinds)}: its rounding is in every output beside the output's own, and "
+            "figures against the source do not show it; where there is a BF16 release, start from that"
+        )
+    if unread := sum(len(t.unread) for t in tensors.values()):
+        notes.append(
+            f"{unread} scales of activations in the source are left out: no weight needs them, and the output has its own scheme"
+        )
+    drafts = [name for name in checkpoint.other_files if name.partition("/")[0] in DRAFT_FOLDERS and "/" in name]
+    if drafts:
+        size = sum(checkpoint.file_size(name) for name in drafts)
+        notes.append(
+            f"a draft model lies in {drafts[0].partition('/')[0]}/ ({size:,} bytes): it is carried over byte for byte, with its own "
+            "quantization, and guesses for the source's weights"
+        )
+    return notes
 
 
 def _natural(name: str) -> list[Any]:
@@ -289,7 +312,7 @@ def _check_layers(recipe: Recipe, units: list[Unit]) -> None:
 
 
 def _plan_tensor(source: SourceTensor, role: Role, recipe: Recipe) -> PlannedTensor:
-    info = source.info
+    info, shape = source.info, source.shape
     scheme = recipe.scheme(role.kind, role.layer) if role.kind in QUANTIZABLE else KEEP
     if role.kind in QUANTIZABLE and not role.is_weight:
         scheme, reason = KEEP, "a companion of a quantized weight that the family does not know: passed through"
@@ -300,7 +323,7 @@ def _plan_tensor(source: SourceTensor, role: Role, recipe: Recipe) -> PlannedTen
     if not scheme.quantizes:
         if source.kind == PLAIN or role.kind in PASSED_THROUGH:
             return PlannedTensor(source, role, "copy", KEEP, reason, _as_stored(source))
-        out = (OutputTensor(info.name, "BF16", info.shape),)
+        out = (OutputTensor(source.name, "BF16", shape),)
         return PlannedTensor(source, role, "dequantize", KEEP, f"{reason}; stored as {source.kind} in the source", out)
     if (
         scheme.block
@@ -310,25 +333,24 @@ def _plan_tensor(source: SourceTensor, role: Role, recipe: Recipe) -> PlannedTen
         and source.scale.dtype == "F32"
     ):
         return PlannedTensor(source, role, "copy", scheme, "already in this format", _as_stored(source))
-    if len(info.shape) != 2:
+    if len(shape) != 2:
         raise PlanError(
-            f"{info.shard}: tensor '{info.name}' has shape {list(info.shape)}: only two-dimensional weights can be {scheme}; --set {role.kind}=keep."
+            f"{info.shard}: tensor '{info.name}' has shape {list(shape)}: only two-dimensional weights can be {scheme}; --set {role.kind}=keep."
         )
     try:
-        check_divisible(info.shape, scheme, recipe.format)
+        check_divisible(shape, scheme, recipe.format)
     except PlanError as error:
         raise PlanError(f"{info.shard}: tensor '{info.name}': {error} (--set {role.kind}=...)") from None
-    stem = info.name.removesuffix(".weight")
+    stem = source.name.removesuffix(".weight")
     outputs = tuple(
         OutputTensor(f"{stem}.{suffix}", dtype, shape)
-        for suffix, (dtype, shape) in stored_tensors(info.shape, scheme, recipe.format).items()
+        for suffix, (dtype, shape) in stored_tensors(shape, scheme, recipe.format).items()
     )
     return PlannedTensor(source, role, "quantize", scheme, reason, outputs)
 
 
 def _as_stored(source: SourceTensor) -> tuple[OutputTensor, ...]:
-    parts = (source.info,) if source.scale is None else (source.info, source.scale)
-    return tuple(OutputTensor(part.name, part.dtype, part.shape) for part in parts)
+    return tuple(OutputTensor(part.name, part.dtype, part.shape) for part in source.stored)
 
 
 def _check_engine_rules(plan: Plan) -> None:
@@ -338,7 +360,7 @@ def _check_engine_rules(plan: Plan) -> None:
     if problems:
         more = f" ({len(problems) - 1} more of this kind)" if len(problems) > 1 else ""
         raise PlanError(problems[0] + more)
-    shapes = {t.module: t.source.info.shape for t in plan.tensors}
+    shapes = {t.module: t.source.shape for t in plan.tensors}
     for module in plan.family.engine_modules():
         if len(module.members) < 2 or ".experts." in module.members[0]:
             continue
@@ -397,4 +419,4 @@ def bits_per_weight(plan: Plan) -> float:
     """Stored bits per quantized weight, scales and zero points included."""
     quantized = [t for t in plan.tensors if t.scheme.quantizes]
     bits = 8 * sum(nbytes(o) for t in quantized for o in t.outputs)
-    return bits / sum(math.prod(t.source.info.shape) for t in quantized)
+    return bits / sum(t.source.numel for t in quantized)

@@ -68,8 +68,8 @@ def active_weights(plan: Plan) -> float:
     """Weights of an average layer that a token passes through: all but the routed experts that it is not sent to."""
     share, total = routed_share(plan), 0.0
     for tensor in plan.tensors:
-        if tensor.role.layer is not None and len(tensor.source.info.shape) == 2:
-            total += tensor.source.info.numel * (share if tensor.role.kind == "routed_experts" else 1.0)
+        if tensor.role.layer is not None and len(tensor.source.shape) == 2:
+            total += tensor.source.numel * (share if tensor.role.kind == "routed_experts" else 1.0)
     return total / len(layers_of(plan))
 
 
@@ -86,7 +86,7 @@ def _awq_flops(plan: Plan) -> float:
 
 
 def _awq_scratch(plan: Plan) -> int:
-    largest = max(sum(t.source.info.numel for t in unit.tensors) for unit in layers_of(plan))
+    largest = max(sum(t.source.numel for t in unit.tensors) for unit in layers_of(plan))
     return AWQ_BYTES_PER_WEIGHT * min(AWQ_CHUNK, largest)
 
 
@@ -99,7 +99,7 @@ def _feedback_flops(plan: Plan) -> float:
         for tensor in unit.tensors:
             if not tensor.scheme.quantizes:
                 continue
-            rows, columns = tensor.source.info.shape[-2:]
+            rows, columns = tensor.source.shape[-2:]
             total += 2.0 * rows * columns**2 * (1 + 2 * rounds)
             inputs.add((tensor.role.kind, tensor.role.expert, columns))
         for kind, _, columns in inputs:
@@ -110,7 +110,7 @@ def _feedback_flops(plan: Plan) -> float:
 
 def _feedback_scratch(plan: Plan) -> int:
     largest = max(
-        (t.source.info.shape[-1] for t in plan.tensors if t.scheme.quantizes and len(t.source.info.shape) == 2),
+        (t.source.shape[-1] for t in plan.tensors if t.scheme.quantizes and len(t.source.shape) == 2),
         default=0,
     )
     return max(FEEDBACK_CHUNK_BYTES, FEEDBACK_MATRICES * 4 * largest**2)

@@ -99,7 +99,7 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool 
 
 
 def _elements(tensor: PlannedTensor) -> int:
-    return tensor.source.info.numel
+    return tensor.source.numel
 
 
 def check_disk(plan: Plan, output: Path, need: Resources) -> None:

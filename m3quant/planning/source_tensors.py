@@ -1,92 +1,134 @@
-"""The tensors of a source that m3quant reads: plain, FP8 in 128x128 blocks, or MXFP8. Torch-free.
+"""The tensors of a source that m3quant reads: plain, or quantized in one of `source_layouts.KINDS`, module by module. Torch-free.
 
-Decides which tensors are weights, which are companions (scales), and whether they are those that config.json promises.
+Decides which tensors are weights and which are companions (scales), and whether they are those that config.json promises.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import CheckpointError
+from ..families import family_of
 from ..families.base import Family
-from ..schemes import FP8_BLOCK as BLOCK
 from .other_trees import other_tree
-from .source_format import FP8_BLOCK, MX_GROUP, PLAIN, source_format
+from .source_format import REMEDY, KeptModules, SourceFormat, source_format
+from .source_layouts import COMPANIONS, PACKED, PLAIN, WORDS, SourceTensor, recognise
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
-_SCALE = "_scale_inv"  # companion of X.weight is X.weight_scale_inv in both FP8 layouts of MiniMax
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """One tensor of the model as the source stores it. `scale` is its companion, or None."""
-
-    info: TensorInfo
-    kind: str = PLAIN
-    scale: TensorInfo | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.info.name,) if self.scale is None else (self.info.name, self.scale.name)
-
-    @property
-    def stored_bytes(self) -> int:
-        return self.info.nbytes + (self.scale.nbytes if self.scale else 0)
+_RESTORE = "restore the release's config.json"
 
 
 def source_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
-    """Every model tensor by name, scales paired with their weights (wherever the shard). Raises CheckpointError."""
-    kind = source_format(checkpoint).required_kind()
-    infos = checkpoint.tensors
+    """Every model tensor by its name in the model, companions paired with their codes (wherever the shard).
+
+    Raises CheckpointError for a layout that matches no formula, and where headers and config.json disagree on a module.
+    """
+    source = source_format(checkpoint)
+    source.required_kind()
+    beside = _companions(checkpoint)
+    statement = _Statement(checkpoint, source)
     out: dict[str, SourceTensor] = {}
-    for name, info in infos.items():
-        if name.endswith(_SCALE):
-            weight = infos.get(name.removesuffix(_SCALE))
-            if weight is None or weight.dtype != "F8_E4M3":
-                raise CheckpointError(
-                    f"{checkpoint.root}/{info.shard}: scale '{name}' has no FP8 weight '{name.removesuffix(_SCALE)}': "
-                    "the download is incomplete; fetch the missing shards again."
-                )
+    for name, info in checkpoint.tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        if leaf in COMPANIONS and stem in beside:
             continue
-        if info.dtype.startswith("F8") or info.dtype.startswith("F4"):
-            out[name] = _fp8_tensor(checkpoint, info, infos.get(name + _SCALE), kind)
-        else:
+        if not _is_code(info, leaf):
             out[name] = SourceTensor(info)
+            continue
+        if not source.quantized:
+            raise CheckpointError(
+                f"{checkpoint.root}/{info.shard}: tensor '{name}' is {info.dtype} but config.json has no quantization_config: {_RESTORE}."
+            )
+        found = recognise(checkpoint.root, info, beside.get(stem, {}), statement.one_kind(stem))
+        statement.check(stem, found)
+        if found.name in out:
+            raise CheckpointError(
+                f"{checkpoint.root}/{info.shard}: '{name}' and '{out[found.name].info.name}' are both the weight of '{stem}': keep one."
+            )
+        out[found.name] = found
+    statement.check_named(out)
     return out
 
 
-def _fp8_tensor(checkpoint: Checkpoint, info: TensorInfo, scale: TensorInfo | None, kind: str) -> SourceTensor:
-    where = f"{checkpoint.root}/{info.shard}: tensor '{info.name}'"
-    if kind == PLAIN:
-        raise CheckpointError(
-            f"{where} is {info.dtype} but config.json has no quantization_config: restore the release's config.json."
-        )
-    if info.dtype != "F8_E4M3" or len(info.shape) != 2:
-        raise CheckpointError(
-            f"{where} is {info.dtype} of shape {info.shape}: m3quant reads two-dimensional F8_E4M3 weights."
-        )
-    if scale is None:
-        raise CheckpointError(
-            f"{where} is FP8 without its scale '{info.name}{_SCALE}': the download is incomplete; fetch the missing shards again."
-        )
-    shape, dtypes = scale_layout(kind, info.shape)
-    if scale.shape != shape or scale.dtype not in dtypes:
-        raise CheckpointError(
-            f"{where}: its scale is {scale.dtype} {scale.shape}, but {kind} needs {' or '.join(dtypes)} {shape}. "
-            "Check quantization_config in config.json against the weights."
-        )
-    return SourceTensor(info, kind, scale)
+def _is_code(info: TensorInfo, leaf: str) -> bool:
+    return leaf == PACKED or info.dtype.startswith(("F8", "F4")) or (leaf == "weight" and info.dtype == "U8")
 
 
-def scale_layout(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """Shape of the scale beside an FP8 weight [N, K], and the dtypes it may have, the usual one first."""
-    rows, columns = shape
-    if kind == FP8_BLOCK:
-        return (math.ceil(rows / BLOCK), math.ceil(columns / BLOCK)), ("F32", "BF16")
-    return (rows, columns // MX_GROUP), ("U8", "F8_E8M0")
+def _companions(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
+    """Module -> leaf -> what lies beside its codes. Raises CheckpointError for a scale without codes."""
+    infos = checkpoint.tensors
+    beside: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in infos.items():
+        stem, _, leaf = name.rpartition(".")
+        if leaf not in COMPANIONS:
+            continue
+        weight = infos.get(f"{stem}.{PACKED}") or infos.get(f"{stem}.weight")
+        if weight is None or not _is_code(weight, weight.name.rpartition(".")[2]):
+            if leaf.startswith("input_") and weight is not None:
+                continue  # an activation's scale beside an unquantized weight is passed through
+            raise CheckpointError(
+                f"{checkpoint.root}/{info.shard}: scale '{name}' has no quantized weight '{stem}.weight': the download is incomplete; fetch "
+                "the missing shards again."
+            )
+        beside.setdefault(stem, {})[leaf] = info
+    return beside
+
+
+class _Statement:
+    """What the source's config says of each module, compared with what the headers show."""
+
+    def __init__(self, checkpoint: Checkpoint, source: SourceFormat) -> None:
+        self._checkpoint, self._source = checkpoint, source
+        self._family = family_of(checkpoint.config, f"{checkpoint.root}/config.json") if source.quantized else None
+        plainly = [entry for entry in source.kept if not entry.startswith("re:")]
+        self._kept = KeptModules(plainly, self._family) if self._family else None
+
+    def _kinds(self, module: str) -> frozenset[str]:
+        assert self._family is not None
+        return self._source.kinds_of(self._family.recipe_aliases(module))
+
+    def one_kind(self, module: str) -> str:
+        """The kind that is stated, or PLAIN where there is a choice."""
+        kinds = self._kinds(module)
+        return next(iter(kinds)) if len(kinds) == 1 else PLAIN
+
+    def check(self, module: str, found: SourceTensor) -> None:
+        """Raise CheckpointError where the module is stated to be another kind, or unquantized."""
+        kinds = self._kinds(module)
+        if self._kept is not None and found.name in self._kept:
+            kinds = frozenset({PLAIN})
+        if found.kind not in kinds:
+            raise self._disagreement(found, kinds)
+
+    def check_named(self, found: Mapping[str, SourceTensor]) -> None:
+        """Raise CheckpointError where the config names a module with a kind, and the headers hold none, or an unquantized one."""
+        if not self._source.stated.modules:
+            return
+        assert self._family is not None
+        held = {alias: source for name, source in self._held(found) for alias in self._family.recipe_aliases(name)}
+        for module, kind in self._source.stated.modules.items():
+            source = held.get(module)
+            if source is None:
+                raise CheckpointError(
+                    f"{self._source.file} says that '{module}' is {WORDS[kind]}, but {self._checkpoint.root} holds no weight of that name: "
+                    f"fetch the missing shards, or {_RESTORE}."
+                )
+            if source.kind == PLAIN:
+                raise self._disagreement(source, frozenset({kind}))
+
+    @staticmethod
+    def _held(found: Mapping[str, SourceTensor]) -> Iterator[tuple[str, SourceTensor]]:
+        for name, source in found.items():
+            if name.endswith(".weight"):
+                yield name.removesuffix(".weight"), source
+
+    def _disagreement(self, found: SourceTensor, kinds: frozenset[str]) -> CheckpointError:
+        stated = " or ".join(WORDS[kind] for kind in sorted(kinds))
+        return CheckpointError(
+            f"{self._checkpoint.root}/{found.info.shard}: tensor '{found.info.name}' is {WORDS[found.kind]} by its name, dtype and shapes, "
+            f"but {self._source.file} says {stated}: one of the two is of another checkpoint. Fetch both again, or {_RESTORE}. {REMEDY}"
+        )
 
 
 def check_complete(checkpoint: Checkpoint, family: Family, tensors: Mapping[str, SourceTensor]) -> list[str]:
@@ -110,10 +152,10 @@ def check_complete(checkpoint: Checkpoint, family: Family, tensors: Mapping[str,
     for name, want in expected.items():
         if name not in tensors:
             continue
-        info = tensors[name].info
-        if info.shape != want.shape:
+        info, shape = tensors[name].info, tensors[name].shape
+        if shape != want.shape:
             raise CheckpointError(
-                f"{checkpoint.root}/{info.shard}: tensor '{name}' has shape {list(info.shape)}, but config.json implies "
+                f"{checkpoint.root}/{info.shard}: tensor '{info.name}' has shape {list(shape)}, but config.json implies "
                 f"{list(want.shape)}: the weights and config.json are not of one model."
             )
         if tensors[name].kind == PLAIN and info.dtype not in FLOAT_DTYPES:

@@ -1,9 +1,11 @@
-"""Weights of a quantized source back to BF16 or float32: MiniMax-M2's FP8 128x128 blocks and MiniMax-M3's MXFP8.
+"""FP8 weights of a source back to BF16 or float32: MiniMax-M2's 128x128 blocks, MiniMax-M3's MXFP8, one scale a row or a tensor.
 
 The product is formed in float32 and rounded once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +61,29 @@ def dequantize_mxfp8(
     return _product(weight, e8m0_to_float(scale, name=name), MX_BLOCK, out_dtype if out is None else out, name)
 
 
+def dequantize_fp8_rows(
+    weight: Tensor,
+    scale: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+    *,
+    out: Tensor | None = None,
+    name: str = "weight",
+) -> Tensor:
+    """weight * scale, one for a row or for the whole tensor (compressed-tensors and ModelOpt: `weight_scale`, and its inverse nowhere).
+
+    weight: float8_e4m3fn [N, K]. scale: F32, BF16 or F16, [N, 1] or [N], or one number.
+    out_dtype, out, errors: as `dequantize_fp8_block`.
+    """
+    _check_codes(weight, name)
+    if scale.numel() not in (1, weight.shape[0]):
+        raise CheckpointError(
+            f"the scale of {name} has shape {list(scale.shape)}, but {weight.shape[0]} rows need one each, or one in all."
+        )
+    ensure_finite(scale, f"the scale of {name}")
+    wide = scale.float().reshape(-1, 1).expand(weight.shape[0], 1)
+    return _product(weight, wide, (1, weight.shape[1]), out_dtype if out is None else out, name)
+
+
 def e8m0_to_float(scale: Tensor, *, name: str = "weight") -> Tensor:
     """2^(v - 127) in float32, exactly, for v in 0..254; v = 255 is NaN and raises CheckpointError."""
     exponent = scale.view(torch.uint8)
@@ -76,23 +101,29 @@ def _check_codes(weight: Tensor, name: str) -> None:
 
 
 def _product(weight: Tensor, scale: Tensor, block: Block, out: Tensor | torch.dtype, name: str) -> Tensor:
-    dtype = out if isinstance(out, torch.dtype) else out.dtype
-    if dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"a source is dequantized to bfloat16 or float32, not {dtype}")
-    target = torch.empty(weight.shape, dtype=dtype, device=weight.device) if isinstance(out, torch.dtype) else out
+    target = target_of(weight.shape, weight.device, out)
+    dtype = target.dtype
     if weight.device.type == "cpu" and weight.numel():
-        for part, own, matrix in zip(_matrices(weight), _matrices(scale), _matrices(target), strict=True):
+        for part, own, matrix in zip(matrices(weight), matrices(scale), matrices(target), strict=True):
             _product_into(part, own, block, matrix, name)
         return target
     work = multiply_blocks_(weight.to(torch.float32), scale, block)
     low, high = torch.aminmax(work)  # NaN fails the comparison below
     if not float(max(-low, high)) <= torch.finfo(dtype).max:
         ensure_finite(weight, name)
-        raise _too_large(dtype, name)
+        raise too_large(dtype, name)
     return target.copy_(work)
 
 
-def _matrices(tensor: Tensor) -> Tensor:
+def target_of(shape: Sequence[int], device: torch.device, out: Tensor | torch.dtype) -> Tensor:
+    """`out` itself, or an empty tensor of that dtype. Raises ValueError for a dtype that no source is dequantized to."""
+    dtype = out if isinstance(out, torch.dtype) else out.dtype
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"a source is dequantized to bfloat16 or float32, not {dtype}")
+    return torch.empty(tuple(shape), dtype=dtype, device=device) if isinstance(out, torch.dtype) else out
+
+
+def matrices(tensor: Tensor) -> Tensor:
     """[..., N, K] as [M, N, K], the same memory."""
     return tensor.view(-1, *tensor.shape[-2:])
 
@@ -116,9 +147,9 @@ def _product_into(codes: Tensor, scale: Tensor, block: Block, out: Tensor, name:
             ensure_finite(codes, name)
         multiply_blocks_(work, own, block)
         if float(own.abs().max()) * E4M3_MAX > limit and not float(work.abs().max()) <= limit:
-            raise _too_large(out.dtype, name)
+            raise too_large(out.dtype, name)
         out[first : first + rows] = work
 
 
-def _too_large(dtype: torch.dtype, name: str) -> CheckpointError:
+def too_large(dtype: torch.dtype, name: str) -> CheckpointError:
     return CheckpointError(f"{name} times its scale exceeds {dtype}: the scale is damaged, download it again.")

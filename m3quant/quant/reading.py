@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,34 +11,48 @@ from torch import Tensor
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..planning.plan import PlannedTensor
-from ..planning.source_format import FP8_BLOCK, PLAIN
-from ..planning.source_tensors import SourceTensor, source_tensors
-from .dequantize import dequantize_fp8_block, dequantize_mxfp8
+from ..planning.source_layouts import (
+    FP8_BLOCK,
+    FP8_CHANNEL,
+    FP8_TENSOR,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    NVFP4_PACKED,
+    PLAIN,
+    SourceTensor,
+)
+from ..planning.source_tensors import source_tensors
+from .dequantize import dequantize_fp8_block, dequantize_fp8_rows, dequantize_mxfp8
 from .formats import decompress
+from .fp4 import dequantize_mxfp4, dequantize_nvfp4
+from .global_scales import check_global_scales
 
 
 class SourceReader:
-    """Dense view of a source checkpoint: FP8 weights come out as BF16, the rest as stored.
+    """Dense view of a source checkpoint: quantized weights come out as BF16, the rest as stored.
 
     `.config` and `.tensors` (model tensor names, scales left out) are what the calibration stream needs.
+    Raises CheckpointError for a global scale that cannot be right, before anything is read.
     """
 
     def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor] | None = None) -> None:
         self.checkpoint = checkpoint
         self.tensors = dict(tensors) if tensors is not None else source_tensors(checkpoint)
+        check_global_scales(checkpoint, self.tensors.values())
 
     @property
     def config(self) -> dict[str, Any]:
         return self.checkpoint.config
 
     def read_many(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Dense tensors by name, read shard by shard in file order. Raises CheckpointError on NaN/Inf in an FP8 weight."""
+        """Dense tensors by name, read shard by shard in file order. Raises CheckpointError on NaN/Inf in a quantized weight."""
         wanted = {name: self.tensors[name] for name in names}
         raw = self.checkpoint.read_many([n for source in wanted.values() for n in source.names])
         dense = {}
         for name, source in wanted.items():
             dense[name] = densify(source, raw)
-            for part in source.names:  # so that an FP8 layer is not in memory twice, as stored and dense
+            for part in source.names:  # so that a quantized layer is not in memory twice, as stored and dense
                 del raw[part]
         return dense
 
@@ -47,15 +61,28 @@ class SourceReader:
 
 
 def densify(source: SourceTensor, raw: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
-    """One source tensor from its raw stored parts. out: BF16 to fill, for FP8 sources."""
-    name = source.info.name
+    """One source tensor from its raw stored parts. out: BF16 to fill, for quantized sources. Raises CheckpointError as its format's reader."""
+    name, codes = source.info.name, raw[source.info.name]
     if source.kind == PLAIN:
-        return raw[name]
+        return codes
     assert source.scale is not None
     scale = raw[source.scale.name]
-    if source.kind == FP8_BLOCK:
-        return dequantize_fp8_block(raw[name], scale, torch.bfloat16, out=out, name=name)
-    return dequantize_mxfp8(raw[name], scale, torch.bfloat16, out=out, name=name)
+    if source.kind in (NVFP4, NVFP4_PACKED):
+        assert source.global_scale is not None
+        whole = raw[source.global_scale.name]
+        return dequantize_nvfp4(
+            codes, scale, whole, torch.bfloat16, divides=source.kind == NVFP4_PACKED, out=out, name=name
+        )
+    return _READERS[source.kind](codes, scale, torch.bfloat16, out=out, name=name)
+
+
+_READERS: dict[str, Callable[..., Tensor]] = {
+    FP8_BLOCK: dequantize_fp8_block,
+    FP8_CHANNEL: dequantize_fp8_rows,
+    FP8_TENSOR: dequantize_fp8_rows,
+    MXFP8: dequantize_mxfp8,
+    MXFP4: dequantize_mxfp4,
+}
 
 
 class ConvertedReader:
@@ -89,5 +116,5 @@ class ConvertedReader:
     def _dense(self, planned: PlannedTensor, raw: Mapping[str, Tensor]) -> Tensor:
         if not planned.scheme.quantizes:
             return raw[planned.name]
-        shape = planned.source.info.shape
+        shape = planned.source.shape
         return decompress(planned.parts(raw), planned.scheme, self.format, shape, name=planned.name).to(self.dtype)

@@ -202,7 +202,7 @@ def _parts(converted: ConvertedReader, planned: PlannedTensor) -> dict[str, Tens
 def _plain_error(plan: Plan, planned: PlannedTensor, reader: SourceReader, converted: ConvertedReader) -> TensorError:
     """Error of a tensor that no fold touches. Copies are compared byte by byte: they may hold NaN or wide integers."""
     if planned.action == "copy":
-        names = planned.source.names
+        names = [part.name for part in planned.source.stored]
         before, after = reader.checkpoint.read_many(names), converted.checkpoint.read_many(names)
         if all(same_bytes(before[name], after[name]) for name in names):
             return TensorError(planned.name, planned.scheme.name, math.inf)

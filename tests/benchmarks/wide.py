@@ -12,8 +12,8 @@ import torch
 
 from m3quant.checkpoint import ShardWriter, write_json_atomic
 from m3quant.families import family_of
-from m3quant.planning.source_format import FP8_BLOCK, PLAIN, config_format
-from m3quant.planning.source_tensors import scale_layout
+from m3quant.planning.source_format import config_format
+from m3quant.planning.source_layouts import FP8_BLOCK, PLAIN, scale_layout
 from m3quant.quant.fp8 import E4M3_MAX
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -274,8 +274,8 @@ def _wrong_scale_shape(parts: dict[str, torch.Tensor]) -> None:
     ("damage", "sentence"),
     [
         (_missing_scale, r"w1\.weight' is FP8 without its scale.*incomplete"),
-        (_lone_scale, r"scale '.*w1\.weight_scale_inv' has no FP8 weight.*incomplete"),
-        (_wrong_scale_shape, r"q_proj\.weight'.*its scale is F32 \(3, 3\).*\(2, 2\)"),
+        (_lone_scale, r"scale '.*w1\.weight_scale_inv' has no quantized weight.*incomplete"),
+        (_wrong_scale_shape, r"q_proj\.weight'.*its scale '.*' is F32 \[3, 3\].*fp8-block needs F32 or BF16 \[2, 2\]"),
     ],
 )
 def test_a_broken_fp8_source_is_refused_with_the_tensor(

@@ -9,20 +9,23 @@ from typing import Any
 import pytest
 import torch
 from convert.common import config_of, make_plan_of, make_source, rewrite, stored
+from convert.fp4_sources import fp8_rows, fp8_tensor, mxfp4_packed, mxfp8, nvfp4_modelopt, nvfp4_packed
 from convert.sources import is_linear, quantized_source
 
 from m3quant.checkpoint import Checkpoint
 from m3quant.errors import CheckpointError, PlanError
 from m3quant.families import family_of
 from m3quant.planning.headers import from_config
-from m3quant.planning.source_format import (
+from m3quant.planning.source_format import KeptModules, config_format, file_format, source_format
+from m3quant.planning.source_layouts import (
     FP8_BLOCK,
+    FP8_CHANNEL,
+    FP8_TENSOR,
+    MXFP4,
     MXFP8,
+    NVFP4,
+    NVFP4_PACKED,
     PLAIN,
-    KeptModules,
-    config_format,
-    file_format,
-    source_format,
 )
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.fit import Ask, assess
@@ -31,7 +34,6 @@ from m3quant.runtime.model import open_subject
 
 DATA = Path(__file__).parents[1] / "data"
 AWQ = build_recipe(named_recipe("awq"))
-E4M3 = torch.float8_e4m3fn
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 
+def ct(form: str, **weights: Any) -> dict[str, Any]:
+    """compressed-tensors' section of one group."""
+    group = {"targets": ["Linear"], "weights": {"type": "float", "symmetric": True, **weights}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
+
+
+NV_CT = ct("nvfp4-pack-quantized", num_bits=4, strategy="tensor_group", group_size=16)
+
+
 @pytest.mark.parametrize(
     ("section", "kind", "label", "words"),
     [
@@ -54,14 +65,34 @@ BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_s
         ({"quant_method": "mxfp8"}, MXFP8, "mxfp8", ""),
         ({"quant_method": "mxfp8", "weight_block_size": [1, 32], "attention_quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}, MXFP8, "mxfp8", ""),
         ({**BLOCKS, "weight_block_size": [64, 64]}, "", "fp8", r"blocks of \[64, 64\]"),
-        ({"quant_method": "fp8", "activation_scheme": "static"}, "", "fp8-tensor", "no weight_block_size"),
-        ({**BLOCKS, "activation_scheme": "static"}, "", "fp8", "static activation scales"),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, FP8_TENSOR, "fp8-tensor", ""),
+        ({**BLOCKS, "activation_scheme": "static"}, FP8_BLOCK, "fp8-block", ""),
+        ({"quant_method": "fbgemm_fp8"}, FP8_CHANNEL, "fp8-channel", ""),
         ({**BLOCKS, "fmt": "float8_e5m2"}, "", "fp8", "e5m2"),
         ({**BLOCKS, "moe_quant_algo": "W4A8"}, "", "fp8+w4a8", "FP8 mixed with W4A8"),
-        ({"quant_method": "mxfp8", "moe_quant_algo": "NVFP4"}, "", "mxfp8+nvfp4", r"NVFP4 \(moe_quant_algo\)"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "", "nvfp4", "4-bit floats"),
-        ({"quant_algo": "FP8"}, "", "fp8", "ModelOpt's FP8"),
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "", "nvfp4", "4-bit floats"),
+        ({"quant_method": "mxfp8", "moe_quant_algo": "NVFP4"}, MXFP8, "mxfp8+nvfp4", ""),
+        ({"quant_method": "mxfp8", "moe_quant_algo": "NVFP4", "moe_quant_format": "x"}, "", "mxfp8+nvfp4", "moe_quant_format 'x'"),
+        ({"quant_method": "mxfp8", "moe_quant_algo": "NVFP4", "group_size": 32}, "", "mxfp8+nvfp4", "in groups of 32"),
+        ({"quant_method": "mxfp8", "moe_quant_algo": "W4A8"}, "", "mxfp8+w4a8", r"W4A8 \(moe_quant_algo\)"),
+        ({"quant_method": "mxfp8", "weight_block_size": [1, 16], "moe_quant_algo": "NVFP4"}, "", "mxfp8", r"blocks of \[1, 16\]"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, NVFP4, "nvfp4", ""),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32}, "", "nvfp4", "nvfp4 in groups of 32, not 16"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "", "nvfp4_awq", "NVFP4_AWQ"),
+        ({"quant_algo": "FP8"}, FP8_TENSOR, "fp8-tensor", ""),
+        ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "", "mixed_precision", "without quantized_layers"),
+        ({"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a.w1": {"quant_algo": "NVFP4", "group_size": 16}, "a.q": {"quant_algo": "MXFP8"}}}, MXFP8, "mxfp8+nvfp4", ""),
+        ({"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a.w1": {"quant_algo": "INT3"}}}, "", "mixed_precision", "'a.w1' is quant_algo 'INT3'"),
+        ({"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a.w1": "NVFP4"}}, "", "mixed_precision", "'a.w1' is quant_algo ''"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, NVFP4_PACKED, "nvfp4", ""),
+        (ct("nvfp4-pack-quantized", num_bits=4, strategy="tensor_group", group_size=16), NVFP4_PACKED, "nvfp4", ""),
+        (ct("nvfp4-pack-quantized", num_bits=4, strategy="tensor_group", group_size=32), "", "compressed-tensors", "group_size 32"),
+        (ct("mxfp4-pack-quantized", num_bits=4, strategy="group", group_size=32), MXFP4, "mxfp4", ""),
+        (ct("float-quantized", num_bits=8, strategy="channel"), FP8_CHANNEL, "fp8-channel", ""),
+        (ct("float-quantized", num_bits=8, strategy="tensor"), FP8_TENSOR, "fp8-tensor", ""),
+        (ct("float-quantized", num_bits=8, strategy="block", block_structure=[128, 128]), FP8_BLOCK, "fp8-block", ""),
+        (ct("float-quantized", num_bits=8, strategy="block", block_structure=[64, 64]), "", "compressed-tensors", "strategy 'block'"),
+        (ct("pack-quantized", num_bits=4, type="int", strategy="group", group_size=128), "", "compressed-tensors", "num_bits 4, type 'int'"),
+        ({**ct("float-quantized", num_bits=8, strategy="channel"), "transform_config": {"config_groups": {"R1": {}}}}, "", "compressed-tensors", "rotates"),
         ({"quant_method": "awq", "bits": 4}, "", "awq", "stack two rounding errors"),
         ({"quant_method": "something"}, "", "something", "a format that m3quant does not know"),
         (["fp8"], "", "quantized", "is no object"),
@@ -149,71 +180,135 @@ def test_kept_modules_by_the_names_of_other_trees() -> None:
 
 
 @pytest.mark.parametrize("section", [
-    {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {}},
-    {"quant_method": "mxfp8", "moe_quant_algo": "NVFP4", "moe_quant_format": "nvfp4-pack-quantized"},
+    {"quant_method": "awq", "bits": 4},
+    {"quant_method": "mxfp8", "moe_quant_algo": "W4A8"},
 ])  # fmt: skip
 def test_a_config_alone_of_what_is_not_read_is_refused_by_both_plans(tmp_path: Path, section: dict[str, Any]) -> None:
     text = json.loads((DATA / "minimax-m3" / "config.json").read_text())["text_config"]
     for changes in ({"quantization_config": section}, {"text_config": {**text, "quantization_config": section}}):
         path = write_config(tmp_path, "minimax-m3", **changes)
-        with pytest.raises(
-            CheckpointError, match=r"config\.json says quant_method.*4-bit floats.*sizes are in its shards"
-        ):
+        with pytest.raises(CheckpointError, match=r"config\.json says quant_method.*sizes are in its shards"):
             open_subject(str(path))
-        with pytest.raises(CheckpointError, match=r"^[^:]*/config\.json says quant_method.*4-bit floats"):
+        with pytest.raises(CheckpointError, match=r"^[^:]*/config\.json says quant_method.*quantized already"):
             from_config(path)
+
+
+def test_a_config_alone_with_two_kinds_of_targets_asks_for_the_shards(tmp_path: Path) -> None:
+    section = ct("mixed-precision", num_bits=8, strategy="channel")
+    section["config_groups"]["group_1"] = NV_CT["config_groups"]["group_0"]
+    path = write_config(tmp_path, "minimax-m3", quantization_config=section)
+    for opened in (open_subject, from_config):
+        with pytest.raises(CheckpointError, match=r"FP8 with one scale a row and of NVFP4.*headers say so"):
+            opened(path if opened is from_config else str(path))  # type: ignore[operator]
 
 
 def quantize(source: Path, folder: Path, parts: Any, section: dict[str, Any] | None, only: str = "") -> Path:
     tensors = {}
     for name, tensor in stored(source).items():
-        tensors |= parts(name.removesuffix(".weight"), tensor) if is_linear(name) and only in name else {name: tensor}
+        tensors |= (
+            parts(name.removesuffix(".weight"), tensor)[0] if is_linear(name) and only in name else {name: tensor}
+        )
     return rewrite(folder, tensors, config_of(source) | ({"quantization_config": section} if section else {}))
 
 
-def nvfp4_modelopt(m: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
-    n, k = w.shape
-    return {f"{m}.weight": torch.zeros(n, k // 2, dtype=torch.uint8), f"{m}.weight_scale": torch.ones(n, k // 16).to(E4M3), f"{m}.weight_scale_2": torch.ones(())}  # fmt: skip
-
-
-def nvfp4_packed(m: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
-    n, k = w.shape
-    return {f"{m}.weight_packed": torch.zeros(n, k // 2, dtype=torch.uint8), f"{m}.weight_scale": torch.ones(n, k // 16).to(E4M3), f"{m}.weight_global_scale": torch.ones(1)}  # fmt: skip
-
-
-def fp8_rows(m: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {f"{m}.weight": w.to(E4M3), f"{m}.weight_scale": torch.ones(w.shape[0], 1).bfloat16()}
-
-
-def fp8_tensor(m: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {f"{m}.weight": w.to(E4M3), f"{m}.weight_scale": torch.ones(()), f"{m}.input_scale": torch.ones(())}
-
-
-def mxfp8_modelopt(m: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {f"{m}.weight": w.to(E4M3), f"{m}.weight_scale": torch.ones(w.shape[0], w.shape[1] // 32, dtype=torch.uint8)}
-
-
-@pytest.mark.parametrize(("parts", "section", "label", "words"), [
-    (nvfp4_modelopt, None, "nvfp4", "NVFP4"),
-    (nvfp4_packed, {"quant_method": "mxfp8"}, "nvfp4", "NVFP4"),
-    (nvfp4_packed, {"quant_method": "mxfp8", "moe_quant_algo": "NVFP4"}, "mxfp8+nvfp4", "NVFP4"),
-    (fp8_rows, {"quant_method": "fp8", "activation_scheme": "static"}, "fp8-channel", "one scale a row"),
-    (fp8_tensor, {"quant_method": "fp8", "activation_scheme": "static"}, "fp8-tensor", "one scale a tensor"),
-    (fp8_rows, BLOCKS, "fp8-channel", "one scale a row"),
-    (mxfp8_modelopt, {"quant_method": "modelopt", "quant_algo": "MXFP8"}, "mxfp8", "ModelOpt's MXFP8"),
-    (mxfp8_modelopt, {"quant_method": "mxfp8"}, "mxfp8-modelopt", "under ModelOpt's names"),
+@pytest.mark.parametrize(("parts", "section", "words"), [
+    (nvfp4_modelopt, None, "is U8 but config.json has no quantization_config"),
+    (nvfp4_packed, {"quant_method": "mxfp8"}, "is NVFP4 in compressed-tensors' layout .*says MXFP8"),
+    (nvfp4_packed, {"quant_method": "mxfp8", "moe_quant_algo": "NVFP4"}, "self_attn.* is NVFP4 in compressed-tensors' layout .*says MXFP8"),
+    (nvfp4_packed, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "weight_global_scale divides.*says NVFP4 in ModelOpt's"),
+    (nvfp4_modelopt, NV_CT, "weight_scale_2 multiplies.*says NVFP4 in compressed-tensors'"),
+    (mxfp4_packed, NV_CT, "is MXFP4 .*says NVFP4"),
+    (fp8_rows, BLOCKS, "FP8 with one scale a row by its name.*says FP8 in 128x128 blocks"),
+    (fp8_tensor, {"quant_method": "mxfp8"}, "FP8 with one scale a tensor by its name.*says MXFP8"),
+    (mxfp8, {"quant_method": "fp8", "activation_scheme": "static"}, "is MXFP8 .*says FP8 with one scale a row or FP8 with one scale a tensor"),
 ])  # fmt: skip
-def test_plan_on_a_node_refuses_what_convert_refuses(sources: dict[str, Path], tmp_path: Path, parts: Any, section: Any, label: str, words: str) -> None:  # fmt: skip
+def test_two_descriptions_that_disagree_are_refused_by_every_command(sources: dict[str, Path], tmp_path: Path, parts: Any, section: Any, words: str) -> None:  # fmt: skip
     folder = quantize(sources["m2"], tmp_path / "src", parts, section)
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=f"tensor '.*{words}"):
         make_plan_of(folder, "int4")
     subject = open_subject(str(folder))
-    assert (
-        subject.stored.label == label and assess(subject.stored, parse_node("1xH200"), Ask()).fits
-    )  # as it is, it can be counted
-    with pytest.raises(PlanError, match=f"no recipe can be applied: .*{words}.*Start from the BF16"):
+    assert assess(subject.stored, parse_node("1xH200"), Ask()).fits  # as it is, it can be counted
+    with pytest.raises(PlanError, match=f"no recipe can be applied: .*{words}"):
         subject.converted(AWQ)
     assert len(subject.precisions()[0]) == 1
+    from m3quant.evaluate.models import open_model
+
+    with pytest.raises(CheckpointError, match=words):
+        open_model(folder)
+
+
+def spoil(folder: Path, change: Any) -> Path:
+    """Rewrite a checkpoint with its tensors changed in place."""
+    tensors, config = stored(folder), config_of(folder)
+    change(tensors)
+    return rewrite(folder.with_name(f"{folder.name}-spoiled"), tensors, config)
+
+
+Q = "model.layers.1.self_attn.q_proj."
+
+
+@pytest.mark.parametrize(("parts", "section", "change", "words"), [
+    (nvfp4_packed, NV_CT, lambda t: t.pop(f"{Q}weight_global_scale"), r"q_proj.weight_packed' is NVFP4 without its global scale '.*q_proj\.weight_global_scale'"),
+    (nvfp4_packed, NV_CT, lambda t: t.pop(f"{Q}weight_scale"), r"is E2M1 without its scale '.*q_proj\.weight_scale'"),
+    (nvfp4_packed, NV_CT, lambda t: t.pop(f"{Q}weight_packed"), r"scale '.*q_proj\.\w*' has no quantized weight"),
+    (nvfp4_packed, NV_CT, lambda t: t.update({f"{Q}weight_scale_2": torch.ones(())}), "NVFP4 with weight_scale_2 and weight_global_scale.*it divides.*would multiply"),
+    (nvfp4_packed, NV_CT, lambda t: t.update({f"{Q}weight_scale_2": t.pop(f"{Q}weight_global_scale")}), "NVFP4 with weight_scale_2. Under the name weight_packed"),
+    (nvfp4_packed, NV_CT, lambda t: t.update({f"{Q}weight_global_scale": torch.ones(2)}), r"global scale '.*' is F32 \[2\], not one F32 number"),
+    (nvfp4_packed, NV_CT, lambda t: t.update({f"{Q}weight_global_scale": torch.ones(1).bfloat16()}), r"global scale '.*' is BF16 \[1\], not one F32 number"),
+    (nvfp4_packed, NV_CT, lambda t: t.update({f"{Q}weight_scale": t[f"{Q}weight_scale"].mT.contiguous()}), r"its scale '.*' is F8_E4M3 \[16, 256\], but beside U8 \[256, 128\] nvfp4-packed needs F8_E4M3 \[256, 16\]"),
+    (nvfp4_packed, NV_CT, lambda t: t.update({f"{Q}weight_scale": t[f"{Q}weight_scale"].float()}), r"is F32 \[256, 16\], but beside U8 \[256, 128\] nvfp4-packed needs .*nvfp4 needs .*mxfp4 needs U8"),
+    (mxfp4_packed, {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}, lambda t: t.update({f"{Q}weight_global_scale": torch.ones(1)}), "is MXFP4 .*which has no '.*weight_global_scale'"),
+    (fp8_rows, ct("float-quantized", num_bits=8, strategy="channel"), lambda t: t.update({f"{Q}weight_scale_inv": t[f"{Q}weight_scale"].clone()}), "FP8 with two scales"),
+    (fp8_rows, ct("float-quantized", num_bits=8, strategy="channel"), lambda t: t.update({f"{Q}weight_scale": t[f"{Q}weight_scale"][:100]}), r"is BF16 \[100, 1\], but beside F8_E4M3 \[256, 256\] fp8-block needs .*fp8-channel needs F32 or BF16 \[256, 1\]"),
+])  # fmt: skip
+def test_a_layout_that_matches_no_formula_is_refused_with_the_tensor(sources: dict[str, Path], tmp_path: Path, parts: Any, section: Any, change: Any, words: str) -> None:  # fmt: skip
+    folder = spoil(quantize(sources["m2"], tmp_path / "src", parts, section), change)
+    with pytest.raises(CheckpointError, match=words):
+        make_plan_of(folder, "int4")
+    with pytest.raises(PlanError, match=words):
+        open_subject(str(folder)).converted(AWQ)
+
+
+def listed_modules(folder: Path) -> dict[str, Any]:
+    names = [name.removesuffix(".weight") for name in stored(folder) if is_linear(name)]
+    return {name: {"quant_algo": "NVFP4" if ".experts." in name else "MXFP8"} for name in names}
+
+
+def test_modelopts_list_of_modules_is_the_word_on_each(sources: dict[str, Path], tmp_path: Path) -> None:
+    listed = listed_modules(sources["m2"])
+
+    def mixed(module: str, weight: torch.Tensor) -> Any:
+        return (nvfp4_modelopt if ".experts." in module else mxfp8)(module, weight)
+
+    def made(label: str, **changes: Any) -> Path:
+        section = {
+            "quant_method": "modelopt",
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {**listed, **changes},
+        }
+        return quantize(sources["m2"], tmp_path / label, mixed, section)
+
+    first, other = Q.removesuffix("."), "model.layers.0.block_sparse_moe.experts.1.w2"
+    kinds = {t.source.kind for t in make_plan_of(made("good"), "int4").tensors if t.scheme.quantizes}
+    assert kinds == {MXFP8, NVFP4}
+    for label, changes, words in (
+        ("absent", {"model.layers.9.self_attn.q_proj": {"quant_algo": "MXFP8"}}, "says that 'model.layers.9.self_attn.q_proj' is MXFP8.*holds no weight"),
+        ("other", {first: {"quant_algo": "NVFP4"}}, "q_proj.weight' is MXFP8 .*says NVFP4 in ModelOpt's"),
+        ("gate", {"model.layers.0.block_sparse_moe.gate": {"quant_algo": "MXFP8"}}, "gate.weight' is unquantized .*says MXFP8"),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=words):
+            make_plan_of(made(label, **changes), "int4")
+    del listed[other]
+    with pytest.raises(CheckpointError, match=r"experts\.1\.w2\.weight' is NVFP4 .*says unquantized"):
+        make_plan_of(made("left-out"), "int4")
+
+
+def test_a_module_that_the_config_keeps_and_the_headers_do_not_is_refused(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    section = {**NV_CT, "ignore": ["lm_head", "model.layers.1.self_attn.q_proj"]}
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight_packed' is NVFP4 .*says unquantized"):
+        make_plan_of(quantize(sources["m2"], tmp_path / "src", nvfp4_packed, section), "int4")
 
 
 def test_hf_quant_config_alone_names_weights_and_cache(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -223,7 +318,8 @@ def test_hf_quant_config_alone_names_weights_and_cache(sources: dict[str, Path],
     subject = open_subject(str(folder))
     fit = assess(subject.stored, parse_node("1xH200"), Ask())
     assert (subject.stored.label, fit.setup.kv_dtype) == ("nvfp4", "fp8")
-    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json says .*NVFP4"):
+    with pytest.raises(CheckpointError, match=r"NVFP4 in ModelOpt's layout .*hf_quant_config\.json says MXFP8"):
+        (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "MXFP8"}}))
         make_plan_of(folder, "int4")
     (folder / "hf_quant_config.json").write_text('{"a": 1, "a": 2}')
     with pytest.raises(CheckpointError, match=r"hf_quant_config\.json"):
@@ -238,6 +334,21 @@ def test_hf_quant_config_alone_names_weights_and_cache(sources: dict[str, Path],
     )
     assert assess(open_subject(str(plain)).stored, parse_node("1xH200"), Ask()).setup.kv_dtype == "fp8"
     assert "hf_quant_config.json" not in make_plan_of(plain, "int4").copied_files
+
+
+def test_config_and_hf_quant_config_have_to_agree(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = quantize(
+        sources["m2"], tmp_path / "src", nvfp4_modelopt, {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    )
+    beside = folder / "hf_quant_config.json"
+    beside.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "group_size": 16}}))
+    assert {t.source.kind for t in make_plan_of(folder, "int4").tensors if t.scheme.quantizes} == {NVFP4}
+    beside.write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    words = r"config\.json says nvfp4 \(NVFP4 in ModelOpt.*hf_quant_config\.json says fp8-tensor \(FP8 with one scale a tensor"
+    with pytest.raises(CheckpointError, match=words):
+        make_plan_of(folder, "int4")
+    with pytest.raises(PlanError, match=words):
+        open_subject(str(folder)).converted(AWQ)
 
 
 def test_readable_sources_have_one_answer_everywhere(sources: dict[str, Path]) -> None:

@@ -89,7 +89,8 @@ def _dense_fp4_kernel(
         scale = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
         scale = tl.where((bits & 0x80) > 0, -scale, scale)
         factor = tl.load((source + whole).to(tl.pointer_type(tl.float32)))
-        refused = inside & ((size == 0x7F) | (factor <= 0) | (factor == float("inf")) | (factor != factor))
+        usable = (factor > 0) & (factor < float("inf"))  # NaN is neither
+        refused = inside & ((size == 0x7F) | (usable == 0))
         scale = tl.div_rn(scale, factor) if DIVIDES else scale * factor
     else:
         refused = inside & (bits == 255)

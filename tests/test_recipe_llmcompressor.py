@@ -188,7 +188,9 @@ def test_names_beat_regexes_and_regexes_beat_classes_as_in_compressed_tensors() 
 )
 def test_the_winning_target_is_the_one_that_compressed_tensors_puts_first(targets: list[str], name: str) -> None:
     theirs = match_targets(name, nn.Linear(2, 2), targets)
-    assert _Matcher(targets, "the recipe").first(_Module(name, "attention", None, (name,), "Linear")) == (theirs[0] if theirs else None)
+    assert _Matcher(targets, "the recipe").first(_Module(name, "attention", None, (name,), "Linear")) == (
+        theirs[0] if theirs else None
+    )
 
 
 def test_a_later_modifier_beats_an_earlier_one_where_it_matches() -> None:

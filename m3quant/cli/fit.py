@@ -75,7 +75,12 @@ def command(
     if not measured and (windows or heldout_windows):
         raise OptionError("--windows and --heldout-windows say how to measure: add --measure.")
     asked = Asked(
-        budget=budget_of(budget), node=on, serving=given, sensitivity=sensitivity_file, corpus=corpus or None, revision=revision
+        budget=budget_of(budget),
+        node=on,
+        serving=given,
+        sensitivity=sensitivity_file,
+        corpus=corpus or None,
+        revision=revision,
     )
     checkpoint = from_config(Path(src)) if src.endswith(".json") else Checkpoint.open(src, revision)
     if measured:

@@ -108,7 +108,9 @@ class IgnoreList:
         entries = [entry for entry in listed if isinstance(entry, str)] if isinstance(listed, list) else []
         patterns = [entry for entry in entries if entry.startswith("re:") and self.method == "compressed-tensors"]
         self._exact = frozenset(entries)
-        self._patterns = [BoundedPattern(pattern[3:], "quantization_config.ignore", CheckpointError) for pattern in patterns]
+        self._patterns = [
+            BoundedPattern(pattern[3:], "quantization_config.ignore", CheckpointError) for pattern in patterns
+        ]
 
     def __contains__(self, name: str) -> bool:
         if name in self._exact:

@@ -131,7 +131,12 @@ def test_tagged_calls_end_at_the_first_closing_tag_behind_a_brace() -> None:
     answer = (parse_record(record, "here").messages or ())[1]
     assert answer["content"] == "before  between <tool_call> x"
     assert [call["function"]["arguments"]["text"] for call in answer["tool_calls"]] == ["</tool_call> <tool_call>"] * 2
-    for odd in ("<tool_call>{</tool_call>", "<tool_call></tool_call>", "<tool_call>a}</tool_call>", "</tool_call>{}<tool_call>"):
+    for odd in (
+        "<tool_call>{</tool_call>",
+        "<tool_call></tool_call>",
+        "<tool_call>a}</tool_call>",
+        "</tool_call>{}<tool_call>",
+    ):
         record["messages"][1]["content"] = odd
         assert (parse_record(record, "here").messages or ())[1]["content"] == odd
     response = {"role": "tool", "content": " <tool_response>\n a <tool_response> b \n</tool_response>\n"}

@@ -176,7 +176,9 @@ def test_autoawq_names_every_role_that_it_does_not_hold_and_only_those_of_the_mo
     said = r"but shared_experts is fp8-channel and dense_mlp is fp8-channel and attention is fp8-channel: .*--set dense_mlp=keep"
     with pytest.raises(PlanError, match=said):
         make_plan_of(TINY_M3, "awq-fp8", ["indexer=keep"], "autoawq")
-    with pytest.raises(PlanError, match="but attention is fp8-channel: "):  # M2 has neither shared experts nor dense MLPs
+    with pytest.raises(
+        PlanError, match="but attention is fp8-channel: "
+    ):  # M2 has neither shared experts nor dense MLPs
         make_plan_of(TINY_M3.with_name("tiny-m2"), "awq-fp8", [], "autoawq")
 
 

@@ -386,7 +386,13 @@ def test_pins_are_kept_by_what_changes_the_measurement(tmp_path: Path) -> None:
     assert read_pin(key, tmp_path) is None
     write_pin(key, 123, fit, tmp_path)
     assert read_pin(key, tmp_path) == 123
-    for damaged in (b"[" * 50_000, b'{"kv_cache_memory_bytes": true}', b'{"kv_cache_memory_bytes": 1' + b" " * 70_000 + b"}", b"\xff", b"[1]"):
+    for damaged in (
+        b"[" * 50_000,
+        b'{"kv_cache_memory_bytes": true}',
+        b'{"kv_cache_memory_bytes": 1' + b" " * 70_000 + b"}",
+        b"\xff",
+        b"[1]",
+    ):
         (tmp_path / f"{key}.json").write_bytes(damaged)
         assert read_pin(key, tmp_path) is None
     (tmp_path / f"{key}.json").unlink()

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..engines import DEFAULT, engine_named
 from ..engines.memory import Estimate, MemoryModel
+from ..engines.stated import stated_cache
 from ..errors import NodeError
 from ..families import Family
 from ..families.config import MAX_SIZE, ConfigPart
@@ -73,19 +74,8 @@ def _unknown(setup: Setup, name: str) -> str:
 
 
 def kv_dtype_of(config: Mapping[str, Any], asked: str = "auto", weights_dtype: str = "bfloat16") -> str:
-    """The KV dtype the engine will use: `asked`, or what the checkpoint states for 'auto' (`kv_cache_scheme`, ModelOpt's
-    `kv_cache_quant_algo`, under the name it has there), or the model's dtype. FP8 weights alone never mean an FP8 cache."""
-    if asked != "auto":
-        return asked
-    quantization = (
-        config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
-    )
-    scheme = quantization.get("kv_cache_scheme")
-    if isinstance(scheme, Mapping) and scheme.get("num_bits"):
-        kind = scheme.get("type", "float")
-        return "fp8" if (scheme["num_bits"], kind) == (8, "float") else f"{kind}{scheme['num_bits']}"
-    algorithm = str(quantization.get("kv_cache_quant_algo") or "none").lower()
-    return weights_dtype if algorithm == "none" else algorithm
+    """The KV dtype the engine will use: `asked`, or what the checkpoint states for 'auto', or the model's dtype."""
+    return asked if asked != "auto" else stated_cache(config) or weights_dtype
 
 
 def kv_bytes_per_token(family: Family, setup: Setup) -> list[int]:

@@ -20,7 +20,7 @@ from ..planning.plan import unquantized
 from ..planning.source_format import SourceFormat, file_format, source_format, stored_entries
 from ..planning.source_layouts import PLAIN
 from ..planning.source_tensors import check_complete, source_tensors
-from ..recipe.recipe import Recipe, build_recipe, fitted_names, for_family, named_recipe, recipe_names
+from ..recipe.recipe import ModelOfLayers, Recipe, build_recipe, fitted_names, for_family, named_recipe, recipe_names
 from ..schemes import Scheme
 from .weights import Group, bf16_release, checkpoint_groups, converted_groups, gather, model_groups, stored_bytes
 
@@ -84,13 +84,13 @@ class Subject:
         models, refused = [self.stored], dict[str, str]()
         if self.config_only and self.stored.label != "bf16":
             models.append(ServedModel(self.where, "bf16", self.family, unquantized(self.config), self.source_groups))
-        own = {"type": self.family.model_type, "layers": self.family.num_layers}
-        names = [*recipe_names(), *(name for name in fitted_names() if named_recipe(name).get("model") == own)]
-        for name in names if self.convertible else ():
-            if name == self.stored.label:
-                continue  # the checkpoint is stored in this format already
+        own = ModelOfLayers.of(self.family)
+        for name in [*recipe_names(), *fitted_names()] if self.convertible else ():
+            recipe = build_recipe(named_recipe(name))
+            if name == self.stored.label or recipe.model not in (None, own):
+                continue  # the checkpoint is stored in this format already, or the recipe is fitted to another model
             try:
-                models.append(self.converted(build_recipe(named_recipe(name))))
+                models.append(self.converted(recipe))
             except PlanError as error:
                 refused[name] = str(error)
         return sorted(models, key=lambda model: -model.stored_bytes), refused

@@ -24,11 +24,12 @@ from m3quant.calibration.folds import always_on_names, expert_names
 from m3quant.calibration.glu import Glu, Unit, even_chunk
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.quantized_layer import StoredWeight
+from m3quant.planning.quantizers import FEEDBACK_CHUNK_BYTES, FEEDBACK_MATRICES
 from m3quant.schemes import KEEP, Scheme
 
-# Bytes of a chunk's moments and weights in work; m3quant/planning/quantizers.py plans with the GPU's.
-_CHUNK_BYTES = {"cpu": 1 << 30, "cuda": 12 * 10**9}
-_SQUARES, _WEIGHTS = 14, 12  # float32 matrices [K, K] and [N, K] of an expert alive at once
+# Bytes of a chunk's moments and weights in work; a plan counts with the GPU's.
+_CHUNK_BYTES = {"cpu": 1 << 30, "cuda": FEEDBACK_CHUNK_BYTES}
+_WEIGHTS = 12  # float32 matrices [N, K] of an expert alive at once, beside FEEDBACK_MATRICES of [K, K]
 
 
 @dataclass
@@ -119,7 +120,7 @@ class MlpQuantizer:
         """Runs of experts with the same schemes; as many whatever the number of ranks."""
         hidden = self.spec.hidden_size
         inner = self.layer.weight(self.routed[0].names[0]).shape[0]
-        each = 4 * (_SQUARES * max(hidden, inner) ** 2 + _WEIGHTS * hidden * inner)
+        each = 4 * (FEEDBACK_MATRICES * max(hidden, inner) ** 2 + _WEIGHTS * hidden * inner)
         most = max(1, _CHUNK_BYTES[self.layer.device.type] // each)
         chunks: list[list[Unit]] = []
         most = even_chunk(len(self.routed), most)

@@ -24,7 +24,7 @@ PIECE_BYTES = 16 * 2**20
 
 def stored_infos(unit: Unit) -> list[TensorInfo]:
     """What the source stores of a unit's tensors, scales too."""
-    return [part for t in unit.tensors for part in (t.source.stored if t.action == "copy" else t.source.parts)]
+    return [part for t in unit.tensors for part in t.read]
 
 
 def recorded_digests(checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> dict[str, str]:

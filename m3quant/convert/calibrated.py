@@ -234,9 +234,8 @@ class _Layerwise:
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """What is stored of one tensor, on the CPU, and the tensor that an engine computes with."""
         if planned.action == "copy" and planned.source.scale is not None:
-            return self.reader.checkpoint.read_many(
-                [p.name for p in planned.source.stored]
-            ), tensor  # quantized, that no forward pass reads
+            # Quantized, and no forward pass reads it.
+            return self.reader.checkpoint.read_many([part.name for part in planned.read]), tensor
         if planned.action != "quantize":
             kept = quantized.other.get(name, tensor).cpu()
             if kept.dtype != tensor.dtype:

@@ -50,8 +50,7 @@ class UnitWriter:
 def quantize_tensor(reader: SourceReader, planned: PlannedTensor, fmt: str, device: torch.device) -> dict[str, Tensor]:
     """The output tensors of one source tensor, rounded to nearest, on the CPU. Raises CheckpointError on NaN/Inf."""
     source = planned.source
-    parts = source.stored if planned.action == "copy" else source.parts
-    raw = reader.checkpoint.read_many([part.name for part in parts])
+    raw = reader.checkpoint.read_many([part.name for part in planned.read])
     if planned.action == "copy":
         _check_copied(planned, raw)
         return raw

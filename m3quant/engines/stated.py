@@ -1,4 +1,4 @@
-"""The schemes that a config.json states, in the dialects that engines read. Torch-free."""
+"""The schemes and the KV cache that a config.json states, in the dialects that engines read. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,17 +17,35 @@ def scheme_of_group(group: Mapping[str, Any]) -> Scheme:
     return Scheme("fp8", bits=8, block=weights["strategy"] == "block")
 
 
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """config.json's `quantization_config`, at its top or in `text_config`; empty where there is none, or no object."""
+    text = config.get("text_config")
+    found = config.get("quantization_config") or (
+        text.get("quantization_config") if isinstance(text, Mapping) else None
+    )
+    return found if isinstance(found, Mapping) else {}
+
+
+def stated_cache(config: Mapping[str, Any]) -> str | None:
+    """The KV cache's dtype that config.json asks for: "fp8", or another under the name it has there; None where it asks for none.
+
+    compressed-tensors writes `kv_cache_scheme`, ModelOpt `kv_cache_quant_algo`. FP8 weights alone never mean an FP8 cache.
+    """
+    quantization = quantization_of(config)
+    scheme = quantization.get("kv_cache_scheme")
+    if isinstance(scheme, Mapping) and scheme.get("num_bits"):
+        kind = scheme.get("type", "float")
+        return "fp8" if (scheme["num_bits"], kind) == (8, "float") else f"{kind}{scheme['num_bits']}"
+    algorithm = str(quantization.get("kv_cache_quant_algo") or "none").lower()
+    return None if algorithm == "none" else algorithm
+
+
 def config_schemes(config: Mapping[str, Any]) -> frozenset[Scheme]:
     """Every integer or FP8 scheme that a compressed-tensors or AutoAWQ checkpoint's config.json states, whoever wrote it.
 
     Groups of other kinds (FP4), and what is no scheme at all, are left out: what they mean is for the engine to say.
     """
-    text = config.get("text_config")
-    quantization = config.get("quantization_config") or (
-        text.get("quantization_config") if isinstance(text, Mapping) else None
-    )
-    if not isinstance(quantization, Mapping):
-        return frozenset()
+    quantization = quantization_of(config)
     if quantization.get("quant_method") == "awq":
         groups: Any = {
             "awq": {

@@ -6,15 +6,15 @@ itself an FP8 release whose engine rounds activations. Given as the checkpoint, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..artifact.eval_record import Computed
 from ..calibration.inputs import cache_scales
 from ..calibration.layers import Layer
+from ..engines.stated import stated_cache
 from ..errors import EvaluationError
 from ..schemes import NOT_ROUNDED, rounded_activations
 from .choices import ENGINE, EXACT
@@ -76,22 +76,10 @@ WEIGHTS_ONLY = Arithmetic(EXACT)
 
 
 def _states_fp8_cache(model: Model) -> bool:
-    """Whether config.json asks an engine for an FP8 KV cache (compressed-tensors' `kv_cache_scheme`, ModelOpt's `kv_cache_quant_algo`)."""
-    config: Mapping[str, Any] = model.config
-    inner = config.get("text_config")
-    quantization = config.get("quantization_config") or (
-        isinstance(inner, Mapping) and inner.get("quantization_config")
-    )
-    if not isinstance(quantization, Mapping):
-        return False
-    scheme, algorithm = quantization.get("kv_cache_scheme"), quantization.get("kv_cache_quant_algo")
-    stated: Any = None
-    if isinstance(scheme, Mapping) and scheme.get("num_bits"):
-        stated = "fp8" if (scheme["num_bits"], scheme.get("type", "float")) == (8, "float") else dict(scheme)
-    elif algorithm is not None and str(algorithm).lower() != "none":
-        stated = str(algorithm).lower()
+    """Whether config.json asks an engine for an FP8 KV cache. Raises EvaluationError for another quantized one."""
+    stated = stated_cache(model.config)
     if stated not in (None, "fp8"):
         raise EvaluationError(
-            f"{model.folder}/config.json states a KV cache in {str(stated)[:80]}, which m3quant does not compute: give --kv-dtype bf16 or fp8."
+            f"{model.folder}/config.json states a KV cache in {stated[:80]}, which m3quant does not compute: give --kv-dtype bf16 or fp8."
         )
     return stated == "fp8"

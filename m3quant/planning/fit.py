@@ -17,7 +17,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..errors import OptionError
-from ..recipe.recipe import Recipe, build_recipe, join_layers
+from ..recipe.recipe import ModelOfLayers, Recipe, build_recipe, join_layers
 from .choices import Choices, bulk_role, default_candidates, layer_choices, unit_bytes
 from .knapsack import efficient, solve
 from .plan import Plan, make_plan
@@ -122,8 +122,7 @@ class Fitting:
         return self.recipe_of(self.schemes(chosen))
 
     def recipe_of(self, layers: Sequence[Schemes]) -> Recipe:
-        family = self.base.family
-        model = {"type": family.model_type, "layers": family.num_layers}
+        model = ModelOfLayers.of(self.base.family)
         return build_recipe(recipe_document(layers, self.data) | {"model": model})
 
     def plan(self, chosen: Sequence[int]) -> Plan:

@@ -70,6 +70,11 @@ class PlannedTensor:
     def module(self) -> str:
         return self.name.removesuffix(".weight")
 
+    @property
+    def read(self) -> tuple[TensorInfo, ...]:
+        """What is read of the source: all that it stores of a tensor that is copied, else what its values need."""
+        return self.source.stored if self.action == "copy" else self.source.parts
+
     def parts(self, stored: Mapping[str, T]) -> dict[str, T]:
         """This tensor's own of `stored`, by suffix, as `quant.formats.decompress` takes them."""
         return {o.name.removeprefix(f"{self.module}."): stored[o.name] for o in self.outputs}

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 # rounded and paired, and their activations. 17 GB for 2^30 weights were measured on an H200.
 AWQ_CHUNK = 1 << 29
 AWQ_BYTES_PER_WEIGHT = 20
-# Matrices of K x K float32 that feedback holds for each expert of a chunk: moments of two halves of the rows, the cross
-# moment, the damped inverse and its factor, and one in work. A chunk is as many experts as these bytes allow.
+# Matrices of K x K float32 that feedback holds for each expert of a chunk: moments and cross moments of two halves of the
+# rows, damped inverses, factors, and those in work. A chunk is as many experts as these bytes allow on a GPU.
 FEEDBACK_CHUNK_BYTES = 12 * 10**9
-FEEDBACK_MATRICES = 8
+FEEDBACK_MATRICES = 14
 # Device bytes of a token's hidden channel, in BF16 streams. Searching a layer holds both streams, each with the layer's output
 # beside its input; feedback holds both before and after attention, what is missing, and the experts' sum in float32.
 STREAMS_BYTES = 4 * 2

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ class SourceFormat:
             raise CheckpointError(self.refused)
         return self.kind
 
-    @cached_property
+    @property
     def quantized(self) -> bool:
         """Whether anything is stored quantized."""
         return self.kind != PLAIN

@@ -21,6 +21,28 @@ _SCALE_BYTES = {"F32": 4, "BF16": 2, "U8": 1, "F8_E8M0": 1}
 
 
 @triton.jit
+def _e4m3(magnitude):
+    """float32 of E4M3's seven bits below the sign: from 8 on they lie in float32's as they are, 120 exponents higher; below,
+    the value is a multiple of 2^-9."""
+    normal = ((magnitude << 20) + 0x3C000000).to(tl.float32, bitcast=True)
+    return tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
+
+
+@triton.jit
+def _e8m0(exponent):
+    """float32 of an E8M0 byte: the exponent of one, where 0 is its one subnormal and 255 is NaN."""
+    bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
+    return tl.where(exponent == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bf16(size, sign):
+    """BF16 as int16 of float32's bits without the sign, to nearest even; sign: the top bit of an int32."""
+    short = (size + 0x7FFF + ((size >> 16) & 1)) >> 16
+    return (short | ((sign >> 16) & 0x8000)).to(tl.int16)
+
+
+@triton.jit
 def _dense_kernel(
     source, out, table, flags, rows, columns, scale_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, SCALE_BYTES: tl.constexpr,
@@ -34,28 +56,22 @@ def _dense_kernel(
     place = row * columns + column
     code = tl.load(source + begin + place, mask=inside, other=0).to(tl.int32)
     magnitude = code & 0x7F
-    # E4M3: from 8 on the bits lie in float32's as they are, 120 exponents higher; below, the value is a multiple of 2^-9
-    normal = ((magnitude << 20) + 0x3C000000).to(tl.float32, bitcast=True)
-    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
+    value = _e4m3(magnitude)
     where = (row // DOWN) * scale_columns + column // ACROSS
     if SCALE_BYTES == 4:
         scale = tl.load((source + scales).to(tl.pointer_type(tl.float32)) + where, mask=inside, other=0.0)
     elif SCALE_BYTES == 2:
         half = tl.load((source + scales).to(tl.pointer_type(tl.int16)) + where, mask=inside, other=0)
         scale = (half.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:  # E8M0: a float32's exponent, where 0 is its one subnormal and 255 is NaN
-        exponent = tl.load(source + scales + where, mask=inside, other=127).to(tl.int32)
-        bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
-        scale = tl.where(exponent == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+    else:
+        scale = _e8m0(tl.load(source + scales + where, mask=inside, other=127).to(tl.int32))
     product = (value * scale).to(tl.int32, bitcast=True)
     size = product & 0x7FFFFFFF
     refused = inside & ((magnitude == 0x7F) | (size > 0x7F7F0000))  # NaN, or beyond the largest BF16
     if tl.max(tl.max(refused.to(tl.int32), axis=1), axis=0) > 0:
         tl.store(flags + weight, 1)
     sign = (code << 24) ^ product  # a scale may be negative
-    short = (size + 0x7FFF + ((size >> 16) & 1)) >> 16  # to nearest even
-    short = short | ((sign >> 16) & 0x8000)
-    tl.store((out + dense).to(tl.pointer_type(tl.int16)) + place, short.to(tl.int16), mask=inside)
+    tl.store((out + dense).to(tl.pointer_type(tl.int16)) + place, _bf16(size, sign), mask=inside)
 
 
 @triton.jit
@@ -83,10 +99,9 @@ def _dense_fp4_kernel(
         magnitude < 2, magnitude.to(tl.float32) * 0.5, ((magnitude << 22) + 0x3F000000).to(tl.float32, bitcast=True)
     )
     bits = tl.load(source + scales + row * scale_columns + column // ACROSS, mask=inside, other=56).to(tl.int32)
-    if HAS_GLOBAL:  # E4M3, as in the kernel above
+    if HAS_GLOBAL:
         size = bits & 0x7F
-        normal = ((size << 20) + 0x3C000000).to(tl.float32, bitcast=True)
-        scale = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
+        scale = _e4m3(size)
         scale = tl.where((bits & 0x80) > 0, -scale, scale)
         factor = tl.load((source + whole).to(tl.pointer_type(tl.float32)))
         usable = (factor > 0) & (factor < float("inf"))  # NaN is neither
@@ -94,16 +109,14 @@ def _dense_fp4_kernel(
         scale = tl.div_rn(scale, factor) if DIVIDES else scale * factor
     else:
         refused = inside & (bits == 255)
-        scale = tl.where(bits == 0, 1 << 22, bits << 23).to(tl.float32, bitcast=True)
+        scale = _e8m0(bits)
     refused = refused | (inside & (tl.abs(scale) * 6.0 > 3.3895313892515355e38))  # beyond the largest BF16
     if tl.max(tl.max(refused.to(tl.int32), axis=1), axis=0) > 0:
         tl.store(flags + weight, 1)
     product = (value * scale).to(tl.int32, bitcast=True)
     size = product & 0x7FFFFFFF
     sign = (code << 28) ^ product
-    short = (size + 0x7FFF + ((size >> 16) & 1)) >> 16  # to nearest even
-    short = short | ((sign >> 16) & 0x8000)
-    tl.store((out + dense).to(tl.pointer_type(tl.int16)) + row * columns + column, short.to(tl.int16), mask=inside)
+    tl.store((out + dense).to(tl.pointer_type(tl.int16)) + row * columns + column, _bf16(size, sign), mask=inside)
 
 
 def dense_group(source: Tensor, out: Tensor, table: Tensor, flags: Tensor, alike: SourceTensor) -> None:

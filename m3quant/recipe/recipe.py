@@ -82,6 +82,10 @@ class ModelOfLayers(BaseModel):
     type: str
     layers: int = Field(ge=1)
 
+    @classmethod
+    def of(cls, family: Family) -> ModelOfLayers:
+        return cls(type=family.model_type, layers=family.num_layers)
+
 
 class Recipe(BaseModel):
     """A validated recipe. `schemes` maps a role to a scheme name; roles left out are kept as they are.
@@ -195,7 +199,7 @@ def for_family(recipe: Recipe, family: Family) -> tuple[Recipe, list[str]]:
     a person gave them their own; attention keeps what the recipe says. The result no longer names routed experts, so that
     it means the same when it is read again. Raises RecipeError for a recipe that is fitted to another model.
     """
-    own = ModelOfLayers(type=family.model_type, layers=family.num_layers)
+    own = ModelOfLayers.of(family)
     if recipe.model not in (None, own):
         raise RecipeError(
             f"recipe '{recipe.name}' is fitted to {recipe.model.type} with {recipe.model.layers} layers, but this model is "

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from feedback_cases import SCHEMES, moment, normal
 
 from m3quant.calibration.feedback import kernels
 from m3quant.calibration.feedback.columns import descent_factor, plain_block, sweep_factor
 from m3quant.calibration.feedback.grids import Grid
 from m3quant.quant.integer import int_range
+from tests.support.calibration.feedback_cases import SCHEMES, moment, normal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from feedback_cases import moments_of, normal, rows
 
 from m3quant.calibration.feedback import moments
 from m3quant.calibration.feedback.moments import halves
+from tests.support.calibration.feedback_cases import moments_of, normal, rows
 
 
 def test_sums_of_each_half_are_those_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,8 +41,7 @@ def refit(
     scales are stored in; None keeps float32. A scale that would be zero, change its sign, not finite or more than four
     times another stays as it was.
     """
-    experts, columns, rows = points.shape
-    count = columns // size
+    count = points.shape[1] // size
     pull = _grouped(points, matmul(second, errors), count)
     gram = gram_matrices(points, second, size)
     diagonal = gram.diagonal(dim1=2, dim2=3)

@@ -39,10 +39,8 @@ from m3quant.checkpoint import Checkpoint
 from m3quant.errors import CalibrationError
 from m3quant.quant.reading import SourceReader
 from m3quant.schemes import Scheme
+from tests.support.paths import FIXTURES
 
-from .wide import ROOT
-
-FIXTURES = ROOT / "tests" / "fixtures"
 LENGTH, JUDGED, BUNDLED = 512, 64, 128
 MICRO_BATCH = 16
 INT4, INT8, FP8 = Scheme("int", 4, 128), Scheme("int", 8, 128), Scheme("fp8", 8)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from feedback_cases import SCHEMES, moment, normal
 
 from m3quant.calibration.feedback.columns import (
     Block,
@@ -15,6 +14,7 @@ from m3quant.calibration.feedback.factors import blocked
 from m3quant.calibration.feedback.gram_kernel import gram
 from m3quant.calibration.feedback.grids import Grid
 from m3quant.calibration.feedback.refit import plain_gram
+from tests.support.calibration.feedback_cases import SCHEMES, moment, normal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from feedback_cases import SCHEMES, levels_in_float64, moment, normal, objective, plain_gptq
 
 from m3quant.calibration.feedback import columns
 from m3quant.calibration.feedback.columns import descent_factor, falling_order, permuted, round_columns, sweep_factor
 from m3quant.calibration.feedback.grids import Grid
 from m3quant.schemes import Scheme
+from tests.support.calibration.feedback_cases import SCHEMES, levels_in_float64, moment, normal, objective, plain_gptq
 
 NAMES = ["int4-g64", "int2-g64-asym", "int8-channel", "fp8-channel"]
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from feedback_cases import moments_of, normal, rows
 
 from m3quant.calibration.feedback.evidence import GATED, NORMED, Rule, estimate
 from m3quant.calibration.feedback.moments import Moments
+from tests.support.calibration.feedback_cases import moments_of, normal, rows
 
 WIDTH = 16
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from feedback_cases import moments_of, normal, rows
 
 from m3quant.calibration.feedback import moments
 from m3quant.calibration.feedback.moments import MomentSum, boundary
+from tests.support.calibration.feedback_cases import moments_of, normal, rows
 
 
 def test_sums_of_each_half_are_those_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,8 +44,8 @@ def test_rows_of_one_half_are_added_as_by_a_mask() -> None:
     x[4, 1] = torch.nan
     half = torch.arange(90) >= 50
     expected, total = moments_of(x, error, weight, half), MomentSum(8, 3, "cpu")
-    for index, rows in ((0, slice(50)), (1, slice(50, 90))):
-        total.add(x[rows], error[rows], weight[rows], index)
+    for index, part in ((0, slice(50)), (1, slice(50, 90))):
+        total.add(x[part], error[part], weight[part], index)
     found = total.total()
     for name in ("second", "cross", "mass", "squares", "dropped"):
         assert torch.equal(getattr(found, name), getattr(expected, name))

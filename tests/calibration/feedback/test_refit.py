@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from feedback_cases import SCHEMES, moment, normal, objective
 
 from m3quant.calibration.feedback.grids import Grid, Levels
 from m3quant.calibration.feedback.refit import plain_gram, refit
+from tests.support.calibration.feedback_cases import SCHEMES, moment, normal, objective
 
 
 @pytest.mark.parametrize("name", ["int4-g64", "int2-g64-asym", "int8-channel", "fp8-channel"])

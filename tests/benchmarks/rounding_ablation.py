@@ -59,6 +59,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "no residual in the targets of o and w2": {"residual": False},
     "scales as first searched": {"refit": False},
     "the first sweep alone": {"rounds": 0},
+    "one round": {"rounds": 1},
+    "two rounds": {"rounds": 2},
     "eight rounds": {"rounds": 8},
     "positive scales only": {"signed_scales": False},
     "damping and ridge of one constant, 0.1 and 0.5": {"patch": "constant"},
@@ -235,6 +237,15 @@ def runs(section: str) -> Iterator[dict[str, Any]]:
         for experts in list(EXPERTS)[1:]:
             for rounding in ("nearest", "awq", "feedback"):
                 yield {**base, "experts": experts, "around": "int8", "rounding": rounding}
+            for label in ("one round", "two rounds"):
+                yield {
+                    **base,
+                    "experts": experts,
+                    "around": "int8",
+                    "rounding": "feedback",
+                    "label": label,
+                    "settings": PARTS[label],
+                }
 
 
 def main() -> None:

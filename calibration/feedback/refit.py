@@ -32,12 +32,12 @@ def refit(
     count = columns // size
     points = codes if levels.zero is None else codes - _spread(levels.zero, size)
     wanted = matmul(second, target)
-    rhs = (points * wanted).unflatten(1, (count, size)).sum(2).transpose(1, 2)
+    rhs = torch.unflatten(points * wanted, 1, (count, size)).sum(2).transpose(1, 2)
     gram = codes.new_empty(experts, rows, count, count)
     for group in range(count):
         span = slice(group * size, (group + 1) * size)
         moved = matmul(second[:, :, span], points[:, span])
-        gram[:, :, group] = (moved * points).unflatten(1, (count, size)).sum(2).transpose(1, 2)
+        gram[:, :, group] = torch.unflatten(moved * points, 1, (count, size)).sum(2).transpose(1, 2)
     diagonal = gram.diagonal(dim1=2, dim2=3)
     mean = diagonal.mean(-1, keepdim=True)
     floor = (mean * _RELATIVE).clamp(min=torch.finfo(torch.float32).tiny)

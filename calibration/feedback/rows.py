@@ -43,7 +43,7 @@ class UnitRows:
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """All tokens in order, as index tensors."""
-        yield from torch.arange(len(self.half), device=self.layer.device).split(ROWS)
+        yield from torch.split(torch.arange(len(self.half), device=self.layer.device), ROWS)
 
     def quantized(self, tokens: torch.Tensor) -> torch.Tensor:
         """The normed inputs [n, H] of these tokens in the quantized stream, before a product rounds them."""
@@ -59,7 +59,7 @@ class UnitRows:
         """Of what gate and up read; the cross moment is of the inputs."""
         width = self.layer.spec.hidden_size
         total = MomentSum(width, width, self.layer.device)
-        for tokens, gates in zip(unit.tokens.split(ROWS), unit.weights.split(ROWS), strict=True):
+        for tokens, gates in zip(torch.split(unit.tokens, ROWS), torch.split(unit.weights, ROWS), strict=True):
             x = round_activations(self.quantized(tokens).float(), unit.reads[0])
             total.add(x, self.source(tokens).float() - x, gates.square(), self.half[tokens])
         return total.total()
@@ -77,7 +77,7 @@ class UnitRows:
     def down_moments(self, unit: Unit, acting: Glu, source: Glu) -> Moments:
         """Of what down reads under the rounded gate and up; weights [I, H] and [H, I]. The cross moment is of the outputs."""
         total = MomentSum(source.down.shape[1], source.down.shape[0], self.layer.device)
-        for tokens, gates in zip(unit.tokens.split(ROWS), unit.weights.split(ROWS), strict=True):
+        for tokens, gates in zip(torch.split(unit.tokens, ROWS), torch.split(unit.weights, ROWS), strict=True):
             hidden = self._gated(self.quantized(tokens), acting, unit)
             short = ops.linear(self._hidden(self.source(tokens), source) - hidden, source.down).float()
             if self.settings.residual:
@@ -89,7 +89,7 @@ class UnitRows:
         """[natural rows, H] float32: what the unit adds to its routed tokens."""
         parts = [torch.empty(0, self.layer.spec.hidden_size, device=self.layer.device)]
         tokens, weights = unit.tokens[: unit.natural], unit.weights[: unit.natural]
-        for own, gates in zip(tokens.split(ROWS), weights.split(ROWS), strict=True):
+        for own, gates in zip(torch.split(tokens, ROWS), torch.split(weights, ROWS), strict=True):
             hidden = self._gated(self.quantized(own), acting, unit)
             parts.append(ops.linear(hidden, acting.down).float() * gates[:, None])
         return torch.cat(parts)

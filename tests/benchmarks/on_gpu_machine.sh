@@ -3,5 +3,5 @@
 # For GPU machines whose Python already has torch, transformers and pydantic but no index to install from.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
-export PYTHONPATH="$root:$root/tests:$root/tests/calibration${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "$@"

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..engines import DEFAULT, Engine, Serving, engine_named
+from ..engines.device import CPU, GIB
 from ..errors import NodeError
-from .hardware import CPU, GIB, STANDARD_NODES, Node, parse_node
+from .hardware import STANDARD_NODES, Node, parse_node
 from .memory import Pool, Prediction, Setup, kv_dtype_of, predict
 from .model import ServedModel, Subject
 from .weights import Split, split_problem

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from ..engines.device import GIB
 from ..engines.memory import Estimate
 from ..errors import DoesNotFit, NodeError
 from ..recipe.recipe import build_recipe, named_recipe, read_recipe_file
@@ -18,7 +19,7 @@ from ..running.words import human_bytes
 from ..runtime.checklog import LogCheck, check_log, log_reader
 from ..runtime.cost import Prices, decode_bound, load_prices, price_per_million
 from ..runtime.fit import Ask, Fit, Remedy, assess, remedies
-from ..runtime.hardware import GIB, STANDARD_NODES, Node, parse_node
+from ..runtime.hardware import STANDARD_NODES, Node, parse_node
 from ..runtime.model import ServedModel, Subject, open_subject
 from ..runtime.weights import Split
 from .options import print_table

@@ -41,7 +41,8 @@ from ..planning.batches import (
     output_views,
     staged_parts,
 )
-from ..planning.plan import PASSED_THROUGH, Unit
+from ..planning.engine_kept import PASSED_THROUGH
+from ..planning.plan import Unit
 from ..quant.fused import compress_into
 from ..quant.integer import ensure_finite
 from ..quant.reading import SourceReader, densify

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import ShardRecord, ShardWriter
-from ..planning.plan import PASSED_THROUGH, SHARD_METADATA, PlannedTensor, Unit
+from ..planning.engine_kept import PASSED_THROUGH
+from ..planning.plan import SHARD_METADATA, PlannedTensor, Unit
 from ..quant.formats import compress
 from ..quant.integer import ensure_finite
 from ..quant.reading import SourceReader, densify

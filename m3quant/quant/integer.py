@@ -93,7 +93,7 @@ def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
     size = scheme.group_size or columns
     if columns % size:
         raise ValueError(f"group size {size} does not divide the {columns} columns of {tuple(weight.shape)}")
-    return weight.unflatten(-1, (columns // size, size))
+    return torch.unflatten(weight, -1, (columns // size, size))
 
 
 def int_qparams(

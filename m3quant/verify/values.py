@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration.folds import expert_names, fold_groups, scale_columns
+from ..calibration.folds import fold_groups, scale_columns
 from ..calibration.ranges import FACTORS
-from ..planning.plan import PASSED_THROUGH, Plan, PlannedTensor, Unit
+from ..families.spec import expert_names
+from ..planning.engine_kept import PASSED_THROUGH
+from ..planning.plan import Plan, PlannedTensor, Unit
 from ..planning.quantizers import facts_of
 from ..quant.formats import code_errors, decompress
 from ..quant.reading import ConvertedReader, SourceReader

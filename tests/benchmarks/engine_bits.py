@@ -40,7 +40,6 @@ ENV = {
 
 def prepare(work: Path) -> None:
     from m3quant.calibration.corpus import load_tokenizer
-
     from tests.support.paths import FIXTURES
 
     work.mkdir(parents=True, exist_ok=True)
@@ -108,7 +107,6 @@ def presets(work: Path) -> None:
     from m3quant.planning.headers import from_config
     from m3quant.planning.plan import make_plan
     from m3quant.recipe.recipe import build_recipe, named_recipe
-
     from tests.support.paths import DATA
 
     for preset in PRESETS:

@@ -37,15 +37,15 @@ CALIBRATION_OF = {"nearest": "none", "awq": "awq", "feedback": "text"}  # the `c
 
 
 class AwqOptions(BaseModel):
-    """Knobs of the calibrated path. Defaults are the ones the fixtures' figures were made with."""
+    """Knobs of the scale and range search. Defaults are the ones the fixtures' figures were made with."""
 
     model_config = ConfigDict(extra="forbid")
 
-    smooth: bool = True  # search per-channel scales on the exact fold set
-    range_search: bool = True  # search the clipping range of every group
+    smooth: bool = True  # search a fold scale per norm, and per expert w3 -> w2 where that is exact
+    range_search: bool = True  # search the rounding range of every group
     signed_scales: bool = True  # a negative scale where a group's largest weight is positive (symmetric schemes)
-    n_grid: int = Field(default=20, ge=1, le=200)  # ratios tried between 0 and 1, identity besides
-    duo_scaling: bool = True  # s = x^r / w^(1-r) instead of x^r
+    n_grid: int = Field(default=20, ge=1, le=200)  # ratios tried, evenly from 0 to 1, identity besides
+    duo_scaling: bool = True  # s = x^r / w^(1-r), w the weights' own mean magnitude, as AutoAWQ does, instead of x^r
 
 
 class FeedbackOptions(BaseModel):

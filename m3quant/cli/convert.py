@@ -10,7 +10,7 @@ import click
 
 from ..checkpoint import Checkpoint
 from ..errors import EvaluationError, PlanError, RecipeError
-from ..planning.plan import Plan, make_plan
+from ..planning.plan import WARNING, Plan, make_plan
 from ..recipe.recipe import CalibrationOptions, Recipe, with_data
 from ..running.words import human_bytes
 from .fit_convert import asked_of, fit_options, fitted, predicted_line
@@ -74,6 +74,7 @@ def command(
     recipe_file: Path | None,
     settings: tuple[str, ...],
     format_name: str | None,
+    requantize: bool,
     budget: str | None,
     node: str | None,
     context: int | None,
@@ -102,9 +103,13 @@ def command(
         raise PlanError(f"--device {device} names one GPU of this machine: with --engine ray give cuda, cpu or auto.")
     serving = {"context": context, "concurrency": concurrency, "kv_dtype": kv_dtype}
     asked = asked_of(budget, node, serving, sensitivity_file, bool(to or recipe_file or settings or format_name))
+    if requantize and asked is not None:
+        raise RecipeError(
+            "--requantize goes with a recipe (--to, --recipe): m3quant fit measures on unquantized weights."
+        )
     checkpoint = Checkpoint.open(src)
     recipe = (
-        load_recipe(checkpoint, to, recipe_file, settings, format_name)
+        load_recipe(checkpoint, to, recipe_file, settings, format_name, requantize)
         if asked is None
         else Recipe(rounding="feedback")
     )
@@ -148,6 +153,9 @@ def command(
         return
     from ..convert.job import Settings
 
+    for note in plan.notes:
+        if note.startswith(WARNING):
+            click.echo(note, err=True)
     how = Settings(device=device, strict_coverage=strict_coverage, spill=spill, engine=engine, address=address)
     manifest = _run(plan, dst, how, parts)
     told = {"output": str(dst), **manifest}

@@ -13,7 +13,7 @@ import click
 
 from ..engines.memory import Estimate
 from ..errors import DoesNotFit, NodeError
-from ..recipe.recipe import build_recipe, named_recipe, read_recipe_file
+from ..recipe.recipe import build_recipe, named_recipe, read_recipe_file, with_requantize
 from ..running.words import human_bytes
 from ..runtime.checklog import LogCheck, check_log, log_reader
 from ..runtime.cost import Prices, decode_bound, load_prices, price_per_million
@@ -29,14 +29,14 @@ LOG_BYTES = 64 * 2**20  # of an engine's log; its start has a few hundred kB
 
 
 def run_fit(src: str, revision: str | None, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None,
-            on: str | None, everything: bool, log_file: Path | None, ask: Ask, prices_file: Path | None, as_json: bool) -> int:  # fmt: skip
+            requantize: bool, on: str | None, everything: bool, log_file: Path | None, ask: Ask, prices_file: Path | None, as_json: bool) -> int:  # fmt: skip
     """The three modes. Returns the exit code: 0 fits (or the log agrees), 3 does not fit, 1 the log disagrees."""
     gc.disable()  # 140,000 tensors become objects that all live to the end: collections would take a third of the time
     node = parse_node(on) if on is not None else None
     subject = open_subject(src, revision)
     # A log is of one checkpoint: a config.json is then what it describes.
     table = log_file is None and (everything or subject.config_only)
-    models, refused = _models(subject, to, recipe_file, settings, format_name, table)
+    models, refused = _models(subject, to, recipe_file, settings, format_name, requantize, table)
     if log_file is not None:
         return _log_mode(models[0], log_file, node, ask, as_json)
     prices = load_prices(prices_file)
@@ -54,15 +54,16 @@ def run_fit(src: str, revision: str | None, to: str | None, recipe_file: Path | 
 
 
 def _models(subject: Subject, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None,
-            table: bool) -> tuple[list[ServedModel], dict[str, str]]:  # fmt: skip
+            requantize: bool, table: bool) -> tuple[list[ServedModel], dict[str, str]]:  # fmt: skip
     """What to judge, and why some recipes are refused. table: all precisions, where no recipe is given."""
     if to and recipe_file:
         raise NodeError("--to and --recipe are both given: a plan has one recipe.")
     if to or recipe_file or settings or format_name:
         document = read_recipe_file(recipe_file) if recipe_file else named_recipe(to or "awq")
-        return [subject.converted(build_recipe(document, settings=settings, format=format_name))], {}
+        recipe = with_requantize(build_recipe(document, settings=settings, format=format_name), requantize)
+        return [subject.converted(recipe)], {}
     if table:
-        return subject.precisions()
+        return subject.precisions(requantize)
     return [subject.stored], {}
 
 

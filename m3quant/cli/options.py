@@ -11,7 +11,7 @@ import click
 
 from ..errors import RecipeError
 from ..planning.layout import FORMATS
-from ..recipe.recipe import Recipe, build_recipe, named_recipe, read_recipe_file
+from ..recipe.recipe import Recipe, build_recipe, named_recipe, read_recipe_file, with_requantize
 from ..runtime.hardware import MAX_COUNT
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class TokenCount(click.ParamType[int]):
 
 
 def recipe_options(default: str | None) -> Callable[[F], F]:
-    """--to, --recipe, --set and --format."""
+    """--to, --recipe, --set, --format and --requantize."""
 
     def decorate(function: F) -> F:
         for option in reversed(
@@ -71,6 +71,11 @@ def recipe_options(default: str | None) -> Callable[[F], F]:
                     type=click.Choice(FORMATS),
                     default=None,
                     help="Override the output format.",
+                ),
+                click.option(
+                    "--requantize",
+                    is_flag=True,
+                    help="Take a source whose weights are integers already (compressed-tensors, AutoAWQ): rounding errors stack.",
                 ),
             )
         ):
@@ -118,13 +123,19 @@ def serving_options(function: F) -> F:
 
 
 def load_recipe(
-    checkpoint: Checkpoint, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None
+    checkpoint: Checkpoint,
+    to: str | None,
+    recipe_file: Path | None,
+    settings: tuple[str, ...],
+    format_name: str | None,
+    requantize: bool = False,
 ) -> Recipe:
     """The recipe that these options mean for this checkpoint. Raises RecipeError."""
     if to and recipe_file:
         raise RecipeError("--to and --recipe are both given: a run has one recipe.")
     if recipe_file is None:
-        return build_recipe(named_recipe(to or "awq"), settings=settings, format=format_name)
+        found = build_recipe(named_recipe(to or "awq"), settings=settings, format=format_name)
+        return with_requantize(found, requantize)
     document = read_recipe_file(recipe_file)
     from ..recipe.llmcompressor import is_llmcompressor, translate
 
@@ -132,7 +143,7 @@ def load_recipe(
         from ..families import family_of
 
         document = translate(document, family_of(checkpoint.config), str(recipe_file))
-    return build_recipe(document, settings=settings, format=format_name)
+    return with_requantize(build_recipe(document, settings=settings, format=format_name), requantize)
 
 
 def publish_options(function: F) -> F:

@@ -39,6 +39,7 @@ def command(
     recipe_file: Path | None,
     settings: tuple[str, ...],
     format_name: str | None,
+    requantize: bool,
     revision: str | None,
     rates_file: Path | None,
     as_json: bool,
@@ -51,14 +52,14 @@ def command(
     """
     rates = load_rates(rates_file)
     if serving["everything"] or serving["on"] is not None or serving["check_log"] is not None:
-        return _serving(src, revision, to, recipe_file, settings, format_name, as_json, serving)
+        return _serving(src, revision, to, recipe_file, settings, format_name, requantize, as_json, serving)
     if given := sorted(name for name, value in serving.items() if value is not None and value is not False):
         raise click.UsageError(
             f"--{given[0].replace('_', '-')} says how to serve: add --on NODE, for example --on 1xH200, or --all."
         )
     checkpoint = from_config(Path(src)) if src.endswith(".json") else Checkpoint.open(src, revision)
     if to or recipe_file or settings or format_name:
-        plan = make_plan(checkpoint, load_recipe(checkpoint, to, recipe_file, settings, format_name))
+        plan = make_plan(checkpoint, load_recipe(checkpoint, to, recipe_file, settings, format_name, requantize))
         click.echo(json.dumps(plan_json(plan, rates), indent=2) if as_json else "", nl=as_json)
         if not as_json:
             print_plan(plan, rates)
@@ -66,7 +67,7 @@ def command(
     plans, refused = [], {}
     for name in recipe_names():
         try:
-            plans.append(make_plan(checkpoint, load_recipe(checkpoint, name, None, (), None)))
+            plans.append(make_plan(checkpoint, load_recipe(checkpoint, name, None, (), None, requantize)))
         except PlanError as error:
             refused[name] = str(error)
     if not plans:
@@ -86,13 +87,13 @@ def command(
 
 
 def _serving(src: str, revision: str | None, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None,
-             as_json: bool, serving: dict[str, Any]) -> int:  # fmt: skip
+             requantize: bool, as_json: bool, serving: dict[str, Any]) -> int:  # fmt: skip
     from ..runtime.fit import Ask
     from .fitting import run_fit
 
     wanted = {name: serving[name] for name in ASK_OPTIONS if serving[name] is not None}
     return run_fit(
-        src, revision, to, recipe_file, settings, format_name, serving["on"], bool(serving["everything"]), serving["check_log"],
+        src, revision, to, recipe_file, settings, format_name, requantize, serving["on"], bool(serving["everything"]), serving["check_log"],
         Ask(**wanted), serving["prices"], as_json,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
+from ..planning.integer_kinds import is_integer
 from ..planning.plan import PlannedTensor
 from ..planning.source_layouts import (
     FP8_BLOCK,
@@ -27,6 +28,7 @@ from .dequantize import dequantize_fp8_block, dequantize_fp8_rows, dequantize_mx
 from .formats import decompress
 from .fp4 import dequantize_mxfp4, dequantize_nvfp4
 from .global_scales import check_global_scales
+from .integer_source import dequantize_integers
 
 
 class SourceReader:
@@ -67,6 +69,11 @@ def densify(source: SourceTensor, raw: Mapping[str, Tensor], out: Tensor | None 
         return codes
     assert source.scale is not None
     scale = raw[source.scale.name]
+    if is_integer(source.kind):
+        zeros, stated = (raw[part.name] if part else None for part in (source.zero_point, source.true_shape))
+        return dequantize_integers(
+            codes, scale, zeros, source.kind, source.shape, true_shape=stated, out=out, name=name
+        )
     if source.kind in (NVFP4, NVFP4_PACKED):
         assert source.global_scale is not None
         whole = raw[source.global_scale.name]

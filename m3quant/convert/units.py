@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,12 @@ def store(
 ) -> dict[str, Tensor]:
     """Compress one weight [N, K] under the plan's output names, on the CPU. scale, zero_point: searched ranges, or min-max."""
     parts = compress(weight, planned.scheme, fmt, scale, zero_point, name=planned.name)
-    return {f"{planned.module}.{suffix}": tensor.cpu() for suffix, tensor in parts.items()}
+    return named(planned, parts)
+
+
+def named(planned: PlannedTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the plan stores of `parts` by suffix, under its names, on the CPU."""
+    return {output.name: parts[output.name.removeprefix(f"{planned.module}.")].cpu() for output in planned.outputs}
 
 
 def _check_copied(planned: PlannedTensor, raw: dict[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ from ..schemes import FP8_BLOCK, KEEP, Scheme
 from .engine_config import check_format, quantization_config
 from .engine_kept import PASSED_THROUGH, kept_linears
 from .integer_kinds import integers_among, words_of
-from .layout import check_divisible, stored_tensors
+from .layout import check_divisible, tensors_of
 from .source_format import HF_QUANT_CONFIG, requantize_problem
 from .source_layouts import FOUR_BIT, PLAIN, WORDS, SourceTensor
 from .source_layouts import FP8_BLOCK as FP8_BLOCK_SOURCE
@@ -364,7 +364,7 @@ def _plan_tensor(source: SourceTensor, role: Role, recipe: Recipe) -> PlannedTen
     stem = source.name.removesuffix(".weight")
     outputs = tuple(
         OutputTensor(f"{stem}.{suffix}", dtype, shape)
-        for suffix, (dtype, shape) in stored_tensors(shape, scheme, recipe.format).items()
+        for suffix, (dtype, shape) in tensors_of(shape, scheme, recipe.format, role.joined).items()
     )
     return PlannedTensor(source, role, "quantize", scheme, reason, outputs)
 

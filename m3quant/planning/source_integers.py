@@ -80,6 +80,8 @@ def _misfit(parts: Mapping[str, TensorInfo], kind: str, shape: tuple[int, ...]) 
         return f"it cannot be stored ({str(error).rstrip('.')})"
     for leaf, (dtype, dims) in needed.items():
         found = parts.get(leaf)
+        if found is None and leaf == TRUE_SHAPE:
+            continue  # config.json says it too
         if found is None:
             return f"it lacks '{leaf}' ({INCOMPLETE})"
         if found.shape != dims or found.dtype not in _LOOSE.get(leaf, (dtype,)):

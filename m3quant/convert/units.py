@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checkpoint import ShardRecord, ShardWriter
 from ..planning.plan import PASSED_THROUGH, SHARD_METADATA, PlannedTensor, Unit
+from ..quant.dead_experts import without_dead
 from ..quant.formats import compress
 from ..quant.integer import ensure_finite
 from ..quant.reading import SourceReader, densify
@@ -79,7 +80,7 @@ def _check_copied(planned: PlannedTensor, raw: dict[str, Tensor]) -> None:
         return
     for name, tensor in raw.items():
         if tensor.dtype in FLOATS:
-            ensure_finite(tensor, name)
+            ensure_finite(without_dead(tensor) if planned.role.kind == "router_bias" else tensor, name)
 
 
 def shard_facts(record: ShardRecord) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..errors import CheckpointError
+from ..families import family_of
 from ..planning.integer_kinds import is_integer
 from ..planning.plan import PlannedTensor
 from ..planning.source_layouts import (
@@ -24,6 +25,7 @@ from ..planning.source_layouts import (
     SourceTensor,
 )
 from ..planning.source_tensors import source_tensors
+from .dead_experts import check_dead_experts
 from .dequantize import dequantize_fp8_block, dequantize_fp8_rows, dequantize_mxfp8
 from .formats import decompress
 from .fp4 import dequantize_mxfp4, dequantize_nvfp4
@@ -35,13 +37,16 @@ class SourceReader:
     """Dense view of a source checkpoint: quantized weights come out as BF16, the rest as stored.
 
     `.config` and `.tensors` (model tensor names, scales left out) are what the calibration stream needs.
-    Raises CheckpointError for a global scale that cannot be right, before anything is read.
+    note: what values that were looked at say beyond the plan's notes, or ''.
+    Raises CheckpointError for a global scale that cannot be right, and for too few experts, before anything is read.
     """
 
     def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor] | None = None) -> None:
         self.checkpoint = checkpoint
         self.tensors = dict(tensors) if tensors is not None else source_tensors(checkpoint)
         check_global_scales(checkpoint, self.tensors.values())
+        family = family_of(checkpoint.config, f"{checkpoint.root}/{CONFIG_NAME}")
+        self.note = check_dead_experts(checkpoint, family, self.tensors)
 
     @property
     def config(self) -> dict[str, Any]:

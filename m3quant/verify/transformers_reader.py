@@ -113,9 +113,11 @@ def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
 
     sees = "vision_config" in Checkpoint.open(folder).config
     kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
-    model, info = kind.from_pretrained(
+    model: Any
+    loaded: Any = kind.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
     )
+    model, info = loaded
     for module in model.modules():
         if (scheme := getattr(module, "quantization_scheme", None)) is not None:
             scheme.input_activations = None

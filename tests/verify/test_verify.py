@@ -193,7 +193,7 @@ def exchange(left: str, right: str) -> Callable[[Tensors], None]:
     """Swap every tensor of two modules."""
 
     def change(tensors: Tensors) -> None:
-        for name in [n for n in tensors if left in n]:
+        for name in [n for n in tensors if left in n and n.replace(left, right) in tensors]:
             other = name.replace(left, right)
             tensors[name], tensors[other] = tensors[other], tensors[name]
 

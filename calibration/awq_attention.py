@@ -119,7 +119,7 @@ class AttentionSearch:
             yield slice(start, start + self.step)
 
     def _batches(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
-        for part in windows.split(self.step):
+        for part in torch.split(windows, self.step):
             yield torch.cat([self.x.read(slice(i, i + 1), self.layer.device) for i in part.tolist()])
 
     def _outputs(self, windows: torch.Tensor) -> torch.Tensor:

@@ -185,7 +185,7 @@ def channel_means(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean |h| and mean h^2 per channel over [T, H], accumulated in float64 -> two [H] float32."""
     magnitude = torch.zeros(h.shape[-1], dtype=torch.float64, device=h.device)
     moment = torch.zeros_like(magnitude)
-    for part in h.split(_ROWS):
+    for part in torch.split(h, _ROWS):
         magnitude += part.float().abs().sum(0, dtype=torch.float64)
         moment += part.float().square().sum(0, dtype=torch.float64)
     return (magnitude / len(h)).float(), (moment / len(h)).float()

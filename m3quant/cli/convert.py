@@ -10,7 +10,7 @@ import click
 
 from ..checkpoint import Checkpoint
 from ..errors import EvaluationError, PlanError, RecipeError
-from ..planning.plan import Plan, make_plan
+from ..planning.plan import WARNING, Plan, make_plan
 from ..recipe.recipe import CalibrationOptions, Recipe, with_data
 from ..running.words import human_bytes
 from .fit_convert import asked_of, fit_options, fitted, predicted_line
@@ -99,6 +99,10 @@ def command(
         raise PlanError(f"--device {device} names one GPU of this machine: with --engine ray give cuda, cpu or auto.")
     serving = {"context": context, "concurrency": concurrency, "kv_dtype": kv_dtype}
     asked = asked_of(budget, node, serving, sensitivity_file, bool(choice))
+    if choice.requantize and asked is not None:
+        raise RecipeError(
+            "--requantize goes with a recipe (--to, --recipe): m3quant fit measures on unquantized weights."
+        )
     checkpoint = Checkpoint.open(src)
     recipe = choice.recipe(checkpoint.config) if asked is None else Recipe(rounding="feedback")
     if calibration_tokens is not None:
@@ -141,6 +145,9 @@ def command(
         return
     from ..convert.job import Settings
 
+    for note in plan.notes:
+        if note.startswith(WARNING):
+            click.echo(note, err=True)
     how = Settings(device=device, strict_coverage=strict_coverage, spill=spill, engine=engine, address=address)
     manifest = _run(plan, dst, how, parts)
     told = {"output": str(dst), **manifest}

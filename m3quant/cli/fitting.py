@@ -11,13 +11,14 @@ from typing import Any
 
 import click
 
+from ..engines.device import GIB
 from ..engines.memory import Estimate
 from ..errors import DoesNotFit, NodeError
 from ..running.words import human_bytes
 from ..runtime.checklog import LogCheck, check_log, log_reader
 from ..runtime.cost import Prices, decode_bound, load_prices, price_per_million
 from ..runtime.fit import Ask, Fit, Remedy, assess, remedies
-from ..runtime.hardware import GIB, STANDARD_NODES, Node, parse_node
+from ..runtime.hardware import STANDARD_NODES, Node, parse_node
 from ..runtime.model import ServedModel, Subject, open_subject
 from ..runtime.weights import Split
 from .options import RecipeChoice, print_table
@@ -66,7 +67,7 @@ def _models(subject: Subject, choice: RecipeChoice, table: bool) -> tuple[list[S
     if choice:
         return [subject.converted(choice.recipe(subject.config))], {}
     if table:
-        return subject.precisions()
+        return subject.precisions(choice.requantize)
     return [subject.stored], {}
 
 
@@ -190,9 +191,11 @@ def _table_mode(
             fit.model.label, human_bytes(fit.model.stored_bytes), fit.node.name, split_name(fit),
             f"{fit.pool.tokens:,} - {fit.prediction.pool('low').tokens:,}" if fit.prediction.pool("low").tokens else "0",
             f"{fit.longest_context:,}", f"{_requests(fit)}x", "" if per_hour is None else f"{per_hour:.2f}",
-            "" if per_hour is None or not bound else f">= {price_per_million(per_hour, bound):.2f}", "fits" if fit.fits else "does not fit",
+            "" if per_hour is None or not bound else f">= {price_per_million(per_hour, bound):.2f}", fit.verdict,
         ])  # fmt: skip
     print_table(rows)
+    for label, reason in {fit.model.label: fit.why_not for fit in fits if not fit.loads}.items():
+        click.echo(f"is not loaded: {label}: {reason}")
     for name, reason in refused.items():
         click.echo(f"not in the table: {name}: {reason}")
     click.echo(
@@ -240,6 +243,7 @@ def fit_json(fit: Fit, changes: list[Remedy], prices: Prices) -> dict[str, Any]:
         "node": {"name": fit.node.name, "gpus": fit.node.count, "bytes_per_gpu": fit.node.gpu.total_bytes, "source": fit.node.gpu.source},
         "setup": asdict(fit.setup),
         "fits": fit.fits,
+        "loads": fit.loads,
         "why_not": fit.why_not,
         "pool_tokens": pools,
         "longest_context": fit.longest_context,
@@ -296,7 +300,7 @@ def print_fit(fit: Fit, changes: list[Remedy], prices: Prices) -> None:
         f"KV pool: {low:,} to {high:,} tokens; longest context {fit.longest_context:,} of the {model.max_positions:,} that config.json allows"
     )
     if not fit.fits:
-        click.echo(f"DOES NOT FIT: {fit.why_not}.")
+        click.echo(f"{fit.verdict.upper()}: {fit.why_not}.")
         for remedy in changes:
             click.echo(
                 f"  fits with {remedy.change}: context up to {remedy.fit.longest_context:,}, pool {remedy.fit.pool.tokens:,} tokens"

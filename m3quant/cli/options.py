@@ -13,7 +13,7 @@ import click
 
 from ..errors import RecipeError
 from ..planning.layout import FORMATS
-from ..recipe.recipe import Recipe, build_recipe, named_recipe, read_recipe_file
+from ..recipe.recipe import Recipe, build_recipe, named_recipe, read_recipe_file, with_requantize
 from ..runtime.hardware import MAX_COUNT
 
 if TYPE_CHECKING:
@@ -41,12 +41,16 @@ class TokenCount(click.ParamType[int]):
 
 @dataclass(frozen=True)
 class RecipeChoice:
-    """The recipe that a person asks for: of ours by its name, or of a file, with --set and --format laid over it."""
+    """The recipe that a person asks for: of ours by its name, or of a file, with --set and --format laid over it.
+
+    requantize: whether a source that is already in integers may be rounded again.
+    """
 
     to: str | None = None
     file: Path | None = None
     settings: tuple[str, ...] = ()
     format: str | None = None
+    requantize: bool = False
 
     def __bool__(self) -> bool:
         """Whether anything was asked for."""
@@ -57,7 +61,7 @@ class RecipeChoice:
         if self.to and self.file:
             raise RecipeError("--to and --recipe are both given: a run has one recipe.")
         document = named_recipe(self.to or "awq") if self.file is None else self._read(self.file, config)
-        return build_recipe(document, settings=self.settings, format=self.format)
+        return with_requantize(build_recipe(document, settings=self.settings, format=self.format), self.requantize)
 
     @staticmethod
     def _read(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -72,7 +76,7 @@ class RecipeChoice:
 
 
 def recipe_options(default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """--to, --recipe, --set and --format, which the function gets as one `choice`."""
+    """--to, --recipe, --set, --format and --requantize, which the function gets as one `choice`."""
 
     def decorate(given: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(given)
@@ -82,9 +86,10 @@ def recipe_options(default: str | None) -> Callable[[Callable[..., Any]], Callab
             recipe_file: Path | None,
             settings: tuple[str, ...],
             format_name: str | None,
+            requantize: bool,
             **others: Any,
         ) -> Any:
-            return given(*args, choice=RecipeChoice(to, recipe_file, settings, format_name), **others)
+            return given(*args, choice=RecipeChoice(to, recipe_file, settings, format_name, requantize), **others)
 
         for option in reversed(
             (
@@ -115,6 +120,11 @@ def recipe_options(default: str | None) -> Callable[[Callable[..., Any]], Callab
                     type=click.Choice(FORMATS),
                     default=None,
                     help="Override the output format.",
+                ),
+                click.option(
+                    "--requantize",
+                    is_flag=True,
+                    help="Take a source whose weights are integers already (compressed-tensors, AutoAWQ): rounding errors stack.",
                 ),
             )
         ):

@@ -63,7 +63,9 @@ def command(
     plans, refused = [], {}
     for name in recipe_names():
         try:
-            plans.append(make_plan(checkpoint, RecipeChoice(name).recipe(checkpoint.config)))
+            plans.append(
+                make_plan(checkpoint, RecipeChoice(name, requantize=choice.requantize).recipe(checkpoint.config))
+            )
         except PlanError as error:
             refused[name] = str(error)
     if not plans:

@@ -108,6 +108,7 @@ class Recipe(BaseModel):
     awq: AwqOptions = Field(default_factory=lambda: AwqOptions())
     feedback: FeedbackOptions = Field(default_factory=lambda: FeedbackOptions())
     data: CalibrationOptions = Field(default_factory=lambda: CalibrationOptions())
+    requantize: bool = False  # take a source whose weights are integers already
     _asked: frozenset[str] = PrivateAttr(default=frozenset())  # roles that a person gave a scheme beside the document
 
     @model_validator(mode="before")
@@ -160,6 +161,7 @@ class Recipe(BaseModel):
             "feedback": self.rounding != "feedback",
             "awq": self.rounding == "feedback",
             "rounding": self.rounding != "feedback",
+            "requantize": not self.requantize,
         }
         return {key: value for key, value in out.items() if not empty.get(key, False)}
 
@@ -336,6 +338,11 @@ def build_recipe(document: Mapping[str, Any], *, settings: Iterable[str] = (), f
         raise RecipeError(_sentence(error)) from None
     recipe._asked = frozenset(setting.partition("=")[0].strip() for setting in settings)
     return recipe
+
+
+def with_requantize(recipe: Recipe, requantize: bool) -> Recipe:
+    """The recipe as it takes sources whose weights are integers already, if `requantize`; else itself."""
+    return recipe.model_copy(update={"requantize": True}) if requantize else recipe
 
 
 def with_data(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

@@ -259,7 +259,8 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="print OUT/rounding.json as Markdown and do nothing else")
     options = parser.parse_args()
     if options.tables:
-        print(tables(json.loads((options.out / "rounding.json").read_text())))
+        found = json.loads((options.out if options.out.is_file() else options.out / "rounding.json").read_text())
+        print(tables(found["rows"] if isinstance(found, dict) else found))
         return
     options.out.mkdir(parents=True, exist_ok=True)
     models = [Model(name, torch.device(options.device)) for name in options.model]

@@ -74,7 +74,7 @@ class Scores:
 def score(heads: Sequence[Head], inputs: Sequence[torch.Tensor], target: torch.Tensor) -> list[Scores]:
     """Predictions of target [T] int64 by every model, each from its last hidden states [T, H], compared with the first.
 
-    All tensors on one device. The peak is one slice of logits per model: call it with at most `CHUNKCHUNK_TOKENS` rows.
+    All tensors on one device. The peak is one slice of logits per model: call it with at most `CHUNK_TOKENS` rows.
     Raises CalibrationError if logits are not finite.
     """
     if len({tuple(head.weight.shape) for head in heads}) != 1:

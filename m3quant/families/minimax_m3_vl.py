@@ -22,6 +22,14 @@ _INDEX_KEYS = {
     "sparse_local_block": "index_local_blocks",
 }
 
+# What the transformers tree (its conversion_mapping, "minimax_m3_vl") names otherwise beside the layers.
+_TREE = (
+    (r"language_model\.lm_head", "lm_head"),
+    (r"vision_tower\.vision_model\.(?:encoder\.)?", "model.vision_tower."),
+    (r"multi_modal_projector\.", "model.multi_modal_projector."),
+    (r"patch_merge_mlp\.", "model.multi_modal_projector.merge_"),
+)
+
 
 class MiniMaxM3VL(Family):
     architectures: ClassVar[Mapping[str, str]] = {"minimax_m3_vl": "MiniMaxM3SparseForConditionalGeneration"}
@@ -192,6 +200,9 @@ class MiniMaxM3VL(Family):
         )
 
     def recipe_aliases(self, module: str) -> tuple[str, ...]:
+        for disk, renamed in _TREE:
+            if found := re.match(disk, module):
+                return (module, renamed + module[found.end() :])
         tree = module.replace("language_model.model.", "model.language_model.", 1)
         tree = tree.replace(".block_sparse_moe.", ".mlp.").replace(".self_attn.index_", ".self_attn.indexer.")
         for disk, name in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):

@@ -79,7 +79,7 @@ def load_rates(path: Path | None = None) -> Rates:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise PlanError(
-            f"{path or RATES_FILE}: {where}: {first['msg']}. Make it with python -m tests.benchmarks.rates."
+            f"{path or RATES_FILE}: {where}: {first['msg']}. Write it as the file that ships: planning/rates.json of the package."
         ) from None
 
 

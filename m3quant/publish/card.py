@@ -132,7 +132,14 @@ def metadata(facts: CardFacts) -> ModelCardData:
         license_link=licence.file if licence and licence.identifier == "other" else None,
         library_name=DEFAULT.name,
         pipeline_tag="image-text-to-text" if facts.multimodal else "text-generation",
-        tags=["m3quant", DEFAULT.name, facts.recipe.format, facts.config["model_type"], "moe", *bits],
+        tags=[
+            "m3quant",
+            DEFAULT.name,
+            facts.recipe.format,
+            facts.family.model_type,
+            *(["moe"] if facts.family.moe else []),
+            *bits,
+        ],
         model_name=facts.name if evals else None,
         eval_results=evals or None,
     )

@@ -46,21 +46,6 @@ _INSTEAD = {
 }
 _MINMAX = ("minmax", "memoryless_minmax", "static_minmax")
 _SEARCHING = ("mse", "memoryless_mse", "imatrix_mse")
-# What to add to `ignore` for the linears that stay as they are.
-_IGNORE = {
-    "lm_head": ("lm_head",),
-    "router": (r"re:.*block_sparse_moe.gate$",),
-    "embedding": (r"re:.*embed_tokens$",),
-    "vision": (r"re:.*vision_tower.*",),
-    "projector": (r"re:.*multi_modal_projector.*", r"re:.*patch_merge_mlp.*"),
-}
-# The transformers tree names these parts of M3 otherwise (its conversion_mapping, "minimax_m3_vl").
-_TREE = (
-    (r"language_model\.lm_head", "lm_head"),
-    (r"vision_tower\.vision_model\.(?:encoder\.)?", "model.vision_tower."),
-    (r"multi_modal_projector\.", "model.multi_modal_projector."),
-    (r"patch_merge_mlp\.", "model.multi_modal_projector.merge_"),
-)
 
 
 @dataclass(frozen=True)
@@ -98,7 +83,7 @@ def translate(document: Mapping[str, Any], family: Family, where: str) -> dict[s
     modifiers = _checked_modifiers(document, where)
     awq = next((options for name, options in modifiers if name == AWQ), None)
     quantizations = [_quantization(options, f"{where}: {name}") for name, options in modifiers if _quantizes(options)]
-    schemes, layers = _roles(_modules(family), quantizations, where)
+    schemes, layers = _roles(family, quantizations, where)
     out: dict[str, Any] = {
         "name": f"{Path(where).stem} (llm-compressor)",
         "format": "compressed-tensors",
@@ -292,8 +277,6 @@ def _names(family: Family, module: str, role: str) -> tuple[str, ...]:
     names = list(family.recipe_aliases(module))
     if role in QUANTIZABLE:  # transformers fuses these two of a GLU into one parameter
         names += [re.sub(r"\.(gate|up)_proj$", ".gate_up_proj", n) for n in names]
-    else:
-        names += [re.sub(f"^{disk}", tree, module) for disk, tree in _TREE]
     return tuple(dict.fromkeys(names))
 
 
@@ -315,12 +298,13 @@ class _Matcher:
 
 
 def _roles(
-    modules: list[_Module], quantizations: list[_Quantization], where: str
+    family: Family, quantizations: list[_Quantization], where: str
 ) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """role -> scheme name, and the recipe's `layers` where a role's layers differ.
 
     Raises RecipeError where modules of a role differ within a layer, or a kept role would be quantized.
     """
+    modules = _modules(family)
     found: dict[str, Scheme] = {module.name: KEEP for module in modules}
     for quantization in quantizations:
         targets = _Matcher(list(quantization.schemes), quantization.where)
@@ -339,7 +323,7 @@ def _roles(
         by_role["attention" if module.role == "indexer" else module.role].append(module)
     for role, members in by_role.items():
         if role in KEPT:
-            _check_kept(role, members, found, where)
+            _check_kept(family, role, members, found, where)
     schemes: dict[str, str] = {}
     by_layer: dict[int, dict[str, str]] = defaultdict(dict)
     for role in ("routed_experts", "shared_experts", "dense_mlp", "attention"):
@@ -371,10 +355,12 @@ def _check_ignore(unused: set[str], quantized: list[_Module], where: str) -> Non
                 )
 
 
-def _check_kept(role: str, members: list[_Module], found: Mapping[str, Scheme], where: str) -> None:
+def _check_kept(family: Family, role: str, members: list[_Module], found: Mapping[str, Scheme], where: str) -> None:
     target = next((m for m in members if found[m.name].quantizes), None)
     if target is not None:
-        entries = ", ".join(f"'{entry}'" for entry in _IGNORE[role])
+        names = [name for member in members for name in member.names]
+        kept = [e for e in family.always_ignored if any(re.match(e.removeprefix("re:"), name) for name in names)]
+        entries = ", ".join(f"'{entry}'" for entry in kept or [target.name])
         raise RecipeError(
             f"{where}: {target.name} ({role}) would become {found[target.name]}, but must stay as it is: {KEPT[role]}. "
             f"Add {entries} to 'ignore'."

@@ -224,9 +224,9 @@ def test_our_own_recipes_are_not_taken_for_theirs() -> None:
 @pytest.mark.parametrize(
     ("config", "ignore", "phrase"),
     [
-        (M2, ["re:.*gate$"], r"lm_head \(lm_head\) would become int4-g128.*Add 'lm_head' to 'ignore'"),
-        (M2, ["lm_head"], r"gate \(router\).*float32.*Add 're:.*block_sparse_moe.gate\$' to 'ignore'"),
-        (M3, ["re:.*mlp.gate$", "re:.*vision.*", "re:.*projector.*"], r"language_model.lm_head.*Add 'lm_head'"),
+        (M2, ["re:.*gate$"], r"lm_head \(lm_head\) would become int4-g128.*Add 're:.*lm_head' to 'ignore'"),
+        (M2, ["lm_head"], r"gate \(router\).*float32.*Add 're:.*block_sparse_moe.*gate\$' to 'ignore'"),
+        (M3, ["re:.*mlp.gate$", "re:.*vision.*", "re:.*projector.*"], r"language_model.lm_head.*Add 're:.*lm_head'"),
         (M3, ["lm_head", "re:.*mlp.gate$", "re:.*projector.*"], r"\(vision\).*Add 're:.*vision_tower.*'"),
         (M3, ["lm_head", "re:.*mlp.gate$", "re:.*vision.*"], r"\(projector\).*Add 're:.*multi_modal_projector.*'"),
         (M2, [*IGNORE_M2, "re:.*k_proj$"], r"'attention' gets two schemes: .*q_proj is int4-g128 and .*k_proj is keep"),

@@ -26,6 +26,7 @@ from m3quant.calibration.search import BlockResult, require_finite, require_fini
 from m3quant.calibration.stream import HiddenStates
 from m3quant.errors import CalibrationError
 from m3quant.families.spec import INPUT_NORM, MLP_NORM, LayerSpec, layer_shapes
+from m3quant.quant.dead_experts import without_dead
 from m3quant.schemes import KEEP, Scheme
 
 _ROWS = 8192
@@ -87,7 +88,9 @@ def require_finite_weights(layer: Layer) -> None:
     whole = stacks is not None and all(bool(torch.isfinite(stack).all()) for stack in stacks)
     for name in layer_shapes(layer.spec):
         if not (whole and layer.spec.moe and layer.spec.moe.expert_of(name)):
-            require_finite_weight(layer.weight(name), layer.spec.index, name)
+            weight = layer.weight(name)
+            bias = layer.spec.moe is not None and name == layer.spec.moe.bias_name
+            require_finite_weight(without_dead(weight) if bias else weight, layer.spec.index, name)
 
 
 @torch.no_grad()

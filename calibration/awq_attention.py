@@ -64,7 +64,7 @@ class AttentionSearch:
         magnitude, moment, o_moment = self._moments()
         identity = torch.ones_like(moment)
         norm, effective, entry = None, identity, None
-        if group is not None and self.settings.scale_search:
+        if group is not None and self.settings.smooth:
             norm, effective, entry = self._search_norm(group, magnitude, moment, identity)
 
         variants = {"round_to_nearest": _Variant(identity)}

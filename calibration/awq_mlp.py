@@ -70,9 +70,9 @@ class MlpSearch:
     def run(self, group: FoldGroup | None) -> BlockResult:
         """Keep the best of rounding to nearest, ranges, and folds with ranges. group: the norm fold to try, if any."""
         norm, effective, entry = None, self.identity, None
-        if group is not None and self.settings.scale_search:
+        if group is not None and self.settings.smooth:
             norm, effective, entry = self._search_norm(group)
-        pairs = self.settings.scale_search and self._pairs_possible()
+        pairs = self.settings.smooth and self._pairs_possible()
         sample = self.block.sample(self.accept)
         reference = self.block.output(sample, quantized=True)
         total = energy(reference + self.block.output(sample, quantized=False))

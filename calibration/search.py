@@ -10,7 +10,7 @@ import torch
 from m3quant.calibration.folds import FoldGroup
 from m3quant.calibration.ranks import ALONE, Ranks
 from m3quant.errors import CalibrationError
-from m3quant.quant.integer import finite_remedy
+from m3quant.quant.integer import FINITE_REMEDY
 
 _ELEMENTS = 1 << 24  # differences formed at once, so that a loss in float64 needs no second copy of the output
 
@@ -101,9 +101,7 @@ def require_finite(tensor: torch.Tensor, layer: int, name: str) -> None:
 def require_finite_weight(tensor: torch.Tensor, layer: int, name: str) -> None:
     """Raises CalibrationError naming layer and weight if a value is NaN or infinite."""
     if found := _not_finite(tensor):
-        raise CalibrationError(
-            f"layer {layer}: {name} holds {found} values, which no recipe mends: {finite_remedy(tensor)}."
-        )
+        raise CalibrationError(f"layer {layer}: {name} holds {found} values, which no recipe mends: {FINITE_REMEDY}.")
 
 
 def _not_finite(tensor: torch.Tensor) -> str:

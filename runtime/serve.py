@@ -105,11 +105,15 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
     check_schemes(engine, installed, subject.stored.schemes)
     node = _node(recipe, engine, installed, dry, say)
     where = str(Path(src).expanduser().resolve()) if Path(src).expanduser().is_dir() else subject.stored.where
-    fit = assess(replace(subject.stored, where=where), node, recipe.ask())
+    fit = assess(
+        replace(subject.stored, where=where),
+        node,
+        replace(recipe.ask(), release=installed.version if installed else None),
+    )
     if not fit.fits:
         tried = [f"{r.change} (context up to {r.fit.longest_context:,})" for r in remedies(fit)]
         helps = f" It would with {', or '.join(tried)}." if tried else ""
-        raise DoesNotFit(f"{src} does not fit on {node.name}: {fit.why_not}.{helps}")
+        raise DoesNotFit(f"{src} {fit.verdict} on {node.name}: {fit.why_not}.{helps}")
     if installed is not None:
         engine.check_index(installed, fit.serving)
     for note in weight_notes(fit):

@@ -26,7 +26,7 @@ MAGNITUDE_BITS = 0x7FFF
 
 
 def compress_into(weight: Tensor, scheme: Scheme, fmt: str, out: Mapping[str, Tensor], *, name: str = "weight") -> None:
-    """Fill `out`, the tensors of `formats.compress(weight, scheme, fmt)` by suffix, preallocated on the CPU.
+    """Fill `out`, the tensors of `formats.compress(weight, scheme, fmt)` by suffix, preallocated on the CPU; `weight_shape` may be absent.
 
     For what `layout.one_pass` is true of. weight: BF16 [N, K], contiguous, on the CPU. Raises CheckpointError on NaN or Inf, PlanError as `check_divisible`.
     """
@@ -39,7 +39,8 @@ def compress_into(weight: Tensor, scheme: Scheme, fmt: str, out: Mapping[str, Te
         _symmetric(weight, scheme, out["weight_packed"], out["weight_scale"], name)
     else:
         _asymmetric(weight, scheme, out, name)
-    out["weight_shape"].copy_(torch.tensor(weight.shape))
+    if "weight_shape" in out:
+        out["weight_shape"].copy_(torch.tensor(weight.shape))
 
 
 def _rows_at_once(columns: int) -> int:

@@ -51,7 +51,7 @@ EXPERTS = {
     "int2-g128": Scheme("int", 2, 128),
     "int2-g128-asym": Scheme("int", 2, 128, symmetric=False),
 }
-NEAREST = AwqSettings(scale_search=False, range_search=False)
+NEAREST = AwqSettings(smooth=False, range_search=False)
 EVERYTHING = 10**6  # windows: as many as the text has
 PARTS: dict[str, dict[str, Any]] = {
     "feedback": {},

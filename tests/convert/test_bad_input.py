@@ -131,7 +131,8 @@ def test_a_bias_that_leaves_too_few_experts_or_is_no_number_is_refused(
     refused(m3quant("convert", source, tmp_path / "out", "--to", "int4"), BIAS, "is -inf for 3 of 4 experts", "needs 2")
     for number, value in enumerate((float("nan"), float("inf"))):
         source = changed(made["m2"], tmp_path / f"src{number}", poison(BIAS, value))
-        refused(m3quant("convert", source, tmp_path / "out", "--to", "int4"), "e_score_correction_bias", "not finite")
+        out = tmp_path / f"out{number}"
+        refused(m3quant("convert", source, out, "--to", "int4"), "e_score_correction_bias", "not finite")
 
 
 def test_a_group_that_does_not_divide(m3quant: Run, made: dict[str, Path], tmp_path: Path) -> None:

@@ -1,14 +1,15 @@
 """Roundings side by side at the same bytes: KL divergence to the source and perplexity, of ours and of other programs.
 
-    python -m tests.benchmarks.quality [WORK] [--case tiny-m2 ...] [--method nearest awq ...] [--peers FOLDER] [--figures]
+    python -m tests.benchmarks.quality [WORK] [--case tiny-m2 ...] [--method nearest awq ...] [--peers FOLDER]
+    python -m tests.benchmarks.quality WORK --figures  # WORK's rows into tests/benchmarks/figures
     python -m tests.benchmarks.quality --table        # tests/benchmarks/figures/quality_*.json as the tables of docs/rounding.md
 
 Every method gets the same calibration windows and the same scheme, and one judge computes all figures (quality_cases):
 weights dequantized to BF16, everything else in float32 on a CPU, activations not rounded. Settings are the programs'
 defaults; none was chosen on the held-out text.
 
-tiny-m2, tiny-m3: the trained fixtures; routed experts in INT4 g128, the rest as it is; 164 windows of 512 tokens of
-calibration.jsonl, judged on 64 windows of 512 tokens of heldout.txt. `default` is `--to awq`, with INT8 around the experts.
+tiny-m2, tiny-m3: the trained fixtures; routed experts in INT4 g128, the rest as it is; the first 64 windows of 512
+tokens of calibration.jsonl, judged on 64 windows of 512 tokens of heldout.txt. `default` is `--to awq`, with INT8 around the experts.
 smollm2-g64, smollm2-g32: SmolLM2-135M-Instruct, attention and MLP in INT4; 128 windows of 128 tokens of the bundled corpus
 (short ones, so that AutoRound's 200 iterations take an hour on a CPU and not a day), judged on 8 windows of 1,024 tokens of
 Python's help texts. Its package holds a Q4_1 file, whose weights lie on a 4-bit grid already: it ranks, it does not measure.
@@ -22,7 +23,7 @@ Other programs run in their own environments, FOLDER/NAME for each NAME below:
 
 What they cannot save under names that an engine reads is taken from their models in memory (quality_llmcompressor,
 quality_autoround, quality_gptqmodel say how). A row is kept in WORK/rows once it is made, so that an interrupted run
-continues; --figures puts the rows into tests/benchmarks/figures.
+continues.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ HERE = Path(__file__).parent
 FIGURES = HERE / "figures"
 OURS = {"nearest": "rounded to nearest", "awq": "`rounding: awq`", "feedback": "`rounding: feedback`"}
 DEFAULT = "default"
+ITERATIONS = 200  # AutoRound's default
 # method -> environment, script, what the script is asked for
 PEERS = {
     "llmcompressor-gptq": ("llmcompressor", "quality_llmcompressor.py", "gptq"),
@@ -64,7 +66,7 @@ TITLES = {
     DEFAULT: "`--to awq`: feedback, INT8 around the experts",
     "llmcompressor-gptq": "llm-compressor GPTQ",
     "llmcompressor-awq": "llm-compressor AWQ",
-    "autoround": "AutoRound, 200 iterations",
+    "autoround": f"AutoRound, {ITERATIONS} iterations",
     "gptqmodel": "GPTQModel",
 }
 
@@ -86,7 +88,9 @@ def ours(case: Case, method: str, work: Path, judge: Judge) -> dict[str, Any]:
     subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
     manifest = json.loads((output / "m3quant.json").read_text())
     if method != "nearest" and manifest["calibration"]["sha256"] != case.calibration_windows.sha256:
-        raise SystemExit(f"{output} was calibrated on other windows than the other programs get: delete it and run again")
+        raise SystemExit(
+            f"{output} was calibrated on other windows than the other programs get: delete it and run again"
+        )
     return {
         **judge.folder(output),
         "bits": manifest["bits_per_weight"],
@@ -97,7 +101,7 @@ def ours(case: Case, method: str, work: Path, judge: Judge) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def peer(case: Case, method: str, work: Path, judge: Judge, folder: Path) -> dict[str, Any]:
+def peer(case: Case, method: str, work: Path, judge: Judge, folder: Path, iterations: int) -> dict[str, Any]:
     """A row of another program, with `failed` and its last words where it does not run."""
     environment, script, wanted = PEERS[method]
     job, output, answer = (work / f"{case.name}-{method}{end}" for end in (".job.json", ".safetensors", ".answer.json"))
@@ -105,24 +109,32 @@ def peer(case: Case, method: str, work: Path, judge: Judge, folder: Path) -> dic
     save_file({"ids": torch.from_numpy(case.calibration_windows.ids)}, windows)
     facts = {"source": str(case.source), "windows": str(windows), "output": str(output), "answer": str(answer)}
     scheme = {"bits": case.scheme.bits, "group_size": case.scheme.group_size, "experts_only": case.experts_only}
-    job.write_text(json.dumps({**facts, **scheme, "method": wanted, "seed": SEED}))
+    job.write_text(json.dumps({**facts, **scheme, "method": wanted, "seed": SEED, "iterations": iterations}))
     found = peers.run([str(folder / environment / "bin" / "python"), str(HERE / script), str(job)], answer)
     if "failed" in found:
         return found
     tensors = source_names(family_of(judge.source.config), load_file(output))
     weights = sum(name.endswith("_proj.weight") or ".experts." in name for name in tensors)
-    return {**judge.tensors(tensors), **found, "weights": weights, "bits": case.scheme.bits + 16 / case.scheme.group_size}
+    return {
+        **judge.tensors(tensors),
+        **found,
+        "weights": weights,
+        "bits": case.scheme.bits + 16 / case.scheme.group_size,
+    }
 
 
-def row(case: Case, method: str, work: Path, judge: Judge, folder: Path) -> dict[str, Any]:
+def row(case: Case, method: str, work: Path, judge: Judge, folder: Path, iterations: int) -> dict[str, Any]:
     """One result, from an earlier run if that had the same windows."""
     kept = work / "rows" / f"{case.name}-{method}.json"
     facts = {"case": case.name, "method": method, "scheme": case.scheme.name}
-    facts |= {"calibration": case.calibration_windows.sha256, "windows": f"{case.windows} x {case.length}"}
+    if method != "nearest":
+        facts |= {"calibration": case.calibration_windows.sha256, "windows": f"{case.windows} x {case.length}"}
+    if method == "autoround":
+        facts["iterations"] = iterations
     if kept.exists() and (found := json.loads(kept.read_text())).items() >= facts.items() and "failed" not in found:
         return dict(found)
     started = time.perf_counter()
-    made = peer(case, method, work, judge, folder) if method in PEERS else ours(case, method, work, judge)
+    made = peer(case, method, work, judge, folder, iterations) if method in PEERS else ours(case, method, work, judge)
     found = {**facts, **made, "wall_seconds": round(time.perf_counter() - started, 1)}
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(found, indent=1) + "\n")
@@ -144,7 +156,9 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Markdown: a row per method, and for every case its KL with standard error and its perplexity. rows: [case][method]."""
     names = sorted(rows, reverse=True)
     lines = [["", *names], ["---"] + ["---:"] * len(names)]
-    sources = [next(iter(found["source_perplexity"] for found in rows[name].values() if "kl" in found)) for name in names]
+    sources = [
+        next(iter(found["source_perplexity"] for found in rows[name].values() if "kl" in found)) for name in names
+    ]
     lines.append(["source", *(f"0, {value:.3f}" for value in sources)])
     lines += [
         [title, *(cell(rows[name].get(method)) for name in names)]
@@ -156,11 +170,12 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
 def cell(found: Mapping[str, Any] | None) -> str:
     if found is None:
-        return "–"
+        return ""
     if "failed" in found:
         return "does not run"
     digits = 4 if found["kl"] < 0.1 else 3
-    return f"{found['kl']:.{digits}f} ± {found['kl_error']:.{digits}f}, {found['perplexity']:.3f}"
+    said = f"{found['kl']:.{digits}f} ± {found['kl_error']:.{digits}f}, {found['perplexity']:.3f}"
+    return f"{said} ({found['iterations']} iterations)" if found.get("iterations", ITERATIONS) != ITERATIONS else said
 
 
 def figures() -> dict[str, dict[str, Any]]:
@@ -187,24 +202,32 @@ def main() -> None:
     parser.add_argument("work", type=Path, nargs="?", default=Path("quality"))
     parser.add_argument("--case", nargs="+", choices=cases(Path()), default=list(cases(Path())))
     parser.add_argument("--method", nargs="+", choices=TITLES, default=list(TITLES))
-    parser.add_argument("--peers", type=Path, default=Path("peers"), help="the folder of the other programs' environments")
-    parser.add_argument("--figures", action="store_true", help="put the rows into tests/benchmarks/figures")
-    parser.add_argument("--table", action="store_true", help="print the committed figures as Markdown and do nothing else")
+    parser.add_argument(
+        "--peers", type=Path, default=Path("peers"), help="the folder of the other programs' environments"
+    )
+    parser.add_argument("--iterations", type=int, default=ITERATIONS, help=f"AutoRound's, a block [{ITERATIONS}]")
+    parser.add_argument(
+        "--figures", action="store_true", help="put WORK's rows into tests/benchmarks/figures and do nothing else"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="print the committed figures as Markdown and do nothing else"
+    )
     given = parser.parse_args()
-    if given.table:
+    if given.figures:
+        for path in sorted((given.work / "rows").glob("*.json")):
+            keep_figure(json.loads(path.read_text()))
+    if given.figures or given.table:
         print(tables())
         return
     given.work.mkdir(parents=True, exist_ok=True)
     for name in given.case:
         case = cases(given.work)[name]
         prepare(case)
-        judge = Judge(case)
+        judge = Judge(case, given.work)
         for method in methods_of(case):
             if method in given.method:
-                found = row(case, method, given.work, judge, given.peers)
+                found = row(case, method, given.work, judge, given.peers, given.iterations)
                 print(line(found), flush=True)
-                if given.figures:
-                    keep_figure(found)
 
 
 if __name__ == "__main__":

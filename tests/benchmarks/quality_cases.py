@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from m3quant.calibration.head import compare_heads
 from m3quant.calibration.layers import Layer
@@ -70,16 +73,14 @@ def cases(work: Path) -> dict[str, Case]:
     own = str(FIXTURES / "calibration.jsonl")
     found = {
         name: Case(
-            name, FIXTURES / name, FIXTURES / "heldout.txt", 512, 64, own, 164, 512, {"routed_experts": "int4-g128"}
+            name, FIXTURES / name, FIXTURES / "heldout.txt", 512, 64, own, 64, 512, {"routed_experts": "int4-g128"}
         )
         for name in ("tiny-m2", "tiny-m3")
     }
     for group in (64, 32):
         schemes = dict.fromkeys(("attention", "dense_mlp"), f"int4-g{group}")
         texts = work / "topics.txt", real_lm.LENGTH, real_lm.WINDOWS
-        found[f"smollm2-g{group}"] = Case(
-            f"smollm2-g{group}", work / "smollm2", *texts, "bundled", 128, 128, schemes
-        )
+        found[f"smollm2-g{group}"] = Case(f"smollm2-g{group}", work / "smollm2", *texts, "bundled", 128, 128, schemes)
     return found
 
 
@@ -118,12 +119,20 @@ class Overlaid:
 class Judge:
     """Compares weights with the source's on the held-out tokens: float32 on the CPU, activations not rounded."""
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.source, self.tokens = case, open_model(case.source).reader, case.heldout()
+    def __init__(self, case: Case, work: Path) -> None:
+        model = open_model(case.source)
+        self.case, self.source, self.tokens = case, model.reader, case.heldout()
+        identity = model.fingerprint().encode() + self.tokens.numpy().tobytes()
+        self._kept = work / f"states-{sha256(identity).hexdigest()[:16]}.safetensors"
 
     @cached_property
     def _states(self) -> HiddenStates:
-        return self._last(self.source)
+        """The source's, kept in a file for the next process."""
+        if not self._kept.exists():
+            part = self._kept.with_suffix(f".{os.getpid()}")
+            save_file({"states": self._last(self.source).read(slice(None))}, part)
+            part.replace(self._kept)
+        return HiddenStates(load_file(self._kept)["states"])
 
     def _last(self, source: Source) -> HiddenStates:
         """The hidden states that leave the last layer."""

@@ -23,11 +23,14 @@ from safetensors.torch import load_file, save_file
 BATCH = 8
 
 
-def load_model(source: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+def is_vision(source: str) -> bool:
+    return "vision_config" in json.loads((Path(source) / "config.json").read_text())
 
-    vision = hasattr(AutoConfig.from_pretrained(source), "vision_config")
-    kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+
+def load_model(source: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind = AutoModelForImageTextToText if is_vision(source) else AutoModelForCausalLM
     return kind.from_pretrained(source, dtype=torch.float32)
 
 
@@ -49,7 +52,9 @@ def main() -> None:
     ids = load_file(job["windows"])["ids"]
     model = load_model(job["source"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["source"])
-    rest = {"ignore_layers": ",".join(kept(model))} if job["experts_only"] else {}
+    rest: dict[str, Any] = {"ignore_layers": ",".join(kept(model))} if job["experts_only"] else {}
+    if is_vision(job["source"]):  # it asks for a processor, which windows of text never reach
+        rest["processor"] = tokenizer
     program = AutoRound(
         model,
         tokenizer,

@@ -31,8 +31,8 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-$(ENGINE_VENV)/.ready: tests/engine/make_env.sh
-	tests/engine/make_env.sh $(ENGINE_VENV) $(PYTHON)
+$(ENGINE_VENV)/.ready: tests/support/engine/make_env.sh
+	tests/support/engine/make_env.sh $(ENGINE_VENV) $(PYTHON)
 	touch $@
 
 clean:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from m3quant.calibration import files, template, tokenizing
 from m3quant.checkpoint import bounded, header, patterns
 from m3quant.cli import fitting
 from m3quant.evaluate import openai_server
+from tests.support.paths import ROOT
 
-TEXT = (Path(__file__).parents[1] / "docs" / "limits.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
 MODULES = (bounded, header, files, fitting, openai_server)
 UNITS = {"MiB": 2**20, "bytes": 1}
 

@@ -10,7 +10,7 @@ import torch
 from m3quant.calibration.feedback.evidence import HEADS, NORMED, Rule
 from m3quant.calibration.feedback.fit import Fitted, block_log, fit
 from m3quant.calibration.feedback.heldout import Readers, joined_by_scheme
-from m3quant.calibration.feedback.moments import Moments, MomentSum, halves
+from m3quant.calibration.feedback.moments import Moments, MomentSum, boundary
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.folds import all_groups
 from m3quant.calibration.head import Windows
@@ -33,7 +33,7 @@ class AttentionQuantizer:
         self.kept = {name: layer.weight(name) for name in (*self.readers, O_PROJ)}
         windows, length, _ = x.shape
         self.step = max(1, settings.batch_tokens // length)
-        self.half = halves(windows * length, length, layer.device).view(windows, length)
+        self.second_half = boundary(windows * length, length)
         self.fitted: dict[str, Fitted] = {}
 
     def run(self) -> tuple[dict[str, StoredWeight], torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -77,6 +77,14 @@ class AttentionQuantizer:
         for start in range(0, self.x.shape[0], self.step):
             yield slice(start, min(start + self.step, self.x.shape[0]))
 
+    def _half(self, part: slice) -> torch.Tensor | int:
+        """The half of these windows' tokens; by token where both halves are in them."""
+        length = self.x.shape[1]
+        first, last = part.start * length, part.stop * length
+        if last <= self.second_half or first >= self.second_half:
+            return int(first >= self.second_half)
+        return torch.arange(first, last, device=self.layer.device) >= self.second_half
+
     def _read(self, stream: Windows, part: slice) -> torch.Tensor:
         return stream.read(part, self.layer.device)
 
@@ -92,7 +100,7 @@ class AttentionQuantizer:
             given, h = read, round_activations(read, activations)
             if self.settings.source_targets:
                 given = self.layer.attention_input(self._read(self.x_source, part)).flatten(0, 1).float()
-            total.add(h, given - h, torch.ones(len(h), device=h.device), self.half[part].flatten())
+            total.add(h, given - h, torch.ones(len(h), device=h.device), self._half(part))
         return total.total()
 
     def _output_moments(self, source_mid: torch.Tensor) -> Moments:
@@ -109,5 +117,5 @@ class AttentionQuantizer:
                 short = source_mid[part].float() - base.float() - self.layer.output(heads, weight).float()
             heads = self.layer.read_by(O_PROJ, heads).flatten(0, 1)
             ones = torch.ones(len(heads), device=heads.device)
-            total.add(heads, short.flatten(0, 1), ones, self.half[part].flatten())
+            total.add(heads, short.flatten(0, 1), ones, self._half(part))
         return total.total()

@@ -61,62 +61,56 @@ def estimate(
     half: int | None = None,
 ) -> Estimate:
     """Estimates of a stack from all rows or from one half. prior: [K, K], a second moment per row."""
-    seconds, systems, crosses, ridges, dampings, counts, notes = [], [], [], [], [], [], []
-    for own in moments:
-        system, cross, rows, said = _blended(own, prior, half)
-        width = len(system)
-        mean = system.diagonal().mean()
-        per_column = max(rows, 1.0) / width
-        damping = _within(rule.damping / per_column, _DAMPING)
-        second = system.clone()
-        second.diagonal().add_(mean * damping)
-        seconds.append(second)
-        systems.append(system)
-        crosses.append(cross)
-        ridges.append(mean * _within(rule.ridge / per_column, _RIDGE))
-        dampings.append(damping)
-        counts.append(rows)
-        notes.append(said)
-    return Estimate(
-        torch.stack(seconds), torch.stack(systems), torch.stack(crosses), torch.stack(ridges), dampings, counts, notes
-    )
-
-
-def _blended(
-    own: Moments, prior: torch.Tensor | None, half: int | None
-) -> tuple[torch.Tensor, torch.Tensor, float, list[str]]:
-    """(second, cross, effective rows, notes) per unit of mass, with the prior; the prior alone, or the identity, if nothing usable is left."""
-    second, cross, mass, rows = own.of(half)
-    notes = []
-    if own.dropped:
-        notes.append(f"{own.dropped} rows are not finite and were left out")
-    problem = _problem(second, cross, mass)
-    if problem is None:
-        second, cross = second / mass, cross / mass
-        dead = int((second.diagonal() == 0).sum())
-        if dead:
-            notes.append(f"{dead} input channels are always zero")
-        if prior is not None:
-            share = rows / (rows + PRIOR_ROWS * len(second))
-            second, cross = second * share + prior * (1 - share), cross * share
-        return second, cross, rows, notes
-    cross = torch.zeros_like(cross)
+    parts = [own.of(half) for own in moments]
+    system, cross = torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
+    mass, rows = torch.stack([part[2] for part in parts]), torch.stack([part[3] for part in parts])
+    width = system.shape[1]
+    states = _states(system, cross, mass)
+    dead = (system.diagonal(dim1=1, dim2=2) == 0).sum(1)
+    dropped = torch.stack([own.dropped for own in moments])
+    # The one place where the device is waited for.
+    facts = torch.stack([states.double(), dead.double(), dropped.double()]).long().tolist()
+    notes = [_notes(*fact, prior is not None) for fact in zip(*facts, strict=True)]
+    usable = states == _USABLE
+    rows = torch.where(usable, rows, 0.0)
+    mass = torch.where(usable, mass, 1.0)
+    share = torch.ones_like(rows) if prior is None else rows / (rows + PRIOR_ROWS * width)
+    scale = (share / mass).float()[:, None, None]
+    system.mul_(scale)
+    cross.mul_(scale)
     if prior is not None:
-        return prior, cross, 0.0, [*notes, f"{problem}: the layer's moment was used"]
-    identity = torch.eye(len(second), device=second.device)
-    return identity, cross, 0.0, [*notes, f"{problem}: all input channels were taken to be alike"]
+        system.add_(prior * (1 - share).float()[:, None, None])
+    for slot, state in enumerate(facts[0]):
+        if state != _USABLE:
+            system[slot] = torch.eye(width, device=system.device) if prior is None else prior
+            cross[slot] = 0.0
+    mean = system.diagonal(dim1=1, dim2=2).mean(1)
+    per_column = rows.clamp(min=1.0) / width
+    damping = (rule.damping / per_column).clamp(*_DAMPING)
+    ridge = (rule.ridge / per_column).clamp(*_RIDGE)
+    second = system.clone()
+    second.diagonal(dim1=1, dim2=2).add_((mean * damping.float())[:, None])
+    said = torch.stack([damping, rows]).tolist()
+    return Estimate(second, system, cross, mean * ridge.float(), said[0], said[1], notes)
 
 
-def _problem(second: torch.Tensor, cross: torch.Tensor, mass: float) -> str | None:
-    """Why sums cannot be used, if they cannot."""
-    if mass == 0:
-        return "no rows"
-    if not bool(torch.isfinite(second).all() & torch.isfinite(cross).all()):
-        return "moments exceed float32"
-    if not float(second.diagonal().mean() / mass) > torch.finfo(torch.float32).tiny:
-        return "all inputs are zero"
-    return None
+_USABLE = 0
+# Why sums cannot be used, by state.
+_PROBLEMS = ("", "no rows", "moments exceed float32", "all inputs are zero")
 
 
-def _within(value: float, limits: tuple[float, float]) -> float:
-    return min(max(value, limits[0]), limits[1])
+def _states(second: torch.Tensor, cross: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """[E] int64: what is wrong with the sums of a stack; earlier problems hide later ones."""
+    largest = [torch.linalg.vector_norm(part, float("inf"), dim=(1, 2)) for part in (second, cross)]
+    finite = torch.isfinite(largest[0]) & torch.isfinite(largest[1])
+    mean = second.diagonal(dim1=1, dim2=2).mean(1) / mass
+    seen = mean > torch.finfo(torch.float32).tiny
+    return torch.where(mass == 0, 1, torch.where(~finite, 2, torch.where(~seen, 3, _USABLE)))
+
+
+def _notes(state: int, dead: int, dropped: int, prior: bool) -> list[str]:
+    notes = [f"{dropped} rows are not finite and were left out"] if dropped else []
+    if state != _USABLE:
+        instead = "the layer's moment was used" if prior else "all input channels were taken to be alike"
+        return [*notes, f"{_PROBLEMS[state]}: {instead}"]
+    return [*notes, f"{dead} input channels are always zero"] if dead else notes

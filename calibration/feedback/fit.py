@@ -67,19 +67,19 @@ def fit(
         stored = _chosen(kept, readers.sizes, stored, plain.stored(state))
         loss = torch.where(kept, loss, readers.sums(state.loss))
     energy = readers.sums((matmul(readers.weight, known.second) * readers.weight).sum(2)).clamp(min=_TINY)
-    before, after = readers.sums(solution.nearest) / energy, loss / energy
-    failed = solution.failed.tolist()
+    before, after = (readers.sums(solution.nearest) / energy).tolist(), (loss / energy).tolist()
+    held_out, failed, chosen = torch.stack([nearest, found]).tolist(), solution.failed.tolist(), kept.tolist()
     out = []
     for index, part in enumerate(stored.rows(readers.sizes)):
         verdicts = []
         for slot in range(len(moments)):
-            held = (float(nearest[slot, index]), float(found[slot, index]))
+            held = (held_out[0][slot][index], held_out[1][slot][index])
             notes = list(known.notes[slot])
             if failed[slot]:
                 notes.append(SINGULAR)
-            if not kept[slot, index]:
+            if not chosen[slot][index]:
                 notes.append(NOT_JUDGED if held[1] != held[1] else WORSE)
-            error = (float(before[slot, index]), float(after[slot, index]))
+            error = (before[slot][index], after[slot][index])
             verdicts.append(Verdict(known.rows[slot], known.damping[slot], error, held, notes))
         out.append(Fitted(part, verdicts))
     return out

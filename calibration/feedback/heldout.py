@@ -115,5 +115,5 @@ def _errors(
         error = ((difference @ second) * difference).sum(1) - 2 * (difference * pull).sum(1)
         energy = ((weight @ second) * weight).sum(1)
         ratio = readers.sums(error[None]) / readers.sums(energy[None])
-        out.append(ratio[0] if mass > 0 else torch.full_like(ratio[0], torch.nan))
+        out.append(torch.where(mass > 0, ratio[0], torch.nan))
     return torch.stack(out)

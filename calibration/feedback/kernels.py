@@ -2,19 +2,26 @@
 """Triton kernel of the column loop: one block of columns with its inner corrections in one launch.
 
 The plain form is `columns.plain_block`: a dozen operations for each column, each a launch of its own; a layer of M2 has some
-200,000 columns of chunks to pass. Here a program takes TILE rows of one weight and keeps the block's changes in registers.
-Arithmetic follows `grids.Grid` step by step: IEEE division, halves to even, E4M3 by saturating conversion. Only the order in
-which the corrections of a column are added differs.
+200,000 columns of chunks to pass. Here a thread takes one row of a weight and holds a part of the block in registers: everything
+is loaded at once, and the steps, which are unrolled, wait for nothing but each other and a line of the factor in the cache.
+Arithmetic follows `grids.Grid` step by step: IEEE division, halves to even, E4M3 by saturating conversion.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-_TILE = 64
-_WARPS = 4
+if TYPE_CHECKING:
+    from m3quant.calibration.feedback.columns import Block
+
+# A warp's lanes are as many rows: with more rows than threads, or fewer, a column's steps would cross threads.
+_WARPS = 1
+_TILE = 32 * _WARPS
+_PART = 16  # columns between which errors travel one by one; between parts of a block, by products
 _E4M3_MAX = tl.constexpr(448.0)
 # Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, halves to even.
 _INTEGER = tl.constexpr(12582912.0)
@@ -42,68 +49,98 @@ def _code(x, scale, zero, QMIN: tl.constexpr, QMAX: tl.constexpr, FP8: tl.conste
     return (code + _INTEGER) - _INTEGER
 
 
-@triton.jit(do_not_specialize=["rows", "group_count", "columns", "count", "first"])
+@triton.jit
+def _line(tile, pick):
+    """The picked row of a tile. Steps are unrolled and a thread holds whole columns, so this is a choice of register."""
+    return tl.sum(tl.where(pick, tile, -0.0), 0)  # x + -0.0 is x for every x
+
+
+@triton.jit(do_not_specialize=["rows", "count", "target_step", "codes_step", "errors_step", "moved_step"])
 def _round_block(
-    aim, target, inner, scale, zero, groups, old, codes, errors,
-    rows, group_count, columns, count, first,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    aim, target, inner, scale, zero, weight, codes, errors, moved, loss,
+    rows, count, target_step, codes_step, errors_step, moved_step,
+    PART: tl.constexpr, TILE: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     FP8: tl.constexpr, SYMMETRIC: tl.constexpr, DESCENT: tl.constexpr,
 ):  # fmt: skip
-    """TILE rows of one expert's weight through `count` columns, the first of which is number `first`."""
+    """TILE rows of one expert's weight through `count` columns. The _step of a tensor: elements from one expert to the next."""
     expert = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    inside = row < rows
-    before = tl.arange(0, BLOCK)
-    change = tl.zeros([BLOCK, TILE], tl.float32)
-    for step in range(count):
-        line = (expert * columns + first + step) * rows + row
-        x = tl.load(aim + (expert * count + step) * rows + row, mask=inside, other=0.0)
-        weights = tl.load(
-            inner + (expert * columns + first + before) * columns + first + step, mask=before < step, other=0.0
-        )
-        x += tl.sum(weights[:, None] * change, 0)
-        group = tl.load(groups + expert * columns + first + step)
-        place = (expert * group_count + group) * rows + row
+    line = tl.arange(0, PART)
+    within = (row < rows)[None, :]
+    aim += expert * count * rows
+    scale += expert * count * rows
+    zero += expert * count * rows
+    inner += expert * count * count
+    weight += expert * count
+    target += expert * target_step
+    codes += expert * codes_step
+    errors += expert * errors_step
+    moved += expert * moved_step
+    gained = tl.zeros([TILE], tl.float32)
+    for part in range(0, tl.cdiv(count, PART)):
+        own = part * PART + line
+        inside = (own < count)[:, None] & within
+        place = own[:, None] * rows + row[None, :]
+        if part > 0:
+            # What the block's earlier parts changed. Through memory, so that the steps below keep their own layout.
+            sent = tl.zeros([PART, TILE], tl.float32)
+            for other in range(0, part):
+                theirs = other * PART + line
+                lines = tl.load(inner + theirs[None, :] * count + own[:, None], mask=(own < count)[:, None], other=0.0)
+                change = tl.load(moved + theirs[:, None] * rows + row[None, :], mask=within, other=0.0)
+                sent += tl.dot(lines, change)
+            tl.store(aim + place, tl.load(aim + place, mask=inside, other=0.0) + sent, mask=inside)
+            tl.debug_barrier()
+        x = tl.load(aim + place, mask=inside, other=0.0)
         s = tl.load(scale + place, mask=inside, other=1.0)
         z = tl.zeros_like(s)
         if not SYMMETRIC:
             z = tl.load(zero + place, mask=inside, other=0.0)
-        code = _code(x, s, z, QMIN, QMAX, FP8)
-        error = tl.load(target + line, mask=inside, other=0.0) - (code - z) * s
-        tl.store(codes + line, code, mask=inside)
-        moved = error
+        wanted = tl.load(target + place, mask=inside, other=0.0)
+        before = tl.zeros_like(s)
         if DESCENT:
-            moved = error - tl.load(old + line, mask=inside, other=0.0)
-        tl.store(errors + line, error, mask=inside)
-        change = tl.where((before == step)[:, None], moved[None, :], change)
+            before = tl.load(errors + place, mask=inside, other=0.0)
+        found = tl.zeros_like(s)
+        shifts = tl.zeros_like(s)
+        for step in tl.static_range(PART):
+            pick = (line == step)[:, None]
+            column = tl.minimum(part * PART + step, count - 1)  # a column beyond the last is zero and gives nothing
+            goal, unit, shift = _line(x, pick), _line(s, pick), _line(z, pick)
+            code = _code(goal, unit, shift, QMIN, QMAX, FP8)
+            value = (code - shift) * unit
+            desired = _line(wanted, pick)
+            error = desired - value
+            share = tl.load(weight + column)
+            gained += share * (goal - value) * (goal - value)
+            shifted = error
+            if DESCENT:
+                old = _line(before, pick)
+                shifted = error - old
+                gained -= share * (goal - desired + old) * (goal - desired + old)
+                shifts = tl.where(pick, shifted[None, :], shifts)
+            found = tl.where(pick, code[None, :], found)
+            wanted = tl.where(pick, error[None, :], wanted)
+            later = tl.load(inner + column * count + own, mask=(line > step) & (own < count), other=0.0)
+            x += later[:, None] * shifted[None, :]
+        tl.store(codes + place, found, mask=inside)
+        tl.store(errors + place, wanted, mask=inside)
+        if DESCENT:
+            tl.store(moved + place, shifts, mask=inside)
+        tl.debug_barrier()
+    total = loss + expert * rows + row
+    tl.store(total, tl.load(total, mask=row < rows, other=0.0) + gained, mask=row < rows)
 
 
-def round_block(
-    aim: torch.Tensor,
-    target: torch.Tensor,
-    factor: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    groups: torch.Tensor,
-    codes: torch.Tensor,
-    errors: torch.Tensor,
-    first: int,
-    limits: tuple[int, int] | None,
-    descent: bool,
-) -> None:
-    """Round columns first .. first + count of every weight, in place in codes and errors [E, K, N] float32.
-
-    aim: [E, count, N], where each column would be rounded to but for changes inside the block. target: [E, K, N]. factor:
-    [E, K, K]. scale, zero: [E, G, N]. groups: [E, K] int64. limits: smallest and largest code, None for E4M3. descent:
-    errors hold those of the weight so far; else they are written only. All contiguous.
-    """
-    experts, count, rows = aim.shape
-    columns = target.shape[1]
+def round_block(block: Block, loss: torch.Tensor, limits: tuple[int, int] | None) -> None:
+    """`columns.plain_block` on a GPU. limits: smallest and largest code, None for E4M3."""
+    experts, count, rows = block.aim.shape
     low, high = limits or (0, 0)
     grid = (triton.cdiv(rows, _TILE), experts)
+    scale, zero = block.levels.scale, block.levels.zero
     _round_block[grid](
-        aim, target, factor, scale, scale if zero is None else zero, groups, errors, codes, errors,
-        rows, scale.shape[1], columns, count, first,
-        BLOCK=triton.next_power_of_2(count), TILE=_TILE, QMIN=low, QMAX=high,
-        FP8=limits is None, SYMMETRIC=zero is None, DESCENT=descent, num_warps=_WARPS,
+        block.aim, block.target, block.inner, scale, scale if zero is None else zero, block.weight,
+        block.codes, block.errors, block.moved, loss,
+        rows, count, block.target.stride(0), block.codes.stride(0), block.errors.stride(0), block.moved.stride(0),
+        PART=_PART, TILE=_TILE, QMIN=low, QMAX=high,
+        FP8=limits is None, SYMMETRIC=zero is None, DESCENT=block.descent, num_warps=_WARPS,
     )  # fmt: skip

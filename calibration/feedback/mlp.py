@@ -66,13 +66,14 @@ class MlpQuantizer:
         if assigned is not None:
             parts = zip(assigned.tokens, assigned.weights, assigned.natural, strict=True)
             for names, part in zip(expert_names(self.spec), parts, strict=True):
-                self.routed.append(Unit(names, _schemes(names, schemes), *part))
+                self.routed.append(Unit(names, _schemes(names, schemes), *_in_order(*part)))
         self.always_on: Unit | None = None
         names = always_on_names(self.spec)
         if names is not None and any(scheme.quantizes for scheme in _schemes(names, schemes)):
             count = len(states.quantized)
             every, ones = torch.arange(count, device=layer.device), torch.ones(count, device=layer.device)
             self.always_on = Unit(names, _schemes(names, schemes), every, ones, count)
+        self.rows.split([*self.routed, *([self.always_on] if self.always_on else [])])
 
     def run(self) -> MlpResult:
         result = MlpResult()
@@ -225,6 +226,12 @@ def _normed(source: list[Glu], schemes: tuple[Scheme, Scheme, Scheme]) -> list[t
 
 def _down(source: list[Glu], schemes: tuple[Scheme, Scheme, Scheme]) -> Readers:
     return Readers.of([torch.stack([glu.down for glu in source])], schemes[2], inputs=False)
+
+
+def _in_order(tokens: torch.Tensor, weights: torch.Tensor, natural: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """An expert's rows with those beyond the routed ones, which come by score, in the order of tokens."""
+    added, order = tokens[natural:].sort()
+    return torch.cat([tokens[:natural], added]), torch.cat([weights[:natural], weights[natural:][order]]), natural
 
 
 def _three(glu: Glu) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -22,27 +22,28 @@ HALVES = (0, 1)
 class Moments:
     """second: [2, K, K], sum of w x^T x; cross: [2, M, K], sum of w e^T x; float32, one of each half of the rows.
 
-    mass, squares: sums of w and of w^2 over the rows of each half. dropped: rows left out because they are not finite.
+    mass, squares: [2] float64, sums of w and of w^2 over the rows of each half. dropped: int64, rows left out because they are
+    not finite. All on the device, which a number fetched from it would keep waiting.
     """
 
     second: torch.Tensor
     cross: torch.Tensor
-    mass: tuple[float, float]
-    squares: tuple[float, float]
-    dropped: int
+    mass: torch.Tensor
+    squares: torch.Tensor
+    dropped: torch.Tensor
 
-    def of(self, half: int | None) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-        """(second, cross, mass, effective rows) of one half, or of all rows for None.
+    def of(self, half: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(second, cross, mass, effective rows) of one half, or of all rows for None; mass and rows float64 scalars.
 
-        Effective rows (Kish 1965), (sum w)^2 / sum w^2: as many rows of equal weight tell as much.
+        Effective rows (Kish 1965), (sum w)^2 / sum w^2: as many rows of equal weight tell as much. 0 without a row.
         """
         if half is None:
             second, cross = self.second[0] + self.second[1], self.cross[0] + self.cross[1]
-            mass, squares = sum(self.mass), sum(self.squares)
+            mass, squares = self.mass.sum(), self.squares.sum()
         else:
             second, cross = self.second[half], self.cross[half]
             mass, squares = self.mass[half], self.squares[half]
-        return second, cross, mass, mass * mass / squares if squares > 0 else 0.0
+        return second, cross, mass, torch.where(squares > 0, mass * mass / squares, 0.0)
 
 
 class MomentSum:
@@ -54,36 +55,40 @@ class MomentSum:
         self.sums = torch.zeros(2, 2, dtype=torch.float64, device=device)
         self.dropped = torch.zeros((), dtype=torch.int64, device=device)
 
-    def add(self, x: torch.Tensor, error: torch.Tensor, weight: torch.Tensor, half: torch.Tensor) -> None:
-        """x: [n, K], error: [n, M], any float dtype; weight: [n] float32; half: [n] bool, True for the second half.
+    def add(self, x: torch.Tensor, error: torch.Tensor, weight: torch.Tensor, half: torch.Tensor | int) -> None:
+        """x: [n, K], error: [n, M], any float dtype; weight: [n] float32; half: that of all rows, or [n] bool, True for the second.
 
         A row that is not finite has no part in the sums; how many there were is kept.
         """
         for start in range(0, len(x), _ROWS):
             rows = slice(start, start + _ROWS)
-            self._add(x[rows].float(), error[rows].float(), weight[rows].float(), half[rows])
+            given = x[rows].float(), error[rows].float(), weight[rows].float()
+            if isinstance(half, int):
+                self._add(*given, half)
+                continue
+            for index in HALVES:
+                own = (half[rows] == bool(index)).nonzero()[:, 0]
+                self._add(*(part[own] for part in given), index)
 
-    def _add(self, x: torch.Tensor, error: torch.Tensor, weight: torch.Tensor, half: torch.Tensor) -> None:
-        usable = torch.isfinite(x).all(1) & torch.isfinite(error).all(1) & torch.isfinite(weight)
+    def _add(self, x: torch.Tensor, error: torch.Tensor, weight: torch.Tensor, half: int) -> None:
+        # The sum of a row is not finite if one of its numbers is not, or if they are near the end of float32.
+        usable = torch.isfinite(x.sum(1) + error.sum(1) + weight)
         self.dropped += (~usable).sum()
-        for index in HALVES:
-            rows = (usable & (half == bool(index))).nonzero()[:, 0]
-            own, scaled = weight[rows], x[rows]
-            with tf32():
-                self.cross[index].addmm_((error[rows] * own[:, None]).T, scaled)
-                self.second[index].addmm_((scaled * own[:, None]).T, scaled)
-            self.sums[0, index] += own.sum(dtype=torch.float64)
-            self.sums[1, index] += own.double().square().sum()
+        weight = torch.where(usable, weight, 0.0)
+        x, error = (torch.where(usable[:, None], part, 0.0) for part in (x, error))
+        with tf32():
+            self.cross[half].addmm_((error * weight[:, None]).T, x)
+            self.second[half].addmm_((x * weight[:, None]).T, x)
+        self.sums[0, half] += weight.sum(dtype=torch.float64)
+        self.sums[1, half] += weight.double().square().sum()
 
     def total(self) -> Moments:
-        mass, squares = self.sums.tolist()
-        return Moments(self.second, self.cross, (mass[0], mass[1]), (squares[0], squares[1]), int(self.dropped))
+        return Moments(self.second, self.cross, self.sums[0], self.sums[1], self.dropped)
 
 
-def halves(tokens: int, window: int, device: torch.device | str) -> torch.Tensor:
-    """[T] bool: the half that every token of T = S * window belongs to: the later windows, or the end of a lone one.
+def boundary(tokens: int, window: int) -> int:
+    """The first of T = S * window tokens that belongs to the second half: the later windows, or the end of a lone one.
 
     Not every other window: neighbours may come from one document, and then judge one another too kindly.
     """
-    first = -(-(tokens // window) // 2) * window if tokens >= 2 * window else tokens // 2
-    return torch.arange(tokens, device=device) >= first
+    return -(-(tokens // window) // 2) * window if tokens >= 2 * window else tokens // 2

@@ -9,12 +9,20 @@ from dataclasses import dataclass
 
 import torch
 
-from m3quant.calibration.feedback.columns import descent_factor, falling_order, permuted, round_columns, sweep_factor
+from m3quant.calibration.feedback.columns import (
+    Factor,
+    descent_factor,
+    falling_order,
+    permuted,
+    round_columns,
+    sweep_factor,
+)
 from m3quant.calibration.feedback.grids import Grid, Levels
 from m3quant.calibration.feedback.products import matmul
 from m3quant.calibration.feedback.refit import refit
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.quantized_layer import StoredWeight
+from m3quant.planning.quantizers import feedback_rounds
 from m3quant.schemes import Scheme
 
 
@@ -63,6 +71,8 @@ class Solver:
         self.groups = self.grid.groups(target.shape[2]).to(target.device).expand(len(target), -1)
         self.order = falling_order(second)
         self.back = torch.argsort(self.order, dim=1)
+        self.ordered_target = _take(self.target, self.order)
+        self.ordered_groups = self.groups.gather(1, self.order)
 
     def nearest(self) -> State:
         """Rounded to nearest, under ranges searched with the diagonal of H."""
@@ -73,40 +83,47 @@ class Solver:
     def solve(self) -> Solution:
         nearest = self.nearest()
         ordered = permuted(self.second, self.order)
-        factor, failed = sweep_factor(ordered)
-        state = nearest.better_rows(self._pass(factor, nearest.levels))
-        descent = descent_factor(ordered)
-        for index in range(self.settings.rounds):
+        factor = sweep_factor(ordered)
+        state = nearest.better_rows(self._sweep(factor, nearest.levels))
+        rounds = feedback_rounds(self.grid.scheme, self.settings.rounds)
+        if rounds:
+            descent = descent_factor(ordered)
+            for index in range(rounds):
+                state = self._refitted(state)
+                if index % 2 == 0:
+                    # The scales have moved since the last sweep: a new one, and its own descent, end somewhere else.
+                    other = self._descended(descent, self._sweep(factor, state.levels))
+                    state = state.better_rows(self._refitted(other))
+                state = self._descended(descent, state)
             state = self._refitted(state)
-            if index % 2 == 0:
-                # The scales have moved since the last sweep: a new one, and its own descent, end somewhere else.
-                other = self._pass(factor, state.levels)
-                other = other.better_rows(self._pass(descent, other.levels, other.errors))
-                state = state.better_rows(self._refitted(other))
-            state = state.better_rows(self._pass(descent, state.levels, state.errors))
-        if self.settings.rounds:
-            state = self._refitted(state)
-        return Solution(self.stored(state), state.loss, nearest.loss, failed)
+        return Solution(self.stored(state), state.loss, nearest.loss, factor.failed)
 
     def stored(self, state: State) -> StoredWeight:
         return self.grid.stored(state.codes, state.levels)
 
-    def _pass(self, factor: torch.Tensor, levels: Levels, errors: torch.Tensor | None = None) -> State:
+    def _sweep(self, factor: Factor, levels: Levels) -> State:
         """Once through the columns in falling order, in which factor is given."""
-        given = None if errors is None else _take(errors, self.order)
-        groups = self.groups.gather(1, self.order)
-        codes, found = round_columns(_take(self.target, self.order), factor, levels, self.grid, groups, given)
-        found = _take(found, self.back)
-        return State(_take(codes, self.back), found, levels, self._loss(found))
+        found = round_columns(self.ordered_target, factor, levels, self.grid, self.ordered_groups)
+        return State(_take(found.codes, self.back), _take(found.errors, self.back), levels, found.loss)
+
+    def _descended(self, factor: Factor, state: State) -> State:
+        """The same from a state, whose loss no step raises."""
+        given = _take(state.errors, self.order)
+        found = round_columns(self.ordered_target, factor, state.levels, self.grid, self.ordered_groups, given)
+        codes, errors = _take(found.codes, self.back), _take(found.errors, self.back)
+        return State(codes, errors, state.levels, state.loss + found.loss)
 
     def _refitted(self, state: State) -> State:
         scheme = self.grid.scheme
         if not self.settings.refit or scheme.block:  # the scale of a block belongs to 128 rows together
             return state
+        levels, size = state.levels, scheme.group_size or self.groups.shape[1]
+        points = state.codes if levels.zero is None else state.codes - levels.zero.repeat_interleave(size, dim=1)
         dtype = self.settings.scale_dtype if scheme.kind == "int" else None
-        size = scheme.group_size or self.groups.shape[1]
-        levels = refit(state.codes, state.levels, self.target, self.second, size, dtype)
-        return state.better_rows(self._under(state.codes, levels))
+        found = refit(points, levels.scale, state.errors, self.second, size, dtype)
+        levels = Levels(found.scale, levels.zero)
+        errors = self.target - self.grid.values(state.codes, levels.columns(self.groups))
+        return State(state.codes, errors, levels, state.loss - found.gain)
 
     def _under(self, codes: torch.Tensor, levels: Levels) -> State:
         errors = self.target - self.grid.values(codes, levels.columns(self.groups))

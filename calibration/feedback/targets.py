@@ -9,6 +9,8 @@ With x a row of the quantized stream, e = y' - x W^T what the source's output y'
 
 import torch
 
+from m3quant.calibration.feedback.factors import cholesky
+
 
 def targets(
     weight: torch.Tensor, cross: torch.Tensor, second: torch.Tensor, ridge: torch.Tensor
@@ -19,7 +21,7 @@ def targets(
     """
     system = second.clone()
     system.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    lower, info = torch.linalg.cholesky_ex(system)
-    step = torch.cholesky_solve(cross.transpose(1, 2), lower).transpose(1, 2)
-    failed = (info != 0) | ~torch.isfinite(step).flatten(1).all(1)
+    factored = cholesky(system)
+    step = factored.solve(cross.transpose(1, 2).contiguous()).transpose(1, 2)
+    failed = factored.failed | ~torch.isfinite(step.sum(dim=(1, 2)))
     return torch.where(failed[:, None, None], weight, weight + step), failed

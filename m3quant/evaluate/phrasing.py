@@ -30,7 +30,7 @@ mirror moon mountain museum needle ocean orchard oven owl palace paper path penc
 queen rabbit raven ribbon ring river road rocket roof rope sail saddle school shadow ship shore silk spoon spring stable
 star station stone street sword table temple tent tiger tower tree tunnel valley village violin wagon wall watch
 whistle window winter wolf yard"""
-# The fixtures are trained on these words (tests/fixtures/needles.py) and know no others.
+# The fixtures are trained on these words (tests/training/needles.py) and know no others.
 _CODE_ADJECTIVES = """amber brave calm clever cold dark early empty faint fast fine fresh gentle golden grand green
 happy heavy hidden honest large little lucky narrow noble old pale quiet rapid silver small strange"""
 _CODE_NOUNS = """apple bird boat book bridge castle city clock cloud door field fire forest garden hill horse house island

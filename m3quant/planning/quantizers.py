@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..schemes import Scheme
     from .plan import Plan, Unit
 
 # Weights that the AWQ search has on a GPU at once (calibration/glu.py), and bytes for each: float32 copies of them folded,
@@ -20,6 +21,7 @@ AWQ_BYTES_PER_WEIGHT = 20
 # rows, damped inverses, factors, and those in work. A chunk is as many experts as these bytes allow on a GPU.
 FEEDBACK_CHUNK_BYTES = 12 * 10**9
 FEEDBACK_MATRICES = 14
+_FINE_BITS = 4
 # Device bytes of a token's hidden channel, in BF16 streams. Searching a layer holds both streams, each with the layer's output
 # beside its input; feedback holds both before and after attention, what is missing, and the experts' sum in float32.
 STREAMS_BYTES = 4 * 2
@@ -47,6 +49,17 @@ class QuantizerFacts:
 def facts_of(rounding: str) -> QuantizerFacts:
     """The description of a recipe's `rounding`."""
     return QUANTIZERS[rounding]
+
+
+def feedback_rounds(scheme: Scheme, given: int | None) -> int:
+    """Rounds of descent and refit for a weight of this scheme; given: what the recipe says.
+
+    On the fixtures' development windows four rounds instead of two take 1 to 2 % off the KL divergence at 2 bits, and nothing
+    that can be told from chance at 4 (docs/rounding.md); they take twice the time.
+    """
+    if given is not None:
+        return given
+    return 4 if scheme.bits < _FINE_BITS else 2
 
 
 def tokens_of(plan: Plan) -> int:
@@ -91,16 +104,19 @@ def _awq_scratch(plan: Plan) -> int:
 
 
 def _feedback_flops(plan: Plan) -> float:
-    """Moments of every input (two products of rows x K x K), inverse and factor (4 K^3), and for each weight [N, K] the
-    sweep over its columns and every round of descent (2 N K^2 each), with its gradient once a round."""
-    rounds, share, total = plan.recipe.feedback.rounds, routed_share(plan), 0.0
+    """Moments of every input (two products of rows x K x K), four factors and two solutions (4 K^3 in all), and for each
+    weight [N, K] so many products of 2 N K^2: its loss when rounded to nearest 1, a sweep 1/2, a descent 1, a refit 3/2.
+    A round is a refit and a descent, every other one a sweep, a descent and a refit besides; one refit is the last."""
+    share, total = routed_share(plan), 0.0
     for unit in layers_of(plan):
         inputs: set[tuple[str, int | None, int]] = set()
         for tensor in unit.tensors:
             if not tensor.scheme.quantizes:
                 continue
             rows, columns = tensor.source.shape[-2:]
-            total += 2.0 * rows * columns**2 * (1 + 2 * rounds)
+            rounds = feedback_rounds(tensor.scheme, plan.recipe.feedback.rounds)
+            products = 1.5 + 2.5 * rounds + 3.0 * ((rounds + 1) // 2) + 1.5 * (rounds > 0)
+            total += 2.0 * rows * columns**2 * products
             inputs.add((tensor.role.kind, tensor.role.expert, columns))
         for kind, _, columns in inputs:
             seen = tokens_of(plan) * (share if kind == "routed_experts" else 1.0)

@@ -55,7 +55,8 @@ class FeedbackOptions(BaseModel):
 
     source_targets: bool = True  # aim at the outputs of the source model's stream, not at the weight's own
     residual: bool = True  # o_proj and w2 make good the residual stream's error too
-    rounds: int = Field(default=4, ge=0, le=100)  # of coordinate descent and scale refit after the first sweep
+    # Of coordinate descent and scale refit after the first sweep; None: as many as pay at a weight's bits (planning/quantizers.py).
+    rounds: int | None = Field(default=None, ge=0, le=100)
     refit: bool = True  # least-squares scales for fixed codes
     signed_scales: bool = True  # a negative scale where a group's largest weight is positive (symmetric schemes)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from convert.common import make_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from m3quant.checkpoint import Checkpoint, TensorInfo
 from m3quant.checkpoint.content import CHUNK_BYTES, ReadDigests
 from m3quant.errors import CheckpointError
 from m3quant.running.stopping import StopFlag
+from tests.support.convert.common import make_source
 
 DATA = np.random.default_rng(0).integers(0, 256, 3 * CHUNK_BYTES + 777, dtype=np.uint8).tobytes()
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert.common import make_plan_of, make_source, run_convert, run_plan
-from convert.tampering import Told
 
 from m3quant.artifact.eval_record import EvalRecord
 from m3quant.artifact.journal import FOLDER, JOB, LOCK, RECORDS, Journal
@@ -21,6 +19,8 @@ from m3quant.artifact.output import read_manifest
 from m3quant.checkpoint.bounded import MANIFEST_BYTES
 from m3quant.errors import M3QuantError, OutputError
 from m3quant.verify.verification import verify
+from tests.support.convert.common import make_plan_of, make_source, run_convert, run_plan
+from tests.support.convert.tampering import Told
 
 SAMPLES = Path(__file__).parent / "schema1"
 

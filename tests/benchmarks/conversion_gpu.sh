@@ -22,7 +22,7 @@ for part in $parts; do
   figures=(--json "$out/$part.json" --chart "$out/$part.html")
   case $part in
     check)
-      "$here/on_gpu_machine.sh" python3 tests/quant/kernel_check.py cuda || failed=1
+      "$here/on_gpu_machine.sh" python3 -m tests.support.quant.kernel_check cuda || failed=1
       "$here/on_gpu_machine.sh" python3 -m pytest -q -p no:cacheprovider tests/calibration/kernel_cases.py tests/calibration/test_gpu.py || failed=1
       "$here/on_gpu_machine.sh" python3 -m pytest -q -p no:cacheprovider -k "loads or among" tests/convert/test_stacked.py || failed=1
       run --shape m2 --experts 6 --to fp8,int4,fp8-block --repeats 1 --same-bytes --json "$out/check.json"

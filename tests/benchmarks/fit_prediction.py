@@ -3,7 +3,7 @@
 One measuring pass with more pilots than it needs: recipes whose layers differ, which no prediction has seen. Prints a
 line a recipe, and with --out writes them as JSON.
 
-    python tests/benchmarks/fit_prediction.py --model tiny-m3 --windows 16 --calibration tests/fixtures/calibration.jsonl
+    python -m tests.benchmarks.fit_prediction --model tiny-m3 --windows 16 --calibration tests/fixtures/calibration.jsonl
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from m3quant.convert.measure import MeasureSettings, Measuring
 from m3quant.planning.fit import Fitting
 from m3quant.running.device import pick_device
 from m3quant.running.stopping import StopFlag
+from tests.support.paths import FIXTURES
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 WIDTHS = ("int2-g128-asym", "int3-g128-asym", "int4-g128")
 CANDIDATES = {
     "routed_experts": WIDTHS,

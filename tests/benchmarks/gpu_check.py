@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from .wide import ROOT
+from tests.support.paths import FIXTURES, ROOT
 
-FIXTURES = ROOT / "tests" / "fixtures"
 RECIPES = ("int4", "awq", "awq-g32", "awq-all-int4", "fp8", "fp8-block")
 
 

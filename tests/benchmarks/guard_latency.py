@@ -1,6 +1,6 @@
 """Latency that the guard adds in front of an application that answers at once, over real connections (uvicorn, keep-alive).
 
-    python tests/benchmarks/guard_latency.py [--seconds 5] [--rounds 3] [--json FILE]
+    python -m tests.benchmarks.guard_latency [--seconds 5] [--rounds 3] [--json FILE]
 
 Two servers, one bare and one guarded, and one client, each a process of its own. Both servers take turns, so that other work on the machine
 falls on both. Every request is a chat of its own text (nothing can be cached) and asks for 16 tokens; the application reads its JSON,
@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
+from tests.support.paths import ROOT
 
 POOL = {"pool_tokens": 4_000_000, "block_size": 16, "max_model_len": 100_000}
 WORDS = ("the house of a truth universally acknowledged that single man in want " * 12).split()
@@ -68,7 +68,7 @@ def serve(guarded: bool, port: int) -> None:
 
     app: Any = instant
     if guarded:
-        from guard_app import make_guard
+        from tests.support.runtime.guard_app import make_guard
 
         app = make_guard(instant, **POOL)
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", access_log=False)
@@ -169,7 +169,17 @@ def start(guarded: bool) -> tuple[subprocess.Popen[bytes], int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    process = subprocess.Popen([sys.executable, __file__, "--serve", "guarded" if guarded else "bare", str(port)])
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.guard_latency",
+            "--serve",
+            "guarded" if guarded else "bare",
+            str(port),
+        ],
+        cwd=ROOT,
+    )
     for _ in range(200):
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
             return process, port

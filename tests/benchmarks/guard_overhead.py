@@ -1,6 +1,6 @@
 """The guard's own time per request, without counting tokens: a short chat, and a 100,000-token prompt as text and as token ids.
 
-    python tests/benchmarks/guard_overhead.py [--requests 300] [--json FILE]
+    python -m tests.benchmarks.guard_overhead [--requests 300] [--json FILE]
 
 Four cases around an application that answers at once: a chat of a hundred words, text (its tokenizer answers at once, so what is left is the guard), token ids, and
 text with prefix_hits=count. Times are CPU time of the server's thread, so that other work on the machine does not count: that of the whole call, less
@@ -15,15 +15,12 @@ import gc
 import json
 import platform
 import random
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
-
-from guard_app import make_guard
+from tests.support.runtime.guard_app import make_guard
 
 TOKENS = 100_000
 WORDS = [

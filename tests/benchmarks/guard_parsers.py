@@ -1,6 +1,6 @@
 """Time against size for every parser that the guard runs on a body, on bodies made to be slow for it.
 
-    python tests/benchmarks/guard_parsers.py [--largest 32000000] [--json FILE]
+    python -m tests.benchmarks.guard_parsers [--largest 32000000] [--json FILE]
 
 Each case is run at sizes that double. `growth` is the factor by which the time grew from the size before: 2 is linear, 4 quadratic. Where the
 guard moves a body of that size to its other process, what the event loop sees is the last table: the longest pause of a loop that answers
@@ -16,15 +16,10 @@ import gc
 import json
 import platform
 import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
-
-from guard_app import FakeEngine, completion, make_guard, start
 
 from m3quant.runtime.guard.clamp import with_number
 from m3quant.runtime.guard.demand import Unreadable
@@ -32,6 +27,7 @@ from m3quant.runtime.guard.idspan import IdSpan, shorten
 from m3quant.runtime.guard.prefix import block_chain
 from m3quant.runtime.guard.reading import query_bound, read_body
 from m3quant.runtime.guard.replies import Refusal
+from tests.support.runtime.guard_app import FakeEngine, completion, make_guard, start
 
 SMALLEST = 125_000
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

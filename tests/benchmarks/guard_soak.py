@@ -1,6 +1,6 @@
 """The same overload on the real vLLM (CPU build) with the guard and without it, side by side.
 
-    M3QUANT_ENGINE_PYTHON=ENGINE/bin/python python tests/benchmarks/guard_soak.py --seconds 120 --with-and-without [--json FILE]
+    M3QUANT_ENGINE_PYTHON=ENGINE/bin/python python -m tests.benchmarks.guard_soak --seconds 120 --with-and-without [--json FILE]
 
 Figures are of a tiny model on whatever CPU runs this: counts mean something, seconds do not.
 """
@@ -19,10 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-
-from guarded_server import BLOCK, ENGINE_PYTHON, Server, os, serving
-from overload import Load, Result, overload
+from tests.support.engine.guarded_server import BLOCK, ENGINE_PYTHON, Server, os, serving
+from tests.support.engine.overload import Load, Result, overload
 
 BLOCKS, CONTEXT = 65, 1024  # 2,048 usable tokens: two requests of full length
 PREEMPTIONS = "vllm:num_preemptions_total"

@@ -6,6 +6,6 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 site=$(mktemp -d)
 cp -r "$root/m3quant" "$site/"
 cp -r "$root/calibration" "$root/recipes" "$root/runtime" "$site/m3quant/"
-export PYTHONPATH="$site:$root/tests:$root/tests/calibration:$root${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONSAFEPATH=1 # the tree itself, which has no m3quant/calibration, must come last, for tests.benchmarks
+export PYTHONPATH="$site:$root${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONSAFEPATH=1 # the tree itself, which has no m3quant/calibration, must come last, for tests
 exec "$@"

@@ -1,4 +1,4 @@
-"""llm-compressor's own AWQ on a folder: `PYTHON peer_awq.py SRC DST OUT.json DEVICE WINDOWS LENGTH BATCH`.
+"""llm-compressor's own AWQ on a folder: `PYTHON -m tests.benchmarks.peer_awq SRC DST OUT.json DEVICE WINDOWS LENGTH BATCH`.
 
 For the Python that has llmcompressor (0.14): `load_quantizable_moe`, then `oneshot` with `AWQModifier` and a
 `QuantizationModifier` of the groups that m3quant would write (OUT.config.json), then `save_pretrained`. The windows are
@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from peer_llmcompressor import write_answer, write_progress
+from tests.benchmarks.peer_llmcompressor import write_answer, write_progress
 
 BF16_BYTES = 2
 ROOM = 0.8  # of free memory: the rest is for outputs of the unquantized layer and for the search itself

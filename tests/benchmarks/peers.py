@@ -15,8 +15,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA_FREE, AWQ = (Path(__file__).with_name(f"peer_{name}.py") for name in ("llmcompressor", "awq"))
+from tests.support.paths import ROOT
+
+DATA_FREE, AWQ = "tests.benchmarks.peer_llmcompressor", "tests.benchmarks.peer_awq"
 WORKERS = min(8, os.cpu_count() or 1)
 GRACE = 10  # seconds between asking a run to stop and killing it
 TAIL = 2000  # characters of a failed run's error output
@@ -35,8 +36,8 @@ def refusal(calibration: str, device: str) -> str | None:
 
 def command(python: str, calibration: str, paths: list[Path], device: str, calibration_shape: list[int]) -> list[str]:
     """The peer's command line for `paths` (source, output, answer): round to nearest, or AWQ on [windows, length, batch]."""
-    script, rest = (DATA_FREE, [WORKERS]) if calibration == "none" else (AWQ, calibration_shape)
-    return [python, str(script), *map(str, paths), device, *map(str, rest)]
+    module, rest = (DATA_FREE, [WORKERS]) if calibration == "none" else (AWQ, calibration_shape)
+    return [python, "-m", module, *map(str, paths), device, *map(str, rest)]
 
 
 def run(arguments: list[str], answer: Path, limit: float | None = None) -> dict[str, Any]:

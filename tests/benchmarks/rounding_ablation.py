@@ -39,10 +39,8 @@ from m3quant.checkpoint import Checkpoint
 from m3quant.errors import CalibrationError
 from m3quant.quant.reading import SourceReader
 from m3quant.schemes import Scheme
+from tests.support.paths import FIXTURES
 
-from .wide import ROOT
-
-FIXTURES = ROOT / "tests" / "fixtures"
 LENGTH, JUDGED, BUNDLED = 512, 64, 128
 MICRO_BATCH = 16
 INT4, INT8, FP8 = Scheme("int", 4, 128), Scheme("int", 8, 128), Scheme("fp8", 8)
@@ -61,6 +59,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "no residual in the targets of o and w2": {"residual": False},
     "scales as first searched": {"refit": False},
     "the first sweep alone": {"rounds": 0},
+    "one round": {"rounds": 1},
+    "two rounds": {"rounds": 2},
     "eight rounds": {"rounds": 8},
     "positive scales only": {"signed_scales": False},
     "damping and ridge of one constant, 0.1 and 0.5": {"patch": "constant"},
@@ -237,6 +237,15 @@ def runs(section: str) -> Iterator[dict[str, Any]]:
         for experts in list(EXPERTS)[1:]:
             for rounding in ("nearest", "awq", "feedback"):
                 yield {**base, "experts": experts, "around": "int8", "rounding": rounding}
+            for label in ("one round", "two rounds"):
+                yield {
+                    **base,
+                    "experts": experts,
+                    "around": "int8",
+                    "rounding": "feedback",
+                    "label": label,
+                    "settings": PARTS[label],
+                }
 
 
 def main() -> None:

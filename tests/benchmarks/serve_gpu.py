@@ -1,6 +1,6 @@
 """Predicted against measured memory of a serving node: vLLM with full-size shapes and dummy weights, on real GPUs.
 
-    python tests/benchmarks/serve_gpu.py OUT [--tp 2 --card-gib 79.1] [--only m2|m3]
+    python -m tests.benchmarks.serve_gpu OUT [--tp 2 --card-gib 79.1] [--only m2|m3]
 
 Each case is an engine in a process of its own, bounded in time: the awq output's config.json of the release, `--load-format dummy`,
 FP8 cache, text only, then 16 tokens generated. M3 is cut to as many layers as the memory holds (stated in the result).
@@ -31,8 +31,8 @@ from m3quant.runtime.checklog import check_log
 from m3quant.runtime.fit import Ask, assess
 from m3quant.runtime.hardware import GIB, Gpu, Node
 from m3quant.runtime.model import open_subject
+from tests.support.paths import DATA, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 RELEASES = {"m2": "minimax-m2.7", "m3": "minimax-m3"}
 LIMIT_S = 420  # the first INT4 engine compiles Marlin, 75-110 s, and M3's first prefill its sparse kernels
 MIN_TOKENS = 32_768
@@ -64,7 +64,7 @@ def shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
 def write_config(folder: Path, release: str, layers: int | None) -> None:
     """config.json of the awq output of `release`, as `m3quant convert --to awq` writes it."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads((ROOT / "tests" / "data" / release / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((DATA / release / "config.json").read_text(encoding="utf-8"))
     config.pop("auto_map", None)  # the engine has the architecture; there is no code to trust
     (folder / "config.json").write_text(json.dumps(shortened(config, layers) if layers else config), encoding="utf-8")
     plan = make_plan(from_config(folder / "config.json"), build_recipe(named_recipe("awq")))
@@ -75,7 +75,7 @@ def model_of(folder: Path, release: str, layers: int | None) -> Any:
     """The prediction's view of the same: recipe over the release's config."""
     source = folder.with_name(folder.name + "-source")
     source.mkdir(parents=True, exist_ok=True)
-    config = json.loads((ROOT / "tests" / "data" / release / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((DATA / release / "config.json").read_text(encoding="utf-8"))
     (source / "config.json").write_text(json.dumps(shortened(config, layers) if layers else config), encoding="utf-8")
     return open_subject(str(source)).converted(build_recipe(named_recipe("awq")))
 
@@ -103,7 +103,8 @@ def run(case: str, folder: Path, model: Any, node: Node, ask: Ask, out: Path) ->
     began = time.monotonic()
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(settings)],
+            [sys.executable, "-m", "tests.benchmarks.serve_gpu", json.dumps(settings)],
+            cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **ENV, CHILD: case},

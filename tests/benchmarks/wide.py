@@ -15,8 +15,8 @@ from m3quant.families import family_of
 from m3quant.planning.source_format import config_format
 from m3quant.planning.source_layouts import FP8_BLOCK, PLAIN, scale_layout
 from m3quant.quant.fp8 import E4M3_MAX
+from tests.support.paths import DATA
 
-ROOT = Path(__file__).resolve().parents[2]
 RELEASES = {"m2": "minimax-m2.7", "m3": "minimax-m3"}
 SMALL_VOCABULARY = 8192  # the embedding table is not what is measured
 SHARD_BYTES = 2_000_000_000
@@ -48,7 +48,7 @@ def wide_config(
 
     stored: "plain" (BF16), or as the vendor's FP8 releases store their linear layers, "fp8-block" (M2's) or "mxfp8" (M3's).
     """
-    config: dict[str, Any] = json.loads((ROOT / "tests" / "data" / RELEASES[shape] / "config.json").read_text())
+    config: dict[str, Any] = json.loads((DATA / RELEASES[shape] / "config.json").read_text())
     text = config.get("text_config", config)
     text.update(num_hidden_layers=layers, vocab_size=SMALL_VOCABULARY // narrower)
     for size in ("hidden_size", "intermediate_size", "shared_intermediate_size", "dense_intermediate_size"):

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from planted import salient, tiny_layer
 
 from m3quant.calibration import glu, grouped, kernels, ranges, round_weight
 from m3quant.calibration.awq import calibrate_layer
 from m3quant.calibration.awq_settings import AwqSettings
 from m3quant.calibration.ops import Activation, gated
 from m3quant.schemes import parse_scheme
+from tests.support.calibration.planted import salient, tiny_layer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW = (1.0, 1.1, 0.85, 0.7)

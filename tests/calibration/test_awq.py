@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from planted import Tensors, all_int, linears, salient, tiny_layer
 
 from m3quant.calibration.awq import CalibratedLayer, calibrate_layer
 from m3quant.calibration.awq_settings import AwqSettings
@@ -18,6 +17,7 @@ from m3quant.calibration.stream import HiddenStates
 from m3quant.errors import CalibrationError
 from m3quant.quant.integer import fake_quantize
 from m3quant.schemes import Scheme, parse_scheme
+from tests.support.calibration.planted import Tensors, all_int, linears, salient, tiny_layer
 
 ROUTER = "block_sparse_moe.gate.weight"
 

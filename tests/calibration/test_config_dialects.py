@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import m2_config, m3_config
 
 from m3quant.errors import CheckpointError
 from m3quant.families import family_of
 from m3quant.families.spec import SWIGLUOAI
+from tests.support.calibration.tiny import m2_config, m3_config
 
 
 @pytest.mark.parametrize("make", [m2_config, m3_config])

@@ -15,8 +15,8 @@ from m3quant.calibration.dialects import parse_record
 from m3quant.calibration.documents import Document, EmptyRecord, OddRecord
 from m3quant.calibration.windows import render
 from m3quant.errors import CalibrationError
+from tests.support.paths import FIXTURES
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}

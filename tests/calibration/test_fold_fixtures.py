@@ -1,13 +1,8 @@
 """Folds on the trained fixtures in float32, nothing quantized: same logits, same experts, same key blocks."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_folds import apply_folds
-from test_folds import forward, relative, scales
-from text_windows import text_windows
 
 from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, pair_folds
 from m3quant.calibration.layers import Layer
@@ -16,8 +11,11 @@ from m3quant.calibration.stream import embed_source, read_head, read_layer
 from m3quant.checkpoint import Checkpoint
 from m3quant.families import family_of
 from m3quant.quant.reading import SourceReader
+from tests.calibration.test_folds import forward, relative, scales
+from tests.support.calibration.plain_folds import apply_folds
+from tests.support.paths import FIXTURES
+from tests.support.text_windows import text_windows
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 TOKENS = 1536  # three times what tiny-m3's four blocks of 128 cover: selection decides
 
 

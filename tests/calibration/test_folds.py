@@ -3,11 +3,8 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
-from plain_folds import apply_folds
-from planted import Tensors, linears, tiny_layer
 
 from m3quant.calibration import attention
 from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, all_groups, fold_groups, fold_norm, pair_folds
@@ -16,6 +13,9 @@ from m3quant.calibration.ops import Activation, gated, rms_norm
 from m3quant.calibration.spec import LayerSpec, layer_spec
 from m3quant.errors import PlanError
 from m3quant.schemes import parse_scheme
+from tests.support.calibration import tiny
+from tests.support.calibration.plain_folds import apply_folds
+from tests.support.calibration.planted import Tensors, linears, tiny_layer
 
 ROUTER = "block_sparse_moe.gate.weight"
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FolderSource, make_tiny_m2, make_tiny_m3
 
 from m3quant.calibration import msa, ops
 from m3quant.calibration.layers import Layer, layer_shapes, layer_spec
 from m3quant.calibration.msa import SparseSpec, block_sparse_attention, select_blocks
 from m3quant.calibration.ops import Activation, Routing
 from m3quant.calibration.stream import nll, read_layer
+from tests.support.calibration.tiny import FolderSource, make_tiny_m2, make_tiny_m3
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

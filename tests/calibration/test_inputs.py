@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import pytest
 import torch
 import torch.nn.functional as F
-from planted import Tensors, linears, salient, tiny_layer
 
 from m3quant.calibration import attention, ops
 from m3quant.calibration.awq_attention import AttentionSearch
@@ -19,6 +18,7 @@ from m3quant.families.spec import STACKS
 from m3quant.quant.activations import round_activations, round_cached
 from m3quant.quant.formats import round_trip
 from m3quant.schemes import Activations, Scheme, parse_scheme
+from tests.support.calibration.planted import Tensors, linears, salient, tiny_layer
 
 CASES = {"m2": ("m2", 1), "m3-dense": ("m3", 0), "m3-sparse": ("m3", 1)}
 TOKEN = Activations()

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FolderSource, load_reference, m2_config, m3_config, make_tiny_m2, make_tiny_m3
 
 from m3quant.calibration import ops
 from m3quant.calibration.attention import rotary_embedding, rotate
@@ -14,6 +13,14 @@ from m3quant.calibration.layers import Layer, layer_shapes, layer_spec, stack_ex
 from m3quant.calibration.stream import read_layer
 from m3quant.errors import CheckpointError
 from m3quant.families import family_of
+from tests.support.calibration.tiny import (
+    FolderSource,
+    load_reference,
+    m2_config,
+    m3_config,
+    make_tiny_m2,
+    make_tiny_m3,
+)
 
 LENGTHS = (40, 500)
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import m3_config, m3_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.minimax_m3_vl.configuration_minimax_m3_vl import MiniMaxM3VLConfig
 from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLAttention, MiniMaxM3VLRotaryEmbedding
@@ -12,6 +11,7 @@ from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VL
 from m3quant.calibration import msa
 from m3quant.calibration.layers import Layer, SparseSpec, layer_spec
 from m3quant.calibration.msa import block_sparse_attention, select_blocks
+from tests.support.calibration.tiny import m3_config, m3_tensors
 
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,

@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FolderSource
-from tiny_family import CONFIGS, make_tiny, tiny_tensors
 
 from m3quant.calibration.attention import frequencies
 from m3quant.calibration.experts import assign_tokens
@@ -15,6 +13,8 @@ from m3quant.calibration.stream import nll, read_layer
 from m3quant.errors import CheckpointError
 from m3quant.families import family_of
 from m3quant.families.spec import Rope
+from tests.support.calibration.tiny import FolderSource
+from tests.support.calibration.tiny_family import CONFIGS, make_tiny, tiny_tensors
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from planted import salient
 
 from m3quant.calibration import ranges
 from m3quant.calibration.ranges import FACTORS, blend, fake_quantize, qparams, search_range, weighted_error
 from m3quant.quant import integer
 from m3quant.schemes import parse_scheme
+from tests.support.calibration.planted import salient
 
 SCHEMES = ["int4-g128", "int4-g32", "int4-g32-asym", "int4-channel", "int4-channel-asym", "int8-g64", "int8-channel"]
 

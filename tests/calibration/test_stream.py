@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import FolderSource, load_reference, make_tiny_m2, make_tiny_m3
 
 from m3quant.calibration import head as head_module
 from m3quant.calibration.head import Head, compare_heads, head_nll
 from m3quant.calibration.layers import Layer, layer_spec
 from m3quant.calibration.stream import HiddenStates, Prefetcher, embed, nll, read_head, read_layer, run_layer
 from m3quant.errors import CalibrationError, CheckpointError
+from tests.support.calibration.tiny import FolderSource, load_reference, make_tiny_m2, make_tiny_m3
 
 
 def randn(*shape: int, seed: int) -> torch.Tensor:

@@ -14,8 +14,8 @@ from m3quant.calibration.corpus import load_documents, load_tokenizer, render
 from m3quant.calibration.documents import Document
 from m3quant.calibration.template import Renderer, TemplateError
 from m3quant.errors import CalibrationError
+from tests.support.paths import FIXTURES
 
-FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 CHAT = [{"role": "user", "content": "a question"}]
 
 
@@ -80,7 +80,7 @@ def test_a_worker_that_was_ended_is_replaced_and_the_record_is_named(
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_tokenizer_files_of_gigabytes_are_not_read(name: str, tmp_path: Path) -> None:
-    import hostile
+    from tests.support import hostile
 
     (tmp_path / "tokenizer.json").write_text("{}")
     hostile.sparse(tmp_path / name, 3 * 2**30, b"{}")

@@ -12,8 +12,9 @@ import pytest
 from m3quant.calibration.tokenizing import encode, growth
 from m3quant.calibration.windows import load_tokenizer
 from m3quant.errors import CalibrationError
+from tests.support.paths import FIXTURES
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-m2"
+FIXTURE = FIXTURES / "tiny-m2"
 DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 

@@ -1,10 +1,10 @@
 from pathlib import Path
 
 import pytest
-from convert.common import run_convert
-from shell import Shell
 
-FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+from tests.support.cli.shell import Shell
+from tests.support.convert.common import run_convert
+from tests.support.paths import FIXTURES
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from shell import Shell
 
-FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+from tests.support.cli.shell import Shell
+from tests.support.paths import FIXTURES
+
 M2 = FIXTURES / "tiny-m2"
 
 # command -> the arguments before and after the checkpoint

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli.shell import Shell
-from convert.common import add_tokenizer, make_source
 
 from m3quant.planning import choices
+from tests.support.cli.shell import Shell
+from tests.support.convert.common import add_tokenizer, make_source
+from tests.support.paths import DATA, FIXTURES
 
-ROOT = Path(__file__).parents[2]
-TINY_M3 = ROOT / "tests" / "fixtures" / "tiny-m3"
-M3 = ROOT / "tests" / "data" / "minimax-m3" / "config.json"
+TINY_M3 = FIXTURES / "tiny-m3"
+M3 = DATA / "minimax-m3" / "config.json"
 
 
 @pytest.fixture

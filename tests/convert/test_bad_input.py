@@ -11,10 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from convert.common import FEW, add_tokenizer, config_of, files, make_plan_of, make_source, rewrite, stored
 
 from m3quant import cli
 from m3quant.checkpoint import Checkpoint
+from tests.support.convert.common import (
+    FEW,
+    add_tokenizer,
+    config_of,
+    files,
+    make_plan_of,
+    make_source,
+    rewrite,
+    stored,
+)
 
 Run = Callable[..., tuple[int, str, str]]
 SHORT = ("--windows", str(FEW["windows"]), "--window-length", str(FEW["window_length"]), "--device", "cpu")

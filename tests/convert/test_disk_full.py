@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from convert.common import files, make_plan_of, make_source, quickly_calibrated, run_plan, same_output
-from convert.kill_driver import OTHERS, WRITES, Counter
 
 from m3quant.convert import conversion as run_module
 from m3quant.errors import StoppedError
 from m3quant.planning.plan import Plan
 from m3quant.planning.resources import check_disk, hidden_state_bytes, resources
+from tests.support.convert.common import files, make_plan_of, make_source, quickly_calibrated, run_plan, same_output
+from tests.support.convert.kill_driver import OTHERS, WRITES, Counter
 
 CAN_FILL = ("write", "pwritev", "fsync", "posix_fallocate")
 

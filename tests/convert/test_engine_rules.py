@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert.common import config_of, make_plan_of, make_source, rewrite, served_format, stored
 
 from m3quant.engines.rules import lookup_problems
 from m3quant.engines.vllm.lookup import resolve
@@ -16,6 +15,7 @@ from m3quant.errors import CheckpointError, PlanError
 from m3quant.planning.plan import Plan
 from m3quant.recipe.recipe import recipe_names
 from m3quant.schemes import KEEP, parse_scheme
+from tests.support.convert.common import config_of, make_plan_of, make_source, rewrite, served_format, stored
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_tensors_of_a_quantized_checkpoint_are_refused_whatever_config_says(
 
 
 def test_an_own_output_cannot_be_a_source(sources: dict[str, Path], tmp_path: Path) -> None:
-    from convert.common import run_convert
+    from tests.support.convert.common import run_convert
 
     run_convert(sources["m2"], tmp_path / "out", "int4")
     with pytest.raises(CheckpointError, match="quantized already"):

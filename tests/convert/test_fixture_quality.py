@@ -13,8 +13,8 @@ from m3quant.evaluate.divergence import DivergenceParams, divergence
 from m3quant.evaluate.evaluation import Settings, evaluate
 from m3quant.evaluate.models import open_model
 from m3quant.running.progress import Silent
+from tests.support.paths import FIXTURES
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 WINDOWS = 32  # of 512 tokens, for calibration and again for judging: enough to tell the two apart, quick enough for CI
 
 

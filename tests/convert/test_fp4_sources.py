@@ -8,20 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_m31
 import torch
 from click.testing import CliRunner
-from convert.common import bits, config_of, make_plan_of, make_source, rewrite, run_convert, stored
-from convert.fp4_sources import (
-    fp8_rows,
-    fp8_tensor,
-    mxfp4_modelopt,
-    mxfp4_packed,
-    mxfp8_modelopt,
-    nvfp4_modelopt,
-    nvfp4_packed,
-)
-from convert.sources import is_linear
 
 from m3quant.checkpoint import Checkpoint
 from m3quant.cli import cli
@@ -36,11 +24,24 @@ from m3quant.quant.reading import SourceReader
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.model import open_subject
 from m3quant.verify.verification import verify
+from tests.support.convert import tiny_m31
+from tests.support.convert.common import bits, config_of, make_plan_of, make_source, rewrite, run_convert, stored
+from tests.support.convert.fp4_sources import (
+    fp8_rows,
+    fp8_tensor,
+    mxfp4_modelopt,
+    mxfp4_packed,
+    mxfp8_modelopt,
+    nvfp4_modelopt,
+    nvfp4_packed,
+)
+from tests.support.convert.sources import is_linear
+from tests.support.paths import DATA, FIXTURES
 
-M31_CONFIG = Path(__file__).parents[1] / "data" / "minimax-m3.1-flash" / "config.json"
+M31_CONFIG = DATA / "minimax-m3.1-flash" / "config.json"
 # M3.1's config asks for an FP8 cache, and an fp8 output for rounded activations.
 WEIGHTS_ALONE = ("--device", "cpu", "--activations", "exact", "--kv-dtype", "bf16", "--index-dtype", "bf16")
-HELDOUT = Path(__file__).parents[1] / "fixtures" / "heldout.txt"
+HELDOUT = FIXTURES / "heldout.txt"
 INT4 = build_recipe(named_recipe("int4"))
 
 

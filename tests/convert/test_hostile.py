@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import hostile
 import pytest
-from convert.common import config_of, files, make_source
 
 from m3quant import cli
 from m3quant.checkpoint import Checkpoint, write_json_atomic
+from tests.support import hostile
+from tests.support.convert.common import config_of, files, make_source
 
 Run = Callable[..., tuple[int, str, str]]
 

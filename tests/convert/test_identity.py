@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert.common import files, make_plan_of, make_source, run_convert, run_plan, same_output
-from convert.tampering import Told, edit_unsampled, flip, interrupt
 
 from m3quant.checkpoint import Checkpoint
 from m3quant.errors import M3QuantError, OutputError
 from m3quant.running.progress import Silent
+from tests.support.convert.common import files, make_plan_of, make_source, run_convert, run_plan, same_output
+from tests.support.convert.tampering import Told, edit_unsampled, flip, interrupt
 
 WIDE = {"hidden_size": 256, "intermediate_size": 256}  # shards much larger than what is sampled of them
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from convert.common import config_of, make_plan_of, make_source, rewrite, run_plan, stored
-from convert.sources import quantized_source
 
 from m3quant.checkpoint import Checkpoint
 from m3quant.planning.engine_kept import IgnoreList, kept_linears, kept_problems
 from m3quant.planning.plan import Plan
+from tests.support.convert.common import config_of, make_plan_of, make_source, rewrite, run_plan, stored
+from tests.support.convert.sources import quantized_source
 
 OUTPUTS = [("int4", None), ("awq-attn-bf16", None), ("fp8", None), ("awq-all-int4", "autoawq"), ("fp8-block", "fp8")]
 PREFIX = {"m2": "model.layers", "m3": "language_model.model.layers"}

@@ -12,22 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert.common import files, make_plan_of, make_source, run_plan, same_output
 
 from m3quant.artifact.journal import Journal
 from m3quant.errors import OutputError
 from m3quant.running.progress import Silent
-
-DRIVER = Path(__file__).with_name("kill_driver.py")
-TESTS = DRIVER.parents[1]
+from tests.support.convert.common import files, make_plan_of, make_source, run_plan, same_output
+from tests.support.paths import ROOT
 
 
 def drive(source: Path, folder: Path, recipe: str, stride: int) -> dict[str, Any]:
     folder.mkdir()
-    paths = os.pathsep.join(map(str, (TESTS, TESTS / "calibration")))
     done = subprocess.run(
-        [sys.executable, str(DRIVER), str(source), str(folder), recipe, str(stride)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
+        [sys.executable, "-m", "tests.support.convert.kill_driver", str(source), str(folder), recipe, str(stride)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

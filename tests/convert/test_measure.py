@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from convert.common import FEW, make_source, random_windows, run_plan
 
 from m3quant.calibration.head import compare_heads
 from m3quant.calibration.layers import Layer, layer_spec
@@ -24,6 +23,7 @@ from m3quant.planning.sensitivity import Sensitivity, load_sensitivity
 from m3quant.quant.reading import SourceReader
 from m3quant.recipe.recipe import build_recipe
 from m3quant.running.progress import Silent
+from tests.support.convert.common import FEW, make_source, random_windows, run_plan
 
 DATA = {**FEW, "windows": 3, "heldout_windows": 2}
 CANDIDATES = {

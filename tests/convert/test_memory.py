@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
-from tiny import m2_config, m2_tensors
 
-PROBE = Path(__file__).with_name("memory_probe.py")
-TESTS = PROBE.parents[1]
+from tests.support.calibration.tiny import m2_config, m2_tensors
+from tests.support.paths import ROOT
+
 WIDE = {"hidden_size": 1024, "intermediate_size": 1024, "num_local_experts": 10, "num_experts_per_tok": 4}
 MANY = 3
 
@@ -43,12 +43,11 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def probe(source: Path, output: Path, recipe: str) -> dict[str, int]:
-    paths = os.pathsep.join(map(str, (TESTS, TESTS / "calibration")))
     # One arena and prompt returns to the system: what the allocator hoards is not what the conversion holds.
     memory = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_MMAP_THRESHOLD_": "1048576"}
     done = subprocess.run(
-        [sys.executable, str(PROBE), str(source), str(output), recipe],
-        env={**os.environ, **memory, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "tests.support.convert.memory_probe", str(source), str(output), recipe],
+        cwd=ROOT, env={**os.environ, **memory, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     result: dict[str, int] = json.loads(done.stdout)

@@ -12,7 +12,6 @@ from click.testing import CliRunner
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.utils.match import match_name
-from convert.common import config_of, make_plan_of, make_source, run_plan, stored
 
 from m3quant.cli import cli
 from m3quant.engines.rules import lookup_problems
@@ -21,8 +20,10 @@ from m3quant.errors import PlanError
 from m3quant.planning.plan import Plan, role_table
 from m3quant.quant.formats import round_trip
 from m3quant.schemes import parse_scheme
+from tests.support.convert.common import config_of, make_plan_of, make_source, run_plan, stored
+from tests.support.paths import DATA, FIXTURES
 
-TINY_M3 = Path(__file__).parents[1] / "fixtures" / "tiny-m3"
+TINY_M3 = FIXTURES / "tiny-m3"
 MIXED = {
     "1": {"routed_experts": "int3-g64-asym", "attention": "int8-channel"},
     "2": {"routed_experts": "int2-g32-asym"},
@@ -219,7 +220,7 @@ def test_the_plan_of_m3_at_two_bits_is_the_arithmetic_of_its_shapes() -> None:
     from m3quant.recipe.recipe import build_recipe, named_recipe
     from m3quant.runtime.model import open_subject
 
-    config = Path(__file__).parents[1] / "data" / "minimax-m3" / "config.json"
+    config = DATA / "minimax-m3" / "config.json"
     subject = open_subject(str(config))
     recipe = build_recipe(
         named_recipe("int4"), settings=["routed_experts=int2-g128-asym", "routed_experts@3-6=int3-g128-asym"]

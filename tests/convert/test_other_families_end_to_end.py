@@ -9,11 +9,12 @@ import torch
 import yaml
 from click.testing import CliRunner
 from safetensors import safe_open
-from tiny_family import make_tiny
 
 from m3quant.cli import cli
 from m3quant.engines.vllm.lookup import resolve
 from m3quant.recipe.recipe import recipe_names
+from tests.support.calibration.tiny_family import make_tiny
+from tests.support.paths import ROOT
 
 SMALL = ("--windows", 6, "--window-length", 96, "--min-expert-tokens", 4)
 
@@ -47,7 +48,7 @@ def test_every_recipe_plans_these_families(name: str, sources: dict[str, Path]) 
     for recipe in recipe_names():
         plan = json.loads(done("plan", sources[name], "--to", recipe, "--json"))
         roles = {row["role"]: row["scheme"] for row in plan["roles"]}
-        wanted = yaml.safe_load((Path(__file__).parents[2] / "recipes" / f"{recipe}.yaml").read_text())["schemes"]
+        wanted = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())["schemes"]
         assert roles["attention"] == wanted.get("attention", "keep"), recipe
         if name == "qwen3_moe":
             assert roles["routed_experts"] == wanted["routed_experts"], recipe

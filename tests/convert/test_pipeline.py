@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from convert.common import bits, config_of, make_plan_of, make_source, rewrite, run_plan, stored
-from convert.sources import quantized_source
 
 from m3quant.checkpoint import entry_bytes
 from m3quant.convert import pipeline
@@ -20,6 +18,8 @@ from m3quant.planning.batches import COPY, FUSED, WHOLE, make_batches, output_ra
 from m3quant.planning.plan import Plan
 from m3quant.quant.reading import SourceReader
 from m3quant.running.progress import Silent
+from tests.support.convert.common import bits, config_of, make_plan_of, make_source, rewrite, run_plan, stored
+from tests.support.convert.sources import quantized_source
 
 LIMITS = [20_000, 300_000, 1 << 30]
 

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from convert.common import (
+from safetensors import safe_open
+
+from m3quant.checkpoint import Checkpoint
+from m3quant.errors import CheckpointError, PlanError
+from m3quant.planning.plan import Plan, passed_through
+from m3quant.quant.formats import TORCH_DTYPES
+from m3quant.recipe.recipe import recipe_names
+from tests.support.calibration.tiny import m2_config, m2_tensors
+from tests.support.convert.common import (
     bits,
     config_of,
     files,
@@ -20,15 +28,7 @@ from convert.common import (
     served_format,
     stored,
 )
-from convert.sources import quantized_source
-from safetensors import safe_open
-from tiny import m2_config, m2_tensors
-
-from m3quant.checkpoint import Checkpoint
-from m3quant.errors import CheckpointError, PlanError
-from m3quant.planning.plan import Plan, passed_through
-from m3quant.quant.formats import TORCH_DTYPES
-from m3quant.recipe.recipe import recipe_names
+from tests.support.convert.sources import quantized_source
 
 KEPT_BUT_EXPERTS = ("attention=keep", "shared_experts=keep", "dense_mlp=keep")
 EXPERTS_ONLY = ("routed_experts=int4-g128", *KEPT_BUT_EXPERTS)

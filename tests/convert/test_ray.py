@@ -26,10 +26,11 @@ from m3quant.errors import PlanError
 from m3quant.planning.plan import make_plan
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.running.progress import Silent
+from tests.support.paths import FIXTURES
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster, one worker
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-m2"
+FIXTURE = FIXTURES / "tiny-m2"
 STORE_BYTES = 80_000_000
 AWQ = ("--to", "awq", "--device", "cpu", "--windows", "2", "--window-length", "64")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from convert.common import make_plan_of, make_source, run_plan, same_output
 
 from m3quant.errors import StoppedError
 from m3quant.planning.plan import Plan
 from m3quant.planning.resources import BOUNDARY_SHARE, boundary_interval, hidden_state_bytes
 from m3quant.running.progress import Silent
+from tests.support.convert.common import make_plan_of, make_source, run_plan, same_output
 
 
 class StopsAfter(Silent):

@@ -12,11 +12,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from common import make_plan_of, make_source, run_plan
 
 from m3quant.calibration.experts import ExpertLedger
 from m3quant.reports.charts import SHADES, heatmap, line_chart, number
 from m3quant.reports.conversion_html import Report, page
+from tests.support.convert.common import make_plan_of, make_source, run_plan
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 FLOOR = 32

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.wide import CODES, stored_tensors, wide_config
 
 from m3quant.checkpoint import Checkpoint
 from m3quant.planning.batches import MAX_WORKERS, pinned_bytes
 from m3quant.planning.plan import Plan, make_plan
 from m3quant.planning.resources import resources
 from m3quant.recipe.recipe import build_recipe, named_recipe
+from tests.benchmarks.wide import CODES, stored_tensors, wide_config
+from tests.support.paths import TESTS
 
-FIGURES = Path(__file__).parents[1] / "benchmarks" / "figures"
+FIGURES = TESTS / "benchmarks" / "figures"
 
 
 def hollow_plan(folder: Path, config: dict[str, Any], recipe: str) -> Plan:

@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from convert.common import config_of, make_plan_of, make_source, rewrite, stored
-from convert.fp4_sources import fp8_rows, fp8_tensor, mxfp4_packed, mxfp8, nvfp4_modelopt, nvfp4_packed
-from convert.sources import is_linear, quantized_source
 
 from m3quant.checkpoint import Checkpoint
 from m3quant.errors import CheckpointError, PlanError
@@ -31,8 +28,11 @@ from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.fit import Ask, assess
 from m3quant.runtime.hardware import parse_node
 from m3quant.runtime.model import open_subject
+from tests.support.convert.common import config_of, make_plan_of, make_source, rewrite, stored
+from tests.support.convert.fp4_sources import fp8_rows, fp8_tensor, mxfp4_packed, mxfp8, nvfp4_modelopt, nvfp4_packed
+from tests.support.convert.sources import is_linear, quantized_source
+from tests.support.paths import DATA
 
-DATA = Path(__file__).parents[1] / "data"
 AWQ = build_recipe(named_recipe("awq"))
 
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from convert.common import config_of, make_plan_of, make_source, rewrite, run_plan, same_output, stored
-from convert.sources import quantized_source
 
 from m3quant.calibration.boundary import Streams
 from m3quant.calibration.layers import layer_spec
@@ -24,6 +22,8 @@ from m3quant.convert.device_warm_up import TOKENS, WarmUp, pass_once
 from m3quant.errors import CheckpointError, StoppedError
 from m3quant.quant.reading import SourceReader
 from m3quant.running.progress import Silent
+from tests.support.convert.common import config_of, make_plan_of, make_source, rewrite, run_plan, same_output, stored
+from tests.support.convert.sources import quantized_source
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from convert.common import add_tokenizer, make_source
+from tests.support.convert.common import add_tokenizer, make_source
 
 # Each takes a part of a second or several, on a cold disk more: transformers' modelling code brings all of them.
 SLOW = {"torch._dynamo", "torch._inductor", "sympy", "scipy", "sklearn", "pandas", "transformers.modeling_utils"}

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from rounding_judge import judge
-from running import NEEDS_ENGINE
 from safetensors.torch import load_file, save_file
 
 from m3quant.cli import cli
+from tests.support.engine.rounding_judge import judge
+from tests.support.engine.running import NEEDS_ENGINE
+from tests.support.paths import FIXTURES
 
 pytestmark = NEEDS_ENGINE
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def first_layers(source: Path, folder: Path, layers: int) -> Path:
@@ -60,4 +60,6 @@ def test_vllm_rounds_what_the_stream_rounds(
     found = judge(output, length)
     print(f"{family}, {layers} layers, {options[0]}:\n{found}")
     assert found.report.problems() == []
-    assert found.rounded.median < 0.05 * found.exact.median, "or the engine's plugin is old: tests/engine/make_env.sh"
+    assert found.rounded.median < 0.05 * found.exact.median, (
+        "or the engine's plugin is old: tests/support/engine/make_env.sh"
+    )

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from reference import reference_logprobs, write_dequantized
-from running import MEAN, MEDIAN, NEEDS_ENGINE, engine, make_prompts
 
 from m3quant.cli import cli
+from tests.support.engine.reference import reference_logprobs, write_dequantized
+from tests.support.engine.running import MEAN, MEDIAN, NEEDS_ENGINE, engine, make_prompts
+from tests.support.paths import FIXTURES
 
 pytestmark = NEEDS_ENGINE
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 ALL_INT4 = [f"--set={role}=int4-g128" for role in ("shared_experts", "dense_mlp", "attention", "indexer")]
 CASES = {
     "m2-int4": ["--to=int4"],

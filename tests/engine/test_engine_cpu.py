@@ -4,7 +4,7 @@ Both sides run in float32 on the same dequantized numbers, so agreement is a mat
 wrong scale, a swapped nibble or an unloaded index projection changes log-probs by tenths. The longest prompt has 7 blocks of 128 tokens
 and M3's sparse layers attend to 4, so the index branch decides what is read.
 
-    tests/engine/make_env.sh FOLDER && M3QUANT_ENGINE_PYTHON=FOLDER/bin/python pytest -m engine -n 2
+    tests/support/engine/make_env.sh FOLDER && M3QUANT_ENGINE_PYTHON=FOLDER/bin/python pytest -m engine -n 2
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-import stored_formats
-from reference import reference_logprobs
-from running import MEAN, MEDIAN, NEEDS_ENGINE, engine, make_prompts
-from stored_formats import Stored
-from tiny_models import tiny_m2, tiny_m3
+
+from tests.support.engine import stored_formats
+from tests.support.engine.reference import reference_logprobs
+from tests.support.engine.running import MEAN, MEDIAN, NEEDS_ENGINE, engine, make_prompts
+from tests.support.engine.stored_formats import Stored
+from tests.support.engine.tiny_models import tiny_m2, tiny_m3
 
 pytestmark = NEEDS_ENGINE
 MODELS = {"m2": tiny_m2, "m3": tiny_m3}

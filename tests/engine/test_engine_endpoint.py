@@ -10,12 +10,10 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from running import ENV, NEEDS_ENGINE
 
 from m3quant.calibration.corpus import load_tokenizer
 from m3quant.calibration.stream import nll
@@ -25,9 +23,11 @@ from m3quant.evaluate.endpoint import GENERATED, evaluate_endpoint
 from m3quant.evaluate.haystack import Reach
 from m3quant.evaluate.models import open_model
 from m3quant.evaluate.task import Predictions
+from tests.support.engine.running import ENV, NEEDS_ENGINE
+from tests.support.paths import FIXTURES
 
 pytestmark = NEEDS_ENGINE
-FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-m2"
+FIXTURE = FIXTURES / "tiny-m2"
 START_S = 240
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from reference import reference_logprobs, write_dequantized
-from running import MEAN, MEDIAN, NEEDS_ENGINE, engine, make_prompts
-from tiny_family import make_tiny
 
 from m3quant.cli import cli
+from tests.support.calibration.tiny_family import make_tiny
+from tests.support.engine.reference import reference_logprobs, write_dequantized
+from tests.support.engine.running import MEAN, MEDIAN, NEEDS_ENGINE, engine, make_prompts
 
 pytestmark = NEEDS_ENGINE
 

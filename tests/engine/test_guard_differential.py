@@ -1,12 +1,13 @@
-"""The guard never reserves less than the real vLLM may use: a sample of tests/engine/guard_differential.py, which runs 2,000 bodies."""
+"""The guard never reserves less than the real vLLM may use: a sample of tests/support/engine/guard_differential.py, which runs 2,000 bodies."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from guard_differential import compare, recording, table
-from running import NEEDS_ENGINE
+
+from tests.support.engine.guard_differential import compare, recording, table
+from tests.support.engine.running import NEEDS_ENGINE
 
 pytestmark = [*NEEDS_ENGINE, pytest.mark.xdist_group("guard")]
 

@@ -19,9 +19,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from guarded_server import ENGINE_PYTHON, Server, serving
-from overload import Load, overload
-from running import NEEDS_ENGINE
+
+from tests.support.engine.guarded_server import ENGINE_PYTHON, Server, serving
+from tests.support.engine.overload import Load, overload
+from tests.support.engine.running import NEEDS_ENGINE
 
 pytestmark = [*NEEDS_ENGINE, pytest.mark.xdist_group("guard")]
 CONTEXT, POOL = 1024, 2048

@@ -19,13 +19,13 @@ from typing import Any
 import openai
 import pytest
 from click.testing import CliRunner
-from running import ENV, NEEDS_ENGINE
 
 from m3quant.cli import cli
+from tests.support.engine.running import ENV, NEEDS_ENGINE
+from tests.support.paths import FIXTURES
 
 pytestmark = NEEDS_ENGINE
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 KEY = "secret-of-the-test"
 CONTEXT = 2048
 START_S = 240

@@ -18,9 +18,10 @@ from m3quant.engines.probing import Difference, difference, find_probed, run_pro
 from m3quant.engines.vllm.probe import WeightLedger, account, empty_response, header_names, watch_writes
 from m3quant.errors import EngineMissing, VerifyError
 from m3quant.families import family_of
+from tests.support.paths import FIXTURES
 
 PROMPTS = [[1, 2, 3]]
-TINY_M3 = Path(__file__).parents[1] / "fixtures/tiny-m3"
+TINY_M3 = FIXTURES / "tiny-m3"
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from convert.common import add_tokenizer, make_plan_of, make_source, random_windows, run_convert, run_plan
-from convert.sources import quantized_source
-from measuring import Plain, run, sequence
 
 from m3quant.artifact.eval_record import Computed
 from m3quant.calibration.stream import nll
 from m3quant.cli import cli
 from m3quant.errors import EvaluationError
 from m3quant.evaluate.models import open_model
+from tests.support.convert.common import add_tokenizer, make_plan_of, make_source, random_windows, run_convert, run_plan
+from tests.support.convert.sources import quantized_source
+from tests.support.evaluate.measuring import Plain, run, sequence
 
 ALL_INT8 = [f"{role}=int8-g128" for role in ("routed_experts", "shared_experts", "dense_mlp", "attention", "indexer")]
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from double import KEY, Double, serving, toy_logprobs
-from long_context import TEXT, config, tokenizer
 
 from m3quant.artifact.eval_record import EvalRecord
 from m3quant.errors import EvaluationError
@@ -19,6 +17,8 @@ from m3quant.evaluate import needle, openai_server, position, ruler
 from m3quant.evaluate.endpoint import GENERATED, evaluate_endpoint
 from m3quant.evaluate.haystack import Reach
 from m3quant.evaluate.task import Predictions, Task
+from tests.support.evaluate.double import KEY, Double, serving, toy_logprobs
+from tests.support.evaluate.long_context import TEXT, config, tokenizer
 
 REACH = Reach.of(config("tiny-m2"))
 ALL = {"token_ids", "prompt_logprobs", "echo", "ids_out"}

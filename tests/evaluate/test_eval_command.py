@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from double import Double, serving
-from long_context import tokenizer
-from measuring import Plain, changed_copy, run, sequence
 
 from m3quant.artifact.eval_record import EVAL_FILE, EvalRecord
 from m3quant.cli import cli
 from m3quant.errors import CheckpointError, EvaluationError, StoppedError
+from tests.support.evaluate.double import Double, serving
+from tests.support.evaluate.long_context import tokenizer
+from tests.support.evaluate.measuring import Plain, changed_copy, run, sequence
+from tests.support.paths import FIXTURES
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 M2, M3 = FIXTURES / "tiny-m2", FIXTURES / "tiny-m3"
 SHORT = "does not exercise MSA"
 NEEDLES = {"task": "needle", "name": "codes", "lengths": [256], "depths": [0.5], "samples": 10}

@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
-from convert.common import Silent
-from convert.tampering import edit_unsampled, flip
-from measuring import Plain, StopAfter, changed_copy, run, sequence
 
 from m3quant.checkpoint import Checkpoint
 from m3quant.errors import OutputError
 from m3quant.evaluate.evaluation import JOURNAL
+from tests.support.calibration import tiny
+from tests.support.convert.common import Silent
+from tests.support.convert.tampering import edit_unsampled, flip
+from tests.support.evaluate.measuring import Plain, StopAfter, changed_copy, run, sequence
 
 TASK = [Plain([sequence(60)])]
 

@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from sample_record import sample_record
 
 from m3quant.artifact.eval_record import EvalRecord, Measured
 from m3quant.reports.conversion_html import STYLE
 from m3quant.reports.evaluation_charts import bucket_chart, heat
 from m3quant.reports.evaluation_html import page, write_report
+from tests.support.evaluate.sample_record import sample_record
 
 VOID = {"meta", "br"}
 

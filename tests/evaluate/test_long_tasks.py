@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from long_context import TEXT, config, generated, teacher_forced, tokenizer
-from needles import query
 
 from m3quant.errors import EvaluationError
 from m3quant.evaluate import needle, position, ruler
@@ -17,6 +15,8 @@ from m3quant.evaluate.haystack import Haystack
 from m3quant.evaluate.phrasing import CODE
 from m3quant.evaluate.retrieval import RetrievalTask
 from m3quant.evaluate.task import Predictions
+from tests.support.evaluate.long_context import TEXT, config, generated, teacher_forced, tokenizer
+from tests.training.needles import query
 
 MODELS = ("tiny-m2", "tiny-m3")
 VARIANTS = (*ruler.VARIANTS, "vt")

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from measuring import run
 
 from m3quant.calibration.corpus import load_tokenizer
 from m3quant.checkpoint import json_bytes
@@ -31,8 +29,10 @@ from m3quant.evaluate.perplexity import (
 )
 from m3quant.evaluate.task import Predictions, ScoredSequence
 from m3quant.evaluate.texts import Texts, wikitext_plain
+from tests.support.calibration import tiny
+from tests.support.evaluate.measuring import run
+from tests.support.paths import FIXTURES
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 TEXTS = Texts("random", "0" * 64, None, ("a b",), ("a b",))
 
 

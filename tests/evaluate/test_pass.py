@@ -10,11 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from convert.common import Silent
-from convert.sources import quantized_source
-from measuring import Plain, StopAfter, changed_copy, full_logits, reference, run, sequence
 from safetensors.torch import load_file, save_file
 
 from m3quant.artifact.eval_record import EVAL_FILE
@@ -23,6 +19,11 @@ from m3quant.errors import EvaluationError, OutputError
 from m3quant.evaluate.batches import lay_out, unique
 from m3quant.evaluate.evaluation import JOURNAL
 from m3quant.evaluate.task import ScoredSequence
+from tests.support.calibration import tiny
+from tests.support.convert.common import Silent
+from tests.support.convert.sources import quantized_source
+from tests.support.evaluate.measuring import Plain, StopAfter, changed_copy, full_logits, reference, run, sequence
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -170,11 +171,9 @@ def test_killed_at_durable_operations_it_continues_with_the_same_figures(
 ) -> None:
     source = tiny.make_tiny_m3(tmp_path / "source", num_local_experts=2, num_experts_per_tok=1, num_hidden_layers=2)
     other = changed_copy(source, tmp_path / "other", 0.02)
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here.parent), str(here.parent / "calibration")])
     done = subprocess.run(
-        [sys.executable, str(here / "kill_evaluation.py"), str(other), str(source), str(tmp_path), place, "17"],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "tests.support.evaluate.kill_evaluation", str(other), str(source), str(tmp_path), place, "17"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

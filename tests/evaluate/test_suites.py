@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import yaml
 from click.testing import CliRunner
 
@@ -22,8 +21,9 @@ from m3quant.evaluate.gate import broken, check_limits, parse_limits
 from m3quant.evaluate.models import open_model
 from m3quant.evaluate.suites import load_suite, make_tasks, suite_names
 from m3quant.evaluate.texts import BUNDLED_PATH, PUBLIC, load_texts
+from tests.support.calibration import tiny
+from tests.support.paths import FIXTURES
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 M2 = FIXTURES / "tiny-m2"
 CONFIG: dict[str, Any] = json.loads((M2 / "config.json").read_text())
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert.common import make_source
 
 from m3quant.checkpoint import Checkpoint
 from m3quant.errors import OptionError, PlanError, RecipeError
@@ -31,9 +30,10 @@ from m3quant.planning.sensitivity import (
     source_identity,
 )
 from m3quant.recipe.recipe import build_recipe
+from tests.support.convert.common import make_source
+from tests.support.paths import FIXTURES
 
-ROOT = Path(__file__).parents[2]
-TINY = {name: ROOT / "tests" / "fixtures" / name for name in ("tiny-m2", "tiny-m3")}
+TINY = {name: FIXTURES / name for name in ("tiny-m2", "tiny-m3")}
 FEW = {
     "routed_experts": ("int2-g128-asym", "int3-g128-asym", "int4-g32"),
     "attention": ("int4-g128", "int8-g128"),

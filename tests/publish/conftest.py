@@ -2,9 +2,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client import READ_TOKEN, TOKEN, Client, running_client
-from hub_server import running_hub
-from hub_state import Hub
+
+from tests.support.publish.client import READ_TOKEN, TOKEN, Client, running_client
+from tests.support.publish.hub_server import running_hub
+from tests.support.publish.hub_state import Hub
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from convert.common import make_plan_of
 from huggingface_hub import ModelCard
-from publish.outputs import COMMIT, TEXTS, converted, manifest_of, serving, source_like
 
 from m3quant.artifact.conversion_eval import output_fingerprint
 from m3quant.artifact.eval_record import Data, EvalRecord, Measured, Result
@@ -33,6 +31,8 @@ from m3quant.evaluate.task import Predictions, ScoredSequence
 from m3quant.publish.card import NOTES_BEGIN, check_metadata, scheme_text
 from m3quant.publish.gates import Asked, Prepared, check, make_card, prepare
 from m3quant.publish.licences import GivenLicence
+from tests.support.convert.common import make_plan_of
+from tests.support.publish.outputs import COMMIT, TEXTS, converted, manifest_of, serving, source_like
 
 BASE = "MiniMaxAI/MiniMax-M3"
 
@@ -326,7 +326,7 @@ def test_a_notice_of_the_base_is_kept_beside_ours_and_stale_records_stay_behind(
 
 
 def test_files_of_two_commits_have_no_revision(tmp_path: Path) -> None:
-    from publish.outputs import record_download
+    from tests.support.publish.outputs import record_download
 
     source = source_like(tmp_path / "m3")
     lone = next((source / ".cache").rglob("config.json.metadata"))

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from publish.outputs import COMMIT, TEXTS
 
 from m3quant.errors import OptionError, PublishError
 from m3quant.publish.base import Base, resolve_base
 from m3quant.publish.licences import GivenLicence, Licence, data, obligations, recognise, resolve_licence
+from tests.support.publish.outputs import COMMIT, TEXTS
 
 TYPES = {"MiniMaxAI/MiniMax-M3": "minimax_m3_vl"}
 

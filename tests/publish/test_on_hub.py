@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from publish.outputs import COMMIT, converted, manifest_of, source_like
 
 from m3quant.cli import cli
 from m3quant.errors import CheckpointError, PublishError
 from m3quant.publish.base import Base
 from m3quant.publish.gates import Asked, prepare
 from m3quant.publish.on_hub import base_problems
+from tests.support.publish.outputs import COMMIT, converted, manifest_of, source_like
 
 NAME = "MiniMaxAI/MiniMax-M3"
 DATASETS = {"a/benchmark": ["README.md", "eval.yaml"], "a/plain": ["README.md"]}

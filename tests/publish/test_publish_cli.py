@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import Client
-from hub_state import ATTRIBUTES, Fault, Hub
-from publish.outputs import COMMIT, converted, source_like
-from test_upload import refused
+
+from tests.publish.test_upload import refused
+from tests.support.publish.client import Client
+from tests.support.publish.hub_state import ATTRIBUTES, Fault, Hub
+from tests.support.publish.outputs import COMMIT, converted, source_like
 
 IMPORTED_ONCE = ("torch", "m3quant.publish.gates", "m3quant.verify.verification", "m3quant.cli.publish")
 BASE = "MiniMaxAI/MiniMax-M3"

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import Client
-from hub_state import Entry, Fault, Hub
-from test_upload import refused
+
+from tests.publish.test_upload import refused
+from tests.support.publish.client import Client
+from tests.support.publish.hub_state import Entry, Fault, Hub
 
 REPO = "org/model"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

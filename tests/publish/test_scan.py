@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from publish.outputs import FIXTURES
 from safetensors.torch import save_file
 
 from m3quant.publish.files import PublishFile
 from m3quant.publish.scan import scan
+from tests.support.publish.outputs import FIXTURES
 
 # Made when the test runs, so that no scanner of this repository takes them for real.
 _RANDOM = random.Random(7)

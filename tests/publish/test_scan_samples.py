@@ -11,13 +11,13 @@ import zlib
 from pathlib import Path
 
 import pytest
-import secret_samples as samples
 
 from m3quant.errors import OptionError
 from m3quant.publish.files import PublishFile
 from m3quant.publish.scan import OF_A_MACHINE, Finding, decoding, machine_strings, scan
 from m3quant.publish.scan.allow import read_allowed, shipped
 from m3quant.publish.scan.rules import LEFT_OUT, library
+from tests.support.publish import secret_samples as samples
 
 FEW_FORMS = ("plain", "json", "escaped, one character", "utf-16-le")
 IN_EVERY_FORM = ("hugging face", "stripe", "ssh key", "password, env", "netrc", "azure storage")

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import READ_TOKEN, TOKEN, Client
-from hub_state import ATTRIBUTES, Fault, Hub
 
 from m3quant.publish import upload
 from m3quant.publish.files import PublishFile
+from tests.support.publish.client import READ_TOKEN, TOKEN, Client
+from tests.support.publish.hub_state import ATTRIBUTES, Fault, Hub
 
 REPO = "org/model"
 SHARD = "model-00001-of-00002.safetensors"
@@ -171,7 +171,7 @@ def test_a_file_that_changes_during_the_upload_stops_it(hub: Hub, client: Client
 
 
 def test_somebody_elses_commit_on_main_is_not_merged_into(hub: Hub, client: Client, files: Path) -> None:
-    from hub_state import Entry
+    from tests.support.publish.hub_state import Entry
 
     def interfere(line: str) -> bool | None:
         if line.endswith("/commit/main") and on_main(hub) == {}:

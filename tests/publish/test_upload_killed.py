@@ -11,9 +11,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from client import Client
-from hub_state import ATTRIBUTES, Hub
-from test_upload import REPO, contents, job, large_bytes, on_main
+from tests.publish.test_upload import REPO, contents, job, large_bytes, on_main
+from tests.support.publish.client import Client
+from tests.support.publish.hub_state import ATTRIBUTES, Hub
 
 # Requests that change nothing, though they are no GETs.
 QUESTIONS = ("/preupload/", "/paths-info/", "/objects/batch", "/validate-yaml", "/verify")

@@ -8,12 +8,12 @@ from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
 from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from convert.fp4_sources import to_mxfp4, to_nvfp4, values_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3quant.errors import CheckpointError
 from m3quant.quant.fp4 import dequantize_mxfp4, dequantize_nvfp4, unpack
+from tests.support.convert.fp4_sources import to_mxfp4, to_nvfp4, values_of
 
 OUT = [torch.bfloat16, torch.float32]
 

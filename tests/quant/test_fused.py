@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from m3quant.quant import fused
 from m3quant.quant.formats import TORCH_DTYPES, compress
 from m3quant.quant.fused import compress_into
 from m3quant.schemes import parse_scheme
+from tests.support.paths import ROOT
 
 CASES = [
     ("fp8-channel", "compressed-tensors"), ("fp8-block", "compressed-tensors"), ("fp8-block", "fp8"),
@@ -95,17 +95,20 @@ def test_what_has_no_one_pass_form_says_so() -> None:
     assert not any(one_pass(parse_scheme("int4-g128"), fmt) for fmt in FORMATS if fmt != "compressed-tensors")
 
 
+def kernel_check(where: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.support.quant.kernel_check", where]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, whose interpreter runs on a CPU")
 def test_the_gpu_stage_writes_the_same_bytes_in_tritons_interpreter() -> None:
     """In a process of its own: the interpreter is chosen when the kernels are defined."""
-    check = Path(__file__).with_name("kernel_check.py")
-    done = subprocess.run([sys.executable, str(check), "interpreter"], capture_output=True, text=True, timeout=600)
+    done = kernel_check("interpreter")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("same bytes") == 24
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_stage_writes_the_same_bytes_on_a_gpu() -> None:
-    check = Path(__file__).with_name("kernel_check.py")
-    done = subprocess.run([sys.executable, str(check), "cuda"], capture_output=True, text=True, timeout=600)
+    done = kernel_check("cuda")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

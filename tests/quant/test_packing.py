@@ -1,7 +1,6 @@
 """Bit orders, against plain-Python packers written from the published layouts."""
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from m3quant.quant import packing
 from m3quant.schemes import INT_BITS
+from tests.support.paths import TESTS
 
 
 def random_codes(*shape: int, bits: int, seed: int) -> torch.Tensor:
@@ -133,7 +133,7 @@ def test_leading_dimensions_are_carried(bits: int) -> None:
 @pytest.mark.parametrize("bits", INT_BITS)
 def test_the_cpu_engines_plugin_unpacks_the_same_codes(bits: int) -> None:
     """tests/engine runs on it, in an environment of its own: here only its arithmetic is looked at."""
-    path = Path(__file__).parents[1] / "engine" / "cpu_plugin" / "m3quant_cpu_engine" / "dequantize.py"
+    path = TESTS / "support" / "engine" / "cpu_plugin" / "m3quant_cpu_engine" / "dequantize.py"
     spec = importlib.util.spec_from_file_location("plugin_dequantize", path)
     assert spec is not None and spec.loader is not None
     plugin = importlib.util.module_from_spec(spec)

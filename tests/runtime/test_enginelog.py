@@ -15,8 +15,8 @@ from m3quant.runtime.checklog import check_log
 from m3quant.runtime.fit import Ask
 from m3quant.runtime.hardware import GIB, parse_node
 from m3quant.runtime.model import ServedModel, open_subject
+from tests.support.paths import DATA
 
-DATA = Path(__file__).parents[1] / "data"
 LOGS = yaml.safe_load((DATA / "serving-logs" / "logs.yaml").read_text(encoding="utf-8"))
 
 

@@ -20,10 +20,8 @@ from m3quant.runtime.memory import Estimate, Setup, kv_bytes_per_token, kv_dtype
 from m3quant.runtime.model import ServedModel, Subject, open_subject
 from m3quant.runtime.serving_table import serving_table
 from m3quant.runtime.weights import Split, converted_groups, rank_weights, stage_of_layers, stored_bytes
+from tests.support.paths import DATA, FIXTURES
 
-ROOT = Path(__file__).parents[2]
-DATA = ROOT / "tests" / "data"
-FIXTURES = ROOT / "tests" / "fixtures"
 M2, M3 = open_subject(str(DATA / "minimax-m2.7")), open_subject(str(DATA / "minimax-m3"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +11,7 @@ from m3quant.recipe.recipe import build_recipe, fitted_names, named_recipe, reci
 from m3quant.runtime.fit import Ask, assess
 from m3quant.runtime.hardware import parse_node
 from m3quant.runtime.model import open_subject
-
-DATA = Path(__file__).parents[1] / "data"
+from tests.support.paths import DATA
 
 
 def command(name: str) -> list[str]:

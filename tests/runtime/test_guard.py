@@ -9,13 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from guard_app import Call, FakeEngine, ask, completion, make_guard, settle, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3quant.runtime.guard import Guard
 from m3quant.runtime.guard.idspan import MARKER, shorten
 from m3quant.runtime.guard.reading import read_body
+from tests.support.runtime.guard_app import Call, FakeEngine, ask, completion, make_guard, settle, start
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from guard_app import FakeEngine, ask, completion, make_guard, settle, start
 
 from m3quant.runtime.guard import Guard, GuardSettings
 from m3quant.runtime.guard.aside import ASIDE_BYTES, Aside
@@ -22,6 +21,7 @@ from m3quant.runtime.guard.inbox import ClientGone, Inbox
 from m3quant.runtime.guard.reading import read_body
 from m3quant.runtime.guard.replies import Refusal
 from m3quant.runtime.guard.turns import Turns
+from tests.support.runtime.guard_app import FakeEngine, ask, completion, make_guard, settle, start
 
 CHAT, COMPLETIONS, INVOCATIONS = "/v1/chat/completions", "/v1/completions", "/invocations"
 GENERATE = "/inference/v1/generate"

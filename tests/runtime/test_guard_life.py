@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from guard_app import Call, FakeEngine, ask, completion, make_guard, settle, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
@@ -22,6 +21,7 @@ from m3quant.runtime.guard import Guard, GuardSettings, read_settings
 from m3quant.runtime.guard.clamp import with_number
 from m3quant.runtime.guard.pool import PoolReader
 from m3quant.runtime.guard.watchdog import GAUGES, Watchdog
+from tests.support.runtime.guard_app import Call, FakeEngine, ask, completion, make_guard, settle, start
 
 COMPLETIONS = "/v1/completions"
 

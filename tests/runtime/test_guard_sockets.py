@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import uvicorn
-from guard_app import FakeEngine, completion, make_guard
 
 from m3quant.runtime.guard import Guard, GuardSettings
+from tests.support.runtime.guard_app import FakeEngine, completion, make_guard
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 

@@ -1,7 +1,5 @@
 """Settings that an engine's log states: taken over, or named as not covered; never blamed on a constant."""
 
-from pathlib import Path
-
 import pytest
 
 from m3quant.engines.vllm.log import parse_log
@@ -14,8 +12,8 @@ from m3quant.runtime.fit import Ask, assess
 from m3quant.runtime.hardware import Gpu, Node, parse_node
 from m3quant.runtime.model import open_subject
 from m3quant.runtime.weights import Split, rank_weights
+from tests.support.paths import DATA
 
-DATA = Path(__file__).parents[1] / "data"
 M2 = open_subject(str(DATA / "minimax-m2.7"))
 M3 = open_subject(str(DATA / "minimax-m3"))
 M3_AWQ = M3.converted(build_recipe(named_recipe("awq")))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert.common import make_plan_of, make_source, run_plan
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,9 +26,11 @@ from m3quant.runtime.serve import prepare, weight_notes
 from m3quant.runtime.serve_recipe import ServeRecipe
 from m3quant.runtime.weights import Split, rank_weights, split_problem, stored_bytes
 from m3quant.schemes import INT_BITS, Scheme, parse_scheme
+from tests.support.convert.common import make_plan_of, make_source, run_plan
+from tests.support.paths import DATA
 
-M3 = Path(__file__).parents[1] / "data" / "minimax-m3" / "config.json"
-M2 = Path(__file__).parents[1] / "data" / "minimax-m2.7" / "config.json"
+M3 = DATA / "minimax-m3" / "config.json"
+M2 = DATA / "minimax-m2.7" / "config.json"
 NEW = Installed("vllm", "python", "0.33.0", frozenset(), True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,8 @@ from m3quant.runtime.fit import Ask, assess
 from m3quant.runtime.hardware import GIB, Gpu, Node
 from m3quant.runtime.model import open_subject
 from m3quant.runtime.room import check_context, does_not_hold, nearest_node, node_rooms, unsplittable
+from tests.support.paths import FIXTURES
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 CANDIDATES = {
     "routed_experts": ("int2-g128-asym", "int3-g128-asym", "int4-g32"),
     "attention": ("int4-g128", "int8-g128"),

@@ -45,8 +45,8 @@ from m3quant.runtime.serve import compare, importable, prepare, quick_check, sta
 from m3quant.runtime.serve_recipe import ServeRecipe, load_serve_recipe
 from m3quant.runtime.this_machine import detect_node, gpu_called
 from m3quant.runtime.units import compose_file, systemd_unit
+from tests.support.paths import TESTS
 
-TESTS = Path(__file__).parents[1]
 M3 = TESTS / "fixtures" / "tiny-m3"
 M2 = TESTS / "fixtures" / "tiny-m2"
 FLAGS = [

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from convert.common import make_plan_of, make_source, run_plan
 
 from m3quant.calibration.stream import nll
 from m3quant.engines import DEFAULT
 from m3quant.engines.probing import EngineReport
 from m3quant.evaluate.models import open_model
 from m3quant.verify import engine
+from tests.support.convert.common import make_plan_of, make_source, run_plan
 
 
 def report(logprobs: list[list[float]]) -> EngineReport:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.common import make_source, run_convert, stored
-from verify.test_verify import Tensors, check, each, first_row_times, swap_rows, tamper
 
 from m3quant.quant.packing import pack_rows, unpack_rows
 from m3quant.verify.fed_back import defect
+from tests.support.convert.common import make_source, run_convert, stored
+from tests.verify.test_verify import Tensors, check, each, first_row_times, swap_rows, tamper
 
 LAYER = "model.layers.1."
 EXPERT = f"{LAYER}block_sparse_moe.experts.1."

@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from convert.common import (
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from m3quant.checkpoint import Checkpoint
+from m3quant.cli import cli
+from m3quant.errors import M3QuantError
+from tests.support.convert.common import (
     config_of,
     make_plan_of,
     make_source,
@@ -21,14 +27,8 @@ from convert.common import (
     served_format,
     stored,
 )
-from convert.sources import quantized_source
-from convert.tampering import edit_unsampled
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
-from m3quant.checkpoint import Checkpoint
-from m3quant.cli import cli
-from m3quant.errors import M3QuantError
+from tests.support.convert.sources import quantized_source
+from tests.support.convert.tampering import edit_unsampled
 
 Tensors = dict[str, torch.Tensor]
 M2, M3 = "model.layers.1.", "language_model.model.layers.1."

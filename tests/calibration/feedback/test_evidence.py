@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from feedback_cases import moments_of, normal, rows
 
 from m3quant.calibration.feedback.evidence import GATED, NORMED, Rule, estimate
 from m3quant.calibration.feedback.moments import Moments
+from tests.support.calibration.feedback_cases import moments_of, normal, rows
 
 WIDTH = 16
 
@@ -36,7 +36,7 @@ def test_few_rows_lean_on_the_prior_and_many_do_not() -> None:
     found = estimate([few, many], NORMED, prior)
     for slot, own in enumerate((few, many)):
         second, cross, mass, count = own.of(None)
-        share = count / (count + WIDTH)
+        share = float(count / (count + WIDTH))
         assert torch.allclose(found.system[slot], second / mass * share + prior * (1 - share), rtol=1e-5, atol=1e-6)
         assert torch.allclose(found.cross[slot], cross / mass * share, rtol=1e-5, atol=1e-6)
 

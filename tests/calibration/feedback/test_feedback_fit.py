@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from feedback_cases import SCHEMES, moments_of, normal, rows
 
 from m3quant.calibration.feedback import fit as fitting
 from m3quant.calibration.feedback.evidence import NORMED, estimate
@@ -14,6 +13,7 @@ from m3quant.calibration.feedback.moments import Moments
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.feedback.solve import Solver
 from m3quant.schemes import Scheme
+from tests.support.calibration.feedback_cases import SCHEMES, moments_of, normal, rows
 
 WIDTH, COUNT = 64, 400
 SCHEME = SCHEMES["int4-g64"]

@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from planted import Tensors, linears, salient
-from planted import tiny_layer as whole_layer
 
 from m3quant.calibration.feedback import mlp
 from m3quant.calibration.feedback.quantizer import FeedbackQuantizer
@@ -19,6 +17,8 @@ from m3quant.calibration.spec import LayerSpec
 from m3quant.calibration.stream import HiddenStates
 from m3quant.quant.formats import round_trip
 from m3quant.schemes import Scheme
+from tests.support.calibration.planted import Tensors, linears, salient
+from tests.support.calibration.planted import tiny_layer as whole_layer
 
 CASES = {"m2": ("m2", 1), "m3-dense": ("m3", 0), "m3-sparse": ("m3", 1)}
 FAST = FeedbackSettings(rounds=1)

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from feedback_cases import SCHEMES, moment, normal, objective
 
 from m3quant.calibration.feedback.grids import Grid
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.feedback.solve import Solver
 from m3quant.quant.integer import int_range
 from m3quant.schemes import Scheme
+from tests.support.calibration.feedback_cases import SCHEMES, moment, normal, objective
 
 SETTINGS = FeedbackSettings(rounds=2)
 

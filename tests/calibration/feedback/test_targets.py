@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from feedback_cases import normal, rows
 
 from m3quant.calibration.feedback.targets import targets
+from tests.support.calibration.feedback_cases import normal, rows
 
 
 @pytest.mark.parametrize("ridge", [0.01, 1.0, 100.0])

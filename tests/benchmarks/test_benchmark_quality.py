@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import quality
-from benchmarks.quality_cases import FIXTURES, Case, Overlaid, cases, source_names
-from benchmarks.quality_gptqmodel import dequantized
 
 from m3quant.evaluate.models import open_model
 from m3quant.families import family_of
 from m3quant.recipe.recipe import Recipe
+from tests.benchmarks import quality
+from tests.benchmarks.quality_cases import FIXTURES, Case, Overlaid, cases, source_names
+from tests.benchmarks.quality_gptqmodel import dequantized
 
 
 @pytest.fixture(scope="module")

@@ -45,9 +45,9 @@ from safetensors.torch import load_file, save_file
 import m3quant
 from m3quant.families import family_of
 
+from ..support.paths import ROOT
 from . import peers
 from .quality_cases import SEED, Case, Judge, cases, prepare, source_names
-from .wide import ROOT
 
 HERE = Path(__file__).parent
 FIGURES = HERE / "figures"

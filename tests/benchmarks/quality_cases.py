@@ -23,8 +23,8 @@ from m3quant.evaluate.models import open_model
 from m3quant.families import Family, family_of
 from m3quant.schemes import Scheme, parse_scheme
 
+from ..support.paths import ROOT
 from . import real_lm
-from .wide import ROOT
 
 FIXTURES = ROOT / "tests" / "fixtures"
 SEED = 0

@@ -11,7 +11,7 @@ defaults; none was chosen on the held-out text.
 tiny-m2, tiny-m3: the trained fixtures; routed experts in INT4 g128, the rest as it is; the first 64 windows of 512
 tokens of calibration.jsonl, judged on 64 windows of 512 tokens of heldout.txt. `default` is `--to awq`, with INT8 around the experts.
 smollm2-g64, smollm2-g32: SmolLM2-135M-Instruct, attention and MLP in INT4; 128 windows of 128 tokens of the bundled corpus
-(short ones, so that AutoRound's 200 iterations take an hour on a CPU and not a day), judged on 8 windows of 1,024 tokens of
+(short ones keep AutoRound's iterations cheap on a CPU), judged on 8 windows of 1,024 tokens of
 Python's help texts. Its package holds a Q4_1 file, whose weights lie on a 4-bit grid already: it ranks, it does not measure.
 
 Other programs run in their own environments, FOLDER/NAME for each NAME below:
@@ -52,11 +52,12 @@ from .quality_cases import SEED, Case, Judge, cases, prepare, source_names
 HERE = Path(__file__).parent
 FIGURES = HERE / "figures"
 OURS = {"nearest": "rounded to nearest", "awq": "`rounding: awq`", "feedback": "`rounding: feedback`"}
-DEFAULT = "default"
+DEFAULT, ROUTED = "default", "llmcompressor-gptq-routed"
 ITERATIONS = 200  # AutoRound's default
 # method -> environment, script, what the script is asked for
 PEERS = {
     "llmcompressor-gptq": ("llmcompressor", "quality_llmcompressor.py", "gptq"),
+    ROUTED: ("llmcompressor", "quality_llmcompressor.py", "gptq-routed"),
     "llmcompressor-awq": ("llmcompressor", "quality_llmcompressor.py", "awq"),
     "autoround": ("autoround", "quality_autoround.py", "autoround"),
     "gptqmodel": ("gptqmodel", "quality_gptqmodel.py", "gptq"),
@@ -65,6 +66,7 @@ TITLES = {
     **OURS,
     DEFAULT: "`--to awq`: feedback, INT8 around the experts",
     "llmcompressor-gptq": "llm-compressor GPTQ",
+    ROUTED: "llm-compressor GPTQ, `moe_calibrate_all_experts=False`",
     "llmcompressor-awq": "llm-compressor AWQ",
     "autoround": f"AutoRound, {ITERATIONS} iterations",
     "gptqmodel": "GPTQModel",
@@ -149,7 +151,7 @@ def line(found: Mapping[str, Any]) -> str:
 
 
 def methods_of(case: Case) -> list[str]:
-    return [*OURS, *([DEFAULT] if case.experts_only else []), *PEERS]
+    return [method for method in TITLES if case.experts_only or method not in (DEFAULT, ROUTED)]
 
 
 def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

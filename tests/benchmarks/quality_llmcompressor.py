@@ -1,7 +1,8 @@
 """llm-compressor's GPTQ or AWQ on a model in memory: `PYTHON quality_llmcompressor.py JOB.json`, for the Python that has it (0.14).
 
 `oneshot` over the given windows with everything at llm-compressor's defaults (GPTQ: damping 0.01, static order of columns;
-AWQ: 20 grid points; experts calibrated by every token), in float32, since a CPU without BF16 products takes hours otherwise.
+AWQ: 20 grid points; experts calibrated by every token, but for "gptq-routed", where each sees those that are routed to
+it), in float32, since a CPU without BF16 products takes hours otherwise.
 What it saves of MiniMax models is not what engines read, so the weights are taken from memory: codes under the scales that
 it found, dequantized with the scales in BF16, as it would store them, and whatever else it changed (norms, routers).
 JOB.json: source, windows (a file with "ids" [S, L]), bits, group_size, experts_only, method; output and answer to write.
@@ -52,7 +53,7 @@ def recipe(job: dict[str, Any], model: Any) -> list[Any]:
         "config_groups": {"group_0": QuantizationScheme(targets=targets, weights=weights)},
         "ignore": ["re:.*lm_head"],
     }
-    if job["method"] == "gptq":
+    if job["method"].startswith("gptq"):
         return [GPTQModifier(**given)]
     own = {"mappings": smoothed(model)} if job["experts_only"] else {}
     return [AWQModifier(**own), QuantizationModifier(**given)]
@@ -75,6 +76,7 @@ def calibrate(model: Any, job: dict[str, Any]) -> None:
         recipe=recipe(job, model),
         num_calibration_samples=len(ids),
         max_seq_length=ids.shape[1],
+        moe_calibrate_all_experts=job["method"] != "gptq-routed",
         tracing_ignore=[*DatasetArguments().tracing_ignore, "get_placeholder_mask"],  # M3's, of images
         **({"sequential_targets": [LAYERS[kind]]} if kind in LAYERS else {}),
     )

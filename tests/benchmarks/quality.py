@@ -49,18 +49,17 @@ from ..support.paths import ROOT
 from . import peers
 from .quality_cases import SEED, Case, Judge, cases, prepare, source_names
 
-HERE = Path(__file__).parent
-FIGURES = HERE / "figures"
+FIGURES = Path(__file__).with_name("figures")
 OURS = {"nearest": "rounded to nearest", "awq": "`rounding: awq`", "feedback": "`rounding: feedback`"}
 DEFAULT, ROUTED = "default", "llmcompressor-gptq-routed"
 ITERATIONS = 200  # AutoRound's default
-# method -> environment, script, what the script is asked for
+# method -> environment, module, what the module is asked for
 PEERS = {
-    "llmcompressor-gptq": ("llmcompressor", "quality_llmcompressor.py", "gptq"),
-    ROUTED: ("llmcompressor", "quality_llmcompressor.py", "gptq-routed"),
-    "llmcompressor-awq": ("llmcompressor", "quality_llmcompressor.py", "awq"),
-    "autoround": ("autoround", "quality_autoround.py", "autoround"),
-    "gptqmodel": ("gptqmodel", "quality_gptqmodel.py", "gptq"),
+    "llmcompressor-gptq": ("llmcompressor", "tests.benchmarks.quality_llmcompressor", "gptq"),
+    ROUTED: ("llmcompressor", "tests.benchmarks.quality_llmcompressor", "gptq-routed"),
+    "llmcompressor-awq": ("llmcompressor", "tests.benchmarks.quality_llmcompressor", "awq"),
+    "autoround": ("autoround", "tests.benchmarks.quality_autoround", "autoround"),
+    "gptqmodel": ("gptqmodel", "tests.benchmarks.quality_gptqmodel", "gptq"),
 }
 TITLES = {
     **OURS,
@@ -105,14 +104,17 @@ def ours(case: Case, method: str, work: Path, judge: Judge) -> dict[str, Any]:
 
 def peer(case: Case, method: str, work: Path, judge: Judge, folder: Path, iterations: int) -> dict[str, Any]:
     """A row of another program, with `failed` and its last words where it does not run."""
-    environment, script, wanted = PEERS[method]
+    environment, module, wanted = PEERS[method]
     job, output, answer = (work / f"{case.name}-{method}{end}" for end in (".job.json", ".safetensors", ".answer.json"))
     windows = work / f"{case.name}-windows.safetensors"
     save_file({"ids": torch.from_numpy(case.calibration_windows.ids)}, windows)
-    facts = {"source": str(case.source), "windows": str(windows), "output": str(output), "answer": str(answer)}
+    paths = {"source": case.source, "windows": windows, "output": output, "answer": answer}
+    facts = {name: str(path.resolve()) for name, path in paths.items()}
     scheme = {"bits": case.scheme.bits, "group_size": case.scheme.group_size, "experts_only": case.experts_only}
     job.write_text(json.dumps({**facts, **scheme, "method": wanted, "seed": SEED, "iterations": iterations}))
-    found = peers.run([str(folder / environment / "bin" / "python"), str(HERE / script), str(job)], answer)
+    found = peers.run(
+        [str((folder / environment / "bin" / "python").absolute()), "-m", module, str(job.resolve())], answer
+    )
     if "failed" in found:
         return found
     tensors = source_names(family_of(judge.source.config), load_file(output))

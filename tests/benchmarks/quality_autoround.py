@@ -1,4 +1,4 @@
-"""AutoRound on a model in memory: `PYTHON quality_autoround.py JOB.json`, for the Python that has auto-round (0.16).
+"""AutoRound on a model in memory: `PYTHON -m tests.benchmarks.quality_autoround JOB.json`, for the Python that has auto-round (0.16).
 
 `AutoRound.quantize` over the given windows with its defaults (iterations of 8 windows a block, ranges learned, inputs
 from the quantized blocks before), in float32 and without torch.compile (a CPU without BF16 products takes hours otherwise). The

@@ -1,4 +1,4 @@
-"""GPTQModel's GPTQ on a model: `PYTHON quality_gptqmodel.py JOB.json`, for the Python that has gptqmodel (7.6).
+"""GPTQModel's GPTQ on a model: `PYTHON -m tests.benchmarks.quality_gptqmodel JOB.json`, for the Python that has gptqmodel (7.6).
 
 `quantize` over the given windows with its defaults (damping 0.05, act_group_aware), in float32 on the CPU, then `save`; the
 weights are what the saved codes, zero points, scales (FP16) and g_idx mean.

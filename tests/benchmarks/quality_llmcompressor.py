@@ -1,4 +1,4 @@
-"""llm-compressor's GPTQ or AWQ on a model in memory: `PYTHON quality_llmcompressor.py JOB.json`, for the Python that has it (0.14).
+"""llm-compressor's GPTQ or AWQ on a model in memory: `PYTHON -m tests.benchmarks.quality_llmcompressor JOB.json`, for the Python that has it (0.14).
 
 `oneshot` over the given windows with everything at llm-compressor's defaults (GPTQ: damping 0.01, static order of columns;
 AWQ: 20 grid points; experts calibrated by every token, but for "gptq-routed", where each sees those that are routed to
@@ -20,8 +20,9 @@ from typing import Any
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # llm-compressor takes the first GPU that it sees
 
 import torch
-from peer_awq import NoProcessor, is_m3, load_model, mappings
 from safetensors.torch import load_file, save_file
+
+from tests.benchmarks.peer_awq import NoProcessor, is_m3, load_model, mappings
 
 BATCH = 8
 EXPERTS = r"re:.*\.experts\.\d+\.(gate|up|down)_proj$"

@@ -33,7 +33,7 @@ class Attention:
         """[S, L, H] -> the heads' outputs side by side, [S, L, num_heads * head_dim]. rotary: of `rotary_embedding`."""
         spec, inputs = self.spec, Inputs(normed)
         q, k = self._normed(inputs, "q", spec.head_dim), self._normed(inputs, "k", spec.head_dim)
-        v = self._project(inputs, "v").unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)
+        v = torch.unflatten(self._project(inputs, "v"), -1, (-1, spec.head_dim)).transpose(1, 2)
         q, k, v = rotate(q, rotary), self.cache.keys(rotate(k, rotary)), self.cache.values(v)
         scaling = spec.head_dim**-0.5
         blocks = self._blocks(inputs, rotary)
@@ -64,7 +64,7 @@ class Attention:
             projected = ops.rms_norm(
                 projected, self._weights[f"self_attn.{name}_norm.weight"], spec.eps, spec.norm_one_plus
             )
-        projected = projected.unflatten(-1, (-1, head_dim))
+        projected = torch.unflatten(projected, -1, (-1, head_dim))
         if spec.qk_norm == "per_head":
             projected = ops.rms_norm(
                 projected, self._weights[f"self_attn.{name}_norm.weight"], spec.eps, spec.norm_one_plus

@@ -17,7 +17,7 @@ from m3quant.calibration.awq_attention import AttentionSearch
 from m3quant.calibration.awq_mlp import MlpSearch
 from m3quant.calibration.awq_settings import AwqSettings
 from m3quant.calibration.experts import ExpertLedger, ExpertTokens, assign_tokens
-from m3quant.calibration.folds import ATTENTION_NORM, MLP_NORM, fold_groups, scale_columns
+from m3quant.calibration.folds import fold_groups, scale_columns
 from m3quant.calibration.head import Windows
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.ops import Routing
@@ -25,7 +25,8 @@ from m3quant.calibration.ranges import fake_quantize, qparams
 from m3quant.calibration.search import BlockResult, require_finite, require_finite_weight
 from m3quant.calibration.stream import HiddenStates
 from m3quant.errors import CalibrationError
-from m3quant.families.spec import LayerSpec, layer_shapes
+from m3quant.families.spec import INPUT_NORM, MLP_NORM, LayerSpec, layer_shapes
+from m3quant.quant.dead_experts import without_dead
 from m3quant.schemes import KEEP, Scheme
 
 _ROWS = 8192
@@ -87,7 +88,9 @@ def require_finite_weights(layer: Layer) -> None:
     whole = stacks is not None and all(bool(torch.isfinite(stack).all()) for stack in stacks)
     for name in layer_shapes(layer.spec):
         if not (whole and layer.spec.moe and layer.spec.moe.expert_of(name)):
-            require_finite_weight(layer.weight(name), layer.spec.index, name)
+            weight = layer.weight(name)
+            bias = layer.spec.moe is not None and name == layer.spec.moe.bias_name
+            require_finite_weight(without_dead(weight) if bias else weight, layer.spec.index, name)
 
 
 @torch.no_grad()
@@ -121,7 +124,7 @@ def calibrate_layer(
 
     states = HiddenStates(x) if isinstance(x, torch.Tensor) else x
     attention = AttentionSearch(layer, spec, resident, schemes, states, settings)
-    first = attention.run(groups.get(ATTENTION_NORM))
+    first = attention.run(groups.get(INPUT_NORM))
     h = attention.mlp_inputs()
     require_finite(h, spec.index, "the input of the feed-forward block")
     assigned, ledger = _assign(layer, h, settings)
@@ -158,7 +161,7 @@ def _assign(layer: Layer, h: torch.Tensor, settings: AwqSettings) -> tuple[Exper
     spec = layer.spec
     if spec.moe is None:
         return None, None
-    parts = h.split(_ROWS)
+    parts = torch.split(h, _ROWS)
     routings = [layer.routing(part) for part in parts]
     routing = Routing(torch.cat([r.experts for r in routings]), torch.cat([r.weights for r in routings]))
     scores = torch.cat([layer.router_scores(part) for part in parts])

@@ -64,7 +64,7 @@ class AttentionSearch:
         magnitude, moment, o_moment = self._moments()
         identity = torch.ones_like(moment)
         norm, effective, entry = None, identity, None
-        if group is not None and self.settings.scale_search:
+        if group is not None and self.settings.smooth:
             norm, effective, entry = self._search_norm(group, magnitude, moment, identity)
 
         variants = {"round_to_nearest": _Variant(identity)}
@@ -119,7 +119,7 @@ class AttentionSearch:
             yield slice(start, start + self.step)
 
     def _batches(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
-        for part in windows.split(self.step):
+        for part in torch.split(windows, self.step):
             yield torch.cat([self.x.read(slice(i, i + 1), self.layer.device) for i in part.tolist()])
 
     def _outputs(self, windows: torch.Tensor) -> torch.Tensor:

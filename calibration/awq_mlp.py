@@ -70,9 +70,9 @@ class MlpSearch:
     def run(self, group: FoldGroup | None) -> BlockResult:
         """Keep the best of rounding to nearest, ranges, and folds with ranges. group: the norm fold to try, if any."""
         norm, effective, entry = None, self.identity, None
-        if group is not None and self.settings.scale_search:
+        if group is not None and self.settings.smooth:
             norm, effective, entry = self._search_norm(group)
-        pairs = self.settings.scale_search and self._pairs_possible()
+        pairs = self.settings.smooth and self._pairs_possible()
         sample = self.block.sample(self.accept)
         reference = self.block.output(sample, quantized=True)
         total = energy(reference + self.block.output(sample, quantized=False))
@@ -185,7 +185,7 @@ def channel_means(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean |h| and mean h^2 per channel over [T, H], accumulated in float64 -> two [H] float32."""
     magnitude = torch.zeros(h.shape[-1], dtype=torch.float64, device=h.device)
     moment = torch.zeros_like(magnitude)
-    for part in h.split(_ROWS):
+    for part in torch.split(h, _ROWS):
         magnitude += part.float().abs().sum(0, dtype=torch.float64)
         moment += part.float().square().sum(0, dtype=torch.float64)
     return (magnitude / len(h)).float(), (moment / len(h)).float()

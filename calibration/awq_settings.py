@@ -1,32 +1,25 @@
-"""What a user may set about the scale and range search, and what each number means."""
-
-from dataclasses import dataclass
+"""What a run of the scale and range search needs to know beside what a recipe sets of it."""
 
 import torch
+from pydantic import ConfigDict
 
 from m3quant.calibration.experts import DEFAULT_MIN_EXPERT_TOKENS
 from m3quant.calibration.ranks import ALONE, Ranks
+from m3quant.recipe.recipe import AwqOptions
 
 
-@dataclass(frozen=True)
-class AwqSettings:
-    """Settings of `awq.calibrate_layer`.
+class AwqSettings(AwqOptions):
+    """Settings of `awq.calibrate_layer`: the recipe's knobs, and those of the run.
 
-    scale_search: search a fold scale per norm (and per expert w3 -> w2 where that is exact). n_grid: ratios tried
-    besides identity, evenly from 0 to 1. duo_scaling: divide by the weights' own mean magnitude, as AutoAWQ does.
-    range_search: search the rounding range of every group. signed_scales: let it turn a symmetric grid by a negative scale. strict_coverage: fail instead of topping starved experts
-    up. search_tokens: tokens (a seeded sample) on which candidates are compared; as many others, as far as there are,
+    strict_coverage: fail instead of topping starved experts up. search_tokens: tokens (a seeded sample) on which candidates are compared; as many others, as far as there are,
     decide whether the winner is accepted. pair_tokens: tokens per expert for the w3 -> w2 search. second moments use
     all tokens. attention_tokens: the same cap for attention, which needs whole windows. batch_tokens: tokens per
     forward pass. scale_dtype: dtype in which integer scales will be stored (BF16 in compressed-tensors, F16 in
     AutoAWQ). ranks: the processes that search together, each a part of candidates and experts.
     """
 
-    scale_search: bool = True
-    n_grid: int = 20
-    duo_scaling: bool = True
-    range_search: bool = True
-    signed_scales: bool = True
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
     min_expert_tokens: int = DEFAULT_MIN_EXPERT_TOKENS
     strict_coverage: bool = False
     search_tokens: int = 8192

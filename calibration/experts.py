@@ -109,9 +109,9 @@ def assign_tokens(
     weights = routing.weights.reshape(-1)
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=num_experts).tolist()
-    tokens = list((order // top_k).split(counts))
-    gates = list(weights[order].split(counts))
-    mass = [float(gate.double().sum()) for gate in weights[order].cpu().split(counts)]
+    tokens = list(torch.split(order // top_k, counts))
+    gates = list(torch.split(weights[order], counts))
+    mass = [float(gate.double().sum()) for gate in torch.split(weights[order].cpu(), counts)]
     ledger = ExpertLedger(layer, total, top_k, floor, counts, mass, [0] * num_experts)
     if strict and ledger.starved:
         raise CalibrationError(_starved_message(ledger))

@@ -78,7 +78,7 @@ class Output:
         parts = [self.sample.h[:0]]
         for slot, index in enumerate(indices):
             rows, gates = self.sample.rows[index]
-            for part, gate in zip(rows.split(_ROWS), gates.split(_ROWS), strict=True):
+            for part, gate in zip(torch.split(rows, _ROWS), torch.split(gates, _ROWS), strict=True):
                 if len(part):
                     hidden = self.block.intermediate(self.sample.h[part], weights.gate[slot], weights.up[slot])
                     parts.append(F.linear(hidden, weights.down[slot]) * gate[:, None])
@@ -87,7 +87,7 @@ class Output:
     def add(self, indices: list[int], rows: torch.Tensor) -> None:
         """Add what `rows` gave, chunks in order. A token appears once per unit, so index_add_ has one order anywhere."""
         tokens = [self.sample.rows[index][0] for index in indices]
-        for own, part in zip(tokens, rows.split([len(own) for own in tokens]), strict=True):
+        for own, part in zip(tokens, torch.split(rows, [len(own) for own in tokens]), strict=True):
             self.out.index_add_(0, own, part)
 
     def total(self) -> torch.Tensor:
@@ -168,7 +168,7 @@ class GluBlock:
         unit_of = torch.arange(len(sizes)).repeat_interleave(sizes).to(self.h.device)
         found = where >= 0
         counts = torch.bincount(unit_of[found], minlength=len(sizes)).tolist()
-        rows = list(zip(where[found].split(counts), gates[found].split(counts), strict=True))
+        rows = list(zip(torch.split(where[found], counts), torch.split(gates[found], counts), strict=True))
         return Sample(self.h[tokens].float(), rows)
 
     def chunks(self, quantized: bool | None = None) -> Iterator[tuple[list[int], Glu]]:
@@ -251,7 +251,7 @@ class GluBlock:
         unit = self.units[index]
         width = read(self.h[:1].float()).shape[-1]
         total, mass = torch.zeros(width, dtype=torch.float64, device=self.h.device), 0.0
-        for tokens, gates in zip(unit.tokens.split(_ROWS), unit.weights.split(_ROWS), strict=True):
+        for tokens, gates in zip(torch.split(unit.tokens, _ROWS), torch.split(unit.weights, _ROWS), strict=True):
             if len(tokens):
                 squared = gates.square()
                 total = total + (read(self.h[tokens].float()).square() * squared[:, None]).sum(0, dtype=torch.float64)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from m3quant.calibration.ops import Activation, gated
+from m3quant.calibration.ops import gated
+from m3quant.families.spec import Activation
 
 WIDTH = 256  # rows of a unit in a block, at least: fewer pad less, and feed the tensor cores worse
 _BLOCK_ROWS = 1 << 15  # and more of them while there are few units

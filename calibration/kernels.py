@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Triton kernels of the search, each the fused form of a plain function beside which it is tested.
 
     round_groups   fold, search the range, round: `round_weight.reference` in one read of the weight
@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from m3quant.calibration.ops import SILU, Activation
 from m3quant.calibration.ranges import COARSE_FACTORS, FACTORS
+from m3quant.families.spec import SILU, Activation
 from m3quant.quant.integer import ZERO_GROUP_SCALE, int_range
 from m3quant.schemes import Scheme
 

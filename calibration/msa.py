@@ -62,7 +62,7 @@ def _block_scores(q: torch.Tensor, k: torch.Tensor, start: int, stop: int, size:
     scores = scores.masked_fill(torch.arange(keys, device=q.device) > positions[:, None], float("-inf"))
     scores = F.pad(scores, (0, -keys % size), value=float("-inf"))
     seen = scores.shape[-1] // size
-    out[..., :seen] = scores.unflatten(-1, (seen, size)).amax(dim=-1)
+    out[..., :seen] = torch.unflatten(scores, -1, (seen, size)).amax(dim=-1)
 
 
 def block_sparse_attention(
@@ -89,7 +89,7 @@ def block_sparse_attention(
     key_blocks = F.pad(key, pad).reshape(batch * kv_heads * count, block_size, dim)
     value_blocks = F.pad(value, pad).reshape(batch * kv_heads * count, block_size, dim).transpose(-1, -2)
     # [B, Hkv, L, G, D]: the query heads of a KV head side by side, as the rows that one pair brings to its block.
-    grouped = query.unflatten(1, (kv_heads, shared)).transpose(2, 3)
+    grouped = torch.unflatten(query, 1, (kv_heads, shared)).transpose(2, 3)
     out = torch.empty_like(grouped)
     step = _chunk(batch * kv_heads * blocks.shape[-1] * shared * (block_size + 2 * dim), length)
     for start in range(0, length, step):

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Triton kernels for MiniMax Sparse Attention on a GPU; `msa` holds the plain form of both and decides which runs.
 
 Scores are BF16 products accumulated in float32 and stay float32 up to the softmax. No temporary grows with the square
@@ -17,7 +18,7 @@ _LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _block_scores_kernel(  # type: ignore[no-untyped-def]
+def _block_scores_kernel(
     q_ptr, k_ptr, out_ptr, start, stop, length, blocks, heads, q_batch, q_head, k_batch,
     DIM: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +47,7 @@ def _block_scores_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _attention_kernel(  # type: ignore[no-untyped-def]
+def _attention_kernel(
     q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, length, kv_heads, scale, q_batch, q_head, q_row, kv_batch, kv_head, kv_row,
     SHARED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip

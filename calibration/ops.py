@@ -193,9 +193,11 @@ def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> 
     """torch's grouped kernel, called as often as its limit of groups asks for."""
     if weight.shape[0] <= _KERNEL_GROUPS:
         return torch._grouped_mm(x, weight.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
-    parts = counts.split(_KERNEL_GROUPS)
-    rows = x.split([int(part.sum()) for part in parts])
-    return torch.cat([_grouped_mm(*part) for part in zip(rows, weight.split(_KERNEL_GROUPS), parts, strict=True)])
+    parts = torch.split(counts, _KERNEL_GROUPS)
+    rows = torch.split(x, [int(part.sum()) for part in parts])
+    return torch.cat(
+        [_grouped_mm(*part) for part in zip(rows, torch.split(weight, _KERNEL_GROUPS), parts, strict=True)]
+    )
 
 
 def _padded_bmm(x: torch.Tensor, weight: torch.Tensor, sizes: list[int]) -> torch.Tensor:

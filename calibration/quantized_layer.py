@@ -42,7 +42,7 @@ class StoredWeight:
             per_row = self.scale.shape[-2:] == (rows, 1)
             return (dequantize_channel if per_row else dequantize_block)(self.codes, self.scale)
         values = self.codes.to(torch.float32)
-        groups = values.unflatten(-1, (self.scale.shape[-1], -1))
+        groups = torch.unflatten(values, -1, (self.scale.shape[-1], -1))
         if self.zero_point is not None:
             groups.sub_(self.zero_point.unsqueeze(-1))
         groups.mul_(self.scale.unsqueeze(-1))
@@ -65,8 +65,8 @@ class StoredWeight:
         scale_rows = self.scale.shape[-2]
         step = 1 if scale_rows == self.codes.shape[-2] else FP8_BLOCK
         shares = [-(-size // step) for size in sizes]
-        codes, scales = self.codes.split(list(sizes), -2), self.scale.split(shares, -2)
-        zeros = [None] * len(codes) if self.zero_point is None else self.zero_point.split(shares, -2)
+        codes, scales = torch.split(self.codes, list(sizes), -2), torch.split(self.scale, shares, -2)
+        zeros = [None] * len(codes) if self.zero_point is None else torch.split(self.zero_point, shares, -2)
         parts = zip(codes, scales, zeros, strict=True)
         return [StoredWeight(c.contiguous(), s.contiguous(), z if z is None else z.contiguous()) for c, s, z in parts]
 

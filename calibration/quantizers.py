@@ -31,13 +31,8 @@ def layer_quantizer(
             scale_dtype=scale_dtype,
             ranks=ranks,
         )
-    awq = recipe.awq
     return AwqQuantizer(), AwqSettings(
-        scale_search=awq.smooth,
-        n_grid=awq.n_grid,
-        duo_scaling=awq.duo_scaling,
-        range_search=awq.range_search,
-        signed_scales=awq.signed_scales,
+        **recipe.awq.model_dump(),
         min_expert_tokens=data.min_expert_tokens,
         strict_coverage=strict_coverage,
         scale_dtype=scale_dtype,

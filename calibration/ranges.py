@@ -67,7 +67,7 @@ def fused(weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> boo
 
 def _ends(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """The smallest and largest weight of every group, side by side: [..., N, K] -> [..., N, 2 G] float32."""
-    groups = weight.unflatten(-1, (-1, scheme.group_size or weight.shape[-1]))
+    groups = torch.unflatten(weight, -1, (-1, scheme.group_size or weight.shape[-1]))
     return torch.stack(torch.aminmax(groups, dim=-1), dim=-1).float().flatten(-2)
 
 
@@ -125,10 +125,10 @@ def weighted_error(
 ) -> torch.Tensor:
     """sum_k m_k (w_k - q_k)^2 per group: all three broadcast to [..., N, K]; result [..., N, G]."""
     error = (weight - rounded).square_().mul_(second_moment)
-    return error.unflatten(-1, (-1, scheme.group_size or weight.shape[-1])).sum(-1)
+    return torch.unflatten(error, -1, (-1, scheme.group_size or weight.shape[-1])).sum(-1)
 
 
-def blend(own: torch.Tensor, prior: torch.Tensor, tokens: float, prior_tokens: float) -> torch.Tensor:
+def blend(own: torch.Tensor, prior: torch.Tensor, tokens: float | torch.Tensor, prior_tokens: float) -> torch.Tensor:
     """A second moment estimated from few tokens, pulled towards a prior [K] as if that were `prior_tokens` more tokens.
 
     Keeps an expert that saw ten tokens from trusting channels that happened to be silent in them.
@@ -145,7 +145,7 @@ def _search(
     signed: bool,
 ) -> torch.Tensor:
     ends = _ends(weight, scheme)
-    low, high = ends.unflatten(-1, (-1, 2)).unbind(-1)
+    low, high = torch.unflatten(ends, -1, (-1, 2)).unbind(-1)
     sign = torch.where((high > -low) & (signed and scheme.symmetric), -1.0, 1.0)
     best = torch.full((), torch.inf, device=weight.device)
     shrink = torch.ones((), device=weight.device)

@@ -31,7 +31,7 @@ def candidate(x_mean: torch.Tensor, w_mean: torch.Tensor, ratio: float, duo: boo
 
 def relative_magnitude(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """|w| over the largest |w| of its group, in [0, 1], zeros for a group of zeros: [..., N, K] -> same shape."""
-    groups = weight.abs().unflatten(-1, (-1, scheme.group_size or weight.shape[-1]))
+    groups = torch.unflatten(weight.abs(), -1, (-1, scheme.group_size or weight.shape[-1]))
     largest = groups.amax(-1, keepdim=True)
     return (groups / torch.where(largest > 0, largest, 1.0)).flatten(-2)
 

@@ -10,7 +10,7 @@ import torch
 from m3quant.calibration.folds import FoldGroup
 from m3quant.calibration.ranks import ALONE, Ranks
 from m3quant.errors import CalibrationError
-from m3quant.quant.integer import finite_remedy
+from m3quant.quant.integer import FINITE_REMEDY
 
 _ELEMENTS = 1 << 24  # differences formed at once, so that a loss in float64 needs no second copy of the output
 
@@ -44,7 +44,7 @@ def rows_in_float64(parts: Iterable[torch.Tensor]) -> float:
 def squared_error(output: torch.Tensor, reference: torch.Tensor, where: str) -> float:
     """Sum of (output - reference)^2 in float64; both of one shape. Raises CalibrationError if it is not finite."""
     step = max(1, _ELEMENTS // max(1, reference[0].numel())) if len(reference) else 1
-    pairs = zip(output.split(step), reference.split(step), strict=True)
+    pairs = zip(torch.split(output, step), torch.split(reference, step), strict=True)
     loss = rows_in_float64(a.float() - b.float() for a, b in pairs)
     if not math.isfinite(loss):
         raise CalibrationError(
@@ -57,7 +57,7 @@ def squared_error(output: torch.Tensor, reference: torch.Tensor, where: str) -> 
 def energy(output: torch.Tensor) -> float:
     """Sum of squares, never zero, so that errors can be given relative to it."""
     step = max(1, _ELEMENTS // max(1, output[0].numel())) if len(output) else 1
-    return max(rows_in_float64(output.split(step)), torch.finfo(torch.float64).tiny)
+    return max(rows_in_float64(torch.split(output, step)), torch.finfo(torch.float64).tiny)
 
 
 def best_ratio(
@@ -101,9 +101,7 @@ def require_finite(tensor: torch.Tensor, layer: int, name: str) -> None:
 def require_finite_weight(tensor: torch.Tensor, layer: int, name: str) -> None:
     """Raises CalibrationError naming layer and weight if a value is NaN or infinite."""
     if found := _not_finite(tensor):
-        raise CalibrationError(
-            f"layer {layer}: {name} holds {found} values, which no recipe mends: {finite_remedy(tensor)}."
-        )
+        raise CalibrationError(f"layer {layer}: {name} holds {found} values, which no recipe mends: {FINITE_REMEDY}.")
 
 
 def _not_finite(tensor: torch.Tensor) -> str:

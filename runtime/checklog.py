@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..engines import engine_named
+from ..engines.device import GIB, Gpu
 from ..engines.memory import Estimate, gib
 from ..engines.start_log import CACHE, OVERHEAD, WEIGHTS, EngineLog, LogReader, is_empty, is_true, whole_number
 from ..errors import NodeError
 from .fit import Ask, Fit, assess
-from .hardware import GIB, Gpu, Node
+from .hardware import Node
 from .memory import kv_dtype_of, pool_of
 from .model import ServedModel
 

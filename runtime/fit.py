@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..engines import DEFAULT, Engine, Serving, engine_named
+from ..engines.device import CPU, GIB
 from ..errors import NodeError
-from .hardware import CPU, GIB, STANDARD_NODES, Node, parse_node
+from .hardware import STANDARD_NODES, Node, parse_node
 from .memory import Pool, Prediction, Setup, kv_dtype_of, predict
 from .model import ServedModel, Subject
 from .weights import Split, split_problem
@@ -31,6 +32,7 @@ class Ask:
     vision: bool | None = None  # None: text alone
     block_size: int = DEFAULT.memory.block_size
     engine: str = DEFAULT.name
+    release: str | None = None  # of the engine that is installed; None: the newest that is known
     # of a log alone: m3quant plans no replicas of its own
     dp: int = 1
     dcp: int = 1
@@ -50,6 +52,7 @@ class Fit:
     longest_context: int
     fits: bool
     why_not: str
+    loads: bool = True  # whether the engine reads the checkpoint at all
 
     @property
     def pool(self) -> Pool:
@@ -64,6 +67,11 @@ class Fit:
     @property
     def concurrency(self) -> int:
         return self.pool.concurrency(self.context) if self.fits else 0
+
+    @property
+    def verdict(self) -> str:
+        """For people."""
+        return "fits" if self.fits else "does not fit" if self.loads else "is not loaded"
 
     @property
     def engine(self) -> Engine:
@@ -96,7 +104,7 @@ class Fit:
     def command(self) -> list[str]:
         """The engine's whole command. Raises NodeError for a verdict that does not fit: there is no command that would work."""
         if not self.fits:
-            raise NodeError(f"{self.model.where} does not fit on {self.node.name}: {self.why_not}.")
+            raise NodeError(f"{self.model.where} {self.verdict} on {self.node.name}: {self.why_not}.")
         return self.engine.command(self.serving)
 
 
@@ -121,8 +129,9 @@ def assess(model: ServedModel, node: Node, ask: Ask) -> Fit:
     pool = prediction.pool("high")
     in_memory = max(0, pool.blocks - 1) // ask.concurrency * pool.block_size
     longest = min(in_memory, model.max_positions or in_memory)
-    why = problem or _why_not(model, ask, setup, prediction, longest)
-    return Fit(model, node, ask, setup, prediction, 0 if problem else longest, not why, why)
+    refusal = engine_named(ask.engine).checkpoint_refusal(model.config, ask.release)
+    why = refusal or problem or _why_not(model, ask, setup, prediction, longest)
+    return Fit(model, node, ask, setup, prediction, 0 if problem else longest, not why, why, not refusal)
 
 
 def _split(model: ServedModel, node: Node, ask: Ask) -> tuple[Split, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import signal
 import socket
@@ -10,16 +9,16 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+
+import httpx2
 
 from ..errors import OptionError, ServeError
 
 POLL_S = 0.5
 KEPT_LINES = 20_000  # of the engine's output in memory: its start-up, and later what came before its end
-LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_proxy is for other machines than this one
 KILL_GRACE_S = 15.0  # beyond the engine's own shutdown timeout, before its processes are killed
 
 
@@ -110,8 +109,9 @@ class EngineProcess:
                 raise ServeError(
                     f"the engine was not ready after {timeout_s:.0f} s: {self.reason(self.text)}. Log: {self.log}"
                 )
-            with suppress(OSError, http.client.HTTPException), LOCAL.open(url, timeout=5) as answer:
-                if answer.status == 200:
+            # Without the environment: http_proxy is for other machines than this one.
+            with suppress(httpx2.HTTPError), httpx2.stream("GET", url, timeout=5, trust_env=False) as answer:
+                if answer.status_code == 200:
                     return True
             stopped.wait(POLL_S)
         return False

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..engines import DEFAULT, engine_named
+from ..engines.device import CPU, Gpu
 from ..engines.memory import Estimate, MemoryModel
 from ..engines.stated import stated_cache
 from ..errors import NodeError
 from ..families import Family
 from ..families.config import MAX_SIZE, ConfigPart
-from .hardware import CPU, Gpu, Node
+from .hardware import Node
 from .weights import Group, Split, rank_weights, stage_of_layers
 
 MAX_MERGE = 16  # more than any tower merges along an edge

@@ -17,10 +17,19 @@ from ..families import Family, family_of
 from ..planning.engine_config import check_format
 from ..planning.other_trees import other_tree
 from ..planning.plan import unquantized
-from ..planning.source_format import SourceFormat, file_format, source_format, stored_entries
+from ..planning.source_format import SourceFormat, file_format, requantize_problem, source_format, stored_entries
 from ..planning.source_layouts import PLAIN
 from ..planning.source_tensors import check_complete, source_tensors
-from ..recipe.recipe import ModelOfLayers, Recipe, build_recipe, fitted_names, for_family, named_recipe, recipe_names
+from ..recipe.recipe import (
+    ModelOfLayers,
+    Recipe,
+    build_recipe,
+    fitted_names,
+    for_family,
+    named_recipe,
+    recipe_names,
+    with_requantize,
+)
 from ..schemes import Scheme
 from .weights import Group, bf16_release, checkpoint_groups, converted_groups, gather, model_groups, stored_bytes
 
@@ -53,7 +62,8 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint and what can be made of it. refused: why `m3quant convert` would not take it, or ''."""
+    """A checkpoint and what can be made of it. refused: why `m3quant convert` would not take it, or ''; requantizable: why it does so with
+    --requantize alone, or ''."""
 
     where: str
     family: Family
@@ -62,15 +72,17 @@ class Subject:
     refused: str
     config_only: bool
     source_groups: Sequence[Group] = field(repr=False)
+    requantizable: str = ""
 
     @property
     def convertible(self) -> bool:
-        return not self.refused
+        """Whether it is converted without being asked twice."""
+        return not (self.refused or self.requantizable)
 
     def converted(self, recipe: Recipe) -> ServedModel:
         """What `m3quant convert` would write. Raises PlanError where the recipe does not fit the shapes or the family."""
-        if self.refused:
-            raise PlanError(f"no recipe can be applied: {self.refused}")
+        if problem := self.refused or (not recipe.requantize and self.requantizable):
+            raise PlanError(f"no recipe can be applied: {problem}")
         check_family_format(self.family, recipe.format)
         recipe, _ = for_family(recipe, self.family)
         check_format(recipe, self.family)
@@ -79,14 +91,14 @@ class Subject:
         where = f"OUTPUT-OF-{recipe.name}"
         return ServedModel(where, recipe.name, self.family, unquantized(self.config), groups, schemes)
 
-    def precisions(self) -> tuple[list[ServedModel], dict[str, str]]:
+    def precisions(self, requantize: bool = False) -> tuple[list[ServedModel], dict[str, str]]:
         """The checkpoint itself and every shipped recipe's output, largest first; and why the other recipes are refused, by name."""
         models, refused = [self.stored], dict[str, str]()
         if self.config_only and self.stored.label != "bf16":
             models.append(ServedModel(self.where, "bf16", self.family, unquantized(self.config), self.source_groups))
         own = ModelOfLayers.of(self.family)
-        for name in [*recipe_names(), *fitted_names()] if self.convertible else ():
-            recipe = build_recipe(named_recipe(name))
+        for name in [*recipe_names(), *fitted_names()] if self.convertible or (requantize and not self.refused) else ():
+            recipe = with_requantize(build_recipe(named_recipe(name)), requantize)
             if name == self.stored.label or recipe.model not in (None, own):
                 continue  # the checkpoint is stored in this format already, or the recipe is fitted to another model
             try:
@@ -106,18 +118,19 @@ def open_subject(src: str, revision: str | None = None) -> Subject:
     if tree := other_tree(checkpoint, family):
         raise CheckpointError(tree)
     found = source_format(checkpoint)
-    refused = found.refused
+    refused, integers = found.refused, ""
     groups = wanted = checkpoint_groups(checkpoint, family)
     if not refused:
         try:
             check_complete(checkpoint, family, tensors := source_tensors(checkpoint))
             wanted = model_groups(tensors.values(), family)
+            integers = requantize_problem(checkpoint.root, {t.kind for t in tensors.values()})
         except CheckpointError as error:  # its weights can be counted, if not converted
             refused = str(error)
     where = checkpoint.root if checkpoint.local else src.partition("@")[0]
     config = _with_section(checkpoint.config, found)
     stored = ServedModel(where, found.label, family, config, groups, config_schemes(config))
-    return Subject(checkpoint.root, family, config, stored, refused, False, wanted)
+    return Subject(checkpoint.root, family, config, stored, refused, False, wanted, integers)
 
 
 def _from_config(path: Path) -> Subject:
@@ -137,7 +150,8 @@ def _from_config(path: Path) -> Subject:
     groups = bf16_release(family)
     stored = groups if found.kind == PLAIN else gather(family, stored_entries(family, found))
     model = ServedModel(str(path.parent), found.label, family, _with_section(config, found), stored)
-    return Subject(str(path.parent), family, config, model, "", True, groups)
+    integers = requantize_problem(str(path), {found.kind, *found.stated.others})
+    return Subject(str(path.parent), family, config, model, "", True, groups, integers)
 
 
 def _with_section(config: Mapping[str, Any], found: SourceFormat) -> Mapping[str, Any]:

@@ -10,12 +10,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..engines.device import GIB
 from ..errors import DoesNotFit, NodeError
 from ..planning.choices import Choices
 from ..planning.fit import Room
 from ..recipe.recipe import Recipe, build_recipe
 from .fit import Ask, Fit, assess
-from .hardware import GIB, STANDARD_NODES, Node, parse_node
+from .hardware import STANDARD_NODES, Node, parse_node
 from .model import Subject
 from .weights import Group, converted_groups, rank_weights, split_problem, stage_of_layers
 

@@ -20,6 +20,7 @@ import m3quant
 from ..artifact.journal import unfinished
 from ..artifact.manifest import MANIFEST, Sums, load_manifest
 from ..engines import Engine, Installed, Launch, StartOptions, engine_named
+from ..engines.device import CPU
 from ..engines.installed import SAFE_PATH
 from ..engines.integers import is_narrow
 from ..engines.rules import check_schemes, integer_notes, zero_point_notes
@@ -28,7 +29,7 @@ from ..schemes import Scheme
 from .checklog import TOLERATED, LogCheck, check_log, log_reader
 from .fit import Fit, assess, remedies
 from .guard.settings import PREFIX, read_settings
-from .hardware import CPU, STANDARD_NODES, Node, parse_node
+from .hardware import STANDARD_NODES, Node, parse_node
 from .launch import EngineProcess, check_port
 from .model import Subject, open_subject
 from .pins import pin_key, pinned_bytes, read_pin, write_pin
@@ -104,11 +105,15 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
     check_schemes(engine, installed, subject.stored.schemes)
     node = _node(recipe, engine, installed, dry, say)
     where = str(Path(src).expanduser().resolve()) if Path(src).expanduser().is_dir() else subject.stored.where
-    fit = assess(replace(subject.stored, where=where), node, recipe.ask())
+    fit = assess(
+        replace(subject.stored, where=where),
+        node,
+        replace(recipe.ask(), release=installed.version if installed else None),
+    )
     if not fit.fits:
         tried = [f"{r.change} (context up to {r.fit.longest_context:,})" for r in remedies(fit)]
         helps = f" It would with {', or '.join(tried)}." if tried else ""
-        raise DoesNotFit(f"{src} does not fit on {node.name}: {fit.why_not}.{helps}")
+        raise DoesNotFit(f"{src} {fit.verdict} on {node.name}: {fit.why_not}.{helps}")
     if installed is not None:
         engine.check_index(installed, fit.serving)
     for note in weight_notes(fit):
@@ -250,8 +255,6 @@ def importable(installed: Installed, launch: Launch) -> Iterator[dict[str, str]]
         for entry in Path(next(iter(m3quant.__path__))).iterdir():
             if entry.name != "__pycache__":
                 (package / entry.name).symlink_to(entry)
-        if not (package / "runtime").exists():  # an editable install keeps it beside
-            (package / "runtime").symlink_to(Path(__file__).parent)
         path = os.pathsep.join(part for part in (str(folder), os.environ.get("PYTHONPATH", "")) if part)
         yield {**env, "PYTHONPATH": path}
     finally:

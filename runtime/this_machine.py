@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 
+from ..engines.device import Gpu
 from ..errors import NodeError
-from .hardware import GPUS, Gpu, Node, cpu_node
+from .hardware import GPUS, Node, cpu_node
 
 
 def detect_node(cpu: bool) -> Node:

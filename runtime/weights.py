@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ..checkpoint import DTYPE_BYTES, Checkpoint
 from ..families import QUANTIZABLE, Family, Role
 from ..planning.engine_kept import PASSED_THROUGH
-from ..planning.layout import stored_tensors
+from ..planning.layout import tensors_of
 from ..planning.source_layouts import PLAIN, SourceTensor
 from ..planning.source_tensors import FLOAT_DTYPES
 from ..recipe.recipe import Recipe
@@ -49,6 +49,7 @@ class Group:
     shape: tuple[int, ...]
     count: int
     per_expert: bool = False
+    joined: bool = False  # as `families.base.Role.joined`
 
     @property
     def elements(self) -> int:
@@ -74,18 +75,18 @@ def gather(family: Family, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
         key = (before, after.partition(".")[2] if dot else "", dtype, shape)
         counts[key] = counts.get(key, 0) + 1
     roles: dict[tuple[str, str], tuple[Role, str]] = {}
-    merged: dict[tuple[str, str, int | None, str, str, tuple[int, ...], bool], int] = {}
+    merged: dict[tuple[str, str, int | None, str, str, tuple[int, ...], bool, bool], int] = {}
     for (before, tail, dtype, shape), count in counts.items():
         found = roles.get((before, tail))
         if found is None:
             name = f"{before}.experts.0.{tail}" if tail else before
             found = roles[(before, tail)] = (family.role(name), name.rpartition(".")[2])
         role, leaf = found
-        group = (role.kind, role.part, role.layer, leaf, dtype, shape, bool(tail))
+        group = (role.kind, role.part, role.layer, leaf, dtype, shape, bool(tail), role.joined)
         merged[group] = merged.get(group, 0) + count
     return [
-        Group(r, part, layer, leaf, dtype, shape, n, expert)
-        for (r, part, layer, leaf, dtype, shape, expert), n in merged.items()
+        Group(r, part, layer, leaf, dtype, shape, n, expert, joined)
+        for (r, part, layer, leaf, dtype, shape, expert, joined), n in merged.items()
     ]
 
 
@@ -120,7 +121,7 @@ def converted_groups(groups: Iterable[Group], recipe: Recipe) -> list[Group]:
         if scheme is None or not scheme.quantizes or group.leaf != "weight":
             out.append(group)
             continue
-        stored = stored_tensors(group.shape, scheme, recipe.format)
+        stored = tensors_of(group.shape, scheme, recipe.format, group.joined)
         out += [_with(group, leaf, dtype, tuple(shape)) for leaf, (dtype, shape) in stored.items()]
     return out
 

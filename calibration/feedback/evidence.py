@@ -70,7 +70,7 @@ def estimate(
     dropped = torch.stack([own.dropped for own in moments])
     # The one place where the device is waited for.
     facts = torch.stack([states.double(), dead.double(), dropped.double()]).long().tolist()
-    notes = [_notes(*fact, prior is not None) for fact in zip(*facts, strict=True)]
+    notes = [_notes(state, silent, lost, prior is not None) for state, silent, lost in zip(*facts, strict=True)]
     usable = states == _USABLE
     rows = torch.where(usable, rows, 0.0)
     mass = torch.where(usable, mass, 1.0)

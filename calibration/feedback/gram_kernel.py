@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Triton kernel of the refit's small systems: b_g H b_h^T of every row of a weight, without what lies between in memory.
 
 By products of whole matrices (`refit.plain_gram`) each group's H b^T is written and read again, [E, K, N] for every group.

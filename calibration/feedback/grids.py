@@ -99,8 +99,8 @@ def _search_sides(
     One factor, as in `ranges`, keeps the zero point of the full range; with four points there are but four to choose from.
     """
     size = scheme.group_size or weight.shape[-1]
-    grouped = weight.float().unflatten(-1, (-1, size))
-    wanted = importance[:, None, :].unflatten(-1, (-1, size))
+    grouped = torch.unflatten(weight.float(), -1, (-1, size))
+    wanted = torch.unflatten(importance[:, None, :], -1, (-1, size))
     ends = Scheme("int", scheme.bits, 2, symmetric=False)
 
     def tried(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, ...]:

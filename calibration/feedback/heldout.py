@@ -65,7 +65,7 @@ class Readers:
 
     def sums(self, by_row: torch.Tensor) -> torch.Tensor:
         """[E, N] -> [E, weights]."""
-        return torch.stack([part.sum(1) for part in by_row.split(self.sizes, dim=1)], dim=1)
+        return torch.stack([part.sum(1) for part in torch.split(by_row, list(self.sizes), dim=1)], dim=1)
 
 
 def joined_by_scheme(weights: Mapping[Key, tuple[Scheme, int]]) -> list[tuple[Key, ...]]:

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Triton kernel of the column loop: one block of columns with its inner corrections in one launch.
 
 The plain form is `columns.plain_block`: a dozen operations for each column, each a launch of its own; a layer of M2 has some

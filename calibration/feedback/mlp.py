@@ -20,10 +20,10 @@ from m3quant.calibration.feedback.heldout import Readers, joined_by_scheme
 from m3quant.calibration.feedback.moments import Moments
 from m3quant.calibration.feedback.rows import MlpStates, UnitRows
 from m3quant.calibration.feedback.settings import FeedbackSettings
-from m3quant.calibration.folds import always_on_names, expert_names
 from m3quant.calibration.glu import Glu, Unit, even_chunk
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.quantized_layer import StoredWeight
+from m3quant.families.spec import always_on_names, expert_names
 from m3quant.planning.quantizers import FEEDBACK_CHUNK_BYTES, FEEDBACK_MATRICES
 from m3quant.schemes import KEEP, Scheme
 
@@ -68,11 +68,11 @@ class MlpQuantizer:
             for names, part in zip(expert_names(self.spec), parts, strict=True):
                 self.routed.append(Unit(names, _schemes(names, schemes), *_in_order(*part)))
         self.always_on: Unit | None = None
-        names = always_on_names(self.spec)
-        if names is not None and any(scheme.quantizes for scheme in _schemes(names, schemes)):
+        read_by_all = always_on_names(self.spec)
+        if read_by_all is not None and any(scheme.quantizes for scheme in _schemes(read_by_all, schemes)):
             count = len(states.quantized)
             every, ones = torch.arange(count, device=layer.device), torch.ones(count, device=layer.device)
-            self.always_on = Unit(names, _schemes(names, schemes), every, ones, count)
+            self.always_on = Unit(read_by_all, _schemes(read_by_all, schemes), every, ones, count)
         self.rows.split([*self.routed, *([self.always_on] if self.always_on else [])])
 
     def run(self) -> MlpResult:
@@ -113,7 +113,7 @@ class MlpQuantizer:
                 if one is not None and stacked:
                     stacks.setdefault(which, []).append(one.stored)
             if part.outputs is not None:
-                for unit, rows in zip(units, part.outputs.split([unit.natural for unit in units]), strict=True):
+                for unit, rows in zip(units, torch.split(part.outputs, [unit.natural for unit in units]), strict=True):
                     self._add(out, unit, rows)
         self._stack(stacks, result)
 

@@ -68,7 +68,8 @@ class MomentSum:
                 continue
             for index in HALVES:
                 own = (half[rows] == bool(index)).nonzero()[:, 0]
-                self._add(*(part[own] for part in given), index)
+                inputs, errors, weights = (part[own] for part in given)
+                self._add(inputs, errors, weights, index)
 
     def _add(self, x: torch.Tensor, error: torch.Tensor, weight: torch.Tensor, half: int) -> None:
         # The sum of a row is not finite if one of its numbers is not, or if they are near the end of float32.

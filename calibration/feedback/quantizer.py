@@ -60,7 +60,7 @@ def _assign(
     if spec.moe is None:
         return None, None
     routings, scores = [], []
-    for part in mid.split(ROWS):
+    for part in torch.split(mid, ROWS):
         h = layer.mlp_input(part)
         routings.append(layer.routing(h))
         scores.append(layer.router_scores(h))

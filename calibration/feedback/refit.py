@@ -92,4 +92,4 @@ def plain_gram(points: torch.Tensor, second: torch.Tensor, size: int) -> torch.T
 
 def _grouped(points: torch.Tensor, values: torch.Tensor, count: int) -> torch.Tensor:
     """Sums of points * values [E, K, N] over each of `count` groups of columns: [E, N, G]."""
-    return (points * values).unflatten(1, (count, -1)).sum(2).transpose(1, 2)
+    return torch.unflatten(points * values, 1, (count, -1)).sum(2).transpose(1, 2)

@@ -64,12 +64,14 @@ class UnitRows:
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """All tokens in order, as index tensors."""
-        yield from torch.arange(len(self.share), device=self.layer.device).split(ROWS)
+        yield from torch.split(torch.arange(len(self.share), device=self.layer.device), ROWS)
 
     def _halves(self, unit: Unit) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(half, tokens, gates) of the unit's rows, ROWS of one half at a time."""
         for half, span in self._parts[unit.names]:
-            for tokens, gates in zip(unit.tokens[span].split(ROWS), unit.weights[span].split(ROWS), strict=True):
+            for tokens, gates in zip(
+                torch.split(unit.tokens[span], ROWS), torch.split(unit.weights[span], ROWS), strict=True
+            ):
                 yield half, tokens, gates
 
     def quantized(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -116,7 +118,7 @@ class UnitRows:
         """[natural rows, H] float32: what the unit adds to its routed tokens."""
         parts = [torch.empty(0, self.layer.spec.hidden_size, device=self.layer.device)]
         tokens, weights = unit.tokens[: unit.natural], unit.weights[: unit.natural]
-        for own, gates in zip(tokens.split(ROWS), weights.split(ROWS), strict=True):
+        for own, gates in zip(torch.split(tokens, ROWS), torch.split(weights, ROWS), strict=True):
             hidden = self._gated(self.quantized(own), acting, unit)
             parts.append(ops.linear(hidden, acting.down).float() * gates[:, None])
         return torch.cat(parts)

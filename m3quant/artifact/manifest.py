@@ -14,6 +14,7 @@ from ..checkpoint import DTYPE_BYTES, write_json_atomic
 from ..checkpoint.bounded import MANIFEST_BYTES, read_bounded
 from ..checkpoint.strict_json import shown
 from ..errors import CheckpointError
+from ..planning.integer_kinds import KIND
 from ..planning.source_layouts import KINDS, PLAIN, SourceTensor, stored_parts
 from ..schemes import NOT_ROUNDED
 from .identity import SourceIdentity
@@ -53,7 +54,7 @@ class SourceTensorFacts(_Part):
 
     dtype: StoredDtype
     shape: StoredShape
-    kind: Annotated[str, Field(pattern=f"^({'|'.join(KINDS)})$")]
+    kind: Annotated[str, Field(pattern=f"^({'|'.join(KINDS)}|{KIND.pattern})$")]
     scale: StoredDtype | None = None
     parts: dict[str, tuple[StoredDtype, StoredShape]] | None = Field(default=None, max_length=8)
 

@@ -4,7 +4,6 @@ Headers come by HTTP range requests and go through the same strict parser as loc
 (on httpx) and 2.x (on httpx2), whose exceptions differ in their base class. https://huggingface.co/docs/hub/api
 """
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..running.retry import TRANSIENT_STATUS, again, causes
 from .bounded import read_bounded, too_large
 from .header import PREFIX_BYTES, header_length
 from .listing import Listing, classify
@@ -21,14 +21,21 @@ FIRST_BYTES = 128 * 1024
 REQUESTS_AT_ONCE = 8
 TIMEOUT_SECONDS = 30.0
 RETRY_PAUSES_SECONDS = (1.0, 3.0)
-# None: no answer at all, such as a dropped connection.
-TRANSIENT_STATUS = frozenset({None, 408, 429, 500, 502, 503, 504})
 
 
 class TransientError(CheckpointError):
     """A failure that may be gone at the next try."""
 
     exit_code = 4
+
+
+def passing(error: Exception) -> str | None:
+    """What happened, in words, where a TransientError says that it may pass."""
+    if not isinstance(error, TransientError):
+        return None
+    answers = (getattr(link, "response", None) for link in causes(error))
+    status = next((answer.status_code for answer in answers if answer is not None), None)
+    return f"the Hub answered {status}" if status else "the Hub did not answer in full"
 
 
 class HubStore:
@@ -93,12 +100,7 @@ class HubStore:
 
     def _range(self, name: str, start: int, count: int, size: int) -> bytes:
         """`count` bytes of a file from `start` on; a busy server or a dropped connection is asked again."""
-        for pause in RETRY_PAUSES_SECONDS:
-            try:
-                return self._range_once(name, start, count, size)
-            except TransientError:
-                time.sleep(pause)
-        return self._range_once(name, start, count, size)
+        return again(lambda: self._range_once(name, start, count, size), passing, RETRY_PAUSES_SECONDS)
 
     def _range_once(self, name: str, start: int, count: int, size: int) -> bytes:
         # Streamed, so that never more is read than was asked for, whatever the server sends.

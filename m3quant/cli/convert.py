@@ -10,11 +10,11 @@ import click
 
 from ..checkpoint import Checkpoint
 from ..errors import EvaluationError, PlanError, RecipeError
-from ..planning.plan import Plan, make_plan
+from ..planning.plan import WARNING, Plan, make_plan
 from ..recipe.recipe import CalibrationOptions, Recipe, with_data
 from ..running.words import human_bytes
 from .fit_convert import asked_of, fit_options, fitted, predicted_line
-from .options import TokenCount, load_recipe, recipe_options
+from .options import RecipeChoice, TokenCount, recipe_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,10 +70,7 @@ if TYPE_CHECKING:
 def command(
     src: str,
     dst: Path,
-    to: str | None,
-    recipe_file: Path | None,
-    settings: tuple[str, ...],
-    format_name: str | None,
+    choice: RecipeChoice,
     budget: str | None,
     node: str | None,
     context: int | None,
@@ -101,13 +98,13 @@ def command(
     if engine == "ray" and ":" in device:
         raise PlanError(f"--device {device} names one GPU of this machine: with --engine ray give cuda, cpu or auto.")
     serving = {"context": context, "concurrency": concurrency, "kv_dtype": kv_dtype}
-    asked = asked_of(budget, node, serving, sensitivity_file, bool(to or recipe_file or settings or format_name))
+    asked = asked_of(budget, node, serving, sensitivity_file, bool(choice))
+    if choice.requantize and asked is not None:
+        raise RecipeError(
+            "--requantize goes with a recipe (--to, --recipe): m3quant fit measures on unquantized weights."
+        )
     checkpoint = Checkpoint.open(src)
-    recipe = (
-        load_recipe(checkpoint, to, recipe_file, settings, format_name)
-        if asked is None
-        else Recipe(rounding="feedback")
-    )
+    recipe = choice.recipe(checkpoint.config) if asked is None else Recipe(rounding="feedback")
     if calibration_tokens is not None:
         if windows is not None:
             raise RecipeError("--windows and --calibration-tokens both say how much text: give one of them.")
@@ -148,6 +145,9 @@ def command(
         return
     from ..convert.job import Settings
 
+    for note in plan.notes:
+        if note.startswith(WARNING):
+            click.echo(note, err=True)
     how = Settings(device=device, strict_coverage=strict_coverage, spill=spill, engine=engine, address=address)
     manifest = _run(plan, dst, how, parts)
     told = {"output": str(dst), **manifest}
@@ -159,9 +159,9 @@ def command(
         click.echo(json.dumps(told, indent=2))
     if suite is not None:
         from ..evaluate.evaluation import Settings as Evaluating
-        from .eval import run_eval
+        from .eval import Judgement, run_eval
 
-        run_eval(dst, Path(src), suite, None, Evaluating(device), None, fail_over, as_json, told)
+        run_eval(dst, Path(src), Judgement(suite, fail_over=fail_over, as_json=as_json), Evaluating(device), told)
 
 
 def _with_enough_text(plan: Plan, device: str) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,7 @@ def command(
     from ..evaluate.evaluation import Settings
     from .progress import local_folder
 
+    judgement = Judgement(suite, data, report, fail_over, as_json)
     if endpoint is not None:
         if source is not None:
             raise EvaluationError("--source is compared by streaming: leave --endpoint out, or evaluate the two apart.")
@@ -120,22 +122,29 @@ def command(
             raise EvaluationError(
                 "a server rounds as it was started: leave --activations, --kv-dtype and --index-dtype out."
             )
-        _served(local_folder(ckpt), endpoint, model, api_key_env, suite, data, report, fail_over, as_json)
+        _served(local_folder(ckpt), endpoint, model, api_key_env, judgement)
         return
     settings = Settings(device, states, batch_tokens, activations, kv_dtype, index_dtype)
     folder, origin = local_folder(ckpt), local_folder(source) if source else None
-    run_eval(folder, origin, suite, data, settings, report, fail_over, as_json)
+    run_eval(folder, origin, judgement, settings)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is asked of a checkpoint and where it is written: a suite, text instead of the suite's own, a folder, limits, JSON."""
+
+    suite: str
+    data: str | None = None
+    report: Path | None = None
+    fail_over: str | None = None
+    as_json: bool = False
 
 
 def run_eval(
     ckpt: Path,
     source: Path | None,
-    suite: str,
-    data: str | None,
+    judgement: Judgement,
     settings: Any,
-    report: Path | None,
-    fail_over: str | None,
-    as_json: bool,
     conversion: dict[str, Any] | None = None,
 ) -> None:
     """The command's body. conversion: what a conversion before it tells; JSON then has the figures under "evaluation".
@@ -148,18 +157,19 @@ def run_eval(
     from ..evaluate.suites import load_suite, make_tasks
     from .progress import BytesProgress
 
-    limits = parse_limits(fail_over) if fail_over is not None else []
-    loaded = load_suite(suite)
+    limits = parse_limits(judgement.fail_over) if judgement.fail_over is not None else []
+    loaded = load_suite(judgement.suite)
     checkpoint = open_model(ckpt)
     origin = open_model(source, "source") if source else None
-    tasks, notes = make_tasks(loaded, load_tokenizer(checkpoint.folder), checkpoint.config, data)
+    tasks, notes = make_tasks(loaded, load_tokenizer(checkpoint.folder), checkpoint.config, judgement.data)
     check_limits(limits, [task.kind for task in tasks], origin is not None)
+    report = judgement.report
     folder, pages = (report, report) if report else default_report(checkpoint)
     with BytesProgress("eval") as progress:
         for note in notes:
             progress.say(f"note: {note}")
         record = evaluate(checkpoint, origin, tasks, loaded.name, folder, settings, progress, notes)
-    _tell(record, folder, pages, limits, as_json, conversion)
+    _tell(record, folder, pages, limits, judgement.as_json, conversion)
 
 
 def _served(
@@ -167,11 +177,7 @@ def _served(
     endpoint: str,
     model: str | None,
     api_key_env: str | None,
-    suite: str,
-    data: str | None,
-    report: Path | None,
-    fail_over: str | None,
-    as_json: bool,
+    judgement: Judgement,
 ) -> None:
     """The suite's tasks through a server; the record goes where --report says, for CKPT's own eval.json is of its weights."""
     from ..calibration.corpus import load_tokenizer
@@ -182,19 +188,19 @@ def _served(
     from ..evaluate.haystack import Reach
     from ..evaluate.suites import load_suite, make_tasks
 
-    limits = parse_limits(fail_over) if fail_over is not None else []
-    loaded, tokenizer = load_suite(suite), load_tokenizer(ckpt)
+    limits = parse_limits(judgement.fail_over) if judgement.fail_over is not None else []
+    loaded, tokenizer = load_suite(judgement.suite), load_tokenizer(ckpt)
     config = Checkpoint.open(ckpt).config
-    tasks, notes = make_tasks(loaded, tokenizer, config, data)
+    tasks, notes = make_tasks(loaded, tokenizer, config, judgement.data)
     check_limits(limits, [task.kind for task in tasks], source=False)
     record = evaluate_endpoint(
         endpoint, model, tasks, tokenizer, Reach.of(config), api_key_env=api_key_env, suite=loaded.name
     )
     record.notes.extend(notes)
-    folder = report or Path(f"{ckpt.resolve().name}-endpoint-eval")
+    folder = judgement.report or Path(f"{ckpt.resolve().name}-endpoint-eval")
     make_folder(folder)
     write_record(record, folder)
-    _tell(record, folder, folder, limits, as_json, None)
+    _tell(record, folder, folder, limits, judgement.as_json, None)
 
 
 def _tell(

@@ -5,42 +5,51 @@ from __future__ import annotations
 import gc
 import json
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..engines.device import GIB
 from ..engines.memory import Estimate
 from ..errors import DoesNotFit, NodeError
-from ..recipe.recipe import build_recipe, named_recipe, read_recipe_file
 from ..running.words import human_bytes
 from ..runtime.checklog import LogCheck, check_log, log_reader
 from ..runtime.cost import Prices, decode_bound, load_prices, price_per_million
 from ..runtime.fit import Ask, Fit, Remedy, assess, remedies
-from ..runtime.hardware import GIB, STANDARD_NODES, Node, parse_node
+from ..runtime.hardware import STANDARD_NODES, Node, parse_node
 from ..runtime.model import ServedModel, Subject, open_subject
 from ..runtime.weights import Split
-from .options import print_table
+from .options import RecipeChoice, print_table
 
 TABLE_CONTEXT = 32768  # tokens that each request of the price column holds, unless --context says otherwise
 NO_FIT = DoesNotFit.exit_code
 LOG_BYTES = 64 * 2**20  # of an engine's log; its start has a few hundred kB
 
 
-def run_fit(src: str, revision: str | None, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None,
-            on: str | None, everything: bool, log_file: Path | None, ask: Ask, prices_file: Path | None, as_json: bool) -> int:  # fmt: skip
+@dataclass(frozen=True)
+class Where:
+    """What a checkpoint is held against: one node, all that are known, or the log of an engine; and the prices of hours."""
+
+    on: str | None
+    everything: bool
+    log: Path | None
+    prices: Path | None
+
+
+def run_fit(src: str, revision: str | None, choice: RecipeChoice, where: Where, ask: Ask, as_json: bool) -> int:
     """The three modes. Returns the exit code: 0 fits (or the log agrees), 3 does not fit, 1 the log disagrees."""
     gc.disable()  # 140,000 tensors become objects that all live to the end: collections would take a third of the time
-    node = parse_node(on) if on is not None else None
+    node = parse_node(where.on) if where.on is not None else None
     subject = open_subject(src, revision)
     # A log is of one checkpoint: a config.json is then what it describes.
-    table = log_file is None and (everything or subject.config_only)
-    models, refused = _models(subject, to, recipe_file, settings, format_name, table)
-    if log_file is not None:
-        return _log_mode(models[0], log_file, node, ask, as_json)
-    prices = load_prices(prices_file)
-    if everything or len(models) > 1:
+    table = where.log is None and (where.everything or subject.config_only)
+    models, refused = _models(subject, choice, table)
+    if where.log is not None:
+        return _log_mode(models[0], where.log, node, ask, as_json)
+    prices = load_prices(where.prices)
+    if where.everything or len(models) > 1:
         nodes = [node] if node else [parse_node(name) for name in STANDARD_NODES]
         return _table_mode(subject, models, refused, nodes, ask, prices, as_json)
     assert node is not None  # the command asks for --on, --all or --check-log
@@ -53,16 +62,12 @@ def run_fit(src: str, revision: str | None, to: str | None, recipe_file: Path | 
     return 0 if fit.fits else NO_FIT
 
 
-def _models(subject: Subject, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None,
-            table: bool) -> tuple[list[ServedModel], dict[str, str]]:  # fmt: skip
+def _models(subject: Subject, choice: RecipeChoice, table: bool) -> tuple[list[ServedModel], dict[str, str]]:
     """What to judge, and why some recipes are refused. table: all precisions, where no recipe is given."""
-    if to and recipe_file:
-        raise NodeError("--to and --recipe are both given: a plan has one recipe.")
-    if to or recipe_file or settings or format_name:
-        document = read_recipe_file(recipe_file) if recipe_file else named_recipe(to or "awq")
-        return [subject.converted(build_recipe(document, settings=settings, format=format_name))], {}
+    if choice:
+        return [subject.converted(choice.recipe(subject.config))], {}
     if table:
-        return subject.precisions()
+        return subject.precisions(choice.requantize)
     return [subject.stored], {}
 
 
@@ -186,9 +191,11 @@ def _table_mode(
             fit.model.label, human_bytes(fit.model.stored_bytes), fit.node.name, split_name(fit),
             f"{fit.pool.tokens:,} - {fit.prediction.pool('low').tokens:,}" if fit.prediction.pool("low").tokens else "0",
             f"{fit.longest_context:,}", f"{_requests(fit)}x", "" if per_hour is None else f"{per_hour:.2f}",
-            "" if per_hour is None or not bound else f">= {price_per_million(per_hour, bound):.2f}", "fits" if fit.fits else "does not fit",
+            "" if per_hour is None or not bound else f">= {price_per_million(per_hour, bound):.2f}", fit.verdict,
         ])  # fmt: skip
     print_table(rows)
+    for label, reason in {fit.model.label: fit.why_not for fit in fits if not fit.loads}.items():
+        click.echo(f"is not loaded: {label}: {reason}")
     for name, reason in refused.items():
         click.echo(f"not in the table: {name}: {reason}")
     click.echo(
@@ -236,6 +243,7 @@ def fit_json(fit: Fit, changes: list[Remedy], prices: Prices) -> dict[str, Any]:
         "node": {"name": fit.node.name, "gpus": fit.node.count, "bytes_per_gpu": fit.node.gpu.total_bytes, "source": fit.node.gpu.source},
         "setup": asdict(fit.setup),
         "fits": fit.fits,
+        "loads": fit.loads,
         "why_not": fit.why_not,
         "pool_tokens": pools,
         "longest_context": fit.longest_context,
@@ -292,7 +300,7 @@ def print_fit(fit: Fit, changes: list[Remedy], prices: Prices) -> None:
         f"KV pool: {low:,} to {high:,} tokens; longest context {fit.longest_context:,} of the {model.max_positions:,} that config.json allows"
     )
     if not fit.fits:
-        click.echo(f"DOES NOT FIT: {fit.why_not}.")
+        click.echo(f"{fit.verdict.upper()}: {fit.why_not}.")
         for remedy in changes:
             click.echo(
                 f"  fits with {remedy.change}: context up to {remedy.fit.longest_context:,}, pool {remedy.fit.pool.tokens:,} tokens"

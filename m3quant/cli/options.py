@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,11 +13,10 @@ import click
 
 from ..errors import RecipeError
 from ..planning.layout import FORMATS
-from ..recipe.recipe import Recipe, build_recipe, named_recipe, read_recipe_file
+from ..recipe.recipe import Recipe, build_recipe, named_recipe, read_recipe_file, with_requantize
 from ..runtime.hardware import MAX_COUNT
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
     from ..publish.gates import Asked
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -38,10 +39,58 @@ class TokenCount(click.ParamType[int]):
         return count
 
 
-def recipe_options(default: str | None) -> Callable[[F], F]:
-    """--to, --recipe, --set and --format."""
+@dataclass(frozen=True)
+class RecipeChoice:
+    """The recipe that a person asks for: of ours by its name, or of a file, with --set and --format laid over it.
 
-    def decorate(function: F) -> F:
+    requantize: whether a source that is already in integers may be rounded again.
+    """
+
+    to: str | None = None
+    file: Path | None = None
+    settings: tuple[str, ...] = ()
+    format: str | None = None
+    requantize: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether anything was asked for."""
+        return bool(self.to or self.file or self.settings or self.format)
+
+    def recipe(self, config: Mapping[str, Any]) -> Recipe:
+        """What it means for the checkpoint of that config.json; `awq` where nothing is named. Raises RecipeError."""
+        if self.to and self.file:
+            raise RecipeError("--to and --recipe are both given: a run has one recipe.")
+        document = named_recipe(self.to or "awq") if self.file is None else self._read(self.file, config)
+        return with_requantize(build_recipe(document, settings=self.settings, format=self.format), self.requantize)
+
+    @staticmethod
+    def _read(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        from ..recipe.llmcompressor import is_llmcompressor, translate
+
+        document = read_recipe_file(file)
+        if not is_llmcompressor(document):
+            return document
+        from ..families import family_of
+
+        return translate(document, family_of(config), str(file))
+
+
+def recipe_options(default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--to, --recipe, --set, --format and --requantize, which the function gets as one `choice`."""
+
+    def decorate(given: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(given)
+        def function(
+            *args: Any,
+            to: str | None,
+            recipe_file: Path | None,
+            settings: tuple[str, ...],
+            format_name: str | None,
+            requantize: bool,
+            **others: Any,
+        ) -> Any:
+            return given(*args, choice=RecipeChoice(to, recipe_file, settings, format_name, requantize), **others)
+
         for option in reversed(
             (
                 click.option(
@@ -71,6 +120,11 @@ def recipe_options(default: str | None) -> Callable[[F], F]:
                     type=click.Choice(FORMATS),
                     default=None,
                     help="Override the output format.",
+                ),
+                click.option(
+                    "--requantize",
+                    is_flag=True,
+                    help="Take a source whose weights are integers already (compressed-tensors, AutoAWQ): rounding errors stack.",
                 ),
             )
         ):
@@ -115,24 +169,6 @@ def serving_options(function: F) -> F:
     )):  # fmt: skip
         function = option(function)
     return ask_options(function)
-
-
-def load_recipe(
-    checkpoint: Checkpoint, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None
-) -> Recipe:
-    """The recipe that these options mean for this checkpoint. Raises RecipeError."""
-    if to and recipe_file:
-        raise RecipeError("--to and --recipe are both given: a run has one recipe.")
-    if recipe_file is None:
-        return build_recipe(named_recipe(to or "awq"), settings=settings, format=format_name)
-    document = read_recipe_file(recipe_file)
-    from ..recipe.llmcompressor import is_llmcompressor, translate
-
-    if is_llmcompressor(document):
-        from ..families import family_of
-
-        document = translate(document, family_of(checkpoint.config), str(recipe_file))
-    return build_recipe(document, settings=settings, format=format_name)
 
 
 def publish_options(function: F) -> F:

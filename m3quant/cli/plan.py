@@ -17,7 +17,7 @@ from ..planning.resources import resources
 from ..planning.timing_model import Rates, estimate, load_rates, sentence
 from ..recipe.recipe import recipe_names
 from ..running.words import human_bytes
-from .options import ASK_OPTIONS, load_recipe, print_table, recipe_options, serving_options
+from .options import ASK_OPTIONS, RecipeChoice, print_table, recipe_options, serving_options
 
 
 @click.command("plan")
@@ -35,10 +35,7 @@ from .options import ASK_OPTIONS, load_recipe, print_table, recipe_options, serv
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     src: str,
-    to: str | None,
-    recipe_file: Path | None,
-    settings: tuple[str, ...],
-    format_name: str | None,
+    choice: RecipeChoice,
     revision: str | None,
     rates_file: Path | None,
     as_json: bool,
@@ -51,14 +48,14 @@ def command(
     """
     rates = load_rates(rates_file)
     if serving["everything"] or serving["on"] is not None or serving["check_log"] is not None:
-        return _serving(src, revision, to, recipe_file, settings, format_name, as_json, serving)
+        return _serving(src, revision, choice, as_json, serving)
     if given := sorted(name for name, value in serving.items() if value is not None and value is not False):
         raise click.UsageError(
             f"--{given[0].replace('_', '-')} says how to serve: add --on NODE, for example --on 1xH200, or --all."
         )
     checkpoint = from_config(Path(src)) if src.endswith(".json") else Checkpoint.open(src, revision)
-    if to or recipe_file or settings or format_name:
-        plan = make_plan(checkpoint, load_recipe(checkpoint, to, recipe_file, settings, format_name))
+    if choice:
+        plan = make_plan(checkpoint, choice.recipe(checkpoint.config))
         click.echo(json.dumps(plan_json(plan, rates), indent=2) if as_json else "", nl=as_json)
         if not as_json:
             print_plan(plan, rates)
@@ -66,7 +63,9 @@ def command(
     plans, refused = [], {}
     for name in recipe_names():
         try:
-            plans.append(make_plan(checkpoint, load_recipe(checkpoint, name, None, (), None)))
+            plans.append(
+                make_plan(checkpoint, RecipeChoice(name, requantize=choice.requantize).recipe(checkpoint.config))
+            )
         except PlanError as error:
             refused[name] = str(error)
     if not plans:
@@ -85,16 +84,13 @@ def command(
     return None
 
 
-def _serving(src: str, revision: str | None, to: str | None, recipe_file: Path | None, settings: tuple[str, ...], format_name: str | None,
-             as_json: bool, serving: dict[str, Any]) -> int:  # fmt: skip
+def _serving(src: str, revision: str | None, choice: RecipeChoice, as_json: bool, serving: dict[str, Any]) -> int:
     from ..runtime.fit import Ask
-    from .fitting import run_fit
+    from .fitting import Where, run_fit
 
     wanted = {name: serving[name] for name in ASK_OPTIONS if serving[name] is not None}
-    return run_fit(
-        src, revision, to, recipe_file, settings, format_name, serving["on"], bool(serving["everything"]), serving["check_log"],
-        Ask(**wanted), serving["prices"], as_json,
-    )  # fmt: skip
+    where = Where(serving["on"], bool(serving["everything"]), serving["check_log"], serving["prices"])
+    return run_fit(src, revision, choice, where, Ask(**wanted), as_json)
 
 
 def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from typing import Any
 import click
 
 from ..engines import DEFAULT, ENGINES, NAMES
+from ..engines.device import CPU
 from ..errors import OptionError, OutputError, StoppedError
-from ..runtime.hardware import CPU, MAX_COUNT
+from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Ready, full_check, prepare, serve
 from ..runtime.serve_recipe import load_serve_recipe
 from ..runtime.units import compose_file, systemd_unit

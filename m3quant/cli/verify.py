@@ -26,6 +26,12 @@ TITLES = " or ".join(engine.title for engine in PROBED)
     help=f"Load it in {TITLES} and compare log-probabilities with the dequantized weights.",
 )
 @click.option(
+    "--transformers",
+    "in_transformers",
+    is_flag=True,
+    help="Load it in transformers with compressed-tensors and compare log-probabilities in float32; for small models.",
+)
+@click.option(
     "--engine-python",
     default=None,
     metavar="PATH",
@@ -50,6 +56,7 @@ def command(
     dst: str,
     source: str | None,
     engine: bool,
+    in_transformers: bool,
     engine_python: str | None,
     engine_timeout: float,
     tensor_parallel_size: int,
@@ -65,6 +72,11 @@ def command(
     folder = local_folder(dst)
     require_converted(folder)
     result, plan = verify(folder, source, say)
+    if in_transformers and result.holds:
+        from ..verify.transformers_reader import transformers_check
+
+        check, result.transformers = transformers_check(folder, plan, say)
+        result.checks.append(check)
     if engine and result.holds:
         from ..verify.engine import engine_check
 

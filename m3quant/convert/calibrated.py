@@ -37,7 +37,7 @@ from .layer_writer import LayerSink, LayerWriter, NoWriter
 from .pipeline import convert_unit
 from .quality import coverage, heldout_quality
 from .replay import replay_layer
-from .units import shard_facts
+from .units import named, shard_facts
 
 if TYPE_CHECKING:
     from .job import Run
@@ -248,7 +248,7 @@ class _Layerwise:
         values = stored.dequantized()
         errors.add([planned.name], tensor[None], values[None])
         dense = values.to(torch.bfloat16)
-        return {f"{planned.module}.{suffix}": part.cpu() for suffix, part in parts.items()}, dense
+        return named(planned, parts), dense
 
 
 def layer_line(layer: int, quantized: QuantizedLayer, error: float) -> str:

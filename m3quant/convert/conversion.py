@@ -63,6 +63,9 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
         plan.checkpoint.record_reads()
         journal.unit_read = lambda unit: recorded_digests(plan.checkpoint, stored_infos(plan.units[unit]))
         reader = SourceReader(plan.checkpoint, plan.sources)
+        if reader.note:
+            progress.say(f"note: {reader.note}")
+            plan.notes.append(reader.note)
         try:
             return _convert(Run(plan, output, reader, settings, device, journal, stop, progress, cluster), facts)
         except torch.OutOfMemoryError as error:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.reader import torch_dtype
 from ..planning.batches import aligned
+from ..planning.integer_kinds import is_integer
 from ..planning.source_layouts import SourceTensor
 from ..quant.reading import densify
 from .gpu_stage import LAUNCH, why_plain
@@ -50,6 +51,10 @@ class StoredExperts:
             range(len(self._experts)), key=lambda n: (self._experts[n][0], _alike(self._experts[n]))
         ):
             numbers, stack = list(group), stacks[which]
+            if is_integer(self._experts[numbers[0]][2].kind):
+                for n in numbers:
+                    densify(self._experts[n][2], self._views(n), stack[self._experts[n][1]])
+                continue
             rows = [(*self._starts[n], self._experts[n][1] * stack[0].nbytes) for n in numbers]
             own = flags[numbers[0] : numbers[-1] + 1]
             with LAUNCH:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checkpoint import torch_dtype
 from ..planning.batches import Item, output_ranges, output_views, staged_parts
+from ..planning.integer_kinds import is_integer
 from ..quant.formats import compress
 from ..quant.integer import ensure_finite, int_qparams
 from ..quant.reading import densify
@@ -124,6 +125,11 @@ class GpuStage:
             starts = [start + before for before in own.part_starts]
             rows.append((*starts, places[-1]))
         out = self._out if only else self._dense
+        if is_integer(item.planned.source.kind):
+            for (one, start, _), place in zip(group, places, strict=True):
+                dense = out[place : place + 2 * one.elements].view(torch.bfloat16).view(one.shape)
+                densify(one.planned.source, staged_parts(one, self._source, start), dense)
+            return out, places, begin
         table = torch.tensor(rows).to(self.device, non_blocking=True)
         with LAUNCH:
             gpu_source.dense_group(self._source, out, table, flags, item.planned.source)

@@ -290,7 +290,7 @@ class Measuring:
 
     def _through(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
         """x [S, L, H] through the layer."""
-        return torch.cat([layer.forward(part) for part in x.split(self.micro_batch)])
+        return torch.cat([layer.forward(part) for part in torch.split(x, self.micro_batch)])
 
     def _result(self, text_sha256: str) -> Sensitivity:
         head = read_head(self.reader, self.device)

@@ -41,7 +41,9 @@ from ..planning.batches import (
     output_views,
     staged_parts,
 )
-from ..planning.plan import PASSED_THROUGH, Unit
+from ..planning.engine_kept import PASSED_THROUGH
+from ..planning.plan import Unit
+from ..quant.dead_experts import without_dead
 from ..quant.fused import compress_into
 from ..quant.integer import ensure_finite
 from ..quant.reading import SourceReader, densify
@@ -220,7 +222,9 @@ class Pipeline:
             return
         low, high = torch.aminmax(raw.view(dtype)) if raw.numel() else (torch.zeros(()), torch.zeros(()))
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            ensure_finite(self.reader.checkpoint.read(item.stored.name), item.stored.name)
+            whole = self.reader.checkpoint.read(item.stored.name)
+            bias = item.planned.role.kind == "router_bias"
+            ensure_finite(without_dead(whole) if bias else whole, item.stored.name)
 
 
 def item_ranges(item: Item, offset: int) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import ShardRecord, ShardWriter
-from ..planning.plan import PASSED_THROUGH, SHARD_METADATA, PlannedTensor, Unit
+from ..planning.engine_kept import PASSED_THROUGH
+from ..planning.plan import SHARD_METADATA, PlannedTensor, Unit
+from ..quant.dead_experts import without_dead
 from ..quant.formats import compress
 from ..quant.integer import ensure_finite
 from ..quant.reading import SourceReader, densify
@@ -65,7 +67,12 @@ def store(
 ) -> dict[str, Tensor]:
     """Compress one weight [N, K] under the plan's output names, on the CPU. scale, zero_point: searched ranges, or min-max."""
     parts = compress(weight, planned.scheme, fmt, scale, zero_point, name=planned.name)
-    return {f"{planned.module}.{suffix}": tensor.cpu() for suffix, tensor in parts.items()}
+    return named(planned, parts)
+
+
+def named(planned: PlannedTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the plan stores of `parts` by suffix, under its names, on the CPU."""
+    return {output.name: parts[output.name.removeprefix(f"{planned.module}.")].cpu() for output in planned.outputs}
 
 
 def _check_copied(planned: PlannedTensor, raw: dict[str, Tensor]) -> None:
@@ -74,7 +81,7 @@ def _check_copied(planned: PlannedTensor, raw: dict[str, Tensor]) -> None:
         return
     for name, tensor in raw.items():
         if tensor.dtype in FLOATS:
-            ensure_finite(tensor, name)
+            ensure_finite(without_dead(tensor) if planned.role.kind == "router_bias" else tensor, name)
 
 
 def shard_facts(record: ShardRecord) -> dict[str, Any]:

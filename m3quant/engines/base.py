@@ -178,6 +178,11 @@ class Engine(ABC):
         narrow = self.can.narrow_integers if any(map(is_narrow, schemes)) else ""
         return max(family.in_engine(self.name).first_release, narrow, key=lambda v: Version(v or "0"))
 
+    def checkpoint_refusal(self, config: Mapping[str, Any], release: str | None) -> str:
+        """Why the engine does not load a checkpoint with this config.json as it is, and what to do; '' where it does. release: of the one
+        that is installed, None for the newest that was read."""
+        return ""
+
     def expert_refusal(self, scheme: Scheme) -> str:
         """Why no release of this engine runs routed experts in the scheme, '' where one does."""
         return ""

@@ -15,7 +15,7 @@ from .task import ScoredSequence
 class Batch:
     """Consecutive tokens of the flat run: `groups` of (sequences, length) one after another fill `tokens`."""
 
-    tokens: slice
+    tokens: slice[int, int, None]
     groups: tuple[tuple[int, int], ...]
 
     @property

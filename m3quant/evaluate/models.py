@@ -17,13 +17,16 @@ from ..errors import EvaluationError
 from ..families import Family, family_of
 from ..planning.plan import nbytes
 from ..planning.source_format import source_format
-from ..planning.source_layouts import FP8_BLOCK
+from ..planning.source_layouts import FP8_BLOCK, FP8_CHANNEL
 from ..planning.source_tensors import check_complete
 from ..quant.reading import ConvertedReader, SourceReader
 from ..schemes import Scheme
 
 # Files that decide which ids a text has.
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
+
+
+_FP8_SOURCES = {FP8_BLOCK: Scheme("fp8", bits=8, block=True), FP8_CHANNEL: Scheme("fp8", bits=8)}
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,13 @@ class Model:
     def schemes(self, layer: int) -> dict[str, Scheme]:
         """The schemes of one layer's quantized weights, by name relative to it.
 
-        Of a source, its FP8 blocks, which engines read with rounded activations; whether they round those of MXFP8
-        weights depends on the GPU, so that here they are kept.
+        Of a source, its FP8 in blocks and rows, which engines read with rounded activations; whether they round those of
+        MXFP8 weights depends on the GPU, so that here they are kept.
         """
         prefix, names = self.family.layer_prefix(layer), self.layer_names(layer)
         if isinstance(self.reader, SourceReader):
-            blocks = (n for n in names if self.reader.tensors[n].kind == FP8_BLOCK)
-            return {n.removeprefix(prefix): Scheme("fp8", bits=8, block=True) for n in blocks}
+            found = {n.removeprefix(prefix): self.reader.tensors[n].kind for n in names}
+            return {n: _FP8_SOURCES[kind] for n, kind in found.items() if kind in _FP8_SOURCES}
         planned = {n.removeprefix(prefix): self.reader.tensors[n] for n in names}
         return {n: t.scheme for n, t in planned.items() if t.action == "quantize"}
 

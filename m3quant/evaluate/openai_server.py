@@ -1,29 +1,27 @@
 """The client of an OpenAI-compatible server: what it offers, one request at a time, and its failures in one sentence each.
 
-Only /v1/models and /v1/completions are used, over the standard library's HTTP client. Torch-free.
+Only /v1/models and /v1/completions are used, over httpx2. Torch-free.
 """
 
 from __future__ import annotations
 
-import http.client
 import ipaddress
 import json
 import math
 import os
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import EvaluationError
+import httpx2
 
-TRIES = 4
-FIRST_WAIT_S = 1.0
-LONGEST_WAIT_S = 60.0
+from ..errors import EvaluationError
+from ..running.retry import LONGEST_PAUSE_SECONDS, again, on_stderr, retry_after
+
+PAUSES_SECONDS = (1.0, 2.0, 4.0)
+TRIES = len(PAUSES_SECONDS) + 1
 BODY_SHOWN = 300  # characters of a server's message
 ERROR_BYTES = 65536  # of its body that are read
 # Log-probs of a prompt of a million tokens, with the texts of two tokens at each place.
@@ -32,6 +30,15 @@ ANSWER_BYTES = 2**29
 
 class Refused(Exception):
     """The server understood the request and does not serve it (a 4xx); the message is its own words."""
+
+
+class _Answered(Exception):
+    """The server's answer is no success; `said`: its own words."""
+
+    def __init__(self, response: httpx2.Response, said: str) -> None:
+        super().__init__(said)
+        self.response, self.status, self.said = response, response.status_code, said
+        self.passes = self.status == 429 or self.status >= 500
 
 
 @dataclass(frozen=True)
@@ -45,26 +52,38 @@ class Offer:
 
 
 class Server:
-    """url: of the server, with or without /v1. model: a served name; the only one served if None.
+    """url: of the server, with or without /v1. model: a served name; the only one served if None. say: told of every wait.
 
     api_key_env: the environment variable that holds the key. Raises EvaluationError if nothing answers there, the key
     is refused, or the model is not served.
     """
 
-    def __init__(self, url: str, model: str | None, api_key_env: str | None = None, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str | None,
+        api_key_env: str | None = None,
+        timeout_s: float = 600.0,
+        say: Callable[[str], None] = on_stderr,
+    ) -> None:
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts):
-            raise EvaluationError(f"--endpoint {url}: not a URL of a server; give one like http://localhost:8000.")
         if parts.username or parts.password:
             raise EvaluationError(
                 "--endpoint: take the user and password out of the URL; name a variable with --api-key-env."
             )
+        if parts.scheme not in ("http", "https") or not parts.hostname or not _readable(parts):
+            raise EvaluationError(f"--endpoint {url}: not a URL of a server; give one like http://localhost:8000.")
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.timeout_s = timeout_s
+        self._say = say
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **_authorization(api_key_env)}
         # A proxy for the outside world cannot reach this machine's own ports, and would be shown the key and the texts.
-        own = (urllib.request.ProxyHandler({}),) if _is_loopback(parts.hostname) else ()
-        self._opener = urllib.request.build_opener(*own)
-        self._headers = {"Content-Type": "application/json", **_authorization(api_key_env)}
+        own = {"http://": None, "https://": None} if _is_loopback(parts.hostname) else None
+        try:
+            self._client = httpx2.Client(headers=headers, timeout=timeout_s, mounts=own, follow_redirects=True)
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:  # of a proxy that a variable names
+            raise EvaluationError(
+                f"the proxy of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY cannot be used ({error}); correct or unset it."
+            ) from error
         served = self._models()
         if model is None and len(served) != 1:
             raise EvaluationError(f"{self.url} serves {', '.join(served) or 'no model'}: say which with --model.")
@@ -117,45 +136,43 @@ class Server:
         return Offer(token_ids, logprobs, ids_out)
 
     def _request(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        try:
+            return again(lambda: self._ask(path, body), self._passing, PAUSES_SECONDS, self._say)
+        except _Answered as error:
+            if error.status in (401, 403):
+                raise EvaluationError(
+                    f"{self.url} refuses the API key ({error.status}); set the key in a variable and name it with --api-key-env."
+                ) from error
+            if not error.passes:
+                raise Refused(f"{error.status}: {error.said}") from error
+            asked = retry_after(error) or 0.0
+            how = f"and asks to wait {asked:.0f} s" if asked > LONGEST_PAUSE_SECONDS else f"{TRIES} times"
+            raise EvaluationError(f"{self.url}{path} answered {error.status} {how}: {error.said}.") from error
+        except httpx2.RemoteProtocolError as error:  # another protocol, or an answer that was cut short
+            raise EvaluationError(
+                f"{self.url} does not answer in HTTP ({type(error).__name__}); is this the server's port?"
+            ) from error
+        except httpx2.HTTPError as error:
+            raise EvaluationError(f"{self.url} cannot be reached ({_why(error)}); is the server up?") from error
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        """One request. Raises _Answered, or httpx2.HTTPError where there is no answer."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, headers=self._headers)
-        wait = FIRST_WAIT_S
-        for attempt in range(TRIES):
-            last = attempt == TRIES - 1
-            try:
-                with self._opener.open(request, timeout=self.timeout_s) as response:
-                    return _json_object(response.read(ANSWER_BYTES + 1), self.url + path)
-            except urllib.error.HTTPError as error:
-                said = _message(error)
-                if error.code in (401, 403):
-                    raise EvaluationError(
-                        f"{self.url} refuses the API key ({error.code}); set the key in a variable and name it with --api-key-env."
-                    ) from error
-                if error.code != 429 and error.code < 500:
-                    raise Refused(f"{error.code}: {said}") from error
-                if last:
-                    raise EvaluationError(f"{self.url}{path} answered {error.code} {TRIES} times: {said}.") from error
-                after = error.headers.get("Retry-After") or ""
-                pause = (
-                    min(float(after), LONGEST_WAIT_S)
-                    if after.isascii() and after.isdigit() and len(after) < 10
-                    else wait
-                )
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                reason = getattr(error, "reason", error)
-                # Nothing listens there: waiting does not help. A timeout is a minute's work thrown away: not repeated.
-                if last or isinstance(reason, ConnectionRefusedError | TimeoutError):
-                    raise EvaluationError(f"{self.url} cannot be reached ({reason}); is the server up?") from error
-                pause = wait
-            except http.client.HTTPException as error:  # another protocol, or an answer that was cut short
-                if last:
-                    raise EvaluationError(
-                        f"{self.url} does not answer in HTTP ({type(error).__name__}); is this the server's port?"
-                    ) from error
-                pause = wait
-            time.sleep(pause)
-            wait *= 2
-        raise AssertionError("unreachable: the last try raises")
+        method = "GET" if data is None else "POST"
+        with self._client.stream(method, self.url + path, content=data) as response:
+            if not response.is_success:
+                raise _Answered(response, _message(_first_bytes(response, ERROR_BYTES), response.reason_phrase))
+            return _json_object(_first_bytes(response, ANSWER_BYTES + 1), self.url + path)
+
+    def _passing(self, error: Exception) -> str | None:
+        """What happened, in words, if it may pass."""
+        if isinstance(error, _Answered):
+            return f"{self.url} answered {error.status}" if error.passes else None
+        # Nothing listens there: waiting does not help. A timeout is a minute's work thrown away: not repeated.
+        refused = any(isinstance(cause, ConnectionRefusedError) for cause in _behind(error))
+        if refused or isinstance(error, httpx2.TimeoutException) or not isinstance(error, httpx2.HTTPError):
+            return None
+        return f"{self.url} did not answer ({_why(error)})"
 
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -229,11 +246,12 @@ def finite(value: float) -> bool:
     return math.isfinite(value) and value > -9999
 
 
-def _has_port(parts: urllib.parse.SplitResult) -> bool:
-    """Whether what stands for a port is one, or nothing does."""
+def _readable(parts: urllib.parse.SplitResult) -> bool:
+    """Whether the HTTP library takes it, and what stands for a port is one, or nothing does."""
     try:
+        httpx2.URL(parts.geturl())
         return parts.port != 0
-    except ValueError:
+    except (ValueError, httpx2.InvalidURL):
         return False
 
 
@@ -271,13 +289,35 @@ def _json_object(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _message(error: urllib.error.HTTPError) -> str:
-    """The server's own words, shortened: `error.message` of an OpenAI error, else the body."""
-    body = error.read(ERROR_BYTES).decode("utf-8", "replace").strip()
+def _message(body: bytes, reason: str) -> str:
+    """The server's own words, shortened: `error.message` of an OpenAI error, else the body, else HTTP's `reason`."""
+    said = body.decode("utf-8", "replace").strip()
     try:
-        value = json.loads(body)
+        value = json.loads(said)
         inner = value.get("error", value)
-        text = str(inner.get("message", body) if isinstance(inner, dict) else inner)
+        text = str(inner.get("message", said) if isinstance(inner, dict) else inner)
     except (ValueError, AttributeError, RecursionError):
-        text = body
-    return (text or error.reason or "no message")[:BODY_SHOWN]
+        text = said
+    return (text or reason or "no message")[:BODY_SHOWN]
+
+
+def _first_bytes(response: httpx2.Response, limit: int) -> bytes:
+    """At most `limit` bytes of the body as they come: never more is read, whatever the server sends."""
+    data = bytearray()
+    for chunk in response.iter_raw():
+        data += chunk
+        if len(data) >= limit:
+            break
+    return bytes(data[:limit])
+
+
+def _behind(error: BaseException) -> Iterator[BaseException]:
+    """A failure and all that it came from; the HTTP library chains some by `from` and some by context."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _why(error: httpx2.HTTPError) -> str:
+    return str(error) or type(error).__name__

@@ -232,7 +232,7 @@ def _finite_head(model: Model, device: torch.device) -> Head:
     head = read_head(model.reader, device)
     parts = (("final norm", head.norm[None]), ("lm_head", head.weight))
     for name, tensor in parts:
-        if not all(bool(torch.isfinite(part).all()) for part in tensor.split(_EMBED_TOKENS)):
+        if not all(bool(torch.isfinite(part).all()) for part in torch.split(tensor, _EMBED_TOKENS)):
             raise EvaluationError(
                 f"{name} of {model.folder} holds NaN or Inf, the layers before it are finite: look at what it was made from "
                 "(m3quant verify)."

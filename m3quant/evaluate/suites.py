@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,5 +157,5 @@ def _validated(model: type[BaseModel], document: Mapping[str, Any], where: str) 
         raise EvaluationError(f"{where}, key '{key}': {first['msg']} (got {first['input']!r}).") from None
 
 
-def _nearest(name: str, known: Any) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]

@@ -52,6 +52,7 @@ class Role:
     expert: int | None = None
     part: str = ""
     is_weight: bool = True  # False for a bias or another companion inside a quantizable module
+    joined: bool = False  # one of `Family.joined`
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,10 @@ class Family(ABC):
     towers: ClassVar[Mapping[str, str]] = {}
     # What vLLM asks for the scheme of a layer's routed experts under, relative to the layer.
     expert_probes: ClassVar[tuple[str, ...]] = ()
+    # (role, part) of weights that readers put below another of the layer and that store no `weight_shape` of their own. transformers 5.24
+    # joins whatever begins with "gate_proj.weight" and "up_proj.weight" by rows, so that two shapes become one of four numbers; the
+    # first one's states the columns of both, and engines do not read it.
+    joined: ClassVar[frozenset[tuple[str, str]]] = frozenset()
     text_key: ClassVar[str | None] = None  # where config.json describes the language model, if not at its top
 
     def __init__(self, config: Mapping[str, Any], where: str = "config.json") -> None:
@@ -185,7 +190,7 @@ class Family(ABC):
     def _role_in_layer(self, layer: int, rest: str) -> Role:
         known, moes = self._known_names
         if (tensor := known.get(rest)) is not None:
-            return Role(tensor.kind, layer, part=tensor.part)
+            return Role(tensor.kind, layer, part=tensor.part, joined=(tensor.kind, tensor.part) in self.joined)
         parts = rest.split(".", 5)
         for moe in moes:
             prefix = moe.experts_prefix

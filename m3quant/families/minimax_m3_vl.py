@@ -26,15 +26,17 @@ _INDEX_KEYS = {
 class MiniMaxM3VL(Family):
     architectures: ClassVar[Mapping[str, str]] = {"minimax_m3_vl": "MiniMaxM3SparseForConditionalGeneration"}
     # vLLM asks for experts.0.{gate,down,up}_proj here although the tensors are w1, w2, w3; and it fuses
-    # q, k, v, index_q and index_k into one qkv_proj.
+    # q, k, v, index_q and index_k into one qkv_proj. SGLang fuses the index projections into index_qkv_proj (0.5.23,
+    # srt/models/minimax_m3.py); transformers 5.24 calls them indexer.q_proj and indexer.k_proj.
     targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "routed_experts": (r"re:.*\.experts\.\d+\.(w[123]|gate_proj|up_proj|down_proj)$",),
         "shared_experts": (r"re:.*\.shared_experts\.(gate_proj|up_proj|down_proj|gate_up_proj)$",),
         "dense_mlp": (r"re:.*\.layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj|gate_up_proj)$",),
         "attention": (
-            r"re:.*language_model.*\.self_attn\.(q_proj|k_proj|v_proj|o_proj|qkv_proj|index_q_proj|index_k_proj)$",
+            r"re:.*language_model.*\.self_attn\.(q_proj|k_proj|v_proj|o_proj|qkv_proj|index_(q|k|v|qkv)_proj|indexer\.(q|k)_proj)$",
         ),
     }
+    joined = frozenset({("shared_experts", "up_proj"), ("dense_mlp", "up_proj")})
     always_ignored = (
         r"re:.*lm_head", r"re:.*embed_tokens", r"re:.*vision_tower.*", r"re:.*multi_modal_projector.*",
         r"re:.*patch_merge_mlp.*", r"re:.*block_sparse_moe\.gate$",

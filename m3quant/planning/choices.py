@@ -14,7 +14,7 @@ from functools import cache, cached_property, partial
 from ..errors import PlanError
 from ..families import Family
 from ..schemes import Scheme, parse_scheme
-from .layout import stored_bytes, stored_tensors
+from .layout import stored_bytes, tensors_of
 from .plan import OutputTensor, Plan, PlannedTensor, Unit
 from .sensitivity import ROLES
 
@@ -124,7 +124,7 @@ def stored_as(tensor: PlannedTensor, scheme: Scheme, fmt: str) -> PlannedTensor:
     """The tensor as a plan would store it in `scheme`."""
     outputs = tuple(
         OutputTensor(f"{tensor.module}.{suffix}", dtype, shape)
-        for suffix, (dtype, shape) in stored_tensors(tensor.source.info.shape, scheme, fmt).items()
+        for suffix, (dtype, shape) in tensors_of(tensor.source.shape, scheme, fmt, tensor.role.joined).items()
     )
     return replace(tensor, action="quantize", scheme=scheme, outputs=outputs)
 
@@ -132,7 +132,7 @@ def stored_as(tensor: PlannedTensor, scheme: Scheme, fmt: str) -> PlannedTensor:
 def _kind(plan: Plan, unit: Unit) -> object:
     assert unit.layer is not None
     prefix = plan.family.layer_prefix(unit.layer)
-    shapes = tuple((t.name.removeprefix(prefix), t.source.info.shape, t.source.info.dtype) for t in unit.tensors)
+    shapes = tuple((t.name.removeprefix(prefix), t.source.shape, t.source.info.dtype) for t in unit.tensors)
     return len(prefix), len(unit.shard), shapes
 
 

@@ -12,6 +12,8 @@ from ..recipe.recipe import Recipe
 from ..schemes import Scheme
 from .engine_kept import add_kept
 
+PACKED = "pack-quantized"
+
 
 def quantization_config(
     recipe: Recipe, family: Family, modules: Mapping[str, Scheme], kept: Iterable[tuple[str, Role]]
@@ -52,10 +54,12 @@ def _compressed_tensors(recipe: Recipe, family: Family, modules: Mapping[str, Sc
             (targets.setdefault(own, []) if own.quantizes else ignore).extend(patterns)
     for number, (scheme, patterns) in enumerate(targets.items()):
         groups[f"group_{number}"] = {"targets": patterns, **compressed_tensors_group(scheme)}
-    formats = {group["format"] for group in groups.values()}
+    formats = sorted({group["format"] for group in groups.values()}, key=lambda form: form != PACKED)
     return {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        # Of a mixture the integers' own: SGLang 0.5.23 refuses experts of integers under "mixed-precision"; vLLM and
+        # compressed-tensors take each group's own format.
+        "format": formats[0],
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignore,
@@ -90,7 +94,7 @@ def compressed_tensors_group(scheme: Scheme) -> dict[str, Any]:
             "group_size": scheme.group_size,
             "dynamic": False,
         }
-        return {"weights": weights, "input_activations": None, "output_activations": None, "format": "pack-quantized"}
+        return {"weights": weights, "input_activations": None, "output_activations": None, "format": PACKED}
     common = {"num_bits": 8, "type": "float", "symmetric": True}
     if scheme.block:
         weights = {**common, "strategy": "block", "block_structure": [128, 128], "dynamic": False}

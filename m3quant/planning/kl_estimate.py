@@ -20,7 +20,7 @@ def kl_of_error(error: float, probes: Sequence[tuple[float, float]]) -> float:
         return 0.0
     for (low, kl), (high, kl_high) in pairwise(known):
         if low <= error <= high and low < high:
-            return kl * (error / low) ** (math.log(kl_high / kl) / math.log(high / low))
+            return kl * math.pow(error / low, math.log(kl_high / kl) / math.log(high / low))
     nearest = known[0] if error < known[0][0] else known[-1]
     return nearest[1] * error / nearest[0]
 

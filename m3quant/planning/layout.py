@@ -134,6 +134,12 @@ def stored_tensors(shape: Sequence[int], scheme: Scheme, fmt: str) -> Stored:
     return stored
 
 
+def tensors_of(shape: Sequence[int], scheme: Scheme, fmt: str, joined: bool = False) -> Stored:
+    """`stored_tensors` of a module; joined: as `families.base.Role.joined`."""
+    stored = stored_tensors(shape, scheme, fmt)
+    return {leaf: part for leaf, part in stored.items() if not joined or leaf != "weight_shape"}
+
+
 def stored_bytes(shape: Sequence[int], scheme: Scheme, fmt: str) -> int:
     """Bytes of all stored tensors of one weight, headers not counted."""
     return sum(DTYPE_BYTES[code] * prod(dims) for code, dims in stored_tensors(shape, scheme, fmt).values())

@@ -24,14 +24,16 @@ from ..recipe.recipe import Recipe, for_family, split_layers
 from ..schemes import FP8_BLOCK, KEEP, Scheme
 from .engine_config import check_format, quantization_config
 from .engine_kept import PASSED_THROUGH, kept_linears
-from .layout import check_divisible, stored_tensors
-from .source_format import HF_QUANT_CONFIG
+from .integer_kinds import integers_among, words_of
+from .layout import check_divisible, tensors_of
+from .source_format import HF_QUANT_CONFIG, requantize_problem
 from .source_layouts import FOUR_BIT, PLAIN, WORDS, SourceTensor
 from .source_layouts import FP8_BLOCK as FP8_BLOCK_SOURCE
 from .source_tensors import check_complete, source_tensors
 
 T = TypeVar("T")
 
+WARNING = "WARNING: "  # what a note begins with that nobody may overlook
 SHARD_METADATA = {"format": "pt"}  # transformers refuses shards without it
 RECIPE_FILE = "recipe.yaml"
 INDEX_FILE = "model.safetensors.index.json"
@@ -206,6 +208,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     check_format(recipe, family)
     check_family_format(family, recipe.format)
     tensors = source_tensors(checkpoint)
+    problem = requantize_problem(checkpoint.root, {t.kind for t in tensors.values()})
+    if problem and not recipe.requantize:
+        raise PlanError(problem)
+    if recipe.requantize and not problem:
+        recipe = recipe.model_copy(update={"requantize": False})  # nothing to take: the output is what it is without
     notes = [*checkpoint.warnings, *recipe_notes, *check_complete(checkpoint, family, tensors)]
     notes += _calibration_notes(family, recipe) + _source_notes(checkpoint, tensors)
     layers = family.num_layers
@@ -270,6 +277,14 @@ def _source_notes(checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor]) -
         notes.append(
             f"the source holds {' and '.join(WORDS[kind] for kind in kinds)}: its rounding is in every output beside the output's own, and "
             "figures against the source do not show it; where there is a BF16 release, start from that"
+        )
+    if integers := integers_among(t.kind for t in tensors.values()):
+        quantized = [t for t in tensors.values() if t.kind in integers]
+        share = sum(t.numel for t in quantized) / sum(t.numel for t in tensors.values())
+        notes.append(
+            f"{WARNING}the source is itself quantized, {share:.0%} of its weights to {' and '.join(map(words_of, integers))}: every output has "
+            "its rounding error and the output's own on top of it, and figures against the source show only the second; start from the BF16 "
+            "or FP8 release wherever there is one"
         )
     if unread := sum(len(t.unread) for t in tensors.values()):
         notes.append(
@@ -349,7 +364,7 @@ def _plan_tensor(source: SourceTensor, role: Role, recipe: Recipe) -> PlannedTen
     stem = source.name.removesuffix(".weight")
     outputs = tuple(
         OutputTensor(f"{stem}.{suffix}", dtype, shape)
-        for suffix, (dtype, shape) in stored_tensors(shape, scheme, recipe.format).items()
+        for suffix, (dtype, shape) in tensors_of(shape, scheme, recipe.format, role.joined).items()
     )
     return PlannedTensor(source, role, "quantize", scheme, reason, outputs)
 

@@ -17,7 +17,8 @@ from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.strict_json import described, parse_object
 from ..errors import CheckpointError
 from ..families.base import QUANTIZABLE, Family
-from .source_layouts import PLAIN, WORDS, stored_parts
+from .integer_kinds import integers_among, words_of
+from .source_layouts import PLAIN, stored_parts, words
 from .source_sections import Stated, kept_entries, kept_problem, read_section
 
 HF_QUANT_CONFIG = "hf_quant_config.json"  # where ModelOpt wrote it before 0.30; vLLM and SGLang still look there
@@ -104,7 +105,7 @@ def _claims(source: SourceFormat) -> tuple[Any, ...]:
 
 def _said(source: SourceFormat) -> str:
     named = f", for {len(source.stated.modules):,} modules by name" if source.stated.modules else ""
-    return " and ".join(WORDS[kind] for kind in sorted(_claims(source)[0] | ({source.stated.experts} - {""}))) + named
+    return " and ".join(words(kind) for kind in sorted(_claims(source)[0] | ({source.stated.experts} - {""}))) + named
 
 
 def source_format(checkpoint: Checkpoint) -> SourceFormat:
@@ -114,7 +115,7 @@ def source_format(checkpoint: Checkpoint) -> SourceFormat:
     """
     where = f"{checkpoint.root}/{CONFIG_NAME}"
     said = config_format(checkpoint.config, where, _hf_quant_of(checkpoint))
-    found = header_format(checkpoint.tensors)
+    found = header_format(checkpoint.tensors, bool(integers_among({said.kind} | said.stated.others)))
     if found is None or (said.refused and said.label not in _VAGUE):
         return said
     label, what, tensor = found
@@ -164,21 +165,43 @@ def _advice(label: str) -> str:
             "This checkpoint is quantized already, and of floats m3quant reads FP8 (E4M3) in 128x128 blocks, rows or whole tensors, "
             f"MXFP8, NVFP4 and MXFP4. {REMEDY}"
         )
-    return f"This checkpoint is quantized already, and quantizing it again would stack two rounding errors. {REMEDY}"
+    return (
+        "This checkpoint is quantized already, and of integers m3quant reads compressed-tensors' pack-quantized (2 to 8 bits, groups or rows) "
+        f"and AutoAWQ's gemm. {REMEDY}"
+    )
+
+
+def requantize_problem(root: str, kinds: Iterable[str]) -> str:
+    """Why a source whose weights are of these kinds is not converted unless it was asked for; "" for floats."""
+    integers = integers_among(kinds)
+    if not integers:
+        return ""
+    return (
+        f"{root} is quantized already, to {' and '.join(map(words_of, integers))}, and quantizing it again stacks two rounding errors. {REMEDY} "
+        "If there is none, --requantize converts this one all the same."
+    )
 
 
 # Leaves of layouts that are not read, and what they are.
 _FOREIGN = {
     "qweight": "AWQ or GPTQ integers", "qzeros": "AWQ or GPTQ integers", "g_idx": "GPTQ integers", "weight_shape": "compressed-tensors integers",
-    "weight_zero_point": "compressed-tensors integers", "pre_quant_scale": "AWQ's scales of activations (ModelOpt)",
+    "weight_g_idx": "compressed-tensors integers in activation order", "weight_zero_point": "compressed-tensors integers", "pre_quant_scale": "AWQ's scales of activations (ModelOpt)",
 }  # fmt: skip
 
 
-def header_format(tensors: Mapping[str, TensorInfo]) -> tuple[str, str, TensorInfo] | None:
-    """(label, words, the tensor that shows it) of a layout that m3quant does not read, from names and dtypes; None if none is seen."""
+# Of them, what is read where the config states integers.
+_READ = ("qweight", "qzeros", "weight_shape", "weight_zero_point", "weight_packed")
+
+
+def header_format(tensors: Mapping[str, TensorInfo], stated: bool = False) -> tuple[str, str, TensorInfo] | None:
+    """(label, words, the tensor that shows it) of a layout that m3quant does not read, from names and dtypes; None if none is seen.
+
+    stated: whether the config states integers that are read."""
     found: dict[str, TensorInfo] = {}
     for name, tensor in tensors.items():
         leaf = name.rpartition(".")[2]
+        if stated and leaf in _READ:
+            continue
         integers = leaf == "weight_packed" and tensor.dtype.startswith("I")
         if (leaf in _FOREIGN or integers) and leaf not in found:
             found[leaf] = tensor
@@ -198,7 +221,7 @@ def stored_entries(family: Family, source: SourceFormat) -> Iterator[tuple[str, 
     """
     if source.stated.others:
         raise CheckpointError(
-            f"{source.file} describes weights of {' and of '.join(WORDS[k] for k in sorted({source.kind, *source.stated.others}))}; which is "
+            f"{source.file} describes weights of {' and of '.join(words(k) for k in sorted({source.kind, *source.stated.others}))}; which is "
             "which cannot be told from it alone: give the folder with the *.safetensors files, whose headers say so."
         )
     keeps = KeptModules(source.kept, family)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from ..checkpoint import TensorInfo
 from ..errors import CheckpointError
 from ..schemes import FP8_BLOCK as BLOCK
+from .integer_kinds import QWEIGHT, is_integer, layout_of, words_of
+from .layout import stored_tensors
 
 PLAIN, FP8_BLOCK, MXFP8 = "plain", "fp8-block", "mxfp8"
 FP8_CHANNEL, FP8_TENSOR = "fp8-channel", "fp8-tensor"
@@ -36,18 +38,26 @@ _GROUPS = {NVFP4: NV_GROUP, NVFP4_PACKED: NV_GROUP, MXFP4: MX_GROUP, MXFP8: MX_G
 # Leaves beside a module's codes. The last two are of activations, which no weight needs.
 _SCALES, _GLOBALS = ("weight_scale_inv", "weight_scale"), ("weight_scale_2", "weight_global_scale")
 _ACTIVATIONS = ("input_scale", "input_global_scale")
-COMPANIONS = (*_SCALES, *_GLOBALS, *_ACTIVATIONS)
 PACKED = "weight_packed"
+# Of integers: zero points, and the shape that compressed-tensors states beside them.
+ZERO_POINTS, TRUE_SHAPE = ("weight_zero_point", "qzeros"), "weight_shape"
+COMPANIONS = (*_SCALES, *_GLOBALS, *_ACTIVATIONS, *ZERO_POINTS, TRUE_SHAPE, "scales")
 _E8M0, _FLOATS = ("U8", "F8_E8M0"), ("F32", "BF16")
-_INCOMPLETE = "the download is incomplete; fetch the missing shards again"
+INCOMPLETE = "the download is incomplete; fetch the missing shards again"
+
+
+def words(kind: str) -> str:
+    """A kind for people."""
+    return words_of(kind) if is_integer(kind) else WORDS[kind]
 
 
 @dataclass(frozen=True)
 class SourceTensor:
     """One tensor of the model as the source stores it.
 
-    info: the tensor, or its codes; kind: one of KINDS; scale: of groups, rows or blocks; global_scale: one F32 number that multiplies
-    (NVFP4) or divides (NVFP4_PACKED) them; unread: scales of activations beside it.
+    info: the tensor, or its codes; kind: one of KINDS, or of integers (`integer_kinds`); scale: of groups, rows or blocks; global_scale:
+    one F32 number that multiplies (NVFP4) or divides (NVFP4_PACKED) them; unread: scales of activations beside it. Of integers,
+    zero_point; true_shape, the tensor that states [N, K]; and dense_shape, the same as planned.
     """
 
     info: TensorInfo
@@ -55,16 +65,22 @@ class SourceTensor:
     scale: TensorInfo | None = None
     global_scale: TensorInfo | None = None
     unread: tuple[TensorInfo, ...] = ()
+    zero_point: TensorInfo | None = None
+    true_shape: TensorInfo | None = None
+    dense_shape: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
         """The model's name of the tensor."""
-        stem = self.info.name.removesuffix(f".{PACKED}")
-        return f"{stem}.weight" if self.kind in FOUR_BIT and stem != self.info.name else self.info.name
+        stem, _, leaf = self.info.name.rpartition(".")
+        packed = leaf in (PACKED, QWEIGHT) and self.kind != PLAIN
+        return f"{stem}.weight" if packed else self.info.name
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's own, whatever its codes are packed in."""
+        if self.dense_shape is not None:
+            return self.dense_shape
         shape = self.info.shape
         return (*shape[:-1], shape[-1] * 2) if self.kind in FOUR_BIT else shape
 
@@ -75,7 +91,8 @@ class SourceTensor:
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
         """What has to be read for the tensor's values."""
-        return tuple(part for part in (self.info, self.scale, self.global_scale) if part is not None)
+        found = (self.info, self.scale, self.global_scale, self.zero_point, self.true_shape)
+        return tuple(part for part in found if part is not None)
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
@@ -110,6 +127,10 @@ def stored_parts(
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of all that a release stores of a weight [N, K] of that kind, scales of activations included."""
     stem = name.removesuffix("weight")
+    if is_integer(kind):
+        for leaf, (dtype, stored) in stored_tensors(shape, *layout_of(kind)).items():
+            yield f"{stem}{leaf}", scale_dtype or dtype if leaf in ("weight_scale", "scales") else dtype, stored
+        return
     rows, columns = shape
     if kind in FOUR_BIT:
         packed = kind != NVFP4
@@ -143,7 +164,7 @@ def recognise(where: str, codes: TensorInfo, beside: Mapping[str, TensorInfo], s
         what = "without its scale" if not scales else "with two scales,"
         which = f"'{_stem(codes)}.weight_scale'" if not scales else " and ".join(f"'{scale.name}'" for scale in scales)
         inverse = f" (or '{_stem(codes)}.weight_scale_inv')" if not scales and codes.dtype != "U8" else ""
-        remedy = _INCOMPLETE if not scales else "keep the one that the release has"
+        remedy = INCOMPLETE if not scales else "keep the one that the release has"
         raise CheckpointError(
             f"{shown} is {'E2M1' if codes.dtype == 'U8' else 'FP8'} {what} {which}{inverse}: {remedy}."
         )
@@ -183,9 +204,7 @@ def _four_bits(shown: str, codes: TensorInfo, scale: TensorInfo, globals_: list[
     leaves = [info.name.rpartition(".")[2] for info in globals_]
     if leaves != [wanted]:
         if not leaves:
-            raise CheckpointError(
-                f"{shown} is NVFP4 without its global scale '{_stem(codes)}.{wanted}': {_INCOMPLETE}."
-            )
+            raise CheckpointError(f"{shown} is NVFP4 without its global scale '{_stem(codes)}.{wanted}': {INCOMPLETE}.")
         raise CheckpointError(
             f"{shown} is NVFP4 with {' and '.join(leaves)}. Under the name {codes.name.rpartition('.')[2]}, {wanted} is the global scale "
             f"({'it divides' if packed else 'it multiplies'}); {other} would {'multiply' if packed else 'divide'}: which is meant cannot be "

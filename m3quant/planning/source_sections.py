@@ -12,6 +12,7 @@ from typing import Any
 
 from ..checkpoint.strict_json import described
 from ..schemes import FP8_BLOCK as BLOCK
+from .integer_kinds import awq_kind, packed_kind
 from .source_layouts import (
     FP8_BLOCK,
     FP8_CHANNEL,
@@ -26,7 +27,7 @@ from .source_layouts import (
 )
 
 _INTEGERS = {
-    "awq": "AWQ integers", "gptq": "GPTQ integers", "auto-round": "AutoRound integers", "intel/auto-round": "AutoRound integers",
+    "gptq": "GPTQ integers", "auto-round": "AutoRound integers", "intel/auto-round": "AutoRound integers",
     "inc": "AutoRound integers", "bitsandbytes": "bitsandbytes", "mxfp4": "GPT-OSS's MXFP4", "hqq": "HQQ", "quark": "Quark",
 }  # fmt: skip
 _MODELOPT = {
@@ -85,6 +86,9 @@ def read_section(section: Mapping[str, Any]) -> Stated:
         return _modelopt(section, method)
     if name == "compressed-tensors":
         return _compressed_tensors(section)
+    if name == "awq":
+        kind, wrong = awq_kind(section)
+        return Stated(kind, kind or name, wrong)
     return Stated("", name or "quantized", _INTEGERS.get(name, "a format that m3quant does not know"))
 
 
@@ -195,17 +199,24 @@ def _compressed_tensors(section: Mapping[str, Any]) -> Stated:
     kinds = []
     for group in groups.values():
         weights = group.get("weights") if isinstance(group, Mapping) else None
-        kind = _kind_of_weights(weights) if isinstance(weights, Mapping) else ""
+        form = _word(group.get("format") or top) if isinstance(group, Mapping) else top
+        kind, wrong = _kind_of_weights(weights, form) if isinstance(weights, Mapping) else ("", "")
         if not kind:
-            form = _word(group.get("format") or top) if isinstance(group, Mapping) else top
-            return Stated("", "compressed-tensors", f"format {described(form)} with weights of {_shown(weights)}")
+            shown = wrong or f"weights of {_shown(weights)}"
+            return Stated("", "compressed-tensors", f"format {described(form)} with {shown}")
         kinds.append(kind)
     found = sorted(set(kinds))
     return Stated(found[0], _label(found), others=frozenset(found[1:]))
 
 
-def _kind_of_weights(weights: Mapping[str, Any]) -> str:
-    """The kind of a group's `weights`; "" for what m3quant does not read."""
+def _kind_of_weights(weights: Mapping[str, Any], form: str) -> tuple[str, str]:
+    """(kind, why there is none) of a group's `weights`."""
+    if weights.get("type") == "int" and form == "pack-quantized":
+        return packed_kind(weights)
+    return _kind_of_floats(weights), ""
+
+
+def _kind_of_floats(weights: Mapping[str, Any]) -> str:
     if weights.get("type") != "float" or weights.get("symmetric") is False:
         return ""
     bits, strategy, group = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")

@@ -11,9 +11,11 @@ from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import CheckpointError
 from ..families import family_of
 from ..families.base import Family
+from .integer_kinds import QWEIGHT
 from .other_trees import other_tree
 from .source_format import REMEDY, KeptModules, SourceFormat, source_format
-from .source_layouts import COMPANIONS, PACKED, PLAIN, WORDS, SourceTensor, recognise
+from .source_integers import holds_integers, recognise_integers
+from .source_layouts import COMPANIONS, PACKED, PLAIN, SourceTensor, recognise, words
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 _RESTORE = "restore the release's config.json"
@@ -40,7 +42,7 @@ def source_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
             raise CheckpointError(
                 f"{checkpoint.root}/{info.shard}: tensor '{name}' is {info.dtype} but config.json has no quantization_config: {_RESTORE}."
             )
-        found = recognise(checkpoint.root, info, beside.get(stem, {}), statement.one_kind(stem))
+        found = statement.recognise(info, stem, beside.get(stem, {}))
         statement.check(stem, found)
         if found.name in out:
             raise CheckpointError(
@@ -52,7 +54,7 @@ def source_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
 
 
 def _is_code(info: TensorInfo, leaf: str) -> bool:
-    return leaf == PACKED or info.dtype.startswith(("F8", "F4")) or (leaf == "weight" and info.dtype == "U8")
+    return leaf in (PACKED, QWEIGHT) or info.dtype.startswith(("F8", "F4")) or (leaf == "weight" and info.dtype == "U8")
 
 
 def _companions(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
@@ -63,9 +65,12 @@ def _companions(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
         stem, _, leaf = name.rpartition(".")
         if leaf not in COMPANIONS:
             continue
-        weight = infos.get(f"{stem}.{PACKED}") or infos.get(f"{stem}.weight")
+        weight = next(
+            (infos[codes] for codes in (f"{stem}.{PACKED}", f"{stem}.{QWEIGHT}", f"{stem}.weight") if codes in infos),
+            None,
+        )
         if weight is None or not _is_code(weight, weight.name.rpartition(".")[2]):
-            if leaf.startswith("input_") and weight is not None:
+            if (leaf.startswith("input_") and weight is not None) or (leaf == "scales" and weight is None):
                 continue  # an activation's scale beside an unquantized weight is passed through
             raise CheckpointError(
                 f"{checkpoint.root}/{info.shard}: scale '{name}' has no quantized weight '{stem}.weight': the download is incomplete; fetch "
@@ -81,6 +86,8 @@ class _Statement:
     def __init__(self, checkpoint: Checkpoint, source: SourceFormat) -> None:
         self._checkpoint, self._source = checkpoint, source
         self._family = family_of(checkpoint.config, f"{checkpoint.root}/config.json") if source.quantized else None
+        if self._family:
+            self._family.check_promised(len(checkpoint.tensors))
         plainly = [entry for entry in source.kept if not entry.startswith("re:")]
         self._kept = KeptModules(plainly, self._family) if self._family else None
 
@@ -88,10 +95,14 @@ class _Statement:
         assert self._family is not None
         return self._source.kinds_of(self._family.recipe_aliases(module))
 
-    def one_kind(self, module: str) -> str:
-        """The kind that is stated, or PLAIN where there is a choice."""
-        kinds = self._kinds(module)
-        return next(iter(kinds)) if len(kinds) == 1 else PLAIN
+    def recognise(self, codes: TensorInfo, module: str, beside: Mapping[str, TensorInfo]) -> SourceTensor:
+        """The weight of `module`, by its codes and companions, in one of the kinds that are stated where they alone do not tell."""
+        kinds, root = self._kinds(module), self._checkpoint.root
+        if holds_integers(codes):
+            assert self._family is not None
+            promised = self._family.expected_tensors.get(f"{module}.weight")
+            return recognise_integers(root, codes, beside, kinds, promised.shape if promised else None)
+        return recognise(root, codes, beside, next(iter(kinds)) if len(kinds) == 1 else PLAIN)
 
     def check(self, module: str, found: SourceTensor) -> None:
         """Raise CheckpointError where the module is stated to be another kind, or unquantized."""
@@ -111,7 +122,7 @@ class _Statement:
             source = held.get(module)
             if source is None:
                 raise CheckpointError(
-                    f"{self._source.file} says that '{module}' is {WORDS[kind]}, but {self._checkpoint.root} holds no weight of that name: "
+                    f"{self._source.file} says that '{module}' is {words(kind)}, but {self._checkpoint.root} holds no weight of that name: "
                     f"fetch the missing shards, or {_RESTORE}."
                 )
             if source.kind == PLAIN:
@@ -124,9 +135,9 @@ class _Statement:
                 yield name.removesuffix(".weight"), source
 
     def _disagreement(self, found: SourceTensor, kinds: frozenset[str]) -> CheckpointError:
-        stated = " or ".join(WORDS[kind] for kind in sorted(kinds))
+        stated = " or ".join(words(kind) for kind in sorted(kinds))
         return CheckpointError(
-            f"{self._checkpoint.root}/{found.info.shard}: tensor '{found.info.name}' is {WORDS[found.kind]} by its name, dtype and shapes, "
+            f"{self._checkpoint.root}/{found.info.shard}: tensor '{found.info.name}' is {words(found.kind)} by its name, dtype and shapes, "
             f"but {self._source.file} says {stated}: one of the two is of another checkpoint. Fetch both again, or {_RESTORE}. {REMEDY}"
         )
 

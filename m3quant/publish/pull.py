@@ -10,38 +10,27 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from ..artifact.manifest import MANIFEST, Sums, load_manifest
 from ..checkpoint import CONFIG_NAME, INDEX_NAME, make_folder, sha256_file
 from ..checkpoint.bounded import MANIFEST_BYTES, read_text
 from ..checkpoint.checkpoint import REPO_ID
 from ..checkpoint.copying import hash_file
-from ..checkpoint.hub import HubStore, TransientError
+from ..checkpoint.hub import HubStore, TransientError, passing
 from ..errors import CheckpointError, HubError, OutputError, StoppedError, VerifyError
+from ..running.progress import Progress
+from ..running.retry import again
 from .files import CHECKSUMS
-from .remote import LONGEST_PAUSE_SECONDS, PAUSES_SECONDS, retry_after
-
-T = TypeVar("T")
 
 FILES_AT_ONCE = 4
 SHA256_DIGITS = 64
 _SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 # The downloader's own records and unfinished files, in the folder that it fills.
 DOWNLOADERS_OWN = ".cache"
-
-
-class Progress(Protocol):
-    def start(self, total_bytes: int, done_bytes: int) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def say(self, line: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -79,22 +68,10 @@ def pull(text: str, destination: Path | None, revision: str | None, progress: Pr
     repo, revision = split_revision(text, revision)
     _quiet()
     try:
-        return _Pull(again(lambda: HubStore(repo, revision)), destination, progress).run()
+        store = again(lambda: HubStore(repo, revision), passing, say=progress.say)
+        return _Pull(store, destination, progress).run()
     except TransientError as error:
         raise StoppedError(f"{error} The same command continues.") from None
-
-
-def again(request: Callable[[], T]) -> T:
-    """`request()`, tried again after a pause, or as late as the Hub asks, where a TransientError says that this may help."""
-    for pause in PAUSES_SECONDS:
-        try:
-            return request()
-        except TransientError as error:
-            asked = retry_after(error)
-            if asked is not None and asked > LONGEST_PAUSE_SECONDS:
-                raise
-            time.sleep(pause if asked is None else asked)
-    return request()
 
 
 def local_copy(path_or_repo: str | Path, progress: Progress, revision: str | None = None) -> Path:
@@ -181,7 +158,7 @@ class _Pull:
             )
 
     def _fetch(self, name: str) -> Path:
-        return again(lambda: self._fetch_once(name))
+        return again(lambda: self._fetch_once(name), passing, say=self.progress.say)
 
     def _fetch_once(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download

@@ -9,24 +9,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from ..checkpoint.checkpoint import REPO_ID
 from ..errors import HubError, M3QuantError, PublishError, StoppedError
+from ..running.retry import TRANSIENT_STATUS, again, causes, retry_after
 
 T = TypeVar("T")
 
-# None: no answer at all, such as a dropped connection.
-TRANSIENT_STATUS = frozenset({None, 408, 429, 500, 502, 503, 504})
 # What the Hub answers to a commit whose parent is no longer the head of its branch.
 MOVED_STATUS = 412
-PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
-# A server that asks for a longer pause than this is told to the user, who can come back.
-LONGEST_PAUSE_SECONDS = 300.0
 # The Hub takes at most 1,000 paths in one question.
 PATHS_AT_ONCE = 500
 
@@ -190,33 +184,31 @@ class Remote:
 
         The library repeats some requests by itself (which, differs between 1.x and 2.x) before it comes to that.
         """
-        pauses = iter(PAUSES_SECONDS)
-        while True:
-            try:
-                return request()
-            except Exception as error:
-                if (refusal := self._other_refusal(error, what)) is not None:
-                    raise refusal from None
-                if not is_hub_error(error):
-                    raise
-                status = status_of(error)
-                asked = retry_after(error)
-                pause = next(pauses, None)
-                if status not in TRANSIENT_STATUS or pause is None or (asked or 0) > LONGEST_PAUSE_SECONDS:
-                    raise self.explain(error, what, asked) from None
-                pause = pause if asked is None else asked
-                self._say(f"the Hub answered {status or 'nothing'} when asked {what}; again in {pause:.0f} s")
-                time.sleep(pause)
+
+        def words(error: Exception) -> str | None:
+            if not is_hub_error(error) or self._other_refusal(error, what) is not None:
+                return None
+            status = status_of(error)
+            return f"the Hub answered {status or 'nothing'} when asked {what}" if status in TRANSIENT_STATUS else None
+
+        try:
+            return again(request, words, say=self._say)
+        except Exception as error:
+            if (refusal := self._other_refusal(error, what)) is not None:
+                raise refusal from None
+            if not is_hub_error(error):
+                raise
+            raise self.explain(error, what, retry_after(error)) from None
 
     def _other_refusal(self, error: Exception, what: str) -> M3QuantError | None:
         """The sentence for a failure that is no answer and no network: a local file, the client's own checks, Xet."""
         from huggingface_hub.errors import OfflineModeIsEnabled
 
-        if any(isinstance(e, OfflineModeIsEnabled) for e in _chain(error)):
+        if any(isinstance(e, OfflineModeIsEnabled) for e in causes(error)):
             return HubError("HF_HUB_OFFLINE forbids asking the Hub: unset it.")
         if is_hub_error(error) or isinstance(error, M3QuantError):
             return None
-        local = next((e for e in _chain(error) if isinstance(e, OSError)), None)
+        local = next((e for e in causes(error) if isinstance(e, OSError)), None)
         if local is not None:
             return PublishError(f"{local.filename or 'A file to send'} cannot be read: {local.strerror or local}.")
         text = " ".join(str(error).split()).replace(self._token, "***")[:300]
@@ -291,13 +283,6 @@ def uses_xet() -> bool:
     return bool(is_xet_available())
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__
-
-
 def _http_error() -> type[Exception]:
     """Base of all exceptions of the HTTP library under huggingface_hub: httpx or httpx2."""
     from huggingface_hub.errors import HfHubHTTPError
@@ -307,7 +292,7 @@ def _http_error() -> type[Exception]:
 
 def _root(error: Exception) -> BaseException:
     kinds = (_http_error(), ConnectionError, TimeoutError)
-    return next((e for e in _chain(error) if isinstance(e, kinds)), error)
+    return next((e for e in causes(error) if isinstance(e, kinds)), error)
 
 
 def is_hub_error(error: Exception) -> bool:
@@ -317,7 +302,7 @@ def is_hub_error(error: Exception) -> bool:
 
 def status_of(error: BaseException) -> int | None:
     """HTTP status of the answer that a failure is about, None if there was none."""
-    for link in _chain(error):
+    for link in causes(error):
         response = getattr(link, "response", None)
         if response is not None:
             return int(response.status_code)
@@ -333,7 +318,7 @@ def reason_of(error: BaseException, token: str) -> str:
 
     One line, cut, without the token and without what follows the ? of an address. https://huggingface.co/docs/hub/api
     """
-    response = next((r for link in _chain(error) if (r := getattr(link, "response", None)) is not None), None)
+    response = next((r for link in causes(error) if (r := getattr(link, "response", None)) is not None), None)
     if response is None:
         return ""
     said = response.headers.get("X-Error-Message") or _json_reason(response)
@@ -352,26 +337,3 @@ def _json_reason(response: Any) -> str:
         return ""
     found = (answer.get("error") or answer.get("message")) if isinstance(answer, dict) else None
     return found if isinstance(found, str) else ""
-
-
-def rate_limit_reset(header: str | None) -> float | None:
-    """Seconds until requests are taken again, from `"api";r=0;t=120` (draft-ietf-httpapi-ratelimit-headers), None without."""
-    found = re.search(r";\s*r=0\b[^,]*;\s*t=(\d{1,6})\b", header or "")
-    return float(found[1]) if found else None
-
-
-def retry_after(error: BaseException) -> float | None:
-    """Seconds that the server asks to wait (RFC 9110 section 10.2.3), None if it does not say."""
-    for link in _chain(error):
-        response = getattr(link, "response", None)
-        if response is not None:
-            text = response.headers.get("Retry-After")
-            if text is None:
-                return rate_limit_reset(response.headers.get("RateLimit"))
-            if text.strip().isdigit():
-                return float(text)
-            try:
-                return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-            except ValueError:
-                return None
-    return None

@@ -16,11 +16,12 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from ..checkpoint.bounded import read_bounded
 from ..checkpoint.copying import hash_file
 from ..errors import CheckpointError, HubError, PublishError
+from ..running.progress import Progress
 from .files import PublishFile
 from .remote import Conflict, Remote, RemoteFile, RepoState, copies_between_repos, uses_xet
 
@@ -36,14 +37,6 @@ GROUP_BYTES = 20_000_000_000
 GROUP_SMALL_BYTES = 50_000_000
 GROUP_FILES = 100
 FILES_AT_ONCE = 4
-
-
-class Progress(Protocol):
-    def start(self, total_bytes: int, done_bytes: int) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def say(self, line: str) -> None: ...
 
 
 @dataclass

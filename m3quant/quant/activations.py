@@ -54,7 +54,7 @@ def _rows(x: Tensor, size: int | None) -> Tensor:
     if size is None:
         return _rounded(wide, _TOKEN_FLOOR)
     padded = F.pad(wide, (0, -wide.shape[-1] % size))
-    return _rounded(padded.unflatten(-1, (-1, size)), _GROUP_FLOOR).flatten(-2)[:, : x.shape[-1]]
+    return _rounded(torch.unflatten(padded, -1, (-1, size)), _GROUP_FLOOR).flatten(-2)[:, : x.shape[-1]]
 
 
 def _rounded(x: Tensor, floor: float) -> Tensor:

@@ -131,7 +131,7 @@ def decompress(
 ) -> Tensor:
     """The float32 weight of `shape` [..., N, K] that `tensors`, as `compress` returns them, stand for.
 
-    Raises CheckpointError where a tensor is missing, has another dtype or shape, or `weight_shape` says another size.
+    Raises CheckpointError where a tensor but `weight_shape` is missing, has another dtype or shape, or `weight_shape` says another size.
     """
     codes, scale, zero_point = _unpack(tensors, scheme, fmt, shape, name)
     return _values(codes, scheme, scale, zero_point)
@@ -166,6 +166,8 @@ def _unpack(
     """(codes, float32 scale, zero point or None) in weight order."""
     for suffix, (code, dims) in stored_tensors(shape, scheme, fmt).items():
         tensor = tensors.get(suffix)
+        if tensor is None and suffix == "weight_shape":
+            continue  # stored once for weights that readers join
         if tensor is None:
             raise CheckpointError(f"{name}: '{suffix}' is missing, which {scheme} in {fmt} stores; convert it again.")
         if tensor.dtype != TORCH_DTYPES[code] or tuple(tensor.shape) != dims:
@@ -180,8 +182,8 @@ def _unpack(
         codes = packing.unpack_awq(tensors["qweight"]).transpose(-1, -2).contiguous()
         zeros = packing.unpack_awq(tensors["qzeros"]).transpose(-1, -2)
         return codes, tensors["scales"].transpose(-1, -2).float(), zeros
-    recorded = tensors["weight_shape"]
-    if not bool((recorded == torch.tensor([rows, columns], device=recorded.device)).all()):
+    recorded = tensors.get("weight_shape")
+    if recorded is not None and not bool((recorded == torch.tensor([rows, columns], device=recorded.device)).all()):
         raise CheckpointError(f"{name}: 'weight_shape' says {recorded.tolist()}, the plan says {[rows, columns]}.")
     codes = packing.unpack_rows(tensors["weight_packed"], scheme.bits, columns)
     zero_point = None if scheme.symmetric else packing.unpack_columns(tensors["weight_zero_point"], scheme.bits, rows)

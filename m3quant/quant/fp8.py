@@ -29,7 +29,7 @@ def _largest(weight: Tensor, size: int, dim: int) -> tuple[Tensor, Tensor]:
     whole = weight.shape[dim] // size * size
     parts = []
     if whole:
-        parts.append(torch.aminmax(weight.narrow(dim, 0, whole).unflatten(dim, (-1, size)), dim=dim))
+        parts.append(torch.aminmax(torch.unflatten(weight.narrow(dim, 0, whole), dim, (-1, size)), dim=dim))
     if whole < weight.shape[dim]:
         parts.append(torch.aminmax(weight.narrow(dim, whole, weight.shape[dim] - whole), dim=dim, keepdim=True))
     return torch.cat([p[0] for p in parts], dim), torch.cat([p[1] for p in parts], dim)
@@ -75,14 +75,18 @@ def _each_block(work: Tensor, scale: Tensor, block: Block, operation: Callable[[
     if block[0] == 1:
         whole = columns // block[1] * block[1]
         if whole:
-            operation(work[..., :whole].unflatten(-1, (-1, block[1])), scale[..., : whole // block[1]].unsqueeze(-1))
+            operation(
+                torch.unflatten(work[..., :whole], -1, (-1, block[1])), scale[..., : whole // block[1]].unsqueeze(-1)
+            )
         if whole < columns:
             operation(work[..., whole:], scale[..., -1:])
         return
     wide = scale.repeat_interleave(block[1], dim=-1)[..., :columns]
     whole = rows // block[0] * block[0]
     if whole:
-        operation(work[..., :whole, :].unflatten(-2, (-1, block[0])), wide[..., : whole // block[0], :].unsqueeze(-2))
+        operation(
+            torch.unflatten(work[..., :whole, :], -2, (-1, block[0])), wide[..., : whole // block[0], :].unsqueeze(-2)
+        )
     if whole < rows:
         operation(work[..., whole:, :], wide[..., -1:, :])
 

@@ -26,7 +26,7 @@ MAGNITUDE_BITS = 0x7FFF
 
 
 def compress_into(weight: Tensor, scheme: Scheme, fmt: str, out: Mapping[str, Tensor], *, name: str = "weight") -> None:
-    """Fill `out`, the tensors of `formats.compress(weight, scheme, fmt)` by suffix, preallocated on the CPU.
+    """Fill `out`, the tensors of `formats.compress(weight, scheme, fmt)` by suffix, preallocated on the CPU; `weight_shape` may be absent.
 
     For what `layout.one_pass` is true of. weight: BF16 [N, K], contiguous, on the CPU. Raises CheckpointError on NaN or Inf, PlanError as `check_divisible`.
     """
@@ -39,7 +39,8 @@ def compress_into(weight: Tensor, scheme: Scheme, fmt: str, out: Mapping[str, Te
         _symmetric(weight, scheme, out["weight_packed"], out["weight_scale"], name)
     else:
         _asymmetric(weight, scheme, out, name)
-    out["weight_shape"].copy_(torch.tensor(weight.shape))
+    if "weight_shape" in out:
+        out["weight_shape"].copy_(torch.tensor(weight.shape))
 
 
 def _rows_at_once(columns: int) -> int:
@@ -92,7 +93,7 @@ def _symmetric(weight: Tensor, scheme: Scheme, packed: Tensor, scale: Tensor, na
     size = scheme.group_size or weight.shape[1]
     for first in range(0, weight.shape[0], step := _rows_at_once(weight.shape[1])):
         rows = weight[first : first + step]
-        bits = _magnitude_bits(rows).unflatten(-1, (-1, size)).amax(-1)
+        bits = torch.unflatten(_magnitude_bits(rows), -1, (-1, size)).amax(-1)
         exact = _as_float(bits, weight, name) * 2 / float(qmax - qmin)
         if not bool(torch.isfinite(exact).all()):  # the doubled range left float32: the reference says so
             int_qparams(weight, scheme, name=name)
@@ -100,7 +101,7 @@ def _symmetric(weight: Tensor, scheme: Scheme, packed: Tensor, scale: Tensor, na
         own = exact.to(torch.bfloat16).float().clamp_min_(_SCALE_FLOOR)
         scale[first : first + step] = own
         work = rows.to(torch.float32)
-        work.unflatten(-1, (-1, size)).div_(own.unsqueeze(-1))
+        torch.unflatten(work, -1, (-1, size)).div_(own.unsqueeze(-1))
         _write_codes(work, scheme, packed[first : first + step])
 
 
@@ -110,7 +111,7 @@ def _asymmetric(weight: Tensor, scheme: Scheme, out: Mapping[str, Tensor], name:
     zeros = []
     for first in range(0, weight.shape[0], step := _rows_at_once(weight.shape[1])):
         work = weight[first : first + step].to(torch.float32)
-        groups = work.unflatten(-1, (-1, size))
+        groups = torch.unflatten(work, -1, (-1, size))
         found = range_qparams(groups.amin(-1), groups.amax(-1), scheme, name=name)
         own, zero = found or int_qparams(weight, scheme, name=name)  # which says what is not finite
         assert zero is not None

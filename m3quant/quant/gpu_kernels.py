@@ -5,7 +5,7 @@ Bytes are those of `formats.compress`: divisions round to nearest (`div_rn`), E4
 the bits, as torch does on every device. The reference of every kernel is `fused.compress_into`, and its own is `formats`.
 """
 
-# mypy: disallow-untyped-defs=False
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # (the arguments of a kernel are pointers and block sizes, which Triton types itself)
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 The bits of `dequantize` and `fp4`, which are their reference: one product in float32, rounded once. What those refuse is flagged.
 """
 
-# mypy: disallow-untyped-defs=False
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # (the arguments of a kernel are pointers and block sizes, which Triton types itself)
 from __future__ import annotations
 

@@ -26,6 +26,9 @@ _F16_STEP = 2.0**-24  # spacing of F16 below its smallest normal, and its smalle
 _SCALE_FLOOR = torch.finfo(torch.float32).tiny  # smaller scales are subnormal, which some kernels flush to zero
 
 
+FINITE_REMEDY = "compare the shard's checksum with the source's and download it again, or mend what wrote it"
+
+
 def ensure_finite(tensor: Tensor, name: str) -> None:
     """Raises CheckpointError if `tensor` (any floating dtype, FP8 included) holds a NaN or an infinity."""
     if tensor.numel() == 0:
@@ -39,20 +42,8 @@ def ensure_finite(tensor: Tensor, name: str) -> None:
         bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise CheckpointError(
-            f"NaN/Inf in {name}: {bad} of {tensor.numel()} values are not finite, which no recipe mends: {finite_remedy(tensor)}."
+            f"NaN/Inf in {name}: {bad} of {tensor.numel()} values are not finite, which no recipe mends: {FINITE_REMEDY}."
         )
-
-
-def finite_remedy(tensor: Tensor) -> str:
-    """What to do about a weight that holds NaN or infinities."""
-    again = "compare the shard's checksum with the source's and download it again, or mend what wrote it"
-    if (
-        tensor.dim() == 1
-        and tensor.element_size() > 1
-        and not bool((torch.isnan(tensor) | (tensor == torch.inf)).any())
-    ):
-        return f"where -inf in a bias is to switch experts off, -1e9 does so too; else {again}"
-    return again
 
 
 def int_range(scheme: Scheme) -> tuple[int, int]:
@@ -93,7 +84,7 @@ def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
     size = scheme.group_size or columns
     if columns % size:
         raise ValueError(f"group size {size} does not divide the {columns} columns of {tuple(weight.shape)}")
-    return weight.unflatten(-1, (columns // size, size))
+    return torch.unflatten(weight, -1, (columns // size, size))
 
 
 def int_qparams(

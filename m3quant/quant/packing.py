@@ -165,7 +165,7 @@ def pack_awq(codes: Tensor) -> Tensor:
     _check(codes, torch.int8, 4)
     if codes.shape[-1] % 8:
         raise ValueError(f"AutoAWQ packs eight outputs to a word; {codes.shape[-1]} is not a multiple of 8")
-    eights = _unsigned(codes, 4).unflatten(-1, (-1, 8))
+    eights = torch.unflatten(_unsigned(codes, 4), -1, (-1, 8))
     octets = eights[..., AWQ_ORDER[0::2]] | (eights[..., AWQ_ORDER[1::2]] << 4)
     return _reinterpret(octets.flatten(-2), torch.int32)
 
@@ -173,6 +173,6 @@ def pack_awq(codes: Tensor) -> Tensor:
 def unpack_awq(packed: Tensor) -> Tensor:
     """AutoAWQ GEMM words int32 [..., R, N / 8] back to int8 codes [..., R, N]."""
     _check(packed, torch.int32, 4)
-    octets = _reinterpret(packed, torch.uint8).unflatten(-1, (-1, 4))
+    octets = torch.unflatten(_reinterpret(packed, torch.uint8), -1, (-1, 4))
     nibbles = torch.stack((octets & 0xF, octets >> 4), dim=-1).flatten(-2)
     return nibbles[..., AWQ_REVERSE_ORDER].flatten(-2).sub_(8).view(torch.int8)

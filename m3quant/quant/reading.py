@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..errors import CheckpointError
+from ..families import family_of
+from ..planning.integer_kinds import is_integer
 from ..planning.plan import PlannedTensor
 from ..planning.source_layouts import (
     FP8_BLOCK,
@@ -23,23 +25,28 @@ from ..planning.source_layouts import (
     SourceTensor,
 )
 from ..planning.source_tensors import source_tensors
+from .dead_experts import check_dead_experts
 from .dequantize import dequantize_fp8_block, dequantize_fp8_rows, dequantize_mxfp8
 from .formats import decompress
 from .fp4 import dequantize_mxfp4, dequantize_nvfp4
 from .global_scales import check_global_scales
+from .integer_source import dequantize_integers
 
 
 class SourceReader:
     """Dense view of a source checkpoint: quantized weights come out as BF16, the rest as stored.
 
     `.config` and `.tensors` (model tensor names, scales left out) are what the calibration stream needs.
-    Raises CheckpointError for a global scale that cannot be right, before anything is read.
+    note: what values that were looked at say beyond the plan's notes, or ''.
+    Raises CheckpointError for a global scale that cannot be right, and for too few experts, before anything is read.
     """
 
     def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor] | None = None) -> None:
         self.checkpoint = checkpoint
         self.tensors = dict(tensors) if tensors is not None else source_tensors(checkpoint)
         check_global_scales(checkpoint, self.tensors.values())
+        family = family_of(checkpoint.config, f"{checkpoint.root}/{CONFIG_NAME}")
+        self.note = check_dead_experts(checkpoint, family, self.tensors)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -67,6 +74,11 @@ def densify(source: SourceTensor, raw: Mapping[str, Tensor], out: Tensor | None 
         return codes
     assert source.scale is not None
     scale = raw[source.scale.name]
+    if is_integer(source.kind):
+        zeros, stated = (raw[part.name] if part else None for part in (source.zero_point, source.true_shape))
+        return dequantize_integers(
+            codes, scale, zeros, source.kind, source.shape, true_shape=stated, out=out, name=name
+        )
     if source.kind in (NVFP4, NVFP4_PACKED):
         assert source.global_scale is not None
         whole = raw[source.global_scale.name]

@@ -37,15 +37,15 @@ CALIBRATION_OF = {"nearest": "none", "awq": "awq", "feedback": "text"}  # the `c
 
 
 class AwqOptions(BaseModel):
-    """Knobs of the calibrated path. Defaults are the ones the fixtures' figures were made with."""
+    """Knobs of the scale and range search. Defaults are the ones the fixtures' figures were made with."""
 
     model_config = ConfigDict(extra="forbid")
 
-    smooth: bool = True  # search per-channel scales on the exact fold set
-    range_search: bool = True  # search the clipping range of every group
+    smooth: bool = True  # search a fold scale per norm, and per expert w3 -> w2 where that is exact
+    range_search: bool = True  # search the rounding range of every group
     signed_scales: bool = True  # a negative scale where a group's largest weight is positive (symmetric schemes)
-    n_grid: int = Field(default=20, ge=1, le=200)  # ratios tried between 0 and 1, identity besides
-    duo_scaling: bool = True  # s = x^r / w^(1-r) instead of x^r
+    n_grid: int = Field(default=20, ge=1, le=200)  # ratios tried, evenly from 0 to 1, identity besides
+    duo_scaling: bool = True  # s = x^r / w^(1-r), w the weights' own mean magnitude, as AutoAWQ does, instead of x^r
 
 
 class FeedbackOptions(BaseModel):
@@ -108,6 +108,7 @@ class Recipe(BaseModel):
     awq: AwqOptions = Field(default_factory=lambda: AwqOptions())
     feedback: FeedbackOptions = Field(default_factory=lambda: FeedbackOptions())
     data: CalibrationOptions = Field(default_factory=lambda: CalibrationOptions())
+    requantize: bool = False  # take a source whose weights are integers already
     _asked: frozenset[str] = PrivateAttr(default=frozenset())  # roles that a person gave a scheme beside the document
 
     @model_validator(mode="before")
@@ -160,6 +161,7 @@ class Recipe(BaseModel):
             "feedback": self.rounding != "feedback",
             "awq": self.rounding == "feedback",
             "rounding": self.rounding != "feedback",
+            "requantize": not self.requantize,
         }
         return {key: value for key, value in out.items() if not empty.get(key, False)}
 
@@ -336,6 +338,11 @@ def build_recipe(document: Mapping[str, Any], *, settings: Iterable[str] = (), f
         raise RecipeError(_sentence(error)) from None
     recipe._asked = frozenset(setting.partition("=")[0].strip() for setting in settings)
     return recipe
+
+
+def with_requantize(recipe: Recipe, requantize: bool) -> Recipe:
+    """The recipe as it takes sources whose weights are integers already, if `requantize`; else itself."""
+    return recipe.model_copy(update={"requantize": True}) if requantize else recipe
 
 
 def with_data(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

@@ -1,18 +1,23 @@
-"""The report's pictures as inline SVG: a line over the layers, and heatmaps of layers x experts.
+"""The pictures of every page as inline SVG: curves over layers, positions and bytes, and heatmaps of layers x experts.
 
-Pure functions from numbers to markup. Colours are CSS classes (see report_html.STYLE), so that the same picture is
-right on a light screen, a dark one and paper. No xmlns: the markup stands inside HTML.
+Pure functions from numbers to markup. Colours are CSS classes (templates/style.css), so that the same picture is right on a light
+screen, a dark one and paper. No xmlns: the markup stands inside HTML.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from ..running.words import human_bytes
 
 SHADES = 8  # classes h0 .. h7 of the heatmap's colour ramp
 WIDTH = 1000
-_LEFT, _RIGHT, _TOP, _BOTTOM, _HEIGHT = 64, 56, 14, 40, 270
+# Shades on which the ink or the page's colour reads with a contrast of 4.5 and more, light and dark; h3 and h4 do not.
+_SHADES = ("h0", "h1", "h2", "h5", "h6", "h7")
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -26,41 +31,140 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
-def line_chart(points: Sequence[tuple[int, float]], y_title: str, point_title: Callable[[int, float], str]) -> str:
+def heat(share: float) -> str:
+    """The class of a cell for a share of 0 to 1; none and all have shades of their own."""
+    if share <= 0:
+        return "zero"
+    return _SHADES[-1] if share >= 1 else _SHADES[min(int(share * 5), 4)]
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """The frame of a chart, in units of its drawing; shares run from 0 to 1, rightwards and upwards."""
+
+    height: int
+    left: int = 74
+    right: int = 30
+    top: int = 26
+    bottom: int = 56
+
+    def x(self, share: float) -> float:
+        return self.left + (WIDTH - self.left - self.right) * share
+
+    def y(self, share: float) -> float:
+        return self.top + (self.height - self.top - self.bottom) * (1 - share)
+
+    def drawn(
+        self,
+        title: str,
+        across: Iterable[tuple[float, str]],
+        up: Iterable[tuple[float, str]],
+        below: str,
+        curves: Iterable[str],
+    ) -> Markup:
+        """The whole drawing. across, up: (share, text) of the ticks; a line of the grid for each of the latter."""
+        out = [f'<svg class="wide" viewBox="0 0 {WIDTH} {self.height}" role="img"><title>{escape(title)}</title>']
+        for share, text in up:
+            at = self.y(share)
+            out.append(f'<line class="grid" x1="{self.left}" x2="{WIDTH - self.right}" y1="{at:.1f}" y2="{at:.1f}"/>')
+            out.append(f'<text class="tick end" x="{self.left - 8}" y="{at + 4:.1f}">{escape(text)}</text>')
+        for share, text in across:
+            y = self.height - self.bottom + 18
+            out.append(f'<text class="tick mid" x="{self.x(share):.1f}" y="{y}">{escape(text)}</text>')
+        out.append(f'<text class="tick mid" x="{self.x(0.5):.1f}" y="{self.height - 6}">{escape(below)}</text>')
+        return Markup("".join([*out, *curves, "</svg>"]))
+
+    def line(self, points: Sequence[tuple[float, float]], kind: str = "") -> str:
+        """A curve through (share, share)."""
+        path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
+        return f'<polyline class="line{kind}" points="{path}"/>'
+
+    def dot(self, point: tuple[float, float], kind: str, radius: float, title: str) -> str:
+        """A point whose title a pointer shows."""
+        at = f'cx="{self.x(point[0]):.1f}" cy="{self.y(point[1]):.1f}"'
+        return f'<circle class="{kind}" {at} r="{radius}"><title>{escape(title)}</title></circle>'
+
+    def text(self, point: tuple[float, float], kind: str, right: float, down: float, text: str) -> str:
+        """A text that far from a point."""
+        at = f'x="{self.x(point[0]) + right:.1f}" y="{self.y(point[1]) + down:.1f}"'
+        return f'<text class="{kind}" {at}>{escape(text)}</text>'
+
+
+def line_chart(points: Sequence[tuple[int, float]], y_title: str, point_title: Callable[[int, float], str]) -> Markup:
     """One line over the layers, from 0 up. points: (layer, value) in order of layers; at least one."""
+    axes = _Axes(270, left=64, right=56, top=14, bottom=40)
     top = max(value for _, value in points) or 1.0
     step = _nice(top / 4)
     top = step * math.ceil(top / step)
     first, last = points[0][0], points[-1][0]
-    width, height = WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 
-    def x(layer: int) -> float:
-        return _LEFT + width * ((layer - first) / (last - first) if last > first else 0.5)
+    def at(layer: int, value: float) -> tuple[float, float]:
+        return ((layer - first) / (last - first) if last > first else 0.5), value / top
 
-    def y(value: float) -> float:
-        return _TOP + height * (1 - value / top)
-
-    out = [
-        f'<svg class="wide" viewBox="0 0 {WIDTH} {_HEIGHT}" role="img"><title>{escape(y_title)}, layer by layer</title>'
-    ]
-    for tick in range(round(top / step) + 1):
-        at = y(tick * step)
-        out.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        out.append(f'<text class="tick end" x="{_LEFT - 8}" y="{at + 4:.1f}">{tick * step:.6g}</text>')
+    up = [(tick * step / top, f"{tick * step:.6g}") for tick in range(round(top / step) + 1)]
     every = max(1, math.ceil(len(points) / 16))
-    for layer, _ in points[::every]:
-        out.append(f'<text class="tick mid" x="{x(layer):.1f}" y="{_HEIGHT - _BOTTOM + 18}">{layer}</text>')
-    out.append(f'<text class="tick mid" x="{_LEFT + width / 2}" y="{_HEIGHT - 4}">layer</text>')
-    path = " ".join(f"{x(layer):.1f},{y(value):.1f}" for layer, value in points)
-    out.append(f'<polyline class="line" points="{path}"/>')
-    for layer, value in points:
-        title = escape(point_title(layer, value))
-        out.append(
-            f'<circle class="dot" cx="{x(layer):.1f}" cy="{y(value):.1f}" r="3.5"><title>{title}</title></circle>'
-        )
-    layer, value = points[-1]
-    out.append(f'<text class="label" x="{x(layer) + 8:.1f}" y="{y(value) + 4:.1f}">{value:.4f}</text>')
-    return "".join(out) + "</svg>"
+    across = [(at(layer, 0)[0], str(layer)) for layer, _ in points[::every]]
+    curve = [axes.line([at(*point) for point in points])]
+    curve += [axes.dot(at(*point), "dot", 3.5, point_title(*point)) for point in points]
+    curve.append(axes.text(at(*points[-1]), "label", 8, 4, f"{points[-1][1]:.4f}"))
+    return axes.drawn(f"{y_title}, layer by layer", across, up, "layer", curve)
+
+
+def bucket_chart(
+    buckets: Sequence[str], series: Mapping[str, Sequence[float | None]], title: str, *, logarithmic: bool
+) -> Markup:
+    """One or two curves over position buckets, every value printed; a logarithmic axis leaves out what is not positive."""
+    values = [v for row in series.values() for v in row if v is not None and (v > 0 or not logarithmic)]
+    if not values:
+        return Markup("")
+    axes = _Axes(300)
+    ticks = _log_ticks(values) if logarithmic else _ticks(values)
+    low, high = ticks[0], ticks[-1]
+
+    def up(value: float) -> float:
+        return math.log(value / low) / math.log(high / low) if logarithmic else (value - low) / (high - low)
+
+    def across(i: int) -> float:
+        return (i + 0.5) / len(buckets)
+
+    curves = []
+    for which, (name, row) in enumerate(series.items()):
+        kind = " second" if which else ""
+        points = [(i, v) for i, v in enumerate(row) if v is not None and (v > 0 or not logarithmic)]
+        curves.append(axes.line([(across(i), up(v)) for i, v in points], kind))
+        for i, value in points:
+            at, shown = (across(i), up(value)), number(value, 3)
+            curves.append(axes.dot(at, f"dot{kind}", 4, f"{name}, {buckets[i]}: {shown}"))
+            # The second curve's numbers stand under it, so that they do not run into the first's.
+            curves.append(axes.text(at, "value mid", 0, 20 if kind else -10, shown))
+    marks = [(across(i), name) for i, name in enumerate(buckets)]
+    lines = [(up(tick), f"{tick:.6g}") for tick in ticks]
+    return axes.drawn(title, marks, lines, "position of the predicted token", curves)
+
+
+def bytes_chart(points: Sequence[tuple[int, float, str]], chosen: tuple[int, float, str] | None) -> Markup:
+    """KL divergence, by its logarithm, over bytes. points: (bytes, KL, what it is); those without a divergence are left out; at least one."""
+    axes = _Axes(360, top=20, bottom=48)
+    shown = [point for point in points if point[1] > 0]
+    marked = [chosen] if chosen and chosen[1] > 0 else []
+    every = [*shown, *marked]
+    left, right = min(p[0] for p in every), max(p[0] for p in every)
+    low, high = (f(math.log10(p[1]) for p in every) for f in (min, max))
+    low, high = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
+
+    def at(nbytes: float, kl: float) -> tuple[float, float]:
+        share = (nbytes - left) / (right - left) if right > left else 0.5
+        return share, (math.log10(kl) - low) / (high - low)
+
+    values = [d * 10.0**e for e in range(low, high + 1) for d in ((1, 2, 5) if e < high else (1,))]
+    up = [(at(left, value)[1], f"{value:g}") for value in values]
+    across = [(at(nbytes, 1)[0], human_bytes(nbytes)) for nbytes in (left + (right - left) * i / 5 for i in range(6))]
+    curves = [axes.line([at(nbytes, kl) for nbytes, kl, _ in shown])]
+    for kind, radius, some in (("dot", 4, shown), ("chosen", 6, marked)):
+        for nbytes, kl, what in some:
+            title = f"{human_bytes(nbytes)}: KL {number(kl)} nats a token; {what}"
+            curves.append(axes.dot(at(nbytes, kl), kind, radius, title))
+    return axes.drawn("KL divergence by bytes", across, up, "bytes of the output", curves)
 
 
 def heatmap(
@@ -70,7 +174,7 @@ def heatmap(
     title: str,
     unit: str,
     cell_title: Callable[[int, int], str] | None = None,
-) -> str:
+) -> Markup:
     """One rectangle per layer and expert, shaded by the logarithm of its value; zero has a shade of its own.
 
     rows[i][e]: value of expert e in layers[i]. outlined[i]: experts of layers[i] to outline, ascending; neighbours share
@@ -94,7 +198,7 @@ def heatmap(
     edges = "".join(f"M{e} {i}h{n}v1h-{n}z" for i, chosen in enumerate(outlined) for e, n in _runs(chosen))
     out.append(f'<path class="starved" d="{edges}"/></g>' if edges else "</g>")
     out.append(_legend(rows, height + 26, unit, bool(edges)))
-    return "".join(out) + "</svg>"
+    return Markup("".join(out) + "</svg>")
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
@@ -172,3 +276,20 @@ def _nice(value: float) -> float:
     """The nearest of 1, 2, 2.5, 5 and 10 times a power of ten that is not below `value`."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(power * step for step in (1, 2, 2.5, 5, 10) if power * step >= value * (1 - 1e-9))
+
+
+def _log_ticks(values: Sequence[float]) -> list[float]:
+    """Powers of ten around the values, with room for the numbers above and below."""
+    low = math.floor(math.log10(min(values) / 3))
+    high = math.ceil(math.log10(max(values) * 2))
+    return [10.0**power for power in range(low, max(high, low + 1) + 1)]
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Four or five round numbers around the values."""
+    spread = (max(values) - min(values)) or abs(max(values)) or 1.0
+    low, high = min(values) - 0.15 * spread, max(values) + 0.2 * spread
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(power * k for k in (1, 2, 2.5, 5, 10) if power * k * 4 >= (high - low) * 0.9)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [step * i for i in range(first, last + 1)]

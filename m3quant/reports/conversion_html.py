@@ -1,60 +1,16 @@
-"""report.html: what a calibrated conversion did, for people. One file, no script, nothing loaded from elsewhere.
-
-`page` is a pure function of what the run recorded. Light or dark as the reader's system says; paper is always light.
-"""
+"""report.html: what a calibrated conversion did, for people. `page` is a pure function of what the run recorded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from ..schemes import NOT_ROUNDED
 from .charts import heatmap, line_chart, number
+from .pages import Figure, Heading, Page, Part, Section, Table, Text, pairs
 
 Json = Mapping[str, Any]
-
-STYLE = """
-:root{--page:#fff;--ink:#1c2128;--soft:#57606a;--rule:#d8dee4;--band:#f6f8fa;--accent:#1f6fc4;--warn:#d9480f;
---zero:#e4e1da;--h0:#d9e8f8;--h1:#b7d3f0;--h2:#92bbe6;--h3:#6ba2da;--h4:#4888ca;--h5:#2e6db3;--h6:#1d5394;--h7:#123a6f}
-@media screen and (prefers-color-scheme:dark){:root{--page:#14171c;--ink:#e3e7ec;--soft:#9aa4b0;--rule:#313842;
---band:#1c2128;--accent:#6cb0f5;--warn:#ff8f3f;--zero:#3a3833;--h0:#142c48;--h1:#1b426c;--h2:#24598f;--h3:#3172b0;
---h4:#4a8ccc;--h5:#6fa8e0;--h6:#9cc5ef;--h7:#d2e6fb}}
-:root{color-scheme:light dark}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:28px 24px 48px;max-width:1060px;background:var(--page);color:var(--ink);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI","DejaVu Sans",sans-serif}
-h1{font-size:26px;line-height:1.25;margin:0 0 4px;overflow-wrap:anywhere}
-h2{font-size:19px;margin:36px 0 6px;padding-top:14px;border-top:1px solid var(--rule);break-after:avoid}
-h3{font-size:15px;margin:20px 0 4px;break-after:avoid}
-p{margin:4px 0 10px;max-width:78ch}
-.soft,figcaption,caption{color:var(--soft);font-size:13.5px}
-p.soft{max-width:none}
-.warn{color:var(--warn);font-weight:600}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:14px;margin:8px 0}
-caption{text-align:left;caption-side:bottom;padding-top:6px}
-th,td{padding:4px 14px 4px 0;text-align:right;vertical-align:top;border-bottom:1px solid var(--rule);white-space:nowrap}
-th{font-weight:600;color:var(--soft);vertical-align:bottom}
-td.text,th.text{text-align:left}
-td.wrap{text-align:left;white-space:normal;overflow-wrap:anywhere}
-tbody tr:hover{background:var(--band)}
-tr{break-inside:avoid}
-thead{display:table-header-group}
-figure{margin:10px 0;break-inside:avoid}figcaption{margin-top:6px;max-width:90ch}
-svg{display:block;max-width:100%;height:auto;font:12px system-ui,"DejaVu Sans",sans-serif}
-svg.wide{width:100%}
-.tick{fill:var(--soft)}.label{fill:var(--ink);font-weight:600}.end{text-anchor:end}.mid{text-anchor:middle}
-.grid{stroke:var(--rule)}
-.line{fill:none;stroke:var(--accent);stroke-width:2;stroke-linejoin:round}
-.dot{fill:var(--accent);stroke:var(--page);stroke-width:1.5}
-.starved{fill:none;stroke:var(--warn);stroke-width:1.5;vector-effect:non-scaling-stroke}
-.zero{fill:var(--zero)}.h0{fill:var(--h0)}.h1{fill:var(--h1)}.h2{fill:var(--h2)}.h3{fill:var(--h3)}
-.h4{fill:var(--h4)}.h5{fill:var(--h5)}.h6{fill:var(--h6)}.h7{fill:var(--h7)}
-@media print{body{max-width:none;padding:0;font-size:10pt}table{font-size:8.5pt}svg *{print-color-adjust:exact}
-.scroll{overflow:visible}}
-"""
 
 _CHOSEN = {
     "round_to_nearest": "round to nearest",
@@ -84,43 +40,19 @@ class Report:
 
 def page(report: Report) -> str:
     """The whole report as one HTML document."""
-    title = f"{report.model} to {report.recipe['name']}"
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        '<p class="soft">' + "<br>".join(f"{escape(label)}: {escape(text)}" for label, text in report.made) + "</p>",
-        _roles(report.roles),
-        _heldout(report.facts["heldout"]),
-        _stream(report.facts["stream_error"]),
-        _layers(report),
-        _coverage(report),
-        _corpus(report),
+    sections = [
+        Section("What was made", [_roles(report.roles)]),
+        Section("Held-out quality", [_heldout(report.facts["heldout"])]),
+        Section("Stream error", _stream(report.facts["stream_error"])),
+        Section("What was chosen, layer by layer", [_layers(report)]),
+        Section("Expert coverage", _coverage(report)),
+        Section("Calibration data", [_corpus(report)]),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)} - m3quant report</title><style>{STYLE}</style></head>\n<body>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</body></html>\n"
-    )
+    made = [f"{label}: {text}" for label, text in report.made]
+    return Page(f"{report.model} to {report.recipe['name']}", "report", made, sections).html()
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, text: Sequence[int] = (), caption: str = "") -> str:
-    """An HTML table; cells are escaped. text: columns that read from the left; the others are numbers."""
-
-    def cell(tag: str, column: int, value: Any) -> str:
-        kind = ' class="text"' if column in text else ""
-        shown = value if isinstance(value, str) else number(value)
-        return f"<{tag}{kind}>{escape(shown)}</{tag}>"
-
-    def row(tag: str, values: Sequence[Any]) -> str:
-        return "<tr>" + "".join(cell(tag, i, v) for i, v in enumerate(values)) + "</tr>"
-
-    below = f"<caption>{escape(caption)}</caption>" if caption else ""
-    body = "\n".join(row("td", values) for values in rows)
-    return f'<div class="scroll"><table>{below}<thead>{row("th", head)}</thead>\n<tbody>{body}</tbody></table></div>'
-
-
-def _roles(roles: Sequence[Json]) -> str:
+def _roles(roles: Sequence[Json]) -> Table:
     rows = [
         [
             r["role"],
@@ -132,16 +64,12 @@ def _roles(roles: Sequence[Json]) -> str:
         ]
         for r in roles
     ]
-    return "<h2>What was made</h2>" + table(
-        ["role", "stored as", "tensors", "bytes in", "bytes out"], rows, text=(0, 1)
-    )
+    return Table(["role", "stored as", "tensors", "bytes in", "bytes out"], rows, text=(0, 1))
 
 
-def _heldout(heldout: Json | None) -> str:
+def _heldout(heldout: Json | None) -> Part:
     if heldout is None:
-        return (
-            "<h2>Held-out quality</h2><p>Not measured: the recipe holds no windows out (data.heldout_windows is 0).</p>"
-        )
+        return Text(["Not measured: the recipe holds no windows out (data.heldout_windows is 0)."])
     before, after = heldout["perplexity_source"], heldout["perplexity_quantized"]
     rows = [
         ["perplexity, source", before],
@@ -156,22 +84,22 @@ def _heldout(heldout: Json | None) -> str:
         f"{heldout['tokens']:,} predicted tokens that calibration never saw (windows: {heldout['windows']:,} of "
         f"{heldout['window_length']:,} tokens). Weights as stored; activations {heldout.get('activations', NOT_ROUNDED)}."
     )
-    return "<h2>Held-out quality</h2>" + table(["measure", "value"], rows, text=(0,), caption=caption)
+    return Table(["measure", "value"], rows, text=(0,), caption=caption)
 
 
-def _stream(errors: Mapping[str, float | None]) -> str:
+def _stream(errors: Mapping[str, float | None]) -> list[Part]:
     points = [(int(layer), error) for layer, error in errors.items() if error is not None]
     if not points:
-        return ""
+        return []
     chart = line_chart(sorted(points), "Stream error", lambda layer, error: f"layer {layer}: {number(error)}")
-    return (
-        f'<h2>Stream error</h2><figure class="scroll">{chart}<figcaption>Relative error of the hidden states after each layer: '
-        "the norm of (quantized - source) over the norm of source, over all windows. It accumulates from layer to layer."
-        "</figcaption></figure>"
+    caption = (
+        "Relative error of the hidden states after each layer: the norm of (quantized - source) over the norm of source, over all "
+        "windows. It accumulates from layer to layer."
     )
+    return [Figure(chart, caption)]
 
 
-def _layers(report: Report) -> str:
+def _layers(report: Report) -> Table:
     """One row per searched block; a layer without one has a row of its own, so that every layer is listed."""
     searched = report.recipe.get("awq", {}).get("range_search", False)
     rows: list[list[Any]] = []
@@ -198,7 +126,7 @@ def _layers(report: Report) -> str:
         "the norm's fold that the search found best; identity if none beat no fold. w3 to w2: experts whose own fold was "
         "kept. Seconds: the layer's search."
     )
-    return "<h2>What was chosen, layer by layer</h2>" + table(head, rows, text=(0, 1, 2), caption=caption)
+    return Table(head, rows, text=(0, 1, 2), caption=caption)
 
 
 def _block(block: Json, searched: bool) -> list[Any]:
@@ -222,10 +150,10 @@ def _fold(groups: Sequence[Json]) -> str:
     return f"{group['ratio']:.3f}" if group["accepted"] else f"{group['ratio']:.3f} not kept"
 
 
-def _coverage(report: Report) -> str:
+def _coverage(report: Report) -> list[Part]:
     coverage = report.facts["coverage"]
     if coverage is None or not report.ledgers:
-        return ""
+        return []
     starved = [[e for e, n in enumerate(ledger["natural"]) if n < ledger["floor"]] for ledger in report.ledgers]
     layers = [ledger["layer"] for ledger in report.ledgers]
 
@@ -265,44 +193,45 @@ def _coverage(report: Report) -> str:
         "below_floor",
     )
     rows = [[str(s["layer"]), *(s[key] for key in keys[1:])] for s in report.summaries]
-    return (
-        f"<h2>Expert coverage</h2><p>{_overall(coverage)}</p>"
-        f"<h3>Tokens per expert</h3><figure class='scroll'>{maps[0]}<figcaption>Rows are layers, columns are experts: the "
-        "tokens that the router itself sent there. Point at a cell for its numbers.</figcaption></figure>"
-        f"<h3>Gate mass per expert</h3><figure class='scroll'>{maps[1]}<figcaption>The sum of the routing weights of "
-        "those tokens: how much of the output each expert carried.</figcaption></figure>"
-        + table(head, rows, text=(0,), caption="Tokens per expert of each layer, as routed, before topping up.")
-        + _starved(report, starved)
-    )
+    sent = "Rows are layers, columns are experts: the tokens that the router itself sent there. Point at a cell for its numbers."
+    carried = "The sum of the routing weights of those tokens: how much of the output each expert carried."
+    return [
+        _overall(coverage),
+        Heading("Tokens per expert"),
+        Figure(maps[0], sent),
+        Heading("Gate mass per expert"),
+        Figure(maps[1], carried),
+        Table(head, rows, text=(0,), caption="Tokens per expert of each layer, as routed, before topping up."),
+        *_starved(report, starved),
+    ]
 
 
-def _overall(coverage: Json) -> str:
+def _overall(coverage: Json) -> Text:
     count = sum(map(len, coverage["starved"].values()))
     total, floor = coverage["experts"], coverage["floor"]
     if not count:
-        return (
-            f"Every one of {total:,} experts saw at least {coverage['least_tokens']:,} tokens; the floor is {floor:,}."
-        )
-    return (
-        f'<span class="warn">{count:,} of {total:,} experts saw fewer than {floor:,} tokens.</span> Each was given the '
-        "tokens with the highest router score for it; they calibrate that expert only and never enter the layer's output."
+        least = coverage["least_tokens"]
+        return Text([f"Every one of {total:,} experts saw at least {least:,} tokens; the floor is {floor:,}."])
+    given = (
+        "Each was given the tokens with the highest router score for it; they calibrate that expert only and never enter the "
+        "layer's output."
     )
+    return Text([given], warning=f"{count:,} of {total:,} experts saw fewer than {floor:,} tokens.")
 
 
-def _starved(report: Report, starved: Sequence[Sequence[int]]) -> str:
+def _starved(report: Report, starved: Sequence[Sequence[int]]) -> list[Part]:
     if not any(starved):
-        return ""
+        return []
     rows = []
     for ledger, experts in zip(report.ledgers, starved, strict=True):
         if experts:
             natural, added = ledger["natural"], ledger["topped_up"]
-            shown = ", ".join(f"{e} ({natural[e]} + {added[e]})" for e in experts)
-            rows.append(f'<tr><td class="text">{ledger["layer"]}</td><td class="wrap">{escape(shown)}</td></tr>')
-    head = '<tr><th class="text">layer</th><th class="text">expert (tokens routed + tokens added)</th></tr>'
-    return f"<h3>Starved experts</h3><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
+            rows.append((str(ledger["layer"]), ", ".join(f"{e} ({natural[e]} + {added[e]})" for e in experts)))
+    head = ("layer", "expert (tokens routed + tokens added)")
+    return [Heading("Starved experts"), Table(head, rows, text=(0,), wrap=(1,))]
 
 
-def _corpus(report: Report) -> str:
+def _corpus(report: Report) -> Table:
     record, heldout = report.facts["calibration"], report.facts["heldout"]
     windows, held = record["windows"], heldout["windows"] if heldout else 0
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in record["kind_tokens"].items())
@@ -319,5 +248,4 @@ def _corpus(report: Report) -> str:
         ("sha256 of the tokenizer", record["tokenizer_sha256"]),
         *(("note", note) for note in record["notes"]),
     ]
-    body = "".join(f'<tr><td class="text">{escape(k)}</td><td class="wrap">{escape(str(v))}</td></tr>' for k, v in rows)
-    return f"<h2>Calibration data</h2><table><tbody>{body}</tbody></table>"
+    return pairs(rows)

@@ -1,40 +1,20 @@
-"""eval.html: an evaluation for people. One file, no script, nothing loaded from elsewhere; light or dark as the system says.
+"""eval.html: an evaluation for people.
 
 `page` is a pure function of the record in eval.json, so that a page can be made again from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
-from markupsafe import Markup
-
 from ..artifact.eval_record import EvalRecord, Result
 from ..checkpoint import make_folder, write_bytes_atomic
-from .charts import line_chart, number
-from .conversion_html import STYLE, table
-from .evaluation_charts import STYLE as OWN_STYLE
-from .evaluation_charts import bucket_chart, grid, key
+from .charts import bucket_chart, line_chart, number
+from .pages import Figure, Grid, Heading, Page, Part, Section, Table, Text, pairs
 
 PAGE_FILE = "eval.html"
-
-_PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }} - m3quant evaluation</title><style>{{ style }}</style></head>
-<body>
-<h1>{{ title }}</h1>
-<p class="soft">{% for line in made %}{{ line }}{% if not loop.last %}<br>{% endif %}{% endfor %}</p>
-{% for heading, body in sections %}
-<section><h2>{{ heading }}</h2>
-{{ body }}
-</section>
-{% endfor %}
-</body></html>
-""")
 
 
 def write_report(record: EvalRecord, folder: Path) -> Path:
@@ -48,7 +28,7 @@ def write_report(record: EvalRecord, folder: Path) -> Path:
 def page(record: EvalRecord) -> str:
     """The whole evaluation as one HTML document; a section without figures is left out."""
     run = [result for result in record.results if result.not_run is None]
-    sections = [
+    sections: list[tuple[str, list[Part]]] = [
         ("Perplexity", _perplexity(run)),
         ("Divergence from the source", _divergence(run)),
         ("KL divergence by position", _kl_by_position(run)),
@@ -61,10 +41,7 @@ def page(record: EvalRecord) -> str:
         ("Not run", _not_run(record)),
         ("Data and notes", _data(record)),
     ]
-    shown = [(heading, Markup(body)) for heading, body in sections if body]
-    return _PAGE.render(
-        title=record.checkpoint.name, style=Markup(STYLE + OWN_STYLE), made=_made(record), sections=shown
-    )
+    return Page(record.checkpoint.name, "evaluation", _made(record), [Section(*one) for one in sections]).html()
 
 
 def _made(record: EvalRecord) -> list[str]:
@@ -108,18 +85,18 @@ def _is_perplexity(result: Result) -> bool:
     return any(map(_of_perplexity, result.metrics)) and not _is_by_position(result)
 
 
-def _perplexity(run: Sequence[Result]) -> str:
+def _perplexity(run: Sequence[Result]) -> list[Part]:
     """One table per convention, so that figures that cannot be compared never stand in one."""
-    parts = []
-    for result in filter(_is_perplexity, run):
-        parts.append(f"<h3>{escape(result.label)}</h3>" + _metrics_table(result) + _small(result))
-    if not parts:
-        return ""
-    lead = "<p>Each table is a convention of its own: its figures compare with no other table's.</p>"
-    return lead + "".join(parts)
+    shown = list(filter(_is_perplexity, run))
+    lead = Text(["Each table is a convention of its own: its figures compare with no other table's."])
+    return [lead, *(part for result in shown for part in _figures(result))] if shown else []
 
 
-def _metrics_table(result: Result) -> str:
+def _figures(result: Result) -> list[Part]:
+    return [Heading(result.label), _metrics_table(result), _small(result)]
+
+
+def _metrics_table(result: Result) -> Table:
     source = result.source_metrics
     head = ["figure", "checkpoint", *(["source", "change"] if source else [])]
     rows = []
@@ -130,21 +107,20 @@ def _metrics_table(result: Result) -> str:
             before = source.get(name)
             row += [number(before, 5), _change(value, before)]
         rows.append(row)
-    return table(head, rows, text=(0,))
+    return Table(head, rows, text=(0,))
 
 
 def _change(value: float, before: float | None) -> str:
     return "-" if not before else f"{100 * (value / before - 1):+.3f} %"
 
 
-def _small(result: Result) -> str:
+def _small(result: Result) -> Text:
     """The convention and the amount behind a figure, under it."""
-    lines = [f"convention {result.convention}; {result.tokens:,} predicted tokens", *result.notes]
-    return '<p class="soft">' + "<br>".join(map(escape, lines)) + "</p>"
+    return Text([f"convention {result.convention}; {result.tokens:,} predicted tokens", *result.notes], soft=True)
 
 
-def _divergence(run: Sequence[Result]) -> str:
-    parts = []
+def _divergence(run: Sequence[Result]) -> list[Part]:
+    parts: list[Part] = []
     for result in run:
         if not _is_divergence(result) or _is_noise(result):
             continue
@@ -156,16 +132,15 @@ def _divergence(run: Sequence[Result]) -> str:
                 continue
             noise = [number(floor.metrics.get(name), 4)] if floor else []
             rows.append([name.replace("_", " "), number(value, 4), *noise])
-        parts.append(f"<h3>{escape(result.label)}</h3>" + table(head, rows, text=(0,)) + _small(result))
+        parts += [Heading(result.label), Table(head, rows, text=(0,)), _small(result)]
         if floor:
-            parts.append(
-                f'<p class="soft">{escape(floor.label)}; {floor.tokens:,} tokens. A difference near this floor is rounding.</p>'
-            )
-    return "".join(parts)
+            near = f"{floor.label}; {floor.tokens:,} tokens. A difference near this floor is rounding."
+            parts.append(Text([near], soft=True))
+    return parts
 
 
-def _kl_by_position(run: Sequence[Result]) -> str:
-    parts = []
+def _kl_by_position(run: Sequence[Result]) -> list[Part]:
+    parts: list[Part] = []
     for result in run:
         cells = [cell for cell in result.cells if "kl_mean" in cell and "start" in cell]
         if not cells or _is_noise(result):
@@ -177,26 +152,26 @@ def _kl_by_position(run: Sequence[Result]) -> str:
             series["noise floor"] = [by_start.get(cell["start"]) for cell in cells]
         chart = bucket_chart(_buckets(cells), series, "Mean KL divergence by position", logarithmic=True)
         caption = f"{result.label}. Mean over the bucket's tokens, nats, logarithmic; a bucket of exactly 0 has no dot."
-        parts.append(_figure(chart, series, caption))
-    return "".join(parts)
+        parts.append(Figure(chart, caption, list(series)))
+    return parts
 
 
-def _loss_by_position(run: Sequence[Result]) -> str:
-    parts = []
+def _loss_by_position(run: Sequence[Result]) -> list[Part]:
+    parts: list[Part] = []
     for result in filter(_is_by_position, run):
         series: dict[str, list[float | None]] = {"checkpoint": [cell["perplexity"] for cell in result.cells]}
         if "perplexity_source" in result.cells[0]:
             series["source"] = [cell["perplexity_source"] for cell in result.cells]
         chart = bucket_chart(_buckets(result.cells), series, "Perplexity by position", logarithmic=False)
-        parts.append(_figure(chart, series, f"{result.label}; the axis does not begin at 0."))
+        parts.append(Figure(chart, f"{result.label}; the axis does not begin at 0.", list(series)))
         head = ["positions", "tokens", "perplexity", *(["source", "change"] if "source" in series else [])]
         rows = []
         for name, cell in zip(_buckets(result.cells), result.cells, strict=True):
             before = cell.get("perplexity_source")
             after = [number(before, 5), _change(cell["perplexity"], before)] if "source" in series else []
             rows.append([name, f"{cell['tokens']:,}", number(cell["perplexity"], 5), *after])
-        parts.append(table(head, rows, text=(0,)) + _small(result))
-    return "".join(parts)
+        parts += [Table(head, rows, text=(0,)), _small(result)]
+    return parts
 
 
 def _buckets(cells: Sequence[dict[str, Any]]) -> list[str]:
@@ -208,14 +183,7 @@ def _short(position: int) -> str:
     return str(position) if position < 10_000 else f"{round(position / 1024)}K"
 
 
-def _figure(chart: str, series: Iterable[str], caption: str) -> str:
-    names = list(series)
-    return (
-        key(names) if len(names) > 1 else ""
-    ) + f'<figure class="scroll">{chart}<figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def _needle(result: Result) -> str:
+def _needle(result: Result) -> list[Part]:
     """The grid: columns are lengths, rows are depths from the beginning of the text down to its end."""
     cells = {(cell["length"], cell["depth"]): cell for cell in result.cells}
     lengths = sorted({length for length, _ in cells})
@@ -232,12 +200,7 @@ def _needle(result: Result) -> str:
         "Depth of the fact down, tokens of prompt and answer across. In a cell: answers exactly right of samples, then Wilson's "
         "95 % interval in per cent, then the source where there is one. Grey: none."
     )
-    return (
-        f"<p>{escape(lead)}.</p>"
-        + grid("depth", columns, rows)
-        + f'<p class="soft">{escape(legend)}</p>'
-        + _small(result)
-    )
+    return [Text([f"{lead}."]), Grid("depth", columns, rows), Text([legend], soft=True), _small(result)]
 
 
 def _column(cells: dict[tuple[int, float], dict[str, Any]], length: int, depths: Sequence[float]) -> str:
@@ -254,10 +217,10 @@ def _share(cell: dict[str, Any] | None) -> tuple[float, str, str] | None:
     return cell["accuracy"], f"{cell['hits']}/{cell['samples']}", small
 
 
-def _lengths(results: Sequence[Result]) -> str:
+def _lengths(results: Sequence[Result]) -> list[Part]:
     """Tasks down, lengths across."""
     if not results:
-        return ""
+        return []
     lengths = sorted({cell["length"] for result in results for cell in result.cells})
     rows = []
     for result in results:
@@ -270,65 +233,56 @@ def _lengths(results: Sequence[Result]) -> str:
         for r in results
         if "values_given_prefix" in r.metrics
     ]  # fmt: skip
-    several = ""
+    parts: list[Part] = [Grid("task", columns, rows)]
     if values:
         head = ["values right after the true prefix", "checkpoint", *(["source"] if len(values[0]) > 2 else [])]
-        several = table(head, values, text=(0,), caption="Share of single values of tasks that ask for several.")
-    about = "".join(
-        f'<tr><td class="text">{escape(r.label)}</td><td class="wrap">'
-        f"{escape('; '.join([r.convention, f'{r.tokens:,} predicted tokens', *r.notes]))}</td></tr>"
-        for r in results
-    )
-    return grid("task", columns, rows) + several + f'<div class="scroll"><table><tbody>{about}</tbody></table></div>'
+        caption = "Share of single values of tasks that ask for several."
+        parts.append(Table(head, values, text=(0,), caption=caption))
+    about = [(r.label, "; ".join([r.convention, f"{r.tokens:,} predicted tokens", *r.notes])) for r in results]
+    return [*parts, pairs(about)]
 
 
-def _layers(record: EvalRecord) -> str:
+def _layers(record: EvalRecord) -> list[Part]:
     points = sorted((int(layer["layer"]), layer["relative_error"]) for layer in record.layers)
     if not points:
-        return ""
+        return []
     chart = line_chart(points, "Relative error of the hidden states", lambda layer, e: f"layer {layer}: {number(e)}")
     caption = (
         "Norm of (checkpoint - source) over norm of source of the hidden states after each layer. It carries the errors of the "
         "layers before it."
     )
-    return f'<figure class="scroll">{chart}<figcaption>{escape(caption)}</figcaption></figure>'
+    return [Figure(chart, caption)]
 
 
-def _coverage(record: EvalRecord) -> str:
+def _coverage(record: EvalRecord) -> list[Part]:
     coverage = record.coverage
     if not coverage:
-        return ""
+        return []
     sentence = str(coverage.get("sentence", "")).split("; by layer:")[0]
     starved: dict[str, list[int]] = coverage.get("starved") or {}
-    body = f"<p>{escape(sentence[:1].upper() + sentence[1:])}.</p>"
+    said = Text([f"{sentence[:1].upper()}{sentence[1:]}."])
     if not starved:
-        return body
-    rows = "".join(
-        f'<tr><td class="text">{escape(layer)}</td><td>{len(experts)}</td>'
-        f'<td class="wrap">{escape(", ".join(map(str, experts)))}</td></tr>'
+        return [said]
+    rows = [
+        (layer, len(experts), ", ".join(map(str, experts)))
         for layer, experts in sorted(starved.items(), key=lambda item: int(item[0]))
-    )
-    head = '<tr><th class="text">layer</th><th>count</th><th class="text">experts below the floor</th></tr>'
-    return body + f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    ]
+    return [said, Table(("layer", "count", "experts below the floor"), rows, text=(0,), wrap=(2,))]
 
 
-def _others(run: Sequence[Result]) -> str:
+def _others(run: Sequence[Result]) -> list[Part]:
     """Results of a shape that has no section above: nothing that was measured is left out."""
     known = (_is_grid, _is_by_length, _is_divergence, _is_by_position, _is_perplexity)
     rest = [result for result in run if not any(is_one(result) for is_one in known)]
-    return "".join(f"<h3>{escape(r.label)}</h3>" + _metrics_table(r) + _small(r) for r in rest)
+    return [part for result in rest for part in _figures(result)]
 
 
-def _not_run(record: EvalRecord) -> str:
-    rows = "".join(
-        f'<tr><td class="text">{escape(r.task)}</td><td class="wrap">{escape(r.not_run)}</td></tr>'
-        for r in record.results
-        if r.not_run is not None
-    )
-    return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>' if rows else ""
+def _not_run(record: EvalRecord) -> list[Part]:
+    rows = [(r.task, r.not_run) for r in record.results if r.not_run is not None]
+    return [pairs(rows)] if rows else []
 
 
-def _data(record: EvalRecord) -> str:
+def _data(record: EvalRecord) -> list[Part]:
     tasks: dict[str, list[str]] = {}
     for result in record.results:
         if result.data:
@@ -340,7 +294,4 @@ def _data(record: EvalRecord) -> str:
     if any(cell.get("exercises_msa") is False for result in record.results for cell in result.cells):
         rows.append(("*", "does not exercise MSA: block-sparse attention reads a context of this length whole"))
     rows += [("note", note) for note in record.notes]
-    body = "".join(
-        f'<tr><td class="text">{escape(k)}</td><td class="wrap">{escape(v)}</td></tr>' for k, v in dict.fromkeys(rows)
-    )
-    return f'<div class="scroll"><table><tbody>{body}</tbody></table></div>' if body else ""
+    return [pairs(list(dict.fromkeys(rows)))] if rows else []

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration.folds import expert_names, fold_groups, scale_columns
+from ..calibration.folds import fold_groups, scale_columns
 from ..calibration.ranges import FACTORS
-from ..planning.plan import PASSED_THROUGH, Plan, PlannedTensor, Unit
+from ..families.spec import expert_names
+from ..planning.engine_kept import PASSED_THROUGH
+from ..planning.plan import Plan, PlannedTensor, Unit
 from ..planning.quantizers import facts_of
+from ..quant.dead_experts import without_dead
 from ..quant.formats import code_errors, decompress
 from ..quant.reading import ConvertedReader, SourceReader
 from . import fed_back
@@ -85,7 +88,7 @@ def unit_stored_problems(plan: Plan, unit: Unit, converted: ConvertedReader) -> 
             continue
         names = [o.name for o in planned.outputs if o.name in converted.checkpoint.tensors]
         for name, tensor in converted.checkpoint.read_many(names).items():
-            yield from stored_problems(name, tensor)
+            yield from stored_problems(name, without_dead(tensor) if planned.role.kind == "router_bias" else tensor)
 
 
 def unit_errors(

@@ -37,6 +37,7 @@ class Verification:
     checks: list[Check]
     errors: dict[str, TensorError]
     engine: dict[str, Any] | None = None
+    transformers: dict[str, Any] | None = None
 
     @property
     def holds(self) -> bool:
@@ -53,6 +54,7 @@ class Verification:
             "worst": [{"name": e.name, "scheme": e.scheme, "sqnr_db": number(e.sqnr_db)} for e in worst(self.errors)],
             "sqnr_db_by_scheme": sqnr_by_scheme(self.errors),
             "engine": self.engine,
+            "transformers": self.transformers,
         }
 
 

@@ -32,7 +32,8 @@ class Begun(Generic[T]):
                 else:
                     waiting = self._coroutine.send(sent)
         except StopIteration as end:
-            return end.value
+            result: T = end.value
+            return result
         finally:
             self._coroutine.close()
 

@@ -31,7 +31,8 @@ class IdSpan:
     def ids(self) -> list[int]:
         """The ids; none of an array that is no JSON (counting commas does not notice), which the engine will say."""
         try:
-            return pydantic_core.from_json(b"[%b]" % self.raw)
+            ids: list[int] = pydantic_core.from_json(b"[%b]" % self.raw)
+            return ids
         except ValueError:
             return []
 

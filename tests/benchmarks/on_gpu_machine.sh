@@ -3,9 +3,5 @@
 # For GPU machines whose Python already has torch, transformers and pydantic but no index to install from.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
-site=$(mktemp -d)
-cp -r "$root/m3quant" "$site/"
-cp -r "$root/calibration" "$root/recipes" "$root/runtime" "$site/m3quant/"
-export PYTHONPATH="$site:$root${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONSAFEPATH=1 # the tree itself, which has no m3quant/calibration, must come last, for tests
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "$@"

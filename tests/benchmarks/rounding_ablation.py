@@ -51,7 +51,7 @@ EXPERTS = {
     "int2-g128": Scheme("int", 2, 128),
     "int2-g128-asym": Scheme("int", 2, 128, symmetric=False),
 }
-NEAREST = AwqSettings(scale_search=False, range_search=False)
+NEAREST = AwqSettings(smooth=False, range_search=False)
 EVERYTHING = 10**6  # windows: as many as the text has
 PARTS: dict[str, dict[str, Any]] = {
     "feedback": {},
@@ -259,7 +259,8 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="print OUT/rounding.json as Markdown and do nothing else")
     options = parser.parse_args()
     if options.tables:
-        print(tables(json.loads((options.out / "rounding.json").read_text())))
+        found = json.loads((options.out if options.out.is_file() else options.out / "rounding.json").read_text())
+        print(tables(found["rows"] if isinstance(found, dict) else found))
         return
     options.out.mkdir(parents=True, exist_ok=True)
     models = [Model(name, torch.device(options.device)) for name in options.model]

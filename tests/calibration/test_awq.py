@@ -232,11 +232,11 @@ def test_scales_are_exact_in_the_dtype_they_are_stored_in() -> None:
 
 
 def test_searches_can_be_switched_off() -> None:
-    _, _, ranges_only = calibrate("m2", 1, settings=AwqSettings(scale_search=False))
+    _, _, ranges_only = calibrate("m2", 1, settings=AwqSettings(smooth=False))
     assert ranges_only.column == ranges_only.row == ranges_only.other == {} and ranges_only.shrink
     _, _, folds_only = calibrate("m2", 1, settings=AwqSettings(range_search=False, n_grid=4))
     assert folds_only.column and folds_only.shrink == {}
-    _, _, neither = calibrate("m2", 1, settings=AwqSettings(range_search=False, scale_search=False))
+    _, _, neither = calibrate("m2", 1, settings=AwqSettings(range_search=False, smooth=False))
     assert [block["chosen"] for block in neither.log["blocks"]] == ["round_to_nearest"] * 2
 
 

@@ -17,6 +17,7 @@ from m3quant.checkpoint import Checkpoint
 from tests.support.convert.common import (
     FEW,
     add_tokenizer,
+    bits,
     config_of,
     files,
     make_plan_of,
@@ -105,18 +106,32 @@ def test_a_calibrated_run_refuses_weights_that_are_not_finite(
     assert not (out / "config.json").exists() and not [n for n in files(out) if n.endswith(".tmp")]
 
 
+BIAS = "model.layers.0.block_sparse_moe.e_score_correction_bias"
+
+
 @pytest.mark.parametrize("to", ["int4", "awq"])
-def test_an_expert_that_is_switched_off_by_minus_infinity_is_told_what_does_it(
+def test_an_expert_may_be_switched_off_by_minus_infinity(
     m3quant: Run, made: dict[str, Path], tmp_path: Path, to: str
 ) -> None:
-    """The bias is only copied: that it cannot be quantized, or should be kept, would be wrong."""
-    name = "model.layers.0.block_sparse_moe.e_score_correction_bias"
-    source = changed(made["m2"], tmp_path / "src", poison(name, float("-inf")))
-    options = ("--to", "int4") if to == "int4" else SHORT
-    said = refused(
-        m3quant("convert", source, tmp_path / "out", *options), "e_score_correction_bias", "-1e9 does so too"
-    )
-    assert "quantize" not in said and "keep" not in said and "recipe mends" in said
+    source, out = changed(made["m2"], tmp_path / "src", poison(BIAS, float("-inf"))), tmp_path / "out"
+    code, _, said = m3quant("convert", source, out, *(("--to", "int4") if to == "int4" else SHORT))
+    assert code == 0 and said.count("switched off by a routing bias of -inf (layer 0: 1)") == 1, said
+    assert bits(stored(out)[BIAS]) == bits(stored(source)[BIAS])
+    assert m3quant("verify", out, "--source", source)[0] == 0
+
+
+def test_a_bias_that_leaves_too_few_experts_or_is_no_number_is_refused(
+    m3quant: Run, made: dict[str, Path], tmp_path: Path
+) -> None:
+    def few(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[BIAS] = torch.full_like(tensors[BIAS], float("-inf"))
+        tensors[BIAS][0] = 0.0
+
+    source = changed(made["m2"], tmp_path / "few", few)
+    refused(m3quant("convert", source, tmp_path / "out", "--to", "int4"), BIAS, "is -inf for 3 of 4 experts", "needs 2")
+    for number, value in enumerate((float("nan"), float("inf"))):
+        source = changed(made["m2"], tmp_path / f"src{number}", poison(BIAS, value))
+        refused(m3quant("convert", source, tmp_path / "out", "--to", "int4"), "e_score_correction_bias", "not finite")
 
 
 def test_a_group_that_does_not_divide(m3quant: Run, made: dict[str, Path], tmp_path: Path) -> None:

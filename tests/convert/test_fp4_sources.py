@@ -22,6 +22,8 @@ from m3quant.planning.plan import make_plan
 from m3quant.planning.source_layouts import MXFP8, NVFP4, NVFP4_PACKED
 from m3quant.quant.reading import SourceReader
 from m3quant.recipe.recipe import build_recipe, named_recipe
+from m3quant.runtime.fit import Ask, assess
+from m3quant.runtime.hardware import parse_node
 from m3quant.runtime.model import open_subject
 from m3quant.verify.verification import verify
 from tests.support.convert import tiny_m31
@@ -182,6 +184,20 @@ def test_m31_is_planned_from_its_config() -> None:
     subject = open_subject(str(M31_CONFIG))
     assert subject.stored.stored_bytes == 250_103_411_200 and subject.stored.label == "mxfp8+nvfp4"
     assert subject.converted(build_recipe(named_recipe("awq"))).stored_bytes == plan.tensor_bytes
+    native = assess(subject.stored, parse_node("4xH200"), Ask())  # there is room, and vLLM up to 0.33 has no loader
+    assert (
+        not native.fits
+        and not native.loads
+        and "vLLM up to 0.33.0 does not load MXFP8 with NVFP4 experts" in native.why_not
+    )
+    assert assess(subject.stored, parse_node("4xH200"), Ask(release="0.34.0")).fits
+    assert not assess(subject.stored, parse_node("4xH200"), Ask(release="0.33.0")).fits
+    assert assess(subject.stored, parse_node("4xH200"), Ask(engine="sglang")).fits
+    shown = CliRunner().invoke(cli, ["plan", str(M31_CONFIG), "--on", "4xH200"])
+    assert (
+        re.search(r"mxfp8\+nvfp4 .* is not loaded", shown.output)
+        and "is not loaded: mxfp8+nvfp4: vLLM up to" in shown.output
+    )
     result = CliRunner().invoke(cli, ["plan", str(M31_CONFIG), "--all"])
     assert result.exit_code == 0 and re.search(r"mxfp8\+nvfp4 +250\.10 GB", result.output)
 

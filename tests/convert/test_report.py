@@ -5,13 +5,13 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from markupsafe import escape
 
 from m3quant.calibration.experts import ExpertLedger
 from m3quant.reports.charts import SHADES, heatmap, line_chart, number

@@ -91,9 +91,15 @@ NV_CT = ct("nvfp4-pack-quantized", num_bits=4, strategy="tensor_group", group_si
         (ct("float-quantized", num_bits=8, strategy="tensor"), FP8_TENSOR, "fp8-tensor", ""),
         (ct("float-quantized", num_bits=8, strategy="block", block_structure=[128, 128]), FP8_BLOCK, "fp8-block", ""),
         (ct("float-quantized", num_bits=8, strategy="block", block_structure=[64, 64]), "", "compressed-tensors", "strategy 'block'"),
-        (ct("pack-quantized", num_bits=4, type="int", strategy="group", group_size=128), "", "compressed-tensors", "num_bits 4, type 'int'"),
+        (ct("pack-quantized", num_bits=4, type="int", strategy="group", group_size=128), "int4-g128", "int4-g128", ""),
+        (ct("pack-quantized", num_bits=8, type="int", symmetric=False, strategy="channel"), "int8-channel-asym", "int8-channel-asym", ""),
+        (ct("pack-quantized", num_bits=4, type="int", strategy="group", group_size=48), "", "compressed-tensors", "strategy 'group' with group_size 48"),
+        (ct("pack-quantized", num_bits=4, type="int", strategy="group", group_size=128, actorder="group"), "", "compressed-tensors", "activation order"),
+        (ct("int-quantized", num_bits=8, type="int", strategy="channel"), "", "compressed-tensors", "num_bits 8, type 'int'"),
         ({**ct("float-quantized", num_bits=8, strategy="channel"), "transform_config": {"config_groups": {"R1": {}}}}, "", "compressed-tensors", "rotates"),
-        ({"quant_method": "awq", "bits": 4}, "", "awq", "stack two rounding errors"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}, "awq-int4-g64", "awq-int4-g64", ""),
+        ({"quant_method": "awq", "bits": 4}, "", "awq", "AWQ integers in groups of None"),
+        ({"quant_method": "gptq", "bits": 4}, "", "gptq", "of integers m3quant reads"),
         ({"quant_method": "something"}, "", "something", "a format that m3quant does not know"),
         (["fp8"], "", "quantized", "is no object"),
     ],
@@ -180,7 +186,7 @@ def test_kept_modules_by_the_names_of_other_trees() -> None:
 
 
 @pytest.mark.parametrize("section", [
-    {"quant_method": "awq", "bits": 4},
+    {"quant_method": "gptq", "bits": 4},
     {"quant_method": "mxfp8", "moe_quant_algo": "W4A8"},
 ])  # fmt: skip
 def test_a_config_alone_of_what_is_not_read_is_refused_by_both_plans(tmp_path: Path, section: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from m3quant.evaluate import needle, openai_server, position, ruler
 from m3quant.evaluate.endpoint import GENERATED, evaluate_endpoint
 from m3quant.evaluate.haystack import Reach
 from m3quant.evaluate.task import Predictions, Task
+from m3quant.running import retry
 from tests.support.evaluate.double import KEY, Double, serving, toy_logprobs
 from tests.support.evaluate.long_context import TEXT, config, tokenizer
 
@@ -151,14 +152,20 @@ def test_chat_only_servers_run_nothing() -> None:
     assert all(result.not_run and not result.metrics for result in record.results)
 
 
-def test_a_busy_server_is_asked_again_and_a_broken_one_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_server_is_asked_again_and_a_broken_one_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(openai_server.time, "sleep", waits.append)
+    monkeypatch.setattr(retry.time, "sleep", waits.append)
     double = Double(tokenizer("tiny-m2"), ALL)
     double.before = lambda path, body, number: (429, "full", {"Retry-After": "7"}) if number in (2, 9) else None
     with serving(double) as url:
         record = evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), REACH, concurrency=1)
     assert waits == [7.0, 7.0] and all(result.not_run is None for result in record.results)
+    assert capsys.readouterr().err.splitlines() == [f"{url} answered 429; again in 7 s"] * 2
+    double.before = lambda path, body, number: (429, "full", {"Retry-After": "3600"}) if body else None
+    with serving(double) as url, pytest.raises(EvaluationError, match="answered 429 and asks to wait 3600 s: full"):
+        evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), REACH)
     double.before = lambda path, body, number: (503, "dead engine", {}) if body else None
     with serving(double) as url, pytest.raises(EvaluationError, match="503 4 times: dead engine"):
         evaluate_endpoint(url, None, tasks(), tokenizer("tiny-m2"), REACH)
@@ -196,11 +203,13 @@ def test_wrong_servers_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPat
         ("http://127.0.0.1:9", "cannot be reached"),
         ("http://127.0.0.1:port", "not a URL"),
         ("http://127.0.0.1:99999", "not a URL"),
+        ("http://127.0.0.1:8000/a\x00b", "not a URL"),
+        ("http://user:secret@local host:1", "out of the URL"),
     ):
         with pytest.raises(EvaluationError, match=words) as refused:
             evaluate_endpoint(url, None, tasks(), made, REACH)
         assert "secret" not in str(refused.value)
-    monkeypatch.setattr(openai_server.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     with socketserver.TCPServer(("127.0.0.1", 0), Greeter) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with pytest.raises(EvaluationError, match="does not answer in HTTP"):
@@ -216,6 +225,10 @@ def test_a_proxy_is_not_asked_for_a_server_on_this_machine(monkeypatch: pytest.M
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     record, _ = run(ALL)
     assert all(result.not_run is None for result in record.results)
+    monkeypatch.setenv("all_proxy", "gopher://127.0.0.1:9")
+    with pytest.raises(EvaluationError, match=r"the proxy of .* cannot be used"):
+        evaluate_endpoint("http://elsewhere.invalid", None, tasks(), tokenizer("tiny-m2"), REACH)
+    monkeypatch.delenv("all_proxy")
     with pytest.raises(
         EvaluationError, match=r"elsewhere\.invalid cannot be reached .*refused"
     ):  # by the proxy: it is asked

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from m3quant.artifact.eval_record import EvalRecord, Measured
-from m3quant.reports.conversion_html import STYLE
-from m3quant.reports.evaluation_charts import bucket_chart, heat
+from m3quant.reports.charts import bucket_chart, heat
 from m3quant.reports.evaluation_html import page, write_report
 from tests.support.evaluate.sample_record import sample_record
 
 VOID = {"meta", "br"}
+STYLE = (resources.files("m3quant.reports") / "templates" / "style.css").read_text(encoding="utf-8")
 
 
 class Reader(HTMLParser):
@@ -103,9 +104,7 @@ def test_numbers_in_cells_have_contrast(scheme: str) -> None:
     """WCAG AA: 4.5 between the text and the shade that it stands on."""
     light, dark = STYLE.split("@media screen and (prefers-color-scheme:dark)")
     colours = dict(re.findall(r"--(\w+):(#[0-9a-f]{3,6})", light if scheme == "light" else dark))
-    from m3quant.reports import evaluation_charts as report_charts
-
-    ink = dict(re.findall(r"td\.(\w+)\{background:var\(--\w+\);color:var\(--(\w+)\)", report_charts.STYLE))
+    ink = dict(re.findall(r"td\.(\w+)\{background:var\(--\w+\);color:var\(--(\w+)\)", STYLE))
     used = {heat(share / 100) for share in range(101)}
     assert used == set(ink)
     for shade, text in ink.items():

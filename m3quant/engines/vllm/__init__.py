@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
+from packaging.version import InvalidVersion, Version
+
 from ...errors import EngineMissing
 from ...families import Family
 from ...families.spec import SWIGLUOAI
@@ -12,6 +14,7 @@ from ...schemes import Scheme
 from ..base import Capabilities, Engine, Launch, LoadingProbe, Serving, StartOptions, is_older
 from ..installed import Installed
 from ..integers import is_narrow, names
+from ..stated import quantization_of
 from . import command
 from .failures import KERNEL, NO_MEMORY, PREFIX, SENTENCES
 from .log import VllmLog
@@ -44,6 +47,23 @@ class Vllm(Engine):
     probe = LoadingProbe(PROBE, probe_facts, NO_MEMORY, KERNEL)
     has_guard = True
     takes_pin = True
+
+    def checkpoint_refusal(self, config: Mapping[str, Any], release: str | None) -> str:
+        """quant_method mxfp8 makes its ModelOptMxFp8Config, which knows no moe_quant_algo: packed experts match no parameter."""
+        section = quantization_of(config)
+        experts = section.get("moe_quant_algo")
+        if str(section.get("quant_method")).lower() != "mxfp8" or not experts or str(experts).upper() == "MXFP8":
+            return ""
+        try:
+            newer = release is not None and Version(release) > Version(NEWEST_READ)
+        except InvalidVersion:
+            newer = True  # a build of its own: said elsewhere that it was not checked
+        if newer:
+            return ""
+        return (
+            f"vLLM {release or f'up to {NEWEST_READ}'} does not load MXFP8 with {str(experts)[:40]} experts (moe_quant_algo; MiniMax-M3.1-Flash as "
+            "released): convert it (--to awq), take a newer vLLM, or serve the release with SGLang 0.5.23 or newer"
+        )
 
     def expert_refusal(self, scheme: Scheme) -> str:
         if not is_narrow(scheme) or scheme.group_size is not None:

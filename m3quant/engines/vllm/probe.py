@@ -119,7 +119,7 @@ def watch_writes(ledger: WeightLedger) -> Any:
                         ledger.record_write(value)
             return result
 
-    return WriteWatcher()
+    return WriteWatcher()  # type: ignore[no-untyped-call]  # torch has not annotated the constructor
 
 
 def install_accounting() -> None:
@@ -148,8 +148,8 @@ def install_accounting() -> None:
             path.write_text(json.dumps(report), encoding="utf-8")
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
-        weights = get_all_weights(self, *args, **kwargs)
-        ledger = getattr(self, "_m3quant_ledger", None)
+        weights: Iterator[tuple[str, Any]] = get_all_weights(self, *args, **kwargs)
+        ledger: WeightLedger | None = getattr(self, "_m3quant_ledger", None)
         return weights if ledger is None else ledger.watch(weights)
 
     DefaultModelLoader.load_weights = accounted

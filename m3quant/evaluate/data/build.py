@@ -96,7 +96,9 @@ def _documents(
             continue
         begin = first + offset
         source = f"{title}; {name}: {entry['member']}, characters {begin}-{begin + len(piece)}"
-        yield Document(entry.get("kind", spec.get("kind")), entry["lang"], source, spec["licence"], text=kept)
+        yield Document(
+            entry["kind"] if "kind" in entry else spec["kind"], entry["lang"], source, spec["licence"], text=kept
+        )
 
 
 def main() -> None:

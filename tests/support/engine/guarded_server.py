@@ -15,7 +15,7 @@ from pathlib import Path
 
 import m3quant
 from m3quant.engines.installed import ENGINE_PYTHON
-from tests.support.paths import FIXTURES, ROOT
+from tests.support.paths import FIXTURES
 
 FIXTURE = FIXTURES / "tiny-m2"
 BLOCK = 32
@@ -31,12 +31,9 @@ ENV = {
 
 
 def importable(folder: Path) -> Path:
-    """A folder to put on PYTHONPATH of an environment without m3quant: the package as its wheel lays it out."""
-    package = folder / "m3quant"
-    package.mkdir(parents=True)
-    for item in Path(m3quant.__file__).parent.iterdir():
-        (package / item.name).symlink_to(item)
-    (package / "runtime").symlink_to(ROOT / "runtime")
+    """A folder to put on PYTHONPATH of an environment without m3quant, which holds m3quant and nothing else."""
+    folder.mkdir(parents=True)
+    (folder / "m3quant").symlink_to(Path(m3quant.__file__).parent)
     return folder
 
 

@@ -42,7 +42,8 @@ def _packed(stored: Tensors, module: str) -> torch.Tensor:
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     words, scale = stored[f"{module}.weight_packed"], stored[f"{module}.weight_scale"].float()
-    shape = torch.Size(stored[f"{module}.weight_shape"].tolist())
+    other = module.replace("up_proj", "gate_proj")  # which states the shape where the two are joined
+    shape = torch.Size(stored.get(f"{module}.weight_shape", stored.get(f"{other}.weight_shape")).tolist())
     bits = 32 * words.shape[1] // shape[1]
     codes = unpack_from_int32(words, bits, shape).float().unflatten(1, (scale.shape[1], -1))
     zero = stored.get(f"{module}.weight_zero_point")

@@ -1,0 +1,108 @@
+"""What a page for people is made of, and its one template. Light or dark as the reader's system says; paper is always light.
+
+A report is data until here: sections of headings, texts, tables, shaded grids and figures. Every text is escaped by the template;
+only a chart (`m3quant.reports.charts`) is markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from .charts import heat, number
+
+
+@dataclass(frozen=True)
+class Heading:
+    kind: ClassVar = "heading"
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph of lines; soft: small print. A warning stands before the lines and stands out."""
+
+    kind: ClassVar = "text"
+    lines: Sequence[str]
+    soft: bool = False
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table. text, wrap: columns that read from the left, the latter over several lines; the others are numbers."""
+
+    kind: ClassVar = "table"
+    head: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    text: Sequence[int] = ()
+    wrap: Sequence[int] = ()
+    caption: str = ""
+
+
+def pairs(rows: Sequence[tuple[str, Any]]) -> Table:
+    """A table of a label and what it says, without a head."""
+    return Table((), [(label, str(value)) for label, value in rows], text=(0,), wrap=(1,))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of cells (share, number, small print), shaded by share; None is an empty cell."""
+
+    kind: ClassVar = "grid"
+    corner: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[tuple[float, str, str] | None]]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart and what it shows. curves: their names, at most two, explained where there are two."""
+
+    kind: ClassVar = "figure"
+    chart: Markup
+    caption: str
+    curves: Sequence[str] = ()
+
+
+Part = Heading | Text | Table | Grid | Figure
+
+
+@dataclass(frozen=True)
+class Section:
+    """Left out of the page without parts."""
+
+    heading: str
+    parts: Sequence[Part]
+
+
+@dataclass(frozen=True)
+class Page:
+    """kind: of page, behind the title in the browser. made: lines under the title."""
+
+    title: str
+    kind: str
+    made: Sequence[str]
+    sections: Sequence[Section]
+
+    def html(self) -> str:
+        return _templates().get_template("page.html.jinja").render(page=self)
+
+
+@cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("m3quant.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"shown": lambda value: value if isinstance(value, str) else number(value), "heat": heat}
+    return environment

@@ -1,0 +1,8 @@
+"""The guard before an engine that does nothing, by the path at which scripts that reproduce a reported fault import them."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.support.runtime.guard_app import *  # noqa: F403

@@ -67,7 +67,7 @@ TITLES = {
     "llmcompressor-gptq": "llm-compressor GPTQ",
     ROUTED: "llm-compressor GPTQ, `moe_calibrate_all_experts=False`",
     "llmcompressor-awq": "llm-compressor AWQ",
-    "autoround": f"AutoRound, {ITERATIONS} iterations",
+    "autoround": f"AutoRound, {ITERATIONS} iterations unless stated",
     "gptqmodel": "GPTQModel",
 }
 

@@ -66,40 +66,38 @@ def groups(wanted: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def load_model(source: str, device: str) -> Any:
+def load_model(source: str, device: str, dtype: str = "bfloat16") -> Any:
     """The model with a module for each expert, on the device."""
-    import torch
     from llmcompressor.modeling.moe.linearize import load_quantizable_moe
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(source)
     if is_m3(config):
-        return load_m3(source, config, device)
+        return load_m3(source, config, device, dtype)
     with load_quantizable_moe():
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, device_map=device)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device)
 
 
-def load_m3(source: str, config: Any, device: str) -> Any:
-    """M3, which transformers knows only with its vision tower: the source has none, so that it gets one of no size."""
-    import torch
+def has_vision(source: str) -> bool:
+    index = Path(source) / "model.safetensors.index.json"
+    return any("vision_tower" in name for name in json.loads(index.read_text())["weight_map"])
+
+
+def load_m3(source: str, config: Any, device: str, dtype: str) -> Any:
+    """M3, which transformers knows only with its vision tower: a source that has none gets one of no size."""
     from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
     from llmcompressor.modeling.moe.linearize import load_quantizable_moe
     from llmcompressor.modeling.offset_norm import CalibrationOffsetNorm, NormCalibrationModule
     from transformers import AutoModelForImageTextToText
 
     NormCalibrationModule.register_value(CalibrationOffsetNorm, name="MiniMaxM3VLRMSNorm")  # scales by 1 + weight
-    for name, size in (
-        ("num_hidden_layers", 0),
-        ("hidden_size", 8),
-        ("intermediate_size", 8),
-        ("num_attention_heads", 1),
-    ):
-        setattr(config.vision_config, name, size)
-    config.projector_hidden_size = 1
+    if not has_vision(source):
+        sizes = {"num_hidden_layers": 0, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        for name, size in sizes.items():
+            setattr(config.vision_config, name, size)
+        config.projector_hidden_size = 1
     with load_quantizable_moe(AutoModelForImageTextToText):
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, config=config, dtype=torch.bfloat16, device_map=device
-        )
+        model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=dtype, device_map=device)
     for module in model.modules():
         if isinstance(module, LinearExperts2D):
             module.swiglu_alpha = (

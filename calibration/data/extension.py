@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from build import READERS, cut, member_bytes, open_archive, read_janeaustenr, record
 from made_dialogues import code_tasks, repository_questions, translations
 
-from build import READERS, cut, member_bytes, open_archive, read_janeaustenr, record
 from m3quant.calibration.documents import Document, Skipped, interleave
 from m3quant.calibration.files import read_file
 from m3quant.checkpoint.bounded import read_yaml

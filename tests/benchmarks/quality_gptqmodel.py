@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["OMP_NUM_THREADS"] = "2"  # its pools of workers refuse one
 
 import torch
 from safetensors import safe_open

@@ -32,15 +32,14 @@ _PART = 16  # and within a block, those between which errors travel one by one
 
 @dataclass(frozen=True)
 class Factor:
-    """lines: [E, K, K], row k holds F_k. weight: [E, K], of (x_k - Q_k)^2 in the objective. failed: [E] bool: no factor, F = 0.
+    """lines: [E, K, K], row k holds F_k. weight: [E, K], of (x_k - Q_k)^2 in the objective.
 
-    triangular: F_kj is zero for j from k on, so errors of columns to come need not be known.
+    failed: [E] bool, where there is no factor: F is zero, and infinite weights keep the loss from ever being the lower one.
     """
 
     lines: torch.Tensor
     weight: torch.Tensor
     failed: torch.Tensor
-    triangular: bool
 
 
 @dataclass
@@ -84,7 +83,7 @@ def round_columns(
     """Round every column once, in the order in which they are given.
 
     target: [E, K, N] float32, columns first. levels: scale and zero point [E, G, N]. groups: [E, K] int64, the group of each
-    column. errors: [E, K, N], target minus the weight so far; overwritten. None for a sweep, whose factor is triangular.
+    column. errors: [E, K, N], target minus the weight so far; overwritten. None for a sweep, whose F_kj is zero for j from k on.
     """
     experts, columns, rows = target.shape
     first = errors is None
@@ -158,7 +157,7 @@ def sweep_factor(second: torch.Tensor) -> Factor:
     lines /= diagonal[:, :, None]
     lines = torch.where(factored.failed[:, None, None], 0.0, lines).tril_(-1)
     weight = torch.where(factored.failed[:, None], torch.inf, diagonal.square_())
-    return Factor(lines, weight, factored.failed, True)
+    return Factor(lines, weight, factored.failed)
 
 
 def descent_factor(second: torch.Tensor) -> Factor:
@@ -166,7 +165,7 @@ def descent_factor(second: torch.Tensor) -> Factor:
     diagonal = second.diagonal(dim1=1, dim2=2)
     lines = second / diagonal[:, :, None]
     lines.diagonal(dim1=1, dim2=2).zero_()
-    return Factor(lines, diagonal.clone(), torch.zeros(len(second), dtype=torch.bool, device=second.device), False)
+    return Factor(lines, diagonal.clone(), torch.zeros(len(second), dtype=torch.bool, device=second.device))
 
 
 def permuted(second: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -233,7 +233,7 @@ def test_two_descriptions_that_disagree_are_refused_by_every_command(sources: di
     with pytest.raises(CheckpointError, match=f"tensor '.*{words}"):
         make_plan_of(folder, "int4")
     subject = open_subject(str(folder))
-    assert assess(subject.stored, parse_node("1xH200"), Ask()).fits  # as it is, it can be counted
+    assert assess(subject.stored, parse_node("1xH200"), Ask()).longest_context > 0  # as it is, it can be counted
     with pytest.raises(PlanError, match=f"no recipe can be applied: .*{words}"):
         subject.converted(AWQ)
     assert len(subject.precisions()[0]) == 1

@@ -201,7 +201,7 @@ def test_an_own_output_cannot_be_a_source(sources: dict[str, Path], tmp_path: Pa
     from tests.support.convert.common import run_convert
 
     run_convert(sources["m2"], tmp_path / "out", "int4")
-    with pytest.raises(PlanError, match="quantized already, to 4-bit integers.*--requantize"):
+    with pytest.raises(PlanError, match=r"quantized already, to 4-bit integers.*--requantize"):
         make_plan_of(tmp_path / "out", "fp8")
 
 

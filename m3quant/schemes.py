@@ -80,6 +80,7 @@ def rounded_activations(schemes: Iterable[Scheme]) -> str:
 
 
 @lru_cache(maxsize=256)  # a plan asks for the scheme of every one of some 50,000 tensors
+@lru_cache(maxsize=256)  # a recipe names a few; a plan asks for that of every tensor
 def parse_scheme(text: str) -> Scheme:
     """The scheme called `text`. Raises RecipeError with the nearest valid name."""
     name = text.strip().lower()

@@ -244,7 +244,7 @@ def _selection(part: ConfigPart, keys: Mapping[str, str], init_blocks: int, kv_h
 
 
 def _vision_tensors(vision: ConfigPart, top: ConfigPart, hidden: int) -> dict[str, Expected]:
-    """Vision tower, projector and patch merger (facts/checkpoints 2.3), sized from vision_config."""
+    """Vision tower, projector and patch merger, sized from vision_config."""
     width, inner, patch = (vision.count(key, MAX_SIZE) for key in ("hidden_size", "intermediate_size", "patch_size"))
     said = [p.part("img_token_compression_config") for p in (vision, top)]
     compression = next((part for part in said if part), vision)

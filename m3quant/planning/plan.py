@@ -374,7 +374,7 @@ def _as_stored(source: SourceTensor) -> tuple[OutputTensor, ...]:
 
 
 def _check_engine_rules(plan: Plan) -> None:
-    """Rules of facts/checkpoints 4 and 7: fused modules share a scheme, names resolve, fused blocks are aligned."""
+    """What engines demand of a layer: fused modules share a scheme, names resolve, fused blocks are aligned."""
     assert plan.quantization is not None
     problems = lookup_problems(plan.family, plan.quantization, plan.modules)
     if problems:

@@ -213,6 +213,25 @@ def test_the_pool_is_vllms_own_figure_and_is_read_again_for_every_request() -> N
     run(scenario())
 
 
+def test_slots_of_a_draft_are_reserved_with_the_tokens() -> None:
+    """Speculative decoding writes ahead: a request that fills its last block takes one more."""
+
+    async def scenario(draft: dict[str, int]) -> int:
+        engine = FakeEngine()
+        guard = Guard(engine, GuardSettings())
+        engine.go.clear()
+        scope = {"app": SimpleNamespace(state=vllm_state(**draft))}
+        body = {"prompt": list(range(12)), "max_tokens": 20}  # 32 tokens are two blocks of 16
+        call = asyncio.create_task(ask(guard, COMPLETIONS, body, scope=scope))
+        await settle()
+        reserved = guard.admission.ledger.reserved
+        engine.go.set()
+        await call
+        return reserved
+
+    assert asyncio.run(scenario({})) == 32 and asyncio.run(scenario({"draft": 3})) == 48
+
+
 def test_vllms_own_keys_are_asked_for_before_anything_is_counted() -> None:
     async def scenario() -> None:
         engine = FakeEngine()

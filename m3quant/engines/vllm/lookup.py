@@ -63,7 +63,7 @@ def _matches(name: str, pattern: str) -> bool:
 def lookup_problems(family: Family, qconfig: Mapping[str, Any], modules: Mapping[str, Scheme]) -> list[str]:
     """Where vLLM's view of the checkpoint differs from the schemes of `modules`; empty when it loads as meant.
 
-    Checks the rules of facts/checkpoints 4 and 7: members of one fused module share a scheme, and every name under
+    Checks what vLLM demands of a layer: members of one fused module share a scheme, and every name under
     which the engine looks that module up resolves to it.
     """
     problems = []

@@ -39,7 +39,10 @@ ENV = {
 
 
 def prepare(work: Path) -> None:
+    import torch
+
     from m3quant.calibration.corpus import load_tokenizer
+    from tests.support.engine.reference import write_dequantized
     from tests.support.paths import FIXTURES
 
     work.mkdir(parents=True, exist_ok=True)
@@ -53,7 +56,7 @@ def prepare(work: Path) -> None:
         mixed = MIX[model] if name == "mixed" else {}
         layers = {index: {"routed_experts": scheme} for index, scheme in mixed.items()}
         convert(FIXTURES / model, work / f"{model}-{name}", EXPERTS[name], layers)
-        twin(work / f"{model}-{name}", FIXTURES / model, work / f"{model}-{name}-twin")
+        write_dequantized(work / f"{model}-{name}", work / f"{model}-{name}-twin", torch.bfloat16)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(one, [(model, name) for model in MIX for name in EXPERTS]))
@@ -77,29 +80,6 @@ def convert(source: Path, output: Path, experts: str, layers: dict[str, Any]) ->
         "--calibration", str(source.parent / "calibration.jsonl"), "--device", "cuda",
     ]  # fmt: skip
     subprocess.run(command, check=True)
-
-
-def twin(output: Path, source: Path, folder: Path) -> None:
-    """The output with its weights dequantized, in BF16, under the source's config."""
-    import shutil
-
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from tests.support.engine.reference import dequantize
-
-    folder.mkdir(exist_ok=True)
-    stored: dict[str, torch.Tensor] = {}
-    for shard in sorted(output.glob("*.safetensors")):
-        stored.update(load_file(shard))
-    plain = {
-        name: tensor if name in stored else tensor.to(torch.bfloat16).contiguous()
-        for name, tensor in dequantize(stored).items()
-    }
-    save_file(plain, folder / "model.safetensors", {"format": "pt"})
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        if (source / name).exists():
-            shutil.copy(source / name, folder / name)
 
 
 def presets(work: Path) -> None:

@@ -37,7 +37,7 @@ from tests.support.convert.fp4_sources import (
     nvfp4_modelopt,
     nvfp4_packed,
 )
-from tests.support.convert.sources import is_linear
+from tests.support.convert.sources import both_forms
 from tests.support.paths import DATA, FIXTURES
 
 M31_CONFIG = DATA / "minimax-m3.1-flash" / "config.json"
@@ -65,18 +65,7 @@ LAYOUTS = {
 
 def written(source: Path, folder: Path, layout: str) -> tuple[Path, Path]:
     """The checkpoint in that layout, and the BF16 one that it stands for."""
-    parts, section = LAYOUTS[layout]
-    tensors, dense = {}, {}
-    for name, tensor in stored(source).items():
-        if is_linear(name):
-            made, dense[name] = parts(name.removesuffix(".weight"), tensor)
-            tensors |= made
-        else:
-            tensors[name] = dense[name] = tensor
-    config = config_of(source)
-    return rewrite(folder / "stored", tensors, {**config, "quantization_config": section}), rewrite(
-        folder / "dense", dense, config
-    )
+    return both_forms(source, folder, *LAYOUTS[layout])
 
 
 def same_shards(one: Path, other: Path) -> bool:

@@ -25,7 +25,7 @@ from m3quant.verify.verification import verify
 from tests.support.convert.common import bits, config_of, make_plan_of, make_source, rewrite, run_convert, stored
 from tests.support.convert.fp4_sources import fp8_rows
 from tests.support.convert.integer_sources import awq, awq_section, packed, packed_section
-from tests.support.convert.sources import is_linear
+from tests.support.convert.sources import both_forms, is_linear
 
 Maker = Callable[[str, torch.Tensor], Any]
 INT4 = build_recipe(named_recipe("int4"))
@@ -48,17 +48,7 @@ LAYOUTS: dict[str, tuple[Maker, dict[str, Any]]] = {
 
 def written(source: Path, folder: Path, layout: str) -> tuple[Path, Path]:
     """The checkpoint in that layout, and the BF16 one that it stands for."""
-    parts, section = LAYOUTS[layout]
-    tensors, dense = {}, {}
-    for name, tensor in stored(source).items():
-        if is_linear(name):
-            made, dense[name] = parts(name.removesuffix(".weight"), tensor)
-            tensors |= made
-        else:
-            tensors[name] = dense[name] = tensor
-    config = config_of(source)
-    quantized = rewrite(folder / "stored", tensors, {**config, "quantization_config": section})
-    return quantized, rewrite(folder / "dense", dense, config)
+    return both_forms(source, folder, *LAYOUTS[layout])
 
 
 def shards(folder: Path) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ The arithmetic is written out here on its own, so that a conversion is compared 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from tests.support.convert.common import config_of, stored
+from tests.support.convert.common import config_of, rewrite, stored
 
 E4M3_MAX = 448.0
 Tensors = dict[str, torch.Tensor]
@@ -89,3 +90,22 @@ def write_parts(folder: Path, config: dict[str, Any], parts: dict[str, Tensors],
         text = json.dumps({"metadata": {}, "weight_map": weight_map})
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     return folder
+
+
+def both_forms(
+    source: Path, folder: Path, parts: Callable[[str, torch.Tensor], Any], section: dict[str, Any]
+) -> tuple[Path, Path]:
+    """The checkpoint with its linears stored by `parts` under that quantization_config, and the BF16 one that it stands for.
+
+    parts: (module, weight) -> (stored tensors by name, the weight that they stand for).
+    """
+    tensors, dense = {}, {}
+    for name, tensor in stored(source).items():
+        if is_linear(name):
+            made, dense[name] = parts(name.removesuffix(".weight"), tensor)
+            tensors |= made
+        else:
+            tensors[name] = dense[name] = tensor
+    config = config_of(source)
+    quantized = rewrite(folder / "stored", tensors, {**config, "quantization_config": section})
+    return quantized, rewrite(folder / "dense", dense, config)

@@ -72,15 +72,21 @@ def _awq(stored: Tensors, module: str) -> torch.Tensor:
     return ((codes - nibbles(stored[f"{module}.qzeros"]).unsqueeze(1)) * scale.unsqueeze(1)).flatten(0, 1).T
 
 
-def write_dequantized(folder: Path, output: Path) -> Path:
-    """The checkpoint in `folder` as an unquantized one in float32. Returns `output`."""
+def write_dequantized(folder: Path, output: Path, dtype: torch.dtype | None = None) -> Path:
+    """The checkpoint in `folder` as an unquantized one. Returns `output`.
+
+    dtype: of the weights that were quantized, all else as it is stored; None: everything in float32.
+    """
     stored: Tensors = {}
     for shard in sorted(folder.glob("*.safetensors")):
         stored |= load_file(shard)
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config", None)
     output.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.float().contiguous() for name, value in dequantize(stored).items()}
+    tensors = dequantize(stored)
+    for name, value in tensors.items():
+        if dtype is None or value is not stored.get(name):
+            tensors[name] = value.to(dtype or torch.float32).contiguous()
     save_file(tensors, output / "model.safetensors", {"format": "pt"})
     (output / "config.json").write_text(json.dumps(config))
     return output

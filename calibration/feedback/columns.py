@@ -27,7 +27,7 @@ from m3quant.calibration.feedback.products import matmul
 from m3quant.quant.integer import int_range
 
 _BLOCK = {"cuda": 256, "cpu": 64}  # columns whose errors reach the later ones by one large product
-_PART = 16  # and within a block, those between which errors travel one by one
+PART = 16  # and within a block, those between which errors travel one by one
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def plain_block(block: Block, grid: Grid, loss: torch.Tensor) -> None:
     """Round the block's columns one after the other; their part of the objective is added to loss [E, N]."""
     aim, width = block.aim, block.aim.shape[1]
     old = block.errors.clone() if block.descent else None
-    for begin in range(0, width, _PART):
-        stop = min(begin + _PART, width)
+    for begin in range(0, width, PART):
+        stop = min(begin + PART, width)
         for column in range(begin, stop):
             level = block.levels.at(column)
             code = grid.codes(aim[:, column], level)

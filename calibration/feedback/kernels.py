@@ -9,19 +9,15 @@ Arithmetic follows `grids.Grid` step by step: IEEE division, halves to even, E4M
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    from m3quant.calibration.feedback.columns import Block
+from m3quant.calibration.feedback.columns import PART, Block
 
 # A warp's lanes are as many rows: with more rows than threads, or fewer, a column's steps would cross threads.
 _WARPS = 1
 _TILE = 32 * _WARPS
-_PART = 16  # columns between which errors travel one by one; between parts of a block, by products
 _E4M3_MAX = tl.constexpr(448.0)
 # Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, halves to even.
 _INTEGER = tl.constexpr(12582912.0)
@@ -141,6 +137,6 @@ def round_block(block: Block, loss: torch.Tensor, limits: tuple[int, int] | None
         block.aim, block.target, block.inner, scale, scale if zero is None else zero, block.weight,
         block.codes, block.errors, block.moved, loss,
         rows, count, block.target.stride(0), block.codes.stride(0), block.errors.stride(0), block.moved.stride(0),
-        PART=_PART, TILE=_TILE, QMIN=low, QMAX=high,
+        PART=PART, TILE=_TILE, QMIN=low, QMAX=high,
         FP8=limits is None, SYMMETRIC=zero is None, DESCENT=block.descent, num_warps=_WARPS,
     )  # fmt: skip

@@ -119,12 +119,10 @@ class MlpQuantizer:
 
     def _chunks(self) -> list[list[Unit]]:
         """Runs of experts with the same schemes; as many whatever the number of ranks."""
-        hidden = self.spec.hidden_size
         inner = self.layer.weight(self.routed[0].names[0]).shape[0]
-        each = 4 * (FEEDBACK_MATRICES * max(hidden, inner) ** 2 + _WEIGHTS * hidden * inner)
-        most = max(1, _CHUNK_BYTES[self.layer.device.type] // each)
+        room = _CHUNK_BYTES[self.layer.device.type]
+        most = experts_at_once(len(self.routed), self.spec.hidden_size, inner, room)
         chunks: list[list[Unit]] = []
-        most = even_chunk(len(self.routed), most)
         for unit in self.routed:
             if not chunks or len(chunks[-1]) == most or chunks[-1][0].schemes != unit.schemes:
                 chunks.append([])
@@ -212,6 +210,12 @@ class MlpQuantizer:
             )
             short = states.source[tokens].float() - states.quantized[tokens].float() + routed - out[tokens]
             self.rows.missing[tokens] = short.to(self.rows.missing.dtype)
+
+
+def experts_at_once(count: int, hidden: int, inner: int, nbytes: int) -> int:
+    """How many of `count` experts [inner, hidden] are in work together in so many bytes: at least one, in chunks of like size."""
+    each = 4 * (FEEDBACK_MATRICES * max(hidden, inner) ** 2 + _WEIGHTS * hidden * inner)
+    return even_chunk(count, max(1, nbytes // each))
 
 
 def _normed(source: list[Glu], schemes: tuple[Scheme, Scheme, Scheme]) -> list[tuple[Readers, tuple[int, ...]]]:

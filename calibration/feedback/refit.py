@@ -17,6 +17,7 @@ from m3quant.calibration.feedback.products import matmul
 from m3quant.quant.integer import round_scale
 
 _RELATIVE = 1e-6  # of the mean diagonal, added to it: a group of zero codes, or two that say the same, stays solvable
+_KERNEL_SIZES = (32, 64, 128)  # columns of a group that `gram_kernel` takes
 
 
 @dataclass
@@ -71,9 +72,6 @@ def gram_matrices(points: torch.Tensor, second: torch.Tensor, size: int) -> torc
 
         return gram(points, second, size)
     return plain_gram(points, second, size)
-
-
-_KERNEL_SIZES = (32, 64, 128)
 
 
 def plain_gram(points: torch.Tensor, second: torch.Tensor, size: int) -> torch.Tensor:

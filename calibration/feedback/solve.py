@@ -6,6 +6,7 @@ Rows of a weight are independent of each other, so each keeps whatever served it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -69,16 +70,31 @@ class Solver:
         self.grid, self.settings, self.second, self.rows_first = Grid(scheme), settings, second, target
         self.target = target.transpose(1, 2).contiguous()
         self.groups = self.grid.groups(target.shape[2]).to(target.device).expand(len(target), -1)
-        self.order = falling_order(second)
-        self.back = torch.argsort(self.order, dim=1)
-        self.ordered_target = _take(self.target, self.order)
-        self.ordered_groups = self.groups.gather(1, self.order)
+
+    # Only the loop over columns asks for these; rounding to nearest does without.
+    @cached_property
+    def order(self) -> torch.Tensor:
+        return falling_order(self.second)
+
+    @cached_property
+    def back(self) -> torch.Tensor:
+        return torch.argsort(self.order, dim=1)
+
+    @cached_property
+    def ordered_target(self) -> torch.Tensor:
+        return _take(self.target, self.order)
+
+    @cached_property
+    def ordered_groups(self) -> torch.Tensor:
+        return self.groups.gather(1, self.order)
 
     def nearest(self) -> State:
         """Rounded to nearest, under ranges searched with the diagonal of H."""
         diagonal = self.second.diagonal(dim1=1, dim2=2)
         levels = self.grid.start(self.rows_first, diagonal, self.settings.scale_dtype, self.settings.signed_scales)
-        return self._under(self.grid.codes(self.target, levels.columns(self.groups)), levels)
+        codes = self.grid.codes(self.target, levels.columns(self.groups))
+        errors = self._errors(codes, levels)
+        return State(codes, errors, levels, (matmul(self.second, errors) * errors).sum(1))
 
     def solve(self) -> Solution:
         nearest = self.nearest()
@@ -122,16 +138,10 @@ class Solver:
         dtype = self.settings.scale_dtype if scheme.kind == "int" else None
         found = refit(points, levels.scale, state.errors, self.second, size, dtype)
         levels = Levels(found.scale, levels.zero)
-        errors = self.target - self.grid.values(state.codes, levels.columns(self.groups))
-        return State(state.codes, errors, levels, state.loss - found.gain)
+        return State(state.codes, self._errors(state.codes, levels), levels, state.loss - found.gain)
 
-    def _under(self, codes: torch.Tensor, levels: Levels) -> State:
-        errors = self.target - self.grid.values(codes, levels.columns(self.groups))
-        return State(codes, errors, levels, self._loss(errors))
-
-    def _loss(self, errors: torch.Tensor) -> torch.Tensor:
-        """[E, N]: d H d^T of every row's errors d."""
-        return (matmul(self.second, errors) * errors).sum(1)
+    def _errors(self, codes: torch.Tensor, levels: Levels) -> torch.Tensor:
+        return self.target - self.grid.values(codes, levels.columns(self.groups))
 
 
 def _take(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -23,10 +23,10 @@ import torch
 from m3quant.calibration.feedback import fit as fitting
 from m3quant.calibration.feedback import heldout, solve, targets
 from m3quant.calibration.feedback.evidence import GATED, NORMED
+from m3quant.calibration.feedback.mlp import experts_at_once
 from m3quant.calibration.feedback.moments import Moments, MomentSum
 from m3quant.calibration.feedback.settings import FeedbackSettings
-from m3quant.calibration.glu import even_chunk
-from m3quant.planning.quantizers import FEEDBACK_CHUNK_BYTES, FEEDBACK_MATRICES
+from m3quant.planning.quantizers import FEEDBACK_CHUNK_BYTES
 from m3quant.schemes import parse_scheme
 
 # experts, hidden size, intermediate size, experts a token
@@ -104,8 +104,7 @@ def measure(
     shape: str, scheme: str, rows: int, device: torch.device, chunk_bytes: int, rounds: int | None
 ) -> dict[str, Any]:
     experts, hidden, inner, _ = SHAPES[shape]
-    each = 4 * (FEEDBACK_MATRICES * max(hidden, inner) ** 2 + 12 * hidden * inner)
-    chunk = even_chunk(experts, min(experts, max(1, chunk_bytes // each)))
+    chunk = min(experts, experts_at_once(experts, hidden, inner, chunk_bytes))
     settings, parsed = FeedbackSettings(), parse_scheme(scheme)
     if rounds is not None:
         settings = replace(settings, rounds=rounds)
@@ -125,7 +124,7 @@ def measure(
                 if not hasattr(where, name):
                     continue
                 label = name if where is not heldout else f"judged.{name}"
-                stack.enter_context(mock.patch.object(where, name, _bound(clock, label, getattr(where, name))))
+                stack.enter_context(mock.patch.object(where, name, clock.wrap(label, getattr(where, name))))
             fitting.fit(given, readers, rule, prior, settings)
         scale = experts / chunk
         out[role] = {
@@ -139,10 +138,6 @@ def measure(
     if device.type == "cuda":
         out["peak_device"] = torch.cuda.max_memory_allocated()
     return out
-
-
-def _bound(clock: Clock, name: str, function: Any) -> Any:
-    return clock.wrap(name, function)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import argparse
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,6 +34,7 @@ from m3quant.calibration.feedback.quantizer import FeedbackQuantizer
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.head import compare_heads
 from m3quant.calibration.layers import Layer, layer_shapes, layer_spec
+from m3quant.calibration.quantized_layer import QuantizedLayer
 from m3quant.calibration.stream import HiddenStates, embed_source, read_head, read_layer, run_layer
 from m3quant.checkpoint import Checkpoint
 from m3quant.errors import CalibrationError
@@ -132,10 +133,20 @@ def longest(cut: Any) -> torch.Tensor:
     return torch.from_numpy(cut(low))
 
 
+# Changes a rounded layer: (layer, what was made of it, its calibration windows in the quantized stream, the source's output of them).
+After = Callable[[Layer, QuantizedLayer, HiddenStates, torch.Tensor], None]
+
+
 def divergences(
-    model: Model, experts: Scheme, around: Scheme, rounding: str, text: torch.Tensor, **more: Any
+    model: Model,
+    experts: Scheme | Sequence[Scheme],
+    around: Scheme,
+    rounding: str,
+    text: torch.Tensor,
+    after: After | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
-    """KL of one conversion on the judged windows and on those for choosing settings."""
+    """KL of one conversion on the judged windows and on those for choosing settings. experts: one scheme, or one a layer."""
     tokens = torch.cat([text, model.heldout])
     source, first = model.source_states(tokens), len(text)
     taught, exact = HiddenStates(source[0][:first].clone()), HiddenStates(source[0][first:].clone())
@@ -143,7 +154,8 @@ def divergences(
     rejected, started = 0, time.perf_counter()
     for spec, tensors, given in zip(model.specs, model.layers, source, strict=False):
         layer = Layer(spec, tensors, model.device, torch.float32)
-        named = {name: scheme_of(name, experts, around) for name in layer_shapes(spec)}
+        own = experts if isinstance(experts, Scheme) else experts[spec.index]
+        named = {name: scheme_of(name, own, around) for name in layer_shapes(spec)}
         schemes = {name: scheme for name, scheme in named.items() if scheme is not None}
         quantizer, settings = quantizer_of(rounding, more)
         views = [WindowView(states, 0, first) for states in (taught, HiddenStates(given))]
@@ -154,6 +166,8 @@ def divergences(
             layer.set_weight(name, found.weights[name].dequantized().to(torch.bfloat16))
         weights = [w for block in found.log["blocks"] for w in block.get("weights", {}).values()]
         rejected += sum(any("rounded to nearest" in note for note in w.get("notes", ())) for w in weights)
+        if after is not None:
+            after(layer, found, taught, source[spec.index + 1][:first])
         run_layer(layer, exact, MICRO_BATCH)
         layer.round_activations(schemes)
         for states in (taught, served):

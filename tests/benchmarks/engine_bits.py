@@ -29,7 +29,7 @@ MIX = {
     "tiny-m3": {"1": "int3-g128-asym", "2": "int2-g128-asym"},
 }
 EXPERTS = {"int2": "int2-g128-asym", "int3": "int3-g128-asym", "int4": "int4-g128", "mixed": "int4-g128"}
-PRESETS = ("fit-m3-1xh200", "fit-m2.7-1xh200")
+PRESETS = ("fit-m3-1xh200", "fit-m3-2xh100", "fit-m2.7-1xh200", "fit-m2.7-1xh100")
 ENV = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "HF_HUB_OFFLINE": "1",
@@ -83,7 +83,7 @@ def convert(source: Path, output: Path, experts: str, layers: dict[str, Any]) ->
 
 
 def presets(work: Path) -> None:
-    """config.json of the fitted recipes that one H200 holds, from the releases' own."""
+    """config.json of the fitted recipes, from the releases' own."""
     from m3quant.planning.headers import from_config
     from m3quant.planning.plan import make_plan
     from m3quant.recipe.recipe import build_recipe, named_recipe

@@ -6,16 +6,20 @@ TORCH ?= torch==2.13.0
 ENGINE_VENV ?= .venv-engine
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit engine clean
+.PHONY: demo test lint docs unit engine release clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python tests/demo.py
 
-test: lint unit engine
+test: lint docs unit engine
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The site in build/site; strict, so that a broken link or anchor fails. The variable silences an advertisement of mkdocs-material.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
 
 unit: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not engine"
@@ -23,6 +27,10 @@ unit: $(VENV)/.ready
 # The real vLLM on the CPU, in its own environment: it pins other versions than ours.
 engine: $(VENV)/.ready $(ENGINE_VENV)/.ready
 	M3QUANT_ENGINE_PYTHON=$(abspath $(ENGINE_VENV))/bin/python $(BIN)/python -m pytest -n 2 --dist loadgroup -m engine
+
+# Wheel and sdist of the last commit in dist/, checked, and the wheel tried in a new environment. Publishes nothing.
+release:
+	PYTHON=$(PYTHON) TORCH=$(TORCH) scripts/release.sh
 
 # pip builds nothing here and asks only for versions that pyproject.toml names.
 $(VENV)/.ready: pyproject.toml

@@ -23,7 +23,7 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 FOLDERS = "tests|m3quant|calibration|runtime|recipes|docs|scripts"
 # Options of vLLM, pip and of the programs in tests/ that the pages name on their own.
 FOREIGN = {
-    "--block-size", "--disable-log-stats", "--enable-expert-parallel", "--kv-cache-memory-bytes", "--middleware", 
+    "--block-size", "--disable-log-stats", "--enable-expert-parallel", "--kv-cache-memory-bytes", "--middleware",
     "--override-generation-config", "--watermark",
     "--against", "--layout", "--method", "--peer-batch", "--peer-limit", "--shape", "--warm",
 }  # fmt: skip
@@ -59,8 +59,8 @@ def calls_of(line: str) -> Iterator[tuple[str, str]]:
 
 def calls(page: str) -> Iterator[tuple[str, str]]:
     """Every command line of a page's code and what follows the command, lines that go on included."""
-    for span in re.findall(r"`([^`\n]*m3quant [^`\n]+)`", FENCE.sub("", page)):
-        yield from calls_of(span)
+    for span in re.findall(r"`([^`\n]+)`", FENCE.sub("", page)):
+        yield from calls_of(span if "m3quant " in span else f"m3quant {span}")
     command, indent, goes_on = None, 0, False
     for line in page.splitlines():
         here = len(line) - len(line.lstrip())
@@ -116,9 +116,9 @@ def test_every_option_that_stands_alone_is_one_of_a_command() -> None:
 
 
 def test_a_wrong_option_would_be_found() -> None:
-    page = "text `m3quant plan X --nope` and\n\n    m3quant convert A B \\\n        --wrong\n    other --fine\n"
+    page = "text `m3quant plan X --nope`, `serve --odd` and\n\n    m3quant convert A B \\\n        --wrong\n    other --fine\n"
     assert [(command, OPTION.findall(rest)) for command, rest in calls(page)] == [
-        ("plan", ["--nope"]), ("convert", []), ("convert", ["--wrong"]),
+        ("plan", ["--nope"]), ("serve", ["--odd"]), ("convert", []), ("convert", ["--wrong"]),
     ]  # fmt: skip
 
 

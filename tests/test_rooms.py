@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -74,17 +75,43 @@ def engine_words(tree: ast.AST) -> Iterator[int]:
             yield node.lineno
 
 
-def test_no_import_circle_between_packages() -> None:
+@cache
+def package_imports() -> dict[str, set[str]]:
     edges: dict[str, set[str]] = {}
     for module, (path, is_package) in sources().items():
         for name in imports(module, ast.parse(path.read_text(encoding="utf-8")), is_package, sources()):
             if room(name) != room(module):
                 edges.setdefault(room(module), set()).add(room(name))
+    return edges
+
+
+def test_no_import_circle_between_packages() -> None:
+    edges = package_imports()
     assert len(edges) > 10
     assert circle(edges) == []
     below = TopologicalSorter({name: edges.get(name, set()) for name in edges}).static_order()
     order = list(below)
     assert order.index("m3quant.engines") < order.index("m3quant.planning") < order.index("m3quant.runtime")
+
+
+def test_the_picture_of_the_packages_is_right() -> None:
+    """ARCHITECTURE.md draws every import between packages that no chain of others implies."""
+    packages = {room(module) for module, (_, is_package) in sources().items() if is_package} - {"m3quant"}
+    edges = {name: package_imports().get(name, set()) & packages for name in packages}
+    below: dict[str, set[str]] = {}
+    for name in TopologicalSorter(edges).static_order():
+        below[name] = edges[name].union(*(below[other] for other in edges[name]))
+    needed = {
+        (name, other)
+        for name, others in edges.items()
+        for other in others
+        if not any(other in below[between] for between in others - {other})
+    }
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    picture = page.partition("flowchart TD")[2].partition("```")[0]
+    arrows = re.findall(r"^ +(\w+)(?:\[[^\]]*\])? --> ([\w &]+)", picture, re.M)
+    drawn = {(f"m3quant.{name}", f"m3quant.{other}") for name, others in arrows for other in others.split(" & ")}
+    assert drawn == needed
 
 
 def test_a_circle_is_found() -> None:

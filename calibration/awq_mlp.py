@@ -1,7 +1,7 @@
 """Scale and range search of a layer's feed-forward block: routed experts, shared expert, or a dense MLP.
 
 One scale per input channel is shared by every reader of the norm, because the norm can be divided only once; w3 -> w2
-may be scaled per expert where the GLU is linear in up. A candidate is judged as q(W s) / s on the unfolded input: the same numbers, and
+may be scaled per expert where the GLU is linear in up. A candidate is evaluated as q(W s) / s on the unfolded input: the same numbers, and
 the source's routing stays valid, since an exact fold does not change what the router reads.
 """
 

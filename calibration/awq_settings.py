@@ -1,4 +1,4 @@
-"""What a run of the scale and range search needs to know beside what a recipe sets of it."""
+"""What a run of the scale and range search needs to know in addition to what a recipe sets."""
 
 import torch
 from pydantic import ConfigDict

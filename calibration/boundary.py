@@ -80,7 +80,7 @@ class Streams:
         return cls(*streams)
 
     def save(self, stem: Path) -> dict[str, str]:
-        """Write both streams beside the journal and sync them; a journal record then points at them.
+        """Write both streams next to the journal and sync them; a journal record then points at them.
 
         Returns file name -> xxh3_128 (hex) of its bytes.
         """

@@ -1,7 +1,7 @@
 """From one record of a data set to a document: the field names that people use, and what each means.
 
 A record is read as the first of these that it has: a conversation, a prompt with its answer, a text. Empty records and
-odd ones are told apart (`EmptyRecord`, `OddRecord`); readers leave both out and count them.
+the kinds of odd records are distinguished (`EmptyRecord`, `OddRecord`); readers leave both out and count them.
 """
 
 from collections.abc import Mapping, Sequence

@@ -78,7 +78,7 @@ def interleave(documents: Sequence[Document], *, seed: int) -> list[Document]:
     """The documents in an order in which any prefix has about the mixture of the whole.
 
     Documents are grouped by kind and language; inside its group each is drawn in an order that hashes of `seed` and
-    content decide, and its place overall is the share of the group's bytes that lie before it. So the order does not
+    content decide, and its place overall is the share of the group's bytes before it. So the order does not
     depend on the order given, on the platform, or on the Python version.
     """
     groups: dict[tuple[str, str], list[tuple[bytes, int, Document]]] = defaultdict(list)

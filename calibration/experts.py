@@ -45,7 +45,7 @@ class ExpertLedger:
         return [e for e in self.starved if self.natural[e] + self.topped_up[e] < self.floor]
 
     def check(self) -> None:
-        """Every token is counted top_k times. A mismatch is a defect of ours (a lost batch), hence an assertion."""
+        """Every token is counted top_k times. A mismatch is a defect of m3quant (a lost batch), hence an assertion."""
         assert sum(self.natural) == self.tokens * self.top_k, (
             f"layer {self.layer}: {sum(self.natural)} routed pairs counted, {self.tokens} tokens x {self.top_k} fed"
         )

@@ -135,7 +135,7 @@ class GluBlock:
         assigned: ExpertTokens | None,
         stacks: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """stacks: w1, w3, w2 of all routed experts where they lie in one piece each (`Layer.expert_stacks`)."""
+        """stacks: w1, w3, w2 of all routed experts if each is one piece of memory (`Layer.expert_stacks`)."""
         self.spec, self.tensors, self.h = spec, tensors, h
         self.grouped = grouped.batched_on(h)
         self.stacks = stacks if self.grouped else None

@@ -1,6 +1,6 @@
 """The end of the model: final norm, lm_head, and what is measured on the next-token distributions.
 
-Logits are never held for all tokens, nor for the whole vocabulary: a chunk of tokens meets a slice of the vocabulary at
+Logits are never held for all tokens, nor for the whole vocabulary: a chunk of tokens is multiplied by a slice of the vocabulary at
 a time, in float32, and log-sum-exp, KL divergence and top-1 are accumulated over the slices.
 """
 

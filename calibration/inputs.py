@@ -97,7 +97,7 @@ class Cache:
 def cache_scales(spec: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The `k_scale` and `v_scale` [heads or 1, 1, 1] float32 among a layer's tensors, under any of the names that vLLM knows.
 
-    A scale that is not positive stands for none, as in vLLM (quantization/kv_cache.py). Raises CalibrationError for a
+    A scale that is not positive means none, as in vLLM (quantization/kv_cache.py). Raises CalibrationError for a
     shape that fits neither the layer nor its KV heads.
     """
     found: dict[str, torch.Tensor] = {}

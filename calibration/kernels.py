@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Triton kernels of the search, each the fused form of a plain function beside which it is tested.
+"""Triton kernels of the search, each the fused form of a plain function, against which it is tested.
 
     round_groups   fold, search the range, round: `round_weight.reference` in one read of the weight
     gate_rows      `ops.gated` on float32 rows, rounded to TF32 for the product that reads them

@@ -41,7 +41,7 @@ class LayerTensors(dict[str, torch.Tensor]):
     """A layer's tensors by relative name on one device, those of routed experts being views of three stacks.
 
     stacks: "w1", "w3" [E, I, H] and "w2" [E, H, I]; moe: what the layer calls their experts, None for a dense layer
-    without stacks. A Layer made of it computes from the stacks where they lie, and `set_weight` writes into them.
+    without stacks. A Layer made of it computes from the stacks in place, and `set_weight` writes into them.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Layer:
     """A decoder layer that computes from stored tensors.
 
     tensors: relative name -> tensor, as stored (see `layer_shapes`); extra names are ignored. dtype: compute dtype,
-    float32 on the CPU and bfloat16 on a GPU if None. On the CPU the given tensors are used where they lie; on a GPU
+    float32 on the CPU and bfloat16 on a GPU if None. On the CPU the given tensors are used in place; on a GPU
     experts are copied into three stacks (unless they come as LayerTensors). `set_weight` never writes into a tensor
     that was passed in, those of LayerTensors apart.
     Inputs x are [S, L, H] windows from position 0; the residual stream keeps x's dtype. No method records gradients.

@@ -134,7 +134,7 @@ def _written_calls(content: str, calls: list[Message], where: str) -> tuple[str,
 def _written_tags(
     role: str, content: str, thoughts: list[str], calls: list[Message], where: str
 ) -> tuple[str, list[str], list[Message]]:
-    """Thinking and calls that stand in the content between tags; what is not between tags stays content."""
+    """Thinking and calls in the content between tags; what is not between tags stays content."""
     if role == "tool" and (whole := content.strip()).startswith(ANSWER) and whole.endswith(ANSWER_END):
         return whole.removeprefix(ANSWER).removesuffix(ANSWER_END).strip(), thoughts, calls
     if role != "assistant":

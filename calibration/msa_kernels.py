@@ -33,7 +33,7 @@ def _block_scores_kernel(
     k_base = k_ptr + batch.to(tl.int64) * k_batch
     out_rows = out_ptr + (pair.to(tl.int64) * (stop - start) + (rows - start)) * blocks
     last = tl.minimum(start + (tile + 1) * QUERIES, stop) - 1
-    # Two loops, so that the mask costs nothing where every key lies before every query.
+    # Two loops, so that the mask costs nothing where every key comes before every query.
     whole = (start + tile * QUERIES) // SIZE
     for block in range(0, whole):
         keys = block * SIZE + tl.arange(0, SIZE)

@@ -2,7 +2,7 @@
 
 For y = x W^T the expected squared output error of a rounded weight is about sum_k E[x_k^2] (w_k - q(w_k))^2 when
 input channels are uncorrelated (the importance matrix of llama.cpp, `imatrix_mse` of llm-compressor). It changes no
-tensor of the graph, only where the rounding grid lies, so it is exact for any activation function.
+tensor of the graph, only the position of the rounding grid, so it is exact for any activation function.
 """
 
 from collections.abc import Iterator
@@ -97,7 +97,7 @@ def search_range(
     ("channel"). With `signed`, a symmetric grid, which has one more step below zero than above (-8..7), is turned by a negative scale for a group whose largest
     weight is positive, which puts that weight on the longer side (llama.cpp's Q4_0 does so for
     every block). On trained weights that takes another 9 % off the squared error. Returns shrink [..., N, G] float32 for `qparams`; 1.0 where no factor is strictly better. The scale
-    is rounded to scale_dtype, as it will be stored, before it is judged. Ties go to the earlier factor: same input,
+    is rounded to scale_dtype, as it will be stored, before it is evaluated. Ties go to the earlier factor: same input,
     same result.
     """
     lead, (rows, columns) = weight.shape[:-2], weight.shape[-2:]

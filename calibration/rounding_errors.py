@@ -1,6 +1,6 @@
 """How far each stored weight is from its source: recorded by the conversion, worked out again by verify.
 
-Codes with fed-back errors are not the nearest ones, so no rule says what a code should be. Their squared distance from
+Codes with error feedback are not the nearest ones, so no rule gives the right code. Their squared distance from
 the source is a number of each tensor, exact to float64's rounding wherever it is computed: a changed code, a scale one
 step off or a weight rounded from another source changes it.
 """

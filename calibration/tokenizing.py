@@ -1,4 +1,4 @@
-"""A stranger's tokenizer at work: what it may make of a text is bounded, and what its library raises is a sentence.
+"""Running a tokenizer from other people: the size of its results is bounded, and errors of its library become one sentence.
 
 tokenizer.json is a program of replacements: 30 lines of "a becomes aa" make a gigabyte of one letter, in a library that cannot be
 interrupted. So the growth is computed from the file before a text is given to it.

@@ -1,6 +1,6 @@
 """Errors meant for the person who reads them: what is wrong, where, and what to do.
 
-Every command prints `str(error)` and leaves with `error.exit_code`; a traceback means a defect of ours.
+Every command prints `str(error)` and leaves with `error.exit_code`; a traceback is a defect of m3quant.
 """
 
 
@@ -55,7 +55,7 @@ class ServeError(M3QuantError):
 
 
 class OutputError(M3QuantError):
-    """The output folder cannot be used: not empty, not ours, inside the source, or begun under other settings."""
+    """The output folder cannot be used: not empty, not an output of m3quant, inside the source, or begun under other settings."""
 
 
 class VerifyError(M3QuantError):

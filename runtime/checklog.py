@@ -1,4 +1,4 @@
-"""A prediction beside an engine's start-up log, line by line: which quantity is off, by how much, and which constant to correct."""
+"""A prediction compared with an engine's start-up log, line by line: which quantity is off, by how much, and which constant to correct."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class LogCheck:
 
 
 def log_reader(engine: str) -> LogReader:
-    """Raises NodeError for an engine whose log nobody reads."""
+    """Raises NodeError for an engine without a log reader."""
     found = engine_named(engine)
     if found.log is None:
         raise NodeError(f"{found.title}'s log is not read here: there is nothing to compare.")
@@ -108,7 +108,7 @@ def _float(text: str | None) -> float | None:
 
 
 def check_log(model: ServedModel, log: EngineLog, node: Node | None, ask: Ask) -> LogCheck:
-    """Compare. Without a node, one is made of the log's own memory total and rank count. Raises NodeError where neither tells, or
+    """Compare. Without a node, one is made of the log's own memory total and rank count. Raises NodeError if neither states them, or
     where nothing can be compared."""
     if is_empty(log):
         raise NodeError(

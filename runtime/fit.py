@@ -194,7 +194,7 @@ class Remedy:
 
 
 def remedies(fit: Fit, subject: Subject | None = None) -> list[Remedy]:
-    """What would have to change for a model that does not fit: smallest change first, each judged like the original.
+    """What would have to change for a model that does not fit: smallest change first, each evaluated like the original.
 
     Of recipes and of nodes, the two nearest that fit are named.
     """

@@ -84,7 +84,7 @@ class EngineProcess:
                     )
                     with suppress(OSError):
                         print(f"m3quant: {lost}: {error.strerror}", file=sys.stderr)
-        with suppress(OSError):  # told above
+        with suppress(OSError):  # reported above
             self._file.close()
 
     def _keep(self, line: str) -> None:

@@ -1,4 +1,4 @@
-"""serve: check the checkpoint, judge the node, start the engine, hold its own numbers against the plan, and stay until it ends."""
+"""serve: check the checkpoint, plan the node, start the engine, compare its numbers with the plan, and stay until it ends."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Prepared:
 
 
 def quick_check(src: str, subject: Subject) -> list[str]:
-    """What can be told without reading weights: finished, complete, sizes as written. Returns notes. Raises CheckpointError."""
+    """What can be known without reading weights: finished, complete, sizes as written. Returns notes. Raises CheckpointError."""
     if subject.config_only:
         raise CheckpointError(f"{src} holds a config.json but no weights: give the folder of a finished checkpoint.")
     folder = Path(src).expanduser()
@@ -212,7 +212,7 @@ def _sized(fit: Fit, recipe: ServeRecipe, say: Say) -> tuple[Fit, ServeRecipe]:
     """Context, watermark and max-num-seqs that go together.
 
     Blocks under the watermark are never given out at admission, so a request that needs them would wait for ever: where the context
-    is ours to choose it leaves them free, and where it was given the watermark yields. max-num-seqs, unless given, is no larger than
+    is chosen by serve it leaves them free, and if it was given the watermark is reduced. max-num-seqs, unless given, is no larger than
     the pool has room for requests of TYPICAL_REQUEST tokens.
     """
     blocks, block = fit.pool.blocks - 1, fit.pool.block_size
@@ -270,7 +270,7 @@ def check_guard() -> None:
 
 
 def compare(prepared: Prepared, log_text: str) -> LogCheck:
-    """The engine's numbers beside the plan's. Raises ServeError if the pool is more than 5 % below what was promised."""
+    """The engine's numbers compared with the plan's. Raises ServeError if the pool is more than 5 % below what was promised."""
     fit = prepared.fit
     reader = log_reader(fit.ask.engine)
     log = reader.read(log_text)

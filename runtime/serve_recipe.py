@@ -69,7 +69,7 @@ class ServeRecipe(BaseModel):
         return extra
 
     def ask(self) -> Ask:
-        """The part that the plan judges."""
+        """The part that the plan needs."""
         return Ask(
             self.context, self.concurrency, self.kv_dtype, self.index_dtype, self.tp, self.pp, self.max_num_seqs, self.max_num_batched_tokens,
             self.utilization, self.vision, engine=self.engine,

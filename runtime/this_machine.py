@@ -41,7 +41,7 @@ def detect_node(cpu: bool) -> Node:
         if not rows:
             raise NodeError("CUDA_VISIBLE_DEVICES hides every GPU: unset it, or name those to use.")
     names = {name.strip() for name, _ in rows}
-    # Unless told otherwise CUDA numbers the fastest first, nvidia-smi goes by the bus: among unlike GPUs a number names two.
+    # By default CUDA numbers the fastest first, nvidia-smi goes by the bus: among unlike GPUs a number names two.
     if len(names) > 1 or (len(kinds) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID"):
         raise NodeError(
             f"the GPUs differ ({', '.join(sorted(kinds))}): choose equal ones by nvidia-smi's numbers, with "

@@ -1,4 +1,4 @@
-"""The `feedback` quantizer: every rounding error is made good by the weights that are rounded after it.
+"""The `feedback` quantizer: every rounding error is compensated by the weights that are rounded after it.
 
 Order of a layer: attention's readers, o_proj on the rounded heads' outputs, routed experts (w1 and w3, then w2 on what
 the rounded two give), and last the MLP that sees every token. For one weight W [N, K] whose inputs x have the second

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Triton kernel of the refit's small systems: b_g H b_h^T of every row of a weight, without what lies between in memory.
+"""Triton kernel of the refit's small systems: b_g H b_h^T of every row of a weight, without the intermediate results in memory.
 
 By products of whole matrices (`refit.plain_gram`) each group's H b^T is written and read again, [E, K, N] for every group.
 Points are small integers, exact in BF16; H is rounded to BF16, which moves a sum over 128 x 128 of its entries by less than 1e-4

@@ -1,4 +1,4 @@
-"""The grid that a scheme's codes lie on, and the scales and zero points to start from."""
+"""The grid of a scheme's codes, and the scales and zero points to start from."""
 
 from __future__ import annotations
 

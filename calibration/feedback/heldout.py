@@ -53,7 +53,7 @@ class Readers:
             picked.append(first + torch.arange(count) * size // count)
             first += size
         rows = torch.cat(picked).to(self.weight.device)
-        # Blocks of rows that do not lie together share no scale here: one for each row stands for theirs.
+        # Blocks of rows that are not adjacent share no scale here: one scale per row is used in place of theirs.
         scheme = replace(self.scheme, block=False)
         return Readers(self.weight[:, rows], tuple(map(len, picked)), scheme, self.inputs), rows
 
@@ -71,7 +71,7 @@ class Readers:
 def joined_by_scheme(weights: Mapping[Key, tuple[Scheme, int]]) -> list[tuple[Key, ...]]:
     """Which weights, given as (scheme, output rows), can be solved as one stack of rows: those of one scheme, in their order.
 
-    One in FP8 blocks stands alone if its rows are not whole blocks.
+    One in FP8 blocks is handled alone if its rows are not whole blocks.
     """
     sets: dict[object, list[Key]] = {}
     for key, (scheme, rows) in weights.items():

@@ -29,7 +29,7 @@ from m3quant.schemes import KEEP, Scheme
 
 # Bytes of a chunk's moments and weights in work; a plan counts with the GPU's.
 _CHUNK_BYTES = {"cpu": 1 << 30, "cuda": FEEDBACK_CHUNK_BYTES}
-_WEIGHTS = 12  # float32 matrices [N, K] of an expert alive at once, beside FEEDBACK_MATRICES of [K, K]
+_WEIGHTS = 12  # float32 matrices [N, K] of an expert alive at once, in addition to FEEDBACK_MATRICES of [K, K]
 
 
 @dataclass
@@ -196,7 +196,7 @@ class MlpQuantizer:
         out.index_add_(0, unit.tokens[: unit.natural], rows)
 
     def _left_over(self, out: torch.Tensor) -> None:
-        """Make `rows.missing` what the always-on MLP has to make good: all that is missing after the rounded experts."""
+        """Make `rows.missing` what the always-on MLP has to compensate: all that is missing after the rounded experts."""
         assert self.always_on is not None
         self.rows.share.fill_(1.0)
         if not self.routed:

@@ -3,7 +3,7 @@
 Rows x [n, K] are the weight's inputs in the quantized stream; e [n, M] is how far the weight's output (or its input, M = K)
 falls short of the source's. Both count by the squared gate for an expert, as an error of it counts in the layer's output.
 
-Sums are kept apart for two halves of the rows, so that one can judge what was learnt from the other.
+Sums are kept apart for two halves of the rows, so that one half can test what was computed from the other.
 """
 
 from __future__ import annotations
@@ -90,6 +90,6 @@ class MomentSum:
 def boundary(tokens: int, window: int) -> int:
     """The first of T = S * window tokens that belongs to the second half: the later windows, or the end of a lone one.
 
-    Not every other window: neighbours may come from one document, and then judge one another too kindly.
+    Not every other window: neighbours may come from one document, so that a test of one by the other would be too favourable.
     """
     return -(-(tokens // window) // 2) * window if tokens >= 2 * window else tokens // 2

@@ -23,7 +23,7 @@ from m3quant.schemes import Scheme
 
 
 class FeedbackQuantizer:
-    """`quantized_layer.LayerQuantizer` with fed-back errors."""
+    """`quantized_layer.LayerQuantizer` with error feedback."""
 
     @torch.no_grad()
     def quantize(

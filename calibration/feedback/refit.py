@@ -47,7 +47,7 @@ def refit(
     gram = gram_matrices(points, second, size)
     diagonal = gram.diagonal(dim1=2, dim2=3)
     floor = (diagonal.mean(-1, keepdim=True) * _RELATIVE).clamp(min=torch.finfo(torch.float32).tiny)
-    # What is added to the diagonal pulls the change towards zero, so that a group that tells nothing keeps its scale.
+    # What is added to the diagonal pulls the change towards zero, so that a group without information keeps its scale.
     system = gram.clone()
     system.diagonal(dim1=2, dim2=3).add_(floor)
     old = scale.transpose(1, 2)

@@ -30,7 +30,7 @@ class MlpStates:
 class UnitRows:
     """Moments and outputs of units (routed experts, or the MLP that sees every token), block of rows by block.
 
-    missing: [T, H], what the units' outputs together have to make good beyond their own; share: [T], the sum of the
+    missing: [T, H], what the units' outputs together have to compensate beyond their own errors; share: [T], the sum of the
     weights of the units that share it.
     """
 
@@ -79,7 +79,7 @@ class UnitRows:
         return self.layer.mlp_input(self.states.quantized[tokens])
 
     def source(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The same in the source stream; in the quantized one, if its errors are not to be made good."""
+        """The same in the source stream; in the quantized one, if its errors are not to be compensated."""
         return self.layer.mlp_input(
             (self.states.source if self.settings.source_targets else self.states.quantized)[tokens]
         )

@@ -12,8 +12,8 @@ from m3quant.calibration.ranks import ALONE, Ranks
 class FeedbackSettings:
     """Settings of `quantizer.FeedbackQuantizer`.
 
-    source_targets: aim at the source stream's outputs, so that earlier layers' errors are made good as far as they can
-    be; else at the unrounded weight's own. residual: let o_proj and the down-projections make good the residual
+    source_targets: aim at the source stream's outputs, so that earlier layers' errors are compensated as far as they can
+    be; else at the unrounded weight's own. residual: let o_proj and the down-projections compensate the residual
     stream's error too. rounds: of descent and refit after the first sweep; None: `planning.quantizers.feedback_rounds`. refit: whether scales are refitted.
     min_expert_tokens, strict_coverage: as in AwqSettings. batch_tokens: tokens per forward pass. scale_dtype: dtype in
     which integer scales will be stored. ranks: processes that quantize together, each a part of the experts.

@@ -1,1 +1,1 @@
-"""What lies in an output folder besides weights: manifest, journal, evaluation record, and their readers."""
+"""What an output folder holds besides weights: manifest, journal, evaluation record, and their readers."""

@@ -47,7 +47,7 @@ def heldout_result(manifest: Mapping[str, Any]) -> Result | None:
 
 
 def output_fingerprint(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str:
-    """What tells an output of ours from others: headers and config.json, and its shards' hashes."""
+    """What distinguishes an output of m3quant from others: headers and config.json, and its shards' hashes."""
     return sha256(checkpoint.fingerprint().encode() + json_bytes(manifest["shards"])).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What has been finished: the state of a conversion, kept beside its output in DST/.m3quant/ until it is complete.
+"""What has been finished: the state of a conversion, kept in the output's folder DST/.m3quant/ until it is complete.
 
     job.json      the facts that the result depends on and the source's identity, so that a refusal can name what differs
     units.jsonl   one line per finished unit, appended and synced after its shard is in place
@@ -65,8 +65,8 @@ class Journal:
         """Start or continue in `output`. facts: name -> value; all must equal those the work was begun with.
 
         read: label -> checkpoint that is read; each must be the one the work was begun with, stamps aside. folder: where in
-        `output` the journal lies; one that is not a conversion's may lie in any folder.
-        Raises OutputError for a folder that is not ours, is in use, is damaged, or was begun with other facts or another
+        `output` the journal is stored; one that is not a conversion's may be in any folder.
+        Raises OutputError for a folder that is not an output of m3quant, is in use, is damaged, or was begun with other facts or another
         checkpoint.
         """
         journal = cls(output, folder, record)
@@ -175,7 +175,7 @@ class Journal:
     def finish_unit(self, unit: int, record: Mapping[str, Any]) -> None:
         """Append the record of a finished unit and sync it. Raises StoppedError on a full disk.
 
-        Who made the unit elsewhere puts into the record what it `read` there.
+        A unit that was made in another process has in its record what it `read` there.
         """
         values = {"unit": unit, **record}
         if self.unit_read is not None and "read" not in values:
@@ -216,7 +216,7 @@ class Journal:
             self._lock = -1
 
     def remove(self) -> None:
-        """Remove the state of finished work: the records first, for they point at the rest, the lock last so that nobody
+        """Remove the state of finished work: the records first, for they point at the rest, the lock last, so that no other process
         starts in a half-removed folder."""
         for path in sorted(self.folder.iterdir(), key=lambda p: (p.name == LOCK, p.name != RECORDS, p.name)):
             if path.is_dir():  # an attempt of a Ray worker that was lost
@@ -243,7 +243,7 @@ def remove_leftover(output: Path) -> None:
 
 
 def check_output_folder(output: Path) -> None:
-    """Raise OutputError if `output` exists, is not empty, and holds no conversion of ours."""
+    """Raise OutputError if `output` exists, is not empty, and holds no conversion of m3quant."""
     if output.is_file():
         raise OutputError(f"{output} is a file: give a folder for the output.")
     if not output.exists() or (output / FOLDER / JOB).exists() or (output / MANIFEST).exists():
@@ -264,7 +264,7 @@ def unfinished(output: Path) -> str | None:
 
 
 def check_apart(source: Path, output: Path) -> None:
-    """Raise OutputError if one folder lies inside the other."""
+    """Raise OutputError if one folder is inside the other."""
     src, dst = source.resolve(), output.resolve()
     if src == dst or src in dst.parents or dst in src.parents:
         raise OutputError(
@@ -300,7 +300,7 @@ def refuse_other_facts(
 ) -> None:
     """Raise OutputError naming the facts in which `begun` and `facts` differ.
 
-    other: label of a checkpoint -> what tells that it is another one; a fact of that name is its fingerprint. finished:
+    other: label of a checkpoint -> what shows that it is another one; a fact of that name is its fingerprint. finished:
     nothing is left to continue.
     """
     if not any(other.values()) and all(begun.get(key) == facts.get(key) for key in {*begun, *facts}):

@@ -192,7 +192,7 @@ class Manifest(Sums):
     report: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written: keys that nobody set are left out."""
+        """As it is written: keys that were not set are left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 

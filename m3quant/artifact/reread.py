@@ -1,4 +1,4 @@
-"""Reading again what earlier work read or wrote, where only that tells whether it is still the same.
+"""Reading again what earlier work read or wrote, if only that shows whether it is still the same.
 
 At the pace of the disk, or of THREADS cores that make sha256 (of weights read again xxh3, some eight times as fast).
 """

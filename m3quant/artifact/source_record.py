@@ -22,7 +22,7 @@ CARD_KEYS = ("license", "license_name", "license_link", "base_model", "pipeline_
 
 
 class SourceRecord:
-    """Facts about the files beside the weights, filled while they are carried over."""
+    """Facts about the files next to the weights, filled while they are carried over."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         names = [*checkpoint.shards, *checkpoint.other_files, "config.json"]
@@ -54,7 +54,7 @@ class SourceRecord:
 
 
 def check_carried(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for a file beside the weights that could not be carried over, or a model card that cannot be recorded.
+    """Raise CheckpointError for a file next to the weights that could not be carried over, or a model card that cannot be recorded.
 
     Called before the first weight is read: what the end of a conversion needs must not fail there.
     """

@@ -1,6 +1,6 @@
 """Small text files: bounded in size before they are read, and YAML bounded in depth and in what its aliases expand to.
 
-A config of 3 GB, or 300 bytes of YAML whose aliases stand for 10^9 nodes, must cost a sentence and no more.
+A config of 3 GB, or 300 bytes of YAML whose aliases stand for 10^9 nodes, must cost no more than a refusal.
 """
 
 import os

@@ -233,7 +233,7 @@ class Checkpoint:
         read_ranges(store.root, ranges, store.stamps)
 
     def read_bytes(self, name: str) -> bytes:
-        """A tensor's bytes as they lie in the file. Raises CheckpointError."""
+        """A tensor's bytes as they are in the file. Raises CheckpointError."""
         store = self._local_store("read")
         info = self._info(name)
         return read_raw(store.root, info, store.stamps[info.shard])

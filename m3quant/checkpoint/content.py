@@ -1,6 +1,6 @@
 """What was read: a digest of every tensor's bytes, made where they are in memory anyway, and sampled blocks of a shard.
 
-xxh3 (https://xxhash.com) and not sha256, because a source is read faster than one core makes a sha256 of it. It tells one
+xxh3 (https://xxhash.com) and not sha256, because a source is read faster than one core makes a sha256 of it. It distinguishes one
 model from another and a damaged file from a whole one; it is no proof against somebody who forges weights.
 """
 

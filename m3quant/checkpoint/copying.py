@@ -1,4 +1,4 @@
-"""Files beside the weights, copied and hashed in pieces: a 3 GB notes.txt takes a few megabytes of memory."""
+"""Files next to the weights, copied and hashed in pieces: a 3 GB notes.txt takes a few megabytes of memory."""
 
 import hashlib
 import os

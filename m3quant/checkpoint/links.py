@@ -65,7 +65,7 @@ def link_refusal(path: Path) -> str:
 def require_regular(root: Path, name: str, error: type[M3QuantError] = CheckpointError) -> Path:
     """The path of `name` below `root`, once no part of it is a link and it is a regular file.
 
-    name: relative, with '/', possibly from a manifest that a stranger wrote. Raises `error` naming the file.
+    name: relative, with '/', possibly from a manifest that somebody else wrote. Raises `error` naming the file.
     """
     parts = PurePosixPath(name).parts
     if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or not name.isprintable():

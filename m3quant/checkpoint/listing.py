@@ -1,4 +1,4 @@
-"""What lies in a checkpoint's folder or repo: shards, other files, and what is left out, with the reason."""
+"""What a checkpoint's folder or repo holds: shards, other files, and what is left out, with the reason."""
 
 import os
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from .links import cache_blob, is_regular, link_refusal
 from .strict_json import shown
 
 CONFIG_NAME = "config.json"
-# A draft model for speculative decoding that a release keeps beside its shards, outside the index: it is carried over whole. SGLang
+# A draft model for speculative decoding that a release keeps next to its shards, outside the index: it is carried over whole. SGLang
 # looks for MiniMax-M3.1's there (srt/arg_groups/speculative_hook.py).
 DRAFT_FOLDERS = frozenset({"dspark"})
 OTHER_WEIGHT_SUFFIXES = frozenset(

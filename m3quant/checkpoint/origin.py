@@ -1,7 +1,7 @@
 """Where a local checkpoint was downloaded from, as huggingface_hub itself recorded it. Nothing is guessed.
 
 `hf download --local-dir` leaves, per file, .cache/huggingface/download/NAME.metadata: commit, etag and time, one a line. A
-file of the Hub's cache lies in models--ORG--NAME/snapshots/COMMIT/. https://huggingface.co/docs/huggingface_hub/guides/download
+file of the Hub's cache is in models--ORG--NAME/snapshots/COMMIT/. https://huggingface.co/docs/huggingface_hub/guides/download
 """
 
 import os

@@ -33,7 +33,7 @@ _CHANGED = "Leave the checkpoint alone while it is read, and start again."
 
 @dataclass(frozen=True)
 class Stamp:
-    """What tells that a file is still the one whose header was read."""
+    """What shows that a file is still the one whose header was read."""
 
     size: int
     mtime_ns: int
@@ -206,7 +206,7 @@ def _runs(parts: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, list[m
 
 
 def read_raw(root: Path, info: TensorInfo, stamp: Stamp) -> bytes:
-    """A tensor's bytes as they lie in the file. Raises CheckpointError."""
+    """A tensor's bytes as they are in the file. Raises CheckpointError."""
     raw = bytearray(info.nbytes)
     path = root / info.shard
     with open_file(path, stamp) as descriptor:

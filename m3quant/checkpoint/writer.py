@@ -29,7 +29,7 @@ DEFAULT_METADATA: Mapping[str, str] = {"format": "pt"}
 OVERLAP_BYTES = 2**20
 WRITE_BYTES = 64 * 2**20
 # The kernel holds written pages back (10 % of memory on Linux) and would begin with the disk only at the sync; from this
-# many bytes on it is told to begin, so that a large shard is on the disk, but for its end, when the last tensor comes.
+# many bytes on it is asked to begin, so that a large shard is on the disk, but for its end, when the last tensor comes.
 WRITEBACK_BYTES = 32 * 2**20
 
 
@@ -59,7 +59,7 @@ class AtomicFile:
         self._told = 0  # bytes whose writing to the disk has been asked for
         self._descriptor = -1
         with self._refusals():
-            # A leftover of a killed run is overwritten; what it held was never renamed, so nobody relies on it.
+            # A leftover of a killed run is overwritten; what it held was never renamed, so nothing relies on it.
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
             self._descriptor = os.open(self.temporary, flags, 0o666)
             if _free_bytes(folder) < size:

@@ -58,7 +58,7 @@ def cli() -> None:
     """
 
 
-# What any path that a person gives, or any disk, may answer to any of our calls: told like a refusal of ours.
+# What any path that a person gives, or any disk, may return for any call: reported like m3quant's own refusals.
 _UNFORESEEN = {
     **dict.fromkeys(
         (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
@@ -75,7 +75,7 @@ def _discard(stream: TextIO | None) -> None:
 
 
 def _end(code: int, tell: Callable[[], None]) -> NoReturn:
-    """Leave with `code`, whatever becomes of the words: a log on the disk that is full must not turn 4 into Python's 1."""
+    """Exit with `code`, even if the message cannot be written: a log on a full disk must not turn 4 into Python's 1."""
     try:
         tell()
     except OSError:
@@ -84,7 +84,7 @@ def _end(code: int, tell: Callable[[], None]) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point: refusals of ours become one line on stderr and an exit code, never a traceback."""
+    """Entry point: m3quant's refusals become one line on stderr and an exit code, never a traceback."""
 
     def end(code: int, words: str) -> NoReturn:
         _end(code, lambda: click.echo(f"m3quant: {words}", err=True))
@@ -104,7 +104,7 @@ def main() -> None:
         code = _UNFORESEEN.get(error.errno or 0)
         if code is None:
             raise
-        if error.filename is None:  # a stream of ours, stdout as a rule; stderr is seen to by `_end`
+        if error.filename is None:  # m3quant's own stream, usually stdout; `_end` handles stderr
             _discard(sys.stdout)
         end(code, f"{error.filename or 'the output'} cannot be used: {error.strerror}.")
     sys.exit(code if isinstance(code, int) else 0)

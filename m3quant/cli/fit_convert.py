@@ -101,7 +101,7 @@ def _check_places(plan: Plan, dst: Path) -> None:
 
 
 def predicted_line(found: Answer, manifest: dict[str, Any]) -> str:
-    """Predicted beside measured KL divergence, for a person."""
+    """Predicted and measured KL divergence, for a person."""
     kl = found.chosen.kl if found.chosen else None
     quality = manifest.get("heldout")
     if kl is None or not quality:

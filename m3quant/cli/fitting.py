@@ -63,7 +63,7 @@ def run_fit(src: str, revision: str | None, choice: RecipeChoice, where: Where, 
 
 
 def _models(subject: Subject, choice: RecipeChoice, table: bool) -> tuple[list[ServedModel], dict[str, str]]:
-    """What to judge, and why some recipes are refused. table: all precisions, where no recipe is given."""
+    """What to plan, and why some recipes are refused. table: all precisions, where no recipe is given."""
     if choice:
         return [subject.converted(choice.recipe(subject.config))], {}
     if table:

@@ -41,7 +41,7 @@ class TokenCount(click.ParamType[int]):
 
 @dataclass(frozen=True)
 class RecipeChoice:
-    """The recipe that a person asks for: of ours by its name, or of a file, with --set and --format laid over it.
+    """The requested recipe: from the package by its name, or from a file, with --set and --format applied.
 
     requantize: whether a source that is already in integers may be rounded again.
     """
@@ -172,7 +172,7 @@ def serving_options(function: F) -> F:
 
 
 def publish_options(function: F) -> F:
-    """What `card` and `publish` must be told of the base where its download did not record it."""
+    """What the user must tell `card` and `publish` about the base if its download did not record it."""
     for option in reversed(
         (
             click.option("--base-repo", metavar="ORG/NAME", default=None, help="Hub repo of the base model."),

@@ -1,4 +1,4 @@
-"""m3quant publish: a finished output becomes a Hub repo that a stranger can trust."""
+"""m3quant publish: a finished output becomes a Hub repo that others can trust."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 )
 def command(checkpoint: str, recipe_file: str | None, api_key_env: str | None, engine_python: str | None, pin: bool, log: Path, verify_hashes: bool,
             dry_run: bool, write_compose: Path | None, write_systemd: Path | None, quiet: bool, as_json: bool, **options: Any) -> int:  # fmt: skip
-    """Serve CHECKPOINT: check it, judge the node, start the engine, compare what it measured with the plan, stay until it ends."""
+    """Serve CHECKPOINT: check it, plan the node, start the engine, compare what it measured with the plan, stay until it ends."""
     recipe = load_serve_recipe(recipe_file, {name: options[name] for name in RECIPE_OPTIONS})
     dry = bool(dry_run or write_compose or write_systemd)
 

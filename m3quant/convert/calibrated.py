@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 def convert_calibrated(run: Run) -> dict[str, Any]:
-    """Convert all units that the journal has no record of; returns what the manifest tells of calibration.
+    """Convert all units that the journal has no record of; returns what the manifest states about calibration.
 
     run.settings.ranks: one of several processes that do so together; all but the first write nothing and return {}.
     Raises CalibrationError, CheckpointError, StoppedError or InterruptedRun; a layer in progress is then dropped whole.

@@ -167,7 +167,7 @@ def _finished(plan: Plan, output: Path, facts: dict[str, Any], progress: Progres
 
 
 def _other_source(plan: Plan, output: Path, manifest: Manifest, progress: Progress) -> list[str]:
-    """What tells that a finished output was made from another source than the plan's; shards whose files changed are read."""
+    """What shows that a finished output was made from another source than the plan's; shards whose files changed are read."""
     then, now = manifest.source.identity, identify(plan.checkpoint, plan.copied_files)
     if then is None:
         progress.say(
@@ -218,7 +218,7 @@ def _convert(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_starved(output: Path, starved: Mapping[str, list[int]]) -> None:
-    """Raise CalibrationError for layers that a run without --strict-coverage finished: nobody would look at them again."""
+    """Raise CalibrationError for layers that a run without --strict-coverage finished: they would not be checked again."""
     if starved:
         layer, experts = next(iter(starved.items()))
         raise CalibrationError(

@@ -76,6 +76,6 @@ class StoredExperts:
 
 
 def _alike(expert: Expert) -> tuple[str, str, tuple[int, ...]]:
-    """What one launch has in common, beside the stack."""
+    """What is common to one launch, in addition to the stack."""
     source = expert[2]
     return source.kind, source.scale.dtype if source.scale else "", source.shape

@@ -1,7 +1,7 @@
 """A layer from the disk to the GPU: file ranges into a few pinned buffers, and from each of them on while others fill.
 
 The layer exists once, on the device, its routed experts in three stacks; host memory holds THREADS buffers. While one
-layer is searched the next is loaded beside it.
+layer is searched the next one is loaded.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ TOKENS = 128
 
 
 class WarmUp:
-    """Runs beside the read of the first layer; close waits for it. What fails here fails again, in words, in the search."""
+    """Runs during the read of the first layer; close waits for it. What fails here fails again in the search, with a message."""
 
     def __init__(
         self, units: Sequence[Unit], spec: LayerSpec | None, device: torch.device, stream_bytes: int = 0

@@ -1,4 +1,4 @@
-"""One worker's part of a GPU: its stream and memory there, and the way of a batch over it and back."""
+"""One worker's part of a GPU: its stream and memory there, and the transfer of a batch to it and back."""
 
 from __future__ import annotations
 

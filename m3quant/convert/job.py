@@ -39,7 +39,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One conversion under way in this process: what is made of what, how, and whom it tells."""
+    """One running conversion in this process: its source, output and settings, and where it reports."""
 
     plan: Plan
     output: Path

@@ -62,7 +62,7 @@ class LayerWriter:
         """Close the shard, save the streams entering the next unit, journal `record` and the shard, drop the old ones.
 
         streams: None where they are not saved after this layer; older ones then stay. In the background, streams must be a
-        copy that nobody changes.
+        copy that does not change.
         """
         saved: Callable[[], dict[str, str]] = dict
         if streams is not None:

@@ -1,6 +1,6 @@
 """What each scheme would cost, measured while the layers pass once: the content of `sensitivity.json`.
 
-Per layer, role and candidate, the role's weights are quantized with fed-back errors on the calibration windows, and the
+Per layer, role and candidate, the role's weights are quantized with error feedback on the calibration windows, and the
 layer's output on the held-out windows is compared with the source's. What such an error means at the end of the model
 is measured too: held-out windows of the source stream are given one candidate's error of one layer and role (a probe),
 pass with it through all later layers of the source, and end in a KL divergence. Other candidates of the layer and role
@@ -68,7 +68,7 @@ BULK_PROBES = ("int2-g128-asym", "int4-g128")
 OTHER_PROBES = ("int4-g128",)
 # Whole recipes: routed experts, and what every token passes through.
 PILOTS = (("int2-g128-asym", "int8-g128"), ("int3-g128-asym", "int8-g128"), ("int4-g128", "int8-g128"))
-# One more pilot, like the last of those but for what every token passes through: its error is made good in part by the
+# One more pilot, like the last of those but for what every token passes through: its error is compensated in part by the
 # experts that are rounded after it, and this says how much of it is left.
 OTHERS_PILOT = ("int4-g128", "int4-g128")
 PROBE_BYTES = 16 * 10**9

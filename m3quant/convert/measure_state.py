@@ -1,6 +1,6 @@
 """What a measuring pass holds between two layers, and how it is saved so that a killed pass goes on from there.
 
-Saved is a folder beside the file that will be written: hidden states of all streams, one file each, and a JSON file that
+Saved is a folder next to the file that will be written: hidden states of all streams, one file each, and a JSON file that
 comes last. A newer state is complete under another name before the older one goes.
 """
 
@@ -27,7 +27,7 @@ _COPY_WINDOWS = 16
 
 @dataclass
 class ProbeState:
-    """One error on its way to the end of the model. error: that of the layer's output, see `planning.sensitivity`."""
+    """One error that passes through the rest of the model. error: that of the layer's output, see `planning.sensitivity`."""
 
     layer: int
     role: str
@@ -38,7 +38,7 @@ class ProbeState:
 
 @dataclass
 class PilotState:
-    """A whole recipe on its way. layers: role -> scheme, of every layer. others: whether it tells what is left of errors
+    """A whole recipe in progress. layers: role -> scheme, of every layer. others: whether it shows what is left of errors
     outside the bulk of the weights; None: a recipe that is only measured."""
 
     layers: list[dict[str, str]]

@@ -2,7 +2,7 @@
 
 Each worker takes a batch from the disk to the bytes of its shard: it reads into its own buffer (pinned where there is a
 GPU), rounds from buffer to buffer (on a GPU through a stream of its own), and hands the result to the calling thread,
-which appends results in file order, hashing beside. Workers run ahead over the end of a unit, but a unit is on the disk
+which appends and hashes results in file order. Workers run ahead over the end of a unit, but a unit is on the disk
 and in the journal before the first byte of the next is written: what a kill costs is one unit.
 """
 
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Filled:
-    """A batch whose bytes are ready. views: of every output, in the plan's order; buffer: what some of them lie in."""
+    """A batch whose bytes are ready. views: of every output, in the plan's order; buffer: the memory of some of them."""
 
     batch: Batch
     buffer: Tensor
@@ -216,7 +216,7 @@ class Pipeline:
         return self._worker.gpu
 
     def _check_copied(self, item: Item, raw: Tensor) -> None:
-        """As `units._check_copied`, on a stretch; what is wrong is told of the whole tensor."""
+        """As `units._check_copied`, on a stretch; the message names the whole tensor."""
         dtype = torch_dtype(item.stored.dtype)
         if item.planned.role.kind in PASSED_THROUGH or dtype not in FLOATS:
             return
@@ -255,9 +255,9 @@ def convert_units(
     on_bytes: Callable[[int], None],
     finished: Callable[[Unit, ShardRecord], None],
 ) -> None:
-    """Write the shards of `units` in order. finished: told of each when its shard is in place, before the next begins.
+    """Write the shards of `units` in order. finished: called for each when its shard is in place, before the next begins.
 
-    on_bytes: told the source bytes of what has been written. The shard in progress is dropped on any error or stop.
+    on_bytes: called with the source bytes of what has been written. The shard in progress is dropped on any error or stop.
     """
     writer: UnitWriter | None = None
     pipeline = Pipeline(reader, fmt, device)

@@ -1,6 +1,6 @@
 """The engines that serve and load checkpoints, one package each. To add one: write its package, and list it here.
 
-They lie below planning, which asks them what they read: they import families, checkpoint and schemes, no torch, and nothing of
+They are below planning, which asks them what they read. They import families, checkpoint and schemes, no torch, and nothing of
 an engine itself.
 """
 

@@ -25,7 +25,7 @@ from .start_log import LogReader
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What releases of an engine can do, by the first that can; '' where none can, None where nobody has looked.
+    """What releases of an engine can do, by the first that can; '' where none can, None if it was not checked.
 
     read: the releases whose source was read, first and first beyond. narrow_integers: integers of other widths than 4 and 8
     bits; narrow_integers_by: where, and by what.

@@ -19,7 +19,7 @@ from packaging.version import InvalidVersion, Version
 from ..errors import EngineMissing
 
 ENGINE_PYTHON = "M3QUANT_ENGINE_PYTHON"
-# A folder called vllm or m3quant where the user stands must not be imported in place of the installed one.
+# A folder called vllm or m3quant in the working directory must not be imported in place of the installed one.
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 PROBE = r"""
 import importlib.metadata, importlib.util, json, pathlib, re, sys

@@ -1,4 +1,4 @@
-"""What an engine takes of a rank's memory beside the weights: the form of its constants, which `runtime.memory` reckons with."""
+"""What an engine takes of a rank's memory in addition to the weights: the constants that `runtime.memory` computes with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .device import GIB
 
 @dataclass(frozen=True)
 class Estimate:
-    """A quantity that no header tells: bytes expected, and the least and most seen or thought possible."""
+    """A quantity that no header states: bytes expected, and the least and most seen or thought possible."""
 
     low: int
     expected: int
@@ -43,8 +43,8 @@ class MemoryModel:
 
     kv_bytes, index_bytes: bytes of one cached element by the name of its dtype; *_aliases: other spellings of those names.
     unmodelled_caches: patterns of dtypes that the engine has and whose bytes are not known here.
-    utilization, batched_tokens, num_seqs, block_size: what is asked of the engine unless somebody says otherwise.
-    non_torch_*: buffers beside torch's tensors, on one rank, on up to four and on more.
+    utilization, batched_tokens, num_seqs, block_size: the engine's settings by default.
+    non_torch_*: buffers in addition to torch's tensors, on one rank, on up to four and on more.
     graphs_*: CUDA graphs, by captured batch sizes; captured, captured_large: the most of them, the latter from large_gpu on.
     *_copies: tensors of a step alive at once; *_range: factors on their sum. vision_tokens: of one video.
     """

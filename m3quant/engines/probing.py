@@ -1,6 +1,6 @@
 """Loads a checkpoint in a real engine, in its own Python, and says what it made of it.
 
-The work is done by the engine's probe in a subprocess, so the engine may live in another environment and its crash is not ours.
+The work is done by the engine's probe in a subprocess, so the engine may be in another environment, and its crash does not end m3quant.
 Torch-free.
 """
 
@@ -38,7 +38,7 @@ class Difference:
 
     tokens: int
     mean: float
-    median: float  # small beside a large mean: rounding decided a few near-ties (expert, block) differently, no weight is wrong
+    median: float  # small compared with a large mean: rounding decided a few near-ties (expert, block) differently, no weight is wrong
     p99: float
     max: float
     top1_agreement: float | None  # share of tokens whose most likely id is the same

@@ -94,7 +94,7 @@ class LogReader(ABC):
 
     @abstractmethod
     def read(self, text: str) -> EngineLog:
-        """All that the log tells. A log of something else gives an empty EngineLog. Linear in the text."""
+        """All that the log states. A log of something else gives an empty EngineLog. Linear in the text."""
 
     @abstractmethod
     def server_defaults(self, gpu: Gpu) -> tuple[int, int] | tuple[None, None]:

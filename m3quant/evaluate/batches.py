@@ -78,7 +78,7 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
 def unique(sequences: Sequence[ScoredSequence]) -> tuple[list[ScoredSequence], list[tuple[int, np.ndarray]]]:
     """Each text once, with every position that anyone wants predicted.
 
-    Returns the texts and, per given sequence, which text it is and where its own positions lie among that one's.
+    Returns the texts and, per given sequence, which text it is and where its own positions are in it.
     """
     found: dict[bytes, int] = {}
     ids: list[np.ndarray] = []

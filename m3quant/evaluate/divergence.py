@@ -1,4 +1,4 @@
-"""How far a checkpoint is from its source, token by token over the whole vocabulary, beside what rounding alone does to the
+"""How far a checkpoint is from its source, token by token over the whole vocabulary, compared with what rounding alone does to the
 source."""
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ class _Asker:
             if row is None or not finite(row[0]):
                 raise Refused(f"the server's log-prob of token {place} is missing or not finite")
             value, other, is_best = row
-            # Where the server names no ids, -1 stands for "another than the true one".
+            # Where the server names no ids, -1 means "another than the true one".
             nll[i], best[i] = -value, ids[place] if is_best else -1 if other is None else other
         return Predictions(nll, best)
 
@@ -193,7 +193,7 @@ class _Asker:
         nll = np.full(len(answer), np.nan, dtype=np.float32)
         made = generated_ids(choice) if options else None
         if made is None:
-            # Text is compared where ids are not given: the answer as it stands in the whole text.
+            # Text is compared where ids are not given: the answer as it is in the whole text.
             before = len(self._tokenizer.decode(sequence.ids[:first].tolist()))
             wanted = self._tokenizer.decode(sequence.ids[: first + len(answer)].tolist())[before:]
             same = str(choice.get("text", "")).startswith(wanted)

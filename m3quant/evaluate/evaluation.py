@@ -37,7 +37,7 @@ from .states import Placement, place_states
 from .task import NoiseFloor, Predictions, ScoredSequence, Task
 
 JOURNAL = ".m3quant-eval"
-# Activations of a layer beside its input, in float32 states of as many tokens: projections, heads, chosen experts' outputs.
+# Activations of a layer in addition to its input, in float32 states of as many tokens: projections, heads, chosen experts' outputs.
 _ACTIVATIONS = 12
 _WORKING = 2 << 30  # chunks of logits and attention, the allocator's slack
 

@@ -1,4 +1,4 @@
-"""Figures from per-token predictions, in float64. Definitions are those of the tools named; nothing here is a convention of ours
+"""Figures from per-token predictions, in float64. Definitions are those of the tools named; nothing here is a convention of m3quant's own
 unless it says so."""
 
 from __future__ import annotations

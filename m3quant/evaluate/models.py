@@ -76,13 +76,13 @@ class Model:
         return sum(nbytes(o) for n in self.layer_names(layer) for o in self.reader.tensors[n].outputs)
 
     def dense_bytes(self, layer: int) -> int:
-        """Bytes of one layer as it lies in memory: BF16, whatever the disk holds."""
+        """Bytes of one layer in memory: BF16, whatever the disk holds."""
         if isinstance(self.reader, SourceReader):
             return sum(2 * self.reader.tensors[n].numel for n in self.layer_names(layer))
         return sum(2 * self.reader.tensors[n].source.numel for n in self.layer_names(layer))
 
     def fingerprint(self) -> str:
-        """What tells this checkpoint from others: headers and config, and for an output of ours its shards' hashes."""
+        """What distinguishes this checkpoint from others: headers and config, and for an output of m3quant its shards' hashes."""
         if self.manifest is None:
             return self.reader.checkpoint.fingerprint()
         return output_fingerprint(self.reader.checkpoint, self.manifest)

@@ -52,7 +52,7 @@ class Offer:
 
 
 class Server:
-    """url: of the server, with or without /v1. model: a served name; the only one served if None. say: told of every wait.
+    """url: of the server, with or without /v1. model: a served name; the only one served if None. say: called for every wait.
 
     api_key_env: the environment variable that holds the key. Raises EvaluationError if nothing answers there, the key
     is refused, or the model is not served.
@@ -210,7 +210,7 @@ def _scores(choice: Mapping[str, Any], form: str) -> list[tuple[float, int | Non
     own, tops = given["token_logprobs"], given.get("top_logprobs") or []
     if own[1] is None or len(tops) < len(own) - 1:
         return None
-    # The generated token stands behind the prompt's.
+    # The generated token follows the prompt's.
     out: list[tuple[float, int | None, bool] | None] = []
     for value, top in zip(own[:-1], tops, strict=False):
         best = max(top.values()) if top else None
@@ -247,7 +247,7 @@ def finite(value: float) -> bool:
 
 
 def _readable(parts: urllib.parse.SplitResult) -> bool:
-    """Whether the HTTP library takes it, and what stands for a port is one, or nothing does."""
+    """Whether the HTTP library accepts it, and the port, if there is one, is valid."""
     try:
         httpx2.URL(parts.geturl())
         return parts.port != 0

@@ -28,7 +28,7 @@ from .task import Predictions, ScoredSequence
 
 NOISE, CHECKPOINT = "noise", "checkpoint"
 _EMBED_TOKENS = 1 << 14
-# States of a run of predicted tokens are read together where no more than this many others lie between two of them.
+# States of a run of predicted tokens are read together where at most this many others are between two of them.
 _GAP = 64
 
 
@@ -257,7 +257,7 @@ def _scored(
     nll = np.empty((len(streams), total), dtype=np.float32)
     best = np.empty((len(streams), total), dtype=np.int64)
     kl = np.empty((len(streams), total), dtype=np.float32)
-    # In the order in which states lie, so that each is read once.
+    # In the order of the states in the file, so that each is read once.
     order = np.argsort(layouts[0].rows, kind="stable")
     for start in range(0, total, CHUNK_TOKENS):
         chosen = order[start : start + CHUNK_TOKENS]

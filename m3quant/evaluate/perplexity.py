@@ -1,5 +1,5 @@
 """Perplexity in the three conventions that papers and tools report. They differ by more than quantization does: a figure of one
-says nothing beside a figure of another, and each carries its label."""
+cannot be compared with a figure of another, and each carries its label."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from ..errors import CalibrationError, EvaluationError, StoppedError
 
 PLACES = ("auto", "device", "host", "disk")
 DISK_MARGIN = 64 * 2**20
-_QUEUED = 2  # batches waiting to be written, beside the one being computed
+_QUEUED = 2  # batches waiting to be written, in addition to the one being computed
 
 
 class StreamStates:
@@ -151,7 +151,7 @@ def place_states(
 ) -> Placement:
     """Choose device, host or disk for streams of these bytes, before anything is computed.
 
-    reserve: bytes that weights and activations need beside them on the device (on the host, without a GPU). Raises
+    reserve: bytes that weights and activations need in addition to them on the device (on the host, without a GPU). Raises
     EvaluationError or StoppedError if they fit nowhere.
     """
     need = sum(sizes)

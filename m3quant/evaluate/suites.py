@@ -45,7 +45,7 @@ SUITES = Path(__file__).parent / "suites"
 
 
 class TaskEntry(BaseModel):
-    """One line of a suite: the task, and its parameters beside it."""
+    """One line of a suite: the task and its parameters."""
 
     model_config = ConfigDict(extra="allow")
     task: str
@@ -128,7 +128,7 @@ def _fit(task: str, params: dict[str, Any], limit: int, notes: list[str]) -> boo
 
 
 def _called(task: str, params: Mapping[str, Any]) -> str:
-    """What tells an entry of a suite from others of its kind."""
+    """What distinguishes an entry of a suite from others of its kind."""
     return str(params.get("name") or "_".join(filter(None, (task, params.get("variant")))))
 
 

@@ -60,7 +60,7 @@ class Task(Protocol):
 
 @runtime_checkable
 class NoiseFloor(Protocol):
-    """What a task has beside `Task` if it wants to know how far the source differs from itself.
+    """What a task has in addition to `Task` to find out how far the source differs from itself.
 
     The source runs these sequences a second time, in another dtype and other batches, in the same pass.
     """

@@ -1,4 +1,4 @@
-"""What a model family tells the rest of m3quant. Torch-free; one file per architecture implements it.
+"""What a model family states to the rest of m3quant. Torch-free; one file per architecture implements it.
 
 A family is bound to one config.json, which it reads once into typed facts and one `LayerSpec` a layer. Tensor names and
 shapes, roles, fused modules, folds and the KV geometry follow from those. Names are the on-disk names of the official releases.
@@ -32,12 +32,12 @@ KEPT = {
     "mtp": "multi-token-prediction weights are passed through byte for byte",
     "unknown": "not known to this family: passed through byte for byte",
 }
-# More than any layer has beside its experts, so that what a config promises can be bounded without listing it.
+# More than any layer has outside its experts, so that what a config promises can be bounded without listing it.
 _PER_LAYER, _PER_VISION_LAYER, _OUTSIDE = 64, 32, 64
 _MAX_TENSORS = 1_000_000  # listing as many takes seconds and some 300 MB; M3 has 24,000
-# What is promised and absent is told name by name, in so far as it can be a faulty copy of this model at all.
+# What is promised and absent is listed name by name, in so far as it can be a faulty copy of this model at all.
 _TIMES_HELD, _SPARE = 4, 10_000
-# Leaves beside a weight that no forward pass in full precision reads.
+# Leaves next to a weight that no forward pass in full precision reads.
 _SILENT_LEAVES = re.compile(
     r"(weight|input|output|[kqv]|prob)_?\w*(scale|zero_point)\w*|[kqv]_(scale|zero_point)|scales?"
 )
@@ -91,7 +91,7 @@ class InEngine:
     flags: arguments of the server that the family needs, as in the official recipes. first_release: the oldest that has the
     architecture, '' where every known one does. refused_formats: output format -> why it cannot load the family in it, and
     what to use. reasoning_tokens: what the reasoning parser among the flags insists on in a
-    tokenizer. probe_arguments: what a loading probe gives the engine beside the request. probe_norm: "module:class" of a
+    tokenizer. probe_arguments: what a loading probe gives the engine in addition to the request. probe_norm: "module:class" of a
     norm of the engine's that has no plain fallback of its own.
     """
 
@@ -109,7 +109,7 @@ class Family(ABC):
     architectures: ClassVar[Mapping[str, str]]  # model_type -> the class that config.json names
     # role -> regexes for a quantization config; they match on-disk names, engine probes and merged names alike
     targets: ClassVar[Mapping[str, tuple[str, ...]]]
-    # regexes of Linear modules that an engine must be told to leave alone
+    # regexes of Linear modules that an engine must leave unquantized
     always_ignored: ClassVar[tuple[str, ...]]
     # `modules_to_not_convert` of the `fp8` format, as the official releases write it
     fp8_ignored: ClassVar[tuple[str, ...]]
@@ -118,7 +118,7 @@ class Family(ABC):
     awq_substrings: ClassVar[Mapping[str, tuple[str, ...]]]
     # engine's name -> what is particular to the family there
     engines: ClassVar[Mapping[str, InEngine]] = {}
-    # What the language model's names begin with, its head's name, and the towers beside it by prefix.
+    # What the language model's names begin with, its head's name, and the other towers by prefix.
     body: ClassVar[str] = "model."
     head_name: ClassVar[str] = "lm_head.weight"
     towers: ClassVar[Mapping[str, str]] = {}
@@ -250,7 +250,7 @@ class Family(ABC):
             raise CheckpointError(f"{self.where}: {named} promise up to {promised:,} tensors, more {known}: {REMEDY}.")
 
     def other_tensors(self) -> dict[str, Expected]:
-        """Tensors beside the language model (vision tower, projector)."""
+        """Tensors outside the language model (vision tower, projector)."""
         return {}
 
     def unread_companion(self, name: str) -> str | None:
@@ -298,7 +298,7 @@ class Family(ABC):
         return max((s.sparse.topk_blocks * s.sparse.block_size for s in self.layers if s.sparse), default=0)
 
     def has_index_keys(self, layer: int) -> bool:
-        """Whether this layer keeps MSA index keys beside its KV cache."""
+        """Whether this layer keeps MSA index keys in addition to its KV cache."""
         return self.layers[layer].sparse is not None
 
     # --- what engines call things ---

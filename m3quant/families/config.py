@@ -148,7 +148,7 @@ class ConfigPart:
             )
 
     def refuse_unknown(self, harmless: re.Pattern[str] = _HARMLESS) -> None:
-        """Refuse every key that nobody asked for and that may change the forward pass: an unset or switched-off one does not."""
+        """Refuse every key that was not read and that may change the forward pass: an unset or switched-off one does not."""
         for key, value in self.values.items():
             off = value is None or value is False or value == 0 or value in ("", [], {})
             if off or key in self._asked or harmless.fullmatch(key) or _HARMLESS.fullmatch(key):

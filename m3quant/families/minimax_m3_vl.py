@@ -22,7 +22,7 @@ _INDEX_KEYS = {
     "sparse_local_block": "index_local_blocks",
 }
 
-# What the transformers tree (its conversion_mapping, "minimax_m3_vl") names otherwise beside the layers.
+# What the transformers tree (its conversion_mapping, "minimax_m3_vl") names differently outside the layers.
 _TREE = (
     (r"language_model\.lm_head", "lm_head"),
     (r"vision_tower\.vision_model\.(?:encoder\.)?", "model.vision_tower."),

@@ -1,6 +1,6 @@
-"""What a data-free conversion moves at a time: runs of neighbouring output tensors, laid out as they lie in the shard.
+"""What a data-free conversion moves at a time: runs of neighbouring output tensors, laid out as in the shard.
 
-Pure planning, which imports no torch: which source bytes go where in a read buffer, and where each output lies in a write buffer.
+Pure planning, which imports no torch: which source bytes go where in a read buffer, and where each output is in a write buffer.
 """
 
 from __future__ import annotations

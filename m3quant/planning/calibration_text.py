@@ -50,7 +50,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class WindowGroup:
-    """Windows of one length. They lie one after the other from row `start` of the token grid [S, L]: each is `rows` rows
+    """Windows of one length. They follow one another from row `start` of the token grid [S, L]: each is `rows` rows
     of it, which are consecutive text; so a group is a reshape of its rows, [windows * rows, L] to [windows, rows * L]."""
 
     start: int
@@ -96,7 +96,7 @@ def token_choice(plan: Plan, rates: Rates) -> Tokens:
 
 
 def device_room(plan: Plan, device_memory: int) -> int:
-    """Calibration tokens for which a GPU of so many bytes has room, beside the layers and the search; 0: for none."""
+    """Calibration tokens for which a GPU of so many bytes has room in addition to the layers and the search; 0: for none."""
     data, state = plan.recipe.data, facts_of(plan.recipe.rounding).state
     now = (data.windows + data.heldout_windows) * data.window_length
     free = DEVICE_SHARE * device_memory - resources(plan, on_gpu=True).device

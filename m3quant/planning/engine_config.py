@@ -1,4 +1,4 @@
-"""`quantization_config`: what an engine is told. What it makes of it is `engines.rules.lookup_problems`. Torch-free."""
+"""`quantization_config`: what an engine reads. How it resolves names in it is `engines.rules.lookup_problems`. Torch-free."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def compressed_tensors_group(scheme: Scheme) -> dict[str, Any]:
 
 def _deepseek_fp8(family: Family, modules: Mapping[str, Scheme]) -> dict[str, Any]:
     kept = [name for name, scheme in modules.items() if not scheme.quantizes]
-    # One entry stands for all experts of a layer: vLLM asks whether the layer's prefix lies in an entry.
+    # One entry covers all experts of a layer: vLLM asks whether the layer's prefix is part of an entry.
     exact = sorted({alias for name in kept for alias in family.engine_names(name)})
     return {
         "quant_method": "fp8",

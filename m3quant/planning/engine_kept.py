@@ -46,7 +46,7 @@ def kept_linears(family: Family, tensors: Iterable[TensorInfo], fmt: str) -> lis
         ):
             role = Role("mtp", int(number[1]))
         if fmt == "fp8" and role.kind == "unknown" and role.layer is not None and ".experts." in tensor.name:
-            continue  # an entry inside a layer's list of experts would take all of them out (vLLM's is_layer_skipped); nobody builds it
+            continue  # an entry inside a layer's list of experts would take all of them out (vLLM's is_layer_skipped); no family needs it
         if role.kind not in QUANTIZABLE and role.kind not in _NO_LINEAR:
             found.append((tensor.name.removesuffix(".weight"), role))
     return found
@@ -119,7 +119,7 @@ class IgnoreList:
             return any(pattern.match(name) for pattern in self._patterns)
         if self.method == "awq":
             return any(entry in name for entry in self._exact)
-        # One entry may stand for the list of experts; the releases write leaves such as "gate", which transformers looks for in a
+        # One entry may cover the list of experts; the releases write leaves such as "gate", which transformers looks for in a
         # name and whose modules vLLM builds without a quantization config.
         parent, experts, _ = name.rpartition(".experts.")
         return name.rpartition(".")[2] in self._exact or (bool(experts) and f"{parent}.experts" in self._exact)

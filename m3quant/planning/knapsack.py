@@ -60,7 +60,7 @@ def hull(options: Sequence[Option]) -> list[Option]:
 
 
 def _above(left: Option, middle: Option, right: Option) -> bool:
-    """Whether the middle lies on or above the line from left to right."""
+    """Whether the middle is on or above the line from left to right."""
     saved, spent = left.loss - middle.loss, middle.cost - left.cost
     return saved * (right.cost - middle.cost) <= (middle.loss - right.loss) * spent
 

@@ -23,7 +23,7 @@ FEEDBACK_CHUNK_BYTES = 12 * 10**9
 FEEDBACK_MATRICES = 14
 _FINE_BITS = 4
 # Device bytes of a token's hidden channel, in BF16 streams. Searching a layer holds both streams, each with the layer's output
-# beside its input; feedback holds both before and after attention, what is missing, and the experts' sum in float32.
+# in addition to its input; feedback holds both before and after attention, what is missing, and the experts' sum in float32.
 STREAMS_BYTES = 4 * 2
 FEEDBACK_STATE_BYTES = 2 * 2 + 2 * 2 + 2 + 4
 
@@ -33,8 +33,8 @@ class QuantizerFacts:
     """needs_text: layers are calibrated in order, on text. folds: norms and their readers may be scaled.
 
     nearest_codes: every code is the (folded) source's weight rounded to nearest under the stored scale, which verify then
-    demands. flops: of a layer on average, beside the forward passes of both streams. scratch: device bytes of a layer's
-    search, beside the layer, its codes and the streams. state: device bytes that exist of every token for each hidden channel.
+    demands. flops: of a layer on average, in addition to the forward passes of both streams. scratch: device bytes of a layer's
+    search, in addition to the layer, its codes and the streams. state: device bytes that exist of every token for each hidden channel.
     """
 
     name: str
@@ -55,7 +55,7 @@ def feedback_rounds(scheme: Scheme, given: int | None) -> int:
     """Rounds of descent and refit for a weight of this scheme; given: what the recipe says.
 
     On the fixtures' development windows four rounds instead of two take 1 to 2 % off the KL divergence at 2 bits, and nothing
-    that can be told from chance at 4 (docs/rounding.md); they take twice the time.
+    that can be distinguished from chance at 4 (docs/rounding.md); they take twice the time.
     """
     if given is not None:
         return given

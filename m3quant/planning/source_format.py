@@ -124,7 +124,7 @@ def source_format(checkpoint: Checkpoint) -> SourceFormat:
 
 
 def file_format(path: Path, config: Mapping[str, Any]) -> SourceFormat:
-    """What a config.json that lies there alone says, with the hf_quant_config.json beside it. Raises CheckpointError."""
+    """What a config.json alone says, with the hf_quant_config.json next to it. Raises CheckpointError."""
     beside = path.with_name(HF_QUANT_CONFIG)
     raw = _hf_quant(read_bounded(beside, CONFIG_BYTES, follow=True), str(beside)) if beside.is_file() else None
     return config_format(config, str(path), raw)
@@ -245,7 +245,7 @@ class KeptModules:
     """Tensors whose module a config leaves unquantized: `name in KeptModules(entries, family)`.
 
     An entry is a module's name, a run of its parts ("self_attn", "layers.3.mlp") or a pattern with `*` (ModelOpt); a regex is refused with
-    CheckpointError, since it may take any time. All experts of a layer are judged as its first, unless an entry names experts by number.
+    CheckpointError, since it may take any time. All experts of a layer are taken to be like its first, unless an entry names experts by number.
     """
 
     def __init__(self, entries: Iterable[str], family: Family) -> None:

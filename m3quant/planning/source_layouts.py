@@ -1,6 +1,6 @@
 """The layouts in which sources store a quantized weight: leaves, dtypes, shapes. Torch-free.
 
-A weight X.weight [N, K] is stored as codes beside scales, all under X. Which layout it is follows from the names, dtypes and shapes of
+A weight X.weight [N, K] is stored as codes and scales, all under X. Which layout it is follows from the names, dtypes and shapes of
 what lies there; `source_format` says what config.json calls it. Sources of the layouts: compressed-tensors 0.20 (compressors/nvfp4, mxfp4,
 mxfp8, naive_quantized), ModelOpt 0.47 (qtensor/nvfp4_tensor.py), OCP Microscaling v1.0, DeepSeek-V3's `weight_block_size`.
 """
@@ -35,11 +35,11 @@ WORDS = {
 KINDS = tuple(WORDS)
 _GROUPS = {NVFP4: NV_GROUP, NVFP4_PACKED: NV_GROUP, MXFP4: MX_GROUP, MXFP8: MX_GROUP}
 
-# Leaves beside a module's codes. The last two are of activations, which no weight needs.
+# Leaves next to a module's codes. The last two are of activations, which no weight needs.
 _SCALES, _GLOBALS = ("weight_scale_inv", "weight_scale"), ("weight_scale_2", "weight_global_scale")
 _ACTIVATIONS = ("input_scale", "input_global_scale")
 PACKED = "weight_packed"
-# Of integers: zero points, and the shape that compressed-tensors states beside them.
+# Of integers: zero points, and the shape that compressed-tensors states with them.
 ZERO_POINTS, TRUE_SHAPE = ("weight_zero_point", "qzeros"), "weight_shape"
 COMPANIONS = (*_SCALES, *_GLOBALS, *_ACTIVATIONS, *ZERO_POINTS, TRUE_SHAPE, "scales")
 _E8M0, _FLOATS = ("U8", "F8_E8M0"), ("F32", "BF16")
@@ -56,7 +56,7 @@ class SourceTensor:
     """One tensor of the model as the source stores it.
 
     info: the tensor, or its codes; kind: one of KINDS, or of integers (`integer_kinds`); scale: of groups, rows or blocks; global_scale:
-    one F32 number that multiplies (NVFP4) or divides (NVFP4_PACKED) them; unread: scales of activations beside it. Of integers,
+    one F32 number that multiplies (NVFP4) or divides (NVFP4_PACKED) them; unread: scales of activations next to it. Of integers,
     zero_point; true_shape, the tensor that states [N, K]; and dense_shape, the same as planned.
     """
 
@@ -109,7 +109,7 @@ class SourceTensor:
 
 
 def scale_layout(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Shape of the scale beside a weight [N, K], and the dtypes it may have, the usual one first."""
+    """Shape of the scale of a weight [N, K], and the dtypes it may have, the usual one first."""
     rows, columns = shape
     if kind == FP8_BLOCK:
         return (math.ceil(rows / BLOCK), math.ceil(columns / BLOCK)), ("F32", "BF16")

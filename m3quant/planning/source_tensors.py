@@ -58,7 +58,7 @@ def _is_code(info: TensorInfo, leaf: str) -> bool:
 
 
 def _companions(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
-    """Module -> leaf -> what lies beside its codes. Raises CheckpointError for a scale without codes."""
+    """Module -> leaf -> what is stored with its codes. Raises CheckpointError for a scale without codes."""
     infos = checkpoint.tensors
     beside: dict[str, dict[str, TensorInfo]] = {}
     for name, info in infos.items():
@@ -71,7 +71,7 @@ def _companions(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
         )
         if weight is None or not _is_code(weight, weight.name.rpartition(".")[2]):
             if (leaf.startswith("input_") and weight is not None) or (leaf == "scales" and weight is None):
-                continue  # an activation's scale beside an unquantized weight is passed through
+                continue  # an activation's scale of an unquantized weight is passed through
             raise CheckpointError(
                 f"{checkpoint.root}/{info.shard}: scale '{name}' has no quantized weight '{stem}.weight': the download is incomplete; fetch "
                 "the missing shards again."

@@ -34,7 +34,7 @@ class Rates(BaseModel):
     shared: how far reading and writing at once get into each other's way: 0, the disk does both at full rate; 1, one after
     the other; above 1, both at once take longer than that. pack: BF16 bytes rounded, by all workers together. search (AWQ), feedback and forward: calibration's operations as
     `search_flops` and `forward_flops` count them, over the seconds that they took. start: seconds of a calibrated run, once,
-    that no stage tells: CUDA's code and pinned memory made ready beyond the first layer's read, packing and closing at the end.
+    that belongs to no stage: CUDA's code and pinned memory made ready beyond the first layer's read, packing and closing at the end.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -54,7 +54,7 @@ class Rates(BaseModel):
     feedback: float | None = Field(default=None, gt=0)
     forward: float | None = Field(default=None, gt=0)
     start: float = Field(default=0.0, ge=0)
-    device_memory: int | None = Field(default=None, gt=0)  # bytes of one GPU, as its driver tells them
+    device_memory: int | None = Field(default=None, gt=0)  # bytes of one GPU, as its driver reports them
 
 
 class Estimate(BaseModel):

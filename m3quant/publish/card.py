@@ -27,7 +27,7 @@ from .licences import Licence
 from .results import figure
 
 TEMPLATE = "card.md.jinja"
-# What stands between these two lines is a person's, and stays when the card is written again.
+# The text between these two lines is the user's, and is kept when the card is written again.
 NOTES_BEGIN = "<!-- notes: what you write between these two lines is kept when m3quant writes the card again -->"
 NOTES_END = "<!-- end of notes -->"
 CALIBRATED_ONLY = ("calibration", "heldout", "coverage", "report")  # manifest keys of calibrated runs

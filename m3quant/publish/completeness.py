@@ -82,7 +82,7 @@ def left_out_explained(out: Path, manifest: Mapping[str, Any]) -> dict[str, str]
 
 
 def check_carried(out: Path, manifest: Mapping[str, Any], findings: Findings) -> None:
-    """Every file beside the source's weights is in the output with the same bytes, or its absence is explained."""
+    """Every file next to the source's weights is in the output with the same bytes, or its absence is explained."""
     record = manifest["source"].get("files")
     if record is None:
         findings.problems.append(

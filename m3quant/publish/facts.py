@@ -161,7 +161,7 @@ def _about(record: EvalRecord) -> dict[str, Any]:
 
 
 def excluded_modules(config: Mapping[str, Any]) -> list[str]:
-    """Modules, or regexes of them, that config.json tells engines to leave unquantized."""
+    """Modules, or regexes of them, that engines leave unquantized according to config.json."""
     quantization = config.get("quantization_config") or {}
     return sorted({str(m) for key in IGNORED_KEYS for m in quantization.get(key) or ()})
 

@@ -1,4 +1,4 @@
-"""Everything that stands between an output and the Hub: base, licence, completeness, card. One call for `publish` and for `card`."""
+"""Everything that is checked before an output goes to the Hub: base, licence, completeness, card. One call for `publish` and for `card`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Asked:
-    """What a person gives beside the folder. serving: rows of the serving table, None to compute them."""
+    """What a person gives in addition to the folder. serving: rows of the serving table, None to compute them."""
 
     base_repo: str | None = None
     base_revision: str | None = None
@@ -52,7 +52,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An output that may be sent. files: all of them; not_sent: what else lies in the folder."""
+    """An output that may be sent. files: all of them; not_sent: what else is in the folder."""
 
     files: list[PublishFile]
     base: Base

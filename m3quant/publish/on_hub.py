@@ -18,7 +18,7 @@ from .licences import Licence
 def base_problems(out: Path, manifest: Mapping[str, Any], base: Base, licence: Licence) -> list[str]:
     """Sentences on where `out` is not made from `base` as the Hub has it. Raises CheckpointError where the Hub cannot be asked.
 
-    Every file beside the weights that the base has at that commit must be here with the same bytes, so that a partial
+    Every file next to the weights that the base has at that commit must be here with the same bytes, so that a partial
     download or an edited tokenizer is found; a licence supplied by hand is refused where the base has one of its own.
     """
     store = HubStore(base.repo, base.revision)

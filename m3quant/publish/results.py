@@ -16,7 +16,7 @@ from ..checkpoint.bounded import MANIFEST_BYTES, read_bounded
 from ..errors import PublishError
 from ..evaluate.position import CONVENTION as POSITION
 
-# What a reader looks for, by how the conventions of `m3quant eval` begin; a kind without a result is said to be missing.
+# What a reader looks for, by how the conventions of `m3quant eval` begin; a kind without a result is listed as missing.
 KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("perplexity", re.compile(r"gptq|lm-eval|llama\.cpp", re.IGNORECASE)),
     ("KL divergence from the base", re.compile(r"kl", re.IGNORECASE)),
@@ -47,7 +47,7 @@ class EvalTable:
 
 
 def read_eval(out: Path, fingerprint: str) -> EvalRecord | None:
-    """OUT/eval.json, or None where there is none. fingerprint: `output_fingerprint` of what lies in `out` now.
+    """OUT/eval.json, or None where there is none. fingerprint: `output_fingerprint` of `out` now.
 
     Raises PublishError for a file that does not parse or that measured another checkpoint.
     """

@@ -60,7 +60,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Target:
-    """What a run wants: the files, the tag, who may see it, whether other files on main may go, and where base files lie."""
+    """What a run wants: the files, the tag, who may see it, whether other files on main may go, and where the base's files are."""
 
     files: Sequence[PublishFile]
     tag: str = DEFAULT_TAG
@@ -219,7 +219,7 @@ class _Run:
         if operations:
             self.remote.preupload(operations, STAGING, FILES_AT_ONCE)
         for file, before, operation in zip(files, stamps, operations, strict=True):
-            # The digest is the client's own, taken as it read the file, and not ours repeated.
+            # The digest is the client's own, computed as it read the file, not a copy of m3quant's.
             if stamp(file) != before or operation.upload_info.sha256.hex() != file.sha256:
                 raise changed(file)
             self.progress.advance(file.size)

@@ -129,7 +129,7 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme
 def decompress(
     tensors: dict[str, Tensor], scheme: Scheme, fmt: str, shape: tuple[int, ...], *, name: str = "weight"
 ) -> Tensor:
-    """The float32 weight of `shape` [..., N, K] that `tensors`, as `compress` returns them, stand for.
+    """The float32 weight of `shape` [..., N, K] that `tensors`, as `compress` returns them, represent.
 
     Raises CheckpointError where a tensor but `weight_shape` is missing, has another dtype or shape, or `weight_shape` says another size.
     """

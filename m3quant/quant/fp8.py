@@ -67,7 +67,7 @@ def check_block_scale(shape: tuple[int, ...], scale: Tensor, block: Block, name:
 
 
 def _each_block(work: Tensor, scale: Tensor, block: Block, operation: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Runs in-place `operation(view of work, broadcastable scale)` so that each block meets its scale.
+    """Runs in-place `operation(view of work, broadcastable scale)` so that each block is combined with its scale.
 
     The only temporary is the scale widened along K, 1/block[0] of the weight's size.
     """

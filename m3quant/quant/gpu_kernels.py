@@ -201,7 +201,7 @@ def _zero_kernel(zeros, out, table, rows, columns, BITS: tl.constexpr, COUNT: tl
 def compress_group(
     source: Tensor, out: Tensor, table: Tensor, flags: Tensor, shape: tuple[int, int], scheme: Scheme
 ) -> None:
-    """Round the weights of one shape and scheme that lie in `source` into their places in `out`, on the current stream.
+    """Round the weights of one shape and scheme in `source` into their places in `out`, on the current stream.
 
     source, out: uint8 on the GPU. table: int64 [weights, 4] on the GPU, byte offsets of each BF16 weight [N, K] in
     `source` (a multiple of 16) and of its codes, its scale and its zero points (0 without) in `out` (multiples of what

@@ -22,7 +22,7 @@ _SCALE_BYTES = {"F32": 4, "BF16": 2, "U8": 1, "F8_E8M0": 1}
 
 @triton.jit
 def _e4m3(magnitude):
-    """float32 of E4M3's seven bits below the sign: from 8 on they lie in float32's as they are, 120 exponents higher; below,
+    """float32 of E4M3's seven bits below the sign: from 8 on they are float32's bits as they are, 120 exponents higher; below,
     the value is a multiple of 2^-9."""
     normal = ((magnitude << 20) + 0x3C000000).to(tl.float32, bitcast=True)
     return tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
@@ -94,7 +94,7 @@ def _dense_fp4_kernel(
     byte = tl.load(source + begin + row * (columns // 2) + column // 2, mask=inside, other=0).to(tl.int32)
     code = (byte >> ((column & 1) * 4)) & 0xF  # the even column is in the low half
     magnitude = code & 7
-    # E2M1: from 2 on the bits lie in float32's as they are, 126 exponents higher; below, 0 and 0.5
+    # E2M1: from 2 on the bits are float32's as they are, 126 exponents higher; below, 0 and 0.5
     value = tl.where(
         magnitude < 2, magnitude.to(tl.float32) * 0.5, ((magnitude << 22) + 0x3F000000).to(tl.float32, bitcast=True)
     )
@@ -120,7 +120,7 @@ def _dense_fp4_kernel(
 
 
 def dense_group(source: Tensor, out: Tensor, table: Tensor, flags: Tensor, alike: SourceTensor) -> None:
-    """BF16 of the quantized weights of one kind and shape that lie in `source`, into their places in `out`, on the current stream.
+    """BF16 of the quantized weights of one kind and shape in `source`, into their places in `out`, on the current stream.
 
     source, out: uint8 on the GPU. table: int64 [weights, parts + 1] on the GPU, byte offsets in `source` of each weight's parts (multiples
     of 16; codes, scale, and the global scale of NVFP4, see `SourceTensor.parts`), and in `out` of the BF16 weight [N, K] (even). alike: one

@@ -29,7 +29,7 @@ def dequantize_integers(
     out: Tensor | None = None,
     name: str = "weight",
 ) -> Tensor:
-    """The weight [N, K] of `shape` that the stored parts of one of `planning.integer_kinds` stand for.
+    """The weight [N, K] of `shape` that the stored parts of one of `planning.integer_kinds` represent.
 
     codes: int32, `weight_packed` [N, W] or `qweight` [K, N/8]. scale: BF16, F16 or F32, [N, G] or AutoAWQ's [G, N]. zero_point: int32 words
     along N, or None. true_shape: `weight_shape`. out_dtype: bfloat16 or float32; or out, a tensor of one of them to fill, on the codes' device.

@@ -1,7 +1,7 @@
 """Codes to int32 words and back, in the orders of compressed-tensors and AutoAWQ.
 
 Codes are signed int8 in [-2^(b-1), 2^(b-1)-1], b from 2 to 8, and are stored with 2^(b-1) added as one dense
-little-endian bit stream: code i of a row lies in the row's bits b i to b i + b - 1, across the border of two words if
+little-endian bit stream: code i of a row is in the row's bits b i to b i + b - 1, across the border of two words if
 need be (compressed-tensors >= 0.20 `pack_quantized/helpers.py`; older ones pad every word unless b divides 32).
 
 Everything is done on bytes: 4-bit codes pair up into one byte, low nibble first; of the other widths eight codes are

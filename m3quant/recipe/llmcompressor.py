@@ -1,4 +1,4 @@
-"""llm-compressor recipes, read as ours: modifiers, targets and ignore lists resolved onto the roles of a family.
+"""llm-compressor recipes, read as m3quant's own: modifiers, targets and ignore lists resolved onto the roles of a family.
 
 Accepted: stages as a person writes them and as llm-compressor writes them into recipe.yaml, AWQModifier (with its own
 scheme, or before a QuantizationModifier) and QuantizationModifier. Targets resolve as in compressed-tensors
@@ -107,7 +107,7 @@ def _is_stage(key: object) -> bool:
 
 
 def _modifiers(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, options) of every modifier in order, at whatever level it stands: top, group or stage."""
+    """(name, options) of every modifier in order, at any level: top, group or stage."""
     for key, value in document.items():
         if str(key).endswith("Modifier"):
             yield str(key), value

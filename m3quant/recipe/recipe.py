@@ -54,7 +54,7 @@ class FeedbackOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     source_targets: bool = True  # aim at the outputs of the source model's stream, not at the weight's own
-    residual: bool = True  # o_proj and w2 make good the residual stream's error too
+    residual: bool = True  # o_proj and w2 compensate the residual stream's error too
     # Of coordinate descent and scale refit after the first sweep; None: as many as pay at a weight's bits (planning/quantizers.py).
     rounds: int | None = Field(default=None, ge=0, le=100)
     refit: bool = True  # least-squares scales for fixed codes
@@ -109,7 +109,7 @@ class Recipe(BaseModel):
     feedback: FeedbackOptions = Field(default_factory=lambda: FeedbackOptions())
     data: CalibrationOptions = Field(default_factory=lambda: CalibrationOptions())
     requantize: bool = False  # take a source whose weights are integers already
-    _asked: frozenset[str] = PrivateAttr(default=frozenset())  # roles that a person gave a scheme beside the document
+    _asked: frozenset[str] = PrivateAttr(default=frozenset())  # roles that a person gave a scheme outside the document
 
     @model_validator(mode="before")
     @classmethod

@@ -25,7 +25,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph of lines; soft: small print. A warning stands before the lines and stands out."""
+    """A paragraph of lines; soft: small print. A warning comes before the lines and is highlighted."""
 
     kind: ClassVar = "text"
     lines: Sequence[str]

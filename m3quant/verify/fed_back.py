@@ -1,4 +1,4 @@
-"""Checks of codes with fed-back errors, which no rule derives from the source one by one.
+"""Checks of codes with error feedback, which cannot be derived from the source one by one.
 
 Rows and columns of the stored weight must still be those of the source: a row in another's place, a wrong sign or a
 channel that was scaled and not compensated lowers their agreement with the source below anything that rounding does. And
@@ -22,7 +22,7 @@ _FLOOR_DB_ABOVE = 4.0
 _LEAST_COSINE = 0.3
 # How far the slope of a stored column over the source's may be from 1: in standard errors of its own residuals, and at least.
 _COLUMN_ERRORS, _COLUMN_LEAST = 12.0, 0.6
-_FEW = 16  # rows below which a column's slope is not judged
+_FEW = 16  # rows below which a column's slope is not evaluated
 
 
 def floor_db(scheme: Scheme) -> float:
@@ -53,7 +53,7 @@ def _foreign_rows(source: Tensor, stored: Tensor) -> list[int]:
     a, b = source.double(), stored.double()
     energy, other = a.square().sum(-1), b.square().sum(-1)
     cosine = (a * b).sum(-1) / (energy * other).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-    # A row of zeros has no direction; the distance judges it.
+    # A row of zeros has no direction; the distance is checked.
     low = (cosine < _LEAST_COSINE) & (energy > 0)
     return [int(row) for row in low.nonzero()[:, 0]]
 

@@ -128,7 +128,7 @@ class Admission:
         released = self.ledger.release(ticket)
         self._pump()
         if released:
-            # After the pump: between two requests that each fill the pool nobody is idle, and the rate goes on.
+            # After the pump: between two requests that each fill the pool the server is not idle, and the rate continues.
             self.rate.add(ticket.tokens, self.clock(), idle=not self.ledger.admitted)
 
     def resize(self, capacity: int, queue_limit: int, block_size: int) -> None:
@@ -140,7 +140,7 @@ class Admission:
         self._pump()
 
     def drain(self) -> None:
-        """No request is admitted any more; those waiting are told so."""
+        """No request is admitted any more; those waiting are refused."""
         self.draining = True
         for ticket in self.ledger.drop_waiting():
             self._waiters[ticket].set_exception(going_down(self.timeout_s))

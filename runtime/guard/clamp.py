@@ -41,7 +41,7 @@ def skip(text: str, at: int) -> int:
 
 
 def with_number(body: bytes, name: str, value: int) -> bytes:
-    """The body with the member `name` of its outermost object set to `value`: replaced wherever it stands, or put first.
+    """The body with the member `name` of its outermost object set to `value`: replaced in place, or put first.
 
     Raises ValueError for what is no JSON object in UTF-8, also one nested too deep to be read.
     """

@@ -32,7 +32,7 @@ logger = logging.getLogger("vllm.m3quant.guard")
 App = Callable[..., Awaitable[None]]
 FOUND = re.compile(
     rb'\A\{"count": ?([0-9]{1,15}),'
-)  # how vLLM's answer begins; what follows is the ids, which nobody needs here
+)  # how vLLM's answer begins; what follows is the ids, which are not needed here
 LEAST_S = 1.0  # a request gets this long to be counted, also when QUEUE_TIMEOUT_S is shorter
 
 
@@ -73,7 +73,7 @@ class Counter:
         return counts, ids
 
     def _adjust(self, count: Count, prompt: Counted, reading: Reading, pool: Pool) -> None:
-        """What stands around the counted text: media, a suffix, ids in its place, the cut that the request asks for."""
+        """What is around the counted text: media, a suffix, ids in its place, the cut that the request asks for."""
         if count.tokens < 0:  # the context, whatever is around it
             count.tokens = pool.longest
             return
@@ -84,7 +84,7 @@ class Counter:
         if reading.truncate is not None and not prompt.media:
             limit = reading.truncate if reading.truncate >= 0 else pool.max_model_len - 1
             count.tokens, count.least = max(1, min(count.tokens, limit)), 1
-        if prompt.at_least > count.tokens:  # ids in place of the messages, which nobody cuts
+        if prompt.at_least > count.tokens:  # ids in place of the messages, which are not cut
             count.least = min(count.tokens if count.exact else count.least, prompt.at_least)
             count.tokens, count.exact = prompt.at_least, False
 

@@ -66,7 +66,7 @@ class Rules:
     `fields`: where it says how many output tokens, in order of precedence. `absent`: what their absence means, None for what the
     server lets it use. A field that is null always counts as that: releases before 0.32 read null so on /v1/completions too, 0.32 as 16.
     `capped`: whether the server's own ceiling (`--override-generation-config`) lowers what is asked for, in every release.
-    `n`: whether the kind has `n`; elsewhere it is reserved all the same, but nothing is refused for it.
+    `n`: whether the kind has `n`; for other kinds it is reserved too, but nothing is refused for it.
     """
 
     prompts: Callable[[dict[str, Any]], list[Prompt]]

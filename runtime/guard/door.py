@@ -54,7 +54,7 @@ def digest(key: str) -> bytes:
 
 
 def known_keys(settings: GuardSettings, scope: dict[str, Any]) -> list[str]:
-    """The guard's keys; without any, those that vLLM was started with, so that a stranger cannot fill the queue."""
+    """The guard's keys; without any, those that vLLM was started with, so that callers without a key cannot fill the queue."""
     if settings.api_keys:
         return [key.get_secret_value() for key in settings.api_keys]
     args = getattr(getattr(scope.get("app"), "state", None), "args", None)

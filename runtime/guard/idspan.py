@@ -1,7 +1,7 @@
 """Keeps a prompt of a hundred thousand token ids from becoming a hundred thousand Python integers just to be counted.
 
 The array after `"prompt":` or `"token_ids":` is replaced by a marker and its ids are counted by its commas. A quote, the name and a quote,
-followed by a colon and a bracket, cannot stand inside a JSON string (its quotes would be escaped), so what is replaced is always an
+followed by a colon and a bracket, cannot occur inside a JSON string (its quotes would be escaped), so what is replaced is always an
 array. Whose it is the parser says (`is_marked`): another member's, a tool's schema for instance, has to be read as it is.
 """
 
@@ -38,7 +38,7 @@ class IdSpan:
 
 
 def is_marked(value: Any) -> bool:
-    """Whether a parsed member is what stands in the place of its array. Of a shortened body only: no client's number is the marker there."""
+    """Whether a parsed member is the marker in place of its array. Of a shortened body only: no client's number is the marker there."""
     return isinstance(value, list) and len(value) == 1 and type(value[0]) is int and value[0] == MARKER
 
 

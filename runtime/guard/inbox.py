@@ -17,7 +17,7 @@ PIECES = 64  # a body in more pieces is handed on as one: a message a byte would
 
 
 class ClientGone(Exception):
-    """The client hung up: nobody is left to answer."""
+    """The client hung up: there is no one to answer."""
 
 
 class Inbox:
@@ -64,7 +64,9 @@ class Inbox:
         """What the application reads: the body, in the pieces in which it came where they are few, then the live connection."""
         if self._replay:
             return self._replay.pop(0)
-        if self._next is None:  # nobody else listens, so nothing can get lost when the application gives up waiting
+        if (
+            self._next is None
+        ):  # there is no other listener, so nothing can get lost when the application gives up waiting
             message = await self._receive()
             self._left |= message["type"] == "http.disconnect"
             return message

@@ -9,7 +9,7 @@ When the next request does not fit, it may hold its room back for a while: it *b
 
 - A blocking request of h tokens starts at the latest when the requests that other keys were running when it began to block have ended.
   Requests of other keys pass it meanwhile, as long as they and what its own key runs hold at most C - h tokens: they do not delay it.
-- It blocks for at most `patience` x C / h seconds. Then everything that fits passes it, and nobody blocks for as long as it blocked:
+- It blocks for at most `patience` x C / h seconds. Then everything that fits passes it, and no request blocks for as long as it blocked:
   for a request of the whole pool others are held back at most half the time, and never longer than `patience` at a stretch.
 - It does not block at all for what its own key holds: what would not fit although all other keys' requests ended waits, and is passed.
 - Whoever blocked without starting pays its tokens as if it had run, so its key is not next again until others were served as much.
@@ -38,7 +38,7 @@ class State(enum.Enum):
 
 @dataclass(eq=False)
 class Ticket:
-    """One request: its tokens (whole blocks), whose it is, and where it stands.
+    """One request: its tokens (whole blocks), its key, and its state.
 
     `chain` names the blocks of its prompt that may be shared (prefix.py); `shared` are those it shares now, `private` its other tokens.
     """
@@ -88,7 +88,7 @@ class Ledger:
         self.patience = patience
         self.clock = clock
         self.block: Block | None = None
-        self.open_until = 0.0  # nobody blocks before this
+        self.open_until = 0.0  # no request blocks before this
         self.capacity = capacity
         self.queue_limit = queue_limit
         self.block_size = block_size
@@ -136,7 +136,7 @@ class Ledger:
         return evicted
 
     def fits_now(self, key: str, tokens: int, cost: int) -> bool:
-        """Whether a new request of that many tokens would start on arrival: it fits, nothing of its key waits, and nobody holds it back."""
+        """Whether a new request of that many tokens would start on arrival: it fits, nothing of its key waits, and no request holds it back."""
         self._end_block()
         lane = self.lanes.get(key)
         return not (lane and lane.queue) and cost <= self.free and self._may_pass(key, tokens)
@@ -166,7 +166,7 @@ class Ledger:
         if not heads:
             return None
         first = min(heads, key=lambda lane: lane.start)
-        if self.cost(first.queue[0]) > self.free and self.free <= 0:  # a full pool: nobody else fits either
+        if self.cost(first.queue[0]) > self.free and self.free <= 0:  # a full pool: no other request fits either
             self._begin_block(first)
             return None
         for lane in sorted(heads, key=lambda lane: lane.start):
@@ -177,14 +177,14 @@ class Ledger:
         return None
 
     def _begin_block(self, lane: Lane) -> None:
-        """The lane's first request does not fit: it blocks, unless another one does, nobody may now, or its own key holds the room."""
+        """The lane's first request does not fit: it blocks, unless another one does, none may now, or its own key holds the room."""
         ticket = lane.queue[0]
         allowed = self.block is None and self.patience > 0 and self.clock() >= self.open_until
         if allowed and lane.running + ticket.tokens <= self.capacity:
             self.block = Block(ticket, self.clock())
 
     def _beside(self, block: Block) -> int:
-        """Tokens that requests may still take beside the one that blocks without delaying it."""
+        """Tokens that requests may still take next to the one that blocks without delaying it."""
         held = self.lanes[block.ticket.key].running + sum(block.passed.values())
         return self.capacity - block.ticket.tokens - held
 
@@ -204,7 +204,7 @@ class Ledger:
         return self.block.since + self.patience * self.capacity / self.block.ticket.tokens
 
     def _end_block(self, leaving: bool = False) -> None:
-        """Ends a block that has lasted long enough or whose request leaves; it pays, and as long as it blocked nobody else will."""
+        """Ends a block that has lasted long enough or whose request leaves; it pays, and for as long as it blocked no other request will."""
         block, ends = self.block, self.block_ends()
         if block is None or ends is None or not (leaving or self.clock() >= ends):
             return
@@ -334,7 +334,7 @@ class Ledger:
             self.lanes.clear()
             self.virtual = 0
             return
-        if not self.queued:  # nobody competes, so past service gives no one a claim
+        if not self.queued:  # no request competes, so past service gives no claim
             self.virtual = 0
             for lane in self.lanes.values():
                 lane.start = 0

@@ -1,4 +1,4 @@
-"""The guard's Prometheus metrics, registered beside vLLM's so that its /metrics shows both.
+"""The guard's Prometheus metrics, registered with vLLM's so that its /metrics shows both.
 
 Gauges say how processes combine, because vLLM switches prometheus_client to multiprocess mode for several API servers.
 """

@@ -56,7 +56,7 @@ def plan_need(
     reading: Reading, counts: Sequence[Count], pool: Pool, settings: GuardSettings, alter: bool = True
 ) -> Need:
     """Raises the 400 refusal of a request that the pool could not hold even when empty. `alter`: the body may be given a number."""
-    alter = alter and reading.kind != TOKENS  # there max_tokens stands inside sampling_params
+    alter = alter and reading.kind != TOKENS  # there max_tokens is inside sampling_params
     clamp = alter and settings.oversize == "clamp"
     if reading.output is not None and reading.output > pool.max_model_len and not clamp:
         raise too_many_output_tokens(reading.output_field, reading.output, pool.max_model_len)
@@ -111,7 +111,7 @@ def refuse_certain(reading: Reading, pool: Pool, settings: GuardSettings) -> Non
 
 
 def bounded(tokens: int, output: int, pool: Pool) -> int:
-    """A bound on a prompt that proves nothing when it is too large: then prompt and output fill the context, the most vLLM lets run."""
+    """An upper bound on a prompt that is larger than the context shows nothing about the prompt: prompt and output then count as the whole context, the most that vLLM runs."""
     return max(1, min(tokens, pool.longest - min(output, pool.longest - 1)))
 
 

@@ -23,7 +23,7 @@ class Prompt:
     messages: list[Any] | None = None
     media: int = 0
     extra: int = 0  # tokens that may be added to the counted ones
-    at_least: int = 0  # token ids that may stand in for the messages
+    at_least: int = 0  # token ids that may replace the messages
     whole_context: bool = (
         False  # length cannot be known here (a stored conversation, embeddings): the context is the bound
     )
@@ -145,7 +145,7 @@ def messages_prompts(request: dict[str, Any]) -> list[Prompt]:
 
 
 def parts_of_media(value: Any) -> int:
-    """Objects of a type that is not text, wherever they stand: an image in a tool's result counts as one in a message."""
+    """Objects of a type that is not text, at any depth: an image in a tool's result counts as one in a message."""
     found, left = 0, [value]
     while left:
         item = left.pop()

@@ -20,7 +20,7 @@ PER_MEMBER = (
 )
 MANY = 1024  # prompts of one request that are counted one by one; more are bounded by their bytes
 # Bytes of all questions of one request, for each byte of its body (escapes may double them) and at least. What conversations share, tools
-# for instance, stands in every question: a few bytes of body could otherwise ask for gigabytes.
+# for instance, is part of every question: a few bytes of body could otherwise ask for gigabytes.
 QUERY_BYTES_A_BYTE, QUERY_BYTES = 4, 4 * 2**20
 
 # What the chat route and /tokenize both take, with one meaning.
@@ -36,7 +36,7 @@ SHARED_FIELDS = (
 
 @dataclass
 class Counted:
-    """One prompt as it is counted: `ids` are exact; a `query` asks the server; when nobody answers, `bound` holds, or the query's own.
+    """One prompt as it is counted: `ids` are exact; a `query` asks the server; without an answer, `bound` is used, or the query's own.
 
     With neither of the three the context is the bound, and so it is for a template of the request's own.
     """
@@ -53,7 +53,7 @@ class Counted:
 
 @dataclass
 class Reading:
-    """One way in which the engine may read the body. `salt` tells prompts apart whose blocks must not be shared."""
+    """One way in which the engine may read the body. `salt` distinguishes prompts whose blocks must not be shared."""
 
     kind: str
     prompts: list[Counted]
@@ -160,7 +160,7 @@ def tokenize_query(demand: Demand, prompt: Prompt, body: dict[str, Any]) -> dict
 
 
 def template_arguments(body: dict[str, Any]) -> dict[str, Any]:
-    """What vLLM's chat route gives the template beside the messages (`ChatCompletionRequest.build_chat_params`)."""
+    """What vLLM's chat route gives the template in addition to the messages (`ChatCompletionRequest.build_chat_params`)."""
     given = body.get("chat_template_kwargs")
     arguments = dict(given) if isinstance(given, dict) else {}
     effort = body.get("reasoning_effort")
@@ -173,9 +173,9 @@ def template_arguments(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def structure_bound(request: dict[str, Any], size: int) -> int:
-    """Tokens at most, without the template's own: the UTF-8 bytes, and what markup may stand around the members of a structure.
+    """Tokens at most, without the template's own: the UTF-8 bytes, and the markup that may surround the members of a structure.
 
-    JSON text is never shorter than the string it stands for, so the body bounds its contents.
+    JSON text is never shorter than the string it represents, so the body bounds its contents.
     """
     return size + PER_MEMBER * members(request)
 

@@ -58,7 +58,7 @@ class Turns:
         running.add_done_callback(self._running.discard)
         running.add_done_callback(
             lambda task: task.cancelled() or task.exception()
-        )  # seen, also when nobody waits any more
+        )  # seen, also if no one waits any more
         either: set[asyncio.Future[Any]] = {running, inbox.hang_up()}
         await asyncio.wait(either, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         if inbox.gone:

@@ -167,7 +167,7 @@ class _Worker:
         try:
             plan = same_plan(job)
             _check_alike(job.device)
-            # The driver tells of progress.
+            # The driver reports progress.
             if rank:
                 follow(plan, Path(job.output), settings, Silent())
                 return {}, None

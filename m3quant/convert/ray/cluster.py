@@ -1,4 +1,4 @@
-"""A Ray cluster as a conversion sees it: connected, checked before anything is written, and told of in words."""
+"""A Ray cluster as a conversion sees it: connected, checked before anything is written, and described to the user."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...running.progress import Progress
 from ...running.stopping import StopFlag
 
 POLL_SECONDS = 0.5  # how soon a signal is noticed while workers are at it
-TELL_SECONDS = 10.0  # without a worker at work before the user is told what is waited for
+TELL_SECONDS = 10.0  # without a running worker before the user is told what the run waits for
 NODE_SECONDS = 120.0  # for a node to start a Python process, from a shared file system perhaps, and answer
 
 
@@ -120,7 +120,7 @@ def versions() -> dict[str, str]:
 
 
 def failure_of(error: Any) -> str:
-    """What a RayTaskError stands for, in one line: the error that the task raised, and where."""
+    """The cause of a RayTaskError, in one line: the error that the task raised, and where."""
     return f"a Ray worker failed ({type(error.cause).__name__}: {(str(error.cause).splitlines() or [''])[0]})"
 
 

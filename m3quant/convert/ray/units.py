@@ -1,8 +1,8 @@
 """Data-free units over every GPU (or core) of a Ray cluster. Ray schedules; the driver alone keeps the journal.
 
 A unit is one Ray task: it depends on no other, and rounding to nearest gives the same bytes wherever it runs, so the output
-is the one of a single GPU. A task whose worker or node dies is run again elsewhere. Every attempt writes into a folder of its
-own and renames the finished shard into place: a worker believed dead that wakes up again can harm nobody's file.
+is the one of a single GPU. A task whose worker or node dies is run again on another worker. Every attempt writes into a folder of its
+own and renames the finished shard into place: a worker that was taken for dead and wakes up again can damage no file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ...running.stopping import StopFlag
 from ..job import Run
 from .cluster import POLL_SECONDS, Patience, amount_words, counted, describe, failure_of
 
-MAX_RETRIES = 3  # of a unit whose worker died; a refusal of ours is not retried
+MAX_RETRIES = 3  # of a unit whose worker died; a refusal by m3quant is not retried
 _ATTEMPT = "attempt-"
 
 
@@ -104,7 +104,7 @@ def _convert_unit(job: Job, index: int) -> tuple[dict[str, Any] | None, M3QuantE
     attempt = Path(job.output) / FOLDER / f"{_ATTEMPT}{uuid.uuid4().hex}"
     try:
         check_output_seen(job)
-        make_folder(attempt)  # first of all: by it the driver sees that somebody has begun
+        make_folder(attempt)  # first, because it shows the driver that the work has begun
         return _convert_in(attempt, job, index), None
     except M3QuantError as error:
         return None, error

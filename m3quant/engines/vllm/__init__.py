@@ -57,7 +57,7 @@ class Vllm(Engine):
         try:
             newer = release is not None and Version(release) > Version(NEWEST_READ)
         except InvalidVersion:
-            newer = True  # a build of its own: said elsewhere that it was not checked
+            newer = True  # a build of its own: another message says that it was not checked
         if newer:
             return ""
         return (

@@ -95,7 +95,7 @@ _NO_MEMORY = re.compile(r"No available memory for the cache blocks")
 
 
 def parse_log(text: str) -> EngineLog:
-    """All that the log tells. A log of something else gives an empty EngineLog."""
+    """All that the log states. A log of something else gives an empty EngineLog."""
     stated = read_settings(text)
     log = EngineLog(settings=stated.values, arguments=stated.given, other_settings=stated.others)
     for line in text.splitlines():

@@ -43,7 +43,7 @@ UNMODELLED: Mapping[str, tuple[frozenset[str], tuple[str, ...]]] = {
     "max_cudagraph_capture_size": (_OFF - {"0"}, (OVERHEAD,)),
     "cuda_graph_sizes": (_OFF - {"0"}, (OVERHEAD,)),
 }
-# Of these nobody expects an effect on memory; every other one is named where a line is off.
+# These are not expected to affect memory; every other one is named if a line differs.
 _WITHOUT_MEMORY = re.compile(
     r"model$|model_tag|served_model_name|tokenizer|skip_tokenizer_init|revision|hf_(token|config)|seed|host|port|api_|ssl_|uvicorn|allowed_|tool_|reasoning_|"
     r"enable_auto_tool|chat_template|trust_|load_format|download_dir|safetensors|disable_log|enable_log|max_log|response_role|root_path|"

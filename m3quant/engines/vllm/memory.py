@@ -1,4 +1,4 @@
-"""vLLM's memory beside the weights: constants with their sources. A correction by `plan --check-log` is made here."""
+"""vLLM's memory in addition to the weights: constants with their sources. A correction by `plan --check-log` is made here."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _INDEX_ALIASES = {
     "fp8_e4m3fn": "fp8",
     "float8_e4m3fn": "fp8",
 }
-# Caches that engines have and whose bytes are not modelled: their scales lie beside the codes, or their layout is of other models.
+# Caches that engines have and whose bytes are not modelled: their scales are next to the codes, or their layout is of other models.
 UNMODELLED_CACHES = (
     "fp8_ds_mla", "nvfp4", "nvfp4_4over6", "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head", "mxfp4", "turboquant_*",
 )  # fmt: skip
 DEFAULT_UTILIZATION = 0.92  # vLLM 0.26 to 0.33 config/cache.py
 DEFAULT_BATCHED_TOKENS = 8192  # what vLLM's API server takes on H100 and H200 (engine/arg_utils.py)
-DEFAULT_NUM_SEQS = 32  # ours: vLLM's 1024 reserve graphs and sampler memory that one node's KV cannot use
+DEFAULT_NUM_SEQS = 32  # m3quant's own: vLLM's 1024 reserve graphs and sampler memory that one node's KV cannot use
 BLOCK_SIZE = 128  # M3's kernels accept no other; M2 takes it too
 
 # CUDA and NCCL buffers that appear after vLLM's first look at free memory, and what the allocator keeps beyond the tensors.

@@ -102,7 +102,7 @@ class WeightLedger:
 
 
 def watch_writes(ledger: WeightLedger) -> Any:
-    """A torch dispatch mode that tells `ledger` of every tensor written in place under it."""
+    """A torch dispatch mode that reports to `ledger` every tensor written in place under it."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 

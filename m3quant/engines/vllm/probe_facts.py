@@ -12,7 +12,7 @@ PROBE = Path(__file__).with_name("probe.py")
 
 
 def probe_facts(family: Family) -> dict[str, Any]:
-    """JSON-able. towers: prefixes of tensors beside the language model; unread: tensors that are never looked at."""
+    """JSON-able. towers: prefixes of tensors outside the language model; unread: tensors that are never looked at."""
     own = family.in_engine(NAME)
     return {
         "arguments": dict(own.probe_arguments),

@@ -1,4 +1,4 @@
-"""Every text that a file holds: as it stands, behind escapes, in base64 or hex, in archives and in tensor metadata.
+"""Every text that a file holds: as it is, behind escapes, in base64 or hex, in archives and in tensor metadata.
 
 Files are read in pieces that overlap, so that memory does not grow with them; what is decoded counts against one budget, and
 what the budget or the formats leave unread is said (`Unread`), never passed over.
@@ -130,7 +130,7 @@ def _encoding(head: bytes) -> str:
 
 
 def texts(piece: bytes, encoding: str = "utf-8") -> Iterator[tuple[str, str]]:
-    """(text, how it was read) of some bytes: as they stand, without the zeros of a wider encoding, and without escapes."""
+    """(text, how it was read) of some bytes: as they are, without the zeros of a wider encoding, and without escapes."""
     text = piece.decode(encoding, errors="replace")
     yield text, ""
     if encoding == "utf-8" and b"\0" in piece:
@@ -178,7 +178,7 @@ def _character(match: re.Match[str]) -> str:
 
 
 def _encoded(piece: bytes, budget: Budget) -> Iterator[tuple[bytes, str]]:
-    """What stands in base64 or hex in some bytes, where it is text or an archive."""
+    """What some bytes hold in base64 or hex, if it is text or an archive."""
     for match in _BASE64.finditer(piece):
         run = re.sub(rb"\\n|\s", b"", match[0]).replace(b"-", b"+").replace(b"_", b"/").rstrip(b"=")
         if decoded := _sensible(_base64(run)):
@@ -220,7 +220,7 @@ def _members(stream: IO[bytes], kind: str, where: str, budget: Budget, depth: in
         else:
             raise Unread(f"{where or 'it'} is a {kind} archive, which is not opened")
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, struct.error, NotImplementedError, ValueError) as error:  # fmt: skip
-        # Two bytes of what stands in base64 are those of an archive now and then; a file or a member that begins so is one.
+        # Two bytes of base64 content can look like an archive by chance; a file or a member that begins so is one.
         if not where.endswith(("base64", "hex")):
             raise Unread(f"{where or 'its'} {kind} archive cannot be opened ({error})") from None
 

@@ -1,4 +1,4 @@
-"""Paths, hosts and people: what tells of the machine on which an output was made, or of who made it."""
+"""Paths, hosts and people: what reveals the machine on which an output was made, or who made it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from .rules import Rule
 
-# The slash comes first, so that the regex engine can search for it; what stands before it is looked at from there.
+# The slash comes first, so that the regex engine can search for it; the text before it is checked from there.
 _ROOT = r"/(?:(?<![\w./~$}\\-]/)|(?<=file:///)|(?<=file://localhost/))"
 _PART = r"[^\s\"'`<>|:,;)\]}\\*?]"
 # Below a person's or a machine's own root, with at least one name after it. Not /usr, /etc or ~, which all machines have.

@@ -1,4 +1,4 @@
-"""What must not be published, by the shape of the text: keys and tokens, and what tells of a machine or a person.
+"""What must not be published, by the shape of the text: keys and tokens, and what reveals a machine or a person.
 
 Keys: the rule set of detect-secrets (https://github.com/Yelp/detect-secrets) and, for issuers that it lacks, the prefixes and
 lengths that they document. Its rules on entropy alone are left out: an output is full of digests and base64.
@@ -24,9 +24,9 @@ _END = r"(?![A-Za-z0-9_-])"
 
 @dataclass(frozen=True)
 class Rule:
-    """kind: what it is; pattern: its shape; hints: one of these stands in every match, so that most text needs no regex.
+    """kind: what it is; pattern: its shape; hints: one of these is in every match, so that most text needs no regex.
 
-    vocabulary: whether it holds in a list of tokens too, where fragments of everything stand. value: the group that is the
+    vocabulary: whether it holds in a list of tokens too, which holds fragments of everything. value: the group that is the
     secret, held against placeholders and entropy (bits a character).
     """
 
@@ -62,7 +62,7 @@ def entropy(value: str) -> float:
 def _prefixed(kind: str, *shapes: str) -> list[Rule]:
     """Rules for shapes with no letter, digit, _ or - before them.
 
-    What stands before is looked at behind the shape's plain beginning, so that the regex engine can search for that.
+    The text before is checked after the shape's plain beginning, so that the regex engine can search for that.
     """
     rules = []
     for shape in shapes:
@@ -74,7 +74,7 @@ def _prefixed(kind: str, *shapes: str) -> list[Rule]:
 
 
 def _plain_beginning(shape: str) -> str:
-    """The plain characters that a shape begins with, as they stand in it."""
+    """The plain characters that a shape begins with."""
     found = re.match(r"(?:[A-Za-z0-9_:/@ -]|\\[.-])*", shape)
     assert found is not None
     # A quantifier behind the run applies to its last character.
@@ -147,7 +147,7 @@ LEFT_OUT = {
 }
 
 
-# What stands in lower case in every match of a detector; one that is not named here looks at all text.
+# Lower-case text in every match of a detector; a detector that is not named here searches all text.
 _HINTS = {
     "AWS Access Key": ("a3t", "abia", "acca", "akia", "asia", "aws"),
     "Azure Storage Account access key": ("accountkey=",),

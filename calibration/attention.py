@@ -1,7 +1,7 @@
 """Self-attention of one layer up to its heads' outputs, the same operations in the same order as transformers' modules.
 
 Importing those takes seconds (they bring torch's compiler, SciPy, scikit-learn), which every conversion would wait for;
-tests/calibration/test_layers.py and test_msa.py hold layers and attention against them.
+tests/calibration/test_layers.py and test_msa.py compare layers and attention with them.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""What a quantizer hands over of one layer: codes, scales and zero points, and everything else that it changed.
+"""What a quantizer returns for one layer: codes, scales and zero points, and everything else that it changed.
 
-Nobody but a quantizer makes codes. What is packed, what the quantized stream computes with and what verify expects all
+Only a quantizer makes codes. What is packed, what the quantized stream computes with and what verify expects all
 follow from `StoredWeight`.
 """
 

@@ -1,4 +1,4 @@
-"""Activation-weighted range search: per group, the scale that loses least of what the layer really computes.
+"""Activation-weighted range search: per group, the scale with the least error in the layer's output.
 
 For y = x W^T the expected squared output error of a rounded weight is about sum_k E[x_k^2] (w_k - q(w_k))^2 when
 input channels are uncorrelated (the importance matrix of llama.cpp, `imatrix_mse` of llm-compressor). It changes no

@@ -1,7 +1,7 @@
-"""Several processes that calibrate one layer together and stay in step: every rank runs the same program and knows the same numbers.
+"""Several processes that calibrate one layer together: every rank runs the same program with the same numbers.
 
 Work is cut into items that do not depend on the number of ranks (a micro-batch of windows, a candidate ratio, a chunk of
-experts). Each item is computed by one rank and its result handed to all, and sums run over items in their own order; so the
+experts). Each item is computed by one rank and its result sent to all, and sums run over items in their own order; so the
 numbers, and the bytes written from them, are those of a single process on the same kind of device.
 """
 

@@ -1,6 +1,6 @@
 """One weight, or a stack of them, through fold, range search and rounding: in one kernel where there is one.
 
-`reference` is the plain form; the Triton kernel of `kernels.round_groups` gives the same numbers bit for bit but for the
+`reference` is the plain form; the Triton kernel of `kernels.round_groups` gives the same numbers bit for bit, except for the
 order in which a group's errors are summed (tests/calibration/test_kernels.py), and is used on a GPU for groups of 32 to
 256 with BF16 scales. Other schemes take the reference there too.
 """

@@ -1,4 +1,4 @@
-"""How far each stored weight is from its source: recorded by the conversion, worked out again by verify.
+"""How far each stored weight is from its source: recorded by the conversion, computed again by verify.
 
 Codes with error feedback are not the nearest ones, so no rule gives the right code. Their squared distance from
 the source is a number of each tensor, exact to float64's rounding wherever it is computed: a changed code, a scale one

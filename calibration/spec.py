@@ -1,4 +1,4 @@
-"""The description of a decoder layer, for those who compute with it: families/spec.py has the types."""
+"""The description of a decoder layer, for modules that compute with it; families/spec.py has the types."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Run a whole model one decoder layer at a time: hidden states stay, weights pass through.
+"""Run a whole model one decoder layer at a time: hidden states stay in memory, weights are streamed.
 
 A `source` is anything with `.config` (the original config.json dict), `.tensors` (a container of on-disk names) and
 `.read_many(names) -> {name: tensor}`, dequantized if it is stored in FP8. Host memory holds at most two layers (one in

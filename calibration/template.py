@@ -1,6 +1,6 @@
-"""A checkpoint's chat template, rendered in a process of its own under bounds on time, memory and output.
+"""A checkpoint's chat template, rendered in a process of its own with limits on time, memory and output.
 
-A template is a program of whoever made the checkpoint. Jinja's sandbox keeps it from the machine's files and from Python, but
+A template is a program written by the checkpoint's author. Jinja's sandbox keeps it from the machine's files and from Python, but
 not from loops inside loops or from texts of gigabytes, some of which are single operations in C that no check in this
 process could interrupt. So it runs in `template_worker`, which the kernel ends when its time is used up.
 """

@@ -1,4 +1,4 @@
-"""From documents to token windows: the checkpoint's tokenizer and chat template, cutting, hashing, holding out.
+"""From documents to token windows: the checkpoint's tokenizer and chat template, cutting, hashing, held-out windows.
 
 All windows of a run have one length. transformers is imported only when a tokenizer is loaded, torch never.
 """

@@ -1,4 +1,4 @@
-"""Errors meant for the person who reads them: what is wrong, where, and what to do.
+"""Errors for the person who reads them: what is wrong, where, and what to do.
 
 Every command prints `str(error)` and leaves with `error.exit_code`; a traceback is a defect of m3quant.
 """

@@ -1,4 +1,4 @@
-"""The verdict: does a model fit on a node, how long may a context be, how many at once, and what would have to change."""
+"""The verdict: does a model fit on a node, how long may a context be, how many requests at once, and what would have to change."""
 
 from __future__ import annotations
 

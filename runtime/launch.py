@@ -1,4 +1,4 @@
-"""An engine as a child process: in a session of its own, its output kept and shown, stopped with all its workers."""
+"""An engine as a child process: in a session of its own, its output kept and shown, ended with all its workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is to be served: a checkpoint as it is stored, or what a recipe would make of it. Headers and config.json only."""
+"""The checkpoint to be served: as it is stored, or what a recipe would make of it. Headers and config.json only."""
 
 from __future__ import annotations
 

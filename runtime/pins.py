@@ -1,4 +1,4 @@
-"""Pins: the cache size that an engine measured once, so that later starts get the same pool whatever else drifts.
+"""Pins: the cache size that an engine measured once, so that later starts get the same pool even if other things change.
 
 A first start measures with --gpu-memory-utilization and serves with what it measured. Restarting at once to pin would load the
 weights twice for nothing, so the pin is for the next start. It is keyed by everything that changes the measurement.

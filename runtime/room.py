@@ -1,7 +1,7 @@
 """How many bytes of weights a node can hold in addition to the requested KV cache, and what each layer's choices take of them.
 
-Both are those of one rank: tensor parallelism repeats some tensors on every rank, so that a smaller checkpoint is not
-always a smaller rank. The memory model is at its high end, as in every promise of `fit`.
+Both are for one rank: tensor parallelism repeats some tensors on every rank, so a smaller checkpoint is not
+always a smaller rank. The memory model is at its high end, as for every result of `fit`.
 """
 
 from __future__ import annotations

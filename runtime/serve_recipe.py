@@ -1,4 +1,4 @@
-"""Choices for serving on one node, as YAML that a person copies and owns: recipes/serve-*.yaml. Options on the command line win."""
+"""Choices for serving on one node, as YAML that a user copies and edits: recipes/serve-*.yaml. Options on the command line win."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that run `m3quant serve` under another manager: a systemd unit and a compose file."""
+"""Files that run `m3quant serve` under a service manager: a systemd unit and a compose file."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ moment H, the codes and scales minimise tr (T - Q) H (T - Q)^T, where T is the w
 output from the quantized stream's input:
 
     moments   H and the cross moment, per expert, from its own rows, weighted by the squared gate
-    evidence  how far H and T may be trusted, from the number of rows
+    evidence  damping, ridge and prior, from the number of rows
     targets   T
     grids     the scales to start from
     columns   codes, column by column: the GPTQ sweep and coordinate descent are one loop

@@ -1,4 +1,4 @@
-"""The column loop: round a weight one input channel at a time, each aimed at what the others' errors ask of it.
+"""The column loop: round a weight one input channel at a time, each to the value that best compensates the errors of the others.
 
 With d_j = T_j - Q_j the error of column j, column k is rounded to the grid point nearest to
 

@@ -1,7 +1,7 @@
-"""How far moments and targets may be trusted, by the number of rows that they were taken over.
+"""Damping, ridge and prior of moments and targets, from the number of rows that they were computed from.
 
-With few rows for each column, the directions in which the inputs seem not to move are those that the sample missed, and errors
-steered there come back on other text. So the moment is damped, and the target pulled to the weight, in inverse proportion
+With few rows for each column, the sample misses directions in which the inputs do move, and errors
+placed there appear on other text. So the moment is damped, and the target pulled to the weight, in inverse proportion
 to the effective rows for each column; and weights of experts that read a norm get the whole layer's moment as a prior.
 
 The constants are those with the least error on held-out rows of the trained fixtures (experts of layer 1, 0.3 to 40

@@ -1,4 +1,4 @@
-"""Weights that read the same rows, quantized: estimate, target, codes, verdict of held-out rows."""
+"""Weights that read the same rows, quantized: estimate, target, codes, comparison on held-out rows."""
 
 from __future__ import annotations
 

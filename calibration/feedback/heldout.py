@@ -1,4 +1,4 @@
-"""What rows that took no part say: whether feedback helps a weight at all.
+"""The test on held-out rows: whether feedback helps a weight at all.
 
 Errors on the other half of the rows follow from its moments alone: with D = Q - W,
 

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Triton kernel of the column loop: one block of columns with its inner corrections in one launch.
 
-The plain form is `columns.plain_block`: a dozen operations for each column, each a launch of its own; a layer of M2 has some
+The plain form is `columns.plain_block`: a dozen operations for each column, each a launch of its own; a layer of M2 has about
 200,000 columns of chunks to pass. Here a thread takes one row of a weight and holds a part of the block in registers: everything
 is loaded at once, and the steps, which are unrolled, wait for nothing but each other and a line of the factor in the cache.
 Arithmetic follows `grids.Grid` step by step: IEEE division, halves to even, E4M3 by saturating conversion.

@@ -50,7 +50,7 @@ class MlpResult:
 
 
 class MlpQuantizer:
-    """One layer's feed-forward block on what the rounded attention hands it."""
+    """One layer's feed-forward block on the output of the rounded attention."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Second and cross moments of the rows that a weight reads.
 
 Rows x [n, K] are the weight's inputs in the quantized stream; e [n, M] is how far the weight's output (or its input, M = K)
-falls short of the source's. Both count by the squared gate for an expert, as an error of it counts in the layer's output.
+differs from the source's. Both are weighted by the squared gate for an expert, as an error of it counts in the layer's output.
 
 Sums are kept apart for two halves of the rows, so that one half can test what was computed from the other.
 """

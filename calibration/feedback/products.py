@@ -1,6 +1,6 @@
 """Matrix products of stacks whose results do not depend on how many matrices are in the stack.
 
-On a CPU each matrix is multiplied by itself, because a batched routine may split its work by the size of the batch. On a GPU chunks of experts are the same however many
+On a CPU each matrix is multiplied separately, because a batched routine may split its work by the size of the batch. On a GPU chunks of experts do not depend on how many
 processes share them, so one batched call gives the same bytes.
 
 On a GPU the tensor cores read float32 as TF32 (10 bits of mantissa). What these products give is added to targets as a

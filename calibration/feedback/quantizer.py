@@ -1,4 +1,4 @@
-"""One layer through the feedback quantizer: attention, then the feed-forward block on what the rounded attention hands it."""
+"""One layer through the feedback quantizer: attention, then the feed-forward block on the output of the rounded attention."""
 
 from __future__ import annotations
 

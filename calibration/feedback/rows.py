@@ -1,4 +1,4 @@
-"""The rows that the feed-forward block's units read, in both streams, and what their outputs fall short of."""
+"""The rows that the feed-forward block's units read, in both streams, and the difference of their outputs from the target."""
 
 from __future__ import annotations
 

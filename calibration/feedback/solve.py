@@ -1,6 +1,6 @@
 """Codes and scales of a stack of weights for given moments and targets: start, sweep, then rounds of descent and refit.
 
-Rows of a weight are independent of each other, so each keeps whatever served it best.
+Rows of a weight are independent of each other, so each keeps its best result.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The weight to aim at: the one that best gives the source's output from the quantized stream's input.
+"""The target weight: the one that best gives the source's output from the quantized stream's input.
 
-With x a row of the quantized stream, e = y' - x W^T what the source's output y' of the same token is ahead of it:
+With x a row of the quantized stream, e = y' - x W^T the difference of the source's output y' of the same token from it:
 
     T = W + (sum w e^T x) (sum w x^T x + ridge)^-1        minimises  sum w |y' - x T^T|^2 + ridge |T - W|^2
 

@@ -1,11 +1,11 @@
-"""Which checkpoint was read, by content: what is known before a weight is read, and how two checkpoints differ.
+"""The identity of a checkpoint by content: what is known before a weight is read, and how two checkpoints differ.
 
     revision   the Hub commit that huggingface_hub recorded for all files
     files      sha256 of config.json, the index and every carried file
     shards     size, stamp (inode, size, mtime, ctime), digest of sampled blocks, and the Hub's sha256 where it is recorded
 
 What cannot be known without reading everything is recorded as it is read, one digest per unit (`Journal.finish_unit`,
-`manifest.source.read`). A stamp that differs says nothing by itself: then the units that were made from that shard are
+`manifest.source.read`). A stamp that differs decides nothing by itself: then the units that were made from that shard are
 read again and their digests compared (`reread.other_shards`).
 """
 

@@ -1,4 +1,4 @@
-"""What has been finished: the state of a conversion, kept in the output's folder DST/.m3quant/ until it is complete.
+"""The finished work: the state of a conversion, kept in the output's folder DST/.m3quant/ until it is complete.
 
     job.json      the facts that the result depends on and the source's identity, so that a refusal can name what differs
     units.jsonl   one line per finished unit, appended and synced after its shard is in place
@@ -203,7 +203,7 @@ class Journal:
         self.records[unit] = kept
 
     def last_boundary(self) -> int:
-        """The unit before which hidden states are saved that a run goes on from; 1, the first layer, if none are."""
+        """The unit before which the hidden states are saved from which a run continues; 1, the first layer, if none are."""
         return max((index + 1 for index, record in self.records.items() if record.get("boundary")), default=1)
 
     def boundary(self, unit: int) -> Path:

@@ -1,6 +1,6 @@
 """m3quant.json of a finished output: what it was made from and of, and the sha256 of every file. Torch-free.
 
-Schema 1 recorded neither `source.identity` nor `source.read`; outputs of that time are read all the same.
+Schema 1 recorded neither `source.identity` nor `source.read`; such outputs are read too.
 """
 
 from __future__ import annotations

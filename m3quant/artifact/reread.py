@@ -1,6 +1,6 @@
-"""Reading again what earlier work read or wrote, if only that shows whether it is still the same.
+"""Reading again what earlier work read or wrote, where only that shows whether it is unchanged.
 
-At the pace of the disk, or of THREADS cores that make sha256 (of weights read again xxh3, some eight times as fast).
+At the speed of the disk, or of THREADS cores that compute sha256 (for weights xxh3, about eight times as fast).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""convert --budget and --fit: measure, choose, and hand the recipe over; each of the two passes is said beforehand."""
+"""convert --budget and --fit: measure, choose, and convert with the recipe; each of the two passes is announced."""
 
 from __future__ import annotations
 

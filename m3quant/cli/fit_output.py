@@ -1,4 +1,4 @@
-"""What `fit` prints: the frontier, the chosen bits, and the recipe as a file that a person can edit."""
+"""What `fit` prints: the frontier, the chosen bits, and the recipe as a file that can be edited."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""m3quant plan --on, --all and --check-log: what a checkpoint needs of a serving node. No torch, no GPU, headers only."""
+"""m3quant plan --on, --all and --check-log: what a checkpoint needs on a serving node. No torch, no GPU, headers only."""
 
 from __future__ import annotations
 

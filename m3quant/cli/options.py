@@ -1,4 +1,4 @@
-"""Options that several commands share, and how a recipe comes out of them."""
+"""Options that several commands share, and the recipe that they make."""
 
 from __future__ import annotations
 

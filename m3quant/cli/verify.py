@@ -1,4 +1,4 @@
-"""m3quant verify: is every tensor there, right, and loadable by the engine."""
+"""m3quant verify: is every tensor present, right, and loadable by the engine."""
 
 from __future__ import annotations
 

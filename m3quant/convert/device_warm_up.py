@@ -1,4 +1,4 @@
-"""What a GPU run would else do before its first search: compile kernels, pin host memory."""
+"""What a GPU run would otherwise do before its first search: compile kernels, pin host memory."""
 
 from __future__ import annotations
 

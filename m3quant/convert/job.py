@@ -1,4 +1,4 @@
-"""One conversion in this process: how it runs, as opposed to what it makes."""
+"""One conversion in this process: how it runs, not what it makes."""
 
 from __future__ import annotations
 

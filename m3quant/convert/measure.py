@@ -95,7 +95,7 @@ def measure(
     """Read the whole checkpoint once and return what every candidate of `fitting` costs.
 
     windows: those of fitting.data, calibration before held-out. text_sha256: of the documents they are from.
-    state_folder: where the state is saved now and then, so that the same call goes on after a kill; removed at the end. Raises CalibrationError without held-out windows or
+    state_folder: where the state is saved now and then, so that the same call continues after a kill; removed at the end. Raises CalibrationError without held-out windows or
     for weights and activations that are not finite, CheckpointError where the source cannot be read, and InterruptedRun.
     """
     device = pick_device(settings.device)

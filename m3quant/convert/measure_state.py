@@ -1,4 +1,4 @@
-"""What a measuring pass holds between two layers, and how it is saved so that a killed pass goes on from there.
+"""The state of a measuring pass between two layers, and how it is saved so that a killed pass continues from there.
 
 Saved is a folder next to the file that will be written: hidden states of all streams, one file each, and a JSON file that
 comes last. A newer state is complete under another name before the older one goes.

@@ -1,9 +1,9 @@
-"""Data-free conversion of units at the disk's pace: reading, rounding and writing at once, in bounded memory.
+"""Data-free conversion of units at the disk's speed: reading, rounding and writing at once, in bounded memory.
 
 Each worker takes a batch from the disk to the bytes of its shard: it reads into its own buffer (pinned where there is a
 GPU), rounds from buffer to buffer (on a GPU through a stream of its own), and hands the result to the calling thread,
 which appends and hashes results in file order. Workers run ahead over the end of a unit, but a unit is on the disk
-and in the journal before the first byte of the next is written: what a kill costs is one unit.
+and in the journal before the first byte of the next is written: a kill costs one unit.
 """
 
 from __future__ import annotations

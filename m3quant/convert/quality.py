@@ -1,4 +1,4 @@
-"""What a calibrated run says of itself at the end: held-out quality, and which experts the corpus starved."""
+"""What a calibrated run reports at the end: held-out quality, and which experts the corpus starved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every engine is to the rest of m3quant: one protocol. Torch-free, and nothing of an engine is imported."""
+"""The protocol through which the rest of m3quant uses an engine. Torch-free; no engine is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine that is installed: where, which version, which flags it takes.
+"""The installed engine: its place, version and flags.
 
 Nothing of the engine is imported, neither here nor in its own Python: flags are read from its argument files, because importing
 vLLM takes ten seconds and touches the GPU.

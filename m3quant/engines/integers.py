@@ -1,4 +1,4 @@
-"""Widths of integers that engines tell apart."""
+"""Integer widths between which engines distinguish."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads a checkpoint in a real engine, in its own Python, and says what it made of it.
+"""Loads a checkpoint in a real engine, in its own Python, and reports the result.
 
 The work is done by the engine's probe in a subprocess, so the engine may be in another environment, and its crash does not end m3quant.
 Torch-free.

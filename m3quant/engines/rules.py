@@ -1,4 +1,4 @@
-"""What the engines together read of a checkpoint, by release: rules of plan, verify, serve and cards. Torch-free."""
+"""What all engines can read of a checkpoint, by release: rules of plan, verify, serve and cards. Torch-free."""
 
 from __future__ import annotations
 

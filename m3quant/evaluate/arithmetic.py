@@ -1,6 +1,6 @@
-"""How far a checkpoint is computed as an engine computes it: rounded activations, an FP8 KV cache, FP8 index keys.
+"""Which parts of a checkpoint are computed as an engine computes them: rounded activations, an FP8 KV cache, FP8 index keys.
 
-Only the checkpoint is; its source is the reference, with weights as stored and nothing else rounded, also where it is
+This applies to the checkpoint only. The source is the reference, with weights as stored and nothing else rounded, also if it is
 itself an FP8 release whose engine rounds activations. Given as the checkpoint, such a release is computed as it is served.
 """
 

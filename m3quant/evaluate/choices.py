@@ -1,4 +1,4 @@
-"""What a caller may choose of the checkpoint's arithmetic (`arithmetic`). Torch-free, so that the command line knows it."""
+"""The caller's choices for the checkpoint's arithmetic (`arithmetic`). Torch-free, so that the command line can use it."""
 
 ENGINE, EXACT = "engine", "exact"
 ACTIVATIONS = (ENGINE, EXACT)

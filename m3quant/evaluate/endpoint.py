@@ -1,7 +1,7 @@
 """Tasks answered by a running server instead of by streaming weights, so that what is served can be compared with what was stored.
 
 The tasks are the same and so are their figures. With prompt log-probs a server does the same teacher-forced pass; without
-them the needle tasks are generated at temperature 0, which for an exact match is the same question, and tasks that need
+them the answers of needle tasks are generated at temperature 0, which is equivalent for an exact match, and tasks that need
 probabilities are reported as not run. Torch-free.
 """
 

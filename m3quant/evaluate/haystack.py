@@ -1,6 +1,6 @@
 """Long prompts put together from token ids: running text, facts hidden in it, a question, and the answer that is scored.
 
-Pieces are tokenized one by one and joined as ids, so a prompt and its answer are exactly as many tokens as asked for, in
+Pieces are tokenized one by one and joined as ids, so a prompt and its answer have exactly the requested number of tokens, in
 the model's own tokens. Torch-free.
 """
 

@@ -1,6 +1,6 @@
 """One pass over the weights for everything that is to be measured.
 
-Layer by layer, with the next one read meanwhile: the source's layer takes the source's hidden states, then those of the
+Layer by layer, while the next one is read: the source's layer takes the source's hidden states, then those of the
 noise floor (the source again, in another dtype and other batches), then the checkpoint's layer takes its own. At the end
 the heads are compared on the predicted tokens alone.
 """

@@ -1,7 +1,7 @@
 """How facts and questions are worded, and the keys and values in them. Torch-free.
 
-`RULER` follows the wording of RULER's needle tasks (arXiv:2404.06654; NVIDIA/RULER, Apache-2.0), in which a model is asked
-in prose and its answer begun for it. `CODE` is one plain sentence that the question repeats up to the value: any language
+`RULER` follows the wording of RULER's needle tasks (arXiv:2404.06654; NVIDIA/RULER, Apache-2.0), in which the question is put
+in prose and the answer is begun. `CODE` is one plain sentence that the question repeats up to the value: any language
 model can complete it, and the trained fixtures know it.
 """
 

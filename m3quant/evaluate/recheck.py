@@ -1,4 +1,4 @@
-"""What is read again before an interrupted evaluation goes on: saved hidden states, and shards whose files changed."""
+"""What is read again before an interrupted evaluation continues: saved hidden states, and shards whose files changed."""
 
 from __future__ import annotations
 

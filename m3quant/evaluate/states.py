@@ -1,7 +1,7 @@
 """Hidden states of one stream between two layers: on the device, in host memory, or on the disk, and saved either way.
 
-Whatever a layer puts out is written to the file that the next layer would start from, by a thread, while the layer goes on;
-so a killed run continues with the layer it was in. States that live on the disk are read from the last such file.
+The output of a layer is written to the file from which the next layer would start, by a thread, while the layer is computed;
+so a killed run continues with the layer it was in. States that are kept on the disk are read from the last such file.
 """
 
 from __future__ import annotations

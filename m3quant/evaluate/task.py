@@ -1,6 +1,6 @@
 """The contract between tasks and the pass that runs them.
 
-A task hands over token sequences and says which of their tokens it wants predicted; one pass over the weights answers all
+A task gives token sequences and says which of their tokens are to be predicted; one pass over the weights serves all
 tasks together; then the task turns its own predictions into figures.
 """
 

@@ -1,6 +1,6 @@
-"""How much calibration text a run takes, in windows of which lengths. Pure numbers: needs no torch and no tokenizer.
+"""How much calibration text a run uses, and the lengths of its windows. Pure numbers: needs no torch and no tokenizer.
 
-tokens       about what the disk's time hides: while the weights of a layer are read and written, the tokens pass through it
+tokens       about as many as the disk's time allows: while the weights of a layer are read and written, the tokens pass through it
 rows         tokens an expert sees on average: tokens * top_k / experts
 rows per K   rows over the width of the expert's input; a second moment [K, K] of fewer rows than K has no inverse
 """

@@ -1,6 +1,6 @@
-"""What the schemes of each layer's roles weigh in the output, exactly: whole shards, headers and index lines included.
+"""The exact bytes of each layer's roles under every scheme: whole shards, headers and index lines included.
 
-Layers of the same tensors, and layer numbers of the same length, weigh the same: each kind is worked out once.
+Layers of the same tensors, and layer numbers of the same length, weigh the same: each kind is computed once.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 All experts of a layer share one scheme, and so do its attention and indexer; layers may differ (`engines.integers`). With
 a sensitivity file the answer is the recipe with the least predicted KL divergence of all that the budget allows
-(`knapsack`): more budget never gives a worse one. Without, the rule is plain: what every token passes through gets its
+(`knapsack`): more budget never gives a worse one. Without one, the rule is simple: weights that every token uses get their
 widest scheme first, then the routed experts of all layers are widened step by step, and a step that the budget allows
 only in part goes to layers at equal distances.
 """

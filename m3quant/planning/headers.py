@@ -1,4 +1,4 @@
-"""A checkpoint that is only known by its tensors' names, dtypes and shapes: for plans without the files.
+"""A checkpoint of which only the tensors' names, dtypes and shapes are known: for plans without the files.
 
 Two uses: verify plans an output again from its manifest, and `plan config.json` answers before anything is downloaded.
 """

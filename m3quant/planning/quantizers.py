@@ -1,4 +1,4 @@
-"""What a plan must know of each rounding: what it needs and what it costs. Torch-free; the quantizers are in calibration/.
+"""What a plan must know about each rounding: its needs and costs. Torch-free; the quantizers are in calibration/.
 
 A quantizer that is not described here cannot be planned; a description without one is refused by calibration/quantizers.py.
 """

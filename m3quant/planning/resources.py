@@ -1,4 +1,4 @@
-"""What a conversion needs: host memory, device memory, disk. Predicted from the plan before anything is read.
+"""What a conversion needs in host memory, device memory and disk space. Predicted from the plan before anything is read.
 
 Host memory is the peak of the whole process: what m3quant holds, and what the interpreter with its libraries takes.
 """

@@ -3,7 +3,7 @@
 Per layer, role and candidate scheme: the error of the layer's output on held-out rows, and the KL divergence that this
 error alone would cause at the end of the model. A recipe's estimate is the sum over its layers and roles. Errors that
 are combined in one model do not quite add up (later layers compensate errors of earlier ones, and a large divergence saturates),
-so whole recipes were measured too, the pilots: `kl_of` takes a sum to the divergence that they say it means. It rises
+so whole recipes were measured too, the pilots: `kl_of` takes a sum to a divergence that fits these measurements. It rises
 with the sum, so that the recipe with the least sum is the one with the least predicted divergence.
 """
 

@@ -1,4 +1,4 @@
-"""What a checkpoint's weights are stored as: decided here alone, from config.json, hf_quant_config.json and headers. Torch-free.
+"""How a checkpoint's weights are stored: decided only here, from config.json, hf_quant_config.json and headers. Torch-free.
 
 `plan`, `plan --on`, `convert`, `eval` and `verify` all ask this module, so that they agree on what can be read and what is refused.
 """

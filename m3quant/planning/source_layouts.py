@@ -1,7 +1,7 @@
 """The layouts in which sources store a quantized weight: leaves, dtypes, shapes. Torch-free.
 
 A weight X.weight [N, K] is stored as codes and scales, all under X. Which layout it is follows from the names, dtypes and shapes of
-what lies there; `source_format` says what config.json calls it. Sources of the layouts: compressed-tensors 0.20 (compressors/nvfp4, mxfp4,
+the tensors; `source_format` says what config.json calls it. Sources of the layouts: compressed-tensors 0.20 (compressors/nvfp4, mxfp4,
 mxfp8, naive_quantized), ModelOpt 0.47 (qtensor/nvfp4_tensor.py), OCP Microscaling v1.0, DeepSeek-V3's `weight_block_size`.
 """
 

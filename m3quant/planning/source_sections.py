@@ -1,4 +1,4 @@
-"""What a `quantization_config` says of stored weights, for every method that m3quant reads. Torch-free.
+"""What a `quantization_config` says about stored weights, for every method that m3quant reads. Torch-free.
 
 Sources: vLLM 0.33 and SGLang 0.5.23 (which keys are tested), compressed-tensors 0.20 (QuantizationScheme), ModelOpt 0.47
 (convert_hf_config.py), and `quant_method: mxfp8` with `moe_quant_*` as MiniMax-M3.1-Flash writes it.

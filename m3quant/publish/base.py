@@ -1,4 +1,4 @@
-"""Which model an output was made from: the Hub repo and the exact commit. Recorded by the download or given by a person, never guessed."""
+"""Which model an output was made from: the Hub repo and the exact commit. Recorded by the download or given by the user, never guessed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is an output whole: verified, with every file of its source carried or its absence explained, and nothing in it that must stay here."""
+"""Is an output whole: verified, with every file of its source carried or its absence explained, and nothing in it that must not be published."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-""".eval_results/*.yaml: figures of benchmarks that are registered on the Hub, measured by whoever publishes. Read, checked, shown.
+""".eval_results/*.yaml: figures of benchmarks that are registered on the Hub, measured by the publisher. Read, checked, shown.
 
 m3quant measures none of them itself. Format and registration: https://huggingface.co/docs/hub/eval-results
 """

@@ -1,4 +1,4 @@
-"""Under which licence an output may be published: decided by the base repo and the licence text in hand, never by default."""
+"""Under which licence an output may be published: decided by the base repo and its licence text, never by default."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Download a checkpoint from the Hub and prove it: every file against the sha256 that its publisher recorded in the repo.
+"""Download a checkpoint from the Hub and verify it: every file against the sha256 that its publisher recorded in the repo.
 
-A repo that m3quant published says twice what its files must be: SHA256SUMS (all files) and m3quant.json (shards, and files
+A repo that m3quant published states its files twice: SHA256SUMS (all files) and m3quant.json (shards, and files
 written with them). Both, and what the Hub says, must agree before a large file is fetched. A repo without them, such as a base
 model, is compared with the Hub's own checksums: that finds a damaged download, and says nothing about who wrote the files.
 """

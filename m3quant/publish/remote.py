@@ -1,4 +1,4 @@
-"""The Hub as publishing needs it: the calls of huggingface_hub 1.x (on httpx) and 2.x (on httpx2), every failure a sentence.
+"""The calls to the Hub that publishing needs of huggingface_hub 1.x (on httpx) and 2.x (on httpx2), every failure a sentence.
 
 Only calls that both versions have are used; where they differ (copies between repos are new in 2.x) the feature is looked
 for, never the version number. https://huggingface.co/docs/huggingface_hub/package_reference/hf_api

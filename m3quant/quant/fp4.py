@@ -1,4 +1,4 @@
-"""NVFP4 and MXFP4 weights of a source back to BF16 or float32, and the check of which way a global scale goes.
+"""NVFP4 and MXFP4 weights of a source back to BF16 or float32, and the check of a global scale's convention.
 
 A byte holds two E2M1 codes, the even column in the low half (compressed-tensors `compressors/nvfp4/helpers.py`, ModelOpt
 `qtensor/nvfp4_tensor.py`). A group's scale and the tensor's global one are combined in float32, as both libraries do; the product with the

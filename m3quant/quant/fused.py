@@ -1,6 +1,6 @@
 """Min-max rounding of a BF16 weight straight into the bytes of its shard: one read of the weight, one write of codes.
 
-The same bytes as `formats.compress`, which stays the reference, on a CPU in blocks of rows that stay in its cache. What
+The same bytes as `formats.compress`, which is the reference, on a CPU in blocks of rows that stay in its cache. What
 makes it fast: the largest magnitude of a row or group is an integer maximum over the BF16 bits without their sign (which
 finds NaN and Inf too, since those are the largest of all), no float32 copy of a whole weight, and a weight is passed over
 once. `gpu_kernels` does the same on a GPU.

@@ -1,7 +1,7 @@
-"""Global scales of a source's NVFP4 weights, looked at before anything is converted: no factor at all, or one that goes the other way.
+"""Global scales of a source's NVFP4 weights, checked before anything is converted: an invalid factor, or one of the other convention.
 
 ModelOpt's scale_2 is amax / 2688 and multiplies; compressed-tensors' is 2688 / amax and divides (2688 = 6 * 448, the largest code times the
-largest group scale). Taken the wrong way, weights come out (2688 / amax)^2 times too large, seven million at an amax of 1.
+largest group scale). Under the wrong convention, weights become (2688 / amax)^2 times too large, seven million at an amax of 1.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ The formulas are compressed-tensors 0.20's (`quantization/utils/helpers.py`, `qu
     asymmetric   scale = (max(w, 0) - min(w, 0)) / (2^b - 1)        code = round(clamp(w / scale + zero))
                  zero  = round(clamp(qmin - min(w, 0) / scale))     codes and zero in -2^(b-1) .. 2^(b-1) - 1
 
-Ours differ in three places. A scale is rounded to the dtype it is stored in before anything is computed from it, the
-zero point included, so that the codes answer to the scale an engine reads. All arithmetic is float32: in bfloat16, as
+m3quant differs in three places. A scale is rounded to the dtype it is stored in before anything is computed from it, the
+zero point included, so that the codes belong to the scale that an engine reads. All arithmetic is float32: in bfloat16, as
 happens to a bfloat16 model there, the quotient is rounded twice. And a group of zeros gets the scale 2^-23 and the
 zero point qmin, where the asymmetric formula divides zero by zero.
 """

@@ -1,4 +1,4 @@
-"""Weights as the model means them: a source or a converted folder read as dense tensors under the original names."""
+"""A source or a converted folder read as dense tensors under the original names."""
 
 from __future__ import annotations
 

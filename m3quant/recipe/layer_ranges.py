@@ -1,4 +1,4 @@
-"""Sets of layers as people write them: "0-3,7". Torch-free."""
+"""Sets of layers in text form: "0-3,7". Torch-free."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """llm-compressor recipes, read as m3quant's own: modifiers, targets and ignore lists resolved onto the roles of a family.
 
-Accepted: stages as a person writes them and as llm-compressor writes them into recipe.yaml, AWQModifier (with its own
+Accepted: stages as users write them and as llm-compressor writes them into recipe.yaml, AWQModifier (with its own
 scheme, or before a QuantizationModifier) and QuantizationModifier. Targets resolve as in compressed-tensors
 (`utils/match.py`: an exact name before a regex, a regex before a class; of several regexes the first in alphabetical
 order; ignore beats targets; a later modifier beats an earlier one), against a module's on-disk name and its names in
-the transformers tree. What m3quant cannot do is refused with the reason; nothing is passed over. Torch-free.
+the transformers tree. What m3quant cannot do is refused with the reason; nothing is ignored. Torch-free.
 
 An AWQModifier becomes m3quant's calibrated path: scales on the family's exact fold set with `n_grid` and
 `duo_scaling`, then the range search, which stays off if the recipe asks for a min-max observer by `weight_observer`

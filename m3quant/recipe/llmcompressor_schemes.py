@@ -1,7 +1,7 @@
 """Schemes as llm-compressor and compressed-tensors write them: preset names and `weights` / `input_activations` groups.
 
 What they mean is compressed-tensors' `quant_scheme.PRESET_SCHEMES` and `quant_args.QuantizationArgs` (0.20). A form
-that m3quant cannot write is refused with the reason; nothing is passed over. Torch-free.
+that m3quant cannot write is refused with the reason; nothing is ignored. Torch-free.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The pictures of every page as inline SVG: curves over layers, positions and bytes, and heatmaps of layers x experts.
 
-Pure functions from numbers to markup. Colours are CSS classes (templates/style.css), so that the same picture is right on a light
+Pure functions from numbers to markup. Colours are CSS classes (templates/style.css), so that the same picture works on a light
 screen, a dark one and paper. No xmlns: the markup is inside HTML.
 """
 

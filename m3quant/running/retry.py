@@ -1,4 +1,4 @@
-"""Asking a server again: how long to wait after a failure that may pass, which the server may say itself."""
+"""Retrying a request: how long to wait after a temporary failure, which the server may state itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A timeline of a conversion's stages: who was busy when, with how many bytes. Costs one comparison a span when off.
+"""A timeline of a conversion's stages: which stage was busy when, with how many bytes. Costs one comparison per span if off.
 
     with recording() as timeline:
         convert(...)

@@ -1,4 +1,4 @@
-"""The engine's own word: it loads the output, accounts for every weight, and agrees with the dequantized weights."""
+"""The check in an engine: it loads the output, accounts for every weight, and agrees with the dequantized weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Checks of codes with error feedback, which cannot be derived from the source one by one.
 
 Rows and columns of the stored weight must still be those of the source: a row in another's place, a wrong sign or a
-channel that was scaled and not compensated lowers their agreement with the source below anything that rounding does. And
+channel that was scaled and not compensated lowers their agreement with the source more than any rounding does. And
 the squared distance from the source must be the one that the conversion recorded (calibration/rounding_errors.py).
 """
 

@@ -1,4 +1,4 @@
-"""Whether a source holds what an output was made of: by digest, which an average error could not tell."""
+"""Whether a source holds what an output was made of: by digest, which an average error could not show."""
 
 from __future__ import annotations
 

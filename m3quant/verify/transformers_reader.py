@@ -1,6 +1,6 @@
-"""transformers' own word: it loads the output with compressed-tensors, and computes what m3quant reads in it.
+"""The check in transformers: it loads the output with compressed-tensors, and computes the same as m3quant.
 
-Weights are compared through the forward pass, in float32 and past the reach of M3's block selection; activations are not rounded on either side.
+Weights are compared through the forward pass, in float32 and with more tokens than M3's block selection reads; activations are not rounded on either side.
 """
 
 from __future__ import annotations

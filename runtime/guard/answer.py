@@ -1,4 +1,4 @@
-"""The outgoing side of a request: passes every message on untouched, remembers how it ended, and gives up on a client that does not read."""
+"""The outgoing side of a request: passes every message on unchanged, records how it ended, and drops a client that does not read."""
 
 from __future__ import annotations
 

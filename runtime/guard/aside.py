@@ -1,4 +1,4 @@
-"""Work on large bodies in a process of its own, so that the event loop and its requests do not wait for it.
+"""Work on large bodies in a separate process, so that the event loop and its requests do not wait for it.
 
 A thread would not do: the parsers are C code that keeps the interpreter's lock for as long as the body is long. The process is started with the first
 large body, works on one at a time, knows a few pure functions and nothing else, and is replaced when it dies or takes too long.

@@ -1,4 +1,4 @@
-"""A coroutine run up to its first wait. Most sends and small questions never wait, and then need no timer, which would cost more than they do."""
+"""A coroutine run up to its first wait. Most sends and small requests never wait, and then need no timer, which would cost more than they do."""
 
 from __future__ import annotations
 

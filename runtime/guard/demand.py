@@ -1,4 +1,4 @@
-"""What a request asks for: its sequences, its output tokens, and what has to be counted of its prompt.
+"""What a request needs: its sequences, its output tokens, and the parts of its prompt that have to be counted.
 
 The guard reads a request as vLLM does: JSON with duplicate members resolved to the last, integers in pydantic's lax mode (true is 1, 5.0
 is 5, "5" is 5). Where releases of vLLM read a body differently, or where the route leaves open which model reads it, every reading

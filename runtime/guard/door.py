@@ -1,4 +1,4 @@
-"""Who may come in: API keys, and a name for each key that is neither the key nor reveals it."""
+"""Access: API keys, and a name for each key that does not reveal it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Keeps a prompt of a hundred thousand token ids from becoming a hundred thousand Python integers just to be counted.
+"""Counts a prompt of a hundred thousand token ids without making a hundred thousand Python integers.
 
 The array after `"prompt":` or `"token_ids":` is replaced by a marker and its ids are counted by its commas. A quote, the name and a quote,
 followed by a colon and a bracket, cannot occur inside a JSON string (its quotes would be escaped), so what is replaced is always an
-array. Whose it is the parser says (`is_marked`): another member's, a tool's schema for instance, has to be read as it is.
+array. The parser says which member it is (`is_marked`): another member's, a tool's schema for instance, has to be read as it is.
 """
 
 from __future__ import annotations

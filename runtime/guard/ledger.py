@@ -1,4 +1,4 @@
-"""Who holds how many KV cache tokens, and who is next: the guard's bookkeeping, without I/O or tasks; time is what `clock` says.
+"""Which request holds how many KV cache tokens, and which is next: the guard's bookkeeping, without I/O or tasks; time is what `clock` says.
 
 Reservations never exceed the capacity. What does not fit waits in one first-come queue per API key; across keys the next request is the
 one whose key has been served the fewest tokens (start-time fair queuing, Goyal, Vin and Cheng 1996, with the request's tokens as its
@@ -12,7 +12,7 @@ When the next request does not fit, it may hold its room back for a while: it *b
 - It blocks for at most `patience` x C / h seconds. Then everything that fits passes it, and no request blocks for as long as it blocked:
   for a request of the whole pool others are held back at most half the time, and never longer than `patience` at a stretch.
 - It does not block at all for what its own key holds: what would not fit although all other keys' requests ended waits, and is passed.
-- Whoever blocked without starting pays its tokens as if it had run, so its key is not next again until others were served as much.
+- A request that blocked without starting is charged its tokens as if it had run, so its key is not next again until others were served as much.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ASGI middleware that keeps vLLM's KV cache from being promised twice.
+"""ASGI middleware that prevents vLLM's KV cache from being promised twice.
 
     vllm serve CKPT --middleware m3quant.runtime.guard.Guard
 

@@ -1,6 +1,6 @@
-"""Turns at a bounded resource, shared fairly between keys: whose turn is next is decided by the bytes each key has had worked on.
+"""Turns at a bounded resource, shared fairly between keys: the next turn is decided by the bytes already processed for each key.
 
-Start-time fair queuing as in ledger.py, without reservations: work has a size, runs once it has a place, and ends.
+Start-time fair queuing as in ledger.py, without reservations: work has a size, runs when it has a place, and ends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Notices the hang that vLLM does not: requests waiting, none running, the KV cache empty, for longer than can be right.
+"""Detects a hang that vLLM does not report: requests waiting, none running, the KV cache empty, for too long.
 
 vLLM's scheduler waits for ever, without a log line, for a request larger than its pool (vllm#39734, #35541), and its /health stays 200.
-An engine that stops stepping altogether also stops telling its gauges: they stay as they were, so requests that the guard let in and that
+An engine that stops stepping altogether also stops updating its gauges: they stay as they were, so requests that the guard let in and that
 get no answer count as waiting too.
 """
 

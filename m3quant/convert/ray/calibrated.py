@@ -1,7 +1,7 @@
-"""A calibrated conversion on the GPUs of a Ray cluster: one actor a GPU, all in step (calibration/ranks.py), rank 0 writing.
+"""A calibrated conversion on the GPUs of a Ray cluster: one actor per GPU, all on the same step (calibration/ranks.py), rank 0 writing.
 
-Layers depend on one another, so the cluster works on one layer at a time. A worker that dies takes its peers' step with it:
-all are started anew and continue from the last finished layer, to the same bytes.
+Layers depend on one another, so the cluster works on one layer at a time. If a worker dies, the others cannot finish the step:
+all are restarted and continue from the last finished layer, to the same bytes.
 """
 
 from __future__ import annotations

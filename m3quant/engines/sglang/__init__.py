@@ -1,4 +1,4 @@
-"""SGLang: serves what the plan chose. Its log is not compared with the plan, and it has no guard and no loading probe here."""
+"""SGLang: serves as planned. Its log is not compared with the plan, and it has no guard and no loading probe here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM: the engine that m3quant plans for, serves with behind its guard, and asks what it made of a checkpoint."""
+"""vLLM: the engine for which m3quant plans, which it serves with behind its guard, and which it uses to verify a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's command line. Pure, but for the tokenizer that a reasoning parser looks into: nothing is started here."""
+"""vLLM's command line. Pure, except that the tokenizer is read for the reasoning parser: nothing is started here."""
 
 from __future__ import annotations
 

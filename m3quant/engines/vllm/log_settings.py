@@ -1,7 +1,7 @@
-"""vLLM's own settings as its log prints them: which the prediction takes over, and which it does not cover.
+"""vLLM's own settings as its log prints them: those that the prediction uses, and those that it does not cover.
 
 vLLM prints what differs from its defaults (`non-default args: {...}`, since 0.10), all arguments (`args: Namespace(...)`, before),
-and the resolved configuration (`LLM engine (v...) with config: ...`). Where the first was printed, what it lacks is the default.
+and the resolved configuration (`LLM engine (v...) with config: ...`). If the first was printed, a setting that it lacks has its default.
 """
 
 from __future__ import annotations

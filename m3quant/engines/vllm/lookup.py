@@ -1,4 +1,4 @@
-"""How vLLM finds a module's scheme in `quantization_config`, so that its view can be compared with what is on disk.
+"""How vLLM finds a module's scheme in `quantization_config`, so that it can be compared with the files.
 
 compressed_tensors/utils.py `find_matched_target` and `should_ignore_layer`, quant_utils `is_layer_skipped`.
 """

@@ -4,9 +4,9 @@
 
 It runs in the engine's own environment, so it imports nothing of m3quant: only the standard library, torch and vllm.
 
-Why the accounting is our own: vLLM's model loaders skip a tensor whose name they do not know, and its
+Why vLLM's own accounting is not used: its model loaders skip a tensor whose name they do not know, and its
 `enable_weights_track` looks at whole parameters by name. In 0.26 it even exempts every quantized layer. So a fused parameter
-of which only q, k and v were filled counts as loaded. Here the loading is watched from below: every in-place write into a
+of which only q, k and v were filled counts as loaded. Here loading is observed at the level of torch: every in-place write into a
 parameter's storage is seen by a torch dispatch mode and credited to the checkpoint tensor being loaded at that moment.
 That gives, by name, the parameters (or the share of a fused parameter) that no tensor filled, and the tensors that
 filled nothing.

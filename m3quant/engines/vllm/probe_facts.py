@@ -1,4 +1,4 @@
-"""What the loading probe must know of a family: it runs where m3quant is not installed."""
+"""What the loading probe must know about a family, since it runs without m3quant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What looks like a secret and is none: a list whose every entry gives the reason. m3quant ships one, a person may give another."""
+"""Findings that are no secrets: a list in which every entry gives its reason. m3quant has one, the user may give another."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every text that a file holds: as it is, behind escapes, in base64 or hex, in archives and in tensor metadata.
 
 Files are read in pieces that overlap, so that memory does not grow with them; what is decoded counts against one budget, and
-what the budget or the formats leave unread is said (`Unread`), never passed over.
+what the budget or the formats leave unread is reported (`Unread`), never ignored.
 """
 
 from __future__ import annotations

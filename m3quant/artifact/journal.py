@@ -317,7 +317,7 @@ def refuse_other_facts(
     reasons += [f"{key} was {was!r}, now {now!r}" for key, (was, now) in differing.items()]
     told = "; ".join(reasons) or "another plan"
     if finished:
-        raise OutputError(f"{output} is complete and was made otherwise ({told}): choose another folder.")
+        raise OutputError(f"{output} is complete and was made with other settings ({told}): choose another folder.")
     raise OutputError(
         f"{output} was begun with other settings ({told}): repeat the first command to continue it, "
         "or choose another folder."

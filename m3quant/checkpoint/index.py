@@ -36,7 +36,7 @@ def parse_index(raw: bytes, where: str) -> Index:
         if not isinstance(shard, str) or (shard not in plain and not _is_plain_file_name(shard)):
             raise CheckpointError(
                 f"{where} puts tensor {shown(tensor)} into {described(shard, 160)}, which is not the plain name of a "
-                f".safetensors file beside the index. {_REMEDY}"
+                f".safetensors file next to the index. {_REMEDY}"
             )
         plain.add(shard)
     metadata = parsed.get("metadata")

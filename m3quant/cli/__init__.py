@@ -17,13 +17,13 @@ from ..errors import M3QuantError, StoppedError
 
 # command -> (module under m3quant.cli, the line that --help shows)
 COMMANDS = {
-    "plan": ("plan", "What a checkpoint is, and what each output would weigh and need."),
+    "plan": ("plan", "What a checkpoint is, and the size and needs of each output."),
     "fit": ("fit", "The best bits for every layer within a number of bytes, or on a node."),
     "convert": ("convert", "Quantize a checkpoint to FP8 or AWQ INT4, streaming, resumable."),
-    "verify": ("verify", "Check that a converted checkpoint is whole, right and loadable."),
+    "verify": ("verify", "Check that a converted checkpoint is complete, correct and loadable."),
     "eval": ("eval", "Perplexity, KL divergence from the source and long context, one layer in memory at a time."),
     "card": ("card", "Write the model card of an output, and check that it may be published."),
-    "publish": ("publish", "Put an output on the Hub: checked, licensed, private until it is whole."),
+    "publish": ("publish", "Put an output on the Hub: checked, licensed, private until complete."),
     "pull": ("pull", "Download a checkpoint from the Hub and verify every file."),
     "serve": ("serve", "An OpenAI-compatible endpoint on one node, planned first and guarded."),
 }

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Fail where an expert stays below --min-expert-tokens, instead of topping it up.",
 )
-@click.option("--spill", is_flag=True, help="Keep hidden states on disk beside the output instead of in memory.")
+@click.option("--spill", is_flag=True, help="Keep hidden states on disk, in the output's folder, instead of in memory.")
 @click.option(
     "--eval", "suite", metavar="quick|full|FILE", default=None, help="Run m3quant eval on the output afterwards."
 )

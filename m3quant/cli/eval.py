@@ -60,7 +60,7 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--source", default=None, help="The checkpoint that CKPT was made from.")
 @click.option("--suite", default="quick", show_default=True, metavar="quick|full|FILE", help="What to measure.")
 @click.option(
-    "--data", metavar="FILE|NAME", default=None, help="Text in place of the suite's: a file, folder, wikitext-2, pg19."
+    "--data", metavar="FILE|NAME", default=None, help="Text instead of the suite's: a file, folder, wikitext-2, pg19."
 )
 @running_options
 @click.option(

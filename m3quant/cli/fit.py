@@ -26,7 +26,7 @@ from .options import ASK_OPTIONS, ask_options
     "sensitivity_file",
     type=click.Path(path_type=Path),
     default=None,
-    help="What --measure wrote for this source. Without it schemes are spread evenly over the layers.",
+    help="File that --measure wrote for this source. Without it schemes are spread evenly over the layers.",
 )
 @click.option("--measure", "measured", is_flag=True, help="Measure first, and write the file that --sensitivity names.")
 @click.option("--device", default="auto", show_default=True, help="With --measure: cpu, cuda, cuda:N or auto.")

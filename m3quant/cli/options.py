@@ -124,7 +124,7 @@ def recipe_options(default: str | None) -> Callable[[Callable[..., Any]], Callab
                 click.option(
                     "--requantize",
                     is_flag=True,
-                    help="Take a source whose weights are integers already (compressed-tensors, AutoAWQ): rounding errors stack.",
+                    help="Accept a source whose weights are already integers (compressed-tensors, AutoAWQ): its rounding errors add to the new ones.",
                 ),
             )
         ):
@@ -165,7 +165,7 @@ def serving_options(function: F) -> F:
         click.option("--on", default=None, metavar="NODE", help="A node: 1xH200, 2xH100, ..., or 2x95.5GiB for another card."),
         click.option("--all", "everything", is_flag=True, default=None, help="Every precision on every standard node, with prices."),
         click.option("--check-log", type=click.Path(path_type=Path), default=None, help="Compare the prediction with a vLLM start-up log."),
-        click.option("--prices", type=click.Path(path_type=Path), default=None, help="Price file (YAML) in place of the one that ships."),
+        click.option("--prices", type=click.Path(path_type=Path), default=None, help="Price file (YAML) instead of the one in the package."),
     )):  # fmt: skip
         function = option(function)
     return ask_options(function)

@@ -46,7 +46,7 @@ def command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Check the converted folder OUT, tell the obligations of its licence, and publish it as the Hub repo ORG/NAME.
+    """Check the converted folder OUT, state the obligations of its licence, and publish it as the Hub repo ORG/NAME.
 
     Nothing is visible until every file is there and verified; without --public the repo stays private. The same command
     continues an upload that was stopped.

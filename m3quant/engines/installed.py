@@ -69,7 +69,7 @@ class Installed:
 
 
 def how_to_get(package: str) -> str:
-    return f"install {package} beside m3quant, or name the Python of an environment that has it with --engine-python or {ENGINE_PYTHON}"
+    return f"install {package} in m3quant's environment, or name the Python of an environment that has it with --engine-python or {ENGINE_PYTHON}"
 
 
 def find_python(package: str, title: str, explicit: str | None = None) -> str:

@@ -14,7 +14,7 @@ from ..checkpoint.strict_json import described
 from ..errors import CheckpointError
 from .spec import Rope
 
-REMEDY = "copy the original config.json of the release beside the weights"
+REMEDY = "copy the original config.json of the release next to the weights"
 # Far above any release, far below what a loop or a float could not take.
 MAX_LAYERS, MAX_EXPERTS, MAX_HEADS, MAX_SIZE, MAX_VOCABULARY = 1024, 8192, 2**16, 2**24, 2**31
 _MAX_DEPTH, _MAX_VALUES = 64, 1_000_000

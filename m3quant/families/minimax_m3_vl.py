@@ -62,7 +62,7 @@ class MiniMaxM3VL(Family):
             flags=("--tool-call-parser", "minimax_m3", "--enable-auto-tool-choice", "--reasoning-parser", "minimax_m3"),
             first_release="0.24.0",  # vllm-project/vllm#45381
             refused_formats={
-                "fp8": "vLLM's M3 loader renames every weight_scale_inv to weight_scale and then skips it without a word, "
+                "fp8": "vLLM's M3 loader renames every weight_scale_inv to weight_scale and then skips it without an error, "
                 "because the fp8 layers have no such parameter; add --format compressed-tensors, which stores the same blocks"
             },
             reasoning_tokens=("<mm:think>", "</mm:think>"),

@@ -222,7 +222,7 @@ def stored_entries(family: Family, source: SourceFormat) -> Iterator[tuple[str, 
     if source.stated.others:
         raise CheckpointError(
             f"{source.file} describes weights of {' and of '.join(words(k) for k in sorted({source.kind, *source.stated.others}))}; which is "
-            "which cannot be told from it alone: give the folder with the *.safetensors files, whose headers say so."
+            "which cannot be seen from it alone: give the folder with the *.safetensors files, whose headers say so."
         )
     keeps = KeptModules(source.kept, family)
     for name, expected in family.expected_tensors.items():

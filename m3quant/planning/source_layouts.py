@@ -208,7 +208,7 @@ def _four_bits(shown: str, codes: TensorInfo, scale: TensorInfo, globals_: list[
         raise CheckpointError(
             f"{shown} is NVFP4 with {' and '.join(leaves)}. Under the name {codes.name.rpartition('.')[2]}, {wanted} is the global scale "
             f"({'it divides' if packed else 'it multiplies'}); {other} would {'multiply' if packed else 'divide'}: which is meant cannot be "
-            "told, so restore the release's shards."
+            "known, so restore the release's shards."
         )
     if globals_[0].dtype != "F32" or math.prod(globals_[0].shape) != 1:
         raise CheckpointError(
@@ -249,6 +249,6 @@ def _misfit(shown: str, codes: TensorInfo, scale: TensorInfo, kind: str, stated:
         shape, dtypes = scale_layout(reading, SourceTensor(codes, reading).shape)
         needs.append(f"{reading} needs {' or '.join(dtypes)} {list(shape)}")
     return (
-        f"{shown}: its scale '{scale.name}' is {scale.dtype} {list(scale.shape)}, but beside {codes.dtype} {list(codes.shape)} "
+        f"{shown}: its scale '{scale.name}' is {scale.dtype} {list(scale.shape)}, but with {codes.dtype} {list(codes.shape)} "
         f"{', '.join(needs)}. Check quantization_config in config.json against the weights, and fetch the shard again."
     )

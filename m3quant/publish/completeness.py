@@ -119,7 +119,7 @@ def check_needed(out: Path, manifest: Mapping[str, Any], findings: Findings) -> 
     tokenizer = [name for name in TOKENIZERS if (out / name).is_file()]
     if not tokenizer:
         findings.problems.append(
-            f"{out} has no tokenizer ({', '.join(TOKENIZERS)}): nobody can serve it; copy the base's."
+            f"{out} has no tokenizer ({', '.join(TOKENIZERS)}): it cannot be served; copy the base's."
         )
     settings = out / "tokenizer_config.json"
     embedded = settings.is_file() and b'"chat_template"' in read_bounded(settings, CONFIG_BYTES, error=PublishError)

@@ -40,7 +40,7 @@ _REFUSED = (
     (r"MXFP4.*", _FP4),
     (r"MX.*", _MX),
     (r"W8A8|INT8|W\dA4|W\dA8", _INT_ACTIVATIONS),
-    (r"W4AFP8", f"rounds activations to FP8 beside INT4 weights, which m3quant does not write: {_HAVE}; use W4A16"),
+    (r"W4AFP8", f"rounds activations to FP8 with INT4 weights, which m3quant does not write: {_HAVE}; use W4A16"),
     (r"FP8", _STATIC),
 )
 

@@ -55,5 +55,5 @@ def _made(plan: Plan) -> list[tuple[str, str]]:
         ("model", f"{plan.family.model_type}, {plan.family.num_layers} layers"),
         ("recipe", f"{plan.recipe.name}, format {plan.recipe.format}, rounding {plan.recipe.rounding}"),
         ("size", f"{made}, {bits_per_weight(plan):.3f} bits per quantized weight"),
-        ("made by", f"m3quant {__version__}; beside this page lie calibration.json and experts.json with every number"),
+        ("made by", f"m3quant {__version__}; calibration.json and experts.json next to this page hold every number"),
     ]

@@ -31,12 +31,12 @@ def structure_problems(
             yield f"tensor '{name}' is in {info.shard}, the plan puts it into {shard}"
     for name, info in output.tensors.items():
         if name not in expected:
-            yield f"{info.shard}: tensor '{name}' is not in the plan: an engine may skip it without a word"
+            yield f"{info.shard}: tensor '{name}' is not in the plan: an engine may skip it without an error"
     # What the manifest does not list is neither hashed nor published.
     listed = {*manifest["shards"], *manifest["files"]}
     for name in (*(unit.shard for unit in plan.units), INDEX_FILE, RECIPE_FILE, CONFIG_NAME):
         if name not in listed:
-            yield f"{MANIFEST} does not list {name}: convert again, for its bytes cannot be told from others"
+            yield f"{MANIFEST} does not list {name}: convert again, because its bytes cannot be checked"
     yield from _config_problems(output, plan, source)
     if source is not None and manifest["source"]["fingerprint"] != source.fingerprint():
         yield f"the output was made from another source than {source.root}: its headers or config.json differ"

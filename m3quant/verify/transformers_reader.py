@@ -56,7 +56,7 @@ def limits(plan: Plan) -> list[str]:
         joined = {t.scheme for t in plan.tensors if t.role.kind == role and t.role.joined}
         if any(not s.quantizes for s in joined) and any(s.kind == "int" for s in experts):
             found.append(
-                f"{role} unquantized beside experts of integers: transformers looks for packed gate and up weights there"
+                f"{role} unquantized with integer experts: transformers looks for packed gate and up weights there"
             )
         if odd := [s for s in joined if s.block or (s.kind == "int" and not s.symmetric)]:
             found.append(f"{role} in {odd[0]}: transformers joins gate and up by rows, and what goes with them wrongly")

@@ -383,7 +383,7 @@ def test_a_resume_with_something_else_is_refused_by_name(
     # A finished one is protected as well, and of the recipe only what differs is told.
     said = refused(
         m3quant("convert", made["m2"], out, "--to", "int4"),
-        "complete and was made otherwise",
+        "complete and was made with other settings",
         "recipe.name was 'awq-fp8', now 'int4'",
     )
     assert "schemes" not in said and "device" not in said and "continue" not in said

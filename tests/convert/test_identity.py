@@ -51,7 +51,9 @@ def test_another_model_of_the_same_shapes_is_refused_at_every_stage(tmp_path: Pa
     assert files(out) == before
     run_convert(first, out, to)
     whole = files(out)
-    with pytest.raises(OutputError, match=r"is complete and was made otherwise \(another source: model-00001"):
+    with pytest.raises(
+        OutputError, match=r"is complete and was made with other settings \(another source: model-00001"
+    ):
         run_convert(second, out, to)
     assert files(out) == whole
 

@@ -261,11 +261,11 @@ Q = "model.layers.1.self_attn.q_proj."
     (nvfp4_packed, NV_CT, lambda t: t.update({f"{Q}weight_scale_2": t.pop(f"{Q}weight_global_scale")}), "NVFP4 with weight_scale_2. Under the name weight_packed"),
     (nvfp4_packed, NV_CT, lambda t: t.update({f"{Q}weight_global_scale": torch.ones(2)}), r"global scale '.*' is F32 \[2\], not one F32 number"),
     (nvfp4_packed, NV_CT, lambda t: t.update({f"{Q}weight_global_scale": torch.ones(1).bfloat16()}), r"global scale '.*' is BF16 \[1\], not one F32 number"),
-    (nvfp4_packed, NV_CT, lambda t: t.update({f"{Q}weight_scale": t[f"{Q}weight_scale"].mT.contiguous()}), r"its scale '.*' is F8_E4M3 \[16, 256\], but beside U8 \[256, 128\] nvfp4-packed needs F8_E4M3 \[256, 16\]"),
-    (nvfp4_packed, NV_CT, lambda t: t.update({f"{Q}weight_scale": t[f"{Q}weight_scale"].float()}), r"is F32 \[256, 16\], but beside U8 \[256, 128\] nvfp4-packed needs .*nvfp4 needs .*mxfp4 needs U8"),
+    (nvfp4_packed, NV_CT, lambda t: t.update({f"{Q}weight_scale": t[f"{Q}weight_scale"].mT.contiguous()}), r"its scale '.*' is F8_E4M3 \[16, 256\], but with U8 \[256, 128\] nvfp4-packed needs F8_E4M3 \[256, 16\]"),
+    (nvfp4_packed, NV_CT, lambda t: t.update({f"{Q}weight_scale": t[f"{Q}weight_scale"].float()}), r"is F32 \[256, 16\], but with U8 \[256, 128\] nvfp4-packed needs .*nvfp4 needs .*mxfp4 needs U8"),
     (mxfp4_packed, {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}, lambda t: t.update({f"{Q}weight_global_scale": torch.ones(1)}), "is MXFP4 .*which has no '.*weight_global_scale'"),
     (fp8_rows, ct("float-quantized", num_bits=8, strategy="channel"), lambda t: t.update({f"{Q}weight_scale_inv": t[f"{Q}weight_scale"].clone()}), "FP8 with two scales"),
-    (fp8_rows, ct("float-quantized", num_bits=8, strategy="channel"), lambda t: t.update({f"{Q}weight_scale": t[f"{Q}weight_scale"][:100]}), r"is BF16 \[100, 1\], but beside F8_E4M3 \[256, 256\] fp8-block needs .*fp8-channel needs F32 or BF16 \[256, 1\]"),
+    (fp8_rows, ct("float-quantized", num_bits=8, strategy="channel"), lambda t: t.update({f"{Q}weight_scale": t[f"{Q}weight_scale"][:100]}), r"is BF16 \[100, 1\], but with F8_E4M3 \[256, 256\] fp8-block needs .*fp8-channel needs F32 or BF16 \[256, 1\]"),
 ])  # fmt: skip
 def test_a_layout_that_matches_no_formula_is_refused_with_the_tensor(sources: dict[str, Path], tmp_path: Path, parts: Any, section: Any, change: Any, words: str) -> None:  # fmt: skip
     folder = spoil(quantize(sources["m2"], tmp_path / "src", parts, section), change)

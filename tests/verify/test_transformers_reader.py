@@ -60,7 +60,7 @@ def test_what_transformers_does_not_read_is_said_before_it_is_tried(tmp_path: Pa
 
     source = make_source(tmp_path / "m3", "m3")
     for settings, words in (
-        (["dense_mlp=keep"], "dense_mlp unquantized beside experts of integers"),
+        (["dense_mlp=keep"], "dense_mlp unquantized with integer experts"),
         (["routed_experts=int4-g64-asym"], "drops their zero points"),
         (["routed_experts=fp8-channel", "dense_mlp=keep"], ""),
         (["dense_mlp=int8-g64-asym"], "dense_mlp in int8-g64-asym: transformers joins gate and up"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from m3quant.calibration.feedback.evidence import Rule, estimate
-from m3quant.calibration.feedback.heldout import Readers, aimed, judged
+from m3quant.calibration.feedback.heldout import Readers, aimed, heldout_errors
 from m3quant.calibration.feedback.moments import Moments
 from m3quant.calibration.feedback.products import matmul
 from m3quant.calibration.feedback.settings import FeedbackSettings
@@ -57,7 +57,7 @@ def fit(
 ) -> list[Fitted]:
     """One `Fitted` for each weight of `readers`, [E, N, K] each; moments: one for each E."""
     known = estimate(moments, rule, prior)
-    nearest, found = judged(moments, readers, rule, prior, settings)
+    nearest, found = heldout_errors(moments, readers, rule, prior, settings)
     kept = found < nearest  # [E, weights]; False for NaN too
     solution = Solver(aimed(readers, known), known.second, readers.scheme, settings).solve()
     stored, loss = solution.stored, readers.sums(solution.loss)

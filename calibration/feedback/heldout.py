@@ -80,7 +80,7 @@ def joined_by_scheme(weights: Mapping[Key, tuple[Scheme, int]]) -> list[tuple[Ke
     return [tuple(keys) for keys in sets.values()]
 
 
-def judged(
+def heldout_errors(
     moments: Sequence[Moments], readers: Readers, rule: Rule, prior: torch.Tensor | None, settings: FeedbackSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Errors [E, weights] on the second half of the rows of what the first taught: (rounded to nearest with searched
@@ -88,14 +88,14 @@ def judged(
 
     Relative to the energy of the outputs there, less a constant; NaN where the second half has no rows.
     """
-    learnt, judge = HALVES
+    fitted, tested = HALVES
     known = estimate(moments, rule, prior, learnt)
     part, rows = readers.sampled()
     quick = replace(settings, rounds=0)  # the sweep alone: what follows it can only do better on the rows learnt from
     plain = Solver(part.weight, known.second, part.scheme, quick)
     nearest = plain.stored(plain.nearest()).dequantized()
     found = Solver(aimed(part, known, rows), known.second, part.scheme, quick).solve().stored.dequantized()
-    return tuple(_errors(values, part, rows, moments, judge) for values in (nearest, found))  # type: ignore[return-value]
+    return tuple(_errors(values, part, rows, moments, tested) for values in (nearest, found))  # type: ignore[return-value]
 
 
 def aimed(readers: Readers, known: Estimate, rows: torch.Tensor | None = None) -> torch.Tensor:

@@ -20,7 +20,7 @@ from m3quant.checkpoint.bounded import MANIFEST_BYTES
 from m3quant.errors import M3QuantError, OutputError
 from m3quant.verify.verification import verify
 from tests.support.convert.common import make_plan_of, make_source, run_convert, run_plan
-from tests.support.convert.tampering import Told
+from tests.support.convert.tampering import SaidLines
 
 SAMPLES = Path(__file__).parent / "schema1"
 
@@ -62,11 +62,11 @@ def as_schema_1(output: Path) -> None:
 def test_an_output_of_schema_1_is_complete_and_verified_and_what_cannot_be_compared_is_said(
     made: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    source, told = made[0], Told()
+    source, progress = made[0], SaidLines()
     out = shutil.copytree(made[1], tmp_path / "out")
     as_schema_1(out)
-    run_plan(make_plan_of(source, "int4"), out, progress=told)
-    assert "was made before m3quant recorded what it read" in told.said[0]
+    run_plan(make_plan_of(source, "int4"), out, progress=progress)
+    assert "was made before m3quant recorded what it read" in progress.said[0]
     said: list[str] = []
     assert verify(out, str(source), said.append)[0].holds
     assert any("before m3quant recorded what it read" in line for line in said)

@@ -33,7 +33,7 @@ from m3quant.running.timing import recording
 
 from . import floors, peers
 from .chart import write_chart
-from .told import Told, random_windows
+from .line_recorder import LineRecorder, random_windows
 from .wide import wide_checkpoint, wide_config
 
 
@@ -61,13 +61,13 @@ def child(arguments: argparse.Namespace) -> None:
     before = status("VmRSS")
     with recording() as timeline:
         started = time.perf_counter()
-        told = Told(started)
-        manifest = convert(plan, output, settings, told)
+        recorder = LineRecorder(started)
+        manifest = convert(plan, output, settings, recorder)
         seconds = time.perf_counter() - started
     need = resources(plan, on_gpu=device.type == "cuda")
     result = {
         "seconds": seconds,
-        "told": told.lines,
+        "lines": recorder.lines,
         "bytes_in": sum(u.bytes_in for u in plan.units),
         "output_bytes": manifest["output_bytes"],
         "peak_rss": status("VmHWM"),
@@ -230,7 +230,7 @@ def print_result(result: dict[str, Any]) -> None:
         print(f"m3quant is {speed}")
     if result.get("peer_note"):
         print(result["peer_note"])
-    for line in runs[(len(runs) - 1) // 2]["told"] if runs else ():
+    for line in runs[(len(runs) - 1) // 2]["lines"] if runs else ():
         print(f"  at {line}")
     print(
         f"\n{'stage':>8} {'spans':>6} {'GB':>7} {'busy s':>7} {'GB/s':>6} {'floor s':>8} {'busy/floor':>10} {'of run':>7}"

@@ -53,7 +53,7 @@ def read_all(paths: list[Path], limit: int | None = None) -> tuple[int, float]:
 
 
 def write_bytes(path: Path, size: int) -> float:
-    """Seconds to write `size` random bytes and sync them, the disk told to begin as they come."""
+    """Seconds to write `size` random bytes and sync them, with the disk asked to begin as they come."""
     block = np.random.default_rng(0).integers(0, 256, SYNC_EVERY, dtype=np.uint8).data
     started = time.perf_counter()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

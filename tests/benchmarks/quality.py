@@ -4,7 +4,7 @@
     python -m tests.benchmarks.quality WORK --figures  # WORK's rows into tests/benchmarks/figures
     python -m tests.benchmarks.quality --table        # tests/benchmarks/figures/quality_*.json as the tables of docs/rounding.md
 
-Every method gets the same calibration windows and the same scheme, and one judge computes all figures (quality_cases):
+Every method gets the same calibration windows and the same scheme, and one evaluator computes all figures (quality_cases):
 weights dequantized to BF16, everything else in float32 on a CPU, activations not rounded. Settings are the programs'
 defaults; none was chosen on the held-out text.
 
@@ -47,7 +47,7 @@ from m3quant.families import family_of
 
 from ..support.paths import ROOT
 from . import peers
-from .quality_cases import SEED, Case, Judge, cases, prepare, source_names
+from .quality_cases import SEED, Case, Evaluator, cases, prepare, source_names
 
 FIGURES = Path(__file__).with_name("figures")
 OURS = {"nearest": "rounded to nearest", "awq": "`rounding: awq`", "feedback": "`rounding: feedback`"}
@@ -80,7 +80,7 @@ def recipe_of(case: Case, method: str) -> dict[str, Any]:
     return {"name": method, "rounding": method, "schemes": dict(case.schemes), "data": data}
 
 
-def ours(case: Case, method: str, work: Path, judge: Judge) -> dict[str, Any]:
+def ours(case: Case, method: str, work: Path, evaluator: Evaluator) -> dict[str, Any]:
     recipe, output = work / f"{case.name}-{method}.json", work / f"{case.name}-{method}"
     recipe.write_text(json.dumps(recipe_of(case, method)))  # YAML is a superset
     command = [sys.executable, "-m", "m3quant", "convert", case.source, output, "--recipe", recipe, "--device", "cpu"]
@@ -93,7 +93,7 @@ def ours(case: Case, method: str, work: Path, judge: Judge) -> dict[str, Any]:
             f"{output} was calibrated on other windows than the other programs get: delete it and run again"
         )
     return {
-        **judge.folder(output),
+        **evaluator.folder(output),
         "bits": manifest["bits_per_weight"],
         "seconds": manifest["seconds"],
         "versions": {
@@ -102,7 +102,7 @@ def ours(case: Case, method: str, work: Path, judge: Judge) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def peer(case: Case, method: str, work: Path, judge: Judge, folder: Path, iterations: int) -> dict[str, Any]:
+def peer(case: Case, method: str, work: Path, evaluator: Evaluator, folder: Path, iterations: int) -> dict[str, Any]:
     """A row of another program, with `failed` and its last words where it does not run."""
     environment, module, wanted = PEERS[method]
     job, output, answer = (work / f"{case.name}-{method}{end}" for end in (".job.json", ".safetensors", ".answer.json"))
@@ -117,17 +117,17 @@ def peer(case: Case, method: str, work: Path, judge: Judge, folder: Path, iterat
     )
     if "failed" in found:
         return found
-    tensors = source_names(family_of(judge.source.config), load_file(output))
+    tensors = source_names(family_of(evaluator.source.config), load_file(output))
     weights = sum(name.endswith("_proj.weight") or ".experts." in name for name in tensors)
     return {
-        **judge.tensors(tensors),
+        **evaluator.tensors(tensors),
         **found,
         "weights": weights,
         "bits": case.scheme.bits + 16 / case.scheme.group_size,
     }
 
 
-def row(case: Case, method: str, work: Path, judge: Judge, folder: Path, iterations: int) -> dict[str, Any]:
+def row(case: Case, method: str, work: Path, evaluator: Evaluator, folder: Path, iterations: int) -> dict[str, Any]:
     """One result, from an earlier run if that had the same windows."""
     kept = work / "rows" / f"{case.name}-{method}.json"
     facts = {"case": case.name, "method": method, "scheme": case.scheme.name}
@@ -138,7 +138,11 @@ def row(case: Case, method: str, work: Path, judge: Judge, folder: Path, iterati
     if kept.exists() and (found := json.loads(kept.read_text())).items() >= facts.items() and "failed" not in found:
         return dict(found)
     started = time.perf_counter()
-    made = peer(case, method, work, judge, folder, iterations) if method in PEERS else ours(case, method, work, judge)
+    made = (
+        peer(case, method, work, evaluator, folder, iterations)
+        if method in PEERS
+        else ours(case, method, work, evaluator)
+    )
     found = {**facts, **made, "wall_seconds": round(time.perf_counter() - started, 1)}
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(found, indent=1) + "\n")
@@ -227,10 +231,10 @@ def main() -> None:
     for name in given.case:
         case = cases(given.work)[name]
         prepare(case)
-        judge = Judge(case, given.work)
+        evaluator = Evaluator(case, given.work)
         for method in methods_of(case):
             if method in given.method:
-                found = row(case, method, given.work, judge, given.peers, given.iterations)
+                found = row(case, method, given.work, evaluator, given.peers, given.iterations)
                 print(line(found), flush=True)
 
 

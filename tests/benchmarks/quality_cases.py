@@ -1,4 +1,4 @@
-"""What `quality` compares roundings on: models, calibration windows, held-out tokens, and the one judge of every result."""
+"""What `quality` compares roundings on: models, calibration windows, held-out tokens, and the one evaluator of every result."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Overlaid:
         return found
 
 
-class Judge:
+class Evaluator:
     """Compares weights with the source's on the held-out tokens: float32 on the CPU, activations not rounded."""
 
     def __init__(self, case: Case, work: Path) -> None:

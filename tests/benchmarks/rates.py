@@ -91,8 +91,8 @@ def beyond(results: list[dict[str, Any]], rates: Rates) -> float:
     rest = []
     for result in results:
         plan, seconds = plan_of(result), seconds_of(result)
-        if plan.recipe.calibration != "none" and seconds and (told := estimate(plan, rates)):
-            rest.append(seconds - told.seconds)
+        if plan.recipe.calibration != "none" and seconds and (estimated := estimate(plan, rates)):
+            rest.append(seconds - estimated.seconds)
     return max(0.0, median(rest)) if rest else 0.0
 
 

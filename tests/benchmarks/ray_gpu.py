@@ -23,7 +23,7 @@ from m3quant.convert.start import convert
 from m3quant.planning.plan import make_plan
 from m3quant.recipe.recipe import build_recipe, named_recipe
 
-from .told import Told, random_windows
+from .line_recorder import LineRecorder, random_windows
 from .wide import wide_checkpoint, wide_config
 
 
@@ -35,24 +35,24 @@ def run(source: Path, output: Path, recipe: str, engine: str) -> dict[str, Any]:
     if recipe == "awq":
         settings.windows = random_windows(plan)
     began, started = time.time(), time.perf_counter()
-    told = Told(started)
-    convert(plan, output, settings, told)
+    recorder = LineRecorder(started)
+    convert(plan, output, settings, recorder)
     seconds = time.perf_counter() - started
     shards = sorted(output.glob("*.safetensors"))
     report = output / "m3quant-report" / "calibration.json"
     layers = json.loads(report.read_text())["layers"] if report.exists() else []
     return {
         "seconds": seconds,
-        "lines": told.lines,
+        "lines": recorder.lines,
         "finished": [round(shard.stat().st_mtime - began, 3) for shard in shards],
         "search": [layer["seconds"] for layer in layers],
         "sha256": {shard.name: sha256_file(shard) for shard in shards},
     }
 
 
-def steady(told: dict[str, Any]) -> float:
+def steady(measured: dict[str, Any]) -> float:
     """Mean seconds a layer from the first layer's shard to the last's. The first shard holds what is outside layers."""
-    times = sorted(told["finished"][1:])
+    times = sorted(measured["finished"][1:])
     return float((times[-1] - times[0]) / (len(times) - 1))
 
 
@@ -80,13 +80,13 @@ def main() -> None:
     torch.cuda.empty_cache()
     for recipe in arguments.recipes:
         for engine in ("local", "ray"):
-            told = run(source, work / f"{recipe}-{engine}", recipe, engine)
-            result["runs"].append({"recipe": recipe, "engine": engine, **told})
+            measured = run(source, work / f"{recipe}-{engine}", recipe, engine)
+            result["runs"].append({"recipe": recipe, "engine": engine, **measured})
             print(
                 recipe,
                 engine,
-                f"{told['seconds']:.2f} s, shards at {told['finished']}",
-                *told["lines"],
+                f"{measured['seconds']:.2f} s, shards at {measured['finished']}",
+                *measured["lines"],
                 sep="\n  ",
                 flush=True,
             )

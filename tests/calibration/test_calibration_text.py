@@ -204,12 +204,12 @@ def test_tokens_may_be_asked_for() -> None:
     assert "calibration text: bundled corpus: " in text, "a dry run reads the text as the run does"
 
 
-@pytest.mark.parametrize(("arguments", "told"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["--calibration-tokens", "many"], "is no number of tokens"), (["--calibration-tokens", "0"], "is not between"),
     (["--calibration-tokens", "1k", "--windows", "2"], "give one of them"), (["--calibration", "bundled=x"], "is no weight"),
     (["--calibration", "nowhere.jsonl", "--dry-run"], "no such file"), (["--to", "int4", "--calibration-tokens", "1k"], "uses no calibration data"),
 ])  # fmt: skip
-def test_what_cannot_be_meant_is_refused(arguments: list[str], told: str, tmp_path: Path) -> None:
+def test_what_cannot_be_meant_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
     found = CliRunner().invoke(cli, ["convert", str(FIXTURES / "tiny-m2"), str(tmp_path / "out"), *arguments])
-    assert found.exit_code != 0 and told in found.output + str(found.exception)
+    assert found.exit_code != 0 and message in found.output + str(found.exception)
     assert not (tmp_path / "out").exists()

@@ -119,13 +119,13 @@ def test_serve_before_the_engine_starts(shell: Shell, options: list[str]) -> Non
 def test_serve_without_an_engine_or_a_key(shell: Shell) -> None:
     assert "vLLM is not installed" in shell.refuses("serve", M2, "--on", "1xH200")
     assert "this variable is not set" in shell.refuses("serve", M2, "--on", "1xH200", "--api-key-env", "M3QUANT_UNSET")
-    told = shell.refuses("serve", M2, "--on", "1xH200", "--dry-run", "--api-key-env", "sk-given-by-mistake")
-    assert "mistake" not in told
+    refusal = shell.refuses("serve", M2, "--on", "1xH200", "--dry-run", "--api-key-env", "sk-given-by-mistake")
+    assert "mistake" not in refusal
 
 
 def test_verify_says_before_it_reads_that_there_is_no_engine(shell: Shell, outputs: dict[str, Path]) -> None:
-    told = shell.refuses("verify", outputs["m2"], "--engine", "--engine-python", "/nowhere/python")
-    assert "does not run" in told
+    refusal = shell.refuses("verify", outputs["m2"], "--engine", "--engine-python", "/nowhere/python")
+    assert "does not run" in refusal
 
 
 @pytest.mark.parametrize("command", ["card", "publish"])

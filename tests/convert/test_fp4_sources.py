@@ -134,9 +134,9 @@ def test_a_global_scale_the_wrong_way_round_is_refused_with_both_readings(
         tensors[name] = 1 / tensors[name]
     folder = rewrite(tmp_path / "turned", tensors, config_of(source))
     words = r"the global scale of '.*' is .* By its name, .*median magnitude of \d\.?\d*e\+0\d; if it .*they would have 0\.0\d"
-    with pytest.raises(CheckpointError, match=words) as told:
+    with pytest.raises(CheckpointError, match=words) as found:
         run_convert(folder, tmp_path / "out", "int4")
-    assert where == "everywhere" or one.removesuffix(leaf) in str(told.value)
+    assert where == "everywhere" or one.removesuffix(leaf) in str(found.value)
     assert not list((tmp_path / "out").glob("*.safetensors"))
     with pytest.raises(CheckpointError, match=words):
         open_model(folder)

@@ -19,7 +19,7 @@ from m3quant.checkpoint import Checkpoint
 from m3quant.errors import M3QuantError, OutputError
 from m3quant.running.progress import Silent
 from tests.support.convert.common import files, make_plan_of, make_source, run_convert, run_plan, same_output
-from tests.support.convert.tampering import Told, edit_unsampled, flip, interrupt
+from tests.support.convert.tampering import SaidLines, edit_unsampled, flip, interrupt
 
 WIDE = {"hidden_size": 256, "intermediate_size": 256}  # shards much larger than what is sampled of them
 
@@ -68,12 +68,12 @@ def rewrite_copy(folder: Path) -> None:
 
 @pytest.mark.parametrize("finished", [False, True], ids=["unfinished", "finished"])
 def test_the_same_bytes_in_other_files_are_the_same_source(source: Path, tmp_path: Path, finished: bool) -> None:
-    out, moved, told = tmp_path / "out", tmp_path / "moved", Told()
+    out, moved, progress = tmp_path / "out", tmp_path / "moved", SaidLines()
     run_convert(source, out, "int4") if finished else interrupt(source, out)
     shutil.copytree(source, moved)
     rewrite_copy(moved)
-    run_plan(make_plan_of(moved, "int4"), out, progress=told)
-    assert any("written or moved since" in line for line in told.said)
+    run_plan(make_plan_of(moved, "int4"), out, progress=progress)
+    assert any("written or moved since" in line for line in progress.said)
     run_convert(source, tmp_path / "whole", "int4")
     manifests = [json.loads((folder / "m3quant.json").read_text()) for folder in (out, tmp_path / "whole")]
     assert same_output(out, tmp_path / "whole") in (
@@ -84,12 +84,12 @@ def test_the_same_bytes_in_other_files_are_the_same_source(source: Path, tmp_pat
 
 
 def test_after_a_move_that_was_looked_into_nothing_is_read_again(source: Path, tmp_path: Path) -> None:
-    out, moved, told = tmp_path / "out", tmp_path / "moved", Told()
+    out, moved, progress = tmp_path / "out", tmp_path / "moved", SaidLines()
     interrupt(source, out, units=1)
     shutil.copytree(source, moved)
     interrupt(moved, out, units=2)
-    run_plan(make_plan_of(moved, "int4"), out, progress=told)
-    assert not any("written or moved" in line for line in told.said)
+    run_plan(make_plan_of(moved, "int4"), out, progress=progress)
+    assert not any("written or moved" in line for line in progress.said)
 
 
 @pytest.mark.parametrize("finished", [False, True], ids=["unfinished", "finished"])
@@ -160,9 +160,9 @@ def test_a_file_edited_while_the_conversion_runs_is_refused_and_nothing_is_lost(
     with pytest.raises(OutputError, match=r"tokenizer.json of the source has changed since the conversion"):
         run_plan(make_plan_of(copy, "int4"), out, progress=Editing())
     path.write_bytes(earlier)
-    told = Told()
-    run_plan(make_plan_of(copy, "int4"), out, progress=told)
-    assert any("3 of 3 shards are finished" in line for line in told.said)
+    progress = SaidLines()
+    run_plan(make_plan_of(copy, "int4"), out, progress=progress)
+    assert any("3 of 3 shards are finished" in line for line in progress.said)
 
 
 def record_download(folder: Path, commit: str, etags: dict[str, str], later: float = 10.0) -> None:

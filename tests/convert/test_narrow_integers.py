@@ -104,8 +104,8 @@ def test_a_changed_code_or_zero_point_is_found(tmp_path: Path) -> None:
     tensors[f"{names[1]}.weight_zero_point"][1, 1] ^= 0b111 << 15
     save_file(tensors, shard, metadata={"format": "pt"})
     result = CliRunner().invoke(cli, ["verify", str(tmp_path / "out"), "--source", str(TINY_M3)])
-    told = f"{result.output}{result.exception}"
-    assert result.exit_code != 0 and all(f"{name}.weight" in told for name in names), told
+    refusal = f"{result.output}{result.exception}"
+    assert result.exit_code != 0 and all(f"{name}.weight" in refusal for name in names), refusal
 
 
 @pytest.mark.parametrize("family", ["m2", "m3"])

@@ -54,8 +54,8 @@ def test_every_recipe_plans_these_families(name: str, sources: dict[str, Path]) 
             assert roles["routed_experts"] == wanted["routed_experts"], recipe
             continue
         assert roles["dense_mlp"] == wanted["routed_experts"], recipe
-        told = any("its dense MLPs take their scheme" in note for note in plan["notes"])
-        assert told == (wanted.get("dense_mlp") != wanted["routed_experts"]), recipe
+        stated = any("its dense MLPs take their scheme" in note for note in plan["notes"])
+        assert stated == (wanted.get("dense_mlp") != wanted["routed_experts"]), recipe
 
 
 def test_a_scheme_that_a_person_gives_the_dense_mlps_stays(sources: dict[str, Path]) -> None:

@@ -216,16 +216,16 @@ def test_waiting_for_a_busy_cluster_is_told_once_and_ends_at_ctrl_c(
                 text=True,
             )
             assert run.stderr is not None
-            told = []
-            while not told or "waiting for room" not in told[-1]:
-                told.append(run.stderr.readline())
-                assert told[-1], told
-            time.sleep(2)  # more than one look at the cluster: it is not told again
+            lines = []
+            while not lines or "waiting for room" not in lines[-1]:
+                lines.append(run.stderr.readline())
+                assert lines[-1], lines
+            time.sleep(2)  # more than one look at the cluster: it is not printed again
             run.send_signal(signal.SIGINT)
             _, errors = run.communicate(timeout=60)
         finally:
             holder.kill()
-    assert re.search(r"wants 1 core, and 0 of 2 cores are free", told[-1]), told
+    assert re.search(r"wants 1 core, and 0 of 2 cores are free", lines[-1]), lines
     assert run.returncode == 130 and "waiting for room" not in errors and "Traceback" not in errors, errors
     assert "stopped by SIGINT" in errors
     assert not list((tmp_path / "out" / ".m3quant").glob("attempt-*"))

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from m3quant.cli import cli
-from tests.support.engine.rounding_judge import judge
+from tests.support.engine.rounding_reference import compare
 from tests.support.engine.running import NEEDS_ENGINE
 from tests.support.paths import FIXTURES
 
@@ -57,7 +57,7 @@ def test_vllm_rounds_what_the_stream_rounds(
     source, output = first_layers(FIXTURES / f"tiny-{family}", tmp_path / "source", layers), tmp_path / "output"
     result = CliRunner().invoke(cli, ["convert", str(source), str(output), "--device=cpu", *options])
     assert result.exit_code == 0, (result.output, result.exception)
-    found = judge(output, length)
+    found = compare(output, length)
     print(f"{family}, {layers} layers, {options[0]}:\n{found}")
     assert found.report.problems() == []
     assert found.rounded.median < 0.05 * found.exact.median, (

@@ -137,8 +137,8 @@ def test_the_conversion_measures_the_stream_that_eval_computes(m2: Path, tmp_pat
         )
         for rounded in (True, False)
     }
-    told = heldout["perplexity_quantized"]
-    assert abs(told - perplexity[True]) < 0.1 * abs(told - perplexity[False])
+    recorded = heldout["perplexity_quantized"]
+    assert abs(recorded - perplexity[True]) < 0.1 * abs(recorded - perplexity[False])
 
 
 def test_the_command_line_passes_it_on_and_a_server_decides_itself(m2: Path, tmp_path: Path) -> None:

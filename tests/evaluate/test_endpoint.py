@@ -1,4 +1,4 @@
-"""Tasks against a server: the same figures as from log-probs in hand, and each failure told in one sentence."""
+"""Tasks against a server: the same figures as from log-probs in hand, and each failure as one sentence."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_needles_are_generated_and_counted(offers: set[str]) -> None:
     double = Double(tokenizer("tiny-m2"), offers)
     # The toy server repeats one sample's answer to every prompt: exactly that sample is right.
     third = chosen[0].sequences()[2]
-    double.told = third.ids[third.scored].tolist()
+    double.answers = third.ids[third.scored].tolist()
     with serving(double) as url:
         (found,) = evaluate_endpoint(url, "toy", chosen, tokenizer("tiny-m2"), REACH).results
     assert found.cells[0]["hits"] == 1 and found.cells[0]["samples"] == 4
@@ -84,7 +84,7 @@ def test_a_wrong_last_digit_is_a_miss() -> None:
     chosen = [tasks()[1]]
     double = Double(tokenizer("tiny-m2"), ALL)
     third = chosen[0].sequences()[2]
-    double.told = [*third.ids[third.scored][:-1].tolist(), int(third.ids[third.scored][-1]) + 1]
+    double.answers = [*third.ids[third.scored][:-1].tolist(), int(third.ids[third.scored][-1]) + 1]
     with serving(double) as url:
         (found,) = evaluate_endpoint(url, "toy", chosen, tokenizer("tiny-m2"), REACH).results
     assert found.cells[0]["hits"] == 0

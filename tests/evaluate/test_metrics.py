@@ -190,7 +190,7 @@ def random_predictions(seed: int) -> tuple[list[ScoredSequence], list[Any], list
     return sequences, first, second
 
 
-def told(sequences: list[ScoredSequence], logp: list[Any], against: list[Any] | None) -> list[Predictions]:
+def predictions_of(sequences: list[ScoredSequence], logp: list[Any], against: list[Any] | None) -> list[Predictions]:
     out = []
     for i, (s, q) in enumerate(zip(sequences, logp, strict=True)):
         kl = None if against is None else (np.exp(against[i]) * (against[i] - q)).sum(-1).astype(np.float32)
@@ -201,7 +201,7 @@ def told(sequences: list[ScoredSequence], logp: list[Any], against: list[Any] | 
 
 def test_divergence_figures_equal_a_plain_float64_reference() -> None:
     sequences, a, b = random_predictions(1)
-    found = metrics.divergence(told(sequences, a, None), told(sequences, b, a))
+    found = metrics.divergence(predictions_of(sequences, a, None), predictions_of(sequences, b, a))
     p, q = np.concatenate(a), np.concatenate(b)
     true = np.concatenate([s.ids[s.scored] for s in sequences])
     rows = np.arange(len(true))
@@ -228,7 +228,7 @@ def test_divergence_figures_equal_a_plain_float64_reference() -> None:
 
 def test_position_buckets_hold_every_token_once() -> None:
     sequences, a, b = random_predictions(2)
-    source, other = told(sequences, a, None), told(sequences, b, a)
+    source, other = predictions_of(sequences, a, None), predictions_of(sequences, b, a)
     cells = metrics.by_position([s.scored for s in sequences], source, other)
     assert [(c["start"], c["stop"]) for c in cells] == [(0, 64), (64, 128), (128, 256)]
     where = np.concatenate([s.scored for s in sequences])

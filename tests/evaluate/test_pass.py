@@ -250,11 +250,11 @@ def test_fp8_sources_are_read_as_what_they_mean(
 
 def test_models_that_do_not_match_are_refused(m2: Path, m3: Path, tmp_path: Path) -> None:
     task = [Plain([sequence(30)])]
-    for number, (overrides, told) in enumerate(
+    for number, (overrides, message) in enumerate(
         [({"vocab_size": 640}, "vocab_size 640"), ({"num_hidden_layers": 1}, "num_hidden_layers 1")]
     ):
         other = tiny.make_tiny_m2(tmp_path / str(number), num_local_experts=8, **overrides)
-        with pytest.raises(EvaluationError, match=told):
+        with pytest.raises(EvaluationError, match=message):
             run(other, m2, task)
     with pytest.raises(EvaluationError, match="minimax_m3_vl"):
         run(m3, m2, task)

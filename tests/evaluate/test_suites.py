@@ -49,7 +49,7 @@ def test_shipped_suites_make_tasks_within_the_context(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("document", "told"),
+    ("document", "message"),
     [
         ({"tasks": [{"task": "perplexty-gptq"}]}, "no task 'perplexty-gptq': did you mean 'perplexity-gptq'"),
         ({"tasks": [{"task": "perplexity-gptq", "windw": 3}]}, "unknown key 'windw': did you mean 'window'"),
@@ -63,9 +63,9 @@ def test_shipped_suites_make_tasks_within_the_context(tokenizer: Any) -> None:
     ],
 )
 def test_wrong_suites_are_refused_with_what_was_meant(
-    tmp_path: Path, tokenizer: Any, document: dict[str, Any], told: str
+    tmp_path: Path, tokenizer: Any, document: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(EvaluationError, match=told):
+    with pytest.raises(EvaluationError, match=message):
         make_tasks(load_suite(suite_file(tmp_path, **document)), tokenizer, CONFIG)
 
 
@@ -86,7 +86,7 @@ def test_data_replaces_the_text_of_every_task(tmp_path: Path, tokenizer: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "error", "told"),
+    ("name", "data", "error", "message"),
     [
         ("text.txt", b"", CalibrationError, "is empty"),
         ("text.txt", b"  \n", CalibrationError, "only white space"),
@@ -97,10 +97,10 @@ def test_data_replaces_the_text_of_every_task(tmp_path: Path, tokenizer: Any) ->
     ],
 )
 def test_unusable_text_is_refused(
-    tmp_path: Path, tokenizer: Any, name: str, data: bytes, error: type[M3QuantError], told: str
+    tmp_path: Path, tokenizer: Any, name: str, data: bytes, error: type[M3QuantError], message: str
 ) -> None:
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         make_tasks(load_suite("quick"), tokenizer, CONFIG, data=str(tmp_path / name))
 
 
@@ -197,7 +197,7 @@ def test_limits_absolute_and_relative() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("kdl=1", "did you mean 'kld'"),
         ("ppl=2%", r"write the worst change allowed with its sign, as ppl=\+2%"),
@@ -207,8 +207,8 @@ def test_limits_absolute_and_relative() -> None:
         ("", "names no limit"),
     ],
 )
-def test_limits_that_mean_nothing_are_refused(text: str, told: str) -> None:
-    with pytest.raises(EvaluationError, match=told):
+def test_limits_that_mean_nothing_are_refused(text: str, message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
         parse_limits(text)
 
 

@@ -167,7 +167,7 @@ def test_text_config_keys_are_named_where_they_are_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("num_hidden_layers", 10**9, "num_hidden_layers"),
         ("num_local_experts", True, "num_local_experts"),
@@ -178,10 +178,10 @@ def test_text_config_keys_are_named_where_they_are_missing() -> None:
         ("quantization_config", [], "'quantization_config' is [], not an object"),
     ],
 )
-def test_values_that_no_model_has_are_refused_by_name(key: str, value: object, told: str) -> None:
+def test_values_that_no_model_has_are_refused_by_name(key: str, value: object, message: str) -> None:
     config, family = load("minimax-m2.7")
     assert config["shared_intermediate_size"] == 0 and family_of(config).layers == family.layers
-    with pytest.raises(CheckpointError, match=re.escape(told)):
+    with pytest.raises(CheckpointError, match=re.escape(message)):
         family_of({**config, key: value})
 
 

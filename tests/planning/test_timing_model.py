@@ -99,11 +99,12 @@ def test_rates_ship_and_may_be_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("{", "Invalid JSON"), ("{}", "machine"), ('{"read": 0}', "own.json"), (None, "cannot be read")]
+    ("text", "message"),
+    [("{", "Invalid JSON"), ("{}", "machine"), ('{"read": 0}', "own.json"), (None, "cannot be read")],
 )
-def test_a_bad_file_of_rates_is_named(tmp_path: Path, text: str | None, told: str) -> None:
+def test_a_bad_file_of_rates_is_named(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "own.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(PlanError, match=told):
+    with pytest.raises(PlanError, match=message):
         load_rates(path)

@@ -38,8 +38,8 @@ def resolved(
 def test_every_release_is_known_by_its_licence(base: str, tmp_path: Path) -> None:
     licence = resolved(tmp_path, base, TEXTS[base])
     assert licence.identifier == "other" and licence.name and licence.source
-    told = obligations(licence, Base(base, COMMIT, True))
-    assert base in told[0] and len(told) > 2
+    stated = obligations(licence, Base(base, COMMIT, True))
+    assert base in stated[0] and len(stated) > 2
 
 
 @pytest.mark.parametrize("base", sorted(TEXTS))
@@ -56,11 +56,11 @@ def test_the_licence_of_another_release_is_refused(base: str, other: str, tmp_pa
 
 
 def test_m2_names_the_words_and_thresholds(tmp_path: Path) -> None:
-    told = obligations(
+    stated = obligations(
         resolved(tmp_path, "MiniMaxAI/MiniMax-M2", TEXTS["MiniMaxAI/MiniMax-M2"]), Base("a/b", COMMIT, True)
     )
-    assert any("100 million" in line and "US$30 million" in line and '"MiniMax M2"' in line for line in told)
-    assert not any("COMMERCIAL USE" in line for line in told)
+    assert any("100 million" in line and "US$30 million" in line and '"MiniMax M2"' in line for line in stated)
+    assert not any("COMMERCIAL USE" in line for line in stated)
 
 
 def test_m2_1_shows_the_words_of_its_own_text(tmp_path: Path) -> None:

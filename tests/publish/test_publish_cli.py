@@ -51,9 +51,9 @@ def test_a_dry_run_lists_everything_and_asks_nobody(hub: Hub, client: Client, ou
     written = {name: (out / name).stat().st_size for name in listed if (out / name).exists()}
     assert written.items() <= listed.items() and "m3quant.json" in written and facts["bytes"] == sum(listed.values())
     assert facts["base"] == {"repo": BASE, "revision": COMMIT} and facts["obligations"]
-    told = client.run(publish(out, "--dry-run"), token=None)
-    assert told.code == 0 and all(name in told.out for name in listed) and "Its licence asks of you" in told.out
-    assert all(line in told.out for line in facts["obligations"])
+    ran = client.run(publish(out, "--dry-run"), token=None)
+    assert ran.code == 0 and all(name in ran.out for name in listed) and "Its licence asks of you" in ran.out
+    assert all(line in ran.out for line in facts["obligations"])
     assert hub.log == []
 
 
@@ -71,8 +71,8 @@ def test_a_dry_run_that_a_gate_refuses_still_lists_the_files(client: Client, out
     assert done.code == 1 and "base model is unknown" in done.json["refused"] and done.json["refused"] in done.err
     listed = {file["path"]: file["size"] for file in done.json["files"]}
     assert {"config.json", "m3quant.json", "README.md"} <= set(listed) and done.json["bytes"] == sum(listed.values())
-    told = client.run(unlicensed, token=None)
-    assert told.code == 1 and "not to be sent yet" in told.out and all(name in told.out for name in listed)
+    ran = client.run(unlicensed, token=None)
+    assert ran.code == 1 and "not to be sent yet" in ran.out and all(name in ran.out for name in listed)
     assert (copy / "README.md").read_text(encoding="utf-8") == carded  # the base that it names was not given again
 
 

@@ -331,11 +331,13 @@ def test_a_hang_fails_health_and_is_told_once(caplog: pytest.LogCaptureFixture) 
 
     with caplog.at_level("WARNING"):
         run(scenario())
-    told = [record.getMessage() for record in caplog.records]
+    logged = [record.getMessage() for record in caplog.records]
     assert (
-        len(told) == 2 and "the engine hangs: 2 requests waiting, none running" in told[0] and "moves again" in told[1]
+        len(logged) == 2
+        and "the engine hangs: 2 requests waiting, none running" in logged[0]
+        and "moves again" in logged[1]
     )
-    assert "capacity_tokens" in told[0] and "topsecret" not in told[0]
+    assert "capacity_tokens" in logged[0] and "topsecret" not in logged[0]
 
 
 def test_gauges_that_cannot_be_read_once_do_not_end_the_watch(
@@ -359,7 +361,7 @@ def test_gauges_that_cannot_be_read_once_do_not_end_the_watch(
         watching.cancel()
 
     run(asyncio.wait_for(scenario(), 30))
-    assert "file is corrupted" in caplog.text and "gone" not in caplog.text  # told once until it can be read again
+    assert "file is corrupted" in caplog.text and "gone" not in caplog.text  # logged once until it can be read again
 
 
 def test_sigterm_lets_what_runs_finish_and_nothing_new_in() -> None:

@@ -42,10 +42,10 @@ class Shell:
         self.capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
-        told = self.capsys.readouterr()
+        read = self.capsys.readouterr()
         code = ended.value.code
         assert isinstance(code, int)
-        return Ran(code, told.out, told.err)
+        return Ran(code, read.out, read.err)
 
     def refuses(self, *arguments: object, code: int = 2) -> str:
         """Runs a command that must end with `code` and one sentence of ours, or click's usage lines. Returns what it said."""

@@ -78,7 +78,7 @@ def quantized_source(
 
 
 def write_parts(folder: Path, config: dict[str, Any], parts: dict[str, Tensors], index: bool = True) -> Path:
-    """Write shards called after `parts` (empty ones left out), config.json and, unless told otherwise, the index."""
+    """Write shards called after `parts` (empty ones left out), config.json and, by default, the index."""
     folder.mkdir(parents=True)
     weight_map = {}
     for label, tensors in parts.items():

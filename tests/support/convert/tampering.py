@@ -14,7 +14,7 @@ from m3quant.running.progress import Silent
 from tests.support.convert.common import run_convert
 
 
-class Told(Silent):
+class SaidLines(Silent):
     """Keeps what is said."""
 
     def __init__(self) -> None:

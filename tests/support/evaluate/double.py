@@ -33,7 +33,7 @@ class Double:
         self.vocabulary = len(tokenizer)
         self.asked: list[dict[str, Any]] = []
         self.before: Callable[[str, dict[str, Any], int], tuple[int, str, dict[str, str]] | None] = lambda *_: None
-        self.told: list[int] = []  # the ids that the next generations answer, instead of the toy model's
+        self.answers: list[int] = []  # the ids that the next generations answer, instead of the toy model's
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         prompt = body["prompt"]
@@ -50,8 +50,8 @@ class Double:
             raise ValueError("echo is not supported")
         made: list[int] = []
         for number in range(body["max_tokens"]):
-            told = self.told[number : number + 1]
-            made += told or [int(toy_logprobs(ids + made, self.vocabulary).argmax())]
+            given = self.answers[number : number + 1]
+            made += given or [int(toy_logprobs(ids + made, self.vocabulary).argmax())]
         text = self.tokenizer.decode(made)
         choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": "length", "logprobs": None}
         if asked_logprobs:

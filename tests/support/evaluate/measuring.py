@@ -19,7 +19,7 @@ from tests.support.convert.common import Silent
 
 
 class Plain:
-    """Asks for given sequences and keeps what it was told of them."""
+    """Asks for given sequences and keeps its predictions for them."""
 
     kind = "plain"
 

@@ -183,9 +183,9 @@ def check(
             print(f"{what}: {value} was not refused")
             good = False
         except CheckpointError as error:
-            told = re.search(r"w1\.weight(_packed)?(: 1 | is -?inf,)", str(error)) is not None
-            good &= told
-            if not told:
+            named = re.search(r"w1\.weight(_packed)?(: 1 | is -?inf,)", str(error)) is not None
+            good &= named
+            if not named:
                 print(f"{what}: {value}: {error}")
     print(f"{what}, {len(weights)} weights: {'same bytes' if good else 'DIFFERS'}", flush=True)
     return good

@@ -17,7 +17,7 @@ def make_guard(app: Any, **settings: Any) -> Guard:
 
 
 class FakeEngine:
-    """Counts words on /tokenize, answers the other routes when told to go on; remembers what it got."""
+    """Counts words on /tokenize, answers the other routes when asked to continue; remembers what it got."""
 
     def __init__(self, stream: list[bytes] | None = None, tokenize: bool = True) -> None:
         self.stream = stream or [b"data: {}\n\n", b"data: [DONE]\n\n"]

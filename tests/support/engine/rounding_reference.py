@@ -1,9 +1,9 @@
 """vLLM's log-probs of an output against m3quant's, with activations rounded and not:
 
-    python -m tests.support.engine.rounding_judge OUT [--length 500] [--dtype float32]      # needs M3QUANT_ENGINE_PYTHON
+    python -m tests.support.engine.rounding_reference OUT [--length 500] [--dtype float32]      # needs M3QUANT_ENGINE_PYTHON
 
-Also how far m3quant's own two results are apart that differ in float32 against float64 alone: a last bit turns one FP8 code,
-and that turns more of them in every product that follows.
+Also the difference of m3quant in float32 from m3quant in float64: a last bit changes one FP8 code,
+and that changes more of them in every product that follows.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ TEXT = FIXTURES / "heldout.txt"
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """rounded, exact: differences from the engine, by whether our activations are rounded; own: float32 from float64, rounded.
+class Comparison:
+    """rounded, exact: differences from the engine, by whether m3quant rounds activations; own: float32 from float64, rounded.
 
-    loss: mean of (our loss - the engine's) over all tokens and its standard error, nats, of rounded and exact.
+    loss: mean of (m3quant's loss - the engine's) over all tokens and its standard error, nats, of rounded and exact.
     """
 
     report: EngineReport
@@ -46,7 +46,7 @@ class Judgement:
         return "\n".join([*lines, f"mean loss less the engine's: {', '.join(losses)}"])
 
 
-def judge(folder: Path, length: int, dtype: str = "float32", prompts: int = 2) -> Judgement:
+def compare(folder: Path, length: int, dtype: str = "float32", prompts: int = 2) -> Comparison:
     """Two windows of the fixtures' held-out text through the engine and through the stream."""
     tokens = text_windows(folder, TEXT, length, prompts)
     env = {**ENV, "M3QUANT_CPU_ENGINE_ACTIVATIONS": "engine"}
@@ -55,7 +55,7 @@ def judge(folder: Path, length: int, dtype: str = "float32", prompts: int = 2) -
     if isinstance(model.reader, ConvertedReader):
         model.reader.dtype = (
             torch.float32
-        )  # an engine multiplies codes and scales: weights in BF16 would turn other codes
+        )  # an engine multiplies codes and scales: weights in BF16 would change other codes
     rounded, exact, wide = (
         -nll(model.reader, tokens, "cpu", own, micro_batch=1, schemes=schemes).double()
         for own, schemes in ((torch.float32, model.schemes), (torch.float32, None), (torch.float64, model.schemes))
@@ -65,7 +65,7 @@ def judge(folder: Path, length: int, dtype: str = "float32", prompts: int = 2) -
     for name, found in (("rounded", rounded), ("exact", exact)):
         gap = (engine - found).flatten()
         loss[name] = (float(gap.mean()), float(gap.std() / len(gap) ** 0.5))
-    return Judgement(
+    return Comparison(
         report,
         report.compare(rounded.tolist()),
         report.compare(exact.tolist()),
@@ -81,4 +81,4 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     asked = parser.parse_args()
-    print(judge(asked.output, asked.length, asked.dtype, asked.prompts))
+    print(compare(asked.output, asked.length, asked.dtype, asked.prompts))

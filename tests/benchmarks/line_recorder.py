@@ -1,4 +1,4 @@
-"""What the benchmarks that convert in their own process share: random windows, and a record of what the conversion said."""
+"""What the benchmarks that convert in their own process share: random windows, and a record of the lines that the conversion printed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from m3quant.calibration.corpus import Windows
 from m3quant.planning.plan import Plan
 
 
-class Told:
+class LineRecorder:
     """A Progress that keeps each line with the seconds since `started` (time.perf_counter)."""
 
     def __init__(self, started: float) -> None:

@@ -17,7 +17,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The site in build/site; strict, so that a broken link or anchor fails. The variable silences an advertisement of mkdocs-material.
+# The site in site/; strict, so that a broken link or anchor fails. The variable silences an advertisement of mkdocs-material.
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
 
@@ -44,4 +44,4 @@ $(ENGINE_VENV)/.ready: tests/support/engine/make_env.sh
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ENGINE_VENV) demo build *.egg-info
+	rm -rf $(VENV) $(ENGINE_VENV) demo site dist build *.egg-info

@@ -29,7 +29,7 @@ class Verdict:
     searched ranges, and fed back (error: as stored).
 
     error: squared output error relative to the output's energy, as the damped moments tell it. heldout: the same of sampled output
-    rows on the half of the rows that was not learnt from, less a constant; NaN if it has no rows.
+    rows on the half of the rows that was not used, less a constant; NaN if it has no rows.
     """
 
     rows: float

@@ -83,15 +83,17 @@ def joined_by_scheme(weights: Mapping[Key, tuple[Scheme, int]]) -> list[tuple[Ke
 def heldout_errors(
     moments: Sequence[Moments], readers: Readers, rule: Rule, prior: torch.Tensor | None, settings: FeedbackSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Errors [E, weights] on the second half of the rows of what the first taught: (rounded to nearest with searched
+    """Errors [E, weights] on the second half of the rows of weights made from the first half: (rounded to nearest with searched
     ranges, with feedback).
 
     Relative to the energy of the outputs there, less a constant; NaN where the second half has no rows.
     """
     fitted, tested = HALVES
-    known = estimate(moments, rule, prior, learnt)
+    known = estimate(moments, rule, prior, fitted)
     part, rows = readers.sampled()
-    quick = replace(settings, rounds=0)  # the sweep alone: what follows it can only do better on the rows learnt from
+    quick = replace(
+        settings, rounds=0
+    )  # the sweep alone: what follows it can only do better on the rows that were used
     plain = Solver(part.weight, known.second, part.scheme, quick)
     nearest = plain.stored(plain.nearest()).dequantized()
     found = Solver(aimed(part, known, rows), known.second, part.scheme, quick).solve().stored.dequantized()

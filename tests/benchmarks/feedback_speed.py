@@ -33,7 +33,7 @@ from m3quant.schemes import parse_scheme
 SHAPES = {"m2": (256, 3072, 1536, 8), "m3": (128, 6144, 3072, 4), "tiny": (8, 256, 128, 2)}
 PARTS: list[tuple[Any, str]] = [
     (fitting, "estimate"),
-    (fitting, "judged"),
+    (fitting, "heldout_errors"),
     (fitting, "aimed"),
     (heldout, "estimate"),
     (heldout, "aimed"),
@@ -123,7 +123,7 @@ def measure(
             for where, name in PARTS:
                 if not hasattr(where, name):
                     continue
-                label = name if where is not heldout else f"judged.{name}"
+                label = name if where is not heldout else f"heldout_errors.{name}"
                 stack.enter_context(mock.patch.object(where, name, clock.wrap(label, getattr(where, name))))
             fitting.fit(given, readers, rule, prior, settings)
         scale = experts / chunk

@@ -9,9 +9,9 @@ weights dequantized to BF16, everything else in float32 on a CPU, activations no
 defaults; none was chosen on the held-out text.
 
 tiny-m2, tiny-m3: the trained fixtures; routed experts in INT4 g128, the rest as it is; the first 64 windows of 512
-tokens of calibration.jsonl, judged on 64 windows of 512 tokens of heldout.txt. `default` is `--to awq`, with INT8 around the experts.
+tokens of calibration.jsonl, evaluated on 64 windows of 512 tokens of heldout.txt. `default` is `--to awq`, with INT8 around the experts.
 smollm2-g64, smollm2-g32: SmolLM2-135M-Instruct, attention and MLP in INT4; 128 windows of 128 tokens of the bundled corpus
-(short ones keep AutoRound's iterations cheap on a CPU), judged on 8 windows of 1,024 tokens of
+(short ones keep AutoRound's iterations cheap on a CPU), evaluated on 8 windows of 1,024 tokens of
 Python's help texts. Its package holds a Q4_1 file, whose weights lie on a 4-bit grid already: it ranks, it does not measure.
 
 Other programs run in their own environments, FOLDER/NAME for each NAME below:

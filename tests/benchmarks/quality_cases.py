@@ -33,7 +33,7 @@ MICRO_BATCH = 16
 
 @dataclass(frozen=True)
 class Case:
-    """One model. text: what is judged, its first `judged` windows of `window` tokens. calibration: for every method,
+    """One model. text: what is evaluated, its first `evaluated` windows of `window` tokens. calibration: for every method,
     `windows` windows of `length` tokens of that file, or of the bundled corpus. schemes: by role; other roles stay as
     they are."""
 
@@ -41,7 +41,7 @@ class Case:
     source: Path
     text: Path
     window: int
-    judged: int
+    evaluated: int
     calibration: str
     windows: int
     length: int
@@ -63,10 +63,10 @@ class Case:
         return mixed_windows(parts, load_tokenizer(self.source), self.windows, self.length, seed=SEED)
 
     def heldout(self) -> torch.Tensor:
-        """[judged, window] int64."""
+        """[evaluated, window] int64."""
         encode = load_tokenizer(self.source)
         ids = encode(self.text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-        return torch.tensor(ids[: self.judged * self.window]).view(self.judged, self.window)
+        return torch.tensor(ids[: self.evaluated * self.window]).view(self.evaluated, self.window)
 
 
 def cases(work: Path) -> dict[str, Case]:

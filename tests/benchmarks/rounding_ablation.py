@@ -146,7 +146,7 @@ def divergences(
     after: After | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """KL of one conversion on the judged windows and on those for choosing settings. experts: one scheme, or one a layer."""
+    """KL of one conversion on the evaluated windows and on those for choosing settings. experts: one scheme, or one a layer."""
     tokens = torch.cat([text, model.heldout])
     source, first = model.source_states(tokens), len(text)
     taught, exact = HiddenStates(source[0][:first].clone()), HiddenStates(source[0][first:].clone())
@@ -214,7 +214,7 @@ def patched(name: str | None) -> Iterator[None]:
         if name == "no prior":
             stack.enter_context(mock.patch.object(evidence, "PRIOR_ROWS", 0.0))
         if name == "no verdict":
-            stack.enter_context(mock.patch.object(fit, "judged", always_better))
+            stack.enter_context(mock.patch.object(fit, "heldout_errors", always_better))
         yield
 
 

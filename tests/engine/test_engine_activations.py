@@ -1,4 +1,4 @@
-"""Rounded activations, judged by vLLM: its own quantizer, its own choice of what is rounded, against m3quant's stream.
+"""Rounded activations, compared with vLLM: its own quantizer, its own choice of what is rounded, against m3quant's stream.
 
 One layer or two of the trained fixtures: deeper models do not compare token by token, since a last bit that turns one FP8
 code turns more of them in every product that follows (docs/verify.md).

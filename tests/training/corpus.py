@@ -197,15 +197,15 @@ def grams(text: str) -> set[tuple[str, ...]]:
     return set(zip(*(words[i:] for i in range(GRAM_WORDS)), strict=False))
 
 
-def calibration_documents(heldout: list[Document], training: list[Document], judged: str) -> list[Document]:
-    """About 200 kB of text of the same kinds as `judged` (heldout.txt), from documents that it has nothing of.
+def calibration_documents(heldout: list[Document], training: list[Document], evaluation: str) -> list[Document]:
+    """About 200 kB of text of the same kinds as `evaluation` (heldout.txt), from documents that it has nothing of.
 
     `heldout` are the held-out documents and the chapters of the novel. A document is left out if it shares one run of
-    13 words with `judged`, or more than a tenth of its runs with the training text. In pieces of up to 12 kB.
+    13 words with `evaluation`, or more than a tenth of its runs with the training text. In pieces of up to 12 kB.
     """
     pool = [d for d in heldout if d.source in CALIBRATION_CHARACTERS and len(d.text) > 2_000]
-    judged_grams = grams(judged)
-    pool_grams = {d: found for d in pool if not (found := grams(d.text)) & judged_grams}
+    evaluation_grams = grams(evaluation)
+    pool_grams = {d: found for d in pool if not (found := grams(d.text)) & evaluation_grams}
     wanted = set().union(*pool_grams.values())
     seen = set().union(*(grams(d.text) & wanted for d in training))
     trained = {d: len(found & seen) / len(found) for d, found in pool_grams.items()}

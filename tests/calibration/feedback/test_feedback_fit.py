@@ -1,4 +1,4 @@
-"""Held-out rows judge: their error is computed as it is from the rows, and who does not gain is rounded plainly."""
+"""Held-out rows: their error equals the one computed from the rows, and a weight without a gain is rounded to nearest."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import torch
 from m3quant.calibration.feedback import fit as fitting
 from m3quant.calibration.feedback.evidence import NORMED, estimate
 from m3quant.calibration.feedback.fit import NOT_JUDGED, WORSE, block_log, fit
-from m3quant.calibration.feedback.heldout import Readers, aimed, joined_by_scheme, judged
+from m3quant.calibration.feedback.heldout import Readers, aimed, heldout_errors, joined_by_scheme
 from m3quant.calibration.feedback.moments import Moments
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.feedback.solve import Solver
@@ -32,7 +32,7 @@ def test_heldout_errors_are_those_of_the_rows(inputs: bool) -> None:
     own, x, short = case(rows(1, COUNT, WIDTH)[0], inputs=inputs)
     weight = normal(1, 40, WIDTH, seed=2)
     readers = Readers.of([weight], SCHEME, inputs)
-    nearest, found = judged([own], readers, NORMED, None, SETTINGS)
+    nearest, found = heldout_errors([own], readers, NORMED, None, SETTINGS)
 
     picked = torch.arange(32) * 40 // 32
     part = weight[:, picked]
@@ -65,7 +65,7 @@ def test_an_expert_that_does_not_gain_is_rounded_to_nearest(monkeypatch: pytest.
     readers = Readers.of([normal(3, 40, WIDTH), normal(3, 24, WIDTH, seed=1)], SCHEME, True)
     good = fit(parts, readers, NORMED, None, SETTINGS)
     verdict = torch.tensor([[0.0, 0.0], [2.0, 0.0], [torch.nan, 0.0]])
-    monkeypatch.setattr(fitting, "judged", lambda *_: (torch.ones(3, 2), verdict))
+    monkeypatch.setattr(fitting, "heldout_errors", lambda *_: (torch.ones(3, 2), verdict))
     first, second = fit(parts, readers, NORMED, None, SETTINGS)
     assert [v.notes for v in first.verdicts] == [[], [WORSE], [NOT_JUDGED]]
     assert torch.equal(second.stored.codes, good[1].stored.codes)
@@ -96,7 +96,7 @@ def test_a_half_that_contradicts_the_other_is_not_believed() -> None:
 def test_rejected_weights_of_any_scheme_are_cut_at_their_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own = case(rows(1, COUNT, WIDTH)[0])[0]
     readers = Readers.of([normal(1, 128, WIDTH), normal(1, 72, WIDTH, seed=1)], SCHEMES[name], True)
-    monkeypatch.setattr(fitting, "judged", lambda *_: (torch.ones(1, 2), torch.tensor([[0.0, 2.0]])))
+    monkeypatch.setattr(fitting, "heldout_errors", lambda *_: (torch.ones(1, 2), torch.tensor([[0.0, 2.0]])))
     kept, rejected = fit([own], readers, NORMED, None, SETTINGS)
     plain = Solver(readers.weight, estimate([own], NORMED).second, SCHEMES[name], SETTINGS)
     nearest = plain.stored(plain.nearest()).dequantized()

@@ -16,6 +16,9 @@ from m3quant.recipe.recipe import fitted_names, recipe_names
 from .support.paths import ROOT
 
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")})
+NOTES = sorted(
+    path for folder in ("calibration", "m3quant/evaluate", "tests") for path in (ROOT / folder).rglob("README.md")
+)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 CALL = re.compile(rf"\bm3quant ({'|'.join(COMMANDS)})\b")
@@ -85,7 +88,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(there), f"{page.name}: {target} is no heading"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *NOTES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_a_page_names_exists(page: Path) -> None:
     for name in re.findall(rf"`((?:{FOLDERS})/[\w./*,{{}}-]+)", text(page)):
         start, _, rest = name.rstrip("/.,").partition("{")

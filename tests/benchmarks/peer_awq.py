@@ -2,7 +2,7 @@
 
 For the Python that has llmcompressor (0.14): `load_quantizable_moe`, then `oneshot` with `AWQModifier` and a
 `QuantizationModifier` of the groups that m3quant would write (OUT.config.json), then `save_pretrained`. The windows are
-random token ids, as ours are. Everything else is llm-compressor's default (20 grid points, every expert calibrated by every
+random token ids, as in m3quant's run. Everything else is llm-compressor's default (20 grid points, every expert calibrated by every
 token), except what makes it faster: the weights are loaded onto the device and, where they fit, the cached activations stay
 there. Writes the seconds of load, oneshot and save and the peaks; imports are not counted.
 
@@ -135,7 +135,7 @@ def packed_tensors(folder: str) -> int:
 
 
 class NoProcessor:
-    """oneshot asks for a tokenizer to save beside the model; token ids need none."""
+    """oneshot asks for a tokenizer to save with the model; token ids need none."""
 
 
 def count_mappings(awq: type, answer: str, started: float) -> list[str]:

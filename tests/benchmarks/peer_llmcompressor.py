@@ -1,4 +1,4 @@
-"""llm-compressor on a folder, by the same targets as ours: `PYTHON -m tests.benchmarks.peer_llmcompressor SRC DST OUT.json DEVICE WORKERS`.
+"""llm-compressor on a folder, by the same targets as m3quant's: `PYTHON -m tests.benchmarks.peer_llmcompressor SRC DST OUT.json DEVICE WORKERS`.
 
 For the Python that has llmcompressor (0.14): `model_free_ptq` with the quantization_config that m3quant would write, given
 as OUT.config.json. Writes seconds and peaks; imports are not counted. peer_awq.py is its sibling for calibrated recipes.

@@ -1,4 +1,4 @@
-"""Roundings side by side at the same bytes: KL divergence to the source and perplexity, of ours and of other programs.
+"""Roundings side by side at the same bytes: KL divergence to the source and perplexity, of m3quant and of other programs.
 
     python -m tests.benchmarks.quality [WORK] [--case tiny-m2 ...] [--method nearest awq ...] [--peers FOLDER]
     python -m tests.benchmarks.quality WORK --figures  # WORK's rows into tests/benchmarks/figures

@@ -1,6 +1,6 @@
 """A sound checkpoint mutated a few thousand ways: refused with a CheckpointError, or exactly right; nothing between.
 
-The judge of "exactly right" is the safetensors library, on the mutated bytes: a shard that we accept, it accepts, with
+The reference is the safetensors library, on the mutated bytes: a shard that m3quant accepts, it accepts, with
 the same names, dtypes, shapes and bytes. Beyond that, what a mutation did not touch must read as in the original.
 """
 

@@ -1,4 +1,4 @@
-"""Regexes in files of somebody else: a bound on the time of all matches, and sentences."""
+"""Regexes in files from other people: a limit on the time of all matches, and refusals."""
 
 from __future__ import annotations
 

@@ -380,7 +380,7 @@ def test_a_resume_with_something_else_is_refused_by_name(
         refused(m3quant("convert", made["m2"], out, "--to", "awq-fp8", *SHORT), "version was", "99.0")
     assert files(out) == begun
     assert m3quant("convert", made["m2"], out, "--to", "awq-fp8", *SHORT)[0] == 0
-    # A finished one is protected as well, and of the recipe only what differs is told.
+    # A finished one is protected as well, and of the recipe only what differs is named.
     said = refused(
         m3quant("convert", made["m2"], out, "--to", "int4"),
         "complete and was made with other settings",

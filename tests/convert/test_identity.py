@@ -1,6 +1,6 @@
 """Which source an output is made of, by content: another one is refused by name, the same one in another place is not.
 
-Weights are edited far from the blocks that are sampled, with size and mtime put back, so that only reading them tells.
+Weights are edited far from the blocks that are sampled, with size and mtime put back, so that only reading them shows it.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def test_a_file_edited_while_the_conversion_runs_is_refused_and_nothing_is_lost(
 
 
 def record_download(folder: Path, commit: str, etags: dict[str, str], later: float = 10.0) -> None:
-    """What huggingface_hub leaves beside a download."""
+    """What huggingface_hub leaves next to a download."""
     for path in folder.iterdir():
         if path.is_file():
             note = folder / ".cache/huggingface/download" / f"{path.name}.metadata"

@@ -22,7 +22,7 @@ PREFIX = {"m2": "model.layers", "m3": "language_model.model.layers"}
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Sources with what engines may build beside the decoder: numbered MTP layers, `mtp.` ones and modules that nobody knows."""
+    """Sources with what engines may build outside the decoder: numbered MTP layers, `mtp.` ones and unknown modules."""
     folder, made = tmp_path_factory.mktemp("kept"), {}
     for family, prefix in PREFIX.items():
         source = make_source(folder / f"{family}-plain", family)

@@ -1,6 +1,6 @@
 """The guard in the real vLLM (CPU build): its words, an overload of ten times the KV cache, a stopped engine, and a drain.
 
-One server for all tests, in the order of this file: the last one stops it. The same load for two minutes, beside a server without the
+One server for all tests, in the order of this file: the last one stops it. The same load for two minutes, next to a server without the
 guard: tests/benchmarks/guard_soak.py.
 """
 
@@ -105,7 +105,7 @@ def test_an_overload_of_ten_times_the_pool_ends_every_request_and_preempts_none(
     print(f"{counts}, at most {result.peak_asked_tokens} tokens asked for at once")
     assert result.peak_asked_tokens > 10 * POOL
     assert set(counts) <= {"success", "400", "429", "hung_up"} and {"success", "400", "429", "hung_up"} <= set(counts)
-    assert not any(outcome.short for outcome in result.outcomes)  # nobody got fewer tokens than asked for
+    assert not any(outcome.short for outcome in result.outcomes)  # no request got fewer tokens than asked for
     settled = wait_for(
         server, lambda m: m["m3quant_guard_reserved_tokens"] == 0 and m["vllm:num_requests_running"] == 0
     )

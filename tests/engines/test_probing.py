@@ -1,4 +1,4 @@
-"""m3quant.engines.probing without an engine: what is found, what is said, and how a dying process is told apart. No vLLM needed."""
+"""m3quant.engines.probing without an engine: what is found, what is reported, and how a dying process is reported. No vLLM needed."""
 
 from __future__ import annotations
 

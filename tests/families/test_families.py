@@ -60,7 +60,7 @@ def test_parameters_and_bytes_of_m3() -> None:
 
 
 def test_fp8_tensor_count_of_m2() -> None:
-    """96,103 tensors in the FP8 release: every linear of the layers has a scale beside it."""
+    """96,103 tensors in the FP8 release: every linear of the layers has a scale."""
     _config, family = load("minimax-m2.7")
     expected = family.expected_tensors
     scaled = {n: t for n, t in expected.items() if family.role(n).kind in QUANTIZABLE}

@@ -1,4 +1,4 @@
-"""m3quant publish from end to end: gates, then the upload to a Hub on localhost, then what a stranger gets from it."""
+"""m3quant publish from end to end: gates, then the upload to a Hub on localhost, then what another user gets from it."""
 
 import json
 import shutil

@@ -1,6 +1,6 @@
 """kill -9 of the publishing process at every request that changes something on the Hub, before and after it is carried out.
 
-The server kills: nothing in the product knows of the test. After each kill the Hub is looked at as a stranger sees it and as
+The server kills: nothing in the product knows of the test. After each kill the state of the Hub is read as another user sees it and as
 the owner does; then the same command runs again and must come to the same end, without sending anything twice.
 """
 
@@ -64,7 +64,7 @@ def kill_at(hub: Hub, client: Client, wanted: dict[str, Any], number: int, after
 
 
 def what_is_there(hub: Hub, whole: dict[str, bytes]) -> tuple[str, str]:
-    """In words: what a stranger and what the owner see."""
+    """As text: what another user and what the owner see."""
     repo = hub.repos.get(REPO)
     view = hub.public_view(REPO)
     if repo is None:

@@ -1,4 +1,4 @@
-"""What somebody sends who wants the server to stand still, to promise too much, or to serve nobody else."""
+"""Requests that try to stop the server, to make it promise too much, or to keep it from serving others."""
 
 from __future__ import annotations
 

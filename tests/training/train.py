@@ -104,7 +104,7 @@ class Evaluation:
 
 
 def unpack(data: Path) -> None:
-    """train.npy beside train.npz, for memory mapping; safe when two trainings start together."""
+    """train.npy next to train.npz, for memory mapping; safe when two trainings start together."""
     if not (data / "train.npy").exists():
         part = data / f"train.{os.getpid()}.npy"
         np.save(part, np.load(data / "train.npz")["train"])

@@ -44,7 +44,7 @@ def test_refitted_scales_minimise_the_objective(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_refitted_scales_are_exact_in_their_dtype(dtype: torch.dtype) -> None:
     weight, second, grid = normal(1, 6, 128), moment(1, 128), Grid(SCHEMES["int4-g64"])
-    weight[0, 0, :64] = 0.0  # a group that tells nothing keeps its scale
+    weight[0, 0, :64] = 0.0  # a group without information keeps its scale
     levels = grid.start(weight, second.diagonal(dim1=1, dim2=2), dtype, True)
     target = weight.transpose(1, 2).contiguous()
     wide = levels.columns(grid.groups(128)[None])

@@ -1,4 +1,4 @@
-"""Writes awq_golden.safetensors beside itself with AutoAWQ 0.2.9's own quantizer and packer.
+"""Writes awq_golden.safetensors next to itself with AutoAWQ 0.2.9's own quantizer and packer.
 
 Needs an environment of its own: autoawq==0.2.9, transformers==4.51.3, datasets<4, any torch.
 Tests only read the result.

@@ -22,7 +22,7 @@ class Ran:
 
     @property
     def json(self) -> Any:
-        """stdout as strict JSON: NaN and Infinity, which Python writes and nobody else reads, are refused."""
+        """stdout as strict JSON: NaN and Infinity, which Python writes and other programs cannot read, are refused."""
         return json.loads(self.out, parse_constant=_refuse)
 
 
@@ -48,7 +48,7 @@ class Shell:
         return Ran(code, read.out, read.err)
 
     def refuses(self, *arguments: object, code: int = 2) -> str:
-        """Runs a command that must end with `code` and one sentence of ours, or click's usage lines. Returns what it said."""
+        """Runs a command that must end with `code` and one sentence of m3quant, or click's usage lines. Returns what it said."""
         done = self(*arguments)
         assert done.code == code, (arguments, done)
         assert done.out == "" or done.json is not None

@@ -56,7 +56,7 @@ def to_mxfp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def quantized_source(
     source: Path, folder: Path, kind: str, *, scales_apart: bool = False, index: bool = True
 ) -> tuple[Path, Path]:
-    """Write `source` as FP8 (`kind` "fp8" or "mxfp8") and, beside it, as the BF16 checkpoint that this FP8 one means.
+    """Write `source` as FP8 (`kind` "fp8" or "mxfp8") and, next to it, as the BF16 checkpoint that this FP8 one means.
 
     scales_apart: all scales lie in a shard of their own. Returns (the FP8 folder, the dequantized BF16 folder).
     """

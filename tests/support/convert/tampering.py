@@ -1,4 +1,4 @@
-"""Conversions that stop half way, and weights that are edited so that only reading them tells."""
+"""Conversions that stop half way, and weights that are edited so that only reading them shows it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.convert.common import run_convert
 
 
 class SaidLines(Silent):
-    """Keeps what is said."""
+    """Keeps the lines that are printed."""
 
     def __init__(self) -> None:
         self.said: list[str] = []

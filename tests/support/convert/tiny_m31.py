@@ -31,7 +31,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def make(folder: Path, layout: str = "native", source: Path = TINY_M3) -> tuple[Path, Path]:
-    """Write the checkpoint, and beside it (FOLDER-dense) the BF16 one that it stands for. Returns both folders."""
+    """Write the checkpoint, and next to it (FOLDER-dense) the BF16 one with the same values. Returns both folders."""
     tensors, config = stored(source), config_of(source)
     if layout == "native":
         tensors, config = with_indexers(tensors, config)

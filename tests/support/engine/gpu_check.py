@@ -4,7 +4,7 @@
 
 REFERENCE.json (made by reference.py) holds the prompts and, per folder name, log-probs and most likely ids. Each checkpoint runs on the
 engine's default MoE backend. One with INT4 experts runs on `emulation` too, which multiplies dequantized weights and so
-tells a wrong checkpoint from an inexact kernel: a difference that only the default shows is the kernel's.
+distinguishes a wrong checkpoint from an inexact kernel: a difference that only the default shows is the kernel's.
 
 The engine is this Python's own vLLM, or that of M3QUANT_ENGINE_PYTHON. Exit code 1 if a checkpoint did not load whole.
 """

@@ -1,4 +1,4 @@
-"""Generated request bodies for every guarded route: what clients send, and what somebody sends who looks for a gap between two readers.
+"""Generated request bodies for every guarded route: what clients send, and bodies that two readers may read differently.
 
 Each body is drawn from a seed: a route, a prompt in one of its forms, and a handful of members whose values are right, odd (null, true, "5", 5.0,
 0) or wrong. Members that only another route reads are mixed in, and members are written twice now and then.

@@ -50,7 +50,7 @@ class Outcome:
     asked_tokens: int
     seconds: float
     first_byte_s: float | None = None
-    short: bool = False  # succeeded with fewer tokens than asked for, though told to ignore the end token
+    short: bool = False  # succeeded with fewer tokens than asked for, although asked to ignore the end token
 
 
 @dataclass

@@ -273,7 +273,7 @@ def _quantization_config(experts: str | None, others: str | None) -> dict[str, A
 
 
 def without_index_projections(stored: Stored) -> Stored:
-    """`stored` with index_q_proj and index_k_proj in BF16 beside quantized q, k and v: vLLM drops them without a word."""
+    """`stored` with index_q_proj and index_k_proj in BF16 with quantized q, k and v: vLLM drops them without an error."""
     tensors = {name: value for name, value in stored.tensors.items() if not _is_index(name)}
     tensors |= {name: value.bfloat16() for name, value in stored.dequantized.items() if _is_index(name)}
     config = copy.deepcopy(stored.config)

@@ -99,7 +99,7 @@ def reference(logits: torch.Tensor, one: ScoredSequence) -> tuple[np.ndarray, np
 
 
 class StopAfter(Silent):
-    """Raises where progress tells of a layer."""
+    """Raises when progress reports a layer."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()

@@ -68,7 +68,7 @@ class Client:
 
 @contextmanager
 def running_client(url: str, folder: Path, *modules: str) -> Iterator[Client]:
-    """modules: what the parent imports beside the upload, so that no child has to."""
+    """modules: what the parent imports besides the upload, so that no child has to."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
     settings = {
         "HF_ENDPOINT": url,

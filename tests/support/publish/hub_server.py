@@ -1,7 +1,7 @@
 """A Hub on localhost for tests: the routes that huggingface_hub 1.x and 2.x call to read, upload and settle a model repo.
 
 Its state (hub_state.py) is there for tests to look at: they count the bytes that came in, make the server misbehave
-(`Fault`), act at a chosen request (`Hub.before`, `Hub.after`), and see what a stranger would (`Hub.public_view`).
+(`Fault`), act at a chosen request (`Hub.before`, `Hub.after`), and see what the public sees (`Hub.public_view`).
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""What the Hub on localhost holds (hub_server.py): a small git per repo, with an LFS store beside it, and faults to come."""
+"""What the Hub on localhost holds (hub_server.py): a small git per repo, with an LFS store, and faults to come."""
 
 import hashlib
 import json
@@ -152,7 +152,7 @@ class Hub:
         return sum(count for line, count in self.log if re.search(pattern, line))
 
     def public_view(self, name: str) -> dict[str, Any] | None:
-        """What somebody without a token sees of a repo: None, or branches, tags and the files of main."""
+        """What is visible of a repo without a token: None, or branches, tags and the files of main."""
         repo = self.repos.get(name)
         if repo is None or repo.private:
             return None

@@ -234,7 +234,7 @@ def _notebook(s: str) -> str:
     return json.dumps({"cells": [cell], "nbformat": 4})
 
 
-# How a text may stand in a file, each beside other text.
+# The forms of a text in a file, each with other text around it.
 FORMS: dict[str, Callable[[str], bytes]] = {
     "plain": _utf8(lambda s: f"first line\nthe thing: {s}\nlast\n"),
     "json": _utf8(lambda s: json.dumps({"a": [1, {"note": s}]})),

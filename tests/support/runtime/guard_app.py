@@ -142,7 +142,7 @@ def start(
         if read_s:
             await asyncio.sleep(read_s)
         if call.gone.is_set():
-            return  # as uvicorn: what is sent to nobody is dropped
+            return  # as uvicorn: what is sent after the client has gone is dropped
         if message["type"] == "http.response.start":
             call.status = message["status"]
             call.headers = {name.decode(): value.decode() for name, value in message["headers"]}

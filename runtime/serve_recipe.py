@@ -77,7 +77,7 @@ class ServeRecipe(BaseModel):
 
 
 def load_serve_recipe(path: str | Path | None, overrides: dict[str, Any]) -> ServeRecipe:
-    """The recipe in `path` (a file, or the name of one that ships, such as serve-1xh200) with `overrides` laid over it.
+    """The recipe in `path` (a file, or the name of one that ships, such as serve-1xh200) with `overrides` applied.
 
     Raises RecipeError with the key that is wrong and the nearest valid one.
     """

@@ -5,7 +5,7 @@ placed there appear on other text. So the moment is damped, and the target pulle
 to the effective rows for each column; and weights of experts that read a norm get the whole layer's moment as a prior.
 
 The constants are those with the least error on held-out rows of the trained fixtures (experts of layer 1, 0.3 to 40
-effective rows a column): rows times damping is best between 0.3 and 3 for w1 and w3, between 3 and 10 for w2, whose
+effective rows per column): rows times damping is best between 0.3 and 3 for w1 and w3, between 3 and 10 for w2, whose
 inputs have heavier tails and no prior. Letting each layer choose a quarter or four times as much on held-out halves of
 its own text was no better with much text and worse with little (docs/rounding.md).
 """

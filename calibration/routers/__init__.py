@@ -1,4 +1,4 @@
-"""Routers: what a gate's logits say of every expert. One file a kind, chosen by the name in `MoeSpec.router`.
+"""Routers: what a gate's logits say of every expert. One file per kind, chosen by the name in `MoeSpec.router`.
 
 A kind's module has `scores(logits [T, E]) -> [T, E]`, non-negative, in the logits' dtype (float32 or float64). What is
 common to all kinds (the bias in the choice, top-k, normalising, scaling) is `ops.route`.

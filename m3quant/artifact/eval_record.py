@@ -69,7 +69,7 @@ class Computed(_Record):
 
     @property
     def sentence(self) -> str:
-        """For people: one line without a full stop."""
+        """A sentence for the user: one line without a full stop."""
         scales = "its stored scales" if self.kv_scales == "stored" else "scale 1.0"
         kv = f"KV cache E4M3 with {scales}" if self.kv_dtype else "KV cache not rounded"
         index = ", index keys E4M3" if self.index_dtype else ""
@@ -77,7 +77,7 @@ class Computed(_Record):
 
 
 class EvalRecord(_Record):
-    """The whole of eval.json. computed: None where a server computed, and before activations could be rounded."""
+    """The content of eval.json. computed: None where a server computed, and before activations could be rounded."""
 
     schema_version: int = SCHEMA
     m3quant: str

@@ -140,7 +140,7 @@ class Journal:
         self.read = job.read
 
     def accept(self, facts: Mapping[str, Any], read: Mapping[str, SourceIdentity]) -> None:
-        """From here on these are what the work was begun with: they were found to hold what was read of the earlier ones."""
+        """From here on these identities replace the earlier ones, because they were found to have the same content."""
         if self.read != read:
             self._write_job(facts, read)
 
@@ -148,7 +148,7 @@ class Journal:
         return OutputError(f"{path} is damaged: remove {self._restart} and start again.")
 
     def damaged(self, how: str) -> OutputError:
-        """The refusal of records that cannot be right. how: what is wrong, following their file's name."""
+        """The refusal of damaged records. how: what is wrong, after their file's name."""
         return OutputError(f"{self.folder / RECORDS} {how}: it is damaged; remove {self._restart} and start again.")
 
     def look(self) -> int:

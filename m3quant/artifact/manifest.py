@@ -30,7 +30,7 @@ StoredShape = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**48)], ...], Field
 
 
 class _Part(BaseModel):
-    """Unknown keys are passed over: a later minor version may add some."""
+    """Unknown keys are ignored: a later minor version may add some."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
 
@@ -162,14 +162,14 @@ class JobFacts(_Part):
 
 
 class Sums(_Part):
-    """What states the bytes of an output: of every shard size and sha256, of other files the sha256."""
+    """The recorded bytes of an output: size and sha256 of every shard, sha256 of other files."""
 
     shards: dict[str, Shard]
     files: dict[str, Sha256]
 
 
 class Manifest(Sums):
-    """The whole of m3quant.json."""
+    """The content of m3quant.json."""
 
     schema_version: int = Field(alias="schema")
     m3quant: str

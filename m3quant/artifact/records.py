@@ -89,7 +89,7 @@ def unseal(data: bytes, kind: type[Record]) -> Record:
 
 
 def schema_of(data: bytes) -> int | None:
-    """The schema version of a whole job.json, 1 of the bare facts of earlier versions; None of a damaged one."""
+    """The schema version of a whole job.json, 1 of the bare facts of earlier versions; None for a damaged one."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):

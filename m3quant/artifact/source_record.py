@@ -65,7 +65,7 @@ def check_carried(checkpoint: Checkpoint) -> None:
 
 
 def card_facts(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What the source's model card says of licence and kind, as text or lists of text; None without a card.
+    """What the source's model card says about licence and kind, as text or lists of text; None without a card.
 
     A card that is no YAML gives {"unreadable": why}. Raises CheckpointError for a card or metadata beyond the bounds of
     `checkpoint.bounded`, or a value that is neither text nor a list of text.

@@ -37,7 +37,7 @@ _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", r
 
 
 def read_bounded(path: Path, limit: int, *, error: type[M3QuantError] = CheckpointError, follow: bool = False) -> bytes:
-    """All of a file of at most `limit` bytes. follow: also through a link, for files that a person names.
+    """The content of a file of at most `limit` bytes. follow: also through a link, for files that the user names.
 
     Raises `error` for a larger file (without reading it), a link, a device, or one that cannot be read.
     """
@@ -118,7 +118,7 @@ def front_matter(text: str) -> str | None:
 
 
 class ExpansionError(CheckpointError):
-    """YAML beyond the bounds on size, depth or expansion: made to do harm, or not the file it should be."""
+    """YAML beyond the bounds on size, depth or expansion: malicious, or not the file that it should be."""
 
 
 class _Beyond(yaml.YAMLError):

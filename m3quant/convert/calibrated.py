@@ -252,7 +252,7 @@ class _Layerwise:
 
 
 def layer_line(layer: int, quantized: QuantizedLayer, error: float) -> str:
-    """One line a layer while it runs: what was chosen, what it gained, who starved."""
+    """One line per layer while it runs: what was chosen, what it gained, who starved."""
     parts = [f"layer {layer}"]
     for block in quantized.log["blocks"]:
         if (chosen := block.get("chosen", "feedback")) != "unquantized":

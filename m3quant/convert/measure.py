@@ -361,7 +361,7 @@ class Measuring:
 
 
 def divergence(head: Head, source: States, states: States, tokens: torch.Tensor) -> float:
-    """Mean KL(source || states), nats a token, over as many of the first windows of tokens [S, L] as `states` has."""
+    """Mean KL(source || states), nats per token, over as many of the first windows of tokens [S, L] as `states` has."""
     count = states.shape[0]
     seen = source if source.shape[0] == count else WindowView(cast("HiddenStates", source), 0, count)
     return compare_heads(head, head, seen, states, tokens[:count]).kl.double().mean().item()
@@ -388,7 +388,7 @@ def _relative(out: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def layer_line(layer: int, errors: Mapping[str, Mapping[str, float]]) -> str:
-    """One line a layer while it runs: each role's error in its narrowest and widest scheme."""
+    """One line per layer while it runs: each role's error in its narrowest and widest scheme."""
     parts = [f"layer {layer}"]
     for role, own in errors.items():
         shown = sorted(own.items(), key=lambda item: -item[1])

@@ -27,7 +27,7 @@ NAME = "fit"
 ROUNDING = "feedback"  # widths below 4 bits are of no use otherwise
 _UNIT = 1e-12  # nats: estimates are added up as whole multiples of it, exactly
 # Shards and index lines of layers are counted exactly; the texts of config.json and recipe.yaml depend on the whole
-# recipe. By so many bytes at most they are shorter than those of `base`, which has one scheme a role.
+# recipe. By so many bytes at most they are shorter than those of `base`, which has one scheme per role.
 _SHORTER_TEXT = 2048
 
 Schemes = Mapping[str, str]  # role -> scheme name, of one layer
@@ -115,7 +115,7 @@ class Fitting:
 
     @cached_property
     def _outside_layers(self) -> int:
-        """Bytes of an output that belong to no layer's choice, with the texts of a recipe that has one scheme a role."""
+        """Bytes of an output that belong to no layer's choice, with the texts of a recipe that has one scheme per role."""
         return self.base.output_bytes - sum(unit_bytes(unit) for unit in self.base.units[1:])
 
     def recipe(self, chosen: Sequence[int]) -> Recipe:

@@ -109,7 +109,7 @@ def _said(source: SourceFormat) -> str:
 
 
 def source_format(checkpoint: Checkpoint) -> SourceFormat:
-    """What a checkpoint is, from all three. Raises CheckpointError for a damaged hf_quant_config.json.
+    """The format of a checkpoint, from all three. Raises CheckpointError for a damaged hf_quant_config.json.
 
     Of layouts that m3quant reads, `source_tensors` compares the headers with what is said here.
     """

@@ -78,7 +78,7 @@ class SourceTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The tensor's own, whatever its codes are packed in."""
+        """The tensor's own, not that of its packed codes."""
         if self.dense_shape is not None:
             return self.dense_shape
         shape = self.info.shape
@@ -90,7 +90,7 @@ class SourceTensor:
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
-        """What has to be read for the tensor's values."""
+        """The parts that are read for the tensor's values."""
         found = (self.info, self.scale, self.global_scale, self.zero_point, self.true_shape)
         return tuple(part for part in found if part is not None)
 

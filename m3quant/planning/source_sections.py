@@ -70,7 +70,7 @@ def kept_problem(section: Mapping[str, Any]) -> str:
 
 
 def _word(value: object) -> str:
-    """A value as a word of a message: whoever wrote the file may have put anything there."""
+    """A value as a word of a message: the file may contain anything."""
     return "".join(c if c.isprintable() else "?" for c in (value if isinstance(value, str) else described(value))[:60])
 
 
@@ -181,7 +181,7 @@ def _by_module(listed: object) -> Stated:
 
 
 def _label(kinds: Iterable[str]) -> str:
-    """Of a mixture, whichever way a global scale goes."""
+    """Of a mixture, with either convention of a global scale."""
     return "+".join(sorted({NVFP4 if kind == NVFP4_PACKED else kind for kind in kinds}))
 
 

@@ -31,7 +31,7 @@ SEARCH_RATE = {"awq": "search", "feedback": "feedback"}  # rounding -> the rate 
 class Rates(BaseModel):
     """What one machine does, in bytes or floating-point operations per second. None: not measured, and not counted.
 
-    shared: how far reading and writing at once get into each other's way: 0, the disk does both at full rate; 1, one after
+    shared: how much reading and writing at once slow each other down: 0, the disk does both at full rate; 1, one after
     the other; above 1, both at once take longer than that. pack: BF16 bytes rounded, by all workers together. search (AWQ), feedback and forward: calibration's operations as
     `search_flops` and `forward_flops` count them, over the seconds that they took. start: seconds of a calibrated run, once,
     that belongs to no stage: CUDA's code and pinned memory made ready beyond the first layer's read, packing and closing at the end.
@@ -58,7 +58,7 @@ class Rates(BaseModel):
 
 
 class Estimate(BaseModel):
-    """Seconds of the whole conversion, what bounds it, and the seconds that each stage would need by itself."""
+    """Seconds of the whole conversion, what limits it, and the seconds that each stage would need alone."""
 
     machine: str
     seconds: float
@@ -159,7 +159,7 @@ def search_flops(plan: Plan) -> float:
 
 
 def sentence(found: Estimate) -> str:
-    """One line for people: minutes or seconds, and what bounds them."""
+    """One line for people: minutes or seconds, and what limits them."""
     minutes, seconds = divmod(found.seconds, 60)
     took = f"{minutes:.0f} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
     return f"about {took} on {found.machine}, bound by {found.bound_by}"

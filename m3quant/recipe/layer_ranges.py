@@ -32,7 +32,7 @@ def parse_layers(text: str, where: str) -> list[int]:
 
 
 def show_layers(layers: Iterable[int]) -> str:
-    """`parse_layers` undone: "0-3,7" of [0, 1, 2, 3, 7]."""
+    """The inverse of `parse_layers`: "0-3,7" of [0, 1, 2, 3, 7]."""
     runs: list[list[int]] = []
     for layer in sorted(set(layers)):
         if runs and layer == runs[-1][-1] + 1:

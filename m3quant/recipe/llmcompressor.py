@@ -61,7 +61,7 @@ class _Module:
 
 @dataclass
 class _Quantization:
-    """One modifier that quantizes: target -> scheme (a later group beats an earlier one), and what it leaves alone."""
+    """One modifier that quantizes: target -> scheme (a later group beats an earlier one), and what it leaves unquantized."""
 
     where: str
     schemes: dict[str, Scheme] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class _Quantization:
 
 
 def is_llmcompressor(document: Mapping[str, Any]) -> bool:
-    """Whether the document holds llm-compressor modifiers, rather than our own keys."""
+    """Whether the document holds llm-compressor modifiers, and not m3quant's own keys."""
     return any(_is_stage(key) for key in document) or any(True for _ in _modifiers(document))
 
 

@@ -71,7 +71,7 @@ def preset_scheme(name: object, where: str) -> Scheme:
 
 
 def group_scheme(group: Mapping[str, Any], where: str) -> Scheme:
-    """The scheme of a config group. Raises RecipeError for whatever in it m3quant does not write."""
+    """The scheme of a config group. Raises RecipeError for anything in it that m3quant does not write."""
     _known(group, _GROUP_KEYS, where)
     if group.get("output_activations"):
         raise RecipeError(f"{where}: output_activations are not quantized by m3quant; remove them.")
@@ -176,7 +176,7 @@ def _integer(arguments: Mapping[str, Any], where: str) -> Scheme:
 
 
 def _check_inputs(scheme: Scheme, inputs: object, where: str) -> None:
-    """Integers leave activations alone; FP8 rounds them at run time, per token or per 128 columns of a token."""
+    """Integers do not change activations; FP8 rounds them at run time, per token or per 128 columns of a token."""
     if inputs is None:
         if scheme.kind == "fp8":
             name = "FP8_BLOCK" if scheme.block else "FP8_DYNAMIC"

@@ -37,7 +37,7 @@ CALIBRATION_OF = {"nearest": "none", "awq": "awq", "feedback": "text"}  # the `c
 
 
 class AwqOptions(BaseModel):
-    """Knobs of the scale and range search. Defaults are the ones the fixtures' figures were made with."""
+    """Knobs of the scale and range search. The fixtures' figures were made with the defaults."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,7 +49,7 @@ class AwqOptions(BaseModel):
 
 
 class FeedbackOptions(BaseModel):
-    """Knobs of rounding with error feedback. Defaults are the ones the fixtures' figures were made with."""
+    """Knobs of rounding with error feedback. The fixtures' figures were made with the defaults."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -62,7 +62,7 @@ class FeedbackOptions(BaseModel):
 
 
 class CalibrationOptions(BaseModel):
-    """How much text the calibrated path sees."""
+    """How much text the calibrated path uses."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -89,7 +89,7 @@ class ModelOfLayers(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A validated recipe. `schemes` maps a role to a scheme name; roles left out are kept as they are.
+    """A validated recipe. `schemes` maps a role to a scheme name; roles without one stay unquantized.
 
     `layers` maps layers ("0-3,7") to the roles that have another scheme there. It is held in one form, whatever was
     written: each layer in one entry, together with the layers of the same schemes, in the order of the first layer.
@@ -132,7 +132,7 @@ class Recipe(BaseModel):
         return document
 
     def __eq__(self, other: object) -> bool:
-        """Whether both are written alike: who asked for a scheme is no part of what a recipe says."""
+        """Whether both are written in the same way; which options gave a scheme does not count."""
         return isinstance(other, Recipe) and self.dump() == other.dump()
 
     @property
@@ -152,7 +152,7 @@ class Recipe(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_what_follows(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keys that say nothing are left out: no layers, options of another rounding, and a rounding that `calibration`
+        """Keys without content are left out: no layers, options of another rounding, and a rounding that `calibration`
         implies, so that recipes older than these keys are written as they were."""
         out: dict[str, Any] = handler(self)
         empty = {
@@ -196,7 +196,7 @@ class Recipe(BaseModel):
 
 
 def for_family(recipe: Recipe, family: Family) -> tuple[Recipe, list[str]]:
-    """The recipe as this model takes it, and notes on what that changes.
+    """The recipe applied to this model, and notes on what that changes.
 
     Where a model has no routed experts, its dense MLPs are the bulk of its weights and take the experts' scheme, unless
     a person gave them their own; attention keeps what the recipe says. The result no longer names routed experts, so that
@@ -245,7 +245,7 @@ def split_layers(layers: object) -> dict[int, dict[str, str]]:
 
 
 def join_layers(by_layer: Mapping[int, Mapping[str, str]]) -> dict[str, dict[str, str]]:
-    """`split_layers` undone: layers with the same schemes in one entry, in the order of their first layer."""
+    """The inverse of `split_layers`: layers with the same schemes in one entry, in the order of their first layer."""
     alike: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for layer in sorted(by_layer):
         if by_layer[layer]:
@@ -308,7 +308,7 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
 
 
 def named_recipe(name: str) -> dict[str, Any]:
-    """The document of a recipe that ships with m3quant."""
+    """The document of a recipe in the package."""
     known = recipe_names() + fitted_names()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -317,7 +317,7 @@ def named_recipe(name: str) -> dict[str, Any]:
 
 
 def build_recipe(document: Mapping[str, Any], *, settings: Iterable[str] = (), format: str | None = None) -> Recipe:
-    """Validate `document` with `--set role=scheme` settings and a `--format` laid over it."""
+    """Validate `document` with `--set role=scheme` settings and a `--format` applied."""
     schemes = document.get("schemes") or {}
     if not isinstance(schemes, Mapping):
         raise RecipeError(

@@ -119,7 +119,7 @@ class Timeline:
             return sorted(self._spans, key=lambda s: (s.start, s.end))
 
     def stages(self) -> list[Stage]:
-        """One row a stage, in the order of STAGES, others after them by first appearance."""
+        """One row per stage, in the order of STAGES, others after them by first appearance."""
         by_stage: dict[str, list[Span]] = {}
         for span_ in self.spans:
             by_stage.setdefault(span_.stage, []).append(span_)

@@ -20,7 +20,7 @@ class ClientStalled(Exception):
 
 
 class Answer:
-    """`timeout_s`: how long the client may keep the server waiting beyond what its bytes take at `floor` bytes a second; 0: for ever.
+    """`timeout_s`: how long the client may keep the server waiting beyond what its bytes take at `floor` bytes per second; 0: for ever.
 
     The account is in seconds: waiting for the client adds to it, bytes that the client took reduce it, and it never goes below zero. So a
     client that reads nothing is given up after `timeout_s`, one at half the floor after twice that, one above the floor never.

@@ -29,7 +29,7 @@ from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.planning.quantizers import FEEDBACK_CHUNK_BYTES
 from m3quant.schemes import parse_scheme
 
-# experts, hidden size, intermediate size, experts a token
+# experts, hidden size, intermediate size, experts per token
 SHAPES = {"m2": (256, 3072, 1536, 8), "m3": (128, 6144, 3072, 4), "tiny": (8, 256, 128, 2)}
 PARTS: list[tuple[Any, str]] = [
     (fitting, "estimate"),

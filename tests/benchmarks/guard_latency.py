@@ -6,8 +6,8 @@ Two servers, one bare and one guarded, and one client, each a process of its own
 falls on both. Every request is a chat of its own text (nothing can be cached) and asks for 16 tokens; the application reads its JSON,
 as any would, and the guard's question to /tokenize is answered by the same application. Reported:
 
-- closed loop: 1, 50 and 500 connections that ask again as soon as they are answered: p50, p99, requests a second;
-- open loop: 200 requests a second over 50 connections, whatever the answers do: p50, p99, measured from the planned instant;
+- closed loop: 1, 50 and 500 connections that ask again as soon as they are answered: p50, p99, requests per second;
+- open loop: 200 requests per second over 50 connections, whatever the answers do: p50, p99, measured from the planned instant;
 - CPU time of the server process for each request.
 
 Quantiles are of all rounds together, and `added` is guarded less bare.

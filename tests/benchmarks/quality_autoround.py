@@ -1,6 +1,6 @@
 """AutoRound on a model in memory: `PYTHON -m tests.benchmarks.quality_autoround JOB.json`, for the Python that has auto-round (0.16).
 
-`AutoRound.quantize` over the given windows with its defaults (iterations of 8 windows a block, ranges learned, inputs
+`AutoRound.quantize` over the given windows with its defaults (iterations of 8 windows per block, ranges learned, inputs
 from the quantized blocks before), in float32 and without torch.compile (a CPU without BF16 products takes hours otherwise). The
 weights are taken from memory: AutoRound leaves them dequantized, under scales in FP16.
 JOB.json: source, windows (a file with "ids" [S, L]), bits, group_size, experts_only, iterations; output and answer to write.

@@ -152,7 +152,7 @@ class Evaluator:
         return self._compare(Overlaid(self.source, changed))
 
     def _compare(self, other: Source) -> dict[str, float]:
-        """kl: nats a token, source to other; kl_error: standard error of its mean over windows."""
+        """kl: nats per token, source to other; kl_error: standard error of its mean over windows."""
         heads = read_head(self.source), read_head(other)
         found = compare_heads(*heads, self._states, self._last(other), self.tokens)
         by_window = found.kl.double().mean(1)

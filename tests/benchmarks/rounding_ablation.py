@@ -4,7 +4,7 @@
     python -m tests.benchmarks.rounding_ablation OUT --tables      # OUT/rounding.json as the tables of docs/rounding.md
 
 Calibration text: `tests/fixtures/calibration.jsonl` (own: the fixtures' kind of text) or the bundled corpus, in windows of
-512 tokens. KL: nats a token, mean over the first 64 windows of 512 of `heldout.txt` with its standard error over windows;
+512 tokens. KL: nats per token, mean over the first 64 windows of 512 of `heldout.txt` with its standard error over windows;
 `dev` is that of the windows behind them, on which settings were chosen. Both are of rounded weights alone; `served` is the
 first with activations rounded too, where FP8 weights round them, as the calibrated stream does. Everything is computed in float32. A line is printed, and OUT/rounding.json rewritten, after every run.
 

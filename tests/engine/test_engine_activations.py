@@ -39,7 +39,7 @@ def first_layers(source: Path, folder: Path, layers: int) -> Path:
 
 
 def cut(value: Any, before: int, layers: int) -> Any:
-    """config.json for fewer layers: lists of one entry a layer are cut too; what describes a vision tower is left."""
+    """config.json for fewer layers: lists of one entry per layer are cut too; what describes a vision tower is left."""
     if isinstance(value, dict):
         kept = {k: v if k == "vision_config" else cut(v, before, layers) for k, v in value.items()}
         return kept | ({"num_hidden_layers": layers} if "num_hidden_layers" in value else {})

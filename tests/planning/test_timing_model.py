@@ -57,7 +57,7 @@ def test_a_calibrated_conversion_needs_its_own_rates_and_grows_with_tokens(tmp_p
 def test_a_calibrated_conversion_overlaps_all_but_its_first_read_and_last_layer(tmp_path: Path) -> None:
     plan = make_plan_of(make_source(tmp_path / "src", "m3"), "awq", rounding="awq")
     outside, *layers = plan.units
-    computing = rates(search=search_flops(plan), forward=forward_flops(plan), hash=1e3)  # 2 s a layer
+    computing = rates(search=search_flops(plan), forward=forward_flops(plan), hash=1e3)  # 2 s per layer
     found = estimate(plan, computing)
     hashing = [unit.bytes_out / 1e3 for unit in plan.units]
     assert min(hashing) > 2 and found is not None and found.bound_by == "hash"

@@ -215,7 +215,7 @@ def test_retry_after_follows_the_observed_release_rate() -> None:
         now = [1000.0]
         guard.admission.clock = lambda: now[0]
         calls = await overload(engine, guard, 4)
-        now[0] += 20  # one request of 256 tokens ends after 20 seconds: 12.8 tokens a second
+        now[0] += 20  # one request of 256 tokens ends after 20 seconds: 12.8 tokens per second
         calls[0].hang_up()
         await settle()
         refill = start(guard, COMPLETIONS, completion(200, 56))

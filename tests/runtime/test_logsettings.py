@@ -47,7 +47,7 @@ def lines(check: LogCheck) -> dict[str, bool]:
 
 
 def test_replicas_share_the_experts_and_keep_a_cache_each() -> None:
-    """DP 8 with expert parallelism: 32 of 256 experts a rank, everything else whole; every replica has all KV heads."""
+    """DP 8 with expert parallelism: 32 of 256 experts per rank, everything else whole; every replica has all KV heads."""
     for node in (parse_node("8xH100"), None):
         check = check_log(M2.stored, parse_log(DP8), node, Ask())
         assert check.fit.setup.split == Split(1, 1, True, dp=8) and check.holds, check.lines

@@ -23,7 +23,7 @@ ASK = Ask(context=2048, concurrency=3, kv_dtype="fp8", utilization=0.9)
 
 
 def node_with(room: int, fitting: Fitting, name: str, count: int = 1, ask: Ask = ASK) -> Node:
-    """A node on which the layers' least choices leave about `room` bytes a GPU."""
+    """A node on which the layers' least choices leave about `room` bytes per GPU."""
     subject = open_subject(str(FIXTURES / name))
     probe = Node(count, Gpu("probe", 64 * GIB, 0.0, "made up"))
     rooms = node_rooms(subject, probe, ask, fitting.recipe(fitting.least), fitting.choices)

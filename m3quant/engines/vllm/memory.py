@@ -55,7 +55,7 @@ NON_TORCH_WIDE = gib(
 GRAPHS_BASE, GRAPHS_PER_SIZE, GRAPHS_PER_SIZE_MOST = int(0.25 * GIB), int(2.3 * MIB), 9 * MIB
 LARGE_GPU = (
     160 * GIB
-)  # from here vLLM captures up to 1024 sequences and takes 16,384 tokens a step (engine/arg_utils.py)
+)  # from here vLLM captures up to 1024 sequences and takes 16,384 tokens per step (engine/arg_utils.py)
 # Sum of the tensors below against logs of 1.66, 1.78 and 2.53 GiB peak activation on 80-95 GiB cards.
 ACTIVATION_RANGE = (0.6, 1.0, 1.8)
 HIDDEN_COPIES = 4  # residual, normed input, attention output and MoE output of one layer

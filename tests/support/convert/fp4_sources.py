@@ -78,7 +78,7 @@ def mxfp4_modelopt(module: str, weight: torch.Tensor) -> tuple[Tensors, torch.Te
 
 
 def fp8_rows(module: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """compressed-tensors' FP8 with a BF16 scale a row."""
+    """compressed-tensors' FP8 with a BF16 scale per row."""
     scale = (weight.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 448).bfloat16()
     codes = (weight.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
     return {f"{module}.weight": codes, f"{module}.weight_scale": scale}, (codes.float() * scale.float()).bfloat16()

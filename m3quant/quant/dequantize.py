@@ -1,4 +1,4 @@
-"""FP8 weights of a source back to BF16 or float32: MiniMax-M2's 128x128 blocks, MiniMax-M3's MXFP8, one scale per row or a tensor.
+"""FP8 weights of a source back to BF16 or float32: MiniMax-M2's 128x128 blocks, MiniMax-M3's MXFP8, one scale per row or per tensor.
 
 The product is formed in float32 and rounded once.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints in 4-bit floats, and FP8 with a scale per row or a tensor, converted, verified and evaluated as the BF16 one they stand for."""
+"""Checkpoints in 4-bit floats, and FP8 with a scale per row or per tensor, converted, verified and evaluated as the BF16 one with the same values."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ lint: $(VENV)/.ready
 
 # The site in site/; strict, so that a broken link or anchor fails. The variable silences an advertisement of mkdocs-material.
 docs: $(VENV)/.ready
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 
 unit: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not engine"

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the pages at the root of the repository become pages of the site, and links between both stay whole.
+"""A hook of mkdocs: navigation from docs/index.md, and the pages at the root of the repository as pages of the site.
 
 In the repository the root's pages link to docs/NAME.md and those of docs/ to ../NAME.md; in the site all lie in one folder.
 """
@@ -22,6 +22,19 @@ def in_site(text: str) -> str:
         return f"]({SITE_NAMES.get(name, name)}{link[2] or ''})"
 
     return re.sub(r"\]\(((?:\.\./|docs/)?\w[\w.]*\.md)(#[\w-]+)?\)", moved, text)
+
+
+def navigation(index: str) -> list[dict[str, Any]]:
+    """Headings of the index as sections, the links in the first column of its tables as their pages."""
+    sections: list[dict[str, Any]] = [{"Contents": "index.md"}]
+    for heading, body in re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", in_site(index), re.M | re.S):
+        sections.append({heading: re.findall(r"^\| \[[^\]]*\]\(([^)#]+)\)", body, re.M)})
+    return sections
+
+
+def on_config(config: Any) -> Any:
+    config.nav = navigation((ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:

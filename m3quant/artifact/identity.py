@@ -1,11 +1,11 @@
-"""The identity of a checkpoint by content: what is known before a weight is read, and how two checkpoints differ.
+"""Which checkpoint was read, by content: what is known before a weight is read, and how two checkpoints differ.
 
     revision   the Hub commit that huggingface_hub recorded for all files
     files      sha256 of config.json, the index and every carried file
     shards     size, stamp (inode, size, mtime, ctime), digest of sampled blocks, and the Hub's sha256 where it is recorded
 
 What cannot be known without reading everything is recorded as it is read, one digest per unit (`Journal.finish_unit`,
-`manifest.source.read`). A stamp that differs decides nothing by itself: then the units that were made from that shard are
+`manifest.source.read`). A stamp that differs says nothing by itself: then the units that were made from that shard are
 read again and their digests compared (`reread.other_shards`).
 """
 
@@ -48,7 +48,7 @@ class SourceIdentity(_Identity):
 def identify(checkpoint: Checkpoint, carried: Iterable[str] = ()) -> SourceIdentity:
     """The identity of a local checkpoint: files are hashed, of shards a few blocks are read. Raises CheckpointError.
 
-    carried: names of the files that count, other than config.json, index and shards.
+    carried: names of the files beside config.json, index and shards that count.
     """
     root = Path(checkpoint.root)
     files = {CONFIG_NAME: sha256(checkpoint.config_text).hexdigest()}
@@ -74,7 +74,7 @@ def sampled_identity(checkpoint: Checkpoint) -> str:
 
 
 def differences(then: SourceIdentity, now: SourceIdentity, finished: bool = False) -> Iterator[str]:
-    """The differences that show that two identities are of different sources, by name; stamps alone show nothing.
+    """What tells that two identities are of different sources, by name; stamps alone tell nothing.
 
     finished: the output is complete, so that a file that has come since would be missing from it.
     """
@@ -103,5 +103,5 @@ def _known_to_differ(one: ShardIdentity, other: ShardIdentity) -> bool:
 
 
 def touched(then: SourceIdentity, now: SourceIdentity) -> list[str]:
-    """Shards whose file was written, replaced or moved since, so that only reading it shows whether it is the same."""
+    """Shards whose file was written, replaced or moved since, so that only reading it tells whether it is the same."""
     return [name for name, shard in then.shards.items() if now.shards[name].stamp != shard.stamp]

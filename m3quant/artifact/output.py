@@ -28,7 +28,7 @@ def require_converted(output: Path) -> None:
 
 def read_manifest(output: Path) -> dict[str, Any]:
     """m3quant.json of an output, as plain values that `Manifest` describes. Raises VerifyError if the folder is unfinished or
-    not an output of m3quant."""
+    not ours."""
     path = output / MANIFEST
     if sentence := unfinished(output):
         raise VerifyError(sentence)
@@ -57,7 +57,7 @@ def recorded_source(output: Checkpoint, manifest: Mapping[str, Any]) -> HeaderSo
 
 
 def _source_config(config: Mapping[str, Any], kinds: set[str], section: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The source's config.json: the output's, with the source's own quantization in place of the output's. section: as recorded; older outputs
+    """The source's config.json: the output's, with the source's own quantization in place of ours. section: as recorded; older outputs
     have none, and were made of FP8 in blocks or MXFP8."""
     source = unquantized(config)
     quantized = kinds - {PLAIN}
@@ -75,7 +75,7 @@ def _source_config(config: Mapping[str, Any], kinds: set[str], section: Mapping[
 def output_plan(output: Checkpoint, manifest: Mapping[str, Any], source: Checkpoint | None) -> Plan:
     """What the output should hold. With a source, planned from it; else from the manifest's record of it.
 
-    Raises VerifyError if the recipe next to the weights is not the one in the manifest.
+    Raises VerifyError if the recipe beside the weights is not the one in the manifest.
     """
     path = Path(output.root) / RECIPE_FILE
     try:

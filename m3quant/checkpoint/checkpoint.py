@@ -41,14 +41,14 @@ class Shard:
 
 
 class Store(Protocol):
-    """The place of a checkpoint's files: a local folder or a repo on the Hub."""
+    """Where a checkpoint's files are: a local folder or a repo on the Hub."""
 
     where: str
 
     def listing(self) -> Listing: ...
 
     def file(self, name: str, limit: int) -> bytes:
-        """The content of a file of at most `limit` bytes; a larger one is refused before it is read."""
+        """All of a file of at most `limit` bytes; a larger one is refused before it is read."""
         ...
 
     def file_size(self, name: str) -> int: ...
@@ -103,7 +103,7 @@ class Checkpoint:
     digests: ReadDigests | None = None
 
     def __init__(self, store: Store, revision: str | None = None) -> None:
-        """Read and check everything except the weights. Raises CheckpointError."""
+        """Read and check everything but the weights. Raises CheckpointError."""
         self._store = store
         self.root = store.where
         self.revision = revision
@@ -158,7 +158,7 @@ class Checkpoint:
     def open(cls, path_or_repo: str | Path, revision: str | None = None) -> "Checkpoint":
         """Open a local folder, or a Hub repo "org/name" or "org/name@revision" header-only.
 
-        A folder of that name takes precedence over a repo. Raises CheckpointError.
+        A folder of that name goes before a repo. Raises CheckpointError.
         """
         text = str(path_or_repo)
         path = Path(path_or_repo).expanduser()
@@ -228,12 +228,12 @@ class Checkpoint:
                 self.digests.add(info, first, view)
 
     def peek(self, ranges: "Iterable[tuple[TensorInfo, int, memoryview]]") -> None:
-        """As `read_ranges`, for inspection only: it enters no digest. Raises CheckpointError."""
+        """As `read_ranges`, of what is only looked at: it enters no digest. Raises CheckpointError."""
         store = self._local_store("read")
         read_ranges(store.root, ranges, store.stamps)
 
     def read_bytes(self, name: str) -> bytes:
-        """A tensor's bytes as they are in the file. Raises CheckpointError."""
+        """A tensor's bytes as they lie in the file. Raises CheckpointError."""
         store = self._local_store("read")
         info = self._info(name)
         return read_raw(store.root, info, store.stamps[info.shard])

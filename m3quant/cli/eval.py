@@ -60,7 +60,7 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--source", default=None, help="The checkpoint that CKPT was made from.")
 @click.option("--suite", default="quick", show_default=True, metavar="quick|full|FILE", help="What to measure.")
 @click.option(
-    "--data", metavar="FILE|NAME", default=None, help="Text instead of the suite's: a file, folder, wikitext-2, pg19."
+    "--data", metavar="FILE|NAME", default=None, help="Text in place of the suite's: a file, folder, wikitext-2, pg19."
 )
 @running_options
 @click.option(
@@ -147,7 +147,7 @@ def run_eval(
     settings: Any,
     conversion: dict[str, Any] | None = None,
 ) -> None:
-    """The command's body. conversion: what a conversion before it reports; JSON then has the figures under "evaluation".
+    """The command's body. conversion: what a conversion before it tells; JSON then has the figures under "evaluation".
 
     Raises SystemExit(1) if a limit is broken, M3QuantError for what cannot be measured."""
     from ..calibration.corpus import load_tokenizer
@@ -226,7 +226,7 @@ def _tell(
 
 
 def default_report(checkpoint: Model) -> tuple[Path, Path]:
-    """Folders of eval.json and of the page: next to the weights for an output of m3quant; nothing is written into a source."""
+    """Folders of eval.json and of the page: beside the weights for an output of ours; a source is not written into."""
     from ..reports.conversion import FOLDER
 
     if checkpoint.manifest is not None:
@@ -236,7 +236,7 @@ def default_report(checkpoint: Model) -> tuple[Path, Path]:
 
 
 def print_record(record: EvalRecord) -> None:
-    """Every result under its convention; a noise floor with the figure that it belongs to."""
+    """Every result under its convention; a noise floor beside what it is the floor of."""
     against = f", against {record.source.name} ({record.source.stored})" if record.source else ""
     click.echo(
         f"{record.checkpoint.name} ({record.checkpoint.stored}){against}: suite {record.suite}, {record.device}, {record.seconds:.1f} s"

@@ -1,4 +1,4 @@
-"""convert --budget and --fit: measure, choose, and convert with the recipe; each of the two passes is announced."""
+"""convert --budget and --fit: measure, choose, and hand the recipe over; each of the two passes is said beforehand."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def fit_options(function: F) -> F:
     """--budget, --fit and what belongs to them."""
     tokens = click.IntRange(1, MAX_COUNT)
     for option in reversed((
-        click.option("--budget", metavar="SIZE", default=None, help="Size of the output: choose the best bits for every layer within it."),
-        click.option("--fit", "node", metavar="NODE", default=None, help="Node for the output: choose the best bits that leave room for --context."),
+        click.option("--budget", metavar="SIZE", default=None, help="Bytes of the output: the best bits for every layer within them."),
+        click.option("--fit", "node", metavar="NODE", default=None, help="The same for a node: what it holds beside --context."),
         click.option("--context", type=tokens, default=None, help="With --fit: tokens of one request. [32768]"),
         click.option("--concurrency", type=tokens, default=None, help="With --fit: requests of that length at once. [1]"),
         click.option("--kv-dtype", default=None, help="With --fit: auto, bfloat16, fp8, fp8_e4m3 or fp8_e5m2. [auto]"),
@@ -101,7 +101,7 @@ def _check_places(plan: Plan, dst: Path) -> None:
 
 
 def predicted_line(found: Answer, manifest: dict[str, Any]) -> str:
-    """Predicted and measured KL divergence, for a person."""
+    """Predicted beside measured KL divergence, for a person."""
     kl = found.chosen.kl if found.chosen else None
     quality = manifest.get("heldout")
     if kl is None or not quality:

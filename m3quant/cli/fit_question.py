@@ -1,4 +1,4 @@
-"""From the options of `fit` and `convert` to a recipe: planning's choices, and the memory that a node has for them."""
+"""From the options of `fit` and `convert` to a recipe: planning's choices, and a node's room for them."""
 
 from __future__ import annotations
 

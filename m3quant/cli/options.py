@@ -1,4 +1,4 @@
-"""Options that several commands share, and the recipe that they make."""
+"""Options that several commands share, and how a recipe comes out of them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TokenCount(click.ParamType[int]):
 
 @dataclass(frozen=True)
 class RecipeChoice:
-    """The requested recipe: from the package by its name, or from a file, with --set and --format applied.
+    """The recipe that a person asks for: of ours by its name, or of a file, with --set and --format laid over it.
 
     requantize: whether a source that is already in integers may be rounded again.
     """
@@ -124,7 +124,7 @@ def recipe_options(default: str | None) -> Callable[[Callable[..., Any]], Callab
                 click.option(
                     "--requantize",
                     is_flag=True,
-                    help="Accept a source whose weights are already integers (compressed-tensors, AutoAWQ): its rounding errors add to the new ones.",
+                    help="Take a source whose weights are integers already (compressed-tensors, AutoAWQ): rounding errors stack.",
                 ),
             )
         ):
@@ -165,14 +165,14 @@ def serving_options(function: F) -> F:
         click.option("--on", default=None, metavar="NODE", help="A node: 1xH200, 2xH100, ..., or 2x95.5GiB for another card."),
         click.option("--all", "everything", is_flag=True, default=None, help="Every precision on every standard node, with prices."),
         click.option("--check-log", type=click.Path(path_type=Path), default=None, help="Compare the prediction with a vLLM start-up log."),
-        click.option("--prices", type=click.Path(path_type=Path), default=None, help="Price file (YAML) instead of the one in the package."),
+        click.option("--prices", type=click.Path(path_type=Path), default=None, help="Price file (YAML) in place of the one that ships."),
     )):  # fmt: skip
         function = option(function)
     return ask_options(function)
 
 
 def publish_options(function: F) -> F:
-    """What the user must tell `card` and `publish` about the base if its download did not record it."""
+    """What `card` and `publish` must be told of the base where its download did not record it."""
     for option in reversed(
         (
             click.option("--base-repo", metavar="ORG/NAME", default=None, help="Hub repo of the base model."),

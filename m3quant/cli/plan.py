@@ -29,7 +29,7 @@ from .options import ASK_OPTIONS, RecipeChoice, print_table, recipe_options, ser
     "rates_file",
     type=click.Path(path_type=Path),
     default=None,
-    help="A machine's rates, for the time estimate [one H200].",
+    help="Rates of a machine, for the time [one H200].",
 )
 @serving_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

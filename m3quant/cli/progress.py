@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with bytes per second and ETA on a terminal, one line per layer elsewhere."""
+"""Progress on stderr: a bar with bytes per second and ETA on a terminal, a line a layer elsewhere."""
 
 from __future__ import annotations
 

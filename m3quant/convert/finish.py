@@ -19,7 +19,7 @@ from ..planning.source_format import source_format
 
 
 def finish(plan: Plan, output: Path, journal: Journal, extra: dict[str, Any]) -> dict[str, Any]:
-    """Write everything except the shards and return the manifest. config.json comes last: a folder that has one is complete."""
+    """Write everything beside the shards and return the manifest. config.json comes last: a folder that has one is complete."""
     own = {INDEX_FILE: plan.index_bytes, RECIPE_FILE: plan.recipe.dump().encode(), "config.json": plan.config_bytes}
     digests = {name: sha256(data).hexdigest() for name, data in own.items()}
     write_bytes_atomic(output / INDEX_FILE, plan.index_bytes)

@@ -1,4 +1,4 @@
-"""What is read again before a conversion continues: finished shards, saved hidden states, source shards whose files changed."""
+"""What is read again before a conversion goes on: finished shards, saved hidden states, source shards whose files changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..running.words import human_bytes
 
 
 def recheck(plan: Plan, journal: Journal, now: SourceIdentity, stop: StopFlag, progress: Progress) -> None:
-    """Before a conversion continues: its records, shards and hidden states are those that were written, and its source the same.
+    """Before a conversion goes on: its records, shards and hidden states are those that were written, and its source the same.
 
     now: the source's identity, which differs from the journal's by stamps at most. Forgets the records of data-free shards
     that are lost or damaged, so that they are made again. Raises OutputError for calibrated ones and for another source.

@@ -33,7 +33,7 @@ from .source_tensors import check_complete, source_tensors
 
 T = TypeVar("T")
 
-WARNING = "WARNING: "  # the beginning of a note that must not be overlooked
+WARNING = "WARNING: "  # what a note begins with that nobody may overlook
 SHARD_METADATA = {"format": "pt"}  # transformers refuses shards without it
 RECIPE_FILE = "recipe.yaml"
 INDEX_FILE = "model.safetensors.index.json"
@@ -162,7 +162,7 @@ class Plan:
 
     @cached_property
     def copied_files(self) -> list[str]:
-        """Files next to the weights that are carried over byte for byte."""
+        """Files beside the weights that are carried over byte for byte."""
         return [f for f in self.checkpoint.other_files if f not in REPLACED_FILES]
 
     @cached_property
@@ -250,7 +250,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
 
 
 def _scaled_extras_notes(plan: Plan) -> list[str]:
-    """Passed-through FP8 weights are in the output with scales that its quantization_config cannot express."""
+    """Passed-through FP8 weights lie in the output with scales that its quantization_config has no word for."""
     scaled = [t.name for t in plan.tensors if t.role.kind in PASSED_THROUGH and t.source.scale]
     if not scaled or plan.recipe.format == "fp8":
         return []
@@ -271,7 +271,7 @@ def _calibration_notes(family: Family, recipe: Recipe) -> list[str]:
 
 
 def _source_notes(checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor]) -> list[str]:
-    """What a source's own precision, its scales of activations and a draft model next to it mean for the output."""
+    """What a source's own precision, its scales of activations and a draft beside it mean for the output."""
     notes, kinds = [], sorted({t.kind for t in tensors.values()} & set(FOUR_BIT))
     if kinds:
         notes.append(
@@ -394,7 +394,7 @@ def _check_engine_rules(plan: Plan) -> None:
 
 
 def role_table(plan: Plan) -> list[dict[str, Any]]:
-    """Per role and scheme: tensors and bytes in and out, and why; and which layers, if the recipe distinguishes layers.
+    """Per role and scheme: tensors and bytes in and out, and why; and which layers, where the recipe tells layers apart.
 
     Rows in a fixed order for tables and --json.
     """

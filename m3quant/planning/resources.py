@@ -1,4 +1,4 @@
-"""What a conversion needs in host memory, device memory and disk space. Predicted from the plan before anything is read.
+"""What a conversion needs: host memory, device memory, disk. Predicted from the plan before anything is read.
 
 Host memory is the peak of the whole process: what m3quant holds, and what the interpreter with its libraries takes.
 """
@@ -66,7 +66,7 @@ def boundary_interval(plan: Plan, on_gpu: bool) -> int:
 def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool = False) -> Resources:
     """Peak memory and disk of converting `plan` on a GPU (bfloat16 streams) or on the CPU (float32 streams).
 
-    spill: both streams are on the disk too, in addition to the boundaries.
+    spill: both streams lie on the disk too, beside the boundaries.
     """
     workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
     process = GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES
@@ -94,7 +94,7 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool 
         codes = layer // 2  # a byte for each weight
         return Resources(host, 2 * layer + codes + streams + scratch + largest, disk, boundary)
     # Measured: about three layers (tests/convert/test_memory.py), of which one is read ahead; a fourth is margin.
-    streams = 4 * stream  # two streams, each with the layer's input and output
+    streams = 4 * stream  # two streams, each with the layer's output beside its input
     return Resources(process + 4 * layer + streams + largest, 0, disk, boundary)
 
 

@@ -3,10 +3,10 @@
     create (private) -> branch -> commits on the branch -> compare checksums -> one commit on main -> tag -> branch away -> public
 
 The Hub has no server-side merge of branches. A pull request has, but it merges into whatever main is by then. A commit that
-names its parent does not: it is made on exactly the state that was read, or refused (412). That last commit only refers
+names its parent does not: it is made on exactly the state that was looked at, or refused (412). That last commit only refers
 to content which the branch holds already (CommitOperationCopy), so it takes one request, and main is either what it was or whole.
 
-No state is kept locally. Killed at any point, the same command reads the state of the Hub and does the rest.
+No state is kept on this side. Killed at any point, the same command asks the Hub what is there and does the rest.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Target:
-    """What a run wants: the files, the tag, who may see it, whether other files on main may go, and where the base's files are."""
+    """What a run wants: the files, the tag, who may see it, whether other files on main may go, and where base files lie."""
 
     files: Sequence[PublishFile]
     tag: str = DEFAULT_TAG
@@ -219,7 +219,7 @@ class _Run:
         if operations:
             self.remote.preupload(operations, STAGING, FILES_AT_ONCE)
         for file, before, operation in zip(files, stamps, operations, strict=True):
-            # The digest is the client's own, computed as it read the file, not a copy of m3quant's.
+            # The digest is the client's own, taken as it read the file, and not ours repeated.
             if stamp(file) != before or operation.upload_info.sha256.hex() != file.sha256:
                 raise changed(file)
             self.progress.advance(file.size)

@@ -2,9 +2,9 @@
 
 A calibrated output stores W * s where the norm before it stores gain / s (see calibration/folds.py). The scale that took
 effect is read back from the two norms, so that every reader is known exactly. What is kept must then equal the source
-bit for bit; every quantized code must be the source rounded to nearest under the stored scale, and every scale be in
+bit for bit; every quantized code must be the source rounded to nearest under the stored scale, and every scale lie in
 the range that was searched. An uncompensated reader, a row in another's place or a wrong sign cannot hide in an average.
-M2's w3 -> w2 scales leave no record: they are estimated from w3, so those two have a looser limit.
+M2's w3 -> w2 scales leave no record: they are estimated from w3, so those two are held to a looser bound.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from . import fed_back
 
 # Signal-to-quantization-noise ratio below which a tensor is wrong rather than coarse, in dB: what has nothing to do with
 # its source has 0 or less. Honest rounding of groups gives 4-6 for 2 bits and about 6.5 more for each further one (Gaussian
-# and Student-t weights; one scale per row down to 2), 31 for FP8 E4M3, 50 for BF16 after a fold, 140 for float32.
+# and Student-t weights; one scale a row down to 2), 31 for FP8 E4M3, 50 for BF16 after a fold, 140 for float32.
 _FLOOR_DB = {
     "int2": 0.5, "int3": 3.0, "int4": 6.0, "int5": 11.0, "int6": 16.0, "int7": 21.0, "int8": 25.0, "fp8": 20.0, "keep": 40.0,
 }  # fmt: skip
@@ -45,7 +45,7 @@ _SCALE_ROUNDING = 0.01  # BF16 and F16 scales, compared as ratios
 class TensorError:
     """Error of one stored weight against its source, folds undone. sqnr_db: 10 log10 of signal over noise energy.
 
-    defect: what no correct rounding explains, as the end of a sentence about the tensor; empty if nothing.
+    defect: what no honest rounding explains, as the end of a sentence about the tensor; empty if nothing.
     """
 
     name: str

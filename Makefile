@@ -30,7 +30,7 @@ engine: $(VENV)/.ready $(ENGINE_VENV)/.ready
 
 # Wheel and sdist of the last commit in dist/, checked, and the wheel tried in a new environment. Publishes nothing.
 release:
-	PYTHON=$(PYTHON) TORCH=$(TORCH) scripts/release.sh
+	PYTHON=$(PYTHON) scripts/release.sh
 
 # pip builds nothing here and asks only for versions that pyproject.toml names.
 $(VENV)/.ready: pyproject.toml

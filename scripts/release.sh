@@ -25,7 +25,7 @@ rm -rf "$dist"
 "$work/build/bin/twine" check --strict "$dist"/*
 "$work/build/bin/python" "$work/tree/scripts/check_dist.py" "$work/tree" "$dist"
 
-# The wheel alone, in a folder without the checkout. TORCH comes first, so that pip takes that build.
+# The wheel alone, in a folder without the checkout. TORCH, if it is set, is installed first, so that pip takes that build.
 "$python" -m venv "$work/use"
 if [ -n "${TORCH:-}" ]; then "$work/use/bin/pip" install --quiet --disable-pip-version-check "$TORCH"; fi
 "$work/use/bin/pip" install --quiet --disable-pip-version-check "$dist"/*.whl

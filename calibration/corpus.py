@@ -50,7 +50,7 @@ def load_documents(spec: str | None, *, max_characters: int = MAX_CHARACTERS) ->
 
 @dataclass(frozen=True)
 class Loaded:
-    """What one source of text gave. notes: what a person should know of it: records left out, reading cut short.
+    """What one source of text gave. notes: what the user should know of it: records left out, reading cut short.
     more: further documents, for runs that these are too little for."""
 
     name: str

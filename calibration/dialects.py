@@ -1,4 +1,4 @@
-"""From one record of a data set to a document: the field names that people use, and what each means.
+"""From one record of a data set to a document: the usual field names, and what each means.
 
 A record is read as the first of these that it has: a conversation, a prompt with its answer, a text. Empty records and
 the kinds of odd records are distinguished (`EmptyRecord`, `OddRecord`); readers leave both out and count them.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One source as a person names it, and its share of all windows; the shares of a mixture add up to 1."""
+    """One source as the user names it, and its share of all windows; the shares of a mixture add up to 1."""
 
     spec: str
     share: float

@@ -52,7 +52,7 @@ class Windows:
     source: str
     """Where the documents came from, and how many of them were used."""
     notes: tuple[str, ...] = ()
-    """What a person should know, e.g. that there was no chat template."""
+    """What the user should know, e.g. that there was no chat template."""
 
     @property
     def kind_tokens(self) -> dict[str, int]:
@@ -170,7 +170,7 @@ def rendered(
 
 
 def refusals(refused: Sequence[str], of: int) -> tuple[str, ...]:
-    """What a person should know of the records that the chat template refused."""
+    """What the user should know of the records that the chat template refused."""
     if not refused:
         return ()
     return (

@@ -74,7 +74,7 @@ NOT_ROUNDED = "not rounded"
 
 
 def rounded_activations(schemes: Iterable[Scheme]) -> str:
-    """What an engine does to activations under these schemes, for people: 'not rounded', or 'E4M3 per token'."""
+    """What an engine does to activations under these schemes, in words: 'not rounded', or 'E4M3 per token'."""
     kinds = sorted({str(kind) for scheme in schemes if (kind := scheme.activations)})
     return " or ".join(kinds) or NOT_ROUNDED
 

@@ -70,7 +70,7 @@ class Fit:
 
     @property
     def verdict(self) -> str:
-        """For people."""
+        """For display."""
         return "fits" if self.fits else "does not fit" if self.loads else "is not loaded"
 
     @property

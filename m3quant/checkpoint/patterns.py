@@ -1,4 +1,4 @@
-"""Regexes in files from other people: refused if they are invalid, and matched under a bound on time.
+"""Regexes in files from other people: refused if they are invalid, and matched with a limit on time.
 
 One such as (a+)+$ takes time that doubles with every character of the name, and Python's own `re` cannot be interrupted.
 """

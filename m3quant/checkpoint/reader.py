@@ -64,7 +64,7 @@ def open_file(path: Path, stamp: Stamp | None = None) -> Iterator[int]:
 
 @contextmanager
 def open_followed(path: Path) -> Iterator[int]:
-    """As `open_file` for a file that a person named, who may name a link. Raises CheckpointError."""
+    """As `open_file` for a file that the user named, who may name a link. Raises CheckpointError."""
     with _opened(path, path, 0) as descriptor:
         yield descriptor
 

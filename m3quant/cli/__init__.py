@@ -58,7 +58,7 @@ def cli() -> None:
     """
 
 
-# What any path that a person gives, or any disk, may return for any call: reported like m3quant's own refusals.
+# What any path that the user gives, or any disk, may return for any call: reported like m3quant's own refusals.
 _UNFORESEEN = {
     **dict.fromkeys(
         (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),

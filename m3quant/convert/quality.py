@@ -45,7 +45,7 @@ def heldout_quality(
 
 
 def coverage(ledgers: Sequence[ExpertLedger]) -> dict[str, Any] | None:
-    """How well the corpus covered the experts of all layers, with one sentence for a person; None without routed experts."""
+    """How well the corpus covered the experts of all layers, with one sentence for the user; None without routed experts."""
     if not ledgers:
         return None
     starved = {str(ledger.layer): ledger.starved for ledger in ledgers if ledger.starved}

@@ -188,7 +188,7 @@ class Engine(ABC):
         return ""
 
     def expert_notes(self, experts: Collection[Scheme]) -> tuple[str, ...]:
-        """What a person must know of releases before serving routed experts in these schemes, whatever the family."""
+        """What the user must know of releases before serving routed experts in these schemes, whatever the family."""
         return ()
 
     def activation_notes(self, family: Family, experts: Collection[Scheme], fmt: str) -> tuple[str, ...]:
@@ -216,7 +216,7 @@ class Engine(ABC):
         """What follows the model: flags that every release with the family takes."""
 
     def command(self, serving: Serving) -> list[str]:
-        """What a person types to serve it as planned."""
+        """What the user types to serve it as planned."""
         return [*self.plain_command(serving.where), *self.arguments(serving)]
 
     def command_for(self, command: list[str], where: str) -> list[str]:

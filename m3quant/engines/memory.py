@@ -75,7 +75,7 @@ class MemoryModel:
     vision_tokens: int
 
     def kv_name(self, text: str) -> str:
-        """The name in kv_bytes of a KV dtype as an engine, torch or a person spells it; itself where it has none."""
+        """The name in kv_bytes of a KV dtype as an engine, torch or a user spells it; itself where it has none."""
         return _known(text, self.kv_aliases)
 
     def index_name(self, text: str) -> str:

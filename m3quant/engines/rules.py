@@ -44,7 +44,7 @@ def check_schemes(engine: Engine, installed: Installed | None, schemes: Collecti
 
 
 def integer_notes(experts: Collection[Scheme], others: Collection[Scheme] = ()) -> tuple[str, ...]:
-    """What a person must know of engine releases before serving these schemes of routed experts and of other modules."""
+    """What the user must know of engine releases before serving these schemes of routed experts and of other modules."""
     notes = []
     if narrow := names(filter(is_narrow, {*experts, *others})):
         able = [
@@ -82,5 +82,5 @@ def lookup_problems(family: Family, quantization: Mapping[str, Any], modules: Ma
 
 
 def _listed(words: Sequence[str]) -> str:
-    """For people: "a, b and c"."""
+    """For display: "a, b and c"."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -261,7 +261,7 @@ def _own(predictions: Sequence[Predictions], number: int, positions: np.ndarray)
 
 
 def _digest(sequences: Sequence[ScoredSequence]) -> str:
-    """What a task runs, for a person to tell two apart and for a hash to be sure."""
+    """What a task runs, for the user to distinguish two and for a hash to be sure."""
     digest = sha256()
     for one in sequences:
         digest.update(np.int64(len(one.ids)).tobytes() + one.ids.tobytes() + one.scored.tobytes() + b"|")

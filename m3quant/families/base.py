@@ -65,7 +65,7 @@ class EngineModule:
 
     probes: tuple[str, ...]
     members: tuple[str, ...]
-    fused_name: str  # what a person would call it, for error sentences
+    fused_name: str  # what a reader would call it, for error sentences
 
 
 @dataclass(frozen=True)

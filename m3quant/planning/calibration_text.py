@@ -129,7 +129,7 @@ def window_groups(rows: int, length: int, selected: int) -> tuple[WindowGroup, .
 
 
 def groups_line(groups: tuple[WindowGroup, ...], length: int) -> str:
-    """For people: "64 windows of 512 tokens, 8 of 2,048 and 4 of 4,096"."""
+    """For display: "64 windows of 512 tokens, 8 of 2,048 and 4 of 4,096"."""
     parts = [f"{group.windows:,} of {group.rows * length:,}" for group in groups]
     parts[0] = parts[0].replace(" of ", " windows of ", 1) + " tokens"
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -169,5 +169,5 @@ def check_format(recipe: Recipe, family: Family) -> None:
 
 
 def _named(items: Sequence[tuple[str, Scheme]]) -> str:
-    """For people: "attention is fp8-channel and dense_mlp is int8-g128"."""
+    """For display: "attention is fp8-channel and dense_mlp is int8-g128"."""
     return " and ".join(f"{role} is {scheme}" for role, scheme in items)

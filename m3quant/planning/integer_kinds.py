@@ -31,7 +31,7 @@ def layout_of(kind: str) -> tuple[Scheme, str]:
 
 
 def words_of(kind: str) -> str:
-    """An integer kind for people."""
+    """An integer kind in words."""
     scheme, fmt = layout_of(kind)
     where = f"groups of {scheme.group_size} columns" if scheme.group_size else "one scale a row"
     zero = "" if scheme.symmetric else " and zero points"

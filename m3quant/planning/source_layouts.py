@@ -47,7 +47,7 @@ INCOMPLETE = "the download is incomplete; fetch the missing shards again"
 
 
 def words(kind: str) -> str:
-    """A kind for people."""
+    """A kind in words."""
     return words_of(kind) if is_integer(kind) else WORDS[kind]
 
 

@@ -159,7 +159,7 @@ def search_flops(plan: Plan) -> float:
 
 
 def sentence(found: Estimate) -> str:
-    """One line for people: minutes or seconds, and what limits them."""
+    """One line for display: minutes or seconds, and what limits them."""
     minutes, seconds = divmod(found.seconds, 60)
     took = f"{minutes:.0f} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
     return f"about {took} on {found.machine}, bound by {found.bound_by}"

@@ -52,7 +52,7 @@ ROLES = {
 def write_card(out: Path, facts: CardFacts, left_out: Mapping[str, str]) -> Path:
     """Write NOTICE (with a licence), SHA256SUMS and README.md into `out`; returns README.md's path.
 
-    left_out: file of the base -> why it is not here. Raises PublishError for a README.md that a person wrote.
+    left_out: file of the base -> why it is not here. Raises PublishError for a README.md that the user wrote.
     """
     kept = kept_notes(out / CARD, facts.manifest)
     if facts.licence and facts.base:
@@ -187,7 +187,7 @@ def notice(facts: CardFacts, licence: Licence, base: Base) -> str:
 
 
 def checksum_lines(out: Path, manifest: Mapping[str, Any]) -> str:
-    """SHA256SUMS of every published file but README.md, which people edit, and itself. As sha256sum writes and reads it."""
+    """SHA256SUMS of every published file but README.md, which users edit, and itself. As sha256sum writes and reads it."""
     files = [f for f in files_to_publish(out, manifest) if f.path_in_repo not in (CARD, CHECKSUMS)]
     return "".join(f"{file.sha256}  {file.path_in_repo}\n" for file in files)
 

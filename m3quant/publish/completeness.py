@@ -45,7 +45,7 @@ def check_complete_for_publish(
 ) -> Findings:
     """Run every check on a converted folder. source: a folder or Hub id, compared file by file and tensor by tensor.
 
-    allowed: what the scan finds and a person knows to be harmless.
+    allowed: what the scan finds and the user knows to be harmless.
     """
     findings = Findings(problems=_verify(out, source, say))
     findings.problems += leftovers(out)

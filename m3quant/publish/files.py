@@ -25,7 +25,7 @@ EVAL_RESULTS_FOLDER = ".eval_results"
 OWN = frozenset({CONFIG_NAME, INDEX_NAME, RECIPE_FILE})
 # What convert, eval and card write after or beside the files that the manifest lists.
 BESIDE = (MANIFEST, CARD, CHECKSUMS, EVAL_FILE)
-# A licence text at the top: carried from the base, or supplied by a person where the base had none.
+# A licence text at the top: carried from the base, or supplied by the user where the base had none.
 LICENCE_FILE = re.compile(r"(LICEN[SC]E|COPYING)([-_.].*)?", re.IGNORECASE)
 
 
@@ -66,7 +66,7 @@ def files_to_publish(out: Path, manifest: Mapping[str, Any]) -> list[PublishFile
 
 
 def beside(out: Path, manifest: Mapping[str, Any]) -> set[str]:
-    """Names of the files that m3quant, or a person with a licence, added to what convert wrote; links among them."""
+    """Names of the files that m3quant, or a user with a licence, added to what convert wrote; links among them."""
 
     def is_file(path: Path) -> bool:
         return path.is_symlink() or path.is_file()
@@ -95,7 +95,7 @@ def carried_files(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def files_left_out(out: Path, files: list[PublishFile]) -> list[str]:
-    """Names in `out` that are not published, in order: a person should see them before anything is sent."""
+    """Names in `out` that are not published, in order: the user should see them before anything is sent."""
     sent = {f.path_in_repo for f in files}
     found = (p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() or p.is_symlink())
     return sorted(name for name in found if name not in sent and not name.startswith(f"{FOLDER}/"))

@@ -26,7 +26,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Asked:
-    """What a person gives in addition to the folder. serving: rows of the serving table, None to compute them."""
+    """What the user gives in addition to the folder. serving: rows of the serving table, None to compute them."""
 
     base_repo: str | None = None
     base_revision: str | None = None
@@ -66,7 +66,7 @@ def make_card(out: Path, asked: Asked) -> Written:
     """Write README.md, NOTICE and SHA256SUMS. What a gate refuses is stated as missing on the card and returned as a problem.
 
     Raises VerifyError or CheckpointError where `out` is no finished output, PublishError for an eval.json of another
-    checkpoint or a README.md that a person wrote.
+    checkpoint or a README.md that the user wrote.
     """
     manifest = read_manifest(out)
     config = Checkpoint.open(out).config

@@ -23,7 +23,7 @@ DATA = "licences.yaml"
 
 @dataclass(frozen=True)
 class GivenLicence:
-    """What a person says of the licence: a file with its text, and for a base that m3quant does not know, its Hub identifier."""
+    """What the user says of the licence: a file with its text, and for a base that m3quant does not know, its Hub identifier."""
 
     file: Path | None = None
     identifier: str | None = None  # as the Hub's `license` field has it: apache-2.0, other, ...
@@ -111,7 +111,7 @@ def resolve_licence(
     """The licence of `out`, whose base is `base`. Copies `given.file` into it as LICENSE where the base had none.
 
     Raises OptionError for words that cannot be right; PublishError: no licence text, a text that is not this base's, a base
-    card or config.json that says another, or a base that m3quant does not know without what a person must then supply.
+    card or config.json that says another, or a base that m3quant does not know without what the user must then supply.
     """
     check_given(given)
     known = {name.lower(): facts for name, facts in data()["bases"].items()}.get(base.repo.lower())
@@ -155,7 +155,7 @@ def supply(out: Path, file: Path) -> None:
 
 
 def obligations(licence: Licence, base: Base) -> list[str]:
-    """What publishing asks of a person, in plain sentences, the gravest first."""
+    """What publishing requires of the user, in plain sentences, the most important first."""
     lines = [
         f"{base.repo} is under the {licence.title} ({licence.file}). Read it: what follows is a summary, not the licence."
     ]
@@ -224,7 +224,7 @@ def _known(key: str, display: str | None, path: Path, manifest: Mapping[str, Any
 
 
 def _custom(path: Path, manifest: Mapping[str, Any], base: Base, given: GivenLicence) -> Licence:
-    """A licence that m3quant does not know, of a base that it does not know either: a person must name it."""
+    """A licence that m3quant does not know, of a base that it does not know either: the user must name it."""
     if given.identifier is None:
         raise PublishError(
             f"m3quant does not know the licence of {base.repo} ({path.name}): name it with --licence-id, as the Hub does "

@@ -120,7 +120,7 @@ def shown_metrics(result: Result) -> list[str]:
 
 
 def figure(value: float) -> str:
-    """A number as tables show it: four significant digits beyond the point, no exponent for what people read."""
+    """A number as tables show it: four significant digits beyond the point, no exponent in texts."""
     if not math.isfinite(value):
         return str(value)
     if value == 0 or abs(value) >= 1e-4:

@@ -67,7 +67,7 @@ class _Quantization:
     schemes: dict[str, Scheme] = field(default_factory=dict)
     ignore: list[str] = field(default_factory=list)
     observers: list[str] = field(default_factory=list)
-    minmax: bool = False  # a person asked for the full range
+    minmax: bool = False  # the user asked for the full range
 
 
 def is_llmcompressor(document: Mapping[str, Any]) -> bool:

@@ -109,7 +109,7 @@ class Recipe(BaseModel):
     feedback: FeedbackOptions = Field(default_factory=lambda: FeedbackOptions())
     data: CalibrationOptions = Field(default_factory=lambda: CalibrationOptions())
     requantize: bool = False  # take a source whose weights are integers already
-    _asked: frozenset[str] = PrivateAttr(default=frozenset())  # roles that a person gave a scheme outside the document
+    _asked: frozenset[str] = PrivateAttr(default=frozenset())  # roles that the user gave a scheme outside the document
 
     @model_validator(mode="before")
     @classmethod
@@ -199,7 +199,7 @@ def for_family(recipe: Recipe, family: Family) -> tuple[Recipe, list[str]]:
     """The recipe applied to this model, and notes on what that changes.
 
     Where a model has no routed experts, its dense MLPs are the bulk of its weights and take the experts' scheme, unless
-    a person gave them their own; attention keeps what the recipe says. The result no longer names routed experts, so that
+    the user gave them their own; attention keeps what the recipe says. The result no longer names routed experts, so that
     it means the same when it is read again. Raises RecipeError for a recipe that is fitted to another model.
     """
     own = ModelOfLayers.of(family)

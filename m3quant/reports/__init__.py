@@ -1,1 +1,1 @@
-"""HTML pages for people, with one set of charts."""
+"""HTML pages, with one set of charts."""

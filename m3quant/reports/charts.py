@@ -21,7 +21,7 @@ _SHADES = ("h0", "h1", "h2", "h5", "h6", "h7")
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """`digits` significant digits for a person; a dash for what was not measured."""
+    """`digits` significant digits for display; a dash for what was not measured."""
     if value is None:
         return "-"
     if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):

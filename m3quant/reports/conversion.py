@@ -1,4 +1,4 @@
-"""The run's report: calibration.json and experts.json for programs, report.html for people."""
+"""The run's report: calibration.json and experts.json for programs, report.html for readers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report.html: what a calibrated conversion did, for people. `page` is a pure function of what the run recorded."""
+"""report.html: what a calibrated conversion did. `page` is a pure function of what the run recorded."""
 
 from __future__ import annotations
 

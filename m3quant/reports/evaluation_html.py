@@ -1,4 +1,4 @@
-"""eval.html: an evaluation for people.
+"""eval.html: the page of an evaluation.
 
 `page` is a pure function of the record in eval.json, so that a page can be made again from it.
 """

@@ -1,4 +1,4 @@
-"""What a page for people is made of, and its one template. Light or dark as the reader's system says; paper is always light.
+"""The parts of a page, and its one template. Light or dark as the reader's system says; paper is always light.
 
 A report is data up to this point: sections of headings, texts, tables, shaded grids and figures. Every text is escaped by the template;
 only a chart (`m3quant.reports.charts`) is markup.

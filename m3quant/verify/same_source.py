@@ -15,7 +15,7 @@ from ..planning.plan import Plan
 def other_source_problems(plan: Plan, manifest: Mapping[str, Any], source: Checkpoint) -> Iterator[str]:
     """One sentence per shard that was made of other tensors than `source` has now, and per carried file that differs.
 
-    plan: made from `source`. Cards (.md) are for people, who may edit them; an output of schema 1 recorded no digests.
+    plan: made from `source`. Cards (.md) are texts that users may edit; an output of schema 1 recorded no digests.
     """
     read = manifest["source"].get("read")
     for unit in plan.units if read is not None else ():

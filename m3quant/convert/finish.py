@@ -30,7 +30,7 @@ def finish(plan: Plan, output: Path, journal: Journal, extra: dict[str, Any]) ->
         make_folder(target.parent)
         digest = source.add(name, plan.checkpoint.copy_file(name, target))
         _check_unchanged(output, name, digest, journal)
-        if target.suffix != ".md":  # cards are texts, and are rewritten when an output is published
+        if target.suffix != ".md":  # cards are for people, and are rewritten when an output is published
             digests[name] = digest
     facts = make_manifest(plan, journal, {"files": digests, **extra})
     facts["source"] |= source.to_json()

@@ -1,7 +1,7 @@
 """The pictures of every page as inline SVG: curves over layers, positions and bytes, and heatmaps of layers x experts.
 
-Pure functions from numbers to markup. Colours are CSS classes (templates/style.css), so that the same picture works on a light
-screen, a dark one and paper. No xmlns: the markup is inside HTML.
+Pure functions from numbers to markup. Colours are CSS classes (templates/style.css), so that the same picture is right on a light
+screen, a dark one and paper. No xmlns: the markup stands inside HTML.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SHADES = ("h0", "h1", "h2", "h5", "h6", "h7")
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """`digits` significant digits for display; a dash for what was not measured."""
+    """`digits` significant digits for a person; a dash for what was not measured."""
     if value is None:
         return "-"
     if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
@@ -135,7 +135,7 @@ def bucket_chart(
         for i, value in points:
             at, shown = (across(i), up(value)), number(value, 3)
             curves.append(axes.dot(at, f"dot{kind}", 4, f"{name}, {buckets[i]}: {shown}"))
-            # The second curve's numbers are under it, so that they do not run into the first's.
+            # The second curve's numbers stand under it, so that they do not run into the first's.
             curves.append(axes.text(at, "value mid", 0, 20 if kind else -10, shown))
     marks = [(across(i), name) for i, name in enumerate(buckets)]
     lines = [(up(tick), f"{tick:.6g}") for tick in ticks]

@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives the state of a long command: bytes to do, bytes done, and lines for the user."""
+    """Receives the state of a long command: bytes to do, bytes done, and lines for a person."""
 
     def start(self, total_bytes: int, done_bytes: int) -> None: ...
 

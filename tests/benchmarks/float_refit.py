@@ -183,7 +183,8 @@ def main() -> None:
     options = parser.parse_args()
     path = options.out / "float_refit.json"
     if options.table:
-        print(table(json.loads((options.out if options.out.is_file() else path).read_text())))
+        found = json.loads((options.out if options.out.is_file() else path).read_text())
+        print(table(found["rows"] if isinstance(found, dict) else found))
         return
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []

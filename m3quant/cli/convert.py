@@ -10,6 +10,7 @@ import click
 
 from ..checkpoint import Checkpoint
 from ..errors import EvaluationError, PlanError, RecipeError
+from ..extras import need
 from ..planning.plan import WARNING, Plan, make_plan
 from ..recipe.recipe import CalibrationOptions, Recipe, with_data
 from ..running.words import human_bytes
@@ -93,6 +94,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Quantize SRC into the folder DST. Run again after any interruption: it continues."""
+    need("convert", "m3quant convert")
     if address and engine != "ray":
         raise PlanError("--address names a Ray cluster: give --engine ray with it.")
     if engine == "ray" and ":" in device:
@@ -190,10 +192,12 @@ def _check_eval(suite: str, fail_over: str | None) -> None:
 def _run(plan: Plan, dst: Path, settings: Settings, parts: Sequence[Part]) -> dict[str, Any]:
     from ..convert.conversion import check_places
     from ..convert.start import convert
+    from ..planning.config_models import check_config_model
     from ..running.device import pick_device
     from .progress import BytesProgress
 
     check_places(plan, dst)
+    check_config_model(plan.quantization)
     pick_device(settings.device)
     if plan.recipe.calibrated:
         settings.windows = calibration_windows(plan, parts)

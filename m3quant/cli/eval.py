@@ -12,6 +12,7 @@ import click
 
 from ..errors import EvaluationError
 from ..evaluate.choices import ACTIVATIONS, INDEX_DTYPES, KV_DTYPES
+from ..extras import need
 from .options import print_table
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Measure CKPT (a source or an output of m3quant; a folder or a Hub repo), and its distance from --source. Run again after an interruption: it continues."""
+    need("eval", "m3quant eval")
     from ..evaluate.evaluation import Settings
     from .progress import local_folder
 

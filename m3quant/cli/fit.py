@@ -10,6 +10,7 @@ import click
 
 from ..checkpoint import Checkpoint
 from ..errors import OptionError
+from ..extras import need
 from ..planning.headers import from_config
 from ..recipe.recipe import Recipe
 from .fit_output import fit_json, print_fit, write_chart, write_recipe
@@ -74,6 +75,8 @@ def command(
         raise OptionError(f"--{next(iter(given)).replace('_', '-')} says how a node serves: add --on NODE.")
     if not measured and (windows or heldout_windows):
         raise OptionError("--windows and --heldout-windows say how to measure: add --measure.")
+    if measured:
+        need("convert", "m3quant fit --measure")
     asked = Asked(
         budget=budget_of(budget),
         node=on,

@@ -10,7 +10,8 @@ import click
 from ..artifact.output import require_converted
 from ..engines.probing import PROBED, find_probed
 from ..errors import VerifyError
-from ..verify.values import worst
+from ..extras import need
+from ..verify.tensor_error import worst
 from ..verify.verification import Check, Verification, sqnr_by_scheme, verify
 from .progress import local_folder
 
@@ -63,6 +64,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Check the converted folder or Hub repo DST (which is pulled first). Exit code 0 only if every check holds."""
+    if source is not None or engine or in_transformers:
+        need("convert", "m3quant verify with --source, --engine or --transformers")
 
     def say(line: str) -> None:
         click.echo(line, err=True)

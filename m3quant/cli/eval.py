@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..api.evaluation import Arithmetic, Evaluation, Question, ask_endpoint, evaluate
 from ..errors import EvaluationError
 from ..evaluate.choices import ACTIVATIONS, INDEX_DTYPES, KV_DTYPES
 from ..extras import need
 from .options import print_table
+from .progress import BytesProgress, local_folder
 
 if TYPE_CHECKING:
     from ..artifact.eval_record import EvalRecord, Result
-    from ..evaluate.gate import Limit
-    from ..evaluate.models import Model
 
 _PLACES = ("auto", "device", "host", "disk")
 
@@ -112,129 +111,40 @@ def command(
     as_json: bool,
 ) -> None:
     """Measure CKPT (a source or an output of m3quant; a folder or a Hub repo), and its distance from --source. Run again after an interruption: it continues."""
-    need("eval", "m3quant eval")
-    from ..evaluate.evaluation import Settings
-    from .progress import local_folder
-
-    judgement = Judgement(suite, data, report, fail_over, as_json)
-    if endpoint is not None:
+    question = Question(suite, data, report, fail_over)
+    how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype)
+    if endpoint is None:
+        found = evaluate(
+            ckpt, source, suite=suite, data=data, report=report, limits=fail_over, device=device, states=states, batch_tokens=batch_tokens,
+            activations=activations, kv_dtype=kv_dtype, index_dtype=index_dtype, progress=BytesProgress,
+        )  # fmt: skip
+    else:
         if source is not None:
             raise EvaluationError("--source is compared by streaming: leave --endpoint out, or evaluate the two apart.")
-        if (activations, kv_dtype, index_dtype) != (ACTIVATIONS[0], KV_DTYPES[0], INDEX_DTYPES[0]):
+        if not how.rounds_as_by_default:
             raise EvaluationError(
                 "a server rounds as it was started: leave --activations, --kv-dtype and --index-dtype out."
             )
-        _served(local_folder(ckpt), endpoint, model, api_key_env, judgement)
-        return
-    settings = Settings(device, states, batch_tokens, activations, kv_dtype, index_dtype)
-    folder, origin = local_folder(ckpt), local_folder(source) if source else None
-    run_eval(folder, origin, judgement, settings)
+        need("eval", "m3quant eval")
+        found = ask_endpoint(local_folder(ckpt), endpoint, question, model=model, api_key_env=api_key_env)
+    tell(found, as_json)
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """What is asked of a checkpoint and where it is written: a suite, text instead of the suite's own, a folder, limits, JSON."""
+def tell(found: Evaluation, as_json: bool, conversion: Mapping[str, Any] | None = None) -> None:
+    """Print what was measured, and SystemExit(1) if a limit is broken.
 
-    suite: str
-    data: str | None = None
-    report: Path | None = None
-    fail_over: str | None = None
-    as_json: bool = False
-
-
-def run_eval(
-    ckpt: Path,
-    source: Path | None,
-    judgement: Judgement,
-    settings: Any,
-    conversion: dict[str, Any] | None = None,
-) -> None:
-    """The command's body. conversion: what a conversion before it tells; JSON then has the figures under "evaluation".
-
-    Raises SystemExit(1) if a limit is broken, M3QuantError for what cannot be measured."""
-    from ..calibration.corpus import load_tokenizer
-    from ..evaluate.evaluation import evaluate
-    from ..evaluate.gate import check_limits, parse_limits
-    from ..evaluate.models import open_model
-    from ..evaluate.suites import load_suite, make_tasks
-    from .progress import BytesProgress
-
-    limits = parse_limits(judgement.fail_over) if judgement.fail_over is not None else []
-    loaded = load_suite(judgement.suite)
-    checkpoint = open_model(ckpt)
-    origin = open_model(source, "source") if source else None
-    tasks, notes = make_tasks(loaded, load_tokenizer(checkpoint.folder), checkpoint.config, judgement.data)
-    check_limits(limits, [task.kind for task in tasks], origin is not None)
-    report = judgement.report
-    folder, pages = (report, report) if report else default_report(checkpoint)
-    with BytesProgress("eval") as progress:
-        for note in notes:
-            progress.say(f"note: {note}")
-        record = evaluate(checkpoint, origin, tasks, loaded.name, folder, settings, progress, notes)
-    _tell(record, folder, pages, limits, judgement.as_json, conversion)
-
-
-def _served(
-    ckpt: Path,
-    endpoint: str,
-    model: str | None,
-    api_key_env: str | None,
-    judgement: Judgement,
-) -> None:
-    """The suite's tasks through a server; the record goes where --report says, for CKPT's own eval.json is of its weights."""
-    from ..calibration.corpus import load_tokenizer
-    from ..checkpoint import Checkpoint, make_folder
-    from ..evaluate.endpoint import evaluate_endpoint
-    from ..evaluate.evaluation import write_record
-    from ..evaluate.gate import check_limits, parse_limits
-    from ..evaluate.haystack import Reach
-    from ..evaluate.suites import load_suite, make_tasks
-
-    limits = parse_limits(judgement.fail_over) if judgement.fail_over is not None else []
-    loaded, tokenizer = load_suite(judgement.suite), load_tokenizer(ckpt)
-    config = Checkpoint.open(ckpt).config
-    tasks, notes = make_tasks(loaded, tokenizer, config, judgement.data)
-    check_limits(limits, [task.kind for task in tasks], source=False)
-    record = evaluate_endpoint(
-        endpoint, model, tasks, tokenizer, Reach.of(config), api_key_env=api_key_env, suite=loaded.name
-    )
-    record.notes.extend(notes)
-    folder = judgement.report or Path(f"{ckpt.resolve().name}-endpoint-eval")
-    make_folder(folder)
-    write_record(record, folder)
-    _tell(record, folder, folder, limits, judgement.as_json, None)
-
-
-def _tell(
-    record: EvalRecord, folder: Path, pages: Path, limits: list[Limit], as_json: bool, conversion: dict[str, Any] | None
-) -> None:
-    """Print the record and what it breaks; SystemExit(1) if anything."""
-    from ..evaluate.gate import broken
-    from ..reports.evaluation_html import write_report
-
-    page = write_report(record, pages)
-    sentences = broken(limits, record)
+    conversion: what a conversion before it wrote of itself; JSON then has the figures under "evaluation".
+    """
     if as_json:
-        gate = {"limits": [limit.text for limit in limits], "broken": sentences}
-        told = {**record.model_dump(mode="json"), "gate": gate}
+        told = {**found.record.model_dump(mode="json"), "gate": {"limits": found.limits, "broken": found.broken}}
         click.echo(json.dumps(told if conversion is None else {**conversion, "evaluation": told}, indent=2))
     else:
-        print_record(record)
-        click.echo(f"written: {folder / 'eval.json'} and {page}")
-        for sentence in sentences:
+        print_record(found.record)
+        click.echo(f"written: {found.written} and {found.page}")
+        for sentence in found.broken:
             click.echo(f"FAIL  {sentence}")
-    if sentences:
+    if found.broken:
         raise SystemExit(1)
-
-
-def default_report(checkpoint: Model) -> tuple[Path, Path]:
-    """Folders of eval.json and of the page: beside the weights for an output of ours; a source is not written into."""
-    from ..reports.conversion import FOLDER
-
-    if checkpoint.manifest is not None:
-        return checkpoint.folder, checkpoint.folder / FOLDER
-    apart = Path(f"{checkpoint.folder.resolve().name}-eval")
-    return apart, apart
 
 
 def print_record(record: EvalRecord) -> None:

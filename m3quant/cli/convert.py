@@ -14,6 +14,7 @@ from ..api.fitted_conversion import asked_of
 from ..errors import EvaluationError
 from ..planning.plan import WARNING
 from ..recipe.choice import RecipeChoice
+from ..reports.verdict import unknown_text
 from ..running.words import human_bytes
 from .eval import tell
 from .fit_convert import fit_options, predicted_line
@@ -144,6 +145,8 @@ def print_result(done: Conversion) -> None:
             f"{quality['perplexity_quantized']:.4f}, KL divergence {quality['kl_mean']:.5f}, top-1 agreement {quality['top1_agreement']:.2%}, "
             f"activations {quality['activations']}"
         )
+        if unknown := unknown_text(quality["perplexity_source"]):
+            click.echo(f"note: {unknown}")
     if coverage := manifest.get("coverage"):
         click.echo(coverage["sentence"])
     if manifest.get("report"):

@@ -13,6 +13,7 @@ from ..api.evaluation import Arithmetic, Evaluation, Question, ask_endpoint, eva
 from ..errors import EvaluationError
 from ..evaluate.choices import ACTIVATIONS, INDEX_DTYPES, KV_DTYPES
 from ..extras import need
+from ..reports.verdict import Verdict, of_evaluation
 from .options import print_table
 from .progress import BytesProgress, local_folder
 
@@ -135,16 +136,29 @@ def tell(found: Evaluation, as_json: bool, conversion: Mapping[str, Any] | None 
 
     conversion: what a conversion before it wrote of itself; JSON then has the figures under "evaluation".
     """
+    verdict = of_evaluation(found.record)
     if as_json:
-        told = {**found.record.model_dump(mode="json"), "gate": {"limits": found.limits, "broken": found.broken}}
+        gate = {"limits": found.limits, "broken": found.broken}
+        told = {**found.record.model_dump(mode="json"), "verdict": verdict.to_json(), "gate": gate}
         click.echo(json.dumps(told if conversion is None else {**conversion, "evaluation": told}, indent=2))
     else:
         print_record(found.record)
+        print_verdict(verdict)
         click.echo(f"written: {found.written} and {found.page}")
         for sentence in found.broken:
             click.echo(f"FAIL  {sentence}")
     if found.broken:
         raise SystemExit(1)
+
+
+def print_verdict(verdict: Verdict) -> None:
+    """The conclusion, the findings that stand out, and what was not tested."""
+    click.echo(f"\nverdict: {verdict.headline}")
+    for finding in verdict.findings:
+        if finding.bad:
+            click.echo(f"  {finding.label}: {finding.value}. {finding.meaning}")
+    for one in verdict.not_tested:
+        click.echo(f"  not tested: {one}")
 
 
 def print_record(record: EvalRecord) -> None:

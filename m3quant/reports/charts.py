@@ -38,6 +38,12 @@ def heat(share: float) -> str:
     return _SHADES[-1] if share >= 1 else _SHADES[min(int(share * 5), 4)]
 
 
+def heat_key() -> list[tuple[str, str]]:
+    """(class, what it stands for) of every shade of `heat`, in order."""
+    shares = ("none", "under 20 %", "under 40 %", "under 60 %", "under 80 %", "under 100 %", "all")
+    return list(zip(("zero", *_SHADES), shares, strict=True))
+
+
 @dataclass(frozen=True)
 class _Axes:
     """The frame of a chart, in units of its drawing; shares run from 0 to 1, rightwards and upwards."""
@@ -111,9 +117,14 @@ def line_chart(points: Sequence[tuple[int, float]], y_title: str, point_title: C
 
 
 def bucket_chart(
-    buckets: Sequence[str], series: Mapping[str, Sequence[float | None]], title: str, *, logarithmic: bool
+    buckets: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    title: str,
+    *,
+    logarithmic: bool,
+    below: str = "position of the predicted token",
 ) -> Markup:
-    """One or two curves over position buckets, every value printed; a logarithmic axis leaves out what is not positive."""
+    """One or two curves over buckets, every value printed; a logarithmic axis leaves out what is not positive. below: of the axis."""
     values = [v for row in series.values() for v in row if v is not None and (v > 0 or not logarithmic)]
     if not values:
         return Markup("")
@@ -139,7 +150,7 @@ def bucket_chart(
             curves.append(axes.text(at, "value mid", 0, 20 if kind else -10, shown))
     marks = [(across(i), name) for i, name in enumerate(buckets)]
     lines = [(up(tick), f"{tick:.6g}") for tick in ticks]
-    return axes.drawn(title, marks, lines, "position of the predicted token", curves)
+    return axes.drawn(title, marks, lines, below, curves)
 
 
 def bytes_chart(points: Sequence[tuple[int, float, str]], chosen: tuple[int, float, str] | None) -> Markup:

@@ -21,17 +21,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversion import Conversion, convert
-    from .evaluation import Evaluation, evaluate
+    from .evaluation import Comparison, Evaluation, compare, evaluate
     from .fitting import Answer, fit
     from .planning import plan
     from .verification import verify
 
-__all__ = ["Answer", "Conversion", "Evaluation", "convert", "evaluate", "fit", "plan", "verify"]
+__all__ = [
+    "Answer",
+    "Comparison",
+    "Conversion",
+    "Evaluation",
+    "compare",
+    "convert",
+    "evaluate",
+    "fit",
+    "plan",
+    "verify",
+]
 
 _MODULES = {
     "Answer": "fitting",
+    "Comparison": "evaluation",
     "Conversion": "conversion",
     "Evaluation": "evaluation",
+    "compare": "evaluation",
     "convert": "conversion",
     "evaluate": "evaluation",
     "fit": "fitting",

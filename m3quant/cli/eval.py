@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..api.evaluation import Arithmetic, Evaluation, Question, ask_endpoint, evaluate
+from ..api.evaluation import Arithmetic, Comparison, Evaluation, Question, ask_endpoint, compare, evaluate
 from ..errors import EvaluationError
 from ..evaluate.choices import ACTIVATIONS, INDEX_DTYPES, KV_DTYPES
 from ..extras import need
@@ -49,7 +50,7 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command("eval")
-@click.argument("ckpt")
+@click.argument("ckpts", metavar="CKPT...", nargs=-1, required=True)
 @click.option(
     "--endpoint",
     metavar="URL",
@@ -94,7 +95,7 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--fail-over", metavar="LIMITS", default=None, help="Exit 1 beyond these, e.g. kld=0.05,ppl=+2%.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
-    ckpt: str,
+    ckpts: tuple[str, ...],
     endpoint: str | None,
     model: str | None,
     api_key_env: str | None,
@@ -111,24 +112,65 @@ def command(
     fail_over: str | None,
     as_json: bool,
 ) -> None:
-    """Measure CKPT (a source or an output of m3quant; a folder or a Hub repo), and its distance from --source. Run again after an interruption: it continues."""
-    question = Question(suite, data, report, fail_over)
+    """Measure CKPT (a source or an output of m3quant; a folder or a Hub repo), and its distance from --source. Run again after an interruption: it continues.
+
+    Of several, a page shows them side by side; with --source all of them pass through in one pass over its weights.
+    """
     how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype)
-    if endpoint is None:
-        found = evaluate(
-            ckpt, source, suite=suite, data=data, report=report, limits=fail_over, device=device, states=states, batch_tokens=batch_tokens,
-            activations=activations, kv_dtype=kv_dtype, index_dtype=index_dtype, progress=BytesProgress,
-        )  # fmt: skip
-    else:
+    if endpoint is not None:
         if source is not None:
             raise EvaluationError("--source is compared by streaming: leave --endpoint out, or evaluate the two apart.")
         if not how.rounds_as_by_default:
             raise EvaluationError(
                 "a server rounds as it was started: leave --activations, --kv-dtype and --index-dtype out."
             )
+        if len(ckpts) > 1:
+            raise EvaluationError("--endpoint asks a server of one checkpoint: give that one alone.")
         need("eval", "m3quant eval")
-        found = ask_endpoint(local_folder(ckpt), endpoint, question, model=model, api_key_env=api_key_env)
-    tell(found, as_json)
+        question = Question(suite, data, report, fail_over)
+        found = ask_endpoint(local_folder(ckpts[0]), endpoint, question, model=model, api_key_env=api_key_env)
+        tell(found, as_json)
+        return
+    measured: dict[str, Any] = {"suite": suite, "data": data, "report": report, "limits": fail_over, **asdict(how)}
+    if len(ckpts) == 1:
+        tell(evaluate(ckpts[0], source, **measured, progress=BytesProgress), as_json)
+    else:
+        tell_comparison(compare(ckpts, source, **measured, progress=BytesProgress), as_json)
+
+
+def tell_comparison(found: Comparison, as_json: bool) -> None:
+    """Print several checkpoints side by side, and SystemExit(1) if a limit is broken for any."""
+    from ..reports.comparison_html import of_comparison
+
+    verdict = of_comparison(found.compared)
+    if as_json:
+        every = zip(found.compared, found.evaluations, strict=True)
+        evaluations = [{"name": one.name, "bytes": one.nbytes, **told(own)} for one, own in every]
+        whole = {"verdict": verdict.to_json(), "page": str(found.page), "evaluations": evaluations}
+        click.echo(json.dumps(whole, indent=2))
+    else:
+        for own in found.evaluations:
+            print_record(own.record)
+            click.echo(f"written: {own.written} and {own.page}\n")
+        rows = [["checkpoint", "size and divergence", "what it means"]]
+        print_table(rows + [[one.label, one.value, one.meaning] for one in verdict.findings])
+        click.echo(f"\nverdict: {verdict.headline}")
+        for line in verdict.not_tested:
+            click.echo(f"  not tested: {line}")
+        click.echo(f"side by side: {found.page}")
+        for sentence in found.broken:
+            click.echo(f"FAIL  {sentence}")
+    if found.broken:
+        raise SystemExit(1)
+
+
+def told(found: Evaluation) -> dict[str, Any]:
+    """An evaluation for programs: the record, the verdict, and limits."""
+    return {
+        **found.record.model_dump(mode="json"),
+        "verdict": of_evaluation(found.record).to_json(),
+        "gate": {"limits": found.limits, "broken": found.broken},
+    }
 
 
 def tell(found: Evaluation, as_json: bool, conversion: Mapping[str, Any] | None = None) -> None:
@@ -136,14 +178,12 @@ def tell(found: Evaluation, as_json: bool, conversion: Mapping[str, Any] | None 
 
     conversion: what a conversion before it wrote of itself; JSON then has the figures under "evaluation".
     """
-    verdict = of_evaluation(found.record)
     if as_json:
-        gate = {"limits": found.limits, "broken": found.broken}
-        told = {**found.record.model_dump(mode="json"), "verdict": verdict.to_json(), "gate": gate}
-        click.echo(json.dumps(told if conversion is None else {**conversion, "evaluation": told}, indent=2))
+        figures = told(found)
+        click.echo(json.dumps(figures if conversion is None else {**conversion, "evaluation": figures}, indent=2))
     else:
         print_record(found.record)
-        print_verdict(verdict)
+        print_verdict(of_evaluation(found.record))
         click.echo(f"written: {found.written} and {found.page}")
         for sentence in found.broken:
             click.echo(f"FAIL  {sentence}")

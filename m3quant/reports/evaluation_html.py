@@ -11,6 +11,7 @@ from typing import Any
 
 from ..artifact.eval_record import EvalRecord, Result
 from ..checkpoint import make_folder, write_bytes_atomic
+from ..evaluate.intervals import wilson
 from .charts import bucket_chart, line_chart, number
 from .pages import Figure, Grid, Heading, Page, Part, Section, Table, Text, pairs
 from .shapes import (
@@ -138,13 +139,13 @@ def _kl_by_position(run: Sequence[Result]) -> list[Part]:
         if floor:
             by_start = {cell["start"]: cell.get("kl_mean") for cell in floor.cells}
             series["noise floor"] = [by_start.get(cell["start"]) for cell in cells]
-        chart = bucket_chart(_buckets(cells), series, "Mean KL divergence by position", logarithmic=True)
+        chart = bucket_chart(buckets(cells), series, "Mean KL divergence by position", logarithmic=True)
         caption = f"{result.label}. Mean over the bucket's tokens, nats, logarithmic; a bucket of exactly 0 has no dot."
         parts.append(Figure(chart, caption, list(series)))
     return parts
 
 
-_SHARES = {
+SHARES = {
     "kl_median": "half", "kl_p75": "75 %", "kl_p90": "90 %", "kl_p95": "95 %", "kl_p99": "99 %", "kl_p99.9": "99.9 %", "kl_max": "all",
 }  # fmt: skip
 
@@ -153,14 +154,14 @@ def _kl_by_share(run: Sequence[Result]) -> list[Part]:
     """Whether a mean comes from all tokens or from few."""
     parts: list[Part] = []
     for result in run:
-        names = [name for name in _SHARES if name in result.metrics]
+        names = [name for name in SHARES if name in result.metrics]
         if not is_divergence(result) or is_noise(result) or len(names) < 2:
             continue
         series: dict[str, list[float | None]] = {"KL(source || checkpoint)": [result.metrics[name] for name in names]}
         if floor := floor_of(result, run):
             series["noise floor"] = [floor.metrics.get(name) for name in names]
         title = "KL divergence that a share of the tokens stays below"
-        chart = bucket_chart([_SHARES[n] for n in names], series, title, logarithmic=True, below="share of the tokens")
+        chart = bucket_chart([SHARES[n] for n in names], series, title, logarithmic=True, below="share of the tokens")
         caption = f"{result.label}. What that share of the predicted tokens stays below, nats, logarithmic."
         parts.append(Figure(chart, caption, list(series)))
     return parts
@@ -172,7 +173,7 @@ def _loss_by_position(run: Sequence[Result]) -> list[Part]:
         series: dict[str, list[float | None]] = {"checkpoint": [cell["perplexity"] for cell in result.cells]}
         if "perplexity_source" in result.cells[0]:
             series["source"] = [cell["perplexity_source"] for cell in result.cells]
-        chart = bucket_chart(_buckets(result.cells), series, "Perplexity by position", logarithmic=False)
+        chart = bucket_chart(buckets(result.cells), series, "Perplexity by position", logarithmic=False)
         parts.append(Figure(chart, f"{result.label}; the axis does not begin at 0.", list(series)))
     return parts
 
@@ -183,7 +184,7 @@ def _loss_in_numbers(run: Sequence[Result]) -> list[Part]:
         against = "perplexity_source" in result.cells[0]
         head = ["positions", "tokens", "perplexity", *(["source", "change"] if against else [])]
         rows = []
-        for name, cell in zip(_buckets(result.cells), result.cells, strict=True):
+        for name, cell in zip(buckets(result.cells), result.cells, strict=True):
             before = cell.get("perplexity_source")
             after = [number(before, 5), _change(cell["perplexity"], before)] if against else []
             rows.append([name, f"{cell['tokens']:,}", number(cell["perplexity"], 5), *after])
@@ -191,7 +192,7 @@ def _loss_in_numbers(run: Sequence[Result]) -> list[Part]:
     return parts
 
 
-def _buckets(cells: Sequence[dict[str, Any]]) -> list[str]:
+def buckets(cells: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{_short(cell['start'])}-{_short(cell['stop'] - 1)}" for cell in cells]
 
 
@@ -225,13 +226,20 @@ def _column(cells: dict[tuple[int, float], dict[str, Any]], length: int, depths:
     return f"{length:,}" + (" *" if cell.get("exercises_msa") is False else "")
 
 
-def _share(cell: dict[str, Any] | None) -> tuple[float, str, str] | None:
-    if cell is None:
+def share_cell(cells: Sequence[dict[str, Any]]) -> tuple[float, str, str] | None:
+    """One cell of a grid: cells of a result taken together, with Wilson's interval."""
+    if not cells:
         return None
-    small = f"{100 * cell['low']:.0f}-{100 * cell['high']:.0f} %"
-    if "hits_source" in cell:
-        small += f", source {cell['hits_source']}"
-    return cell["accuracy"], f"{cell['hits']}/{cell['samples']}", small
+    hits, samples = (sum(cell[key] for cell in cells) for key in ("hits", "samples"))
+    low, high = wilson(hits, samples)
+    small = f"{100 * low:.0f}-{100 * high:.0f} %"
+    if all("hits_source" in cell for cell in cells):
+        small += f", source {sum(cell['hits_source'] for cell in cells)}"
+    return hits / samples, f"{hits}/{samples}", small
+
+
+def _share(cell: dict[str, Any] | None) -> tuple[float, str, str] | None:
+    return None if cell is None else share_cell([cell])
 
 
 def _lengths(results: Sequence[Result]) -> list[Part]:

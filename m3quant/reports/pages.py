@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .charts import heat, heat_key, number
+from .charts import curve_class, heat, heat_key, number
 from .verdict import Verdict
 
 
@@ -68,8 +68,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart and what it shows. curves: their names, in the order of their marks `line`, `second`; a drawing with a legend inside
-    needs none. dots: names of single points, in the order of their marks `dot`, `chosen`."""
+    """A chart and what it shows. curves: their names, in the order of `charts.curve_class`; a drawing with a legend inside needs none.
+    dots: names of single points, in the order of their marks `dot`, `chosen`."""
 
     kind: ClassVar = "figure"
     chart: Markup
@@ -114,5 +114,9 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
     )
     environment.globals["heat_key"] = heat_key()
-    environment.filters |= {"shown": lambda value: value if isinstance(value, str) else number(value), "heat": heat}
+    environment.filters |= {
+        "shown": lambda value: value if isinstance(value, str) else number(value),
+        "heat": heat,
+        "curve": curve_class,
+    }
     return environment

@@ -236,8 +236,8 @@ def not_tested(record: EvalRecord) -> list[str]:
         left.append("retrieval from a long context: the suite asks for none (--suite full does)")
     if longest is not None:
         left.append(f"contexts of more than {longest:,} tokens")
-    msa = [cell["exercises_msa"] for cell in cells if "exercises_msa" in cell]
-    if msa and not any(msa):
+    msa = {cell.get("exercises_msa") for cell in cells} - {None}  # None: a model without it
+    if msa == {False}:
         left.append("block-sparse attention (MSA): every context was short enough to be read whole")
     if record.computed is not None:
         left.append(

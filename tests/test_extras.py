@@ -128,6 +128,19 @@ def test_the_extras_are_what_the_messages_promise() -> None:
     assert packages("all").keys() <= packages("dev").keys()
 
 
+def test_the_wheel_has_every_package() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    roots = {"m3quant": ROOT / "m3quant"} | {
+        f"m3quant.{name}": ROOT / name for name in ("calibration", "runtime", "recipes")
+    }
+    found = {
+        ".".join((package, *path.parent.relative_to(root).parts))
+        for package, root in roots.items()
+        for path in root.rglob("__init__.py")
+    }
+    assert found == set(listed)
+
+
 def test_the_serve_extra_is_the_range_that_the_engine_states() -> None:
     (requirement,) = packages("serve").values()
     (engine,) = [engine for engine in ENGINES if engine.name == requirement.name]

@@ -202,7 +202,7 @@ class _OverBytes:
     right: float
     low: int
     high: int
-    axes: _Axes = _Axes(360, top=20, bottom=48)
+    axes: _Axes = _Axes(360, right=44, top=20, bottom=48)
 
     @classmethod
     def around(cls, points: Sequence[tuple[float, float]], margin: float = 0.0) -> _OverBytes:

@@ -90,7 +90,7 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--report",
     type=click.Path(path_type=Path),
     default=None,
-    help="Folder for eval.json and the page [an output of m3quant: CKPT/eval.json, page in CKPT/m3quant-report; else ./NAME-eval].",
+    help="Folder for eval.json and the page [an output of m3quant: CKPT/eval.json, page in CKPT/m3quant-report; else ./NAME-eval; of several, their page in ./SOURCE-compared].",
 )
 @click.option("--fail-over", metavar="LIMITS", default=None, help="Exit 1 beyond these, e.g. kld=0.05,ppl=+2%.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

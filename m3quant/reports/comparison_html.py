@@ -14,7 +14,16 @@ from ..running.words import human_bytes
 from .charts import bucket_chart, number, size_chart
 from .evaluation_html import CELL_LEGEND, SHARES, buckets, share_cell
 from .pages import Figure, Grid, Heading, Page, Part, Section, Table, Text
-from .shapes import floor_of, is_by_length, is_by_position, is_divergence, is_grid, is_noise, is_perplexity
+from .shapes import (
+    floor_of,
+    is_by_length,
+    is_by_position,
+    is_divergence,
+    is_grid,
+    is_measured_divergence,
+    is_noise,
+    is_perplexity,
+)
 from .verdict import LEVEL_WORDS, Finding, Verdict, change, level, of_evaluation
 
 PAGE_FILE = "compare.html"
@@ -35,7 +44,7 @@ class Compared:
 
     @property
     def divergence(self) -> Result | None:
-        return next((r for r in self.run if is_divergence(r) and not is_noise(r)), None)
+        return next(filter(is_measured_divergence, self.run), None)
 
     @property
     def kl(self) -> float | None:

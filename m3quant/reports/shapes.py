@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..artifact.conversion_eval import HELDOUT_TASK
 from ..artifact.eval_record import Result
 
 
@@ -22,6 +23,11 @@ def is_divergence(result: Result) -> bool:
 
 def is_noise(result: Result) -> bool:
     return result.convention.startswith("noise")
+
+
+def is_measured_divergence(result: Result) -> bool:
+    """A divergence that an evaluation measured, and not the conversion in its own pass."""
+    return is_divergence(result) and not is_noise(result) and result.task != HELDOUT_TASK
 
 
 def is_by_position(result: Result) -> bool:

@@ -20,6 +20,7 @@ from .shapes import (
     is_by_position,
     is_divergence,
     is_grid,
+    is_measured_divergence,
     is_noise,
     is_perplexity,
     of_perplexity,
@@ -86,7 +87,8 @@ def unknown_text(perplexity: float | None) -> str:
 def of_evaluation(record: EvalRecord) -> Verdict:
     """The verdict on an evaluation."""
     run = [result for result in record.results if result.not_run is None]
-    divergence = next((r for r in run if is_divergence(r) and not is_noise(r)), None)
+    found = [r for r in run if is_divergence(r) and not is_noise(r)]
+    divergence = next(filter(is_measured_divergence, found), found[0] if found else None)
     findings = []
     if divergence is not None:
         findings += _divergence(divergence, floor_of(divergence, run))
@@ -97,7 +99,10 @@ def of_evaluation(record: EvalRecord) -> Verdict:
         before = (perplexity.source_metrics or {}).get(name)
         unknown = unknown_text(before if before is not None else perplexity.metrics[name]) if _per_token(name) else ""
         findings.append(_perplexity(perplexity, name, before, unknown))
-    retrieval = [_retrieval(r.label, [r]) for r in filter(is_grid, run)]
+    grids = list(filter(is_grid, run))
+    retrieval = [
+        _retrieval(label, [r for r in grids if r.label == label]) for label in dict.fromkeys(r.label for r in grids)
+    ]
     if by_length := list(filter(is_by_length, run)):
         tasks = by_length[0].label if len(by_length) == 1 else f"retrieval by length, {len(by_length)} tasks"
         retrieval.append(_retrieval(tasks, by_length))
@@ -126,7 +131,12 @@ def _headline(divergence: Result | None, run: Sequence[Result], unknown: str, wo
 def _divergence(result: Result, floor: Result | None) -> list[Finding]:
     kl, error = result.metrics["kl_mean"], result.metrics.get("kl_mean_error")
     value = f"{number(kl, 3)}{f' ± {number(error, 1)}' if error else ''} nats per token"
-    findings = [Finding(KL, value, beside_floor(kl, floor.metrics["kl_mean"] if floor else None))]
+    meaning = beside_floor(kl, floor.metrics["kl_mean"] if floor else None)
+    if not is_measured_divergence(result):
+        meaning += (
+            " Measured by the conversion in its own pass, on text that resembles what it calibrated on: it flatters."
+        )
+    findings = [Finding(KL, value, meaning)]
     if (same := result.metrics.get("top1_agreement")) is not None:
         other = f"For {100 * (1 - same):.2f} % of tokens the most likely next token is another one"
         with_itself = (
@@ -180,7 +190,7 @@ def _retrieval(label: str, results: Sequence[Result]) -> Finding:
     value = f"{hits:,} of {samples:,} found"
     task, worst = min(cells, key=lambda pair: pair[1]["accuracy"])
     place = f"{worst['length']:,} tokens" + (f", depth {100 * worst['depth']:g} %" if "depth" in worst else "")
-    of_task = f"{task.label} at " if len(results) > 1 else ""
+    of_task = f"{task.label} at " if task.label != label else ""
     weakest = f" Weakest: {of_task}{place}, {worst['hits']} of {worst['samples']}." if worst["accuracy"] < 1 else ""
     if not all("hits_source" in cell for _, cell in cells):
         return Finding(label, value, f"The source was not asked.{weakest}")
@@ -222,10 +232,11 @@ def not_tested(record: EvalRecord) -> list[str]:
     """What this evaluation says nothing about, one phrase each."""
     run = [result for result in record.results if result.not_run is None]
     left = [f"{r.task}: {r.not_run}" for r in record.results if r.not_run is not None]
-    divergences = [r for r in run if is_divergence(r) and not is_noise(r)]
-    if not divergences:
+    divergences = list(filter(is_measured_divergence, run))
+    said = any(r.not_run is not None and r.convention.startswith("kl-") for r in record.results)
+    if not divergences and not said:
         left.append("KL divergence from the source" + ("" if record.source else ": give --source"))
-    elif not any(floor_of(r, run) for r in divergences):
+    if divergences and not any(floor_of(r, run) for r in divergences):
         left.append("the noise floor: the suite's divergence has no noise_windows")
     cells = [cell for r in run if is_grid(r) or is_by_length(r) for cell in r.cells]
     longest = max(

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from m3quant.artifact.conversion_eval import HELDOUT_TASK
 from m3quant.artifact.eval_record import EvalRecord, Result
 from m3quant.evaluate.intervals import wilson
 from m3quant.reports import conversion_html, evaluation_html
+from m3quant.reports.comparison_html import Compared
 from m3quant.reports.verdict import UNKNOWN_TEXT, Finding, Verdict, of_conversion, of_evaluation, unknown_text
 from tests.convert.test_report import report
 from tests.support.evaluate.sample_record import COMPUTED, sample_record
@@ -94,6 +96,9 @@ def test_a_loss_in_retrieval_is_one_that_chance_does_not_explain() -> None:
     assert not finding(alone, "needles").bad and "The source was not asked" in finding(alone, "needles").meaning
     both = of_evaluation(record(*near, needles(80, 80, 80), needles(70, 80, 80)))
     assert finding(both, "retrieval by length, 2 tasks").value == "150 of 160 found"
+    assert "Weakest: needles at 8,192 tokens, 70 of 80." in finding(both, "retrieval by length").meaning
+    grids = of_evaluation(record(*near, needles(10, 10, 10, depth=0.0), needles(9, 10, 10, depth=1.0)))
+    assert finding(grids, "needles").value == "19 of 20 found", "grids of one name are one finding"
 
 
 def test_what_was_not_tested_is_listed() -> None:
@@ -110,6 +115,17 @@ def test_what_was_not_tested_is_listed() -> None:
     assert "perplexity-llama-cpp: the server offers no prompt log-probs" in said and "MSA" not in said
     served = full.model_copy(update={"computed": None})
     assert "kernels" not in " ".join(of_evaluation(served).not_tested)
+
+
+def test_a_divergence_of_the_conversions_own_pass_is_said_to_flatter() -> None:
+    """It stands in the record of every calibrated output, measured on other text than the suite's."""
+    (own,) = divergence(0.004, None)
+    own.task = HELDOUT_TASK
+    alone = of_evaluation(record(perplexity(None, 9.0), own))
+    assert "it flatters" in finding(alone, "KL").meaning and any("KL divergence" in one for one in alone.not_tested)
+    both = of_evaluation(record(*divergence(0.1, 1e-5), perplexity(9.0, 9.1), own))
+    assert "clearly different" in both.headline and "flatters" not in finding(both, "KL").meaning
+    assert Compared("a", 1, record(own)).kl is None
 
 
 def test_a_conversion_has_a_verdict_too() -> None:

@@ -19,6 +19,7 @@ from m3quant.calibration.template import TemplateError, rendered_chat
 from m3quant.calibration.tokenizing import check_growth, encode
 from m3quant.checkpoint.bounded import CONFIG_BYTES, TEXT_BYTES, TOKENIZER_BYTES, check_size
 from m3quant.errors import CalibrationError, CheckpointError
+from m3quant.extras import need
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +80,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> "Pre
 
     Raises:
         CalibrationError: there is no tokenizer, or transformers cannot read it.
+        PackageMissing: there is no transformers.
     """
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -94,6 +96,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> "Pre
                 check_size(folder / name, limit)
     except CheckpointError as error:
         raise CalibrationError(str(error)) from None
+    need("convert", f"Reading the tokenizer of {path}")
     from transformers import AutoTokenizer
 
     # Broken tokenizer files surface as OSError, ValueError, KeyError or an exception of the Rust library.

@@ -44,6 +44,10 @@ class OptionError(M3QuantError):
     """An option names what is not there, or does not go with another one, with this machine, or with what is recorded."""
 
 
+class PackageMissing(M3QuantError):
+    """A package of an extra (m3quant[convert], for one) is not installed here."""
+
+
 class EngineMissing(M3QuantError):
     """No engine is installed where it was looked for, or one that cannot serve this checkpoint."""
 

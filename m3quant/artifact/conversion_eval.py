@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..planning.plan import Plan
 
 CONVERSION = "conversion"  # the `suite` of a record that a conversion wrote of its own pass
+HELDOUT_TASK = "conversion-heldout"  # the `task` of its result
 
 
 def heldout_result(manifest: Mapping[str, Any]) -> Result | None:
@@ -32,7 +33,7 @@ def heldout_result(manifest: Mapping[str, Any]) -> Result | None:
         "top1_agreement": found["top1_agreement"],
     }
     return Result(
-        task="conversion-heldout",
+        task=HELDOUT_TASK,
         convention=f"m3quant-heldout-{found['window_length']}",
         label=f"the conversion's own pass: {found['windows']} windows of {found['window_length']} tokens held out from calibration",
         data=Data(name=f"held out of {calibration['source']}", sha256=calibration["sha256"]),

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..checkpoint import Checkpoint
-from ..errors import EvaluationError, PlanError, RecipeError
-from ..planning.plan import WARNING, Plan, make_plan
-from ..recipe.recipe import CalibrationOptions, Recipe, with_data
+from ..api.calibration_text import TextChoice
+from ..api.conversion import Conversion, How, Prepared, prepare
+from ..api.evaluation import Arithmetic, Question, measure
+from ..api.fitted_conversion import asked_of
+from ..errors import EvaluationError
+from ..planning.plan import WARNING
+from ..recipe.choice import RecipeChoice
+from ..reports.verdict import unknown_text
 from ..running.words import human_bytes
-from .fit_convert import asked_of, fit_options, fitted, predicted_line
-from .options import RecipeChoice, TokenCount, recipe_options
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ..calibration.mixture import Part
-    from ..calibration.windows import Windows
-    from ..convert.job import Settings
+from .eval import tell
+from .fit_convert import fit_options, predicted_line
+from .options import TokenCount, recipe_options
+from .progress import BytesProgress
 
 
 @click.command("convert")
@@ -93,127 +91,48 @@ def command(
     as_json: bool,
 ) -> None:
     """Quantize SRC into the folder DST. Run again after any interruption: it continues."""
-    if address and engine != "ray":
-        raise PlanError("--address names a Ray cluster: give --engine ray with it.")
-    if engine == "ray" and ":" in device:
-        raise PlanError(f"--device {device} names one GPU of this machine: with --engine ray give cuda, cpu or auto.")
     serving = {"context": context, "concurrency": concurrency, "kv_dtype": kv_dtype}
     asked = asked_of(budget, node, serving, sensitivity_file, bool(choice))
-    if choice.requantize and asked is not None:
-        raise RecipeError(
-            "--requantize goes with a recipe (--to, --recipe): m3quant fit measures on unquantized weights."
-        )
-    checkpoint = Checkpoint.open(src)
-    recipe = choice.recipe(checkpoint.config) if asked is None else Recipe(rounding="feedback")
-    if calibration_tokens is not None:
-        if windows is not None:
-            raise RecipeError("--windows and --calibration-tokens both say how much text: give one of them.")
-        length = window_length or recipe.data.window_length
-        windows = -(-calibration_tokens // length)  # whole windows, and not fewer tokens than were asked for
-    given = {"windows": windows, "window_length": window_length, "min_expert_tokens": min_expert_tokens}
-    changes = {key: value for key, value in given.items() if value is not None}
-    if not recipe.calibrated and (changes or corpus or strict_coverage):
-        raise RecipeError(
-            f"recipe '{recipe.name}' uses no calibration data: leave calibration options out, or use --to awq."
-        )
-    recipe = with_data(recipe, changes)
-    if suite is not None:
-        _check_eval(suite, fail_over)
+    question = None if suite is None else Question(suite, limits=fail_over)
+    if question is not None:
+        question.check(source=True)
     elif fail_over is not None:
         raise EvaluationError("--fail-over holds figures against limits: give --eval quick with it.")
-    from ..calibration.mixture import parse_mixture
-
-    parts = parse_mixture(corpus)
-
-    def enough(plan: Plan) -> Plan:
-        chosen = windows is not None or corpus or plan.recipe.rounding != "feedback"
-        return plan if chosen else _with_enough_text(plan, device)
-
-    fit = fitted(checkpoint, src, dst, asked, recipe.data, enough, device, corpus, dry_run) if asked else None
-    plan = fit.plan if fit and fit.plan else enough(make_plan(checkpoint, recipe))
+    text = TextChoice(corpus, windows, calibration_tokens, window_length, min_expert_tokens)
+    how = How(device, strict_coverage, spill, engine, address)
+    prepared = prepare(src, dst, choice, text, how, asked, dry_run=dry_run, progress=BytesProgress)
     if dry_run:
-        from .plan import plan_json, print_plan
-
-        if as_json:
-            click.echo(json.dumps(plan_json(plan), indent=2))
-        else:
-            print_plan(plan)
-        if plan.recipe.calibrated and not as_json:
-            found = calibration_windows(plan, parts)
-            for line in (f"calibration text: {found.source}", *(f"note: {note}" for note in found.notes)):
-                click.echo(line)
+        _print_dry(prepared, as_json)
         return
-    from ..convert.job import Settings
-
-    for note in plan.notes:
+    for note in prepared.plan.notes:
         if note.startswith(WARNING):
             click.echo(note, err=True)
-    how = Settings(device=device, strict_coverage=strict_coverage, spill=spill, engine=engine, address=address)
-    manifest = _run(plan, dst, how, parts)
-    told = {"output": str(dst), **manifest}
+    done = prepared.run(BytesProgress)
+    told = {"output": str(dst), **done.manifest}
     if not as_json:
-        print_result(plan, dst, manifest)
-        if fit and (line := predicted_line(fit, manifest)):
-            click.echo(line)
-    elif suite is None:
+        print_result(done)
+    elif question is None:
         click.echo(json.dumps(told, indent=2))
-    if suite is not None:
-        from ..evaluate.evaluation import Settings as Evaluating
-        from .eval import Judgement, run_eval
-
-        run_eval(dst, Path(src), Judgement(suite, fail_over=fail_over, as_json=as_json), Evaluating(device), told)
+    if question is not None:
+        tell(measure(dst, Path(src), question, Arithmetic(device), BytesProgress), as_json, told)
 
 
-def _with_enough_text(plan: Plan, device: str) -> Plan:
-    """The plan with as much of the bundled text as a GPU has time for, where the recipe does not say how much."""
-    from ..planning.calibration_text import token_choice
-    from ..planning.timing_model import load_rates
-    from ..running.device import pick_device
+def _print_dry(prepared: Prepared, as_json: bool) -> None:
+    """The plan, and the text that it would be calibrated on."""
+    from .plan import plan_json, print_plan
 
-    data = plan.recipe.data
-    if data.windows != CalibrationOptions().windows or pick_device(device).type != "cuda":
-        return plan
-    windows = -(-token_choice(plan, load_rates()).tokens // data.window_length)
-    return plan if windows <= data.windows else make_plan(plan.checkpoint, with_data(plan.recipe, {"windows": windows}))
-
-
-def _check_eval(suite: str, fail_over: str | None) -> None:
-    """What can be wrong with --eval and --fail-over, before the conversion."""
-    from ..evaluate.gate import check_limits, parse_limits
-    from ..evaluate.suites import load_suite
-
-    kinds = [entry.task for entry in load_suite(suite).tasks]
-    if fail_over is not None:
-        check_limits(parse_limits(fail_over), kinds, source=True)
+    if as_json:
+        click.echo(json.dumps(plan_json(prepared.plan), indent=2))
+        return
+    print_plan(prepared.plan)
+    if prepared.plan.recipe.calibrated:
+        found = prepared.text()
+        for line in (f"calibration text: {found.source}", *(f"note: {note}" for note in found.notes)):
+            click.echo(line)
 
 
-def _run(plan: Plan, dst: Path, settings: Settings, parts: Sequence[Part]) -> dict[str, Any]:
-    from ..convert.conversion import check_places
-    from ..convert.start import convert
-    from ..running.device import pick_device
-    from .progress import BytesProgress
-
-    check_places(plan, dst)
-    pick_device(settings.device)
-    if plan.recipe.calibrated:
-        settings.windows = calibration_windows(plan, parts)
-    with BytesProgress(plan.recipe.name) as progress:
-        for note in settings.windows.notes if settings.windows else ():
-            progress.say(f"note: {note}")
-        return convert(plan, dst, settings, progress)
-
-
-def calibration_windows(plan: Plan, parts: Sequence[Part]) -> Windows:
-    """Tokenized calibration and held-out windows for this plan. Raises CalibrationError for too little text."""
-    from ..calibration.corpus import load_tokenizer
-    from ..calibration.mixture import mixed_windows
-
-    data = plan.recipe.data
-    tokenizer = load_tokenizer(plan.checkpoint.root)
-    return mixed_windows(parts, tokenizer, data.windows + data.heldout_windows, data.window_length, seed=data.seed)
-
-
-def print_result(plan: Plan, dst: Path, manifest: dict[str, Any]) -> None:
+def print_result(done: Conversion) -> None:
+    dst, manifest = done.output, done.manifest
     bytes_in = manifest["source"]["bytes"]
     share = manifest["output_bytes"] / bytes_in
     click.echo(
@@ -226,8 +145,12 @@ def print_result(plan: Plan, dst: Path, manifest: dict[str, Any]) -> None:
             f"{quality['perplexity_quantized']:.4f}, KL divergence {quality['kl_mean']:.5f}, top-1 agreement {quality['top1_agreement']:.2%}, "
             f"activations {quality['activations']}"
         )
+        if unknown := unknown_text(quality["perplexity_source"]):
+            click.echo(f"note: {unknown}")
     if coverage := manifest.get("coverage"):
         click.echo(coverage["sentence"])
     if manifest.get("report"):
         click.echo(f"report: {dst / manifest['report']}")
-    click.echo(f"next: m3quant verify {dst} --source {plan.checkpoint.root}")
+    click.echo(f"next: m3quant verify {dst} --source {done.plan.checkpoint.root}")
+    if done.fitted and (line := predicted_line(done.fitted, manifest)):
+        click.echo(line)

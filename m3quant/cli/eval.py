@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..api.evaluation import Arithmetic, Comparison, Evaluation, Question, ask_endpoint, compare, evaluate
 from ..errors import EvaluationError
 from ..evaluate.choices import ACTIVATIONS, INDEX_DTYPES, KV_DTYPES
+from ..extras import need
+from ..reports.verdict import Verdict, of_evaluation
 from .options import print_table
+from .progress import BytesProgress, local_folder
 
 if TYPE_CHECKING:
     from ..artifact.eval_record import EvalRecord, Result
-    from ..evaluate.gate import Limit
-    from ..evaluate.models import Model
 
 _PLACES = ("auto", "device", "host", "disk")
 
@@ -48,7 +50,7 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command("eval")
-@click.argument("ckpt")
+@click.argument("ckpts", metavar="CKPT...", nargs=-1, required=True)
 @click.option(
     "--endpoint",
     metavar="URL",
@@ -88,12 +90,12 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--report",
     type=click.Path(path_type=Path),
     default=None,
-    help="Folder for eval.json and the page [an output of m3quant: CKPT/eval.json, page in CKPT/m3quant-report; else ./NAME-eval].",
+    help="Folder for eval.json and the page [an output of m3quant: CKPT/eval.json, page in CKPT/m3quant-report; else ./NAME-eval; of several, their page in ./SOURCE-compared].",
 )
 @click.option("--fail-over", metavar="LIMITS", default=None, help="Exit 1 beyond these, e.g. kld=0.05,ppl=+2%.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
-    ckpt: str,
+    ckpts: tuple[str, ...],
     endpoint: str | None,
     model: str | None,
     api_key_env: str | None,
@@ -110,129 +112,93 @@ def command(
     fail_over: str | None,
     as_json: bool,
 ) -> None:
-    """Measure CKPT (a source or an output of m3quant; a folder or a Hub repo), and its distance from --source. Run again after an interruption: it continues."""
-    from ..evaluate.evaluation import Settings
-    from .progress import local_folder
+    """Measure CKPT (a source or an output of m3quant; a folder or a Hub repo), and its distance from --source. Run again after an interruption: it continues.
 
-    judgement = Judgement(suite, data, report, fail_over, as_json)
+    Of several, a page shows them side by side; with --source all of them pass through in one pass over its weights.
+    """
+    how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype)
     if endpoint is not None:
         if source is not None:
             raise EvaluationError("--source is compared by streaming: leave --endpoint out, or evaluate the two apart.")
-        if (activations, kv_dtype, index_dtype) != (ACTIVATIONS[0], KV_DTYPES[0], INDEX_DTYPES[0]):
+        if not how.rounds_as_by_default:
             raise EvaluationError(
                 "a server rounds as it was started: leave --activations, --kv-dtype and --index-dtype out."
             )
-        _served(local_folder(ckpt), endpoint, model, api_key_env, judgement)
+        if len(ckpts) > 1:
+            raise EvaluationError("--endpoint asks a server of one checkpoint: give that one alone.")
+        need("eval", "m3quant eval")
+        question = Question(suite, data, report, fail_over)
+        found = ask_endpoint(local_folder(ckpts[0]), endpoint, question, model=model, api_key_env=api_key_env)
+        tell(found, as_json)
         return
-    settings = Settings(device, states, batch_tokens, activations, kv_dtype, index_dtype)
-    folder, origin = local_folder(ckpt), local_folder(source) if source else None
-    run_eval(folder, origin, judgement, settings)
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What is asked of a checkpoint and where it is written: a suite, text instead of the suite's own, a folder, limits, JSON."""
-
-    suite: str
-    data: str | None = None
-    report: Path | None = None
-    fail_over: str | None = None
-    as_json: bool = False
-
-
-def run_eval(
-    ckpt: Path,
-    source: Path | None,
-    judgement: Judgement,
-    settings: Any,
-    conversion: dict[str, Any] | None = None,
-) -> None:
-    """The command's body. conversion: what a conversion before it tells; JSON then has the figures under "evaluation".
-
-    Raises SystemExit(1) if a limit is broken, M3QuantError for what cannot be measured."""
-    from ..calibration.corpus import load_tokenizer
-    from ..evaluate.evaluation import evaluate
-    from ..evaluate.gate import check_limits, parse_limits
-    from ..evaluate.models import open_model
-    from ..evaluate.suites import load_suite, make_tasks
-    from .progress import BytesProgress
-
-    limits = parse_limits(judgement.fail_over) if judgement.fail_over is not None else []
-    loaded = load_suite(judgement.suite)
-    checkpoint = open_model(ckpt)
-    origin = open_model(source, "source") if source else None
-    tasks, notes = make_tasks(loaded, load_tokenizer(checkpoint.folder), checkpoint.config, judgement.data)
-    check_limits(limits, [task.kind for task in tasks], origin is not None)
-    report = judgement.report
-    folder, pages = (report, report) if report else default_report(checkpoint)
-    with BytesProgress("eval") as progress:
-        for note in notes:
-            progress.say(f"note: {note}")
-        record = evaluate(checkpoint, origin, tasks, loaded.name, folder, settings, progress, notes)
-    _tell(record, folder, pages, limits, judgement.as_json, conversion)
-
-
-def _served(
-    ckpt: Path,
-    endpoint: str,
-    model: str | None,
-    api_key_env: str | None,
-    judgement: Judgement,
-) -> None:
-    """The suite's tasks through a server; the record goes where --report says, for CKPT's own eval.json is of its weights."""
-    from ..calibration.corpus import load_tokenizer
-    from ..checkpoint import Checkpoint, make_folder
-    from ..evaluate.endpoint import evaluate_endpoint
-    from ..evaluate.evaluation import write_record
-    from ..evaluate.gate import check_limits, parse_limits
-    from ..evaluate.haystack import Reach
-    from ..evaluate.suites import load_suite, make_tasks
-
-    limits = parse_limits(judgement.fail_over) if judgement.fail_over is not None else []
-    loaded, tokenizer = load_suite(judgement.suite), load_tokenizer(ckpt)
-    config = Checkpoint.open(ckpt).config
-    tasks, notes = make_tasks(loaded, tokenizer, config, judgement.data)
-    check_limits(limits, [task.kind for task in tasks], source=False)
-    record = evaluate_endpoint(
-        endpoint, model, tasks, tokenizer, Reach.of(config), api_key_env=api_key_env, suite=loaded.name
-    )
-    record.notes.extend(notes)
-    folder = judgement.report or Path(f"{ckpt.resolve().name}-endpoint-eval")
-    make_folder(folder)
-    write_record(record, folder)
-    _tell(record, folder, folder, limits, judgement.as_json, None)
-
-
-def _tell(
-    record: EvalRecord, folder: Path, pages: Path, limits: list[Limit], as_json: bool, conversion: dict[str, Any] | None
-) -> None:
-    """Print the record and what it breaks; SystemExit(1) if anything."""
-    from ..evaluate.gate import broken
-    from ..reports.evaluation_html import write_report
-
-    page = write_report(record, pages)
-    sentences = broken(limits, record)
-    if as_json:
-        gate = {"limits": [limit.text for limit in limits], "broken": sentences}
-        told = {**record.model_dump(mode="json"), "gate": gate}
-        click.echo(json.dumps(told if conversion is None else {**conversion, "evaluation": told}, indent=2))
+    measured: dict[str, Any] = {"suite": suite, "data": data, "report": report, "limits": fail_over, **asdict(how)}
+    if len(ckpts) == 1:
+        tell(evaluate(ckpts[0], source, **measured, progress=BytesProgress), as_json)
     else:
-        print_record(record)
-        click.echo(f"written: {folder / 'eval.json'} and {page}")
-        for sentence in sentences:
+        tell_comparison(compare(ckpts, source, **measured, progress=BytesProgress), as_json)
+
+
+def tell_comparison(found: Comparison, as_json: bool) -> None:
+    """Print several checkpoints side by side, and SystemExit(1) if a limit is broken for any."""
+    from ..reports.comparison_html import of_comparison
+
+    verdict = of_comparison(found.compared)
+    if as_json:
+        every = zip(found.compared, found.evaluations, strict=True)
+        evaluations = [{"name": one.name, "bytes": one.nbytes, **told(own)} for one, own in every]
+        whole = {"verdict": verdict.to_json(), "page": str(found.page), "evaluations": evaluations}
+        click.echo(json.dumps(whole, indent=2))
+    else:
+        for own in found.evaluations:
+            print_record(own.record)
+            click.echo(f"written: {own.written} and {own.page}\n")
+        rows = [["checkpoint", "size and divergence", "what it means"]]
+        print_table(rows + [[one.label, one.value, one.meaning] for one in verdict.findings])
+        click.echo(f"\nverdict: {verdict.headline}")
+        for line in verdict.not_tested:
+            click.echo(f"  not tested: {line}")
+        click.echo(f"side by side: {found.page}")
+        for sentence in found.broken:
             click.echo(f"FAIL  {sentence}")
-    if sentences:
+    if found.broken:
         raise SystemExit(1)
 
 
-def default_report(checkpoint: Model) -> tuple[Path, Path]:
-    """Folders of eval.json and of the page: beside the weights for an output of ours; a source is not written into."""
-    from ..reports.conversion import FOLDER
+def told(found: Evaluation) -> dict[str, Any]:
+    """An evaluation for programs: the record, the verdict, and limits."""
+    return {
+        **found.record.model_dump(mode="json"),
+        "verdict": of_evaluation(found.record).to_json(),
+        "gate": {"limits": found.limits, "broken": found.broken},
+    }
 
-    if checkpoint.manifest is not None:
-        return checkpoint.folder, checkpoint.folder / FOLDER
-    apart = Path(f"{checkpoint.folder.resolve().name}-eval")
-    return apart, apart
+
+def tell(found: Evaluation, as_json: bool, conversion: Mapping[str, Any] | None = None) -> None:
+    """Print what was measured, and SystemExit(1) if a limit is broken.
+
+    conversion: what a conversion before it wrote of itself; JSON then has the figures under "evaluation".
+    """
+    if as_json:
+        figures = told(found)
+        click.echo(json.dumps(figures if conversion is None else {**conversion, "evaluation": figures}, indent=2))
+    else:
+        print_record(found.record)
+        print_verdict(of_evaluation(found.record))
+        click.echo(f"written: {found.written} and {found.page}")
+        for sentence in found.broken:
+            click.echo(f"FAIL  {sentence}")
+    if found.broken:
+        raise SystemExit(1)
+
+
+def print_verdict(verdict: Verdict) -> None:
+    """The conclusion, the findings that stand out, and what was not tested."""
+    click.echo(f"\nverdict: {verdict.headline}")
+    for finding in verdict.findings:
+        if finding.bad:
+            click.echo(f"  {finding.label}: {finding.value}. {finding.meaning}")
+    for one in verdict.not_tested:
+        click.echo(f"  not tested: {one}")
 
 
 def print_record(record: EvalRecord) -> None:

@@ -8,13 +8,11 @@ from typing import Any
 
 import click
 
-from ..checkpoint import Checkpoint
+from ..api import fit
 from ..errors import OptionError
-from ..planning.headers import from_config
-from ..recipe.recipe import Recipe
 from .fit_output import fit_json, print_fit, write_chart, write_recipe
-from .fit_question import Asked, answer, budget_of
 from .options import ASK_OPTIONS, ask_options
+from .progress import BytesProgress
 
 
 @click.command("fit")
@@ -67,32 +65,22 @@ def command(
     "Best" is the least predicted KL divergence, from a sensitivity file; without one, bits are spread evenly.
     """
     gc.disable()  # as in `plan`: hundreds of thousands of objects that live to the end
-    if budget is not None and on is not None:
-        raise OptionError("--budget and --on are both given: a node is a budget worked out; give one.")
-    given = {name: serving[name] for name in ASK_OPTIONS if serving[name] is not None}
-    if given and on is None:
-        raise OptionError(f"--{next(iter(given)).replace('_', '-')} says how a node serves: add --on NODE.")
-    if not measured and (windows or heldout_windows):
-        raise OptionError("--windows and --heldout-windows say how to measure: add --measure.")
-    asked = Asked(
-        budget=budget_of(budget),
+    found = fit(
+        src,
+        budget=budget,
         node=on,
-        serving=given,
+        serving={name: serving[name] for name in ASK_OPTIONS if serving[name] is not None},
         sensitivity=sensitivity_file,
-        corpus=corpus or None,
+        measure=measured,
+        calibration=corpus,
+        windows=windows,
+        heldout_windows=heldout_windows,
+        device=device,
         revision=revision,
+        progress=BytesProgress,
     )
-    checkpoint = from_config(Path(src)) if src.endswith(".json") else Checkpoint.open(src, revision)
-    if measured:
-        from .fit_measure import measure_file
-
-        path = sensitivity_file or Path(f"{Path(src).resolve().name}.sensitivity.json")
-        measure_file(checkpoint, path, device, corpus, windows, heldout_windows)
-        asked = asked.with_sensitivity(path)
-    found = answer(checkpoint, src, asked)
-    recipe: Recipe | None = found.recipe
     if recipe_out is not None:
-        if recipe is None:
+        if found.recipe is None:
             raise OptionError("--recipe-out writes the recipe of a budget: give --budget or --on with it.")
         write_recipe(recipe_out, found)
     if chart is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ..api import Answer
 from ..checkpoint import write_bytes_atomic
 from ..errors import OptionError
 from ..planning.fit import Point
@@ -17,7 +18,6 @@ from ..planning.plan import bits_per_weight
 from ..recipe.layer_ranges import show_layers
 from ..reports.fit_html import FitPage, page
 from ..running.words import human_bytes
-from .fit_question import Answer
 from .options import print_table
 
 EVENLY = (

@@ -14,6 +14,7 @@ import click
 from ..engines.device import GIB
 from ..engines.memory import Estimate
 from ..errors import DoesNotFit, NodeError
+from ..recipe.choice import RecipeChoice
 from ..running.words import human_bytes
 from ..runtime.checklog import LogCheck, check_log, log_reader
 from ..runtime.cost import Prices, decode_bound, load_prices, price_per_million
@@ -21,7 +22,7 @@ from ..runtime.fit import Ask, Fit, Remedy, assess, remedies
 from ..runtime.hardware import STANDARD_NODES, Node, parse_node
 from ..runtime.model import ServedModel, Subject, open_subject
 from ..runtime.weights import Split
-from .options import RecipeChoice, print_table
+from .options import print_table
 
 TABLE_CONTEXT = 32768  # tokens that each request of the price column holds, unless --context says otherwise
 NO_FIT = DoesNotFit.exit_code

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import RecipeError
 from ..planning.layout import FORMATS
-from ..recipe.recipe import Recipe, build_recipe, named_recipe, read_recipe_file, with_requantize
+from ..recipe.choice import RecipeChoice
 from ..runtime.hardware import MAX_COUNT
 
 if TYPE_CHECKING:
@@ -37,42 +35,6 @@ class TokenCount(click.ParamType[int]):
         if not 1 <= count <= MAX_COUNT:
             self.fail(f"{value!r} is not between 1 and {MAX_COUNT:,} tokens.", param, ctx)
         return count
-
-
-@dataclass(frozen=True)
-class RecipeChoice:
-    """The recipe that a person asks for: of ours by its name, or of a file, with --set and --format laid over it.
-
-    requantize: whether a source that is already in integers may be rounded again.
-    """
-
-    to: str | None = None
-    file: Path | None = None
-    settings: tuple[str, ...] = ()
-    format: str | None = None
-    requantize: bool = False
-
-    def __bool__(self) -> bool:
-        """Whether anything was asked for."""
-        return bool(self.to or self.file or self.settings or self.format)
-
-    def recipe(self, config: Mapping[str, Any]) -> Recipe:
-        """What it means for the checkpoint of that config.json; `awq` where nothing is named. Raises RecipeError."""
-        if self.to and self.file:
-            raise RecipeError("--to and --recipe are both given: a run has one recipe.")
-        document = named_recipe(self.to or "awq") if self.file is None else self._read(self.file, config)
-        return with_requantize(build_recipe(document, settings=self.settings, format=self.format), self.requantize)
-
-    @staticmethod
-    def _read(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        from ..recipe.llmcompressor import is_llmcompressor, translate
-
-        document = read_recipe_file(file)
-        if not is_llmcompressor(document):
-            return document
-        from ..families import family_of
-
-        return translate(document, family_of(config), str(file))
 
 
 def recipe_options(default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -8,16 +8,17 @@ from typing import Any
 
 import click
 
-from ..checkpoint import Checkpoint
+from .. import api
+from ..api.planning import open_source
 from ..errors import PlanError
 from ..planning.calibration_text import calibration_lines, token_choice
-from ..planning.headers import from_config
-from ..planning.plan import Plan, bits_per_weight, make_plan, passed_through, role_schemes, role_table
+from ..planning.plan import Plan, bits_per_weight, passed_through, role_schemes, role_table
 from ..planning.resources import resources
 from ..planning.timing_model import Rates, estimate, load_rates, sentence
+from ..recipe.choice import RecipeChoice
 from ..recipe.recipe import recipe_names
 from ..running.words import human_bytes
-from .options import ASK_OPTIONS, RecipeChoice, print_table, recipe_options, serving_options
+from .options import ASK_OPTIONS, print_table, recipe_options, serving_options
 
 
 @click.command("plan")
@@ -53,9 +54,16 @@ def command(
         raise click.UsageError(
             f"--{given[0].replace('_', '-')} says how to serve: add --on NODE, for example --on 1xH200, or --all."
         )
-    checkpoint = from_config(Path(src)) if src.endswith(".json") else Checkpoint.open(src, revision)
+    checkpoint = open_source(src, revision)
     if choice:
-        plan = make_plan(checkpoint, choice.recipe(checkpoint.config))
+        plan = api.plan(
+            checkpoint,
+            choice.to,
+            recipe=choice.file,
+            settings=choice.settings,
+            format=choice.format,
+            requantize=choice.requantize,
+        )
         click.echo(json.dumps(plan_json(plan, rates), indent=2) if as_json else "", nl=as_json)
         if not as_json:
             print_plan(plan, rates)
@@ -63,9 +71,7 @@ def command(
     plans, refused = [], {}
     for name in recipe_names():
         try:
-            plans.append(
-                make_plan(checkpoint, RecipeChoice(name, requantize=choice.requantize).recipe(checkpoint.config))
-            )
+            plans.append(api.plan(checkpoint, name, requantize=choice.requantize))
         except PlanError as error:
             refused[name] = str(error)
     if not plans:

@@ -7,12 +7,11 @@ import math
 
 import click
 
-from ..artifact.output import require_converted
-from ..engines.probing import PROBED, find_probed
-from ..errors import VerifyError
-from ..verify.values import worst
-from ..verify.verification import Check, Verification, sqnr_by_scheme, verify
-from .progress import local_folder
+from ..api import verify
+from ..engines.probing import PROBED
+from ..verify.tensor_error import worst
+from ..verify.verification import Verification, sqnr_by_scheme
+from .progress import BytesProgress
 
 TITLES = " or ".join(engine.title for engine in PROBED)
 
@@ -63,29 +62,17 @@ def command(
     as_json: bool,
 ) -> None:
     """Check the converted folder or Hub repo DST (which is pulled first). Exit code 0 only if every check holds."""
-
-    def say(line: str) -> None:
-        click.echo(line, err=True)
-
-    if engine:  # before hours of reading
-        probed, engine_python = find_probed(engine_python)
-    folder = local_folder(dst)
-    require_converted(folder)
-    result, plan = verify(folder, source, say)
-    if in_transformers and result.holds:
-        from ..verify.transformers_reader import transformers_check
-
-        check, result.transformers = transformers_check(folder, plan, say)
-        result.checks.append(check)
-    if engine and result.holds:
-        from ..verify.engine import engine_check
-
-        options = {"timeout_s": engine_timeout, "tensor_parallel_size": tensor_parallel_size}
-        try:
-            check, result.engine = engine_check(probed, folder, plan, engine_python, say, **options)
-        except VerifyError as error:  # it crashed: what the other checks found is still worth printing
-            check = Check("engine", probed.title, [str(error)])
-        result.checks.append(check)
+    result = verify(
+        dst,
+        source,
+        engine=engine,
+        transformers=in_transformers,
+        engine_python=engine_python,
+        engine_timeout_s=engine_timeout,
+        tensor_parallel_size=tensor_parallel_size,
+        say=lambda line: click.echo(line, err=True),
+        progress=BytesProgress,
+    )
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
     else:

@@ -17,7 +17,7 @@ from ..calibration.layers import Layer
 from ..engines.stated import stated_cache
 from ..errors import EvaluationError
 from ..schemes import NOT_ROUNDED, rounded_activations
-from .choices import ENGINE, EXACT
+from .choices import ENGINE
 
 if TYPE_CHECKING:
     from .models import Model
@@ -70,9 +70,6 @@ class Arithmetic:
             if cache_scales(spec, tensors):
                 return True
         return False
-
-
-WEIGHTS_ONLY = Arithmetic(EXACT)
 
 
 def _states_fp8_cache(model: Model) -> bool:

@@ -31,7 +31,7 @@ from .batches import unique
 from .choices import ENGINE
 from .haystack import Reach
 from .models import Model, check_same_model
-from .passes import NOISE, PassSettings, make_streams, predict, run_layers
+from .passes import NOISE, SOURCE, PassSettings, make_streams, predict, run_layers
 from .recheck import recheck
 from .states import Placement, place_states
 from .task import NoiseFloor, Predictions, ScoredSequence, Task
@@ -70,10 +70,32 @@ def evaluate(
     Raises M3QuantError subclasses: models that do not match, sequences that the model does not take, NaN or Inf in a layer,
     a full disk or GPU, another evaluation begun in the folder.
     """
+    return evaluate_all([checkpoint], source, tasks, suite, folder, [folder], settings, progress, notes)[0]
+
+
+def evaluate_all(
+    checkpoints: Sequence[Model],
+    source: Model | None,
+    tasks: Sequence[Task],
+    suite: str,
+    folder: Path | None,
+    written: Sequence[Path | None],
+    settings: Settings,
+    progress: Progress,
+    notes: Sequence[str] = (),
+) -> list[EvalRecord]:
+    """`evaluate` of several checkpoints, with labels of their own, in one pass: each layer of the source is read once for all.
+
+    folder: of the state of an interrupted run. written: where the eval.json of each goes. Several need a source: without one they
+    have nothing in common that would be read once. Raises as `evaluate`.
+    """
+    if source is None and len(checkpoints) > 1:
+        raise ValueError("several checkpoints without a source")
     if source is not None:
-        check_same_model(checkpoint, source)
+        for checkpoint in checkpoints:
+            check_same_model(checkpoint, source)
     started = time.monotonic()
-    plan = _Plan(checkpoint, source, tasks, settings)
+    plan = _Plan(checkpoints, source, tasks, settings)
     journal = None
     if folder is not None:
         make_folder(folder)
@@ -88,12 +110,16 @@ def evaluate(
                     model.reader.checkpoint.record_reads()
                 journal.unit_read = plan.layer_read
             predictions, layers = plan.run(journal, stop, progress)
-        record = plan.record(predictions, layers, suite, time.monotonic() - started)
-        record.notes.extend(notes)
-        if folder is not None and journal is not None:
-            write_record(record, folder)
+        seconds = time.monotonic() - started
+        records = [plan.record(number, predictions, layers, suite, seconds) for number in range(len(checkpoints))]
+        for record, place in zip(records, written, strict=True):
+            record.notes.extend(notes)
+            if place is not None:
+                make_folder(place)
+                write_record(record, place)
+        if journal is not None:
             journal.remove()
-        return record
+        return records
     except torch.OutOfMemoryError as error:
         raise StoppedError(
             f"{plan.settings.device} has too little free memory ({str(error).split('. ')[0]}): run again with --states host or "
@@ -112,8 +138,10 @@ def write_record(record: EvalRecord, folder: Path) -> None:
 class _Plan:
     """What is run, known before a weight is read."""
 
-    def __init__(self, checkpoint: Model, source: Model | None, tasks: Sequence[Task], settings: Settings) -> None:
-        self.checkpoint, self.source, self.tasks = checkpoint, source, tasks
+    def __init__(
+        self, checkpoints: Sequence[Model], source: Model | None, tasks: Sequence[Task], settings: Settings
+    ) -> None:
+        self.checkpoints, self.source, self.tasks = checkpoints, source, tasks
         device = pick_device(settings.device)
         on_gpu = device.type == "cuda"
         self.settings = PassSettings(
@@ -122,18 +150,25 @@ class _Plan:
             noise_dtype=torch.float32 if on_gpu else torch.bfloat16,
             batch_tokens=settings.batch_tokens,
             place=settings.states,
-            arithmetic=Arithmetic.of(checkpoint, settings.activations, settings.kv_dtype, settings.index_dtype),
         )
-        self.computed = self.settings.arithmetic.record(checkpoint, self.settings.dtype)
+        arithmetics = [
+            Arithmetic.of(model, settings.activations, settings.kv_dtype, settings.index_dtype) for model in checkpoints
+        ]
+        self.computed = [
+            arithmetic.record(model, self.settings.dtype)
+            for model, arithmetic in zip(checkpoints, arithmetics, strict=True)
+        ]
         self.given = [list(task.sequences()) for task in tasks]
         for task, sequences in zip(tasks, self.given, strict=True):
-            _check_sequences(task.name, sequences, checkpoint)
+            for checkpoint in checkpoints:
+                _check_sequences(task.name, sequences, checkpoint)
         flat = [s for sequences in self.given for s in sequences]
         if not flat:
             raise EvaluationError("no task has anything to run: choose another suite.")
         self.texts, self.where = unique(flat)
         self.noise = self._noise_texts()
-        self.streams = make_streams(checkpoint, source, self.texts, self.noise, self.settings)
+        computed = list(zip(checkpoints, arithmetics, strict=True))
+        self.streams = make_streams(computed, source, self.texts, self.noise, self.settings)
 
     def _noise_texts(self) -> list[int]:
         if self.source is None:
@@ -147,7 +182,7 @@ class _Plan:
 
     @property
     def models(self) -> list[Model]:
-        return [model for model in (self.checkpoint, self.source) if model is not None]
+        return [*self.checkpoints, *([self.source] if self.source is not None else [])]
 
     def layer_read(self, layer: int) -> dict[str, dict[str, str]]:
         """Label of each model -> its shard -> digest of what was read of it for a layer."""
@@ -156,14 +191,15 @@ class _Plan:
     def facts(self, suite: str) -> dict[str, Any]:
         """Everything that the figures depend on; an interrupted run is continued under the same only."""
         return {
-            "checkpoint": self.checkpoint.fingerprint(),
+            **{model.label: model.fingerprint() for model in self.checkpoints},
             "source": self.source.fingerprint() if self.source else None,
             "suite": suite,
             **{f"task {task.name}": _digest(given) for task, given in zip(self.tasks, self.given, strict=True)},
             "noise": self.noise,
+            "streams": [stream.name for stream in self.streams],
             "device": device_name(self.settings.device),
             "batch_tokens": self.settings.batch_tokens,
-            "computed": self.computed.sentence,
+            "computed": " / ".join(computed.sentence for computed in self.computed),
             "version": __version__,
             "torch": torch.__version__,
             "transformers": version("transformers"),
@@ -171,10 +207,11 @@ class _Plan:
 
     def placement(self, folder: Path | None) -> Placement:
         """Where the hidden states go, and the sentence that says so before anything is computed."""
-        hidden = self.checkpoint.family.hidden_size
+        family = self.checkpoints[0].family
+        hidden = family.hidden_size
         longest = max(batch.size for stream in self.streams for batch in stream.layout.batches)
         activations = longest * hidden * 4 * _ACTIVATIONS
-        layers = self.checkpoint.family.num_layers
+        layers = family.num_layers
         weights = max(model.dense_bytes(layer) for model in self.models for layer in range(layers))
         on_gpu = self.settings.device.type == "cuda"
         reserve = weights * (1 if on_gpu else 2) + activations + _WORKING
@@ -204,27 +241,34 @@ class _Plan:
                 stream.close()
 
     def record(
-        self, predictions: dict[str, list[Predictions]], layers: list[dict[str, float]], suite: str, seconds: float
+        self,
+        number: int,
+        predictions: dict[str, list[Predictions]],
+        layers: list[dict[str, float]],
+        suite: str,
+        seconds: float,
     ) -> EvalRecord:
-        reach = Reach.of(self.checkpoint.config)
+        """Of the checkpoint of that number. seconds: of the pass, whatever it measured."""
+        checkpoint = self.checkpoints[number]
+        reach = Reach.of(checkpoint.config)
         results, start = [], 0
         for task, sequences in zip(self.tasks, self.given, strict=True):
             where = self.where[start : start + len(sequences)]
             start += len(sequences)
             mine = {
                 name: [_own(predictions[name], *place) for place in where]
-                for name in ("checkpoint", "source")
+                for name in (checkpoint.label, SOURCE)
                 if name in predictions
             }
             if isinstance(task, NoiseFloor) and NOISE in predictions:
                 task.take_noise(
                     [self._noise_of(predictions, where[i]) for i in task.noise_sequences()], self._noise_run()
                 )
-            for result in task.results(mine["checkpoint"], mine.get("source")):
+            for result in task.results(mine[checkpoint.label], mine.get(SOURCE)):
                 result.kind = task.kind
                 reach.mark(result, sequences)
                 results.append(result)
-        manifest = self.checkpoint.manifest
+        manifest = checkpoint.manifest
         if manifest and (heldout := heldout_result(manifest)):
             results.append(heldout)
         return EvalRecord(
@@ -233,14 +277,18 @@ class _Plan:
             seconds=round(seconds, 3),
             device=device_name(self.settings.device),
             versions={"torch": torch.__version__, "transformers": version("transformers")},
-            checkpoint=self.checkpoint.measured(),
+            checkpoint=checkpoint.measured(),
             source=self.source.measured() if self.source else None,
             suite=suite,
             results=results,
-            layers=[facts for facts in layers if "relative_error" in facts],
+            layers=[
+                {"layer": facts["layer"], "relative_error": facts[checkpoint.label]}
+                for facts in layers
+                if checkpoint.label in facts
+            ],
             coverage=(manifest or {}).get("coverage"),
-            computed=self.computed,
-            notes=[self.computed.sentence],
+            computed=self.computed[number],
+            notes=[self.computed[number].sentence],
         )
 
     def _noise_of(self, predictions: dict[str, list[Predictions]], place: tuple[int, np.ndarray]) -> Predictions:

@@ -1,7 +1,7 @@
 """One pass over the weights for everything that is to be measured.
 
 Layer by layer, with the next one read meanwhile: the source's layer takes the source's hidden states, then those of the
-noise floor (the source again, in another dtype and other batches), then the checkpoint's layer takes its own. At the end
+noise floor (the source again, in another dtype and other batches), then each checkpoint's layer takes its own. At the end
 the heads are compared on the predicted tokens alone.
 """
 
@@ -20,13 +20,13 @@ from ..calibration.stream import Prefetcher, embed, read_embeddings, read_head, 
 from ..errors import EvaluationError
 from ..running.progress import Progress
 from ..running.stopping import StopFlag
-from .arithmetic import WEIGHTS_ONLY, Arithmetic
+from .arithmetic import Arithmetic
 from .batches import Batch, Layout, lay_out
 from .models import Model
 from .states import StreamStates
 from .task import Predictions, ScoredSequence
 
-NOISE, CHECKPOINT = "noise", "checkpoint"
+SOURCE, NOISE = "source", "noise"  # names of streams; a checkpoint's is its label
 _EMBED_TOKENS = 1 << 14
 # States of a run of predicted tokens are read together where no more than this many others lie between two of them.
 _GAP = 64
@@ -37,7 +37,6 @@ class PassSettings:
     """How to run. dtype: of the layers and the residual stream; noise_dtype: the other one, for the noise floor.
 
     batch_tokens: tokens that pass through a layer together; a longer sequence's attention is computed whole all the same.
-    arithmetic: of the checkpoint's stream; the source and its noise floor round nothing.
     """
 
     device: torch.device
@@ -45,14 +44,25 @@ class PassSettings:
     noise_dtype: torch.dtype
     batch_tokens: int = 16384
     place: str = "auto"
-    arithmetic: Arithmetic = WEIGHTS_ONLY
 
 
 class Stream:
-    """One model's hidden states over one layout of texts (by number, of those that are run)."""
+    """One model's hidden states over one layout of texts (by number, of those that are run).
 
-    def __init__(self, name: str, model: Model, dtype: torch.dtype, layout: Layout, texts: Sequence[int]) -> None:
+    arithmetic: what of it is rounded; None for the source and its noise floor, which round nothing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        dtype: torch.dtype,
+        layout: Layout,
+        texts: Sequence[int],
+        arithmetic: Arithmetic | None = None,
+    ) -> None:
         self.name, self.model, self.dtype, self.layout, self.texts = name, model, dtype, layout, texts
+        self.arithmetic = arithmetic
         self._states: StreamStates | None = None
 
     @property
@@ -75,31 +85,32 @@ class Stream:
 
 
 def make_streams(
-    checkpoint: Model,
+    checkpoints: Sequence[tuple[Model, Arithmetic]],
     source: Model | None,
     texts: Sequence[ScoredSequence],
     noise: Sequence[int],
     settings: PassSettings,
 ) -> list[Stream]:
-    """Streams in the order in which a layer takes them: the source, its noise floor, the checkpoint.
+    """Streams in the order in which a layer takes them: the source, its noise floor, the checkpoints.
 
     noise: which texts the noise floor runs on; needs a source.
     """
     layout = lay_out(texts, settings.batch_tokens)
     streams = []
     if source is not None:
-        streams.append(Stream("source", source, settings.dtype, layout, range(len(texts))))
+        streams.append(Stream(SOURCE, source, settings.dtype, layout, range(len(texts))))
         if noise:
             other = lay_out([texts[i] for i in noise], max(1, settings.batch_tokens // 2), longest_first=True)
             streams.append(Stream(NOISE, source, settings.noise_dtype, other, noise))
-    streams.append(Stream(CHECKPOINT, checkpoint, settings.dtype, layout, range(len(texts))))
+    for model, arithmetic in checkpoints:
+        streams.append(Stream(model.label, model, settings.dtype, layout, range(len(texts)), arithmetic))
     return streams
 
 
 def run_layers(
     streams: Sequence[Stream], settings: PassSettings, journal: Journal | None, stop: StopFlag, progress: Progress
 ) -> list[dict[str, float]]:
-    """Put every stream through all layers; returns per layer {"layer", "relative_error"} against the source's stream.
+    """Put every stream through all layers; returns per layer {"layer", label of a checkpoint: relative error to the source}.
 
     Finished layers of an interrupted run are skipped. Raises EvaluationError naming the first layer that gives NaN or Inf.
     """
@@ -147,20 +158,26 @@ def _one_layer(
         mine = [stream for stream in streams if stream.model is model]
         ticks = _Ticks(progress, model.stored_bytes(layer), sum(len(s.layout.ids) for s in mine))
         for stream in mine:
-            reference = streams[0] if stream is streams[-1] and len(streams) > 1 else None
+            compared = stream.arithmetic is not None and streams[0].name == SOURCE
+            reference = streams[0] if compared else None
             # The layer has no name here: it must be gone from the device before the next one is put there.
             error = _through(_computed(stream, layer, tensors, settings), stream, reference, settings, stop, ticks)
             stream.states.finish()
             if error is not None:
-                facts["relative_error"] = error
-                progress.say(f"layer {layer}: stream error {error:.5f}")
+                facts[stream.name] = error
+                progress.say(f"layer {layer}: stream error {error:.5f}{_of(stream, streams)}")
         ticks.rest()
     return facts
 
 
+def _of(stream: Stream, streams: Sequence[Stream]) -> str:
+    """Which checkpoint it is, where there are several."""
+    return f" ({stream.model.folder.name})" if sum(s.arithmetic is not None for s in streams) > 1 else ""
+
+
 def _computed(stream: Stream, index: int, tensors: dict[str, torch.Tensor], settings: PassSettings) -> Layer:
     layer = Layer(stream.model.family.layer(index), tensors, settings.device, stream.dtype)
-    return settings.arithmetic.apply(layer, stream.model) if stream.name == CHECKPOINT else layer
+    return layer if stream.arithmetic is None else stream.arithmetic.apply(layer, stream.model)
 
 
 def _through(

@@ -1,17 +1,22 @@
 """Schemes as llm-compressor and compressed-tensors write them: preset names and `weights` / `input_activations` groups.
 
 What they mean is compressed-tensors' `quant_scheme.PRESET_SCHEMES` and `quant_args.QuantizationArgs` (0.20). A form
-that m3quant cannot write is refused with the reason; nothing is passed over. Torch-free.
+that m3quant cannot write is refused with the reason; nothing is passed over.
+
+The table is here and not only in the library because planning works without torch, which compressed-tensors imports;
+tests/recipe holds it to the library's. A name that it lacks (a newer release's) is looked up in the installed library.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RecipeError
+from ..extras import installed
 from ..schemes import FP8_BLOCK, GROUP_SIZES, INT_BITS, KEEP, Scheme, parse_scheme
 
 PRESETS: Mapping[str, Scheme] = {
@@ -54,7 +59,23 @@ _FORMATS = {"int": "pack-quantized", "fp8": "float-quantized"}
 
 def is_preset(name: str) -> bool:
     """Whether compressed-tensors has, or m3quant refuses by name, a preset called `name` (in any case)."""
-    return name.upper() in PRESETS or any(re.fullmatch(pattern, name.upper()) for pattern, _ in _REFUSED)
+    if name.upper() in PRESETS or any(re.fullmatch(pattern, name.upper()) for pattern, _ in _REFUSED):
+        return True
+    return name not in _GROUP_KEYS and _library_preset(name) is not None
+
+
+def _library_preset(name: str) -> dict[str, Any] | None:
+    """The config group of a preset that the installed compressed-tensors has; None without the library or the preset."""
+    if not installed("compressed_tensors"):
+        return None
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+
+    found = PRESET_SCHEMES.get(name.upper())
+    if found is None:
+        return None
+    group: dict[str, Any] = QuantizationScheme(targets=[], **copy.deepcopy(found)).model_dump(mode="json")
+    return {key: value for key, value in group.items() if key != "targets"}
 
 
 def preset_scheme(name: object, where: str) -> Scheme:
@@ -66,6 +87,8 @@ def preset_scheme(name: object, where: str) -> Scheme:
     for pattern, reason in _REFUSED:
         if re.fullmatch(pattern, name.upper()):
             raise RecipeError(f"{where}: scheme {name} {reason}.")
+    if (group := _library_preset(name)) is not None:
+        return group_scheme(group, f"{where}: scheme {name}")
     near = difflib.get_close_matches(name.upper(), PRESETS, n=1, cutoff=0.0)[0]
     raise RecipeError(f"{where}: unknown scheme '{name}': did you mean '{near}'? {_HAVE}.")
 

@@ -16,6 +16,7 @@ from ..running.words import human_bytes
 
 SHADES = 8  # classes h0 .. h7 of the heatmap's colour ramp
 WIDTH = 1000
+CURVES = 6  # classes c0 .. c5 of curves, each a colour and a dash of its own
 # Shades on which the ink or the page's colour reads with a contrast of 4.5 and more, light and dark; h3 and h4 do not.
 _SHADES = ("h0", "h1", "h2", "h5", "h6", "h7")
 
@@ -36,6 +37,17 @@ def heat(share: float) -> str:
     if share <= 0:
         return "zero"
     return _SHADES[-1] if share >= 1 else _SHADES[min(int(share * 5), 4)]
+
+
+def curve_class(which: int) -> str:
+    """The class of the curve of that number, and of its mark in a legend; colours repeat after CURVES."""
+    return f"c{which % CURVES}"
+
+
+def heat_key() -> list[tuple[str, str]]:
+    """(class, what it stands for) of every shade of `heat`, in order."""
+    shares = ("none", "under 20 %", "under 40 %", "under 60 %", "under 80 %", "under 100 %", "all")
+    return list(zip(("zero", *_SHADES), shares, strict=True))
 
 
 @dataclass(frozen=True)
@@ -111,9 +123,14 @@ def line_chart(points: Sequence[tuple[int, float]], y_title: str, point_title: C
 
 
 def bucket_chart(
-    buckets: Sequence[str], series: Mapping[str, Sequence[float | None]], title: str, *, logarithmic: bool
+    buckets: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    title: str,
+    *,
+    logarithmic: bool,
+    below: str = "position of the predicted token",
 ) -> Markup:
-    """One or two curves over position buckets, every value printed; a logarithmic axis leaves out what is not positive."""
+    """Curves over buckets; of one or two every value is printed. A logarithmic axis leaves out what is not positive. below: of the axis."""
     values = [v for row in series.values() for v in row if v is not None and (v > 0 or not logarithmic)]
     if not values:
         return Markup("")
@@ -129,42 +146,85 @@ def bucket_chart(
 
     curves = []
     for which, (name, row) in enumerate(series.items()):
-        kind = " second" if which else ""
+        kind = curve_class(which)
         points = [(i, v) for i, v in enumerate(row) if v is not None and (v > 0 or not logarithmic)]
-        curves.append(axes.line([(across(i), up(v)) for i, v in points], kind))
+        curves.append(axes.line([(across(i), up(v)) for i, v in points], f" {kind}"))
         for i, value in points:
             at, shown = (across(i), up(value)), number(value, 3)
-            curves.append(axes.dot(at, f"dot{kind}", 4, f"{name}, {buckets[i]}: {shown}"))
-            # The second curve's numbers stand under it, so that they do not run into the first's.
-            curves.append(axes.text(at, "value mid", 0, 20 if kind else -10, shown))
+            curves.append(axes.dot(at, f"dot {kind}", 4, f"{name}, {buckets[i]}: {shown}"))
+            if len(series) <= 2:  # the second curve's numbers stand under it, so that they do not run into the first's
+                curves.append(axes.text(at, "value mid", 0, 20 if which else -10, shown))
     marks = [(across(i), name) for i, name in enumerate(buckets)]
     lines = [(up(tick), f"{tick:.6g}") for tick in ticks]
-    return axes.drawn(title, marks, lines, "position of the predicted token", curves)
+    return axes.drawn(title, marks, lines, below, curves)
 
 
 def bytes_chart(points: Sequence[tuple[int, float, str]], chosen: tuple[int, float, str] | None) -> Markup:
     """KL divergence, by its logarithm, over bytes. points: (bytes, KL, what it is); those without a divergence are left out; at least one."""
-    axes = _Axes(360, top=20, bottom=48)
     shown = [point for point in points if point[1] > 0]
     marked = [chosen] if chosen and chosen[1] > 0 else []
-    every = [*shown, *marked]
-    left, right = min(p[0] for p in every), max(p[0] for p in every)
-    low, high = (f(math.log10(p[1]) for p in every) for f in (min, max))
-    low, high = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
-
-    def at(nbytes: float, kl: float) -> tuple[float, float]:
-        share = (nbytes - left) / (right - left) if right > left else 0.5
-        return share, (math.log10(kl) - low) / (high - low)
-
-    values = [d * 10.0**e for e in range(low, high + 1) for d in ((1, 2, 5) if e < high else (1,))]
-    up = [(at(left, value)[1], f"{value:g}") for value in values]
-    across = [(at(nbytes, 1)[0], human_bytes(nbytes)) for nbytes in (left + (right - left) * i / 5 for i in range(6))]
-    curves = [axes.line([at(nbytes, kl) for nbytes, kl, _ in shown])]
+    plane = _OverBytes.around([(nbytes, kl) for nbytes, kl, _ in [*shown, *marked]])
+    curves = [plane.axes.line([plane.at(nbytes, kl) for nbytes, kl, _ in shown])]
     for kind, radius, some in (("dot", 4, shown), ("chosen", 6, marked)):
         for nbytes, kl, what in some:
             title = f"{human_bytes(nbytes)}: KL {number(kl)} nats a token; {what}"
-            curves.append(axes.dot(at(nbytes, kl), kind, radius, title))
-    return axes.drawn("KL divergence by bytes", across, up, "bytes of the output", curves)
+            curves.append(plane.axes.dot(plane.at(nbytes, kl), kind, radius, title))
+    return plane.drawn("KL divergence by bytes", "bytes of the output", curves)
+
+
+def size_chart(points: Sequence[tuple[str, int, float]], frontier: Sequence[str], floor: float | None) -> Markup:
+    """Checkpoints by bytes and KL divergence. points: (name, bytes, KL); those without a divergence are left out.
+
+    frontier: names that a line joins. floor: the noise floor, a line across.
+    """
+    shown = sorted((point for point in points if point[2] > 0), key=lambda point: point[1])
+    if not shown:
+        return Markup("")
+    low = [(shown[0][1], floor)] if floor else []
+    plane = _OverBytes.around([*((nbytes, kl) for _, nbytes, kl in shown), *low], margin=0.06)
+    curves = [plane.axes.line([plane.at(nbytes, kl) for name, nbytes, kl in shown if name in frontier])]
+    if floor:
+        height = plane.at(plane.left, floor)[1]
+        curves.append(plane.axes.line([(0.0, height), (1.0, height)], " c1"))
+    for name, nbytes, kl in shown:
+        at = plane.at(nbytes, kl)
+        curves.append(plane.axes.dot(at, "dot", 5, f"{name}: {human_bytes(nbytes)}, KL {number(kl)} nats a token"))
+        right = at[0] > 0.66
+        curves.append(plane.axes.text(at, f"label{' end' if right else ''}", -10 if right else 10, -8, name))
+    return plane.drawn("KL divergence by size", "bytes of the checkpoint", curves)
+
+
+@dataclass(frozen=True)
+class _OverBytes:
+    """A plane of bytes across and the logarithm of a divergence up. left, right: bytes; low, high: powers of ten."""
+
+    left: float
+    right: float
+    low: int
+    high: int
+    axes: _Axes = _Axes(360, right=44, top=20, bottom=48)
+
+    @classmethod
+    def around(cls, points: Sequence[tuple[float, float]], margin: float = 0.0) -> _OverBytes:
+        left, right = min(p[0] for p in points), max(p[0] for p in points)
+        low, high = (f(math.log10(p[1]) for p in points) for f in (min, max))
+        bottom = math.floor(low)
+        room = margin * (right - left)
+        return cls(left - room, right + room, bottom, max(math.ceil(high), bottom + 1))
+
+    def at(self, nbytes: float, kl: float) -> tuple[float, float]:
+        share = (nbytes - self.left) / (self.right - self.left) if self.right > self.left else 0.5
+        return share, (math.log10(kl) - self.low) / (self.high - self.low)
+
+    def drawn(self, title: str, below: str, curves: Iterable[str]) -> Markup:
+        steps = (1, 2, 5) if self.high - self.low <= 3 else (1,)
+        values = [d * 10.0**e for e in range(self.low, self.high + 1) for d in (steps if e < self.high else (1,))]
+        up = [(self.at(self.left, value)[1], f"{value:g}") for value in values]
+        width = self.right - self.left
+        across = [
+            (i / 5 if width else 0.5, human_bytes(int(self.left + width * i / 5))) for i in range(6 if width else 1)
+        ]
+        return self.axes.drawn(title, across, up, below, curves)
 
 
 def heatmap(

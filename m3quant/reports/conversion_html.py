@@ -9,6 +9,7 @@ from typing import Any
 from ..schemes import NOT_ROUNDED
 from .charts import heatmap, line_chart, number
 from .pages import Figure, Heading, Page, Part, Section, Table, Text, pairs
+from .verdict import of_conversion, unknown_text
 
 Json = Mapping[str, Any]
 
@@ -40,16 +41,20 @@ class Report:
 
 def page(report: Report) -> str:
     """The whole report as one HTML document."""
+    facts = report.facts
+    maps, tables = _coverage(report)
     sections = [
+        Section("Stream error", _stream(facts["stream_error"])),
+        Section("Expert coverage", maps),
         Section("What was made", [_roles(report.roles)]),
-        Section("Held-out quality", [_heldout(report.facts["heldout"])]),
-        Section("Stream error", _stream(report.facts["stream_error"])),
+        Section("Held-out quality", [_heldout(facts["heldout"])]),
         Section("What was chosen, layer by layer", [_layers(report)]),
-        Section("Expert coverage", _coverage(report)),
+        Section("Expert coverage in numbers", tables),
         Section("Calibration data", [_corpus(report)]),
     ]
     made = [f"{label}: {text}" for label, text in report.made]
-    return Page(f"{report.model} to {report.recipe['name']}", "report", made, sections).html()
+    verdict = of_conversion(facts["heldout"], facts["coverage"])
+    return Page(f"{report.model} to {report.recipe['name']}", "report", made, sections, verdict).html()
 
 
 def _roles(roles: Sequence[Json]) -> Table:
@@ -84,6 +89,8 @@ def _heldout(heldout: Json | None) -> Part:
         f"{heldout['tokens']:,} predicted tokens that calibration never saw (windows: {heldout['windows']:,} of "
         f"{heldout['window_length']:,} tokens). Weights as stored; activations {heldout.get('activations', NOT_ROUNDED)}."
     )
+    if unknown := unknown_text(before):
+        caption = f"{caption} {unknown}"
     return Table(["measure", "value"], rows, text=(0,), caption=caption)
 
 
@@ -96,7 +103,7 @@ def _stream(errors: Mapping[str, float | None]) -> list[Part]:
         "Relative error of the hidden states after each layer: the norm of (quantized - source) over the norm of source, over all "
         "windows. It accumulates from layer to layer."
     )
-    return [Figure(chart, caption)]
+    return [Figure(chart, caption, ["quantized against source"])]
 
 
 def _layers(report: Report) -> Table:
@@ -150,10 +157,11 @@ def _fold(groups: Sequence[Json]) -> str:
     return f"{group['ratio']:.3f}" if group["accepted"] else f"{group['ratio']:.3f} not kept"
 
 
-def _coverage(report: Report) -> list[Part]:
+def _coverage(report: Report) -> tuple[list[Part], list[Part]]:
+    """Pictures, and tables."""
     coverage = report.facts["coverage"]
     if coverage is None or not report.ledgers:
-        return []
+        return [], []
     starved = [[e for e, n in enumerate(ledger["natural"]) if n < ledger["floor"]] for ledger in report.ledgers]
     layers = [ledger["layer"] for ledger in report.ledgers]
 
@@ -195,15 +203,15 @@ def _coverage(report: Report) -> list[Part]:
     rows = [[str(s["layer"]), *(s[key] for key in keys[1:])] for s in report.summaries]
     sent = "Rows are layers, columns are experts: the tokens that the router itself sent there. Point at a cell for its numbers."
     carried = "The sum of the routing weights of those tokens: how much of the output each expert carried."
-    return [
+    pictures: list[Part] = [
         _overall(coverage),
         Heading("Tokens per expert"),
-        Figure(maps[0], sent),
+        Figure(maps[0], sent, ()),
         Heading("Gate mass per expert"),
-        Figure(maps[1], carried),
-        Table(head, rows, text=(0,), caption="Tokens per expert of each layer, as routed, before topping up."),
-        *_starved(report, starved),
+        Figure(maps[1], carried, ()),
     ]
+    table = Table(head, rows, text=(0,), caption="Tokens per expert of each layer, as routed, before topping up.")
+    return pictures, [table, *_starved(report, starved)]
 
 
 def _overall(coverage: Json) -> Text:

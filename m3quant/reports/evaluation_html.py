@@ -11,8 +11,20 @@ from typing import Any
 
 from ..artifact.eval_record import EvalRecord, Result
 from ..checkpoint import make_folder, write_bytes_atomic
+from ..evaluate.intervals import wilson
 from .charts import bucket_chart, line_chart, number
 from .pages import Figure, Grid, Heading, Page, Part, Section, Table, Text, pairs
+from .shapes import (
+    floor_of,
+    is_by_length,
+    is_by_position,
+    is_divergence,
+    is_grid,
+    is_noise,
+    is_perplexity,
+    of_perplexity,
+)
+from .verdict import of_evaluation
 
 PAGE_FILE = "eval.html"
 
@@ -26,22 +38,28 @@ def write_report(record: EvalRecord, folder: Path) -> Path:
 
 
 def page(record: EvalRecord) -> str:
-    """The whole evaluation as one HTML document; a section without figures is left out."""
+    """The whole evaluation as one HTML document: the verdict, then pictures, then tables; a section without figures is left out."""
     run = [result for result in record.results if result.not_run is None]
     sections: list[tuple[str, list[Part]]] = [
+        ("KL divergence by position", _kl_by_position(run)),
+        ("KL divergence by share of tokens", _kl_by_share(run)),
+        ("Perplexity by position", _loss_by_position(run)),
+        *((f"Retrieval: {result.label}", _needle(result)) for result in run if is_grid(result)),
+        ("Retrieval by length", _lengths([r for r in run if is_by_length(r)])),
+        ("Error of every layer", _layers(record)),
         ("Perplexity", _perplexity(run)),
         ("Divergence from the source", _divergence(run)),
-        ("KL divergence by position", _kl_by_position(run)),
-        ("Perplexity by position", _loss_by_position(run)),
-        *((f"Retrieval: {result.label}", _needle(result)) for result in run if _is_grid(result)),
-        ("Retrieval by length", _lengths([r for r in run if _is_by_length(r)])),
-        ("Error of every layer", _layers(record)),
+        ("Perplexity by position, in numbers", _loss_in_numbers(run)),
+        ("Retrieval by length, in words", _lengths_in_words([r for r in run if is_by_length(r)])),
         ("Expert coverage of the conversion", _coverage(record)),
         ("Other figures", _others(run)),
         ("Not run", _not_run(record)),
         ("Data and notes", _data(record)),
     ]
-    return Page(record.checkpoint.name, "evaluation", _made(record), [Section(*one) for one in sections]).html()
+    verdict = of_evaluation(record)
+    return Page(
+        record.checkpoint.name, "evaluation", _made(record), [Section(*one) for one in sections], verdict
+    ).html()
 
 
 def _made(record: EvalRecord) -> list[str]:
@@ -56,38 +74,9 @@ def _made(record: EvalRecord) -> list[str]:
     ]
 
 
-# What a result is shown as follows from its cells and metrics, not from its task's name: suites rename tasks.
-def _is_grid(result: Result) -> bool:
-    return bool(result.cells) and "depth" in result.cells[0]
-
-
-def _is_by_length(result: Result) -> bool:
-    return bool(result.cells) and "length" in result.cells[0] and not _is_grid(result)
-
-
-def _is_divergence(result: Result) -> bool:
-    return "kl_mean" in result.metrics
-
-
-def _is_noise(result: Result) -> bool:
-    return result.convention.startswith("noise")
-
-
-def _is_by_position(result: Result) -> bool:
-    return bool(result.cells) and "start" in result.cells[0] and not _is_divergence(result)
-
-
-def _of_perplexity(metric: str) -> bool:
-    return "perplexity" in metric
-
-
-def _is_perplexity(result: Result) -> bool:
-    return any(map(_of_perplexity, result.metrics)) and not _is_by_position(result)
-
-
 def _perplexity(run: Sequence[Result]) -> list[Part]:
     """One table per convention, so that figures that cannot be compared never stand in one."""
-    shown = list(filter(_is_perplexity, run))
+    shown = list(filter(is_perplexity, run))
     lead = Text(["Each table is a convention of its own: its figures compare with no other table's."])
     return [lead, *(part for result in shown for part in _figures(result))] if shown else []
 
@@ -100,7 +89,7 @@ def _metrics_table(result: Result) -> Table:
     source = result.source_metrics
     head = ["figure", "checkpoint", *(["source", "change"] if source else [])]
     rows = []
-    for name in filter(_of_perplexity, result.metrics) if _is_divergence(result) else result.metrics:
+    for name in filter(of_perplexity, result.metrics) if is_divergence(result) else result.metrics:
         value = result.metrics[name]
         row: list[Any] = [name.replace("_", " "), number(value, 5)]
         if source:
@@ -122,13 +111,13 @@ def _small(result: Result) -> Text:
 def _divergence(run: Sequence[Result]) -> list[Part]:
     parts: list[Part] = []
     for result in run:
-        if not _is_divergence(result) or _is_noise(result):
+        if not is_divergence(result) or is_noise(result):
             continue
-        floor = next((r for r in run if _is_noise(r) and r.task == result.task), None)
+        floor = floor_of(result, run)
         head = ["per predicted token", "checkpoint", *(["noise floor"] if floor else [])]
         rows = []
         for name, value in result.metrics.items():
-            if _of_perplexity(name):  # stands in the section above, beside the source's
+            if of_perplexity(name):  # stands in the section above, beside the source's
                 continue
             noise = [number(floor.metrics.get(name), 4)] if floor else []
             rows.append([name.replace("_", " "), number(value, 4), *noise])
@@ -143,38 +132,67 @@ def _kl_by_position(run: Sequence[Result]) -> list[Part]:
     parts: list[Part] = []
     for result in run:
         cells = [cell for cell in result.cells if "kl_mean" in cell and "start" in cell]
-        if not cells or _is_noise(result):
+        if not cells or is_noise(result):
             continue
         series: dict[str, list[float | None]] = {"KL(source || checkpoint)": [cell["kl_mean"] for cell in cells]}
-        floor = next((r for r in run if _is_noise(r) and r.task == result.task), None)
+        floor = floor_of(result, run)
         if floor:
             by_start = {cell["start"]: cell.get("kl_mean") for cell in floor.cells}
             series["noise floor"] = [by_start.get(cell["start"]) for cell in cells]
-        chart = bucket_chart(_buckets(cells), series, "Mean KL divergence by position", logarithmic=True)
+        chart = bucket_chart(buckets(cells), series, "Mean KL divergence by position", logarithmic=True)
         caption = f"{result.label}. Mean over the bucket's tokens, nats, logarithmic; a bucket of exactly 0 has no dot."
+        parts.append(Figure(chart, caption, list(series)))
+    return parts
+
+
+SHARES = {
+    "kl_median": "half", "kl_p75": "75 %", "kl_p90": "90 %", "kl_p95": "95 %", "kl_p99": "99 %", "kl_p99.9": "99.9 %", "kl_max": "all",
+}  # fmt: skip
+
+
+def _kl_by_share(run: Sequence[Result]) -> list[Part]:
+    """Whether a mean comes from all tokens or from few."""
+    parts: list[Part] = []
+    for result in run:
+        names = [name for name in SHARES if name in result.metrics]
+        if not is_divergence(result) or is_noise(result) or len(names) < 2:
+            continue
+        series: dict[str, list[float | None]] = {"KL(source || checkpoint)": [result.metrics[name] for name in names]}
+        if floor := floor_of(result, run):
+            series["noise floor"] = [floor.metrics.get(name) for name in names]
+        title = "KL divergence that a share of the tokens stays below"
+        chart = bucket_chart([SHARES[n] for n in names], series, title, logarithmic=True, below="share of the tokens")
+        caption = f"{result.label}. What that share of the predicted tokens stays below, nats, logarithmic."
         parts.append(Figure(chart, caption, list(series)))
     return parts
 
 
 def _loss_by_position(run: Sequence[Result]) -> list[Part]:
     parts: list[Part] = []
-    for result in filter(_is_by_position, run):
+    for result in filter(is_by_position, run):
         series: dict[str, list[float | None]] = {"checkpoint": [cell["perplexity"] for cell in result.cells]}
         if "perplexity_source" in result.cells[0]:
             series["source"] = [cell["perplexity_source"] for cell in result.cells]
-        chart = bucket_chart(_buckets(result.cells), series, "Perplexity by position", logarithmic=False)
+        chart = bucket_chart(buckets(result.cells), series, "Perplexity by position", logarithmic=False)
         parts.append(Figure(chart, f"{result.label}; the axis does not begin at 0.", list(series)))
-        head = ["positions", "tokens", "perplexity", *(["source", "change"] if "source" in series else [])]
-        rows = []
-        for name, cell in zip(_buckets(result.cells), result.cells, strict=True):
-            before = cell.get("perplexity_source")
-            after = [number(before, 5), _change(cell["perplexity"], before)] if "source" in series else []
-            rows.append([name, f"{cell['tokens']:,}", number(cell["perplexity"], 5), *after])
-        parts += [Table(head, rows, text=(0,)), _small(result)]
     return parts
 
 
-def _buckets(cells: Sequence[dict[str, Any]]) -> list[str]:
+def _loss_in_numbers(run: Sequence[Result]) -> list[Part]:
+    parts: list[Part] = []
+    for result in filter(is_by_position, run):
+        against = "perplexity_source" in result.cells[0]
+        head = ["positions", "tokens", "perplexity", *(["source", "change"] if against else [])]
+        rows = []
+        for name, cell in zip(buckets(result.cells), result.cells, strict=True):
+            before = cell.get("perplexity_source")
+            after = [number(before, 5), _change(cell["perplexity"], before)] if against else []
+            rows.append([name, f"{cell['tokens']:,}", number(cell["perplexity"], 5), *after])
+        parts += [Heading(result.label), Table(head, rows, text=(0,)), _small(result)]
+    return parts
+
+
+def buckets(cells: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{_short(cell['start'])}-{_short(cell['stop'] - 1)}" for cell in cells]
 
 
@@ -183,23 +201,23 @@ def _short(position: int) -> str:
     return str(position) if position < 10_000 else f"{round(position / 1024)}K"
 
 
+CELL_LEGEND = "In a cell: answers exactly right of samples, then Wilson's 95 % interval in per cent, then the source where there is one."
+
+
 def _needle(result: Result) -> list[Part]:
     """The grid: columns are lengths, rows are depths from the beginning of the text down to its end."""
     cells = {(cell["length"], cell["depth"]): cell for cell in result.cells}
     lengths = sorted({length for length, _ in cells})
     depths = sorted({depth for _, depth in cells})
     rows = [
-        (f"{100 * depth:g} %", [_share(cells.get((length, depth))) for length in lengths]) for depth in depths
+        (f"{100 * depth:g}\u00a0%", [_share(cells.get((length, depth))) for length in lengths]) for depth in depths
     ]  # fmt: skip
     columns = [_column(cells, length, depths) for length in lengths]
     total = result.metrics["accuracy"]
     lead = f"Found: {100 * total:.1f} % (95 %: {100 * result.metrics['accuracy_low']:.1f} to {100 * result.metrics['accuracy_high']:.1f} %)"
     if result.source_metrics:
         lead += f"; the source {100 * result.source_metrics['accuracy']:.1f} %"
-    legend = (
-        "Depth of the fact down, tokens of prompt and answer across. In a cell: answers exactly right of samples, then Wilson's "
-        "95 % interval in per cent, then the source where there is one. Grey: none."
-    )
+    legend = f"Depth of the fact down, tokens of prompt and answer across. {CELL_LEGEND}"
     return [Text([f"{lead}."]), Grid("depth", columns, rows), Text([legend], soft=True), _small(result)]
 
 
@@ -208,13 +226,20 @@ def _column(cells: dict[tuple[int, float], dict[str, Any]], length: int, depths:
     return f"{length:,}" + (" *" if cell.get("exercises_msa") is False else "")
 
 
-def _share(cell: dict[str, Any] | None) -> tuple[float, str, str] | None:
-    if cell is None:
+def share_cell(cells: Sequence[dict[str, Any]]) -> tuple[float, str, str] | None:
+    """One cell of a grid: cells of a result taken together, with Wilson's interval."""
+    if not cells:
         return None
-    small = f"{100 * cell['low']:.0f}-{100 * cell['high']:.0f} %"
-    if "hits_source" in cell:
-        small += f", source {cell['hits_source']}"
-    return cell["accuracy"], f"{cell['hits']}/{cell['samples']}", small
+    hits, samples = (sum(cell[key] for cell in cells) for key in ("hits", "samples"))
+    low, high = wilson(hits, samples)
+    small = f"{100 * low:.0f}-{100 * high:.0f} %"
+    if all("hits_source" in cell for cell in cells):
+        small += f", source {sum(cell['hits_source'] for cell in cells)}"
+    return hits / samples, f"{hits}/{samples}", small
+
+
+def _share(cell: dict[str, Any] | None) -> tuple[float, str, str] | None:
+    return None if cell is None else share_cell([cell])
 
 
 def _lengths(results: Sequence[Result]) -> list[Part]:
@@ -228,12 +253,19 @@ def _lengths(results: Sequence[Result]) -> list[Part]:
         rows.append((result.label, [_share(by_length.get(length)) for length in lengths]))
     short = {cell["length"] for r in results for cell in r.cells if cell.get("exercises_msa") is False}
     columns = [f"{length:,}" + (" *" if length in short else "") for length in lengths]
+    return [Grid("task", columns, rows), Text([CELL_LEGEND], soft=True)]
+
+
+def _lengths_in_words(results: Sequence[Result]) -> list[Part]:
+    """Shares of single values, and the convention and phrasing of every task."""
+    if not results:
+        return []
     values = [
         [r.label, number(r.metrics["values_given_prefix"]), *([number(r.source_metrics["values_given_prefix"])] if r.source_metrics else [])]
         for r in results
         if "values_given_prefix" in r.metrics
     ]  # fmt: skip
-    parts: list[Part] = [Grid("task", columns, rows)]
+    parts: list[Part] = []
     if values:
         head = ["values right after the true prefix", "checkpoint", *(["source"] if len(values[0]) > 2 else [])]
         caption = "Share of single values of tasks that ask for several."
@@ -251,7 +283,7 @@ def _layers(record: EvalRecord) -> list[Part]:
         "Norm of (checkpoint - source) over norm of source of the hidden states after each layer. It carries the errors of the "
         "layers before it."
     )
-    return [Figure(chart, caption)]
+    return [Figure(chart, caption, ["checkpoint against source"])]
 
 
 def _coverage(record: EvalRecord) -> list[Part]:
@@ -272,7 +304,7 @@ def _coverage(record: EvalRecord) -> list[Part]:
 
 def _others(run: Sequence[Result]) -> list[Part]:
     """Results of a shape that has no section above: nothing that was measured is left out."""
-    known = (_is_grid, _is_by_length, _is_divergence, _is_by_position, _is_perplexity)
+    known = (is_grid, is_by_length, is_divergence, is_by_position, is_perplexity)
     rest = [result for result in run if not any(is_one(result) for is_one in known)]
     return [part for result in rest for part in _figures(result)]
 

@@ -24,7 +24,12 @@ class FitPage:
 def page(fit: FitPage) -> str:
     """One HTML document: nothing is loaded, no script."""
     caption = "Each point is the recipe with the least predicted KL divergence of all that are as small; the recipe chosen stands out."
-    sections = [Section("", [Figure(bytes_chart(fit.frontier, fit.chosen), caption)])]
+    dots = ["a recipe", *(["the chosen one"] if fit.chosen else [])]
+    sections = [
+        Section(
+            "", [Figure(bytes_chart(fit.frontier, fit.chosen), caption, ["least predicted divergence by bytes"], dots)]
+        )
+    ]
     if fit.layers:
         roles = list(dict.fromkeys(role for own in fit.layers for role in own))
         rows = [[n, *(own.get(role, "") for role in roles)] for n, own in enumerate(fit.layers)]

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .charts import heat, number
+from .charts import curve_class, heat, heat_key, number
+from .verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Table:
     wrap: Sequence[int] = ()
     caption: str = ""
 
+    @property
+    def many(self) -> bool:
+        """Whether it is too wide for a phone, where each of its rows then becomes a list of labels and cells."""
+        return len(self.head) > 4
+
 
 def pairs(rows: Sequence[tuple[str, Any]]) -> Table:
     """A table of a label and what it says, without a head."""
@@ -62,12 +68,14 @@ class Grid:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart and what it shows. curves: their names, at most two, explained where there are two."""
+    """A chart and what it shows. curves: their names, in the order of `charts.curve_class`; a drawing with a legend inside needs none.
+    dots: names of single points, in the order of their marks `dot`, `chosen`."""
 
     kind: ClassVar = "figure"
     chart: Markup
     caption: str
-    curves: Sequence[str] = ()
+    curves: Sequence[str]
+    dots: Sequence[str] = ()
 
 
 Part = Heading | Text | Table | Grid | Figure
@@ -83,12 +91,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """kind: of page, behind the title in the browser. made: lines under the title."""
+    """kind: of page, behind the title in the browser. made: lines under the title. verdict: before everything else."""
 
     title: str
     kind: str
     made: Sequence[str]
     sections: Sequence[Section]
+    verdict: Verdict | None = None
 
     def html(self) -> str:
         return _templates().get_template("page.html.jinja").render(page=self)
@@ -104,5 +113,10 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"shown": lambda value: value if isinstance(value, str) else number(value), "heat": heat}
+    environment.globals["heat_key"] = heat_key()
+    environment.filters |= {
+        "shown": lambda value: value if isinstance(value, str) else number(value),
+        "heat": heat,
+        "curve": curve_class,
+    }
     return environment

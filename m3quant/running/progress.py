@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 
@@ -30,3 +32,12 @@ class Silent:
 
     def say(self, line: str) -> None:
         self.lines.append(line)
+
+
+# Called with a label ("convert"), gives a context manager of a Progress: a bar, lines, or nothing.
+ShowProgress = Callable[[str], AbstractContextManager[Progress]]
+
+
+def quietly(label: str) -> AbstractContextManager[Progress]:
+    """A ShowProgress that shows nothing."""
+    return nullcontext(Silent())

@@ -1,4 +1,4 @@
-"""The checks that read weights: finite, non-zero scales, and each tensor's error against the source with folds undone.
+"""Each tensor's error against the source with folds undone. (Checks of an output by itself: `stored`.)
 
 A calibrated output stores W * s where the norm before it stores gain / s (see calibration/folds.py). The scale that took
 effect is read back from the two norms, so that every reader is known exactly. What is kept must then equal the source
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,73 +21,16 @@ from ..families.spec import expert_names
 from ..planning.engine_kept import PASSED_THROUGH
 from ..planning.plan import Plan, PlannedTensor, Unit
 from ..planning.quantizers import facts_of
-from ..quant.dead_experts import without_dead
 from ..quant.formats import code_errors, decompress
 from ..quant.reading import ConvertedReader, SourceReader
 from . import fed_back
+from .tensor_error import TensorError
 
-# Signal-to-quantization-noise ratio below which a tensor is wrong rather than coarse, in dB: what has nothing to do with
-# its source has 0 or less. Honest rounding of groups gives 4-6 for 2 bits and about 6.5 more for each further one (Gaussian
-# and Student-t weights; one scale a row down to 2), 31 for FP8 E4M3, 50 for BF16 after a fold, 140 for float32.
-_FLOOR_DB = {
-    "int2": 0.5, "int3": 3.0, "int4": 6.0, "int5": 11.0, "int6": 16.0, "int7": 21.0, "int8": 25.0, "fp8": 20.0, "keep": 40.0,
-}  # fmt: skip
-_SCALE_LEAVES = ("weight_scale", "weight_scale_inv", "scales")
 # Codes that another device may round to their neighbour, of all codes; none may be further off.
 _NEIGHBOURS = 1e-4
 # Relative error allowed to a w3 -> w2 scale, which is estimated from rounded rows: an INT4 code may then be one step off.
 _PAIR_SLACK = 0.05
 _SCALE_ROUNDING = 0.01  # BF16 and F16 scales, compared as ratios
-
-
-@dataclass(frozen=True)
-class TensorError:
-    """Error of one stored weight against its source, folds undone. sqnr_db: 10 log10 of signal over noise energy.
-
-    defect: what no honest rounding explains, as the end of a sentence about the tensor; empty if nothing.
-    """
-
-    name: str
-    scheme: str
-    sqnr_db: float
-    defect: str = ""
-    floor: float | None = None  # dB below which it is wrong; None: that of rounding to nearest in this scheme
-
-    @property
-    def margin(self) -> float:
-        """dB above what is wrong."""
-        return self.sqnr_db - (floor_db(self.scheme) if self.floor is None else self.floor)
-
-    @property
-    def wrong(self) -> bool:
-        return self.margin < 0
-
-
-def floor_db(scheme: str) -> float:
-    return next(value for key, value in _FLOOR_DB.items() if scheme.startswith(key))
-
-
-def stored_problems(name: str, tensor: Tensor) -> Iterator[str]:
-    """What is wrong with one stored tensor by itself: NaN, Inf, or a zero scale."""
-    if tensor.dtype == torch.float8_e4m3fn:
-        # E4M3 has one NaN per sign and no infinity; a byte test reads half as much as a cast would write.
-        if bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any()):
-            yield f"tensor '{name}' holds NaN"
-    elif tensor.is_floating_point():
-        if not bool(torch.isfinite(tensor).all()):
-            yield f"tensor '{name}' holds NaN or Inf"
-        elif name.rpartition(".")[2] in _SCALE_LEAVES and bool((tensor == 0).any()):
-            yield f"scale '{name}' holds a zero"
-
-
-def unit_stored_problems(plan: Plan, unit: Unit, converted: ConvertedReader) -> Iterator[str]:
-    """`stored_problems` of every tensor of a unit whose meaning is known."""
-    for planned in unit.tensors:
-        if planned.role.kind in PASSED_THROUGH:
-            continue
-        names = [o.name for o in planned.outputs if o.name in converted.checkpoint.tensors]
-        for name, tensor in converted.checkpoint.read_many(names).items():
-            yield from stored_problems(name, without_dead(tensor) if planned.role.kind == "router_bias" else tensor)
 
 
 def unit_errors(
@@ -277,9 +219,3 @@ def sqnr_db(source: Tensor, stored: Tensor) -> float:
         return -math.inf
     signal = float(source.double().square().sum())
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
-
-
-def worst(errors: Mapping[str, TensorError], count: int = 10) -> list[TensorError]:
-    """The tensors with the least margin over their scheme's floor."""
-    finite = [e for e in errors.values() if e.sqnr_db != math.inf]
-    return sorted(finite, key=lambda e: e.margin)[:count]

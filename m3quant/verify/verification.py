@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..artifact.output import hash_problems, output_plan, read_manifest
-from ..calibration.rounding_errors import ROUNDING_ERROR
 from ..checkpoint import Checkpoint
+from ..extras import need
+from ..planning.config_models import library_version, model_problems
 from ..planning.plan import Plan
-from ..quant.reading import ConvertedReader, SourceReader
 from .same_source import other_source_problems
+from .stored import unit_stored_problems
 from .structure import check_same_kind, structure_problems
-from .values import TensorError, unit_errors, unit_stored_problems, worst
+from .tensor_error import TensorError, worst
 
 Report = Callable[[str], None]
 
@@ -69,7 +70,12 @@ def sqnr_by_scheme(errors: dict[str, TensorError]) -> dict[str, dict[str, float]
 
 
 def verify(output: Path, source: str | None, say: Report) -> tuple[Verification, Plan]:
-    """Check an output without an engine. Raises VerifyError or CheckpointError only if there is nothing to check."""
+    """Check an output without an engine. Raises VerifyError or CheckpointError only if there is nothing to check.
+
+    Only a comparison with a source needs torch: PackageMissing without it, before anything is read.
+    """
+    if source is not None:
+        need("convert", "Comparing every tensor with its source")
     manifest = read_manifest(output)
     converted = Checkpoint.open(output)
     origin = Checkpoint.open(source) if source else None
@@ -90,23 +96,27 @@ def verify(output: Path, source: str | None, say: Report) -> tuple[Verification,
         lambda: structure_problems(converted, plan, manifest, origin),
     )
     run("hashes", f"{len(manifest['shards'])} shards", lambda: hash_problems(output, manifest))
+    written = converted.config.get("quantization_config")
+    if isinstance(written, dict) and written.get("quant_method") == "compressed-tensors":
+        if release := library_version():
+            looked_at = f"quantization_config, by the models of compressed-tensors {release}"
+            run("config models", looked_at, lambda: model_problems(written))
+        else:
+            say(
+                "note: compressed-tensors is not installed: quantization_config was not read by its models (pip install compressed-tensors)"
+            )
     sound = not checks[0].problems
-    dense = ConvertedReader(converted, {t.name: t for t in plan.tensors}, plan.recipe.format)
     if sound:
         run(
             "values",
             f"{tensors} tensors: finite, no zero scale",
-            lambda: _each_unit(plan, lambda u: unit_stored_problems(plan, u, dense)),
+            lambda: _each_unit(plan, lambda u: unit_stored_problems(u, converted)),
         )
     if origin is not None and origin.local and sound:
-        reader = SourceReader(origin, plan.sources)
-
         origin.record_reads()
 
         def compare() -> list[str]:
-            for unit in plan.units:
-                recorded = manifest.get(ROUNDING_ERROR)
-                errors.update({e.name: e for e in unit_errors(plan, unit, reader, dense, recorded)})
+            errors.update(_errors(plan, origin, converted, manifest))
             return error_problems(plan, errors)
 
         run("against the source", f"every tensor of {origin.root}, folds undone", compare)
@@ -119,6 +129,20 @@ def verify(output: Path, source: str | None, say: Report) -> tuple[Verification,
     elif origin is not None and not origin.local:
         say(f"{origin.root} is on the Hub: only its headers were compared; download it to compare the weights")
     return Verification(str(output), checks, errors), plan
+
+
+def _errors(
+    plan: Plan, origin: Checkpoint, converted: Checkpoint, manifest: Mapping[str, Any]
+) -> dict[str, TensorError]:
+    """Tensor -> its error against the source."""
+    from ..calibration.rounding_errors import ROUNDING_ERROR
+    from ..quant.reading import ConvertedReader, SourceReader
+    from .values import unit_errors
+
+    reader = SourceReader(origin, plan.sources)
+    dense = ConvertedReader(converted, {t.name: t for t in plan.tensors}, plan.recipe.format)
+    recorded = manifest.get(ROUNDING_ERROR)
+    return {e.name: e for unit in plan.units for e in unit_errors(plan, unit, reader, dense, recorded)}
 
 
 def _each_unit(plan: Plan, function: Callable[[Any], Any]) -> list[str]:

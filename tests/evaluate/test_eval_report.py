@@ -99,11 +99,24 @@ def test_write_report_makes_the_folder(tmp_path: Path) -> None:
     assert written.name == "eval.html" and written.read_text() == page(sample_record())
 
 
+def colours_of(scheme: str) -> dict[str, str]:
+    light, dark = STYLE.split("@media screen and (prefers-color-scheme:dark)")
+    return dict(re.findall(r"--(\w+):(#[0-9a-f]{3,6})", light if scheme == "light" else dark))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_and_curves_have_contrast(scheme: str) -> None:
+    """WCAG AA: 4.5 between a text, or a curve, and the page or the verdict's box."""
+    colours = colours_of(scheme)
+    for ink in ("ink", "soft", "warn", "accent", "c2", "c3", "c4", "c5"):
+        for ground in ("page", "band"):
+            assert contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_numbers_in_cells_have_contrast(scheme: str) -> None:
     """WCAG AA: 4.5 between the text and the shade that it stands on."""
-    light, dark = STYLE.split("@media screen and (prefers-color-scheme:dark)")
-    colours = dict(re.findall(r"--(\w+):(#[0-9a-f]{3,6})", light if scheme == "light" else dark))
+    colours = colours_of(scheme)
     ink = dict(re.findall(r"td\.(\w+)\{background:var\(--\w+\);color:var\(--(\w+)\)", STYLE))
     used = {heat(share / 100) for share in range(101)}
     assert used == set(ink)

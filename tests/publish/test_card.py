@@ -17,12 +17,12 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
+from m3quant.api.calibration_text import calibration_windows
 from m3quant.artifact.conversion_eval import output_fingerprint
 from m3quant.artifact.eval_record import Data, EvalRecord, Measured, Result
 from m3quant.calibration.mixture import parse_mixture
 from m3quant.checkpoint import Checkpoint
 from m3quant.cli import cli
-from m3quant.cli.convert import calibration_windows
 from m3quant.errors import PublishError
 from m3quant.evaluate.haystack import Reach
 from m3quant.evaluate.metrics import by_position

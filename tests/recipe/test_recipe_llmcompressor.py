@@ -2,11 +2,12 @@
 
 import copy
 import re
+import sys
 from typing import Any
 
 import pytest
 import yaml
-from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.utils.match import match_targets
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from m3quant.planning.engine_config import compressed_tensors_group
 from m3quant.recipe.llmcompressor import _Matcher, _Module, is_llmcompressor, translate
 from m3quant.recipe.llmcompressor_schemes import PRESETS, group_scheme, preset_scheme
 from m3quant.recipe.recipe import Recipe, build_recipe, named_recipe, recipe_names
-from m3quant.schemes import KEEP
+from m3quant.schemes import KEEP, parse_scheme
 
 M2: dict[str, Any] = {
     "architectures": ["MiniMaxM2ForCausalLM"], "model_type": "minimax_m2", "hidden_size": 256,
@@ -89,6 +90,20 @@ def test_every_other_preset_is_refused_by_name_and_by_its_arguments(name: str) -
     group = QuantizationScheme(targets=["Linear"], **copy.deepcopy(PRESET_SCHEMES[name]))
     with pytest.raises(RecipeError, match=r"r\.yaml"):
         group_scheme(group.model_dump(mode="json", exclude={"targets"}), "r.yaml")
+
+
+def test_a_preset_of_a_newer_library_is_looked_up_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = PRESET_SCHEMES["W4A16"]["weights"].model_dump() | {"group_size": 64}
+    monkeypatch.setitem(PRESET_SCHEMES, "W4A16_G64", {"weights": QuantizationArgs(**arguments)})
+    monkeypatch.setitem(PRESET_SCHEMES, "W4A4_NEW", PRESET_SCHEMES["W4A4"])
+    assert preset_scheme("w4a16_g64", "r.yaml") == parse_scheme("int4-g64")
+    recipe = quantization(M2, scheme={"W4A16_G64": ["Linear"]})
+    assert recipe.schemes["routed_experts"] == "int4-g64"
+    with pytest.raises(RecipeError, match=r"r\.yaml: scheme W4A4_NEW\.input_activations: .*use W4A16"):
+        preset_scheme("W4A4_NEW", "r.yaml")
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    with pytest.raises(RecipeError, match="unknown scheme 'W4A16_G64': did you mean 'W4A16"):
+        preset_scheme("W4A16_G64", "r.yaml")
 
 
 def test_a_modern_awq_recipe_on_m2() -> None:

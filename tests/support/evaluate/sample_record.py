@@ -9,6 +9,7 @@ from pathlib import Path
 
 from m3quant.artifact.eval_record import Computed, Data, EvalRecord, Measured, Result
 from m3quant.evaluate.intervals import wilson
+from m3quant.reports.comparison_html import Compared
 
 TEXT = Data(name="bundled evaluation text", sha256="5d" * 32, licence="public domain")
 COMPUTED = Computed(dtype="bfloat16", activations="engine", rounding="E4M3 per token")
@@ -81,7 +82,31 @@ def sample_record(seed: int = 3) -> EvalRecord:
     )
 
 
+def sample_comparison() -> list[Compared]:
+    """Three checkpoints of one source: name, bytes, mean KL divergence. int4 is beaten by awq in both."""
+    made = {
+        "M3-fp8": (430_880_000_000, 0.0041),
+        "M3-awq": (230_580_000_000, 0.02134),
+        "M3-int4": (231_000_000_000, 0.0488),
+    }
+    compared = []
+    for number, (name, (nbytes, kl)) in enumerate(made.items()):
+        record = sample_record(number + 3)
+        (divergence,) = [r for r in record.results if r.convention.startswith("kl-")]
+        scale = kl / divergence.metrics["kl_mean"]
+        for metric in [metric for metric in divergence.metrics if metric.startswith("kl_")]:
+            divergence.metrics[metric] *= scale
+        for cell in divergence.cells:
+            cell["kl_mean"] *= scale
+        record.layers = [{**layer, "relative_error": layer["relative_error"] * scale} for layer in record.layers]
+        record.checkpoint = record.checkpoint.model_copy(update={"name": name, "stored": name.removeprefix("M3-")})
+        compared.append(Compared(name, nbytes, record))
+    return compared
+
+
 if __name__ == "__main__":
+    from m3quant.reports.comparison_html import write_comparison
     from m3quant.reports.evaluation_html import write_report
 
     print(write_report(sample_record(), Path(sys.argv[1])))
+    print(write_comparison(sample_comparison(), Path(sys.argv[1])))

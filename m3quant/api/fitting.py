@@ -1,8 +1,8 @@
-"""From the options of `fit` and `convert` to a recipe: planning's choices, and a node's room for them."""
+"""fit: the best recipe within a number of bytes or on a node, from planning's choices and a node's room for them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from ..planning.fit import Fitting, Point
 from ..planning.plan import Plan
 from ..planning.sensitivity import Sensitivity, check_source, check_text, load_sensitivity
 from ..recipe.recipe import Recipe
+from ..running.progress import ShowProgress, quietly
 from ..running.words import human_bytes, parse_size
 from ..runtime.fit import MIN_CONTEXT, Ask, Fit, assess
 from ..runtime.hardware import Node, parse_node
 from ..runtime.model import Subject, open_subject
 from ..runtime.room import NodeRooms, check_context, does_not_hold, nearest_node, node_rooms, unsplittable
+from .planning import open_source
 
 DEFAULT_CONTEXT = 32768  # tokens, where a node is given without --context
 
@@ -65,11 +67,61 @@ class Answer:
         return self.plan.recipe if self.plan else None
 
 
-def budget_of(text: str | None) -> int | None:
+def budget_of(budget: int | str | None) -> int | None:
+    """Bytes, or a size such as "118.4GiB". Raises OptionError."""
     try:
-        return None if text is None else parse_size(text)
+        return parse_size(budget) if isinstance(budget, str) else budget
     except ValueError as error:
         raise OptionError(f"--budget: {error}.") from None
+
+
+def fit(
+    src: str | Path | Checkpoint,
+    *,
+    budget: int | str | None = None,
+    node: str | None = None,
+    serving: Mapping[str, Any] | None = None,
+    sensitivity: str | Path | None = None,
+    measure: bool = False,
+    calibration: Sequence[str] = (),
+    windows: int | None = None,
+    heldout_windows: int | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    progress: ShowProgress = quietly,
+) -> Answer:
+    """The best recipe for `src` (a folder, a Hub repo, or a config.json alone), layer by layer.
+
+    budget: bytes of the output ("8MB", "118.4GiB"). node ("1xH200") with `serving` (fields of runtime.fit.Ask: context,
+    concurrency, kv_dtype, ...): what it holds. With neither, only the frontier. "Best" is the least predicted KL divergence
+    from the file `sensitivity`; without one, bits are spread evenly. measure: write that file first (NAME.sensitivity.json if
+    it has no name), on `windows` and `heldout_windows` of `calibration`; this reads every weight and needs torch.
+    Raises OptionError, PlanError for a budget below the least, DoesNotFit for a node.
+    """
+    given = dict(serving or {})
+    if budget is not None and node is not None:
+        raise OptionError("--budget and --on are both given: a node is a budget worked out; give one.")
+    if given and node is None:
+        raise OptionError(f"--{next(iter(given)).replace('_', '-')} says how a node serves: add --on NODE.")
+    if not measure and (windows or heldout_windows):
+        raise OptionError("--windows and --heldout-windows say how to measure: add --measure.")
+    asked = Asked(
+        budget=budget_of(budget),
+        node=node,
+        serving=given,
+        sensitivity=None if sensitivity is None else Path(sensitivity),
+        corpus=tuple(calibration) or None,
+        revision=revision,
+    )
+    checkpoint = src if isinstance(src, Checkpoint) else open_source(src, revision)
+    where = checkpoint.root if isinstance(src, Checkpoint) else str(src)
+    if measure:
+        from .measuring import measure_file
+
+        path = asked.sensitivity or Path(f"{Path(where).resolve().name}.sensitivity.json")
+        measure_file(checkpoint, path, device, tuple(calibration), windows, heldout_windows, progress)
+        asked = asked.with_sensitivity(path)
+    return answer(checkpoint, where, asked)
 
 
 def ask_of(given: Mapping[str, Any], subject: Subject) -> Ask:

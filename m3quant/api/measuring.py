@@ -6,8 +6,11 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint, write_bytes_atomic
 from ..errors import OutputError, PlanError
+from ..extras import need
 from ..planning.fit import Fitting
 from ..planning.sensitivity import Sensitivity
+from ..running.progress import ShowProgress, quietly
+from .calibration_text import calibration_windows
 
 WINDOWS, HELDOUT = 16, 16  # of 512 tokens: docs/fit.md has what more of them change
 
@@ -19,13 +22,16 @@ def measure_file(
     corpus: tuple[str, ...],
     windows: int | None = None,
     heldout: int | None = None,
+    progress: ShowProgress = quietly,
 ) -> Sensitivity:
-    """Measure `checkpoint` and write `path`. Raises PlanError or OutputError, before anything is
-    read, where the one is not on this machine or the other cannot be written."""
+    """Measure what each scheme costs in each layer of `checkpoint`, and write it to `path`.
+
+    Raises PlanError or OutputError, before anything is read, where the one is not on this machine or the other cannot be
+    written, and PackageMissing without torch.
+    """
+    need("convert", "m3quant fit --measure")
     from ..calibration.mixture import mixture_sha256, parse_mixture
     from ..convert.measure import MeasureSettings, measure
-    from .convert import calibration_windows
-    from .progress import BytesProgress
 
     if not checkpoint.local:
         raise PlanError(
@@ -38,11 +44,11 @@ def measure_file(
     fitting = Fitting(checkpoint, data)
     parts = parse_mixture(corpus)
     partial = path.with_name(f"{path.name}.partial")
-    with BytesProgress("measure") as progress:
-        progress.say(f"reading text for {sum(data.values())} windows")
+    with progress("measure") as shown:
+        shown.say(f"reading text for {sum(data.values())} windows")
         text = calibration_windows(fitting.base, parts)
         for note in text.notes:
-            progress.say(f"note: {note}")
-        found = measure(fitting, text, mixture_sha256(parts), MeasureSettings(device=device), progress, partial)
+            shown.say(f"note: {note}")
+        found = measure(fitting, text, mixture_sha256(parts), MeasureSettings(device=device), shown, partial)
     write_bytes_atomic(path, found.dump())
     return found

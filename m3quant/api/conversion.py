@@ -1,0 +1,182 @@
+"""convert: from a source and a recipe, or a budget, to a finished output. What can be refused is refused before a tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import Checkpoint
+from ..errors import PlanError, RecipeError
+from ..extras import need
+from ..planning.plan import Plan, make_plan
+from ..recipe.choice import RecipeChoice
+from ..recipe.recipe import CalibrationOptions, Recipe, with_data
+from ..running.progress import ShowProgress, quietly
+from .calibration_text import TextChoice, calibration_windows
+from .fitted_conversion import asked_of, fitted
+from .fitting import Answer, Asked
+
+if TYPE_CHECKING:
+    from ..calibration.mixture import Part
+    from ..calibration.windows import Windows
+
+
+@dataclass(frozen=True)
+class How:
+    """How to run, as opposed to what to make: device ("auto", "cpu", "cuda", "cuda:1"), spill (hidden states on disk), engine
+    ("local", or "ray" for all GPUs of the cluster at `address`)."""
+
+    device: str = "auto"
+    strict_coverage: bool = False
+    spill: bool = False
+    engine: str = "local"
+    address: str | None = None
+
+    def check(self) -> None:
+        """Raise PlanError for choices that do not go together."""
+        if self.address and self.engine != "ray":
+            raise PlanError("--address names a Ray cluster: give --engine ray with it.")
+        if self.engine == "ray" and ":" in self.device:
+            raise PlanError(
+                f"--device {self.device} names one GPU of this machine: with --engine ray give cuda, cpu or auto."
+            )
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion. manifest: the output's m3quant.json. fitted: the question that its recipe answers, where one did."""
+
+    output: Path
+    plan: Plan
+    manifest: Mapping[str, Any]
+    fitted: Answer | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion whose options were checked; no tensor was read. `run` does it."""
+
+    plan: Plan
+    output: Path
+    how: How
+    parts: Sequence[Part] = field(repr=False)
+    fitted: Answer | None = None
+
+    def text(self) -> Windows:
+        """Tokenized calibration and held-out windows. Raises CalibrationError for too little text."""
+        return calibration_windows(self.plan, self.parts)
+
+    def run(self, progress: ShowProgress = quietly) -> Conversion:
+        """Convert, or continue an interrupted conversion; a finished one returns at once. Raises M3QuantError subclasses."""
+        from ..convert.conversion import check_places
+        from ..convert.job import Settings
+        from ..convert.start import convert as start
+        from ..planning.config_models import check_config_model
+        from ..running.device import pick_device
+
+        how = self.how
+        check_places(self.plan, self.output)
+        check_config_model(self.plan.quantization)
+        pick_device(how.device)
+        windows = self.text() if self.plan.recipe.calibrated else None
+        settings = Settings(
+            device=how.device, windows=windows, strict_coverage=how.strict_coverage, spill=how.spill, engine=how.engine, address=how.address,
+        )  # fmt: skip
+        with progress(self.plan.recipe.name) as shown:
+            for note in windows.notes if windows else ():
+                shown.say(f"note: {note}")
+            manifest = start(self.plan, self.output, settings, shown)
+        return Conversion(self.output, self.plan, manifest, self.fitted)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: str | None = None,
+    *,
+    recipe: str | Path | None = None,
+    settings: Sequence[str] = (),
+    format: str | None = None,
+    requantize: bool = False,
+    calibration: Sequence[str] = (),
+    windows: int | None = None,
+    calibration_tokens: int | None = None,
+    window_length: int | None = None,
+    min_expert_tokens: int | None = None,
+    strict_coverage: bool = False,
+    spill: bool = False,
+    device: str = "auto",
+    engine: str = "local",
+    address: str | None = None,
+    budget: int | str | None = None,
+    node: str | None = None,
+    serving: Mapping[str, Any] | None = None,
+    sensitivity: str | Path | None = None,
+    progress: ShowProgress = quietly,
+) -> Conversion:
+    """Quantize the checkpoint in the folder `src` into the folder `dst`. Run again after any interruption: it continues.
+
+    to, recipe, settings, format, requantize: as of `plan`. calibration: sources of text, each with "=WEIGHT" if not all count
+    the same. windows (of window_length tokens) or calibration_tokens: how much. min_expert_tokens: below this an expert is
+    topped up, or with strict_coverage the run fails. budget ("118GB", or bytes) or node ("1xH200", with `serving`: fields of
+    runtime.fit.Ask): the recipe is fitted by sensitivity, measured first where the file is not there. Raises M3QuantError
+    subclasses, PackageMissing among them.
+    """
+    choice = RecipeChoice(to, None if recipe is None else Path(recipe), tuple(settings), format, requantize)
+    text = TextChoice(tuple(calibration), windows, calibration_tokens, window_length, min_expert_tokens)
+    how = How(device, strict_coverage, spill, engine, address)
+    asked = asked_of(budget, node, serving or {}, None if sensitivity is None else Path(sensitivity), bool(choice))
+    return prepare(src, dst, choice, text, how, asked, progress=progress).run(progress)
+
+
+def prepare(
+    src: str | Path,
+    dst: str | Path,
+    choice: RecipeChoice,
+    text: TextChoice,
+    how: How,
+    asked: Asked | None = None,
+    *,
+    dry_run: bool = False,
+    progress: ShowProgress = quietly,
+) -> Prepared:
+    """Check the options and plan. asked: a budget that makes the recipe; it is measured here, unless dry_run."""
+    need("convert", "m3quant convert")
+    how.check()
+    if choice.requantize and asked is not None:
+        raise RecipeError(
+            "--requantize goes with a recipe (--to, --recipe): m3quant fit measures on unquantized weights."
+        )
+    from ..calibration.mixture import parse_mixture
+
+    src, dst = str(src), Path(dst)
+    checkpoint = Checkpoint.open(src)
+    recipe = choice.recipe(checkpoint.config) if asked is None else Recipe(rounding="feedback")
+    recipe = text.laid_over(recipe, how.strict_coverage)
+    parts = parse_mixture(text.sources)
+
+    def enough(plan: Plan) -> Plan:
+        chosen = text.says_how_much or plan.recipe.rounding != "feedback"
+        return plan if chosen else _with_enough_text(plan, how.device)
+
+    if asked is None:
+        return Prepared(enough(make_plan(checkpoint, recipe)), dst, how, parts)
+    asked = replace(asked, data=recipe.data.model_dump())
+    found = fitted(checkpoint, src, dst, asked, enough, how.device, text.sources, dry_run, progress)
+    assert found.plan is not None
+    return Prepared(found.plan, dst, how, parts, found)
+
+
+def _with_enough_text(plan: Plan, device: str) -> Plan:
+    """The plan with as much of the bundled text as a GPU has time for, where the recipe does not say how much."""
+    from ..planning.calibration_text import token_choice
+    from ..planning.timing_model import load_rates
+    from ..running.device import pick_device
+
+    data = plan.recipe.data
+    if data.windows != CalibrationOptions().windows or pick_device(device).type != "cuda":
+        return plan
+    windows = -(-token_choice(plan, load_rates()).tokens // data.window_length)
+    return plan if windows <= data.windows else make_plan(plan.checkpoint, with_data(plan.recipe, {"windows": windows}))

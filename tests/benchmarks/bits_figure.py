@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from m3quant.api.calibration_text import calibration_windows
 from m3quant.calibration.mixture import parse_mixture
 from m3quant.checkpoint import Checkpoint
-from m3quant.cli.convert import calibration_windows
 from m3quant.convert.measure import MeasureSettings, measure
 from m3quant.planning.fit import Fitting
 from m3quant.schemes import Scheme, parse_scheme

@@ -122,7 +122,7 @@ def test_the_extras_are_what_the_messages_promise() -> None:
     assert not core & {"torch", "transformers", "safetensors", "compressed-tensors", "ray", "pyarrow", "datasets"}
     for extra, modules in EXTRAS.items():
         assert set(modules) <= packages(extra).keys(), extra
-    everything = set(OPTIONAL) - {"dev", "all", "serve", "llm-compressor"}
+    everything = set(OPTIONAL) - {"dev", "docs", "all", "serve", "llm-compressor"}
     assert packages("all").keys() == {name for extra in everything for name in packages(extra)}
     assert not {"vllm", "llmcompressor"} & packages("all").keys()
     assert packages("all").keys() <= packages("dev").keys()

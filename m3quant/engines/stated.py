@@ -72,4 +72,6 @@ def _is_known(weights: Mapping[str, Any]) -> bool:
     kinds = (type(weights.get("num_bits")), type(weights.get("symmetric")), type(weights.get("strategy")))
     if kinds != (int, bool, str) or not (size is None or type(size) is int):
         return False
-    return weights.get("type") == "int" or (weights.get("type") == "float" and weights["num_bits"] == 8)
+    if weights.get("type") == "float":  # MXFP8 is 8 bits in groups
+        return weights["num_bits"] == 8 and weights["strategy"] in ("channel", "block", "tensor")
+    return weights.get("type") == "int"

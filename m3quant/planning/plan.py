@@ -26,6 +26,8 @@ from .engine_config import check_format, quantization_config
 from .engine_kept import PASSED_THROUGH, kept_linears
 from .integer_kinds import integers_among, words_of
 from .layout import check_divisible, tensors_of
+from .native import NOTE as NATIVE_NOTE
+from .native import native_section
 from .source_format import HF_QUANT_CONFIG, requantize_problem
 from .source_layouts import FOUR_BIT, PLAIN, WORDS, SourceTensor
 from .source_layouts import FP8_BLOCK as FP8_BLOCK_SOURCE
@@ -214,7 +216,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if recipe.requantize and not problem:
         recipe = recipe.model_copy(update={"requantize": False})  # nothing to take: the output is what it is without
     notes = [*checkpoint.warnings, *recipe_notes, *check_complete(checkpoint, family, tensors)]
-    notes += _calibration_notes(family, recipe) + _source_notes(checkpoint, tensors)
+    notes += _calibration_notes(family, recipe) + _source_notes(checkpoint, {} if recipe.native else tensors)
     layers = family.num_layers
     by_unit: list[list[PlannedTensor]] = [[] for _ in range(layers + 1)]
     for name in sorted(tensors, key=_natural):
@@ -226,6 +228,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     ]
     plan = Plan(checkpoint, family, recipe, units, None, notes)
     _check_layers(recipe, units)
+    if recipe.native:
+        plan.quantization = native_section(family, tensors)
+        plan.notes.append(NATIVE_NOTE)
+        return plan
     schemes = {kind: role_schemes(plan, kind) for kind in QUANTIZABLE}
     plan.notes += activation_notes(family, schemes["routed_experts"], recipe.format)
     others = {scheme for kind, own in schemes.items() if kind != "routed_experts" for scheme in own}
@@ -333,6 +339,8 @@ def _check_layers(recipe: Recipe, units: list[Unit]) -> None:
 
 def _plan_tensor(source: SourceTensor, role: Role, recipe: Recipe) -> PlannedTensor:
     info, shape = source.info, source.shape
+    if recipe.native:
+        return PlannedTensor(source, role, "copy", KEEP, "the source's own, byte for byte", _as_stored(source))
     scheme = recipe.scheme(role.kind, role.layer) if role.kind in QUANTIZABLE else KEEP
     if role.kind in QUANTIZABLE and not role.is_weight:
         scheme, reason = KEEP, "a companion of a quantized weight that the family does not know: passed through"
@@ -437,6 +445,6 @@ def passed_through(plan: Plan) -> list[str]:
 
 def bits_per_weight(plan: Plan) -> float:
     """Stored bits per quantized weight, scales and zero points included."""
-    quantized = [t for t in plan.tensors if t.scheme.quantizes]
+    quantized = [t for t in plan.tensors if t.scheme.quantizes or (plan.recipe.native and t.source.kind != PLAIN)]
     bits = 8 * sum(nbytes(o) for t in quantized for o in t.outputs)
     return bits / sum(t.source.numel for t in quantized)

@@ -126,6 +126,8 @@ class ConvertedReader:
         return {name: self._dense(planned, raw) for name, planned in wanted.items()}
 
     def _dense(self, planned: PlannedTensor, raw: Mapping[str, Tensor]) -> Tensor:
+        if planned.action == "copy" and planned.source.kind != PLAIN and not planned.scheme.quantizes:
+            return densify(planned.source, raw)  # the source's own, as it is stored
         if not planned.scheme.quantizes:
             return raw[planned.name]
         shape = planned.source.shape

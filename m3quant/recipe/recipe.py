@@ -109,6 +109,7 @@ class Recipe(BaseModel):
     feedback: FeedbackOptions = Field(default_factory=lambda: FeedbackOptions())
     data: CalibrationOptions = Field(default_factory=lambda: CalibrationOptions())
     requantize: bool = False  # take a source whose weights are integers already
+    native: bool = False  # keep every weight as the source stores it, and describe that to engines (planning/native.py)
     _asked: frozenset[str] = PrivateAttr(default=frozenset())  # roles that the user gave a scheme outside the document
 
     @model_validator(mode="before")
@@ -162,6 +163,7 @@ class Recipe(BaseModel):
             "awq": self.rounding == "feedback",
             "rounding": self.rounding != "feedback",
             "requantize": not self.requantize,
+            "native": not self.native,
         }
         return {key: value for key, value in out.items() if not empty.get(key, False)}
 
@@ -278,6 +280,9 @@ def check_role(role: str) -> str:
     raise RecipeError(f"unknown role '{role}': did you mean '{near}'? Roles: {', '.join(QUANTIZABLE)}.")
 
 
+RELEASE_NAMES = ("native",)  # only a release of M3.1 is in the layouts that it is about
+
+
 def recipe_folder() -> Path:
     from importlib.resources import files
 
@@ -285,9 +290,10 @@ def recipe_folder() -> Path:
 
 
 def recipe_names() -> list[str]:
-    """Names that `--to` takes for any model. Recipes fitted to one release (`fit-`) and choices for serving (`serve-`) are not
-    among them."""
-    return sorted(p.stem for p in recipe_folder().glob("*.yaml") if not p.stem.startswith(("fit-", "serve-")))
+    """Names that `--to` takes for any model. Recipes of one release (`fit-`, and those of `RELEASE_NAMES`) and choices for serving
+    (`serve-`) are not among them."""
+    names = sorted(p.stem for p in recipe_folder().glob("*.yaml") if not p.stem.startswith(("fit-", "serve-")))
+    return [name for name in names if name not in RELEASE_NAMES]
 
 
 def fitted_names() -> list[str]:
@@ -309,7 +315,7 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
 
 def named_recipe(name: str) -> dict[str, Any]:
     """The document of a recipe in the package."""
-    known = recipe_names() + fitted_names()
+    known = [*recipe_names(), *fitted_names(), *RELEASE_NAMES]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         raise RecipeError(f"no recipe called '{name}': did you mean '{near[0]}'? Known: {', '.join(known)}.")

@@ -41,6 +41,8 @@ def limits(plan: Plan) -> list[str]:
     if plan.recipe.format != "compressed-tensors":
         needs = "gptqmodel" if plan.recipe.format == "autoawq" else "its FP8 kernels, and a GPU for them"
         return [f"transformers reads format '{plan.recipe.format}' with {needs}: use --engine for this output"]
+    if plan.recipe.native:
+        return ["transformers has no NVFP4 for the joined experts of this model: use --engine for this output"]
     if not plan.quantization:
         return []
     found = []

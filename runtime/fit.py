@@ -129,7 +129,7 @@ def assess(model: ServedModel, node: Node, ask: Ask) -> Fit:
     pool = prediction.pool("high")
     in_memory = max(0, pool.blocks - 1) // ask.concurrency * pool.block_size
     longest = min(in_memory, model.max_positions or in_memory)
-    refusal = engine_named(ask.engine).checkpoint_refusal(model.config, ask.release)
+    refusal = model.problem or engine_named(ask.engine).checkpoint_refusal(model.config, ask.release)
     why = refusal or problem or _why_not(model, ask, setup, prediction, longest)
     return Fit(model, node, ask, setup, prediction, 0 if problem else longest, not why, why, not refusal)
 

@@ -15,7 +15,7 @@ from ..engines.stated import config_schemes
 from ..errors import CheckpointError, PlanError
 from ..families import Family, family_of
 from ..planning.engine_config import check_format
-from ..planning.other_trees import other_tree
+from ..planning.other_trees import other_tree, read_as_release
 from ..planning.plan import unquantized
 from ..planning.source_format import SourceFormat, file_format, requantize_problem, source_format, stored_entries
 from ..planning.source_layouts import PLAIN
@@ -37,7 +37,7 @@ from .weights import Group, bf16_release, checkpoint_groups, converted_groups, g
 @dataclass(frozen=True)
 class ServedModel:
     """A model as an engine would read it. where: what `vllm serve` is given; label: its precision (as stored, or a recipe's name).
-    schemes: the integer and FP8 schemes of its weights, as its config.json or the recipe states them."""
+    schemes: the integer and FP8 schemes of its weights, as its config.json or the recipe states them. problem: why no engine loads it, or ''."""
 
     where: str
     label: str
@@ -45,6 +45,7 @@ class ServedModel:
     config: Mapping[str, Any]
     groups: Sequence[Group] = field(repr=False)
     schemes: frozenset[Scheme] = frozenset()
+    problem: str = ""
 
     @property
     def max_positions(self) -> int:
@@ -115,6 +116,8 @@ def open_subject(src: str, revision: str | None = None) -> Subject:
         return _from_config(path if path.suffix == ".json" else path / CONFIG_NAME)
     checkpoint = Checkpoint.open(src, revision)
     family = family_of(checkpoint.config, f"{checkpoint.root}/{CONFIG_NAME}")
+    family.check_promised(len(checkpoint.tensors))
+    renamed = read_as_release(checkpoint, family)
     if tree := other_tree(checkpoint, family):
         raise CheckpointError(tree)
     found = source_format(checkpoint)
@@ -129,7 +132,8 @@ def open_subject(src: str, revision: str | None = None) -> Subject:
             refused = str(error)
     where = checkpoint.root if checkpoint.local else src.partition("@")[0]
     config = _with_section(checkpoint.config, found)
-    stored = ServedModel(where, found.label, family, config, groups, config_schemes(config))
+    problem = f"no engine finds weights under these names: convert it ({renamed})." if renamed else ""
+    stored = ServedModel(where, found.label, family, config, groups, config_schemes(config), problem)
     return Subject(checkpoint.root, family, config, stored, refused, False, wanted, integers)
 
 

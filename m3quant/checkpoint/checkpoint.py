@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,6 +102,7 @@ class Checkpoint:
     """
 
     digests: ReadDigests | None = None
+    renamed: str = ""  # what `rename` did, as a note
 
     def __init__(self, store: Store, revision: str | None = None) -> None:
         """Read and check everything but the weights. Raises CheckpointError."""
@@ -179,6 +181,18 @@ class Checkpoint:
 
         store = HubStore(repo, inline or revision)
         return cls(store, revision=store.revision)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """From here on, call tensors by other names: stored name -> name, one to one. The files stay as they are."""
+        self.tensors = {
+            (new := names.get(name, name)): replace(info, name=new) for name, info in self.tensors.items()
+        }
+        stored, name = next(iter(names.items()))
+        self.renamed = (
+            f"{len(names)} tensors have names of another tree than the release's, such as '{stored}': they are read as the release's "
+            f"('{name}'), and outputs have these"
+        )
+        self.warnings.append(self.renamed)
 
     @property
     def local(self) -> bool:

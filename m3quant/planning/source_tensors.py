@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from ..families import family_of
 from ..families.base import Family
 from .integer_kinds import QWEIGHT
-from .other_trees import other_tree
+from .other_trees import other_tree, read_as_release
 from .source_format import REMEDY, KeptModules, SourceFormat, source_format
 from .source_integers import holds_integers, recognise_integers
 from .source_layouts import COMPANIONS, PACKED, PLAIN, SourceTensor, recognise, words
@@ -28,6 +28,9 @@ def source_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
     """
     source = source_format(checkpoint)
     source.required_kind()
+    family = family_of(checkpoint.config, f"{checkpoint.root}/config.json")
+    family.check_promised(len(checkpoint.tensors))
+    read_as_release(checkpoint, family)
     beside = _companions(checkpoint)
     statement = _Statement(checkpoint, source)
     out: dict[str, SourceTensor] = {}
@@ -86,8 +89,6 @@ class _Statement:
     def __init__(self, checkpoint: Checkpoint, source: SourceFormat) -> None:
         self._checkpoint, self._source = checkpoint, source
         self._family = family_of(checkpoint.config, f"{checkpoint.root}/config.json") if source.quantized else None
-        if self._family:
-            self._family.check_promised(len(checkpoint.tensors))
         plainly = [entry for entry in source.kept if not entry.startswith("re:")]
         self._kept = KeptModules(plainly, self._family) if self._family else None
 

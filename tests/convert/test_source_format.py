@@ -28,7 +28,8 @@ from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.fit import Ask, assess
 from m3quant.runtime.hardware import parse_node
 from m3quant.runtime.model import open_subject
-from tests.support.convert.common import config_of, make_plan_of, make_source, rewrite, stored
+from m3quant.verify.verification import verify
+from tests.support.convert.common import config_of, make_plan_of, make_source, rewrite, run_convert, stored
 from tests.support.convert.fp4_sources import fp8_rows, fp8_tensor, mxfp4_packed, mxfp8, nvfp4_modelopt, nvfp4_packed
 from tests.support.convert.sources import is_linear, quantized_source
 from tests.support.paths import DATA
@@ -385,28 +386,61 @@ def stacked(tensors: dict[str, torch.Tensor], root: str, layer: int) -> dict[str
     }
 
 
-@pytest.mark.parametrize("tree", ["stacked", "modules", "text-only"])
-@pytest.mark.parametrize("family", ["m2", "m3"])
+def in_tree(folder: Path, source: Path, family: str, tree: str) -> Path:
+    """A copy of the checkpoint under the names of another tree, in a folder of its own."""
+    tensors = stored(source)
+    root = "model." if family == "m2" else "language_model.model."
+
+    def renamed(name: str) -> str:
+        if tree == "text-only":
+            return f"text.{name}" if family == "m2" else name.removeprefix("language_model.")
+        name = name.replace("language_model.model.", "model.language_model.").replace("block_sparse_moe", "mlp")
+        if tree == "modules":
+            name = name.replace("language_model.lm_head", "lm_head").replace(".index_", ".indexer.")
+            for disk, module in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+                name = name.replace(f".{disk}.", f".{module}.")
+        return name
+
+    new = {renamed(n): t for n, t in tensors.items() if tree != "stacked" or ".experts." not in n}
+    for layer in ((0, 1) if family == "m2" else (1,)) if tree == "stacked" else ():
+        for part, t in stacked(tensors, root, layer).items():
+            new[renamed(f"{root}layers.{layer}.block_sparse_moe.experts.{part}")] = t
+    return rewrite(folder, new, config_of(source))
+
+
+@pytest.mark.parametrize(("family", "tree"), [("m2", "modules"), ("m3", "modules"), ("m3", "text-only")])
+def test_a_tree_of_the_same_tensors_is_read_as_the_release(
+    sources: dict[str, Path], tmp_path: Path, family: str, tree: str
+) -> None:
+    folder = in_tree(tmp_path / "src", sources[family], family, tree)
+    run_convert(folder, tmp_path / "out", "int4")
+    run_convert(sources[family], tmp_path / "same", "int4")
+    for shard in sorted((tmp_path / "same").glob("*.safetensors")):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes(), shard.name
+    found, _ = verify(tmp_path / "out", str(folder), print)
+    assert found.holds
+    notes = make_plan_of(folder, "int4").notes
+    assert any("names of another tree" in note and "outputs have these" in note for note in notes)
+    subject = open_subject(str(folder))
+    answer = assess(subject.stored, parse_node("1xH200"), Ask())
+    assert subject.convertible and not answer.fits and "no engine finds weights under these names" in answer.why_not
+    assert assess(subject.converted(AWQ), parse_node("1xH200"), Ask()).fits
+
+
+def test_two_tensors_that_stand_for_one_are_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    tensors = stored(in_tree(tmp_path / "tree", sources["m2"], "m2", "modules"))
+    name = "model.layers.0.mlp.experts.0.gate_proj.weight"
+    tensors["model.layers.0.mlp.experts.0.w1.weight"] = tensors[name].clone()
+    folder = rewrite(tmp_path / "src", tensors, config_of(sources["m2"]))
+    with pytest.raises(CheckpointError, match="name of another tree"):
+        make_plan_of(folder, "int4")
+
+
+@pytest.mark.parametrize(("family", "tree"), [("m2", "stacked"), ("m3", "stacked"), ("m2", "text-only")])
 def test_another_tree_is_named_in_every_command(
     sources: dict[str, Path], tmp_path: Path, family: str, tree: str
 ) -> None:
-    tensors = stored(sources[family])
-    root = "model." if family == "m2" else "language_model.model."
-    if tree == "text-only":
-        new = {("text." + n if family == "m2" else n.removeprefix("language_model.")): t for n, t in tensors.items()}
-    else:
-
-        def renamed(name: str) -> str:
-            return name.replace("language_model.model.", "model.language_model.").replace("block_sparse_moe", "mlp")
-
-        new = {renamed(n): t for n, t in tensors.items() if tree == "modules" or ".experts." not in n}
-        for layer in (0, 1) if family == "m2" else (1,):
-            if tree == "stacked":
-                new |= {
-                    renamed(f"{root}layers.{layer}.block_sparse_moe.experts.{part}"): t
-                    for part, t in stacked(tensors, root, layer).items()
-                }
-    folder = rewrite(tmp_path / "src", new, config_of(sources[family]))
+    folder = in_tree(tmp_path / "src", sources[family], family, tree)
     with pytest.raises(CheckpointError, match=r"name of another tree.*save_pretrained") as convert:
         make_plan_of(folder, "int4")
     with pytest.raises(CheckpointError, match="name of another tree") as serve:

@@ -14,7 +14,7 @@ from ..planning.layout import AUTOAWQ, scale_shape
 from ..schemes import Scheme
 from .dequantize import BAND_ELEMENTS, target_of, too_large
 from .integer import ensure_finite
-from .packing import unpack_awq, unpack_columns, unpack_rows
+from .packing import AWQ_REVERSE_ORDER, unpack_awq, unpack_columns, unpack_rows
 
 
 def dequantize_integers(
@@ -48,7 +48,7 @@ def dequantize_integers(
         raise too_large(target.dtype, name)
     if fmt == AUTOAWQ:
         assert zero_point is not None, "AutoAWQ stores zero points"
-        _awq_into(codes, scale, zero_point, scheme, target)
+        _awq_into(codes, scale, zero_point, target)
     else:
         _packed_into(codes, scale, zero_point, scheme, target)
     return target
@@ -66,15 +66,17 @@ def _packed_into(codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme
         out[band] = work.mul_(wide[band]).view(-1, columns)
 
 
-def _awq_into(codes: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme, out: Tensor) -> None:
+def _awq_into(codes: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor) -> None:
+    """A word holds eight neighbours along N. Words are turned, an eighth of the weight, and every nibble is then a plane of whole rows."""
     rows, columns = out.shape
     groups = scale.shape[0]
-    size = columns // groups
-    wide, zeros = scale.float(), unpack_awq(zero_point).float()
-    for band in _bands(columns, rows, out):
-        group = torch.arange(band.start, min(band.stop, columns), device=codes.device) // size
-        work = unpack_awq(codes[band]).float().sub_(zeros[group]).mul_(wide[group])
-        out[:, band] = work.to(out.dtype).T
+    words, wide = codes.T.contiguous(), scale.float().T.contiguous()
+    zeros = unpack_awq(zero_point).float().add_(8).T.contiguous()  # as stored: the offset of signed codes cancels
+    for place, nibble in enumerate(AWQ_REVERSE_ORDER):
+        step, shift, plane = wide[place::8], zeros[place::8], out[place::8]
+        for band in _bands(rows // 8, columns, out):
+            work = (words[band] >> (4 * nibble)).bitwise_and_(0xF).float().view(-1, groups, columns // groups)
+            plane[band] = work.sub_(shift[band, :, None]).mul_(step[band, :, None]).view(-1, columns)
 
 
 def _bands(count: int, across: int, out: Tensor) -> list[slice]:

@@ -6,7 +6,7 @@ Recomputing them instead would not give the same bits on another batch size or d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ import xxhash
 from ..checkpoint import sync_folder
 from ..checkpoint.reader import bytes_view
 from ..errors import CalibrationError, StoppedError
+from ..planning.calibration_text import WindowGroup
+from .joined import batches
 from .stream import HiddenStates, embed_source
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ class WindowView:
     def __init__(self, states: HiddenStates, start: int, stop: int) -> None:
         self._states, self._start = states, start
         self.shape: tuple[int, int, int] = (stop - start, states.shape[1], states.shape[2])
+        own = (group for group in states.groups if start <= group.start < stop)
+        self.groups = tuple(replace(group, start=group.start - start) for group in own)
         self.dtype = states.dtype
 
     def read(self, windows: slice, device: torch.device | str | None = None) -> torch.Tensor:
@@ -38,8 +42,7 @@ class WindowView:
         return self._states.read(slice(self._start + start, self._start + stop), device)
 
     def batches(self, micro_batch: int) -> Iterator[slice]:
-        for start in range(0, self.shape[0], micro_batch):
-            yield slice(start, min(start + micro_batch, self.shape[0]))
+        yield from batches(self.shape[0], micro_batch, self.groups)
 
 
 @dataclass
@@ -48,6 +51,10 @@ class Streams:
 
     source: HiddenStates
     quantized: HiddenStates
+
+    def join(self, groups: tuple[WindowGroup, ...]) -> None:
+        """From here on, attention treats some rows as one window (`joined`)."""
+        self.source.groups = self.quantized.groups = groups
 
     @classmethod
     def embedded(

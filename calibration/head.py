@@ -14,6 +14,7 @@ import torch
 
 from m3quant.calibration.ops import linear, rms_norm
 from m3quant.errors import CalibrationError
+from m3quant.planning.calibration_text import WindowGroup
 
 # Logits in flight: 2,048 tokens x 8,192 words in float32 are 64 MB; the slice's weights at hidden size 6,144, 192 MB.
 CHUNK_TOKENS = 2048
@@ -22,6 +23,8 @@ _WORDS = 8192
 
 class Windows(Protocol):
     """Hidden states [S, L, H] that can be read by window (`stream.HiddenStates`)."""
+
+    groups: tuple[WindowGroup, ...]  # rows that attention treats as one window; (): each by itself
 
     @property
     def shape(self) -> tuple[int, int, int]: ...

@@ -71,14 +71,20 @@ def mixture_sha256(parts: Sequence[Part], read: Callable[[str], Loaded] = read_s
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
-def deal(windows: int, shares: Sequence[float]) -> npt.NDArray[np.int64]:
-    """[windows] int64: the source of each window. After any n of them every source has n times its share, give or take one."""
+def deal(windows: int, shares: Sequence[float], rows: Sequence[int] | None = None) -> npt.NDArray[np.int64]:
+    """[windows] int64: the source of each window. After any n of them every source has n times its share, give or take one.
+
+    rows: how many that follow one another are to have one source, for all of them; None: every one by itself.
+    """
     taken = np.zeros(len(shares))
     wanted = np.asarray(shares)
     order = np.empty(windows, dtype=np.int64)
-    for number in range(windows):
-        order[number] = int(np.argmax(wanted * (number + 1) - taken))  # the first of equals
-        taken[order[number]] += 1
+    start = 0
+    for size in [1] * windows if rows is None else rows:
+        chosen = int(np.argmax(wanted * (start + size) - taken))  # the first of equals
+        order[start : start + size] = chosen
+        taken[chosen] += size
+        start += size
     return order
 
 
@@ -90,13 +96,16 @@ def mixed_windows(
     *,
     seed: int,
     read: Callable[[str], Loaded] = read_source,
+    rows: Sequence[int] | None = None,
 ) -> Windows:
     """Windows [n_windows, window_length] from all sources in their shares; one source gives `tokenize_windows`.
+
+    rows: as of `deal`; those that have one source are consecutive text of it.
 
     Raises:
         CalibrationError: a source that cannot be read, has too little text, or whose share is less than a window.
     """
-    order = deal(n_windows, [part.share for part in parts])
+    order = deal(n_windows, [part.share for part in parts], rows)
     counts = np.bincount(order, minlength=len(parts)).tolist()
     for part, count in zip(parts, counts, strict=True):
         if count == 0:

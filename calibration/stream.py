@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from m3quant.calibration.head import Head, head_nll
+from m3quant.calibration.joined import batches, joined, rows_at
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.ranks import ALONE, Ranks
 from m3quant.errors import CalibrationError, CheckpointError
 from m3quant.families import family_of
+from m3quant.planning.calibration_text import WindowGroup
 from m3quant.schemes import Scheme
 
 Key = TypeVar("Key")
@@ -54,6 +56,7 @@ class HiddenStates:
         self.shape: tuple[int, int, int] = (data.shape[0], data.shape[1], data.shape[2])
         self.dtype = data.dtype
         self.path: Path | None = None
+        self.groups: tuple[WindowGroup, ...] = ()  # rows that are joined to longer windows; (): none is
         self._data: torch.Tensor | None = data
         self._file = -1
 
@@ -122,9 +125,8 @@ class HiddenStates:
         self._transfer(os.pwritev, values.detach().to("cpu", self.dtype).contiguous(), start)
 
     def batches(self, micro_batch: int) -> Iterator[slice]:
-        """Slices of at most micro_batch windows that cover all of them in order."""
-        for start in range(0, self.shape[0], micro_batch):
-            yield slice(start, min(start + micro_batch, self.shape[0]))
+        """Slices of at most micro_batch windows, or of one that is longer, that cover all of them in order."""
+        yield from batches(self.shape[0], micro_batch, self.groups)
 
     def sync(self) -> None:
         """Force spilled states to the disk, so that a journal may point at them."""
@@ -268,8 +270,12 @@ def run_layer(
     share the micro-batches and all hold the same states. Raises CalibrationError if an output is not finite.
     """
     error = norm = 0.0
-    batches = states.batches(micro_batch)
-    for windows, out in ranks.each(lambda part: layer.forward(states.read(part, layer.device)), batches):
+
+    def forward(part: slice) -> torch.Tensor:
+        x = states.read(part, layer.device)
+        return layer.forward(joined(x, rows_at(states.groups, part.start))).view(x.shape)
+
+    for windows, out in ranks.each(forward, states.batches(micro_batch)):
         if not bool(torch.isfinite(out).all()):
             raise CalibrationError(
                 f"layer {layer.spec.index} gives NaN or Inf on windows {windows.start}..{windows.stop - 1}; look for "

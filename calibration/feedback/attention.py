@@ -14,6 +14,7 @@ from m3quant.calibration.feedback.moments import Moments, MomentSum, boundary
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.folds import all_groups
 from m3quant.calibration.head import Windows
+from m3quant.calibration.joined import batches, joined, rows_at
 from m3quant.calibration.layers import O_PROJ, Layer
 from m3quant.calibration.quantized_layer import StoredWeight
 from m3quant.quant.activations import round_activations
@@ -38,7 +39,7 @@ class AttentionQuantizer:
 
     def run(self) -> tuple[dict[str, StoredWeight], torch.Tensor, torch.Tensor, dict[str, Any]]:
         """(weights by name, the quantized stream and the source's after attention [T, H], log). The layer stays as it was."""
-        source_mid = torch.cat([self._after(self._read(self.x_source, part)) for part in self._slices()])
+        source_mid = torch.cat([self._after(self._read(self.x_source, part)).flatten(0, 1) for part in self._slices()])
         schemes = {**self.readers, O_PROJ: self.o_scheme}
         try:
             for activations, readers in self._by_activations().items():
@@ -46,14 +47,14 @@ class AttentionQuantizer:
             with self.layer.rounding(schemes):
                 if self.o_scheme.quantizes:
                     self._fit(self._output_moments(source_mid), {O_PROJ: self.o_scheme}, HEADS, inputs=False)
-                mid = torch.cat([self._after(self._read(self.x, part)) for part in self._slices()])
+                mid = torch.cat([self._after(self._read(self.x, part)).flatten(0, 1) for part in self._slices()])
         finally:
             for name, tensor in self.kept.items():
                 self.layer.set_weight(name, tensor)
         weights = {name: fitted.stored[0] for name, fitted in self.fitted.items()}
         verdicts = {name: fitted.verdicts[0] for name, fitted in self.fitted.items()}
         log = block_log("attention", verdicts)
-        return weights, mid.flatten(0, 1), source_mid.flatten(0, 1), log
+        return weights, mid, source_mid, log
 
     def _fit(self, moments: Moments, schemes: Mapping[str, Scheme], rule: Rule, inputs: bool) -> None:
         """Quantize these weights and put them into the layer as an engine computes with them."""
@@ -74,8 +75,7 @@ class AttentionQuantizer:
         return kinds
 
     def _slices(self) -> Iterator[slice]:
-        for start in range(0, self.x.shape[0], self.step):
-            yield slice(start, min(start + self.step, self.x.shape[0]))
+        yield from batches(self.x.shape[0], self.step, self.x.groups)
 
     def _half(self, part: slice) -> torch.Tensor | int:
         """The half of these windows' tokens; by token where both halves are in them."""
@@ -86,7 +86,8 @@ class AttentionQuantizer:
         return torch.arange(first, last, device=self.layer.device) >= self.second_half
 
     def _read(self, stream: Windows, part: slice) -> torch.Tensor:
-        return stream.read(part, self.layer.device)
+        """The hidden states of these rows as windows: [windows, tokens of one, H]."""
+        return joined(stream.read(part, self.layer.device), rows_at(self.x.groups, part.start))
 
     def _after(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.layer.attention(self.layer.attention_input(x)).to(x.dtype)
@@ -114,7 +115,8 @@ class AttentionQuantizer:
             if self.settings.source_targets or self.settings.residual:
                 # With the residual: what the whole stream lacks after attention; without: what the block's output does.
                 base = x if self.settings.residual else self._read(self.x_source, part)
-                short = source_mid[part].float() - base.float() - self.layer.output(heads, weight).float()
+                after = source_mid[part.start * self.x.shape[1] : part.stop * self.x.shape[1]].view(x.shape)
+                short = after.float() - base.float() - self.layer.output(heads, weight).float()
             heads = self.layer.read_by(O_PROJ, heads).flatten(0, 1)
             ones = torch.ones(len(heads), device=heads.device)
             total.add(heads, short.flatten(0, 1), ones, self._half(part))

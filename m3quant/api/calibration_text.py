@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import RecipeError
+from ..planning.calibration_text import run_groups
 from ..planning.plan import Plan
 from ..recipe.recipe import Recipe, with_data
 
@@ -24,6 +25,7 @@ class TextChoice:
     tokens: int | None = None
     window_length: int | None = None
     min_expert_tokens: int | None = None
+    lengths: str | None = None
 
     def laid_over(self, recipe: Recipe, strict_coverage: bool) -> Recipe:
         """The recipe with these choices. Raises RecipeError where they contradict one another or the recipe uses no text."""
@@ -33,7 +35,7 @@ class TextChoice:
                 raise RecipeError("--windows and --calibration-tokens both say how much text: give one of them.")
             length = self.window_length or recipe.data.window_length
             windows = -(-self.tokens // length)  # whole windows, and not fewer tokens than were asked for
-        given = {"windows": windows, "window_length": self.window_length, "min_expert_tokens": self.min_expert_tokens}
+        given = {"windows": windows, "window_length": self.window_length, "min_expert_tokens": self.min_expert_tokens, "lengths": self.lengths}  # fmt: skip
         changes = {key: value for key, value in given.items() if value is not None}
         if not recipe.calibrated and (changes or self.sources or strict_coverage):
             raise RecipeError(
@@ -53,4 +55,6 @@ def calibration_windows(plan: Plan, parts: Sequence[Part]) -> Windows:
 
     data = plan.recipe.data
     tokenizer = load_tokenizer(plan.checkpoint.root)
-    return mixed_windows(parts, tokenizer, data.windows + data.heldout_windows, data.window_length, seed=data.seed)
+    rows = [group.rows for group in run_groups(plan) for _ in range(group.windows)]
+    count = data.windows + data.heldout_windows
+    return mixed_windows(parts, tokenizer, count, data.window_length, seed=data.seed, rows=rows or None)

@@ -105,6 +105,7 @@ def convert(
     calibration_tokens: int | None = None,
     window_length: int | None = None,
     min_expert_tokens: int | None = None,
+    window_lengths: str | None = None,
     strict_coverage: bool = False,
     spill: bool = False,
     device: str = "auto",
@@ -119,13 +120,13 @@ def convert(
     """Quantize the checkpoint in the folder `src` into the folder `dst`. Run again after any interruption: it continues.
 
     to, recipe, settings, format, requantize: as of `plan`. calibration: sources of text, each with "=WEIGHT" if not all count
-    the same. windows (of window_length tokens) or calibration_tokens: how much. min_expert_tokens: below this an expert is
+    the same. windows (of window_length tokens) or calibration_tokens: how much. window_lengths: "one" or "mixed". min_expert_tokens: below this an expert is
     topped up, or with strict_coverage the run fails. budget ("118GB", or bytes) or node ("1xH200", with `serving`: fields of
     runtime.fit.Ask): the recipe is fitted by sensitivity, measured first where the file is not there. Raises M3QuantError
     subclasses, PackageMissing among them.
     """
     choice = RecipeChoice(to, None if recipe is None else Path(recipe), tuple(settings), format, requantize)
-    text = TextChoice(tuple(calibration), windows, calibration_tokens, window_length, min_expert_tokens)
+    text = TextChoice(tuple(calibration), windows, calibration_tokens, window_length, min_expert_tokens, window_lengths)
     how = How(device, strict_coverage, spill, engine, address)
     asked = asked_of(budget, node, serving or {}, None if sensitivity is None else Path(sensitivity), bool(choice))
     return prepare(src, dst, choice, text, how, asked, progress=progress).run(progress)

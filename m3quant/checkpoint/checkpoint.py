@@ -184,9 +184,7 @@ class Checkpoint:
 
     def rename(self, names: Mapping[str, str]) -> None:
         """From here on, call tensors by other names: stored name -> name, one to one. The files stay as they are."""
-        self.tensors = {
-            (new := names.get(name, name)): replace(info, name=new) for name, info in self.tensors.items()
-        }
+        self.tensors = {(new := names.get(name, name)): replace(info, name=new) for name, info in self.tensors.items()}
         stored, name = next(iter(names.items()))
         self.renamed = (
             f"{len(names)} tensors have names of another tree than the release's, such as '{stored}': they are read as the release's "

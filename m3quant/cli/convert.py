@@ -42,6 +42,12 @@ from .progress import BytesProgress
     "--calibration-tokens", type=TokenCount(), default=None, help="The same in tokens, for instance 786432 or 800k."
 )
 @click.option("--window-length", type=int, default=None, help="Tokens in a window.")
+@click.option(
+    "--window-lengths",
+    type=click.Choice(("one", "mixed")),
+    default=None,
+    help="mixed: join a quarter of the windows by four, and a quarter past the sparse attention's selection [one].",
+)
 @click.option("--min-expert-tokens", type=int, default=None, help="Tokens below which an expert is topped up [32].")
 @click.option(
     "--strict-coverage",
@@ -80,6 +86,7 @@ def command(
     windows: int | None,
     calibration_tokens: int | None,
     window_length: int | None,
+    window_lengths: str | None,
     min_expert_tokens: int | None,
     strict_coverage: bool,
     spill: bool,
@@ -98,7 +105,7 @@ def command(
         question.check(source=True)
     elif fail_over is not None:
         raise EvaluationError("--fail-over holds figures against limits: give --eval quick with it.")
-    text = TextChoice(corpus, windows, calibration_tokens, window_length, min_expert_tokens)
+    text = TextChoice(corpus, windows, calibration_tokens, window_length, min_expert_tokens, window_lengths)
     how = How(device, strict_coverage, spill, engine, address)
     prepared = prepare(src, dst, choice, text, how, asked, dry_run=dry_run, progress=BytesProgress)
     if dry_run:

@@ -22,6 +22,7 @@ from ..calibration.ranks import ALONE
 from ..calibration.rounding_errors import ROUNDING_ERROR, RoundingErrors
 from ..calibration.stream import Prefetcher, read_head, read_layer, run_layer
 from ..errors import CalibrationError
+from ..planning.calibration_text import run_groups
 from ..planning.layout import scale_dtype
 from ..planning.plan import PlannedTensor, Unit
 from ..planning.quantizers import facts_of
@@ -133,9 +134,13 @@ class _Layerwise:
         """Both streams as they were last saved, or embedded."""
         index = self.run.journal.last_boundary()
         if index == 1:
-            return Streams.embedded(self.reader, self.tokens, self.dtype, self.device, self.spill)
-        shape = (self.tokens.shape[0], self.tokens.shape[1], self.plan.family.hidden_size)
-        return Streams.restored(self.run.journal.boundary(index), shape, self.dtype, self.device, self.spill)
+            streams = Streams.embedded(self.reader, self.tokens, self.dtype, self.device, self.spill)
+        else:
+            shape = (self.tokens.shape[0], self.tokens.shape[1], self.plan.family.hidden_size)
+            saved = self.run.journal.boundary(index)
+            streams = Streams.restored(saved, shape, self.dtype, self.device, self.spill)
+        streams.join(run_groups(self.plan))
+        return streams
 
     def replay(self, unit: Unit, tensors: dict[str, torch.Tensor], streams: Streams) -> None:
         """Move the streams through a layer that is finished and after which they were not saved."""

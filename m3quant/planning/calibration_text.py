@@ -128,6 +128,16 @@ def window_groups(rows: int, length: int, selected: int) -> tuple[WindowGroup, .
     return tuple(group for group in groups if group.windows)
 
 
+def run_groups(plan: Plan) -> tuple[WindowGroup, ...]:
+    """The windows of a run by length, held-out ones (of one row each) last; () where all are of one length."""
+    data = plan.recipe.data
+    if data.lengths == "one":
+        return ()
+    groups = window_groups(data.windows, data.window_length, plan.family.selected_tokens)
+    held_out = (WindowGroup(data.windows, data.heldout_windows, 1),) if data.heldout_windows else ()
+    return (*groups, *held_out)
+
+
 def groups_line(groups: tuple[WindowGroup, ...], length: int) -> str:
     """For display: "64 windows of 512 tokens, 8 of 2,048 and 4 of 4,096"."""
     parts = [f"{group.windows:,} of {group.rows * length:,}" for group in groups]
@@ -141,16 +151,21 @@ def calibration_lines(plan: Plan, rates: Rates) -> list[str]:
     now, choice = described(plan, rates, data.windows * data.window_length), token_choice(plan, rates)
     width = plan.family.hidden_size
     an_expert = "an expert on average" if plan.family.moe else "an MLP"
+    own = [group for group in run_groups(plan) if group.start < data.windows]
+    shown = (
+        groups_line(tuple(own), data.window_length) if own else f"{data.windows:,} windows of {data.window_length:,}"
+    )
     lines = [
-        f"calibration text: {now.tokens:,} tokens in {data.windows:,} windows of {data.window_length:,}, and {data.heldout_windows} "
+        f"calibration text: {now.tokens:,} tokens in {shown}, and {data.heldout_windows} "
         f"windows held out; {now.rows_per_expert:,.0f} rows {an_expert}, {now.rows_per_k:.2f} times its input's {width:,}"
     ]
     if choice.tokens > now.tokens:
         selected = plan.family.selected_tokens
         groups = window_groups(choice.tokens // data.window_length, data.window_length, selected)
+        how = "" if own else f"; in mixed lengths (--window-lengths mixed) {groups_line(groups, data.window_length)}"
         lines.append(
             f"on {rates.machine} a layer is read and written in {choice.disk_seconds:.1f} s; {choice.tokens:,} tokens "
             f"({choice.rows_per_k:.1f} rows per input) are computed in {choice.compute_seconds:.1f} s: "
-            f"--calibration-tokens {choice.tokens}; in mixed lengths {groups_line(groups, data.window_length)}"
+            f"--calibration-tokens {choice.tokens}{how}"
         )
     return lines

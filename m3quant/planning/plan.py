@@ -268,7 +268,7 @@ def _scaled_extras_notes(plan: Plan) -> list[str]:
 
 def _calibration_notes(family: Family, recipe: Recipe) -> list[str]:
     covered, length = family.selected_tokens, recipe.data.window_length
-    if not recipe.calibrated or length > covered:
+    if not recipe.calibrated or length > covered or recipe.data.lengths == "mixed":
         return []
     return [
         f"calibration windows of {length} tokens never exercise block selection, which begins past {covered} tokens: the error of "

@@ -73,6 +73,14 @@ class CalibrationOptions(BaseModel):
     )  # more windows, never used for statistics: perplexity before and after
     min_expert_tokens: int = Field(default=32, ge=0)
     seed: int = 0
+    # mixed: some windows are joined with those after them (planning/calibration_text.py); held-out ones are not
+    lengths: Literal["one", "mixed"] = "one"
+
+    @model_serializer(mode="wrap")
+    def _without_one_length(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes older than `lengths` are written as they were."""
+        out: dict[str, Any] = handler(self)
+        return {key: value for key, value in out.items() if key != "lengths" or value != "one"}
 
 
 class ModelOfLayers(BaseModel):
@@ -131,6 +139,15 @@ class Recipe(BaseModel):
                 f"'calibration' out, or write '{fitting}'."
             )
         return document
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Recipe:
+        if self.data.lengths == "mixed" and self.rounding != "feedback":
+            raise RecipeError(
+                f"windows of mixed lengths go with rounding: feedback, but recipe '{self.name}' has rounding: {self.rounding}: leave "
+                "'lengths' (--window-lengths) out, or choose another rounding."
+            )
+        return self
 
     def __eq__(self, other: object) -> bool:
         """Whether both are written in the same way; which options gave a scheme does not count."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,8 +25,8 @@ class SaidLines(Silent):
         self.said.append(line)
 
 
-def interrupt(source: Path, out: Path, to: str = "int4", units: int = 2) -> None:
-    """A conversion that stopped when `units` shards were finished."""
+def interrupt(source: Path, out: Path, to: str = "int4", units: int = 2, **options: Any) -> None:
+    """A conversion that stopped when `units` shards were finished. options: as of `run_convert`."""
 
     def check(self: stopping.StopFlag) -> None:
         records = out / ".m3quant" / "units.jsonl"
@@ -34,7 +35,7 @@ def interrupt(source: Path, out: Path, to: str = "int4", units: int = 2) -> None
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(stopping.InterruptedRun):
         patch.setattr(stopping.StopFlag, "check", check)
-        run_convert(source, out, to)
+        run_convert(source, out, to, **options)
 
 
 def edit_unsampled(folder: Path, shard: str, tensor: str | None = None) -> None:

@@ -19,6 +19,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m3quant.errors import CalibrationError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -33,6 +35,7 @@ OUTPUT_CHARACTERS = 4 * 2**20
 OUTPUT_PER_INPUT_BYTE = 16
 ESCAPED_BYTES = 12  # a character outside the BMP as two \\uXXXX
 WORKER = Path(__file__).with_name("template_worker.py")
+STATUS = Path("/proc/self/statm")  # by which the worker learns of its memory, which the kernel then limits
 
 
 class TemplateError(Exception):
@@ -43,6 +46,11 @@ class Renderer:
     """The worker process, and in it a session for the template that was last asked for."""
 
     def __init__(self, cpu_seconds: float = CPU_SECONDS) -> None:
+        if not STATUS.exists():
+            raise CalibrationError(
+                "a checkpoint's chat template runs in a process whose memory Linux limits, and this system cannot: run this on Linux "
+                "(in a container, or under WSL), or give text without chats (--calibration FILE), or a recipe without text (--to int4, fp8)."
+            )
         self.cpu_seconds = cpu_seconds
         self._session: tuple[Any, dict[str, Any]] | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker

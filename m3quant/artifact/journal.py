@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import sync_folder, write_bytes_atomic
+from ..checkpoint import sync_folder, system, write_bytes_atomic
 from ..checkpoint.bounded import MANIFEST_BYTES, read_bounded
 from ..errors import OutputError, StoppedError
 from .identity import SourceIdentity, differences
@@ -87,15 +86,28 @@ class Journal:
             raise
         return journal
 
+    def check(self, facts: Mapping[str, Any], read: Mapping[str, SourceIdentity]) -> bool:
+        """Whether work was begun here that `begin` would continue. Writes nothing. Raises OutputError as `begin` does."""
+        if not (self.folder / JOB).exists():
+            return False
+        self._check_job(facts, read)
+        self.look()
+        return True
+
     @property
     def _restart(self) -> Path:
         """What to remove for a fresh start."""
         return self.output if self.folder.name == FOLDER else self.folder
 
     def _take_lock(self) -> None:
+        if (fcntl := system.file_locks()) is None:
+            raise OutputError(
+                "this system has no file locks (fcntl), which keep two processes out of one output: run this on Linux or macOS; "
+                "on Windows, plan, card, publish and pull work as they are, and everything does under WSL."
+            )
         busy = OutputError(f"{self.output} is in use by another m3quant process: wait for it, or stop it first.")
         try:
-            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            self._lock = os.open(self.folder / LOCK, system.flags("O_RDWR", "O_CREAT", "O_NOFOLLOW"), 0o666)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held, named = os.fstat(self._lock), os.stat(self.folder / LOCK)
         except FileNotFoundError:  # that process has just finished and removed its journal
@@ -185,7 +197,7 @@ class Journal:
         path = self.folder / RECORDS
         new = not path.exists()
         before = 0 if new else path.stat().st_size
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(path, system.flags("O_WRONLY", "O_APPEND", "O_CREAT", "O_NOFOLLOW"), 0o666)
         try:
             if os.write(descriptor, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

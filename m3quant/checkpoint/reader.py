@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ..errors import CheckpointError
 from .header import PREFIX_BYTES, TensorInfo, header_length
 from .links import cache_blob, link_refusal
+from .system import flags, read_at
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,7 @@ def open_file(path: Path, stamp: Stamp | None = None) -> Iterator[int]:
             raise CheckpointError(link_refusal(path))
         target = blob
     # O_NOFOLLOW: also if the file is replaced by a link between the look and the opening.
-    with _opened(path, target, os.O_NOFOLLOW) as descriptor:
+    with _opened(path, target, flags("O_NOFOLLOW")) as descriptor:
         if stamp is not None and stamp_of(os.fstat(descriptor)) != stamp:
             raise CheckpointError(f"{path} has changed since the checkpoint was opened. {_CHANGED}")
         yield descriptor
@@ -70,10 +71,10 @@ def open_followed(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def _opened(path: Path, target: Path, flags: int) -> Iterator[int]:
+def _opened(path: Path, target: Path, more: int) -> Iterator[int]:
     try:
         # O_NONBLOCK: opening a FIFO that someone named model.safetensors must fail below, not wait for a writer.
-        descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
+        descriptor = os.open(target, flags("O_RDONLY", "O_CLOEXEC", "O_NONBLOCK") | more)
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     try:
@@ -95,7 +96,8 @@ def read_header(path: Path) -> tuple[bytes, bytes, Stamp]:
     """The 8-byte length, the JSON header and the file's stamp. Raises CheckpointError."""
     with open_file(path) as descriptor:
         stamp = stamp_of(os.fstat(descriptor))
-        prefix = os.pread(descriptor, PREFIX_BYTES, 0)
+        first = bytearray(PREFIX_BYTES)
+        prefix = bytes(first[: read_at(descriptor, [memoryview(first)], 0)])
         raw = bytearray(header_length(prefix, stamp.size, str(path)))
         read_into(descriptor, [memoryview(raw)], PREFIX_BYTES, path)
         return prefix, bytes(raw), stamp
@@ -108,7 +110,7 @@ def read_into(descriptor: int, buffers: Sequence[memoryview], offset: int, path:
     """
     pending = [buffer for buffer in buffers if buffer.nbytes]
     while pending:
-        count = os.preadv(descriptor, pending, offset)
+        count = read_at(descriptor, pending, offset)
         if count <= 0:
             raise CheckpointError(f"{path} ended at byte {offset} while it was being read. {_CHANGED}")
         offset += count

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, StoppedError
 from ..running.timing import span
+from . import system
 from .header import Entry, entry_bytes, header_bytes
 from .reader import bytes_view, torch_dtype
 
@@ -60,9 +61,9 @@ class AtomicFile:
         self._descriptor = -1
         with self._refusals():
             # A leftover of a killed run is overwritten; what it held was never renamed, so nothing relies on it.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._descriptor = os.open(self.temporary, flags, 0o666)
-            if _free_bytes(folder) < size:
+            how = system.flags("O_WRONLY", "O_CREAT", "O_TRUNC", "O_CLOEXEC", "O_NOFOLLOW")
+            self._descriptor = os.open(self.temporary, how, 0o666)
+            if system.free_bytes(folder) < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write(self, data: memoryview) -> None:
@@ -75,8 +76,7 @@ class AtomicFile:
     def begin_writeback(self) -> None:
         """Have the kernel write what it holds back; errors show at the sync. May wait for the disk, not for this data."""
         if self.written - self._told >= WRITEBACK_BYTES:
-            # On Linux this starts to write dirty pages in the range, and drops none of those from the page cache.
-            os.posix_fadvise(self._descriptor, self._told, self.written - self._told, os.POSIX_FADV_DONTNEED)
+            system.start_writeback(self._descriptor, self._told, self.written - self._told)
             self._told = self.written
 
     def commit(self) -> None:
@@ -117,25 +117,16 @@ class AtomicFile:
             return OutputError(f"{target} cannot be written: {error.strerror or error}. Check the folder and the disk.")
         needed = self.size - self.written
         # A quota is reached although the disk has room, and other programs may have freed some meanwhile.
-        missing = max(needed - _free_bytes(self.folder), 1) if error.errno == errno.ENOSPC else needed
+        missing = max(needed - system.free_bytes(self.folder), 1) if error.errno == errno.ENOSPC else needed
         return StoppedError(
             f"{error.strerror}: {missing} bytes are missing to write {target} ({self.size} bytes). "
             f"What was finished is intact: free space and run the same command again."
         )
 
 
-def _free_bytes(folder: Path) -> int:
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
-
-
 def sync_folder(folder: Path) -> None:
     """Make renamed and new names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    system.sync_names(folder)
 
 
 class ShardWriter:

@@ -6,7 +6,6 @@ so a killed run continues with the layer it was in. States that are kept on the 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import deque
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from ..artifact.reread import states_digest
 from ..calibration.boundary import disk_errors
 from ..calibration.stream import HiddenStates
 from ..checkpoint import sync_folder
+from ..checkpoint.system import free_memory
 from ..errors import CalibrationError, EvaluationError, StoppedError
 
 PLACES = ("auto", "device", "host", "disk")
@@ -193,14 +193,3 @@ def _gigabytes(count: int) -> str:
 
 def _free_device(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
-
-
-def free_memory() -> int:
-    """Bytes of host memory that can be had without swapping (Linux's MemAvailable, or the free pages elsewhere)."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

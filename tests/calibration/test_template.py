@@ -86,3 +86,9 @@ def test_tokenizer_files_of_gigabytes_are_not_read(name: str, tmp_path: Path) ->
     hostile.sparse(tmp_path / name, 3 * 2**30, b"{}")
     with pytest.raises(CalibrationError, match=rf"{name} has 3,221,225,472 bytes, more than"):
         load_tokenizer(tmp_path)
+
+
+def test_a_system_that_limits_no_memory_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(template, "STATUS", tmp_path / "absent")
+    with pytest.raises(CalibrationError, match=r"run this on Linux .*--calibration FILE"):
+        Renderer()

@@ -1,6 +1,6 @@
 """Forks a child for every job that comes as a line of JSON on stdin (see client.py).
 
-Jobs: {"cli": [ARGUMENT, ...]} runs the m3quant command; {"upload": FOLDER, "repo": ..., options} runs `upload` on the files
+Jobs: {"cli": [ARGUMENT, ...]} runs the m3quant command, with "system" as on another system (other_system.py); {"upload": FOLDER, "repo": ..., options} runs `upload` on the files
 of a folder, without the gates of the command.
 """
 
@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import os
+import runpy
 import sys
 import time
 from pathlib import Path
@@ -57,6 +58,8 @@ def child(job: dict[str, Any]) -> None:
     time.sleep = sleep
     from m3quant import cli
 
+    if "system" in job:
+        runpy.run_path(str(Path(__file__).parents[1] / "other_system.py"))["become"](job["system"])
     if "upload" in job:
 
         def run(**_: object) -> None:

@@ -37,6 +37,12 @@ BUNDLED_NAME = "bundled corpus"
 BUNDLED_SPEC = "bundled"
 # About 16 million tokens, over a hundred times what a calibration uses: a folder or dataset is read no further.
 MAX_CHARACTERS = 64 * 2**20
+# Public sets by the names that `eval --data` has too; there it is their test split that is measured, here the one to learn from.
+PUBLIC = {
+    "wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1:train",
+    "wikitext-2-documents": "EleutherAI/wikitext_document_level:wikitext-2-raw-v1:train",
+    "pg19": "deepmind/pg19::train",
+}
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[^:]*))?(?::(?P<split>.+))?")
 
 
@@ -65,7 +71,8 @@ def read_source(spec: str | None, *, max_characters: int = MAX_CHARACTERS) -> Lo
     Args:
         spec: None or "bundled" for the bundled corpus; a file (JSON lines, JSON, CSV, TSV or Parquet in a form of
             `dialects`, plain text or source code; .gz too); a folder of those; or a dataset on the Hub,
-            "org/name[:config][:split]" ("org/name::validation" names only the split; the default split is train).
+            "org/name[:config][:split]" ("org/name::validation" names only the split; the default split is train), or one of
+            PUBLIC by its short name.
         max_characters: reading stops after this many.
 
     Raises:
@@ -81,11 +88,11 @@ def read_source(spec: str | None, *, max_characters: int = MAX_CHARACTERS) -> Lo
         return _at_most(read_folder(path, skipped), skipped, max_characters, spec, path.name)
     if path.is_file():
         return _at_most(read_file(path, skipped), skipped, max_characters, spec, path.name)
-    hub = HUB_ID.fullmatch(spec)
+    hub = HUB_ID.fullmatch(PUBLIC.get(spec, spec))
     if hub is None or kind_of_file(path) is not None:
         raise CalibrationError(
-            f"Calibration data {spec!r}: no such file or folder, and not a Hub dataset id (org/name[:config][:split]); "
-            f"check the path."
+            f"Calibration data {spec!r}: no such file or folder, not a Hub dataset id (org/name[:config][:split]), and none of "
+            f"bundled, {', '.join(PUBLIC)}; check the path."
         )
     split = hub["split"] or "train"
     return _at_most(_hub(hub["name"], hub["config"] or None, split, skipped), skipped, max_characters, spec, spec)

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 
 from m3quant.calibration.dialects import FIELDS, KNOWN, parse_record
 from m3quant.calibration.documents import Document, EmptyRecord, OddRecord, Skipped
+from m3quant.calibration.parquet import parquet_rows
 from m3quant.errors import CalibrationError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ PARQUET = ".parquet"
 READABLE = "JSONL, JSON, CSV, TSV, Parquet, plain text or source code (.gz too, except Parquet)"
 # One document or one record; about 16 million tokens, over ten times what a calibration uses.
 MAX_RECORD_BYTES = 64 * 2**20
+MAX_COLUMNS = 10_000
 # UTF-32's mark begins with UTF-16's, so it is looked for first.
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
@@ -64,7 +66,7 @@ def read_file(path: Path, skipped: Skipped) -> Iterator[Document]:
         if path.stat().st_size == 0:
             raise CalibrationError(f"{path} is empty; give a file with text.")
         if kind == "parquet":
-            yield from _documents(_parquet(path), skipped)
+            yield from _documents(parquet_rows(path, MAX_RECORD_BYTES), skipped)
             return
         with _open(path) as stream:
             lines = _lines(path, stream)
@@ -235,11 +237,29 @@ def _table(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, object]]:
         raise CalibrationError(
             f"{path}: its first line, {header.strip()[:200]!r}, names no column that we read; it needs a header line with {FIELDS}."
         )
+    if len(columns) > MAX_COLUMNS:
+        raise CalibrationError(
+            f"{path} has {len(columns):,} columns, no table of text has more than {MAX_COLUMNS:,}; check the file."
+        )
     before = csv.field_size_limit(MAX_RECORD_BYTES)  # its default, 128 KiB, is less than many documents
+    size = 0
+
+    def counted() -> Iterator[str]:
+        """The lines of one row: a quote that does not close takes in all that follow."""
+        nonlocal size
+        for line in lines:
+            size += len(line)
+            if size > MAX_RECORD_BYTES:
+                raise CalibrationError(
+                    f"{path}, row {number} has more than {MAX_RECORD_BYTES // 2**20} MiB: a quote does not close, or one document is "
+                    "that large; give one document a row."
+                )
+            yield line
+
     try:
-        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        rows = csv.reader(counted(), delimiter=delimiter, strict=True)
         for number in itertools.count(1):
-            where = f"{path}, row {number}"
+            where, size = f"{path}, row {number}", 0
             try:
                 row = next(rows, None)
             except csv.Error as error:  # a quote that does not close, or one in the middle of a cell
@@ -253,37 +273,6 @@ def _table(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, object]]:
                 yield where, {name: cell or None for name, cell in zip(columns, row, strict=False)}
     finally:
         csv.field_size_limit(before)
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise CalibrationError(
-            f"{path}: reading Parquet needs pyarrow; install it with pip install 'm3quant[data]'."
-        ) from error
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        columns = table.schema_arrow.names
-        if not KNOWN & set(columns):
-            raise CalibrationError(f"{path} has the columns {', '.join(columns)}; it needs {FIELDS}.")
-        number = 0
-        for batch in table.iter_batches(batch_size=256):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", {name: _without_nulls(cell) for name, cell in record.items()}
-    except pyarrow.ArrowException as error:
-        raise CalibrationError(f"{path} is not a readable Parquet file: {error}; fetch or write it again.") from error
-    if not number:
-        raise CalibrationError(f"{path} has no rows; give a file with text.")
-
-
-def _without_nulls(value: Any) -> Any:
-    """Parquet gives every struct the fields of all: those of others are null, in arguments of tool calls too."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def read_folder(folder: Path, skipped: Skipped) -> Iterator[Document]:

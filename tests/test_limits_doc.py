@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from m3quant.calibration import files, template, tokenizing
+from m3quant.calibration import files, parquet, parquet_worker, template, tokenizing
 from m3quant.checkpoint import bounded, header, patterns
 from m3quant.cli import fitting
 from m3quant.evaluate import openai_server
@@ -38,6 +38,9 @@ def test_the_bounds_of_programs_are_the_codes() -> None:
         f"{template.MEMORY_PER_INPUT_BYTE} bytes for each byte of the record",
         f"may write {template.OUTPUT_CHARACTERS // 2**20} Mi characters and {template.OUTPUT_PER_INPUT_BYTE} for each byte",
         f"at most {tokenizing.MOST_GROWTH:g} characters of one",
+        f"with {parquet.MEMORY_BYTES // 2**30} GiB of memory beyond what pyarrow takes and {parquet.CPU_SECONDS} s of processor time",
+        f"may be {parquet_worker.SCHEMA_DEPTH} levels deep",
+        f"at most {files.MAX_COLUMNS:,} columns",
         f"have {patterns.SECONDS:g} s for all names together",
     ):
         assert said in " ".join(TEXT.split()), said

@@ -286,3 +286,13 @@ def test_records_that_the_template_refuses_are_left_out_and_counted() -> None:
     )
     with pytest.raises(CalibrationError, match="line 3: the tokenizer's chat template refuses"):
         tokenize_windows([odd], tokenizer, 2, 16, seed=0)
+
+
+def test_calibration_and_evaluation_take_the_same_names() -> None:
+    from m3quant.calibration.corpus import HUB_ID, PUBLIC
+    from m3quant.evaluate import texts
+
+    assert set(PUBLIC) == set(texts.PUBLIC)
+    for name, spec in PUBLIC.items():
+        learnt, measured = HUB_ID.fullmatch(spec), texts.PUBLIC[name]
+        assert learnt and learnt["name"] == measured[0] and learnt["split"] == "train" and measured[2] == "test"

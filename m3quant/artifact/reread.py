@@ -15,7 +15,7 @@ import xxhash
 from ..checkpoint import Checkpoint, TensorInfo
 from ..checkpoint.content import ReadDigests
 from ..errors import OutputError
-from ..planning.plan import Unit
+from ..planning.unit import Unit
 from ..running.stopping import StopFlag
 
 THREADS = 8

@@ -12,7 +12,7 @@ import torch
 
 from ..calibration.layers import Layer
 from ..calibration.spec import LayerSpec, layer_shapes
-from ..planning.plan import Unit
+from ..planning.unit import Unit
 
 PIECE_BYTES = 32 * 2**20  # torch pins whole powers of two; what `expert_stacks` copies at once fits one of these
 PAUSE_SECONDS = 0.003  # enough for the copies of two buffers; pinning a piece takes 15 ms

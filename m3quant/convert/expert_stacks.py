@@ -10,7 +10,7 @@ from torch import Tensor
 from ..calibration.layers import LayerTensors
 from ..calibration.quantized_layer import QuantizedLayer, StoredWeight
 from ..calibration.rounding_errors import RoundingErrors
-from ..planning.plan import PlannedTensor
+from ..planning.unit import PlannedTensor
 from ..quant.formats import pack
 
 _ELEMENTS = 1 << 26  # weights packed at once; each costs about 20 bytes of scratch

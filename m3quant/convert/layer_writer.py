@@ -17,7 +17,7 @@ import torch
 
 from ..artifact.journal import Journal
 from ..calibration.boundary import Streams, drop_other
-from ..planning.plan import Unit
+from ..planning.unit import Unit
 from ..running.timing import span
 from .units import UnitWriter, shard_facts
 

@@ -42,7 +42,7 @@ from ..planning.batches import (
     staged_parts,
 )
 from ..planning.engine_kept import PASSED_THROUGH
-from ..planning.plan import Unit
+from ..planning.unit import Unit
 from ..quant.dead_experts import without_dead
 from ..quant.fused import compress_into
 from ..quant.integer import ensure_finite

@@ -17,7 +17,8 @@ from ..calibration.ranks import Ranks
 from ..calibration.stream import run_layer
 from ..checkpoint.header import parse_header
 from ..checkpoint.reader import read_header, read_tensors
-from ..planning.plan import Plan, PlannedTensor, Unit
+from ..planning.plan import Plan
+from ..planning.unit import PlannedTensor, Unit
 from ..quant.formats import decompress
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checkpoint import ShardRecord, ShardWriter
 from ..planning.engine_kept import PASSED_THROUGH
-from ..planning.plan import SHARD_METADATA, PlannedTensor, Unit
+from ..planning.unit import SHARD_METADATA, PlannedTensor, Unit
 from ..quant.dead_experts import without_dead
 from ..quant.formats import compress
 from ..quant.integer import ensure_finite

@@ -15,10 +15,10 @@ from ..checkpoint import Checkpoint, TensorInfo
 from ..checkpoint.bounded import TOKENIZER_BYTES, read_bounded
 from ..errors import EvaluationError
 from ..families import Family, family_of
-from ..planning.plan import nbytes
 from ..planning.source_format import source_format
 from ..planning.source_layouts import FP8_BLOCK, FP8_CHANNEL
 from ..planning.source_tensors import check_complete
+from ..planning.unit import nbytes
 from ..quant.reading import ConvertedReader, SourceReader
 from ..schemes import Scheme
 

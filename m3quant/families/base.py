@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -220,13 +220,17 @@ class Family(ABC):
     @cached_property
     def expected_tensors(self) -> dict[str, Expected]:
         """Every tensor that config.json promises, by on-disk name."""
+        return self.expected_of(self.layers)
+
+    def expected_of(self, layers: Iterable[LayerSpec]) -> dict[str, Expected]:
+        """The tensors of these layers, and those that belong to no layer."""
         out = {
             self.embedding_name: Expected((self.vocab_size, self.hidden_size)),
             self.final_norm_name: Expected((self.hidden_size,)),
         }
         if not self.tied:
             out[self.head_name] = Expected((self.vocab_size, self.hidden_size))
-        for spec in self.layers:
+        for spec in layers:
             prefix = self.layer_prefix(spec.index)
             out |= {f"{prefix}{name}": tensor.expected for name, tensor in layer_tensors(spec).items()}
         return out | self.other_tensors()
@@ -303,8 +307,15 @@ class Family(ABC):
 
     # --- what engines call things ---
 
-    def engine_modules(self) -> Iterator[EngineModule]:
+    def engine_modules(self) -> tuple[EngineModule, ...]:
         """The modules that vLLM builds of the quantizable weights, in layer order."""
+        return self._engine_modules
+
+    @cached_property
+    def _engine_modules(self) -> tuple[EngineModule, ...]:
+        return tuple(self._list_engine_modules())
+
+    def _list_engine_modules(self) -> Iterator[EngineModule]:
         for spec in self.layers:
             prefix = self.layer_prefix(spec.index)
             attention = f"{prefix}self_attn."

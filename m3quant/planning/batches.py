@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint import DTYPE_BYTES, TensorInfo, torch_dtype
 from .layout import one_pass
-from .plan import OutputTensor, PlannedTensor, Unit, nbytes
 from .source_layouts import PLAIN
+from .unit import OutputTensor, PlannedTensor, Unit, nbytes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,8 +15,9 @@ from ..errors import PlanError
 from ..families import Family
 from ..schemes import Scheme, parse_scheme
 from .layout import stored_bytes, tensors_of
-from .plan import OutputTensor, Plan, PlannedTensor, Unit
+from .plan import Plan
 from .sensitivity import ROLES
+from .unit import OutputTensor, PlannedTensor, Unit
 
 # What is tried where nothing was measured. Zero points at 2, 3 and 5 bits: one vLLM release
 # unpacks symmetric experts of these widths while it loads them (engines/vllm). Symmetric at 4, 6 and 8: the kernels
@@ -107,10 +108,10 @@ def layer_choices(plan: Plan, candidates: Mapping[str, Sequence[str]]) -> Choice
 
     candidates: by role, scheme names. Raises PlanError where a layer's shapes allow none of a role's candidates.
     """
-    made: dict[object, tuple[list[LayerChoice], dict[str, list[str]]]] = {}
+    made: dict[int, tuple[list[LayerChoice], dict[str, list[str]]]] = {}
     layers, allowed, refused = [], [], dict[tuple[str, str], str]()
     for unit in plan.units[1:]:
-        key = _kind(plan, unit)
+        key = id(unit.like or unit)
         if key not in made:
             own = _allowed(plan, unit, candidates, refused)
             made[key] = list(_choices(unit, own, plan.recipe.format)), own
@@ -127,13 +128,6 @@ def stored_as(tensor: PlannedTensor, scheme: Scheme, fmt: str) -> PlannedTensor:
         for suffix, (dtype, shape) in tensors_of(tensor.source.shape, scheme, fmt, tensor.role.joined).items()
     )
     return replace(tensor, action="quantize", scheme=scheme, outputs=outputs)
-
-
-def _kind(plan: Plan, unit: Unit) -> object:
-    assert unit.layer is not None
-    prefix = plan.family.layer_prefix(unit.layer)
-    shapes = tuple((t.name.removeprefix(prefix), t.source.shape, t.source.info.dtype) for t in unit.tensors)
-    return len(prefix), len(unit.shard), shapes
 
 
 def _allowed(
@@ -166,7 +160,7 @@ def _choices(unit: Unit, allowed: Mapping[str, Sequence[str]], fmt: str) -> Iter
 
     def stored(schemes: Mapping[str, str]) -> Unit:
         changed = {name: tensor for item in schemes.items() for name, tensor in part(*item).items()}
-        return replace(unit, tensors=tuple(changed.get(t.name, t) for t in unit.tensors))
+        return replace(unit, tensors=tuple(changed.get(t.name, t) for t in unit.tensors), like=None)
 
     for combination in itertools.product(*allowed.values()):
         schemes = dict(zip(allowed, combination, strict=True))
@@ -175,5 +169,4 @@ def _choices(unit: Unit, allowed: Mapping[str, Sequence[str]], fmt: str) -> Iter
 
 def unit_bytes(unit: Unit) -> int:
     """Bytes of a unit's shard and of its lines in the index."""
-    line = len('    "": "",\n') + len(unit.shard)
-    return unit.bytes_out + sum(line + len(o.name) for t in unit.tensors for o in t.outputs)
+    return unit.bytes_out + unit.index_bytes

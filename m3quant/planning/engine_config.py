@@ -70,7 +70,12 @@ def _compressed_tensors(recipe: Recipe, family: Family, modules: Mapping[str, Sc
 def _layers(family: Family, modules: Mapping[str, Scheme]) -> dict[str, dict[Scheme, list[int]]]:
     """role -> scheme -> the layers whose modules of the role have it."""
     found: dict[str, dict[Scheme, set[int]]] = {}
+    seen: set[tuple[str, int]] = set()
     for module, scheme in modules.items():
+        layer, experts, _ = module.partition(".experts.")
+        if experts and (layer, id(scheme)) in seen:
+            continue  # all experts of a layer have one role
+        seen.add((layer, id(scheme)))
         role = family.role(f"{module}.weight")
         if role.layer is not None:
             found.setdefault(role.kind, {}).setdefault(scheme, set()).add(role.layer)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
 
-from ..checkpoint import DTYPE_BYTES, Checkpoint, Entry, TensorInfo, aligned_order, entry_bytes, file_size
+from ..checkpoint import Checkpoint, TensorInfo
 from ..checkpoint.listing import DRAFT_FOLDERS
 from ..engines.rules import activation_notes, check_family_format, integer_notes, lookup_problems, zero_point_notes
 from ..errors import PlanError
 from ..families import KEPT, QUANTIZABLE, Family, Role, family_of
-from ..families.spec import is_index
 from ..recipe.layer_ranges import show_layers
 from ..recipe.recipe import Recipe, for_family, split_layers
 from ..schemes import FP8_BLOCK, KEEP, Scheme
@@ -31,91 +31,14 @@ from .native import native_section
 from .source_format import HF_QUANT_CONFIG, requantize_problem
 from .source_layouts import FOUR_BIT, PLAIN, WORDS, SourceTensor
 from .source_layouts import FP8_BLOCK as FP8_BLOCK_SOURCE
-from .source_tensors import check_complete, source_tensors
-
-T = TypeVar("T")
+from .source_units import Deferred, SourceUnit, SourceUnits, source_units
+from .unit import OutputTensor, PlannedTensor, Unit, nbytes
 
 WARNING = "WARNING: "  # what a note begins with that nobody may overlook
-SHARD_METADATA = {"format": "pt"}  # transformers refuses shards without it
 RECIPE_FILE = "recipe.yaml"
 INDEX_FILE = "model.safetensors.index.json"
 # Files that describe the source and would be wrong of the output, which has or gets its own.
 REPLACED_FILES = (RECIPE_FILE, "m3quant.json", "eval.json", "SHA256SUMS", HF_QUANT_CONFIG)
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """One tensor to be written: safetensors dtype code and shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """What happens to one source tensor.
-
-    action: "copy" (byte for byte), "dequantize" (quantized source kept: BF16 out), or "quantize" to `scheme`.
-    """
-
-    source: SourceTensor
-    role: Role
-    action: str
-    scheme: Scheme
-    reason: str
-    outputs: tuple[OutputTensor, ...]
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def module(self) -> str:
-        return self.name.removesuffix(".weight")
-
-    @property
-    def read(self) -> tuple[TensorInfo, ...]:
-        """What is read of the source: all that it stores of a tensor that is copied, else what its values need."""
-        return self.source.stored if self.action == "copy" else self.source.parts
-
-    def parts(self, stored: Mapping[str, T]) -> dict[str, T]:
-        """This tensor's own of `stored`, by suffix, as `quant.formats.decompress` takes them."""
-        return {o.name.removeprefix(f"{self.module}."): stored[o.name] for o in self.outputs}
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One shard of the output and one step of the conversion. layer is None for unit 0."""
-
-    index: int
-    layer: int | None
-    shard: str
-    tensors: tuple[PlannedTensor, ...]
-
-    @cached_property
-    def entries(self) -> list[Entry]:
-        """What the shard's header lists, in file order: source order, unless a tensor would start unaligned, which
-        safetensors' torch reader refuses (odd sizes only)."""
-        entries: list[Entry] = [(o.name, o.dtype, o.shape) for t in self.tensors for o in t.outputs]
-        offset = 0
-        for entry in entries:
-            if offset % DTYPE_BYTES[entry[1]]:
-                return aligned_order(entries)
-            offset += entry_bytes(entry)
-        return entries
-
-    @property
-    def bytes_in(self) -> int:
-        return sum(t.source.stored_bytes for t in self.tensors)
-
-    @cached_property
-    def bytes_out(self) -> int:
-        return file_size(self.entries, SHARD_METADATA)
-
-    @property
-    def label(self) -> str:
-        return "embeddings, head and the rest" if self.layer is None else f"layer {self.layer}"
 
 
 @dataclass
@@ -133,6 +56,16 @@ class Plan:
     def tensors(self) -> Iterable[PlannedTensor]:
         return (t for unit in self.units for t in unit.tensors)
 
+    @cached_property
+    def kinds(self) -> list[tuple[Unit, int]]:
+        """One unit of each kind, in order, and how many there are of it."""
+        firsts = [unit.like or unit for unit in self.units]
+        counts = Counter(map(id, firsts))
+        return [(first, counts[key]) for key, first in {id(first): first for first in firsts}.items()]
+
+    def prefix(self, unit: Unit) -> str:
+        return "" if unit.layer is None else self.family.layer_prefix(unit.layer)
+
     @property
     def sources(self) -> dict[str, SourceTensor]:
         """Every source tensor by name, as planned."""
@@ -141,7 +74,16 @@ class Plan:
     @cached_property
     def modules(self) -> dict[str, Scheme]:
         """on-disk module -> scheme, for every weight of a quantizable role."""
-        return {t.module: t.scheme for t in self.tensors if t.role.kind in QUANTIZABLE and t.role.is_weight}
+        out: dict[str, Scheme] = {}
+        weights: dict[int, list[tuple[str, Scheme]]] = {}
+        for unit in self.units:
+            first = unit.like or unit
+            before, after = self.prefix(first), self.prefix(unit)
+            if id(first) not in weights:
+                own = (t for t in first.tensors if t.role.kind in QUANTIZABLE and t.role.is_weight)
+                weights[id(first)] = [(t.module[len(before) :], t.scheme) for t in own]
+            out |= {f"{after}{rest}": scheme for rest, scheme in weights[id(first)]}
+        return out
 
     @cached_property
     def config_bytes(self) -> bytes:
@@ -160,7 +102,13 @@ class Plan:
     @cached_property
     def tensor_bytes(self) -> int:
         """Bytes of all output tensors, without headers."""
-        return sum(nbytes(o) for t in self.tensors for o in t.outputs)
+        return sum(unit.tensor_bytes for unit in self.units)
+
+    @cached_property
+    def index_size(self) -> int:
+        """Bytes of `index_bytes`, without making it."""
+        empty = json.dumps({"metadata": {"total_size": self.tensor_bytes}, "weight_map": {}}, indent=2)
+        return len(empty) + len("\n  ") + sum(unit.index_bytes for unit in self.units) - len(",") + len("\n")
 
     @cached_property
     def copied_files(self) -> list[str]:
@@ -170,7 +118,7 @@ class Plan:
     @cached_property
     def output_bytes(self) -> int:
         """Exact size of the finished checkpoint: shards, index, config, recipe and carried files (not m3quant's own manifest, eval.json and report)."""
-        own = len(self.config_bytes) + len(self.index_bytes) + len(self.recipe.dump().encode())
+        own = len(self.config_bytes) + self.index_size + len(self.recipe.dump().encode())
         carried = sum(self.checkpoint.file_size(f) for f in self.copied_files)
         return sum(unit.bytes_out for unit in self.units) + own + carried
 
@@ -197,39 +145,30 @@ def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def nbytes(tensor: OutputTensor) -> int:
-    """Bytes of one output tensor."""
-    return entry_bytes((tensor.name, tensor.dtype, tensor.shape))
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, source: SourceUnits | None = None) -> Plan:
+    """Plan the conversion. Raises CheckpointError or PlanError, with the tensor and the remedy, for whatever would fail later.
 
-
-def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
-    """Plan the conversion. Raises CheckpointError or PlanError, with the tensor and the remedy, for whatever would fail later."""
-    family = family_of(checkpoint.config, f"{checkpoint.root}/config.json")
+    source: of the checkpoint, where several recipes are planned for one.
+    """
+    family = source.family if source else family_of(checkpoint.config, f"{checkpoint.root}/config.json")
     recipe, recipe_notes = for_family(recipe, family)
     _check_roles(recipe, family)
     check_format(recipe, family)
     check_family_format(family, recipe.format)
-    tensors = source_tensors(checkpoint)
-    problem = requantize_problem(checkpoint.root, {t.kind for t in tensors.values()})
+    source = source or source_units(checkpoint)
+    problem = requantize_problem(checkpoint.root, {t.kind for unit, _ in source.kinds for t, _ in unit.tensors})
     if problem and not recipe.requantize:
         raise PlanError(problem)
     if recipe.requantize and not problem:
         recipe = recipe.model_copy(update={"requantize": False})  # nothing to take: the output is what it is without
-    notes = [*checkpoint.warnings, *recipe_notes, *check_complete(checkpoint, family, tensors)]
-    notes += _calibration_notes(family, recipe) + _source_notes(checkpoint, {} if recipe.native else tensors)
-    layers = family.num_layers
-    by_unit: list[list[PlannedTensor]] = [[] for _ in range(layers + 1)]
-    for name in sorted(tensors, key=_natural):
-        role = family.role(name)
-        by_unit[0 if role.layer is None else role.layer + 1].append(_plan_tensor(tensors[name], role, recipe))
-    units = [
-        Unit(i, None if i == 0 else i - 1, f"model-{i + 1:05d}-of-{layers + 1:05d}.safetensors", tuple(group))
-        for i, group in enumerate(by_unit)
-    ]
+    notes = [*checkpoint.warnings, *recipe_notes, *source.notes]
+    notes += _calibration_notes(family, recipe) + _source_notes(checkpoint, None if recipe.native else source)
+    units = _plan_units(source, recipe)
     plan = Plan(checkpoint, family, recipe, units, None, notes)
     _check_layers(recipe, units)
     if recipe.native:
-        plan.quantization = native_section(family, tensors)
+        native_section(family, {t.name: t for unit, _ in source.kinds for t, _ in unit.tensors})  # refuses most sources
+        plan.quantization = native_section(family, {t.name: t for unit in source.units for t, _ in unit.tensors})
         plan.notes.append(NATIVE_NOTE)
         return plan
     schemes = {kind: role_schemes(plan, kind) for kind in QUANTIZABLE}
@@ -238,32 +177,86 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     plan.notes += integer_notes(schemes["routed_experts"], others)
     plan.notes += zero_point_notes(schemes["routed_experts"], recipe.format)
     if any(scheme.quantizes for scheme in plan.modules.values()):
-        stored = (
-            TensorInfo(o.name, o.dtype, o.shape, "", 0, 0)
-            for t in plan.tensors
-            if not t.scheme.quantizes
-            for o in t.outputs
-        )
-        kept = kept_linears(family, stored, recipe.format)
+        kept = kept_linears(family, _unquantized_outputs(plan), recipe.format)
         plan.quantization = quantization_config(recipe, family, plan.modules, kept)
         plan.notes += _scaled_extras_notes(plan)
         _check_engine_rules(plan)
-    elif all(t.action == "copy" for t in plan.tensors):
+    elif all(t.action == "copy" for unit, _ in plan.kinds for t in unit.tensors):
         raise PlanError(
             "the recipe quantizes nothing in this checkpoint: give at least one role a scheme, e.g. --set routed_experts=int4-g128."
         )
     return plan
 
 
+def shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _plan_units(source: SourceUnits, recipe: Recipe) -> list[Unit]:
+    """The units, of which those are alike that are alike in the source and get the same schemes."""
+    first: dict[object, Unit] = {}
+    units: list[Unit] = []
+    for index, own in enumerate(source.units):
+        kind = own.like, *(recipe.scheme(role, own.layer) for role in QUANTIZABLE)
+        if own.like == index:
+            unit = first[kind] = Unit(
+                index, own.layer, shard_name(index, len(source.units)), _plan_tensors(own, recipe)
+            )
+        else:
+            if kind not in first:
+                first[kind] = _first_of_kind(source, own, recipe)
+            like = first[kind]
+            listed = Deferred(len(like.tensors), partial(_plan_tensors, own, recipe))
+            unit = Unit(index, own.layer, shard_name(index, len(source.units)), listed, like)
+        units.append(unit)
+    return units
+
+
+def _first_of_kind(source: SourceUnits, unit: SourceUnit, recipe: Recipe) -> Unit:
+    """The first layer of the same tensors, planned in the schemes of this one, which differ from its own. It is part of no plan."""
+    shown = source.units[unit.like]
+    try:
+        tensors = tuple(_plan_tensor(tensor, replace(role, layer=unit.layer), recipe) for tensor, role in shown.tensors)
+    except PlanError:
+        _plan_tensors(unit, recipe)  # the same refusal, with the names of this layer
+        raise
+    return Unit(unit.like, shown.layer, shard_name(unit.like, len(source.units)), tensors)
+
+
+def _plan_tensors(unit: SourceUnit, recipe: Recipe) -> tuple[PlannedTensor, ...]:
+    return tuple(_plan_tensor(source, role, recipe) for source, role in unit.tensors)
+
+
+def _unquantized_outputs(plan: Plan) -> Iterator[TensorInfo]:
+    """What is stored without a scheme of the recipe's."""
+    for unit in plan.units:
+        first = unit.like or unit
+        before, after = plan.prefix(first), plan.prefix(unit)
+        for tensor in first.tensors:
+            if not tensor.scheme.quantizes:
+                for output in tensor.outputs:
+                    name = f"{after}{output.name[len(before) :]}"
+                    yield TensorInfo(name, output.dtype, output.shape, "", 0, 0)
+
+
 def _scaled_extras_notes(plan: Plan) -> list[str]:
     """Passed-through FP8 weights lie in the output with scales that its quantization_config has no word for."""
-    scaled = [t.name for t in plan.tensors if t.role.kind in PASSED_THROUGH and t.source.scale]
+    having = [unit for unit in plan.units if _has_scaled_extras(unit.like or unit)]
+    scaled = [t.name for unit in having for t in unit.tensors if _is_scaled_extra(t)]
     if not scaled or plan.recipe.format == "fp8":
         return []
     return [
         f"{len(scaled)} passed-through weights are quantized in the source and are copied with their scales, first {scaled[0]}: engines skip them, "
         "and one that builds them from this checkpoint would read the codes without the scales"
     ]
+
+
+def _has_scaled_extras(unit: Unit) -> bool:
+    return any(map(_is_scaled_extra, unit.tensors))
+
+
+def _is_scaled_extra(tensor: PlannedTensor) -> bool:
+    return tensor.role.kind in PASSED_THROUGH and tensor.source.scale is not None
 
 
 def _calibration_notes(family: Family, recipe: Recipe) -> list[str]:
@@ -276,23 +269,24 @@ def _calibration_notes(family: Family, recipe: Recipe) -> list[str]:
     ]
 
 
-def _source_notes(checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor]) -> list[str]:
-    """What a source's own precision, its scales of activations and a draft beside it mean for the output."""
-    notes, kinds = [], sorted({t.kind for t in tensors.values()} & set(FOUR_BIT))
+def _source_notes(checkpoint: Checkpoint, source: SourceUnits | None) -> list[str]:
+    """What a source's own precision, its scales of activations and a draft beside it mean for the output. source: None where all of it stays."""
+    tensors = [(t, count) for unit, count in source.kinds for t, _ in unit.tensors] if source else []
+    notes, kinds = [], sorted({t.kind for t, _ in tensors} & set(FOUR_BIT))
     if kinds:
         notes.append(
             f"the source holds {' and '.join(WORDS[kind] for kind in kinds)}: its rounding is in every output beside the output's own, and "
             "figures against the source do not show it; where there is a BF16 release, start from that"
         )
-    if integers := integers_among(t.kind for t in tensors.values()):
-        quantized = [t for t in tensors.values() if t.kind in integers]
-        share = sum(t.numel for t in quantized) / sum(t.numel for t in tensors.values())
+    if integers := integers_among(t.kind for t, _ in tensors):
+        quantized = sum(t.numel * count for t, count in tensors if t.kind in integers)
+        share = quantized / sum(t.numel * count for t, count in tensors)
         notes.append(
             f"{WARNING}the source is itself quantized, {share:.0%} of its weights to {' and '.join(map(words_of, integers))}: every output has "
             "its rounding error and the output's own on top of it, and figures against the source show only the second; start from the BF16 "
             "or FP8 release wherever there is one"
         )
-    if unread := sum(len(t.unread) for t in tensors.values()):
+    if unread := sum(len(t.unread) * count for t, count in tensors):
         notes.append(
             f"{unread} scales of activations in the source are left out: no weight needs them, and the output has its own scheme"
         )
@@ -306,11 +300,6 @@ def _source_notes(checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor]) -
     return notes
 
 
-def _natural(name: str) -> list[Any]:
-    """Sort key that puts layer 10 after layer 9."""
-    return [(0, int(part), "") if is_index(part) else (1, 0, part) for part in name.split(".")]
-
-
 def _check_roles(recipe: Recipe, family: Family) -> None:
     if recipe.rounding == "awq" and not any(
         scheme.kind == "int" for r in QUANTIZABLE if r in family.targets for scheme in recipe.schemes_of(r)
@@ -322,7 +311,11 @@ def _check_roles(recipe: Recipe, family: Family) -> None:
 
 def _check_layers(recipe: Recipe, units: list[Unit]) -> None:
     """Raise PlanError for a layer, or a role in a layer, that the recipe names and the checkpoint does not have."""
-    present = {unit.layer: {tensor.role.kind for tensor in unit.tensors} for unit in units}
+    if not recipe.layers:
+        return
+    firsts = {id(first): first for first in (unit.like or unit for unit in units)}
+    kinds = {key: {tensor.role.kind for tensor in first.tensors} for key, first in firsts.items()}
+    present = {unit.layer: kinds[id(unit.like or unit)] for unit in units}
     for layer, roles in split_layers(recipe.layers).items():
         if layer not in present:
             raise PlanError(
@@ -388,7 +381,12 @@ def _check_engine_rules(plan: Plan) -> None:
     if problems:
         more = f" ({len(problems) - 1} more of this kind)" if len(problems) > 1 else ""
         raise PlanError(problems[0] + more)
-    shapes = {t.module: t.source.shape for t in plan.tensors}
+    shapes = {
+        f"{plan.prefix(unit)}{t.module[len(plan.prefix(unit.like or unit)) :]}": t.source.shape
+        for unit in plan.units
+        for t in (unit.like or unit).tensors
+        if t.scheme.block and t.role.kind != "routed_experts"
+    }
     for module in plan.family.engine_modules():
         if len(module.members) < 2 or ".experts." in module.members[0]:
             continue
@@ -408,25 +406,20 @@ def role_table(plan: Plan) -> list[dict[str, Any]]:
     """
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     layers: dict[tuple[str, str, str], set[int]] = {}
-    for tensor in plan.tensors:
-        key = (tensor.role.kind, tensor.action, tensor.scheme.name)
-        row = rows.setdefault(
-            key,
-            {
-                "role": key[0],
-                "action": key[1],
-                "scheme": key[2],
-                "tensors": 0,
-                "bytes_in": 0,
-                "bytes_out": 0,
-                "reason": tensor.reason,
-            },
-        )
-        row["tensors"] += 1
-        row["bytes_in"] += tensor.source.stored_bytes
-        row["bytes_out"] += sum(nbytes(o) for o in tensor.outputs)
-        if plan.recipe.layers and tensor.role.kind in QUANTIZABLE:
-            layers.setdefault(key, set()).add(tensor.role.layer or 0)
+    like: dict[int, set[tuple[str, str, str]]] = {}
+    for unit, count in plan.kinds:
+        for tensor in unit.tensors:
+            key = (tensor.role.kind, tensor.action, tensor.scheme.name)
+            counts = {"tensors": 0, "bytes_in": 0, "bytes_out": 0, "reason": tensor.reason}
+            row = rows.setdefault(key, dict(zip(("role", "action", "scheme"), key, strict=True)) | counts)
+            row["tensors"] += count
+            row["bytes_in"] += count * tensor.source.stored_bytes
+            row["bytes_out"] += count * sum(nbytes(o) for o in tensor.outputs)
+            like.setdefault(id(unit), set()).add(key)
+    for unit in plan.units if plan.recipe.layers else ():
+        for key in like[id(unit.like or unit)]:
+            if key[0] in QUANTIZABLE:
+                layers.setdefault(key, set()).add(unit.layer or 0)
     for key, own in layers.items():
         rows[key]["layers"] = show_layers(own)
     order = {role: i for i, role in enumerate((*QUANTIZABLE, *KEPT))}
@@ -435,16 +428,21 @@ def role_table(plan: Plan) -> list[dict[str, Any]]:
 
 def role_schemes(plan: Plan, role: str) -> list[Scheme]:
     """The schemes that weights of a role get, in the order of the layers that have them first."""
-    return list(dict.fromkeys(t.scheme for t in plan.tensors if t.role.kind == role and t.role.is_weight))
+    tensors = (t for unit, _ in plan.kinds for t in unit.tensors)
+    return list(dict.fromkeys(t.scheme for t in tensors if t.role.kind == role and t.role.is_weight))
 
 
 def passed_through(plan: Plan) -> list[str]:
     """Names of tensors that no family rule explains: MTP and unknown extras, copied byte for byte."""
-    return [t.name for t in plan.tensors if t.role.kind in PASSED_THROUGH]
+    having = {id(unit) for unit, _ in plan.kinds if any(t.role.kind in PASSED_THROUGH for t in unit.tensors)}
+    units = [unit for unit in plan.units if id(unit.like or unit) in having]
+    return [t.name for unit in units for t in unit.tensors if t.role.kind in PASSED_THROUGH]
 
 
 def bits_per_weight(plan: Plan) -> float:
     """Stored bits per quantized weight, scales and zero points included."""
-    quantized = [t for t in plan.tensors if t.scheme.quantizes or (plan.recipe.native and t.source.kind != PLAIN)]
-    bits = 8 * sum(nbytes(o) for t in quantized for o in t.outputs)
-    return bits / sum(t.source.numel for t in quantized)
+    native = plan.recipe.native
+    tensors = [(t, count) for unit, count in plan.kinds for t in unit.tensors]
+    quantized = [(t, count) for t, count in tensors if t.scheme.quantizes or (native and t.source.kind != PLAIN)]
+    bits = 8 * sum(count * nbytes(o) for t, count in quantized for o in t.outputs)
+    return bits / sum(count * t.source.numel for t, count in quantized)

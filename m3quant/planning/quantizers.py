@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..schemes import Scheme
-    from .plan import Plan, Unit
+    from .plan import Plan
+    from .unit import Unit
 
 # Weights that the AWQ search has on a GPU at once (calibration/glu.py), and bytes for each: float32 copies of them folded,
 # rounded and paired, and their activations. 17 GB for 2^30 weights were measured on an H200.
@@ -80,9 +81,10 @@ def layers_of(plan: Plan) -> list[Unit]:
 def active_weights(plan: Plan) -> float:
     """Weights of an average layer that a token passes through: all but the routed experts that it is not sent to."""
     share, total = routed_share(plan), 0.0
-    for tensor in plan.tensors:
-        if tensor.role.layer is not None and len(tensor.source.shape) == 2:
-            total += tensor.source.numel * (share if tensor.role.kind == "routed_experts" else 1.0)
+    for unit, count in plan.kinds:
+        for tensor in unit.tensors:
+            if tensor.role.layer is not None and len(tensor.source.shape) == 2:
+                total += count * tensor.source.numel * (share if tensor.role.kind == "routed_experts" else 1.0)
     return total / len(layers_of(plan))
 
 
@@ -99,7 +101,7 @@ def _awq_flops(plan: Plan) -> float:
 
 
 def _awq_scratch(plan: Plan) -> int:
-    largest = max(sum(t.source.numel for t in unit.tensors) for unit in layers_of(plan))
+    largest = max(sum(t.source.numel for t in unit.tensors) for unit, _ in plan.kinds if unit.layer is not None)
     return AWQ_BYTES_PER_WEIGHT * min(AWQ_CHUNK, largest)
 
 
@@ -108,25 +110,33 @@ def _feedback_flops(plan: Plan) -> float:
     weight [N, K] so many products of 2 N K^2: its loss when rounded to nearest 1, a sweep 1/2, a descent 1, a refit 3/2.
     A round is a refit and a descent, every other one a sweep, a descent and a refit besides; one refit is the last."""
     share, total = routed_share(plan), 0.0
-    for unit in layers_of(plan):
-        inputs: set[tuple[str, int | None, int]] = set()
+    for unit, count in plan.kinds:
+        if unit.layer is None:
+            continue
+        own, inputs = 0.0, set[tuple[str, int | None, int]]()
         for tensor in unit.tensors:
             if not tensor.scheme.quantizes:
                 continue
             rows, columns = tensor.source.shape[-2:]
             rounds = feedback_rounds(tensor.scheme, plan.recipe.feedback.rounds)
             products = 1.5 + 2.5 * rounds + 3.0 * ((rounds + 1) // 2) + 1.5 * (rounds > 0)
-            total += 2.0 * rows * columns**2 * products
+            own += 2.0 * rows * columns**2 * products
             inputs.add((tensor.role.kind, tensor.role.expert, columns))
         for kind, _, columns in inputs:
             seen = tokens_of(plan) * (share if kind == "routed_experts" else 1.0)
-            total += 4.0 * seen * columns**2 + 4.0 * columns**3
+            own += 4.0 * seen * columns**2 + 4.0 * columns**3
+        total += count * own
     return total / len(layers_of(plan))
 
 
 def _feedback_scratch(plan: Plan) -> int:
     largest = max(
-        (t.source.shape[-1] for t in plan.tensors if t.scheme.quantizes and len(t.source.shape) == 2),
+        (
+            t.source.shape[-1]
+            for unit, _ in plan.kinds
+            for t in unit.tensors
+            if t.scheme.quantizes and len(t.source.shape) == 2
+        ),
         default=0,
     )
     return max(FEEDBACK_CHUNK_BYTES, FEEDBACK_MATRICES * 4 * largest**2)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ..errors import StoppedError
 from .batches import MAX_WORKERS, pinned_bytes, working_bytes
-from .plan import Plan, PlannedTensor
+from .plan import Plan
 from .quantizers import facts_of
+from .unit import PlannedTensor
 
 FLOAT32 = 4
 # Resident before the first byte is read: interpreter, torch and, on a GPU, CUDA's libraries and context, which a torch of its
@@ -72,14 +73,15 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool 
     process = GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES
     largest = max(
         t.source.stored_bytes + _elements(t) * FLOAT32 * (WORK_COPIES if t.action == "quantize" else 0)
-        for t in plan.tensors
+        for unit, _ in plan.kinds
+        for t in unit.tensors
     )
     if not plan.recipe.calibrated:
-        working = working_bytes(plan.units, on_gpu, plan.recipe.format, workers)
+        working = working_bytes((unit for unit, _ in plan.kinds), on_gpu, plan.recipe.format, workers)
         disk = plan.output_bytes + DISK_MARGIN
         return Resources(process + working.host, working.device, disk, 0)
     process += CALIBRATION_BYTES
-    layer = max(sum(_elements(t) * 2 for t in unit.tensors) for unit in plan.units if unit.layer is not None)
+    layer = max(sum(_elements(t) * 2 for t in unit.tensors) for unit, _ in plan.kinds if unit.layer is not None)
     stream = hidden_state_bytes(plan, 2 if on_gpu else FLOAT32)
     # Two boundaries exist for a moment: the next is in place before the old one goes.
     boundary = 2 * 2 * stream

@@ -17,6 +17,7 @@ from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.strict_json import described, parse_object
 from ..errors import CheckpointError
 from ..families.base import QUANTIZABLE, Family
+from ..families.spec import Expected, LayerSpec
 from .integer_kinds import integers_among, words_of
 from .source_layouts import PLAIN, stored_parts, words
 from .source_sections import Stated, kept_entries, kept_problem, read_section
@@ -214,9 +215,12 @@ def header_format(tensors: Mapping[str, TensorInfo], stated: bool = False) -> tu
     return label, _FOREIGN.get(leaf, "compressed-tensors integers"), found[leaf]
 
 
-def stored_entries(family: Family, source: SourceFormat) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def stored_entries(
+    family: Family, source: SourceFormat, layers: Iterable[LayerSpec] | None = None
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of every tensor that a release with this config.json stores: what is not kept is in the source's kinds.
 
+    layers: those that are listed, beside the tensors of no layer; all of them by default.
     Raises CheckpointError where config.json alone does not tell which modules are quantized to what.
     """
     if source.stated.others:
@@ -225,20 +229,26 @@ def stored_entries(family: Family, source: SourceFormat) -> Iterator[tuple[str, 
             "which cannot be seen from it alone: give the folder with the *.safetensors files, whose headers say so."
         )
     keeps = KeptModules(source.kept, family)
-    for name, expected in family.expected_tensors.items():
-        role, kind = family.role(name), PLAIN
-        if (
-            source.quantized
-            and role.kind in QUANTIZABLE
-            and role.is_weight
-            and len(expected.shape) == 2
-            and name not in keeps
-        ):
-            (kind,) = source.kinds_of(family.recipe_aliases(name.removesuffix(".weight")))
+    alike = not (keeps.names_experts or source.stated.modules)  # the experts of a layer
+    kinds: dict[tuple[str, str], str] = {}
+    for name, expected in (family.expected_tensors if layers is None else family.expected_of(layers)).items():
+        before, experts, after = name.partition(".experts.")
+        key = (before, after.partition(".")[2]) if experts and alike else (name, "")
+        if (kind := kinds.get(key)) is None:
+            kind = kinds[key] = _stored_kind(family, source, keeps, name, expected)
         if kind == PLAIN:
             yield name, "F32" if expected.float32 else "BF16", expected.shape
         else:
             yield from stored_parts(kind, name, expected.shape)
+
+
+def _stored_kind(family: Family, source: SourceFormat, keeps: KeptModules, name: str, expected: Expected) -> str:
+    role = family.role(name)
+    quantizable = source.quantized and role.kind in QUANTIZABLE and role.is_weight and len(expected.shape) == 2
+    if not quantizable or name in keeps:
+        return PLAIN
+    (kind,) = source.kinds_of(family.recipe_aliases(name.removesuffix(".weight")))
+    return kind
 
 
 class KeptModules:
@@ -260,6 +270,11 @@ class KeptModules:
         self._parts = {entry for entry in entries if "*" not in entry}
         self._each_expert = any(re.search(r"experts\.\\?\d", entry) for entry in entries)
         self._known: dict[str, bool] = {}
+
+    @property
+    def names_experts(self) -> bool:
+        """Whether an entry names experts by number, so that those of a layer differ."""
+        return self._each_expert
 
     def __contains__(self, name: str) -> bool:
         if not (self._globs or self._parts):

@@ -21,16 +21,18 @@ FLOAT_DTYPES = ("BF16", "F16", "F32")
 _RESTORE = "restore the release's config.json"
 
 
-def source_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
+def source_tensors(checkpoint: Checkpoint, whole: bool = True) -> dict[str, SourceTensor]:
     """Every model tensor by its name in the model, companions paired with their codes (wherever the shard).
 
+    whole: False for some layers of a release, whose config.json promises the others too.
     Raises CheckpointError for a layout that matches no formula, and where headers and config.json disagree on a module.
     """
     source = source_format(checkpoint)
     source.required_kind()
     family = family_of(checkpoint.config, f"{checkpoint.root}/config.json")
-    family.check_promised(len(checkpoint.tensors))
-    read_as_release(checkpoint, family)
+    if whole:
+        family.check_promised(len(checkpoint.tensors))
+        read_as_release(checkpoint, family)
     beside = _companions(checkpoint)
     statement = _Statement(checkpoint, source)
     out: dict[str, SourceTensor] = {}

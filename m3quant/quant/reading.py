@@ -12,7 +12,6 @@ from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..errors import CheckpointError
 from ..families import family_of
 from ..planning.integer_kinds import is_integer
-from ..planning.plan import PlannedTensor
 from ..planning.source_layouts import (
     FP8_BLOCK,
     FP8_CHANNEL,
@@ -25,6 +24,7 @@ from ..planning.source_layouts import (
     SourceTensor,
 )
 from ..planning.source_tensors import source_tensors
+from ..planning.unit import PlannedTensor
 from .dead_experts import check_dead_experts
 from .dequantize import dequantize_fp8_block, dequantize_fp8_rows, dequantize_mxfp8
 from .formats import decompress

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..checkpoint import Checkpoint, TensorInfo
 from ..planning.engine_kept import PASSED_THROUGH
-from ..planning.plan import Unit
+from ..planning.unit import Unit
 
 PIECE_BYTES = 16 * 2**20
 _SCALE_LEAVES = ("weight_scale", "weight_scale_inv", "scales")

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..calibration.stream import nll
 from ..checkpoint import Checkpoint
 from ..planning.engine_kept import PASSED_THROUGH
-from ..planning.plan import Plan, PlannedTensor
+from ..planning.plan import Plan
+from ..planning.unit import PlannedTensor
 from ..quant.reading import ConvertedReader
 from .engine import prompts
 from .verification import Check, Report

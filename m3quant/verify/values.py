@@ -19,8 +19,9 @@ from ..calibration.folds import fold_groups, scale_columns
 from ..calibration.ranges import FACTORS
 from ..families.spec import expert_names
 from ..planning.engine_kept import PASSED_THROUGH
-from ..planning.plan import Plan, PlannedTensor, Unit
+from ..planning.plan import Plan
 from ..planning.quantizers import facts_of
+from ..planning.unit import PlannedTensor, Unit
 from ..quant.formats import code_errors, decompress
 from ..quant.reading import ConvertedReader, SourceReader
 from . import fed_back

@@ -29,8 +29,8 @@ from m3quant.errors import CheckpointError  # noqa: E402
 from m3quant.families import Role  # noqa: E402
 from m3quant.planning import batches  # noqa: E402
 from m3quant.planning.layout import stored_tensors  # noqa: E402
-from m3quant.planning.plan import OutputTensor, PlannedTensor  # noqa: E402
 from m3quant.planning.source_layouts import FOUR_BIT, SourceTensor, stored_parts  # noqa: E402
+from m3quant.planning.unit import OutputTensor, PlannedTensor  # noqa: E402
 from m3quant.quant.formats import compress  # noqa: E402
 from m3quant.quant.reading import densify  # noqa: E402
 from m3quant.schemes import KEEP, parse_scheme  # noqa: E402

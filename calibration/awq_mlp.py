@@ -21,6 +21,7 @@ from m3quant.calibration.rounding import Rounder
 from m3quant.calibration.scales import candidate, ratios, weight_mean
 from m3quant.calibration.search import BlockResult, best_ratio, choose, energy, range_log, squared_error
 from m3quant.families.spec import SILU, LayerSpec
+from m3quant.running import steps
 from m3quant.schemes import Scheme
 
 _ROWS = 8192
@@ -66,10 +67,17 @@ class MlpSearch:
         self.search, self.accept = settings.split(len(h), settings.search_tokens, spec.index, purpose=1)
         self.magnitude, self.moment = channel_means(h)
         self.identity = torch.ones_like(self.moment)
+        self._passes = self._passed = 0
+
+    def _tell(self) -> None:
+        """One more of the passes over all units is done: of a candidate of the norm's search, or of a variant."""
+        self._passed += 1
+        steps.part(self._passed, self._passes)
 
     def run(self, group: FoldGroup | None) -> BlockResult:
         """Keep the best of rounding to nearest, ranges, and folds with ranges. group: the norm fold to try, if any."""
         norm, effective, entry = None, self.identity, None
+        self._passes = 3 + (self.settings.n_grid + 1 if group is not None and self.settings.smooth else 0)
         if group is not None and self.settings.smooth:
             norm, effective, entry = self._search_norm(group)
         pairs = self.settings.smooth and self._pairs_possible()
@@ -110,6 +118,7 @@ class MlpSearch:
 
         def loss(effective: torch.Tensor) -> float:
             output = self.block.output(sample, self._round_readers(effective), quantized=True)
+            self._tell()
             return squared_error(output, reference, f"layer {self.spec.index}, feed-forward scale search")
 
         scales = {
@@ -178,6 +187,7 @@ class MlpSearch:
                     if bool((t != 1).any()):
                         variant.pair[self.block.units[index].names[2]] = t
         variant.output = output.total()
+        self._tell()
         return variant
 
 

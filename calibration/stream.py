@@ -24,6 +24,7 @@ from m3quant.calibration.ranks import ALONE, Ranks
 from m3quant.errors import CalibrationError, CheckpointError
 from m3quant.families import family_of
 from m3quant.planning.calibration_text import WindowGroup
+from m3quant.running import steps
 from m3quant.schemes import Scheme
 
 Key = TypeVar("Key")
@@ -282,6 +283,7 @@ def run_layer(
                 "non-finite weights in it, or use a compute dtype of wider range"
             )
         states.write(windows, out)
+        steps.part(windows.stop, states.shape[0])
         if reference is not None:
             expected = reference.read(windows, layer.device).double()
             error += float((out.double() - expected).square().sum())

@@ -3,15 +3,28 @@
 Every command prints `str(error)` and leaves with `error.exit_code`; a traceback is a defect of m3quant.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 
 class M3QuantError(Exception):
-    """Base of all refusals. The message is one sentence (or two) with the file, the tensor and the remedy."""
+    """Base of all refusals. The message is one sentence (or two) with the file, the tensor and the remedy.
+
+    facts: what --json tells beside the message.
+    """
 
     exit_code = 2
+    facts: Mapping[str, object] = MappingProxyType({})
 
 
 class CheckpointError(M3QuantError):
     """A source or output checkpoint is broken, incomplete, or of a kind we do not read."""
+
+
+class DamagedOutput(CheckpointError):
+    """A finished output of m3quant is not as it was written: a check that failed, not a wrong input."""
+
+    exit_code = 1
 
 
 class RecipeError(M3QuantError):

@@ -17,7 +17,13 @@ FP8_BLOCK = 128  # rows and columns of a block in MiniMax's and DeepSeek's FP8 f
 
 INT_BITS = (2, 3, 4, 5, 6, 7, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256)
+SCHEMES = (  # for people
+    f"int{INT_BITS[0]} to int{INT_BITS[-1]} with -g{', -g'.join(map(str, GROUP_SIZES))} or -channel, and -asym for zero points; "
+    "fp8-channel, fp8-block, keep"
+)
 _INT = re.compile(r"int([1-9][0-9]{0,2})-(?:g([1-9][0-9]{0,5})|(channel))(-asym)?")
+_BARE = re.compile(r"(?:int|w)([2-8])(?:a16)?")  # a width without groups
+_ELSEWHERE = {"fp8": "fp8-channel", "fp8_dynamic": "fp8-channel", "fp8_block": "fp8-block", "w8a8": "fp8-channel"}
 _LONGEST = 64  # characters of a name that are compared with known ones and repeated in a message
 
 
@@ -92,6 +98,8 @@ def parse_scheme(text: str) -> Scheme:
         return Scheme("fp8", bits=8, block=True)
     match = _INT.fullmatch(name)
     if match is None:
+        if near := _ELSEWHERE.get(name) or _BARE.sub(r"int\1-g128", name) * bool(_BARE.fullmatch(name)):
+            raise RecipeError(_unknown(name, near))
         names = [known for known in _names() if known.startswith(name[:4])] if name[:3] == "int" else _names()
         near = difflib.get_close_matches(name[:_LONGEST], names or _names(), n=1, cutoff=0.0)[0]
         raise RecipeError(_unknown(name, near))

@@ -24,7 +24,16 @@ from ..engines.device import CPU
 from ..engines.installed import SAFE_PATH
 from ..engines.integers import is_narrow
 from ..engines.rules import check_schemes, integer_notes, zero_point_notes
-from ..errors import CheckpointError, DoesNotFit, EngineMissing, OptionError, RecipeError, ServeError, VerifyError
+from ..errors import (
+    CheckpointError,
+    DamagedOutput,
+    DoesNotFit,
+    EngineMissing,
+    OptionError,
+    RecipeError,
+    ServeError,
+    VerifyError,
+)
 from ..schemes import Scheme
 from .checklog import TOLERATED, LogCheck, check_log, log_reader
 from .fit import Fit, assess, remedies
@@ -68,12 +77,12 @@ def quick_check(src: str, subject: Subject) -> list[str]:
     try:
         shards = load_manifest(manifest, Sums).shards
     except ValueError as error:
-        raise CheckpointError(f"{error}: convert again, or run m3quant verify.") from None
+        raise DamagedOutput(f"{error}: convert again, or run m3quant verify.") from None
     for name, size in ((name, shard.size) for name, shard in shards.items()):
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-            raise CheckpointError(f"{path}: {found}, {size} bytes were written: copy the checkpoint again.")
+            raise DamagedOutput(f"{path}: {found}, {size} bytes were written: copy the checkpoint again.")
     return []
 
 

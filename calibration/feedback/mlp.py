@@ -25,6 +25,7 @@ from m3quant.calibration.layers import Layer
 from m3quant.calibration.quantized_layer import StoredWeight
 from m3quant.families.spec import always_on_names, expert_names
 from m3quant.planning.quantizers import FEEDBACK_CHUNK_BYTES, FEEDBACK_MATRICES
+from m3quant.running import steps
 from m3quant.schemes import KEEP, Scheme
 
 # Bytes of a chunk's moments and weights in work; a plan counts with the GPU's.
@@ -107,8 +108,11 @@ class MlpQuantizer:
 
         stacks: dict[str, list[StoredWeight]] = {}
         stacked = self.layer.device.type == "cuda" and len({unit.schemes for unit in self.routed}) == 1
+        done = 0
         for units, part in self.settings.ranks.each(work, self._chunks()):
             self._collect(units, part, result, verdicts)
+            done += len(units)
+            steps.part(done, len(self.routed))
             for which, one in zip(("w1", "w3", "w2"), part.fitted, strict=True):
                 if one is not None and stacked:
                     stacks.setdefault(which, []).append(one.stored)

@@ -11,37 +11,40 @@ from ..checkpoint import Checkpoint
 from ..errors import PlanError, RecipeError
 from ..extras import need
 from ..planning.plan import Plan, make_plan
+from ..planning.timing_model import Rates, estimate, load_rates
 from ..recipe.choice import RecipeChoice
 from ..recipe.recipe import CalibrationOptions, Recipe, with_data
-from ..running.progress import ShowProgress, quietly
+from ..running import steps
+from ..running.progress import Progress, ShowProgress, quietly
 from .calibration_text import TextChoice, calibration_windows
 from .fitted_conversion import asked_of, fitted
 from .fitting import Answer, Asked
 
 if TYPE_CHECKING:
+    import torch
+
     from ..calibration.mixture import Part
     from ..calibration.windows import Windows
+    from ..convert.job import Settings
 
 
 @dataclass(frozen=True)
 class How:
-    """How to run, as opposed to what to make: device ("auto", "cpu", "cuda", "cuda:1"), spill (hidden states on disk), engine
-    ("local", or "ray" for all GPUs of the cluster at `address`)."""
+    """How to run, as opposed to what to make: device ("auto", "cpu", "cuda", "cuda:1"), spill (hidden states on disk), ray (on all GPUs of
+    the Ray cluster at `address`, or of one started on this machine)."""
 
     device: str = "auto"
     strict_coverage: bool = False
     spill: bool = False
-    engine: str = "local"
+    ray: bool = False
     address: str | None = None
 
     def check(self) -> None:
         """Raise PlanError for choices that do not go together."""
-        if self.address and self.engine != "ray":
-            raise PlanError("--address names a Ray cluster: give --engine ray with it.")
-        if self.engine == "ray" and ":" in self.device:
-            raise PlanError(
-                f"--device {self.device} names one GPU of this machine: with --engine ray give cuda, cpu or auto."
-            )
+        if self.address and not self.ray:
+            raise PlanError("--address names a Ray cluster: give --ray with it.")
+        if self.ray and ":" in self.device:
+            raise PlanError(f"--device {self.device} names one GPU of this machine: with --ray give cuda, cpu or auto.")
 
 
 @dataclass(frozen=True)
@@ -64,31 +67,62 @@ class Prepared:
     parts: Sequence[Part] = field(repr=False)
     fitted: Answer | None = None
 
-    def text(self) -> Windows:
-        """Tokenized calibration and held-out windows. Raises CalibrationError for too little text."""
-        return calibration_windows(self.plan, self.parts)
+    def look(self, progress: ShowProgress = quietly) -> Looked:
+        """Make every check of `run` before its first weight, and say what it would find; nothing is written. Raises as `run`."""
+        from ..convert.conversion import what_is_there
+
+        with progress("dry run") as shown:
+            settings, device, rates = self._ready(shown)
+            found = what_is_there(self.plan, self.output, settings, device, shown)
+        return Looked(found, str(device), rates, settings.windows)
 
     def run(self, progress: ShowProgress = quietly) -> Conversion:
         """Convert, or continue an interrupted conversion; a finished one returns at once. Raises M3QuantError subclasses."""
+        from ..convert.start import convert as start
+
+        with progress(self.plan.recipe.name) as shown:
+            settings, _, rates = self._ready(shown)
+            if time := estimate(self.plan, rates):
+                steps.expect(time.seconds)
+            manifest = start(self.plan, self.output, settings, shown)
+        return Conversion(self.output, self.plan, manifest, self.fitted)
+
+    def _ready(self, shown: Progress) -> tuple[Settings, torch.device, Rates]:
+        """What is needed before the first weight is read: source, output folder, device, Ray, calibration text."""
         from ..convert.conversion import check_places
         from ..convert.job import Settings
-        from ..convert.start import convert as start
         from ..planning.config_models import check_config_model
         from ..running.device import pick_device
 
         how = self.how
         check_places(self.plan, self.output)
         check_config_model(self.plan.quantization)
-        pick_device(how.device)
-        windows = self.text() if self.plan.recipe.calibrated else None
-        settings = Settings(
-            device=how.device, windows=windows, strict_coverage=how.strict_coverage, spill=how.spill, engine=how.engine, address=how.address,
-        )  # fmt: skip
-        with progress(self.plan.recipe.name) as shown:
-            for note in windows.notes if windows else ():
+        device = pick_device(how.device)
+        if how.ray:
+            from ..convert.ray.cluster import require_ray
+
+            require_ray()
+        windows = None
+        if self.plan.recipe.calibrated:
+            steps.step("reading and tokenizing the calibration text")
+            windows = calibration_windows(self.plan, self.parts)
+            for note in windows.notes:
                 shown.say(f"note: {note}")
-            manifest = start(self.plan, self.output, settings, shown)
-        return Conversion(self.output, self.plan, manifest, self.fitted)
+        settings = Settings(
+            device=how.device, windows=windows, strict_coverage=how.strict_coverage, spill=how.spill, engine="ray" if how.ray else "local",
+            address=how.address,
+        )  # fmt: skip
+        return settings, device, load_rates(on=device.type)
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a run would find. found: in the output folder. device: it would run on; rates: of such a device. windows: its text, if any."""
+
+    found: str
+    device: str
+    rates: Rates
+    windows: Windows | None
 
 
 def convert(
@@ -100,6 +134,7 @@ def convert(
     settings: Sequence[str] = (),
     format: str | None = None,
     requantize: bool = False,
+    scheme: str | None = None,
     calibration: Sequence[str] = (),
     windows: int | None = None,
     calibration_tokens: int | None = None,
@@ -109,7 +144,7 @@ def convert(
     strict_coverage: bool = False,
     spill: bool = False,
     device: str = "auto",
-    engine: str = "local",
+    ray: bool = False,
     address: str | None = None,
     budget: int | str | None = None,
     node: str | None = None,
@@ -119,15 +154,15 @@ def convert(
 ) -> Conversion:
     """Quantize the checkpoint in the folder `src` into the folder `dst`. Run again after any interruption: it continues.
 
-    to, recipe, settings, format, requantize: as of `plan`. calibration: sources of text, each with "=WEIGHT" if not all count
+    to, recipe, settings, format, requantize, scheme: as of `plan`. calibration: sources of text, each with "=WEIGHT" if not all count
     the same. windows (of window_length tokens) or calibration_tokens: how much. window_lengths: "one" or "mixed". min_expert_tokens: below this an expert is
     topped up, or with strict_coverage the run fails. budget ("118GB", or bytes) or node ("1xH200", with `serving`: fields of
     runtime.fit.Ask): the recipe is fitted by sensitivity, measured first where the file is not there. Raises M3QuantError
     subclasses, PackageMissing among them.
     """
-    choice = RecipeChoice(to, None if recipe is None else Path(recipe), tuple(settings), format, requantize)
+    choice = RecipeChoice(to, None if recipe is None else Path(recipe), tuple(settings), format, requantize, scheme)
     text = TextChoice(tuple(calibration), windows, calibration_tokens, window_length, min_expert_tokens, window_lengths)
-    how = How(device, strict_coverage, spill, engine, address)
+    how = How(device, strict_coverage, spill, ray, address)
     asked = asked_of(budget, node, serving or {}, None if sensitivity is None else Path(sensitivity), bool(choice))
     return prepare(src, dst, choice, text, how, asked, progress=progress).run(progress)
 
@@ -173,7 +208,6 @@ def prepare(
 def _with_enough_text(plan: Plan, device: str) -> Plan:
     """The plan with as much of the bundled text as a GPU has time for, where the recipe does not say how much."""
     from ..planning.calibration_text import token_choice
-    from ..planning.timing_model import load_rates
     from ..running.device import pick_device
 
     data = plan.recipe.data

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..artifact.eval_record import EVAL_FILE, EvalRecord
 from ..errors import EvaluationError
@@ -15,6 +15,7 @@ from ..evaluate.gate import Limit, broken, check_limits, parse_limits
 from ..evaluate.suites import Suite, load_suite, make_tasks
 from ..extras import need
 from ..publish.pull import local_copy
+from ..running import steps
 from ..running.progress import ShowProgress, quietly
 
 if TYPE_CHECKING:
@@ -42,6 +43,12 @@ class Question:
         """Raise EvaluationError for what can be wrong with it before there is a checkpoint."""
         suite, limits = self.parsed()
         check_limits(limits, [entry.task for entry in suite.tasks], source)
+
+    def check_on(self, root: str, config: dict[str, Any]) -> None:
+        """The same with a checkpoint at hand: its tokenizer, and the texts and lengths that go with it."""
+        from ..calibration.corpus import load_tokenizer
+
+        make_tasks(self.parsed()[0], load_tokenizer(root), config, self.data)
 
 
 @dataclass(frozen=True)
@@ -117,10 +124,11 @@ def measure(
     suite, limits = question.parsed()
     checkpoint = open_model(folder)
     origin = open_model(source, "source") if source else None
-    tasks, notes = make_tasks(suite, load_tokenizer(checkpoint.folder), checkpoint.config, question.data)
-    check_limits(limits, _kinds(tasks), origin is not None)
     written, pages = (question.report, question.report) if question.report else default_report(checkpoint)
     with progress("eval") as shown:
+        steps.step("texts and questions of the suite")
+        tasks, notes = make_tasks(suite, load_tokenizer(checkpoint.folder), checkpoint.config, question.data)
+        check_limits(limits, _kinds(tasks), origin is not None)
         for note in notes:
             shown.say(f"note: {note}")
         record = run(checkpoint, origin, tasks, suite.name, written, how.settings(), shown, notes)

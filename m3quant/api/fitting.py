@@ -67,6 +67,11 @@ class Answer:
         return self.plan.recipe if self.plan else None
 
 
+def option_of(name: str) -> str:
+    """The option of the command line that is this field of runtime.fit.Ask."""
+    return {"utilization": "--gpu-memory-utilization"}.get(name, f"--{name.replace('_', '-')}")
+
+
 def budget_of(budget: int | str | None) -> int | None:
     """Bytes, or a size such as "118.4GiB". Raises OptionError."""
     try:
@@ -102,7 +107,7 @@ def fit(
     if budget is not None and node is not None:
         raise OptionError("--budget and --on are both given: a node is a budget worked out; give one.")
     if given and node is None:
-        raise OptionError(f"--{next(iter(given)).replace('_', '-')} says how a node serves: add --on NODE.")
+        raise OptionError(f"{option_of(next(iter(given)))} says how a node serves: add --on NODE.")
     if not measure and (windows or heldout_windows):
         raise OptionError("--windows and --heldout-windows say how to measure: add --measure.")
     asked = Asked(

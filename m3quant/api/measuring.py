@@ -9,6 +9,7 @@ from ..errors import OutputError, PlanError
 from ..extras import need
 from ..planning.fit import Fitting
 from ..planning.sensitivity import Sensitivity
+from ..running import steps
 from ..running.progress import ShowProgress, quietly
 from .calibration_text import calibration_windows
 
@@ -45,7 +46,7 @@ def measure_file(
     parts = parse_mixture(corpus)
     partial = path.with_name(f"{path.name}.partial")
     with progress("measure") as shown:
-        shown.say(f"reading text for {sum(data.values())} windows")
+        steps.step(f"reading text for {sum(data.values())} windows")
         text = calibration_windows(fitting.base, parts)
         for note in text.notes:
             shown.say(f"note: {note}")

@@ -24,14 +24,15 @@ def plan(
     settings: Sequence[str] = (),
     format: str | None = None,
     requantize: bool = False,
+    scheme: str | None = None,
     revision: str | None = None,
 ) -> Plan:
     """What happens to every tensor of `src` (kept, quantized to what, dropped, and why), in exact bytes. Reads headers only.
 
     to: a recipe that ships with m3quant ("awq" without it and without `recipe`). recipe: a YAML file instead, m3quant's or
     llm-compressor's. settings: "role=scheme" or "role@layers=scheme" laid over it. format: of the output. requantize: take a
-    source that is in integers already. Raises CheckpointError, RecipeError, or PlanError for an engine rule that would be broken.
+    source that is in integers already. scheme: one for all roles, in place of a recipe ("W4A16", "int4-g32"). Raises CheckpointError, RecipeError, or PlanError for an engine rule that would be broken.
     """
     checkpoint = src if isinstance(src, Checkpoint) else open_source(src, revision)
-    choice = RecipeChoice(to, None if recipe is None else Path(recipe), tuple(settings), format, requantize)
+    choice = RecipeChoice(to, None if recipe is None else Path(recipe), tuple(settings), format, requantize, scheme)
     return make_plan(checkpoint, choice.recipe(checkpoint.config))

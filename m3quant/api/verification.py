@@ -10,6 +10,7 @@ from ..engines.probing import find_probed
 from ..errors import VerifyError
 from ..extras import need
 from ..publish.pull import local_copy
+from ..running import steps
 from ..running.progress import ShowProgress, quietly
 from ..verify.verification import Check, Verification
 from ..verify.verification import verify as check_output
@@ -34,7 +35,7 @@ def verify(
 
     source: the checkpoint it was made from; every tensor is compared with it. engine: load it in the engine of engine_python
     (M3QUANT_ENGINE_PYTHON, or this Python) and compare log-probabilities; transformers: in transformers, for small models.
-    say: receives the check that is under way. progress: of a download. Raises VerifyError or CheckpointError where there is
+    say: receives the check that is under way. progress: of a download, and of the checks. Raises VerifyError or CheckpointError where there is
     nothing to check, PackageMissing for a comparison without torch.
     """
     if source is not None or engine or transformers:
@@ -44,19 +45,27 @@ def verify(
     with progress("pull") as shown:
         folder = local_copy(dst, shown)
     require_converted(folder)
-    result, plan = check_output(folder, None if source is None else str(source), say)
-    if transformers and result.holds:
-        from ..verify.transformers_reader import transformers_check
+    with progress("verify") as shown:
 
-        check, result.transformers = transformers_check(folder, plan, say)
-        result.checks.append(check)
-    if engine and result.holds:
-        from ..verify.engine import engine_check
+        def tell(line: str) -> None:
+            shown.say(line)
+            say(line)
 
-        options = {"timeout_s": engine_timeout_s, "tensor_parallel_size": tensor_parallel_size}
-        try:
-            check, result.engine = engine_check(probed, folder, plan, engine_python, say, **options)
-        except VerifyError as error:  # it crashed: what the other checks found is still worth having
-            check = Check("engine", probed.title, [str(error)])
-        result.checks.append(check)
+        result, plan = check_output(folder, None if source is None else str(source), tell)
+        if transformers and result.holds:
+            from ..verify.transformers_reader import transformers_check
+
+            steps.step("in transformers")
+            check, result.transformers = transformers_check(folder, plan, tell)
+            result.checks.append(check)
+        if engine and result.holds:
+            from ..verify.engine import engine_check
+
+            steps.step(f"in {probed.title}")
+            options = {"timeout_s": engine_timeout_s, "tensor_parallel_size": tensor_parallel_size}
+            try:
+                check, result.engine = engine_check(probed, folder, plan, engine_python, tell, **options)
+            except VerifyError as error:  # it crashed: what the other checks found is still worth having
+                check = Check("engine", probed.title, [str(error)])
+            result.checks.append(check)
     return result

@@ -15,6 +15,7 @@ from ..planning.headers import HeaderSource
 from ..planning.plan import RECIPE_FILE, Plan, make_plan, unquantized
 from ..planning.source_layouts import FP8_BLOCK, MX_GROUP, PLAIN
 from ..recipe.recipe import Recipe, build_recipe
+from ..running import steps
 from ..schemes import FP8_BLOCK as BLOCK
 from .journal import unfinished
 from .manifest import MANIFEST, Manifest, load_manifest
@@ -27,13 +28,13 @@ def require_converted(output: Path) -> None:
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
-    """m3quant.json of an output, as plain values that `Manifest` describes. Raises VerifyError if the folder is unfinished or
-    not ours."""
+    """m3quant.json of an output, as plain values that `Manifest` describes. Raises CheckpointError if the folder is unfinished or
+    not ours, VerifyError if the file is damaged."""
     path = output / MANIFEST
     if sentence := unfinished(output):
-        raise VerifyError(sentence)
+        raise CheckpointError(sentence)
     if not path.exists():
-        raise VerifyError(
+        raise CheckpointError(
             f"{output} has no {MANIFEST}: it was not written by m3quant convert, or the file was removed."
         )
     try:
@@ -94,18 +95,15 @@ def output_plan(output: Checkpoint, manifest: Mapping[str, Any], source: Checkpo
 
 
 def require_output(out: Path) -> None:
-    """Raise CheckpointError where `out` is no finished output of m3quant convert: to `card`, `publish` and `serve` that is wrong
-    input, while to `verify` it is what it finds."""
+    """Raise CheckpointError where `out` is no finished output of m3quant convert, VerifyError where its manifest is damaged."""
     require_converted(out)
-    try:
-        read_manifest(out)
-    except VerifyError as error:
-        raise CheckpointError(str(error)) from None
+    read_manifest(out)
 
 
 def hash_problems(output: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
     """Shards, config, index, recipe and carried files whose bytes are not those that were written."""
-    for shard, facts in manifest["shards"].items():
+    for number, (shard, facts) in enumerate(manifest["shards"].items()):
+        steps.part(number, len(manifest["shards"]))
         path, problem = _listed(output, shard)
         if problem:
             yield problem

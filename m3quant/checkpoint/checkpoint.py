@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DamagedOutput
 from .bounded import CONFIG_BYTES, INDEX_BYTES, TEXT_BYTES, read_bounded
 from .content import ReadDigests, file_stamp, sampled_digest
 from .copying import Copied, copy_file
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SAMPLES_AT_ONCE = 8
 DIGEST_THREADS = 4
+# What `m3quant.artifact` writes into a finished output, and its folder of the state of one under way.
+FINISHED, UNDER_WAY = "m3quant.json", ".m3quant"
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -160,14 +162,19 @@ class Checkpoint:
     def open(cls, path_or_repo: str | Path, revision: str | None = None) -> "Checkpoint":
         """Open a local folder, or a Hub repo "org/name" or "org/name@revision" header-only.
 
-        A folder of that name goes before a repo. Raises CheckpointError.
+        A folder of that name goes before a repo. Raises CheckpointError; DamagedOutput for a finished output of m3quant.
         """
         text = str(path_or_repo)
         path = Path(path_or_repo).expanduser()
         if path.is_dir():
             if revision is not None:
                 raise CheckpointError(f"{path} is a local folder, which has no revision {revision!r}. Leave it out.")
-            return cls(LocalStore(path))
+            try:
+                return cls(LocalStore(path))
+            except CheckpointError as error:
+                if (path / FINISHED).is_file() and not (path / UNDER_WAY).exists():
+                    raise DamagedOutput(str(error)) from None
+                raise
         if path.exists():
             raise CheckpointError(f"{path} is a file. Give the folder with config.json and the *.safetensors files.")
         repo, at, inline = text.partition("@")

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NoReturn, TextIO
 
 import click
 
 from .. import __version__
 from ..errors import M3QuantError, StoppedError
+from .verbosity import NORMAL, VERBOSE, add_options, set_verbosity, verbosity
 
 # command -> (module under m3quant.cli, the line that --help shows)
 COMMANDS = {
     "plan": ("plan", "What a checkpoint is, and the size and needs of each output."),
     "fit": ("fit", "The best bits for every layer within a number of bytes, or on a node."),
+    "recipes": ("recipes", "The recipes, schemes and roles that --to, --scheme and --set take."),
     "convert": ("convert", "Quantize a checkpoint to FP8 or AWQ INT4, streaming, resumable."),
     "verify": ("verify", "Check that a converted checkpoint is complete, correct and loadable."),
     "eval": ("eval", "Perplexity, KL divergence from the source and long context, one layer in memory at a time."),
@@ -40,6 +45,7 @@ class LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"m3quant.cli.{COMMANDS[name][0]}")
         command: click.Command = module.command
+        add_options(command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -52,10 +58,13 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """MiniMax M3 and M2.x weights to FP8 and AWQ INT4 checkpoints that engines load as they are.
 
-    Exit codes: 0 done, 1 a check failed, 2 bad input, 3 does not fit the node,
-    4 stopped by a full disk or GPU or a Hub that does not answer (the same command continues),
-    130 and 143 stopped by SIGINT and SIGTERM (the same command continues).
+    Exit codes: 0 done, 1 a check failed or an output is damaged, 2 bad input or an unfinished output, 3 does not fit the
+    node, 4 stopped by a full disk or GPU or a Hub that does not answer (the same command continues), 130 and 143 stopped
+    by SIGINT and SIGTERM (the same command continues). With --json every refusal is JSON on stdout too.
+
+    Shell completion: eval "$(_M3QUANT_COMPLETE=bash_source m3quant)" in ~/.bashrc; zsh_source and fish_source likewise.
     """
+    set_verbosity(NORMAL)
 
 
 # What any path that the user gives, or any disk, may return for any call: reported like m3quant's own refusals.
@@ -83,18 +92,36 @@ def _end(code: int, tell: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
+def _tell_json(code: int, words: str, facts: Mapping[str, object]) -> None:
+    """With --json a refusal is one line of JSON on stdout, beside the sentence on stderr."""
+    if "--json" in sys.argv[1:]:
+        click.echo(json.dumps({"error": {"message": words, "exit_code": code}, **facts}))
+
+
 def main() -> None:
     """Entry point: m3quant's refusals become one line on stderr and an exit code, never a traceback."""
 
-    def end(code: int, words: str) -> NoReturn:
-        _end(code, lambda: click.echo(f"m3quant: {words}", err=True))
+    def end(code: int, words: str, facts: Mapping[str, object] = MappingProxyType({})) -> NoReturn:
+        def tell() -> None:
+            click.echo(f"m3quant: {words}", err=True)
+            _tell_json(code, words, facts)
+
+        _end(code, tell)
 
     try:
         code = cli(standalone_mode=False)  # click's own handling would end a Ctrl-C with 1
     except M3QuantError as error:
-        end(error.exit_code, str(error))
+        if verbosity() == VERBOSE:
+            traceback.print_exc()
+        end(error.exit_code, str(error), error.facts)
     except click.ClickException as error:
-        _end(error.exit_code, error.show)
+        refused = error
+
+        def tell() -> None:
+            refused.show()
+            _tell_json(refused.exit_code, refused.format_message(), {})
+
+        _end(error.exit_code, tell)
     except (click.Abort, KeyboardInterrupt):
         end(128 + signal.SIGINT, "stopped by SIGINT; what is finished is kept, and the same command continues.")
     except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough

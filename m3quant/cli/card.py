@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from ..artifact.output import require_output
+from ..checkpoint import Checkpoint
 from ..errors import OptionError
+from ..publish.licence_line import licence_line
 from .options import publish_options
 
 
@@ -37,6 +39,7 @@ def command(out: Path, repo: str | None, checking: bool, online: bool, as_json: 
     require_output(out)
     asked = publish_asked(repo, given, online)
     written = make_card(out, asked)
+    licence = licence_line(str(out), str(Checkpoint.open(out).config.get("model_type")))
     problems, explained = written.problems, {}
     if checking:
         findings = check(out, written, asked, lambda line: click.echo(line, err=True))
@@ -46,6 +49,7 @@ def command(out: Path, repo: str | None, checking: bool, online: bool, as_json: 
             "card": str(written.card_path),
             "base": vars(written.base) if written.base else None,
             "licence": vars(written.licence) if written.licence else None,
+            "licence_line": licence.to_json(),
             "obligations": written.obligations,
             "checked": checking,
             "problems": problems,
@@ -54,6 +58,7 @@ def command(out: Path, repo: str | None, checking: bool, online: bool, as_json: 
         click.echo(json.dumps(facts, indent=2))
     else:
         click.echo(f"{written.card_path} is written")
+        click.echo(licence.text)
         for line in written.obligations:
             click.echo(f"  {line}")
         for name, reason in explained.items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,15 +13,20 @@ from ..api.calibration_text import TextChoice
 from ..api.conversion import Conversion, How, Prepared, prepare
 from ..api.evaluation import Arithmetic, Question, measure
 from ..api.fitted_conversion import asked_of
+from ..artifact.manifest import MANIFEST
+from ..checkpoint import Checkpoint
 from ..errors import EvaluationError
+from ..extras import need
 from ..planning.plan import WARNING
+from ..publish.licence_line import licence_line
 from ..recipe.choice import RecipeChoice
+from ..recipe.recipe import SHORTEST_WINDOW
 from ..reports.verdict import unknown_text
 from ..running.words import human_bytes
 from .eval import tell
 from .fit_convert import fit_options, predicted_line
-from .options import TokenCount, recipe_options
-from .progress import BytesProgress
+from .options import Length, TokenCount, outdated, recipe_options
+from .progress import BytesProgress, opening
 
 
 @click.command("convert")
@@ -35,20 +42,37 @@ from .progress import BytesProgress
     "corpus",
     metavar="SOURCE[=WEIGHT]",
     multiple=True,
-    help="Calibration text: a file, folder, Hub dataset or bundled; several are mixed by their weights [bundled].",
+    help="Calibration text: a file (JSON lines, JSON, CSV, Parquet, text), a folder, a Hub dataset (ORG/NAME[:CONFIG][:SPLIT]), wikitext-2, "
+    "pg19 or bundled; several are mixed by their weights [bundled].",
 )
-@click.option("--windows", type=int, default=None, help="Calibration windows.")
+@click.option(
+    "--windows",
+    "--num-calibration-samples",
+    "windows",
+    type=click.IntRange(1),
+    default=None,
+    help="Calibration windows.",
+)
 @click.option(
     "--calibration-tokens", type=TokenCount(), default=None, help="The same in tokens, for instance 786432 or 800k."
 )
-@click.option("--window-length", type=int, default=None, help="Tokens in a window.")
+@click.option(
+    "--window-length",
+    "--max-seq-length",
+    "window_length",
+    type=Length(SHORTEST_WINDOW),
+    default=None,
+    help="Tokens in a window.",
+)
 @click.option(
     "--window-lengths",
     type=click.Choice(("one", "mixed")),
     default=None,
     help="mixed: join a quarter of the windows by four, and a quarter past the sparse attention's selection [one].",
 )
-@click.option("--min-expert-tokens", type=int, default=None, help="Tokens below which an expert is topped up [32].")
+@click.option(
+    "--min-expert-tokens", type=click.IntRange(0), default=None, help="Tokens below which an expert is topped up [32]."
+)
 @click.option(
     "--strict-coverage",
     is_flag=True,
@@ -61,15 +85,10 @@ from .progress import BytesProgress
 @click.option(
     "--fail-over", metavar="LIMITS", default=None, help="With --eval: exit 1 beyond these, e.g. kld=0.05,ppl=+2%."
 )
-@click.option(
-    "--engine",
-    type=click.Choice(("local", "ray")),
-    default="local",
-    show_default=True,
-    help="Where to run: this process, or all GPUs of a Ray cluster.",
-)
+@click.option("--ray", is_flag=True, help="Run on all GPUs of a Ray cluster.")
 @click.option("--address", metavar="HOST:PORT", default=None, help="Ray cluster to join [one started on this machine].")
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--engine", type=click.Choice(("local", "ray")), default=None, hidden=True)
+@click.option("--dry-run", is_flag=True, help="Make every check of the run, print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     src: str,
@@ -90,7 +109,8 @@ def command(
     min_expert_tokens: int | None,
     strict_coverage: bool,
     spill: bool,
-    engine: str,
+    ray: bool,
+    engine: str | None,
     address: str | None,
     suite: str | None,
     fail_over: str | None,
@@ -98,6 +118,11 @@ def command(
     as_json: bool,
 ) -> None:
     """Quantize SRC into the folder DST. Run again after any interruption: it continues."""
+    need("convert", "m3quant convert")
+    opening(f"convert {src} to {dst}")
+    if engine is not None:
+        outdated("--engine ray" if engine == "ray" else "--engine local", "--ray" if engine == "ray" else "nothing")
+        ray = ray or engine == "ray"
     serving = {"context": context, "concurrency": concurrency, "kv_dtype": kv_dtype}
     asked = asked_of(budget, node, serving, sensitivity_file, bool(choice))
     question = None if suite is None else Question(suite, limits=fail_over)
@@ -105,8 +130,12 @@ def command(
         question.check(source=True)
     elif fail_over is not None:
         raise EvaluationError("--fail-over holds figures against limits: give --eval quick with it.")
+    if question is not None and Path(src).is_dir():
+        question.check_on(src, Checkpoint.open(src).config)
     text = TextChoice(corpus, windows, calibration_tokens, window_length, min_expert_tokens, window_lengths)
-    how = How(device, strict_coverage, spill, engine, address)
+    if asked is not None and not dry_run:  # measuring is most of the work
+        _say_licence(Checkpoint.open(src))
+    how = How(device, strict_coverage, spill, ray, address)
     prepared = prepare(src, dst, choice, text, how, asked, dry_run=dry_run, progress=BytesProgress)
     if dry_run:
         _print_dry(prepared, as_json)
@@ -114,28 +143,60 @@ def command(
     for note in prepared.plan.notes:
         if note.startswith(WARNING):
             click.echo(note, err=True)
+    if asked is None:
+        _say_licence(prepared.plan.checkpoint)
     done = prepared.run(BytesProgress)
-    told = {"output": str(dst), **done.manifest}
     if not as_json:
         print_result(done)
     elif question is None:
-        click.echo(json.dumps(told, indent=2))
+        click.echo(json.dumps(summary(done), indent=2))
     if question is not None:
-        tell(measure(dst, Path(src), question, Arithmetic(device), BytesProgress), as_json, told)
+        tell(measure(dst, Path(src), question, Arithmetic(device), BytesProgress), as_json, summary(done))
+
+
+def _say_licence(source: Checkpoint) -> None:
+    click.echo(licence_line(source.root, str(source.config.get("model_type"))).text, err=True)
 
 
 def _print_dry(prepared: Prepared, as_json: bool) -> None:
-    """The plan, and the text that it would be calibrated on."""
+    """The plan with times of the device that would be used, the text, and what is in the output folder."""
     from .plan import plan_json, print_plan
 
+    looked = prepared.look(BytesProgress)
+    windows = looked.windows
     if as_json:
-        click.echo(json.dumps(plan_json(prepared.plan), indent=2))
+        calibration = windows.record() if windows else None
+        run = {
+            "output": str(prepared.output),
+            "found": looked.found,
+            "device": looked.device,
+            "calibration": calibration,
+        }
+        click.echo(json.dumps(plan_json(prepared.plan, looked.rates) | {"dry_run": run}, indent=2))
         return
-    print_plan(prepared.plan)
-    if prepared.plan.recipe.calibrated:
-        found = prepared.text()
-        for line in (f"calibration text: {found.source}", *(f"note: {note}" for note in found.notes)):
-            click.echo(line)
+    print_plan(prepared.plan, looked.rates)
+    if windows:
+        click.echo(f"calibration text: {windows.source}")
+    click.echo(f"output folder {prepared.output}: {looked.found}")
+
+
+def summary(done: Conversion) -> dict[str, Any]:
+    """What --json prints of a conversion; everything else is in the file that `manifest` names."""
+    dst, plan, manifest = done.output, done.plan, done.manifest
+    recipe = plan.recipe
+    return {
+        "output": str(dst),
+        "manifest": str(dst / MANIFEST),
+        "report": str(dst / manifest["report"]) if manifest.get("report") else None,
+        "recipe": {"name": recipe.name, "format": recipe.format, "rounding": recipe.rounding},
+        "source": {name: manifest["source"].get(name) for name in ("repo", "revision", "bytes")},
+        "licence": licence_line(plan.checkpoint.root, plan.family.model_type).to_json(),
+        "output_bytes": manifest["output_bytes"],
+        "bits_per_weight": manifest["bits_per_weight"],
+        "seconds": manifest["seconds"],
+        "heldout": manifest.get("heldout"),
+        "coverage": (manifest.get("coverage") or {}).get("sentence"),
+    }
 
 
 def print_result(done: Conversion) -> None:
@@ -158,6 +219,6 @@ def print_result(done: Conversion) -> None:
         click.echo(coverage["sentence"])
     if manifest.get("report"):
         click.echo(f"report: {dst / manifest['report']}")
-    click.echo(f"next: m3quant verify {dst} --source {done.plan.checkpoint.root}")
+    click.echo(f"next: {shlex.join(['m3quant', 'verify', str(dst), '--source', done.plan.checkpoint.root])}")
     if done.fitted and (line := predicted_line(done.fitted, manifest)):
         click.echo(line)

@@ -15,8 +15,8 @@ from ..errors import EvaluationError
 from ..evaluate.choices import ACTIVATIONS, INDEX_DTYPES, KV_DTYPES
 from ..extras import need
 from ..reports.verdict import Verdict, of_evaluation
-from .options import print_table
-from .progress import BytesProgress, local_folder
+from .options import Length, print_table
+from .progress import BytesProgress, local_folder, opening
 
 if TYPE_CHECKING:
     from ..artifact.eval_record import EvalRecord, Result
@@ -38,7 +38,7 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option(
                 "--batch-tokens",
-                type=click.IntRange(min=1),
+                type=Length(),
                 default=16384,
                 show_default=True,
                 help="Tokens that pass through a layer together.",
@@ -62,7 +62,11 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--source", default=None, help="The checkpoint that CKPT was made from.")
 @click.option("--suite", default="quick", show_default=True, metavar="quick|full|FILE", help="What to measure.")
 @click.option(
-    "--data", metavar="FILE|NAME", default=None, help="Text in place of the suite's: a file, folder, wikitext-2, pg19."
+    "--data",
+    metavar="SOURCE",
+    default=None,
+    help="Text in place of the suite's: a file (JSON lines, JSON, CSV, Parquet, text), a folder, a Hub dataset (ORG/NAME[:CONFIG][:SPLIT]), "
+    "wikitext-2, pg19 or bundled.",
 )
 @running_options
 @click.option(
@@ -117,6 +121,8 @@ def command(
     Of several, a page shows them side by side; with --source all of them pass through in one pass over its weights.
     """
     how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype)
+    need("eval", "m3quant eval")
+    opening(f"eval {' '.join(ckpts)}" + (f" against {source}" if source else "") + f", suite {suite}")
     if endpoint is not None:
         if source is not None:
             raise EvaluationError("--source is compared by streaming: leave --endpoint out, or evaluate the two apart.")
@@ -126,7 +132,6 @@ def command(
             )
         if len(ckpts) > 1:
             raise EvaluationError("--endpoint asks a server of one checkpoint: give that one alone.")
-        need("eval", "m3quant eval")
         question = Question(suite, data, report, fail_over)
         found = ask_endpoint(local_folder(ckpts[0]), endpoint, question, model=model, api_key_env=api_key_env)
         tell(found, as_json)

@@ -35,7 +35,14 @@ from .progress import BytesProgress
     multiple=True,
     help="Text to measure on, as of convert [bundled].",
 )
-@click.option("--windows", type=click.IntRange(1), default=None, help="With --measure: calibration windows. [16]")
+@click.option(
+    "--windows",
+    "--num-calibration-samples",
+    "windows",
+    type=click.IntRange(1),
+    default=None,
+    help="With --measure: calibration windows. [16]",
+)
 @click.option("--heldout-windows", type=click.IntRange(1), default=None, help="With --measure: held-out windows. [16]")
 @click.option("--recipe-out", type=click.Path(path_type=Path), default=None, help="Write the recipe (YAML) here.")
 @click.option("--chart", type=click.Path(path_type=Path), default=None, help="Draw bytes against KL into this page.")

@@ -10,6 +10,7 @@ import click
 
 from ..api.fitting import Answer
 from ..runtime.hardware import MAX_COUNT
+from .options import Length
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -18,13 +19,13 @@ SERVING = ("context", "concurrency", "kv_dtype")
 
 def fit_options(function: F) -> F:
     """--budget, --fit and what belongs to them."""
-    tokens = click.IntRange(1, MAX_COUNT)
+    tokens, length = click.IntRange(1, MAX_COUNT), Length()
     for option in reversed((
         click.option("--budget", metavar="SIZE", default=None, help="Bytes of the output: the best bits for every layer within them."),
         click.option("--fit", "node", metavar="NODE", default=None, help="The same for a node: what it holds beside --context."),
-        click.option("--context", type=tokens, default=None, help="With --fit: tokens of one request. [32768]"),
+        click.option("--context", "--max-model-len", "context", type=length, default=None, help="With --fit: tokens of one request. [32768]"),
         click.option("--concurrency", type=tokens, default=None, help="With --fit: requests of that length at once. [1]"),
-        click.option("--kv-dtype", default=None, help="With --fit: auto, bfloat16, fp8, fp8_e4m3 or fp8_e5m2. [auto]"),
+        click.option("--kv-dtype", "--kv-cache-dtype", "kv_dtype", default=None, help="With --fit: auto, bfloat16, fp8, fp8_e4m3 or fp8_e5m2. [auto]"),
         click.option(
             "--sensitivity", "sensitivity_file", type=click.Path(path_type=Path), default=None,
             help="With --budget or --fit: read it if it exists, else measure and write it. [DST.sensitivity.json]",

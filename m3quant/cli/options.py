@@ -6,13 +6,16 @@ import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
+from ..families import QUANTIZABLE
 from ..planning.layout import FORMATS
 from ..recipe.choice import RecipeChoice
+from ..recipe.recipe import every_name, fitted_names, recipe_names
 from ..runtime.hardware import MAX_COUNT
+from ..schemes import SCHEMES
 
 if TYPE_CHECKING:
     from ..publish.gates import Asked
@@ -24,17 +27,55 @@ class TokenCount(click.ParamType[int]):
     """A number of tokens: 786432, 786,432, 800k or 0.8M (thousands and millions)."""
 
     name = "tokens"
+    units: ClassVar[dict[str, int]] = {"": 1, "k": 1_000, "m": 1_000_000}
+    example: ClassVar[str] = "write for instance 786432, 800k or 0.8M"
+
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
         found = re.fullmatch(r"([\d,]{1,15}(?:\.\d{1,6})?)([kKmM]?)", str(value).strip())
         if found is None or not found[1].strip(","):
-            self.fail(f"{value!r} is no number of tokens: write for instance 786432, 800k or 0.8M.", param, ctx)
-        count = round(float(found[1].replace(",", "")) * {"": 1, "k": 1_000, "m": 1_000_000}[found[2].lower()])
-        if not 1 <= count <= MAX_COUNT:
-            self.fail(f"{value!r} is not between 1 and {MAX_COUNT:,} tokens.", param, ctx)
+            self.fail(f"{value!r} is no number of tokens: {self.example}.", param, ctx)
+        count = round(float(found[1].replace(",", "")) * self.units[found[2].lower()])
+        if not self.least <= count <= MAX_COUNT:
+            self.fail(f"{value!r} is not between {self.least:,} and {MAX_COUNT:,} tokens.", param, ctx)
         return count
+
+
+class Length(TokenCount):
+    """Tokens of a window, a request or a step: 131072, 131,072 or 128k, where k is 1,024 as in the names of models."""
+
+    name = "length"
+    units: ClassVar[dict[str, int]] = {"": 1, "k": 1024, "m": 1024**2}
+    example: ClassVar[str] = "write for instance 131072 or 128k (k is 1,024)"
+
+
+def _complete(names: Callable[[], list[str]]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """What a shell completes an option with."""
+    return lambda ctx, param, begun: [name for name in names() if name.startswith(begun)]
+
+
+def _list_recipes(ctx: click.Context, param: click.Parameter, given: bool) -> None:
+    if given:
+        from .recipes import command
+
+        command.main([], standalone_mode=False)
+        ctx.exit()
+
+
+def outdated(old: str, new: str) -> None:
+    """Say that an option has another name, and that the old one works for one more release."""
+    click.echo(f"warning: {old} is now {new}: the old spelling works in this release and not in the next.", err=True)
+
+
+def primary_name(name: str) -> str:
+    """How a person writes the option of the running command that its function gets as `name`: utilization -> --gpu-memory-utilization."""
+    ctx = click.get_current_context(silent=True)
+    parameters = ctx.command.params if ctx else []
+    return next((p.opts[0] for p in parameters if p.name == name and p.opts), f"--{name.replace('_', '-')}")
 
 
 def recipe_options(default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -49,9 +90,11 @@ def recipe_options(default: str | None) -> Callable[[Callable[..., Any]], Callab
             settings: tuple[str, ...],
             format_name: str | None,
             requantize: bool,
+            scheme: str | None,
             **others: Any,
         ) -> Any:
-            return given(*args, choice=RecipeChoice(to, recipe_file, settings, format_name, requantize), **others)
+            choice = RecipeChoice(to, recipe_file, settings, format_name, requantize, scheme)
+            return given(*args, choice=choice, **others)
 
         for option in reversed(
             (
@@ -60,7 +103,16 @@ def recipe_options(default: str | None) -> Callable[[Callable[..., Any]], Callab
                     "to",
                     metavar="NAME",
                     default=None,
-                    help=f"Recipe that ships with m3quant{f' [{default}]' if default else ''}.",
+                    shell_complete=_complete(every_name),
+                    help=f"Recipe that ships with m3quant: {', '.join(recipe_names())}, or one fitted to a node: "
+                    f"{', '.join(fitted_names())}. m3quant recipes says what each is{f' [{default}]' if default else ''}.",
+                ),
+                click.option(
+                    "--scheme",
+                    metavar="SCHEME",
+                    default=None,
+                    help="One scheme for all linear layers but router and head, by llm-compressor's name or m3quant's: W4A16, FP8_DYNAMIC, "
+                    "FP8_BLOCK, int4-g32, ...",
                 ),
                 click.option(
                     "--recipe",
@@ -74,7 +126,8 @@ def recipe_options(default: str | None) -> Callable[[Callable[..., Any]], Callab
                     "settings",
                     metavar="ROLE[@LAYERS]=SCHEME",
                     multiple=True,
-                    help="Override one role, e.g. routed_experts=int4-g32, or one in some layers, e.g. routed_experts@3-6=int3-g128-asym.",
+                    help=f"Override one role, e.g. routed_experts=int4-g32, or one in some layers, e.g. routed_experts@3-6=int3-g128-asym. "
+                    f"Roles: {', '.join(QUANTIZABLE)}. Schemes: {SCHEMES}.",
                 ),
                 click.option(
                     "--format",
@@ -87,6 +140,14 @@ def recipe_options(default: str | None) -> Callable[[Callable[..., Any]], Callab
                     "--requantize",
                     is_flag=True,
                     help="Take a source whose weights are integers already (compressed-tensors, AutoAWQ): rounding errors stack.",
+                ),
+                click.option(
+                    "--list",
+                    is_flag=True,
+                    expose_value=False,
+                    is_eager=True,
+                    callback=_list_recipes,
+                    help="List recipes, schemes and roles, and stop.",
                 ),
             )
         ):
@@ -104,16 +165,19 @@ ASK_OPTIONS = (
 
 def ask_options(function: F) -> F:
     """How a checkpoint is to be served: the fields of runtime.fit.Ask."""
-    tokens = click.IntRange(1, MAX_COUNT)
+    tokens, length = click.IntRange(1, MAX_COUNT), Length()
     for option in reversed((
-        click.option("--context", type=tokens, default=None, help="Tokens of one request, prompt and answer. [the longest that fits]"),
+        click.option(
+            "--context", "--max-model-len", "context", type=length, default=None,
+            help="Tokens of one request, prompt and answer: 131072 or 128k. [the longest that fits]",
+        ),
         click.option("--concurrency", type=tokens, default=None, help="Requests of that length at once. [1]"),
-        click.option("--kv-dtype", default=None, help="KV cache: auto, bfloat16, fp8, fp8_e4m3, fp8_e5m2. [auto: what the checkpoint states]"),
+        click.option("--kv-dtype", "--kv-cache-dtype", "kv_dtype", default=None, help="KV cache: auto, bfloat16, fp8, fp8_e4m3, fp8_e5m2. [auto: what the checkpoint states]"),
         click.option("--index-dtype", default=None, help="M3's index keys: bfloat16 or fp8. [bfloat16]"),
-        click.option("--tp", type=tokens, default=None, help="Tensor-parallel ranks. [all GPUs, at most the KV heads]"),
-        click.option("--pp", type=tokens, default=None, help="Pipeline stages. [1, or what TP leaves]"),
+        click.option("--tp", "--tensor-parallel-size", "tp", type=tokens, default=None, help="Tensor-parallel ranks. [all GPUs, at most the KV heads]"),
+        click.option("--pp", "--pipeline-parallel-size", "pp", type=tokens, default=None, help="Pipeline stages. [1, or what TP leaves]"),
         click.option("--max-num-seqs", type=tokens, default=None, help="Requests that run at once. [32, or --concurrency]"),
-        click.option("--max-num-batched-tokens", type=tokens, default=None, help="Tokens of one engine step. [8192]"),
+        click.option("--max-num-batched-tokens", type=length, default=None, help="Tokens of one engine step. [8192]"),
         click.option("--gpu-memory-utilization", "utilization", type=float, default=None, help="Share of each GPU for the engine. [0.92]"),
         click.option("--vision/--language-model-only", "vision", default=None, help="Serve images too, or text alone. [text alone]"),
     )):  # fmt: skip

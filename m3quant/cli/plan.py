@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,13 +11,15 @@ from .. import api
 from ..api.planning import open_source
 from ..errors import PlanError
 from ..planning.calibration_text import calibration_lines, token_choice
-from ..planning.plan import Plan, bits_per_weight, passed_through, role_schemes, role_table
+from ..planning.plan import Plan, bits_per_weight, make_plan, passed_through, role_schemes, role_table
 from ..planning.resources import resources
-from ..planning.timing_model import Rates, estimate, load_rates, sentence
+from ..planning.source_units import source_units
+from ..planning.timing_model import Rates, estimate, load_rates, rates_option, sentence
+from ..publish.licence_line import licence_line
 from ..recipe.choice import RecipeChoice
 from ..recipe.recipe import recipe_names
 from ..running.words import human_bytes
-from .options import ASK_OPTIONS, print_table, recipe_options, serving_options
+from .options import ASK_OPTIONS, primary_name, print_table, recipe_options, serving_options
 
 
 @click.command("plan")
@@ -28,9 +29,9 @@ from .options import ASK_OPTIONS, print_table, recipe_options, serving_options
 @click.option(
     "--rates",
     "rates_file",
-    type=click.Path(path_type=Path),
+    metavar="FILE|cpu",
     default=None,
-    help="Rates of a machine, for the time [one H200].",
+    help="Rates of a machine, for the time: a file, or cpu for a CPU with as many cores as this one [one H200].",
 )
 @serving_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -38,7 +39,7 @@ def command(
     src: str,
     choice: RecipeChoice,
     revision: str | None,
-    rates_file: Path | None,
+    rates_file: str | None,
     as_json: bool,
     **serving: Any,
 ) -> int | None:
@@ -47,12 +48,12 @@ def command(
     With --to or --recipe: that conversion in detail. Without: one line for each recipe.
     With --on, --all or --check-log: whether SRC, or what --to would make of it, can be served, and at which context; exit code 3 if not.
     """
-    rates = load_rates(rates_file)
+    rates = rates_option(rates_file)
     if serving["everything"] or serving["on"] is not None or serving["check_log"] is not None:
         return _serving(src, revision, choice, as_json, serving)
     if given := sorted(name for name, value in serving.items() if value is not None and value is not False):
         raise click.UsageError(
-            f"--{given[0].replace('_', '-')} says how to serve: add --on NODE, for example --on 1xH200, or --all."
+            f"{primary_name(given[0])} says how to serve: add --on NODE, for example --on 1xH200, or --all."
         )
     checkpoint = open_source(src, revision)
     if choice:
@@ -63,15 +64,17 @@ def command(
             settings=choice.settings,
             format=choice.format,
             requantize=choice.requantize,
+            scheme=choice.scheme,
         )
         click.echo(json.dumps(plan_json(plan, rates), indent=2) if as_json else "", nl=as_json)
         if not as_json:
             print_plan(plan, rates)
         return None
-    plans, refused = [], {}
+    plans, refused, source = [], {}, source_units(checkpoint)
     for name in recipe_names():
+        recipe = RecipeChoice(name, requantize=choice.requantize).recipe(checkpoint.config)
         try:
-            plans.append(api.plan(checkpoint, name, requantize=choice.requantize))
+            plans.append(make_plan(checkpoint, recipe, source))
         except PlanError as error:
             refused[name] = str(error)
     if not plans:
@@ -84,6 +87,7 @@ def command(
         )
         return None
     print_source(plans[0])
+    click.echo(licence_line(checkpoint.root, plans[0].family.model_type).text)
     print_overview(plans, rates)
     for name, reason in refused.items():
         click.echo(f"{name}: {reason}")
@@ -109,6 +113,7 @@ def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
         "source": plan.checkpoint.root,
         "revision": plan.checkpoint.revision,
         "model_type": plan.family.model_type,
+        "licence": licence_line(plan.checkpoint.root, plan.family.model_type).to_json(),
         "recipe": plan.recipe.model_dump(),
         "bytes_in": sum(u.bytes_in for u in plan.units),
         "output_bytes": plan.output_bytes,
@@ -136,7 +141,7 @@ def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
 
 def print_source(plan: Plan) -> None:
     family = plan.family
-    weights = sum(t.source.numel for t in plan.tensors)
+    weights = sum(count * t.source.numel for unit, count in plan.kinds for t in unit.tensors)
     shards = f" in {len(plan.checkpoint.shards)} shards" if plan.checkpoint.shards else ""
     bytes_in = sum(u.bytes_in for u in plan.units)
     click.echo(
@@ -161,11 +166,14 @@ def print_overview(plans: list[Plan], rates: Rates) -> None:
             f"{time.seconds / 60:.1f} min" if (time := estimate(plan, rates)) else "not measured",
         ])  # fmt: skip
     print_table(rows)
-    click.echo(f"time: on {rates.machine}, by rates of {rates.measured}; --rates for another machine")
+    click.echo(
+        f"time: on {rates.machine}, by rates of {rates.measured}; --rates cpu for a CPU, --rates FILE for another machine"
+    )
 
 
 def print_plan(plan: Plan, rates: Rates | None = None) -> None:
     print_source(plan)
+    click.echo(licence_line(plan.checkpoint.root, plan.family.model_type).text)
     click.echo(f"recipe {plan.recipe.name}, format {plan.recipe.format}, rounding {plan.recipe.rounding}")
     table = role_table(plan)
     rows = [["role", "action", "scheme", "tensors", "in", "out"]]

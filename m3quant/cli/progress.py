@@ -1,76 +1,141 @@
-"""Progress on stderr: a bar with bytes per second and ETA on a terminal, a line a layer elsewhere."""
+"""Progress on stderr from the first second: a bar on a terminal, elsewhere a line every few seconds. Step, bytes, ETA."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from .. import __version__
+from ..running import steps
+from ..running.words import duration
+from .verbosity import QUIET, VERBOSE, verbosity
 
 KNOWN = 0.005  # share of the work after which its rate says something: a third of a layer of M2's 62
-LINE_SECONDS = 10.0  # without a terminal: at most one progress line in this time
+LINE_SECONDS = 10.0  # without a terminal: one progress line in this time
 
 
 class BytesProgress:
-    """Counts bytes. Use as a context manager."""
+    """Counts bytes and names the step. Use as a context manager. expected: seconds that the whole work is planned to take."""
 
     def __init__(self, label: str) -> None:
         self.label = label
+        self.expected: float | None = None
         self._console = Console(stderr=True)
+        self._stack = ExitStack()
         self._bar: Progress | None = None
+        self._step, self._share = "", 0.0
         self._total = self._done = self._begun_at = 0
-        self._started = self._last = time.monotonic()
+        self._started = self._step_began = time.monotonic()
+        self._last = self._started - LINE_SECONDS  # the first thing that is told is shown at once
+        self._lock = threading.Lock()
 
     def __enter__(self) -> BytesProgress:
+        self._stack.enter_context(steps.listening(self))
+        if verbosity() == QUIET:
+            return self
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn(self.label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn(),
-                TextColumn("ETA"), TimeRemainingColumn(), console=self._console,
+                SpinnerColumn(), TextColumn(self.label), BarColumn(bar_width=10), TimeElapsedColumn(), TextColumn("{task.description}"),
+                console=self._console,
             )  # fmt: skip
-            self._bar.__enter__()
+            self._task = self._bar.add_task("", total=None)
+            self._stack.enter_context(self._bar)
+        ended = threading.Event()
+        ticker = threading.Thread(target=self._tick, args=(ended,), daemon=True, name="progress")
+        ticker.start()
+        self._stack.callback(ticker.join)
+        self._stack.callback(ended.set)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar:
-            self._bar.__exit__(kind, error, trace)
+        self._stack.close()
 
     def start(self, total_bytes: int, done_bytes: int) -> None:
         self._total, self._done, self._begun_at = total_bytes, done_bytes, done_bytes
         self._started = time.monotonic()
-        if self._bar:
-            self._task = self._bar.add_task(self.label, total=total_bytes, completed=done_bytes)
+        self._show()
 
     def advance(self, count: int) -> None:
         self._done += count
-        now = time.monotonic()
-        if self._bar:
-            self._bar.advance(self._task, count)
-        elif now - self._last >= LINE_SECONDS:
-            self._last = now
-            done, left = self._done - self._begun_at, self._total - self._done
-            rate = done / (now - self._started)
-            # The first bytes of a layer come long before those that take the time.
-            eta = f"{left / rate:.0f} s" if done > KNOWN * (done + left) else "not known yet"
-            print(
-                f"{self.label}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, ETA {eta}",
-                file=sys.stderr,
-            )
+        self._show()
+
+    def expect(self, seconds: float) -> None:
+        self.expected = seconds
+
+    def step(self, words: str) -> None:
+        self._step, self._share, self._step_began = words, 0.0, time.monotonic()
+        if verbosity() == VERBOSE:
+            self.say(f"{self.label}: {words}")
+        self._show()
+
+    def part(self, share: float) -> None:
+        self._share = share
+        self._show()
 
     def say(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if verbosity() != QUIET:
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _tick(self, ended: threading.Event) -> None:
+        while not ended.wait(1.0 if self._bar else LINE_SECONDS):
+            self._show()
+
+    def _show(self) -> None:
+        """Redraw the bar, or print a line if the last one is old enough."""
+        if verbosity() == QUIET:
+            return
+        if self._bar:
+            # A bar that knows no total moves by itself.
+            self._bar.update(self._task, total=self._total or None, completed=self._done, description=self._words())
+            return
+        with self._lock:
+            if (now := time.monotonic()) - self._last < LINE_SECONDS:
+                return
+            self._last = now
+        print(f"{self.label}: {self._words()}", file=sys.stderr, flush=True)
+
+    def _words(self) -> str:
+        shown = [f"{self._step}, {self._share:.0%}" if self._share else self._step] if self._step else []
+        elapsed = time.monotonic() - self._started
+        if self._total:
+            done = self._done - self._begun_at
+            rate = done / elapsed if elapsed > 0 else 0.0
+            if not self._bar:  # which shows the share, and has 80 columns
+                shown.append(f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s")
+            elif not self._step:
+                shown.append(f"{rate / 1e6:.0f} MB/s")
+            shown.append(f"ETA {self._eta(done, elapsed)}")
+        elif self._share:
+            spent = time.monotonic() - self._step_began
+            shown.append(f"ETA of this step {duration(spent * (1 - self._share) / self._share)}")
+        elif not self._bar:
+            shown.append(f"{duration(elapsed)} so far")
+        return "; ".join(shown)
+
+    def _eta(self, done: int, elapsed: float) -> str:
+        """From the rate so far; before it says something, from what was planned."""
+        left = self._total - self._done
+        # The first bytes of a layer come long before those that take the time.
+        if done > KNOWN * (done + left):
+            return duration(left * elapsed / done)
+        if self.expected is None:
+            return "not known yet"
+        return f"about {duration(max(0.0, self.expected * (done + left) / self._total - elapsed))}, as planned"
+
+
+def opening(line: str) -> None:
+    """The first line of a long command, before anything that takes time is imported or read."""
+    if verbosity() != QUIET:
+        print(f"m3quant {__version__}: {line}", file=sys.stderr, flush=True)
 
 
 def local_folder(path_or_repo: str, revision: str | None = None) -> Path:

@@ -67,7 +67,7 @@ def command(
             try:
                 would = prepare(out, publish_asked(repo, given, online=False), say)
             except PublishError as error:
-                tell_refused(out, repo, error, as_json)
+                error.facts = {"refused": str(error), **tell_refused(out, repo, as_json)}
                 raise
         if as_json:
             click.echo(json.dumps(dry_run_facts(would, repo, tag, public), indent=2))
@@ -109,16 +109,17 @@ def tell(prepared: Prepared, repo: str, public: bool, err: bool) -> None:
         click.echo(f"  {line}", err=err)
 
 
-def tell_refused(out: Path, repo: str, refusal: PublishError, as_json: bool) -> None:
-    """What a dry run that a gate refuses would send once the gate is satisfied."""
+def tell_refused(out: Path, repo: str, as_json: bool) -> dict[str, Any]:
+    """What a dry run that a gate refuses would send once the gate is satisfied: for --json, or printed."""
     files = files_to_publish(out, read_manifest(out))
-    listed = [{"path": f.path_in_repo, "size": f.size, "sha256": f.sha256} for f in files]
     total = sum(f.size for f in files)
-    if as_json:
-        click.echo(json.dumps({"repo": repo, "refused": str(refusal), "files": listed, "bytes": total}, indent=2))
-        return
-    print_table([["file", "size", "sha256"], *([f.path_in_repo, human_bytes(f.size), f.sha256[:16]] for f in files)])
-    click.echo(f"{len(files)} files, {human_bytes(total)}, for {repo}: not to be sent yet")
+    if not as_json:
+        print_table(
+            [["file", "size", "sha256"], *([f.path_in_repo, human_bytes(f.size), f.sha256[:16]] for f in files)]
+        )
+        click.echo(f"{len(files)} files, {human_bytes(total)}, for {repo}: not to be sent yet")
+    listed = [{"path": f.path_in_repo, "size": f.size, "sha256": f.sha256} for f in files]
+    return {"repo": repo, "files": listed, "bytes": total}
 
 
 def check_answerable(yes: bool, repo: str) -> None:

@@ -16,6 +16,7 @@ import click
 from ..engines import DEFAULT, ENGINES, NAMES
 from ..engines.device import CPU
 from ..errors import OptionError, OutputError, StoppedError
+from ..publish.licence_line import LicenceLine, licence_line
 from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Ready, full_check, prepare, serve
 from ..runtime.serve_recipe import load_serve_recipe
@@ -51,7 +52,13 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 @ask_options
 @click.option("--host", default=None, help="Address to listen on. [127.0.0.1]")
 @click.option("--port", type=click.IntRange(1, 65535), default=None, help="[8000]")
-@click.option("--served-name", default=None, help="Model name that clients give. [the checkpoint's path]")
+@click.option(
+    "--served-name",
+    "--served-model-name",
+    "served_name",
+    default=None,
+    help="Model name that clients give. [the checkpoint's path]",
+)
 @click.option(
     "--api-key-env", default=None, metavar="NAME", help="Environment variable that holds the API key clients must send."
 )
@@ -104,6 +111,9 @@ def command(checkpoint: str, recipe_file: str | None, api_key_env: str | None, e
         click.echo(line, err=True)
 
     prepared = prepare(checkpoint, recipe, engine_python, _api_key(api_key_env, dry), api_key_env, dry, pin, say)
+    licence = licence_line(prepared.subject.where, prepared.subject.family.model_type)
+    if not as_json:
+        say(licence.text)
     for note in prepared.launch.notes:
         say(f"note: {note}")
     if verify_hashes:
@@ -114,7 +124,7 @@ def command(checkpoint: str, recipe_file: str | None, api_key_env: str | None, e
     if write_systemd:
         _write(write_systemd, systemd_unit(_own_command(), prepared.fit, prepared.recipe, api_key_env))
         say(f"written: {write_systemd}; its first line says how to install it")
-    _show(prepared, as_json, api_key_env)
+    _show(prepared, licence, as_json, api_key_env)
     if dry:
         return 0
     code = serve(
@@ -184,7 +194,7 @@ def _write(path: Path, text: str) -> None:
         raise OutputError(f"{path} cannot be written: {error.strerror}.") from None
 
 
-def _show(prepared: Prepared, as_json: bool, api_key_env: str | None) -> None:
+def _show(prepared: Prepared, licence: LicenceLine, as_json: bool, api_key_env: str | None) -> None:
     fit, launch = prepared.fit, prepared.launch
     if as_json:
         env = {name: (None if name in launch.secret else value) for name, value in launch.env.items()}
@@ -194,6 +204,7 @@ def _show(prepared: Prepared, as_json: bool, api_key_env: str | None) -> None:
         decision = {
             "event": "decided", "command": launch.command, "env": env, "node": fit.node.name, "context": fit.context, "pool_tokens": fit.pool.tokens,
             "concurrency": fit.concurrency, "kv_dtype": fit.setup.kv_dtype, "engine": engine, "kv_cache_memory_bytes": prepared.pin,
+            "licence": licence.to_json(),
         }  # fmt: skip
         click.echo(json.dumps(decision))
         return

@@ -9,9 +9,10 @@ import click
 
 from ..api import verify
 from ..engines.probing import PROBED
+from ..extras import need
 from ..verify.tensor_error import worst
 from ..verify.verification import Verification, sqnr_by_scheme
-from .progress import BytesProgress
+from .progress import BytesProgress, opening
 
 TITLES = " or ".join(engine.title for engine in PROBED)
 
@@ -62,6 +63,9 @@ def command(
     as_json: bool,
 ) -> None:
     """Check the converted folder or Hub repo DST (which is pulled first). Exit code 0 only if every check holds."""
+    if source is not None or engine or in_transformers:
+        need("convert", "m3quant verify with --source, --engine or --transformers")
+    opening(f"verify {dst}" + (f" against {source}" if source else ""))
     result = verify(
         dst,
         source,
@@ -70,7 +74,6 @@ def command(
         engine_python=engine_python,
         engine_timeout_s=engine_timeout,
         tensor_parallel_size=tensor_parallel_size,
-        say=lambda line: click.echo(line, err=True),
         progress=BytesProgress,
     )
     if as_json:

@@ -24,16 +24,18 @@ from ..calibration.stream import Prefetcher, read_head, read_layer, run_layer
 from ..errors import CalibrationError
 from ..planning.calibration_text import run_groups
 from ..planning.layout import scale_dtype
-from ..planning.plan import PlannedTensor, Unit
 from ..planning.quantizers import facts_of
 from ..planning.resources import boundary_interval
+from ..planning.unit import PlannedTensor, Unit
 from ..quant.formats import TORCH_DTYPES, pack
 from ..reports.conversion import write_report
+from ..running import steps
 from ..running.timing import device_span
 from ..schemes import Scheme, rounded_activations
 from .device_layers import DeviceLoader
 from .device_warm_up import WarmUp
 from .expert_stacks import pack_experts
+from .layer_work import LayerWork, layer_words, stage_shares
 from .layer_writer import LayerSink, LayerWriter, NoWriter
 from .pipeline import convert_unit
 from .quality import coverage, heldout_quality
@@ -66,14 +68,18 @@ def convert_calibrated(run: Run) -> dict[str, Any]:
             fmt = run.plan.recipe.format
             record = convert_unit(run.output, first, run.reader, fmt, run.device, run.stop, run.progress.advance)
             run.journal.finish_unit(first.index, shard_facts(record))
+        steps.step("hidden states that enter the first layer")
         streams = stack.enter_context(contextlib.closing(layerwise.streams()))
         warm_up.close()
         for unit in replayed:
+            steps.step(layer_words(run.plan, unit, "hidden states are computed again"))
             layerwise.replay(unit, next(layers), streams)
         for unit in todo:
+            steps.step(layer_words(run.plan, unit, "reading"))
             layerwise.convert_layer(unit, next(layers), streams)
         if not ranks.first:
             return {}
+        steps.step("perplexity and KL divergence of the held-out windows")
         head = read_head(run.reader, run.device)
         quality = heldout_quality(
             head, streams, layerwise.tokens, run.plan.recipe.data.windows, rounded_activations(_all_schemes(run))
@@ -108,6 +114,7 @@ class _Layerwise:
         background = self.stacked and not settings.spill
         self.writer: LayerSink = LayerWriter(run.output, run.journal, background) if ranks.first else NoWriter()
         self.ranks = ranks
+        self.shares = stage_shares(plan)
         self.every = settings.boundary_every or boundary_interval(plan, self.stacked)
         scale = TORCH_DTYPES[scale_dtype(Scheme("int", 4), plan.recipe.format)]
         self._quantizer = layer_quantizer(plan.recipe, scale, settings.strict_coverage, ranks)
@@ -174,16 +181,17 @@ class _Layerwise:
         schemes = {t.name.removeprefix(prefix): t.scheme for t in unit.tensors if t.action == "quantize"}
         spec = layer_spec(self.plan.checkpoint.config, unit.layer)
         layer = Layer(spec, tensors, self.device, self.dtype)
-        with device_span("search"):
+        work = LayerWork(self.run.progress, self.plan, unit, self.shares)
+        with device_span("search"), work.stage("search"):
             quantized = self.quantize(spec, tensors, schemes, *self._seen(streams), layer)
         self.run.stop.check()
-        with device_span("forward"):
+        with device_span("forward"), work.stage("forward_source"):
             run_layer(layer, streams.source, self.micro_batch, ranks=self.ranks)
         self.writer.begin(unit)
-        with device_span("pack"):
+        with device_span("pack"), work.stage("pack"):
             errors = self._store(unit, prefix, layer, tensors, quantized)
         layer.round_activations(schemes)
-        with device_span("forward"):
+        with device_span("forward"), work.stage("forward_quantized"):
             error = run_layer(layer, streams.quantized, self.micro_batch, streams.source, self.ranks)
         ledger = quantized.ledger.to_json() if quantized.ledger else None
         record = {"layer": unit.layer, "stream_error": error, "log": quantized.log, "ledger": ledger}
@@ -214,7 +222,6 @@ class _Layerwise:
                 self.run.stop.check()
                 self.writer.add(outputs, ready)
                 packed.update(names)
-                self.run.progress.advance(sum(planned[name].source.stored_bytes for name in names))
         used = layer_shapes(layer.spec)
         for name, tensor in planned.items():
             if name in packed:
@@ -226,7 +233,6 @@ class _Layerwise:
             if name in used:
                 layer.set_weight(name, dense)
             self.writer.add(outputs)
-            self.run.progress.advance(tensor.source.stored_bytes)
         return errors
 
     def _one(

@@ -20,11 +20,13 @@ from ..artifact.manifest import MANIFEST, Manifest, load_manifest
 from ..artifact.reread import other_shards, recorded_digests, stored_infos
 from ..artifact.source_record import check_carried
 from ..calibration.experts import ExpertLedger
-from ..checkpoint import Checkpoint, write_json_atomic
+from ..checkpoint import Checkpoint, ShardRecord, write_json_atomic
 from ..errors import CalibrationError, CheckpointError, OutputError
 from ..planning.plan import Plan
 from ..planning.resources import check_disk, resources
+from ..planning.unit import Unit
 from ..quant.reading import SourceReader
+from ..running import steps
 from ..running.device import device_name, pick_device
 from ..running.progress import Progress
 from ..running.stopping import StopFlag, stop_on_signals
@@ -88,6 +90,21 @@ def finished(
     remove_leftover(output)
     progress.say(f"{output} is already complete")
     return done
+
+
+def what_is_there(plan: Plan, output: Path, settings: Settings, device: torch.device, progress: Progress) -> str:
+    """What `convert` would find in the output folder, for a person; writes nothing.
+
+    Raises OutputError for an output that is finished or begun otherwise, StoppedError where the disk has too little room.
+    """
+    facts = job_facts(plan, settings, device)
+    if _finished(plan, output, facts, progress) is not None:
+        return "complete already, from the same source and recipe: nothing would be done"
+    check_disk(plan, output, resources(plan, device.type == "cuda", spill=settings.spill))
+    journal = Journal(output)
+    if journal.check(facts, {SOURCE: identify(plan.checkpoint, plan.copied_files)}):
+        return f"begun: {len(journal.records)} of {len(plan.units)} shards are finished, and the run continues"
+    return "new; there is room on its disk"
 
 
 def follow(plan: Plan, output: Path, settings: Settings, progress: Progress) -> None:
@@ -247,7 +264,12 @@ def _convert_units(run: Run) -> None:
         run.progress.say(
             f"note: rounding with plain torch operations, because Triton's kernels do not run here ({reason})"
         )
+
+    def finished(unit: Unit, record: ShardRecord) -> None:
+        run.journal.finish_unit(unit.index, shard_facts(record))
+        steps.step(f"{len(run.journal.records)} of {len(run.plan.units)} shards are finished")
+
     convert_units(
         run.output, todo, run.reader, run.plan.recipe.format, run.device, run.stop, run.progress.advance,
-        lambda unit, record: run.journal.finish_unit(unit.index, shard_facts(record)),
+        finished,
     )  # fmt: skip

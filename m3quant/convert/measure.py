@@ -42,7 +42,6 @@ from ..planning.choices import role_of
 from ..planning.fit import Fitting
 from ..planning.kl_estimate import kl_of_error, others_left
 from ..planning.layout import scale_dtype
-from ..planning.plan import Unit
 from ..planning.sensitivity import (
     Candidate,
     LayerSensitivity,
@@ -52,14 +51,17 @@ from ..planning.sensitivity import (
     TextIdentity,
     source_identity,
 )
+from ..planning.unit import Unit
 from ..quant.formats import TORCH_DTYPES
 from ..quant.reading import SourceReader
+from ..running import steps
 from ..running.device import device_name, pick_device
 from ..running.progress import Progress
 from ..running.stopping import StopFlag, stop_on_signals
 from ..schemes import Scheme, parse_scheme
 from .device_layers import DeviceLoader
 from .job import out_of_memory
+from .layer_work import layer_words
 from .measure_state import MeasureState, PilotState, ProbeState, SavedState
 
 # Errors that are carried to the end: a large and a small one for the role that most bytes and most of the loss are in,
@@ -231,6 +233,7 @@ class Measuring:
             probes = self._probes(role, names)
             for name in names:
                 self.stop.check()
+                steps.step(layer_words(self.plan, unit, f"{role} as {name}"))
                 quantized = self._quantize(layer, tensors, self._schemes(unit, {role: name}), view, view)
                 out = self._through(self._rounded(spec, tensors, quantized, torch.float32), heldout)
                 errors[role][name] = error = _relative(out, expected)
@@ -238,8 +241,9 @@ class Measuring:
                     states = HiddenStates(out[: self.probe_windows].clone())
                     state.probes.append(ProbeState(unit.layer, role, name, error, states))
                 self.progress.advance(part)
-        for pilot in state.pilots:
+        for number, pilot in enumerate(state.pilots, 1):
             self.stop.check()
+            steps.step(layer_words(self.plan, unit, f"whole model, {number} of {len(state.pilots)}"))
             own = WindowView(pilot.states, 0, self.calibration)
             quantized = self._quantize(layer, tensors, self._schemes(unit, pilot.layers[unit.layer]), own, view)
             run_layer(self._rounded(spec, tensors, quantized, self.dtype), pilot.states, self.micro_batch)

@@ -18,6 +18,7 @@ from ..calibration.head import CHUNK_TOKENS, Head, score
 from ..calibration.layers import Layer
 from ..calibration.stream import Prefetcher, embed, read_embeddings, read_head, read_layer
 from ..errors import EvaluationError
+from ..running import steps
 from ..running.progress import Progress
 from ..running.stopping import StopFlag
 from .arithmetic import Arithmetic
@@ -151,6 +152,7 @@ def _one_layer(
     progress: Progress,
 ) -> dict[str, float]:
     facts: dict[str, float] = {"layer": layer}
+    steps.step(f"layer {layer} ({layer + 1} of {streams[-1].model.family.num_layers})")
     for stream in streams:
         stream.states.begin(layer + 1)
     for model in models:
@@ -235,6 +237,7 @@ def _embed(stream: Stream) -> None:
 
 def predict(streams: Sequence[Stream], device: torch.device) -> dict[str, list[Predictions]]:
     """Compare the heads of all streams on the predicted tokens -> stream name -> one `Predictions` per its text."""
+    steps.step("logits of the scored tokens")
     heads = {id(s.model): _finite_head(s.model, device) for s in streams}
     main = [s for s in streams if s.name != NOISE]
     out = _scored(main, [heads[id(s.model)] for s in main], [s.layout for s in main], device)

@@ -7,12 +7,13 @@
 
 Starting the process is not counted: 2 s, and some 4 s more where Triton compiles its kernels for the first time.
 
-A record of rates names the machine and the command that measured it. The one that ships, rates.json, is the benchmark
-machine's; `python -m tests.benchmarks.rates` makes one from figures of `tests.benchmarks.convert`, and `--rates` reads it.
+A record of rates names the machine and the command that measured it. Two ship: rates.json is the benchmark machine's,
+rates_cpu.json that of two CPU cores, taken for as many cores as a machine has.  `python -m tests.benchmarks.rates` makes one from figures of `tests.benchmarks.convert`, and `--rates` reads it.
 """
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -21,10 +22,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..checkpoint.bounded import TEXT_BYTES, read_text
 from ..errors import PlanError
-from .plan import Plan, Unit
+from .plan import Plan
 from .quantizers import active_weights, facts_of, tokens_of
+from .unit import Unit
 
-RATES_FILE = "rates.json"
+RATES_FILE, CPU_RATES_FILE = "rates.json", "rates_cpu.json"
+CPU = "cpu"  # what --rates takes in place of a file
+_BY_CORES = ("pack", "search", "feedback", "forward")  # rates that grow with a CPU's cores
+_CPU_CORES = 2  # of the machine of CPU_RATES_FILE
 SEARCH_RATE = {"awq": "search", "feedback": "feedback"}  # rounding -> the rate of its own computing
 
 
@@ -66,10 +71,30 @@ class Estimate(BaseModel):
     stages: dict[str, float]
 
 
-def load_rates(path: Path | None = None) -> Rates:
-    """A record of rates; the benchmark machine's by default. Raises PlanError naming the file and what is wrong in it."""
+def load_rates(path: Path | None = None, on: str = "cuda") -> Rates:
+    """A record of rates; the benchmark machine's by default, or with on="cpu" those of as many CPU cores as are here.
+
+    Raises PlanError naming the file and what is wrong in it.
+    """
+    if path is None and on == CPU:
+        return _of_cores(_read(None, CPU_RATES_FILE), os.cpu_count() or 1)
+    return _read(path)
+
+
+def rates_option(text: str | None) -> Rates:
+    """The rates that --rates names: a file, `cpu`, or None for the benchmark machine's."""
+    return load_rates(on=CPU) if text == CPU else load_rates(Path(text) if text else None)
+
+
+def _of_cores(rates: Rates, cores: int) -> Rates:
+    """The same machine with more or fewer cores; what its disk does stays."""
+    faster = {name: getattr(rates, name) * cores / _CPU_CORES for name in _BY_CORES if getattr(rates, name)}
+    return rates.model_copy(update={**faster, "machine": f"a CPU of {cores} cores"})
+
+
+def _read(path: Path | None, ships: str = RATES_FILE) -> Rates:
     try:
-        packaged = files("m3quant.planning") / RATES_FILE
+        packaged = files("m3quant.planning") / ships
         text = read_text(path, TEXT_BYTES, error=PlanError, follow=True) if path else packaged.read_text("utf-8")
     except PlanError as error:
         raise PlanError(f"--rates: {error}") from None
@@ -79,7 +104,7 @@ def load_rates(path: Path | None = None) -> Rates:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise PlanError(
-            f"{path or RATES_FILE}: {where}: {first['msg']}. Write it as the file that ships: planning/rates.json of the package."
+            f"{path or ships}: {where}: {first['msg']}. Write it as the file that ships: planning/rates.json of the package."
         ) from None
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
-from .recipe import Recipe, build_recipe, named_recipe, read_recipe_file, with_requantize
+from .recipe import Recipe, build_recipe, named_recipe, read_recipe_file, scheme_recipe, with_requantize
 
 DEFAULT = "awq"
 
 
 @dataclass(frozen=True)
 class RecipeChoice:
-    """A recipe of m3quant by its name, or of a file, with --set and --format laid over it.
+    """A recipe of m3quant by its name, of a file, or one scheme for all roles, with --set and --format laid over it.
 
     requantize: whether a source that is already in integers may be rounded again.
     """
@@ -25,16 +25,22 @@ class RecipeChoice:
     settings: tuple[str, ...] = ()
     format: str | None = None
     requantize: bool = False
+    scheme: str | None = None
 
     def __bool__(self) -> bool:
         """Whether anything was asked for."""
-        return bool(self.to or self.file or self.settings or self.format)
+        return bool(self.to or self.file or self.settings or self.format or self.scheme)
 
     def recipe(self, config: Mapping[str, Any]) -> Recipe:
         """What it means for the checkpoint of that config.json; `DEFAULT` where nothing is named. Raises RecipeError."""
-        if self.to and self.file:
-            raise RecipeError("--to and --recipe are both given: a run has one recipe.")
-        document = named_recipe(self.to or DEFAULT) if self.file is None else self._read(self.file, config)
+        named = {"--to": self.to, "--recipe": self.file, "--scheme": self.scheme}
+        if len(given := [name for name, value in named.items() if value]) > 1:
+            raise RecipeError(f"{' and '.join(given)} are both given: a run has one recipe.")
+        document: Mapping[str, Any]
+        if self.scheme:
+            document = scheme_recipe(self.scheme)
+        else:
+            document = named_recipe(self.to or DEFAULT) if self.file is None else self._read(self.file, config)
         return with_requantize(build_recipe(document, settings=self.settings, format=self.format), self.requantize)
 
     @staticmethod

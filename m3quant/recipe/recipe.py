@@ -31,6 +31,7 @@ from ..errors import RecipeError
 from ..families.base import KEPT, QUANTIZABLE, Family
 from ..schemes import KEEP, Scheme, parse_scheme
 from .layer_ranges import parse_layers, show_layers
+from .nearest import meant
 
 Rounding = Literal["nearest", "awq", "feedback"]
 CALIBRATION_OF = {"nearest": "none", "awq": "awq", "feedback": "text"}  # the `calibration` key that goes with each
@@ -61,13 +62,16 @@ class FeedbackOptions(BaseModel):
     signed_scales: bool = True  # a negative scale where a group's largest weight is positive (symmetric schemes)
 
 
+SHORTEST_WINDOW = 16  # tokens
+
+
 class CalibrationOptions(BaseModel):
     """How much text the calibrated path uses."""
 
     model_config = ConfigDict(extra="forbid")
 
     windows: int = Field(default=128, ge=1)
-    window_length: int = Field(default=512, ge=16)
+    window_length: int = Field(default=512, ge=SHORTEST_WINDOW)
     heldout_windows: int = Field(
         default=16, ge=0
     )  # more windows, never used for statistics: perplexity before and after
@@ -318,6 +322,11 @@ def fitted_names() -> list[str]:
     return sorted(p.stem for p in recipe_folder().glob("fit-*.yaml"))
 
 
+def every_name() -> list[str]:
+    """All names that `--to` takes."""
+    return [*recipe_names(), *fitted_names(), *RELEASE_NAMES]
+
+
 def read_recipe_file(path: str | Path) -> dict[str, Any]:
     """The YAML mapping in `path`. Raises RecipeError with the parser's line for anything else."""
     if not Path(path).exists():
@@ -332,11 +341,22 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
 
 def named_recipe(name: str) -> dict[str, Any]:
     """The document of a recipe in the package."""
-    known = [*recipe_names(), *fitted_names(), *RELEASE_NAMES]
+    known = every_name()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        raise RecipeError(f"no recipe called '{name}': did you mean '{near[0]}'? Known: {', '.join(known)}.")
+        raise RecipeError(f"no recipe called '{name[:60]}': {meant(name, known)} Known: {', '.join(known)}.")
     return read_recipe_file(recipe_folder() / f"{name}.yaml")
+
+
+def scheme_recipe(text: str) -> dict[str, Any]:
+    """The document of one scheme for every role, by llm-compressor's name or ours: all linear layers but router and head.
+
+    Raises RecipeError with the nearest name.
+    """
+    from .llmcompressor_schemes import is_preset, preset_scheme
+
+    scheme = preset_scheme(text, "--scheme") if is_preset(text) else parse_scheme(text)
+    rounding = "feedback" if scheme.kind == "int" else "nearest"
+    return {"name": scheme.name, "rounding": rounding, "schemes": dict.fromkeys(QUANTIZABLE, scheme.name)}
 
 
 def build_recipe(document: Mapping[str, Any], *, settings: Iterable[str] = (), format: str | None = None) -> Recipe:

@@ -13,6 +13,7 @@ from ..checkpoint import Checkpoint
 from ..extras import need
 from ..planning.config_models import library_version, model_problems
 from ..planning.plan import Plan
+from ..running import steps
 from .same_source import other_source_problems
 from .stored import unit_stored_problems
 from .structure import check_same_kind, structure_problems
@@ -87,6 +88,7 @@ def verify(output: Path, source: str | None, say: Report) -> tuple[Verification,
 
     def run(name: str, looked_at: str, problems: Callable[[], Any]) -> None:
         say(f"{name} ...")
+        steps.step(name)
         checks.append(Check(name, looked_at, list(problems())))
 
     tensors = sum(len(u.entries) for u in plan.units)
@@ -142,11 +144,19 @@ def _errors(
     reader = SourceReader(origin, plan.sources)
     dense = ConvertedReader(converted, {t.name: t for t in plan.tensors}, plan.recipe.format)
     recorded = manifest.get(ROUNDING_ERROR)
-    return {e.name: e for unit in plan.units for e in unit_errors(plan, unit, reader, dense, recorded)}
+    errors: dict[str, TensorError] = {}
+    for number, unit in enumerate(plan.units, 1):
+        errors |= {e.name: e for e in unit_errors(plan, unit, reader, dense, recorded)}
+        steps.part(number, len(plan.units))
+    return errors
 
 
 def _each_unit(plan: Plan, function: Callable[[Any], Any]) -> list[str]:
-    return [problem for unit in plan.units for problem in function(unit)]
+    problems = []
+    for number, unit in enumerate(plan.units, 1):
+        problems += function(unit)
+        steps.part(number, len(plan.units))
+    return problems
 
 
 def error_problems(plan: Plan, errors: dict[str, TensorError]) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 
 import m3quant.api
 from m3quant.api import convert, evaluate, fit, plan, verify
-from m3quant.errors import EvaluationError, M3QuantError, OptionError, PlanError, RecipeError, VerifyError
+from m3quant.errors import CheckpointError, EvaluationError, M3QuantError, OptionError, PlanError, RecipeError
 from m3quant.running.progress import Silent, quietly
 from tests.support.convert.common import add_tokenizer, make_source
 from tests.support.paths import DATA, FIXTURES, ROOT
@@ -76,7 +76,7 @@ def test_wrong_options_are_refused_before_a_folder_is_made(source: Path, tmp_pat
     wrong: list[tuple[type[M3QuantError], str, dict[str, Any]]] = [
         (RecipeError, "uses no calibration data", {"to": "int4", "windows": 8}),
         (RecipeError, "both say how much text", {"windows": 8, "calibration_tokens": 4096}),
-        (RecipeError, "did you mean 'int4'", {"to": "int5"}),
+        (RecipeError, "routed_experts=int5-g128-asym", {"to": "int5"}),
         (PlanError, "names a Ray cluster", {"to": "int4", "address": "localhost:1"}),
         (OptionError, "a node is a budget worked out", {"budget": "8MB", "node": "1xH200"}),
         (OptionError, "make the recipe", {"to": "int4", "budget": 8_000_000}),
@@ -92,7 +92,7 @@ def test_wrong_options_are_refused_before_a_folder_is_made(source: Path, tmp_pat
             fit(source, budget="1GB", **more)
     with pytest.raises(EvaluationError, match="did you mean 'kld'"):
         evaluate(source, limits="kdl=0.1")
-    with pytest.raises(VerifyError, match=r"m3quant\.json"):
+    with pytest.raises(CheckpointError, match=r"m3quant\.json"):
         verify(source)
 
 

@@ -122,7 +122,7 @@ def measure(work: Path, source: Path, arguments: argparse.Namespace) -> dict[str
     plan = plan_of(source, arguments.to, arguments.windows, arguments.window_length)
     result: dict[str, Any] = {
         "measured": time.strftime("%Y-%m-%d"),
-        "shape": arguments.shape, "layers": arguments.layers, "recipe": arguments.to, "experts": arguments.experts,
+        "shape": arguments.shape, "layers": arguments.layers, "recipe": arguments.to, "rounding": build_recipe(named_recipe(arguments.to)).rounding, "experts": arguments.experts,
         "narrower": arguments.narrower, "stored": arguments.stored, "windows": arguments.windows, "window_length": arguments.window_length,
         "machine": {
             "device": device_name(device), "cores": os.cpu_count(), "device_memory": torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None, "torch": torch.__version__, "python": platform.python_version(),

@@ -15,7 +15,7 @@ from typing import Any
 
 from m3quant.planning.headers import from_config
 from m3quant.planning.plan import Plan, make_plan
-from m3quant.planning.timing_model import Rates, estimate, forward_flops, search_flops
+from m3quant.planning.timing_model import SEARCH_RATE, Rates, estimate, forward_flops, search_flops
 from m3quant.recipe.recipe import build_recipe, named_recipe
 
 from .wide import wide_config
@@ -58,17 +58,17 @@ def record(results: list[dict[str, Any]], source: str) -> Rates:
             # one CPU thread was measured, and every core has one
             rates[name] = median(found) * (cores if name == "pack" and device == "cpu" else 1)
     for name, flops in (("search", search_flops), ("forward", forward_flops)):
-        speeds = []
+        speeds: dict[str, list[float]] = {}
         for result in results:
             plan = plan_of(result)
-            if plan.recipe.calibration == "none":
+            if not plan.recipe.calibrated:
                 continue
             for run in result["ours"]:
                 stages = {s["stage"]: s["busy"] for s in run.get("timeline", {}).get("stages", [])}
                 if stages.get(name):
-                    speeds.append(flops(plan) * result["layers"] / stages[name])
-        if speeds:
-            rates[name] = median(speeds)
+                    rate = SEARCH_RATE[plan.recipe.rounding] if name == "search" else name
+                    speeds.setdefault(rate, []).append(flops(plan) * result["layers"] / stages[name])
+        rates |= {rate: median(found) for rate, found in speeds.items()}
     found = Rates(
         machine=f"{device}, {cores} cores",
         measured=max(r["measured"] for r in results),

@@ -26,9 +26,6 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "publish": (["publish", "--dry-run"], ["org/name"]),
     "serve": (["serve", "--on", "1xH200", "--dry-run"], []),
 }
-READERS = [
-    name for name in COMMANDS if name != "verify"
-]  # to verify, a folder that convert did not finish is a finding
 
 
 def call(command: str, checkpoint: object, tmp_path: Path, *options: object) -> list[object]:
@@ -47,23 +44,51 @@ def test_what_is_no_folder(shell: Shell, tmp_path: Path, command: str, kind: str
     assert path.name[:20] in shell.refuses(*call(command, path, tmp_path))
 
 
-@pytest.mark.parametrize("command", READERS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_folder_without_a_checkpoint(shell: Shell, tmp_path: Path, command: str) -> None:
     (tmp_path / "it").mkdir()
     shell.refuses(*call(command, tmp_path / "it", tmp_path))
 
 
-@pytest.mark.parametrize("command", ["card", "publish", "serve"])
-def test_an_unfinished_or_damaged_output(shell: Shell, tmp_path: Path, outputs: dict[str, Path], command: str) -> None:
+# What reads the manifest of an output; `plan` and `convert` look at the weights alone.
+OF_OUTPUTS = ["eval", "verify", "card", "publish", "serve"]
+
+
+@pytest.mark.parametrize("command", OF_OUTPUTS)
+def test_a_damaged_output_is_1_and_an_unfinished_one_2(
+    shell: Shell, tmp_path: Path, outputs: dict[str, Path], command: str
+) -> None:
     folder = tmp_path / "out"
     shutil.copytree(outputs["m2"], folder)
     for text in ("{", "[]", "{}", "null", '{"shards": []}', "\ud800".encode("utf-8", "surrogatepass")):
         (folder / "m3quant.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-        assert "m3quant.json" in shell.refuses(*call(command, folder, tmp_path))
+        assert "m3quant.json" in shell.refuses(*call(command, folder, tmp_path), code=1)
     (folder / "m3quant.json").unlink()
     (folder / ".m3quant").mkdir()
     (folder / "config.json").rename(folder / "config.later")
     assert shell.refuses(*call(command, folder, tmp_path))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_shard_that_was_cut_is_damage_of_an_output_and_wrong_input_of_a_source(
+    shell: Shell, tmp_path: Path, outputs: dict[str, Path], command: str
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(outputs["m2"], folder)
+    shard = max(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-8])
+    assert shard.name in shell.refuses(*call(command, folder, tmp_path), code=1)
+    (folder / "m3quant.json").unlink()
+    shell.refuses(*call(command, folder, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan", M2, "--to", "gptq"], ["plan", M2, "--no-such-option"], ["verify", "/nowhere"]]
+)
+def test_with_json_a_refusal_is_json_on_stdout_too(shell: Shell, arguments: list[object]) -> None:
+    done = shell(*arguments, "--json")
+    assert done.json["error"] == {"exit_code": done.code, "message": done.json["error"]["message"]}
+    assert done.json["error"]["message"] in done.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

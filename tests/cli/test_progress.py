@@ -1,24 +1,90 @@
-"""Progress lines without a terminal: what they say of the time left."""
+"""Progress lines without a terminal: from the first second, with step and time left."""
 
 from __future__ import annotations
 
 import pytest
 
 from m3quant.cli import progress as module
+from m3quant.cli.verbosity import NORMAL, QUIET, VERBOSE, set_verbosity
+from m3quant.running import steps
 
 
-def test_no_time_left_is_told_from_the_first_bytes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+class Clock:
     now = 0.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    own = Clock()
+    monkeypatch.setattr(module.time, "monotonic", lambda: own.now)
+    return own
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_the_first_line_comes_at_once_and_no_time_left_is_told_from_the_first_bytes(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     with module.BytesProgress("awq") as progress:
         progress.start(2 * 10**9, 10**9)
-        now = 20.0
+        assert told(capsys) == ["awq: 1.00 of 2.00 GB, 0 MB/s; ETA not known yet"]
+        clock.now = 20.0
         progress.advance(10)
-        now = 40.0
+        clock.now = 40.0
         progress.advance(5 * 10**8 - 10)
-    assert capsys.readouterr().err.splitlines() == [
-        "awq: 1.00 of 2.00 GB, 0 MB/s, ETA not known yet",
-        "awq: 1.50 of 2.00 GB, 12 MB/s, ETA 40 s",
+    assert told(capsys) == [
+        "awq: 1.00 of 2.00 GB, 0 MB/s; ETA not known yet",
+        "awq: 1.50 of 2.00 GB, 12 MB/s; ETA 40 s",
     ]
+
+
+def test_what_was_planned_is_the_time_left_until_something_was_measured(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with module.BytesProgress("awq") as progress:
+        progress.expected = 4 * 3600.0
+        progress.start(2 * 10**9, 10**9)  # half of the work is done
+        clock.now = 60.0
+        steps.step("layer 3 (4 of 60): quantizing")
+        clock.now = 72.0
+        steps.part(16, 64)
+    assert told(capsys)[1:] == [
+        "awq: layer 3 (4 of 60): quantizing; 1.00 of 2.00 GB, 0 MB/s; ETA about 1 h 59 min, as planned",
+        "awq: layer 3 (4 of 60): quantizing, 25%; 1.00 of 2.00 GB, 0 MB/s; ETA about 1 h 59 min, as planned",
+    ]
+
+
+def test_a_step_without_bytes_has_a_time_of_its_own(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with module.BytesProgress("verify"):
+        clock.now = 11.0
+        steps.step("values")
+        clock.now = 31.0
+        steps.part(1, 4)
+    assert told(capsys)[1] == "verify: values, 25%; ETA of this step 60 s"
+
+
+@pytest.mark.parametrize(("level", "lines"), [(QUIET, 0), (NORMAL, 2), (VERBOSE, 4)])
+def test_quiet_tells_nothing_and_verbose_every_step(
+    clock: Clock, capsys: pytest.CaptureFixture[str], level: int, lines: int
+) -> None:
+    set_verbosity(level)
+    try:
+        with module.BytesProgress("awq") as progress:
+            steps.step("one")
+            steps.step("two")
+            progress.say("note: of any length")
+    finally:
+        set_verbosity(NORMAL)
+    assert len(told(capsys)) == lines
+
+
+def test_a_share_of_a_step_is_told_to_who_counts_it() -> None:
+    heard: list[float] = []
+    with steps.parts(heard.append):
+        steps.part(1, 2)
+        with steps.parts(lambda share: None):
+            steps.part(9, 9)
+    steps.part(2, 2)
+    assert heard == [0.5]

@@ -204,7 +204,7 @@ def test_a_recipe_that_is_wrong(
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (["--to", "awk"], ["no recipe called 'awk'", "did you mean 'awq'"]),
+    (["--to", "awk"], ["no recipe called 'awk'", "did you mean --to awq"]),
     (["--recipe", "absent.yaml"], ["absent.yaml", "does not exist", "--to"]),
     (["--to", "int4", "--set", "routed_experts"], ["role=scheme"]),
     (["--to", "int4", "--set", "expert=int4-g32"], ["expert", "did you mean 'routed_experts'"]),
@@ -225,8 +225,6 @@ def test_options_that_are_wrong(
     (["--to", "int4", "--windows", "4"], ["uses no calibration data", "--to awq"]),
     (["--to", "fp8", "--calibration", "x.txt"], ["uses no calibration data"]),
     (["--to", "int4", "--strict-coverage"], ["uses no calibration data"]),
-    (["--to", "awq", "--windows", "0"], ["data.windows", "greater than or equal to 1"]),
-    (["--to", "awq", "--window-length", "-5"], ["data.window_length", "16"]),
     (["--to", "int4", "--device", "gpu"], ["--device gpu", "cpu, cuda"]),
     (["--to", "int4", "--device", "meta"], ["--device meta", "cpu, cuda"]),
     (["--to", "int4", "--device", "cuda:99"], ["--device cuda:99", "GPU"]),
@@ -258,7 +256,7 @@ def test_a_source_that_is_not_there(m3quant: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(m3quant("convert", tmp_path / "empty", tmp_path / "out"), "no config.json")
     refused(m3quant("verify", tmp_path / "absent"), "no folder", "convert")
-    refused(m3quant("verify", tmp_path / "empty"), "m3quant.json", code=1)
+    refused(m3quant("verify", tmp_path / "empty"), "m3quant.json")
 
 
 def test_a_missing_tokenizer(m3quant: Run, tmp_path: Path) -> None:

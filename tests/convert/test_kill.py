@@ -53,7 +53,7 @@ def test_killed_at_a_durable_operation_the_same_command_finishes_with_the_same_b
 
 
 class SignalAt(Silent):
-    """Sends a signal to this process when the `at`-th tensor is done."""
+    """Sends a signal to this process when progress is told the `at`-th time: of a tensor, or of a share of a layer."""
 
     def __init__(self, number: int, at: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_a_signal_stops_cleanly_and_the_same_command_continues(
     run_plan(plan, tmp_path / "whole")
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(InterruptedRun, match="run the same command to continue") as stopped:
-        run_plan(plan, tmp_path / "out", progress=SignalAt(number, len(plan.units[0].tensors) + 5))
+        run_plan(plan, tmp_path / "out", progress=SignalAt(number, len(plan.units[0].tensors) + 2))
     assert stopped.value.exit_code == code
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
     left = set(files(tmp_path / "out"))

@@ -82,7 +82,7 @@ def running(task: str) -> list[int]:
 
 def test_units_on_two_nodes_give_the_bytes_of_one_process(address: str, alone: dict[str, str], tmp_path: Path) -> None:
     done = m3quant(
-        "convert", FIXTURE, tmp_path / "out", "--to", "int4", "--device", "cpu", "--engine", "ray", "--address", address
+        "convert", FIXTURE, tmp_path / "out", "--to", "int4", "--device", "cpu", "--ray", "--address", address
     )
     assert done.returncode == 0, done.stderr
     assert "over 2 nodes, 2 cores, 1 core for each" in done.stderr, done.stderr
@@ -91,7 +91,7 @@ def test_units_on_two_nodes_give_the_bytes_of_one_process(address: str, alone: d
 
 
 def test_a_unit_whose_worker_is_killed_is_done_again(address: str, alone: dict[str, str], tmp_path: Path) -> None:
-    command = ["convert", FIXTURE, tmp_path / "out", "--to", "int4", "--device", "cpu", "--engine", "ray"]
+    command = ["convert", FIXTURE, tmp_path / "out", "--to", "int4", "--device", "cpu", "--ray"]
     run = subprocess.Popen(
         [sys.executable, "-m", "m3quant", *map(str, command), "--address", address], stderr=subprocess.PIPE, text=True
     )
@@ -111,7 +111,7 @@ def test_a_unit_whose_worker_is_killed_is_done_again(address: str, alone: dict[s
 def test_a_stopped_run_is_continued_by_a_single_process(address: str, alone: dict[str, str], tmp_path: Path) -> None:
     command = ["convert", FIXTURE, tmp_path / "out", "--to", "int4", "--device", "cpu"]
     run = subprocess.Popen(
-        [sys.executable, "-m", "m3quant", *map(str, command), "--engine", "ray", "--address", address],
+        [sys.executable, "-m", "m3quant", *map(str, command), "--ray", "--address", address],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -153,7 +153,7 @@ def test_an_error_in_a_worker_is_told_as_what_it_is() -> None:
 
 
 def test_one_gpu_of_this_machine_is_no_device_of_a_cluster(tmp_path: Path) -> None:
-    done = m3quant("convert", FIXTURE, tmp_path / "out", "--to", "int4", "--engine", "ray", "--device", "cuda:0")
+    done = m3quant("convert", FIXTURE, tmp_path / "out", "--to", "int4", "--ray", "--device", "cuda:0")
     assert done.returncode == 2 and "names one GPU" in done.stderr, done.stderr
 
 
@@ -161,9 +161,7 @@ def test_a_cluster_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         free = probe.getsockname()[1]
-    done = m3quant(
-        "convert", FIXTURE, tmp_path / "out", "--to", "int4", "--engine", "ray", "--address", f"127.0.0.1:{free}"
-    )
+    done = m3quant("convert", FIXTURE, tmp_path / "out", "--to", "int4", "--ray", "--address", f"127.0.0.1:{free}")
     assert done.returncode == 2 and "cannot be reached" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -211,7 +209,7 @@ def test_waiting_for_a_busy_cluster_is_told_once_and_ends_at_ctrl_c(
         try:
             assert holder.stdout is not None and holder.stdout.readline() == "held\n"
             run = subprocess.Popen(
-                [sys.executable, "-m", "m3quant", *map(str, command), "--engine", "ray", "--address", address],
+                [sys.executable, "-m", "m3quant", *map(str, command), "--ray", "--address", address],
                 stderr=subprocess.PIPE,
                 text=True,
             )
@@ -264,7 +262,7 @@ def test_waiting_is_told_by_what_is_free(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_an_address_without_ray_is_refused(tmp_path: Path) -> None:
     done = m3quant("convert", FIXTURE, tmp_path / "out", "--to", "int4", "--address", "127.0.0.1:6379")
-    assert done.returncode == 2 and "--engine ray" in done.stderr
+    assert done.returncode == 2 and "--ray" in done.stderr
 
 
 def test_a_node_that_sees_another_checkpoint_says_so(tmp_path: Path) -> None:
@@ -291,7 +289,7 @@ def awq_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_two_ranks_calibrate_to_the_bytes_of_one_process(
     address: str, awq_alone: dict[str, str], tmp_path: Path
 ) -> None:
-    done = m3quant("convert", FIXTURE, tmp_path / "out", *AWQ, "--engine", "ray", "--address", address)
+    done = m3quant("convert", FIXTURE, tmp_path / "out", *AWQ, "--ray", "--address", address)
     assert done.returncode == 0, done.stderr
     assert "2 ranks in step over 2 nodes" in done.stderr
     assert hashes(tmp_path / "out") == awq_alone
@@ -302,7 +300,7 @@ def test_ranks_go_on_from_the_last_layer_when_one_is_killed(
     address: str, awq_alone: dict[str, str], tmp_path: Path
 ) -> None:
     run = subprocess.Popen(
-        [sys.executable, "-m", "m3quant", "convert", FIXTURE, tmp_path / "out", *AWQ, "--engine", "ray", "--address", address],
+        [sys.executable, "-m", "m3quant", "convert", FIXTURE, tmp_path / "out", *AWQ, "--ray", "--address", address],
         stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip

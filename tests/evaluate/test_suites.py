@@ -267,7 +267,8 @@ def test_a_calibrated_conversion_writes_its_own_figures(tmp_path: Path) -> None:
         "convert", source, out, "--to", "awq", "--device", "cpu", "--windows", 2, "--window-length", 32, "--json"
     )
     assert done.exit_code == 0, done.output
-    manifest = json.loads(done.stdout)
+    manifest = json.loads((out / "m3quant.json").read_text())
+    assert json.loads(done.stdout)["heldout"] == manifest["heldout"]
     found = EvalRecord.model_validate_json((out / "eval.json").read_text())
     assert found.suite == "conversion" and found.results[0].convention == "m3quant-heldout-32"
     assert found.results[0].metrics["kl_mean"] == manifest["heldout"]["kl_mean"]

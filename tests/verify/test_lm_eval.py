@@ -19,7 +19,9 @@ def test_log_likelihoods_of_an_m2_output(tmp_path: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
     out = tmp_path / "out"
-    run_convert(FIXTURES / "tiny-m2", out, "awq", rounding="nearest")  # INT4 experts, INT8 attention: no activation is rounded
+    run_convert(
+        FIXTURES / "tiny-m2", out, "awq", rounding="nearest"
+    )  # INT4 experts, INT8 attention: no activation is rounded
     text = (FIXTURES / "heldout.txt").read_text(encoding="utf-8")[3000:4200]
     program = HFLM(pretrained=str(out), dtype="float32", device="cpu", batch_size=1, max_length=512)
     request = Instance("loglikelihood_rolling", {}, (text,), 0, metadata=("t", 0, 1))

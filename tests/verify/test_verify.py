@@ -486,13 +486,13 @@ def test_a_file_beside_the_source_s_weights_that_was_edited_is_named(made: dict[
 
 def test_folders_that_are_no_finished_output(made: dict[str, Path], tmp_path: Path) -> None:
     status, said = check(made["m2"])
-    assert status == 1 and "was not written by m3quant convert" in said
+    assert status == 2 and "was not written by m3quant convert" in said
     unfinished = tmp_path / "unfinished"
     shutil.copytree(made["m2-int4"], unfinished)
     (unfinished / "config.json").unlink()
     (unfinished / ".m3quant").mkdir()
     status, said = check(unfinished)
-    assert status == 1 and "unfinished conversion" in said and "same convert command" in said
+    assert status == 2 and "unfinished conversion" in said and "same convert command" in said
     damaged = tmp_path / "damaged"
     shutil.copytree(made["m2-int4"], damaged)
     (damaged / "m3quant.json").write_text("{")

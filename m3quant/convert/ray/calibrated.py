@@ -31,7 +31,7 @@ def convert_on_ranks(plan: Plan, output: Path, settings: Settings, device: str, 
     MAX_RETRIES times, and whatever the conversion itself raises.
     """
     if settings.spill:
-        raise PlanError("--spill keeps one process's hidden states on the disk: leave it out with --engine ray.")
+        raise PlanError("--spill keeps one process's hidden states on the disk: leave it out with --ray.")
     with stop_on_signals() as stop, cluster(settings.address, device, stop) as found:
         size = int(found.ray.cluster_resources()["GPU" if device == "cuda" else "CPU"])
         output.mkdir(parents=True, exist_ok=True)  # what a node is asked whether it sees

@@ -30,6 +30,15 @@ class Cluster:
     amount: dict[str, Any]
 
 
+def require_ray() -> Any:
+    """The module. Raises PlanError where it is not installed."""
+    try:
+        import ray
+    except ImportError:
+        raise PlanError("--ray needs Ray: pip install 'm3quant[ray]', or leave --ray out.") from None
+    return ray
+
+
 @contextmanager
 def cluster(address: str | None, device: str, stop: StopFlag) -> Iterator[Cluster]:
     """The cluster at `address` (None: one started on this machine), left as it was found.
@@ -37,10 +46,7 @@ def cluster(address: str | None, device: str, stop: StopFlag) -> Iterator[Cluste
     Raises PlanError where Ray is missing, the cluster cannot be reached, has no GPU for device "cuda", or has nodes with
     another m3quant or torch.
     """
-    try:
-        import ray
-    except ImportError:
-        raise PlanError("--engine ray needs Ray: pip install 'm3quant[ray]', or leave --engine out.") from None
+    ray = require_ray()
     connected = ray.is_initialized()
     try:
         if not connected:

@@ -22,7 +22,8 @@ from ...artifact.journal import FOLDER
 from ...artifact.reread import recorded_digests, stored_infos
 from ...checkpoint import Checkpoint, make_folder, sync_folder
 from ...errors import M3QuantError, OutputError, PlanError
-from ...planning.plan import Plan, Unit, make_plan
+from ...planning.plan import Plan, make_plan
+from ...planning.unit import Unit
 from ...recipe.recipe import build_recipe
 from ...running.stopping import StopFlag
 from ..job import Run

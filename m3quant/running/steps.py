@@ -1,0 +1,67 @@
+"""What a long computation is doing now: told from deep inside it to whoever shows progress. Costs a comparison where nobody listens.
+
+    with listening(show):                # show.step("layer 3 (4 of 60): experts"); show.part(0.25)
+        ...
+    step("layer 3 (4 of 60): experts")   # anywhere below, on the thread that computes
+    part(16, 64)
+
+`parts` puts another listener in front, for work that is a share of something larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Listener(Protocol):
+    def expect(self, seconds: float) -> None: ...
+
+    def step(self, words: str) -> None: ...
+
+    def part(self, share: float) -> None: ...
+
+
+_listeners: list[Listener] = []
+_parts: list[Callable[[float], None]] = []
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Until the block ends, `listener` hears of steps and parts, and nobody before it does."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+@contextmanager
+def parts(reached: Callable[[float], None]) -> Iterator[None]:
+    """Until the block ends, `reached` hears what share of its work is done, too."""
+    _parts.append(reached)
+    try:
+        yield
+    finally:
+        _parts.remove(reached)
+
+
+def expect(seconds: float) -> None:
+    """How long the whole is planned to take."""
+    if _listeners:
+        _listeners[-1].expect(seconds)
+
+
+def step(words: str) -> None:
+    """What begins now."""
+    if _listeners:
+        _listeners[-1].step(words)
+
+
+def part(done: int, total: int) -> None:
+    """How much of the step is done."""
+    if _listeners and total:
+        _listeners[-1].part(done / total)
+    if _parts and total:
+        _parts[-1](done / total)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -15,12 +14,13 @@ import click
 
 from ..engines import DEFAULT, ENGINES, NAMES
 from ..engines.device import CPU
-from ..errors import OptionError, OutputError, StoppedError
+from ..errors import OptionError
 from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Ready, full_check, prepare, serve
 from ..runtime.serve_recipe import load_serve_recipe
 from ..runtime.units import compose_file, systemd_unit
 from .options import ASK_OPTIONS, ask_options
+from .output_file import write_file
 
 RECIPE_OPTIONS = (
     "node",
@@ -109,10 +109,10 @@ def command(checkpoint: str, recipe_file: str | None, api_key_env: str | None, e
     if verify_hashes:
         full_check(checkpoint, say)
     if write_compose:
-        _write(write_compose, _compose(prepared, api_key_env))
+        write_file(write_compose, _compose(prepared, api_key_env))
         say(f"written: {write_compose}; start it with docker compose -f {write_compose} up")
     if write_systemd:
-        _write(write_systemd, systemd_unit(_own_command(), prepared.fit, prepared.recipe, api_key_env))
+        write_file(write_systemd, systemd_unit(_own_command(), prepared.fit, prepared.recipe, api_key_env))
         say(f"written: {write_systemd}; its first line says how to install it")
     _show(prepared, as_json, api_key_env)
     if dry:
@@ -173,15 +173,6 @@ def _compose(prepared: Prepared, api_key_env: str | None) -> str:
         "0.0.0.0"  # inside the container; the port is published on the host's loopback
     )
     return compose_file(arguments, launch.env, launch.secret, fit, prepared.recipe, image, api_key_env)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoppedError(f"{path} cannot be written: {error.strerror}. Free space and run it again.") from None
-        raise OutputError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def _show(prepared: Prepared, as_json: bool, api_key_env: str | None) -> None:

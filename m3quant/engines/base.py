@@ -15,6 +15,7 @@ from ..checkpoint.strict_json import shown
 from ..errors import EngineMissing
 from ..families import Family
 from ..schemes import Scheme
+from .bench import BenchRun, Measured
 from .device import Gpu
 from .failures import Sentence, no_room, reason
 from .installed import Installed, find_python, read_installed
@@ -139,6 +140,7 @@ class Engine(ABC):
     probe: ClassVar[LoadingProbe | None] = None
     has_guard: ClassVar[bool] = False  # whether m3quant's guard runs inside its server
     takes_pin: ClassVar[bool] = False  # whether a measured cache size can be given back to it
+    has_bench: ClassVar[bool] = False  # whether its own load generator is driven here
 
     # --- what is installed ---
 
@@ -236,6 +238,16 @@ class Engine(ABC):
     def image(self, release: str | None) -> str | None:
         """The container image of a release (None: the newest that was read); None if none is known."""
         return None
+
+    # --- its load generator ---
+
+    def bench_command(self, installed: Installed, run: BenchRun) -> list[str]:
+        """The command that makes one run and writes its result. Asked where `has_bench`."""
+        raise NotImplementedError(f"{self.title} has no load generator here")
+
+    def read_bench(self, document: Mapping[str, Any], run: BenchRun) -> Measured:
+        """The result file of a run. Raises ServeError for requests that were not answered whole."""
+        raise NotImplementedError(f"{self.title} has no load generator here")
 
     # --- what its log says ---
 

@@ -12,10 +12,11 @@ from ...families import Family
 from ...families.spec import SWIGLUOAI
 from ...schemes import Scheme
 from ..base import Capabilities, Engine, Launch, LoadingProbe, Serving, StartOptions, is_older
+from ..bench import BenchRun, Measured
 from ..installed import Installed
 from ..integers import is_narrow, names
 from ..stated import quantization_of
-from . import command
+from . import bench, command
 from .failures import KERNEL, NO_MEMORY, PREFIX, SENTENCES
 from .log import VllmLog
 from .lookup import lookup_problems
@@ -47,6 +48,7 @@ class Vllm(Engine):
     probe = LoadingProbe(PROBE, probe_facts, NO_MEMORY, KERNEL)
     has_guard = True
     takes_pin = True
+    has_bench = True
 
     def checkpoint_refusal(self, config: Mapping[str, Any], release: str | None) -> str:
         """quant_method mxfp8 makes its ModelOptMxFp8Config, which knows no moe_quant_algo: packed experts match no parameter."""
@@ -122,6 +124,12 @@ class Vllm(Engine):
 
     def launch(self, serving: Serving, options: StartOptions, installed: Installed | None) -> Launch:
         return command.launch(serving, options, installed)
+
+    def bench_command(self, installed: Installed, run: BenchRun) -> list[str]:
+        return bench.bench_command(installed.python, run)
+
+    def read_bench(self, document: Mapping[str, Any], run: BenchRun) -> Measured:
+        return bench.read_bench(document, run)
 
     def image(self, release: str | None) -> str | None:
         return f"vllm/vllm-openai:v{release or NEWEST_READ}"

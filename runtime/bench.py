@@ -95,7 +95,7 @@ def held(fit: Fit, recipe: ServeRecipe, points: Sequence[Point]) -> tuple[list[P
     free = fit.pool.blocks - 1 - math.ceil(recipe.watermark * fit.pool.blocks)
     run, left = list[Point](), list[Point]()
     for point in points:
-        needed = math.ceil(point.context / fit.pool.block_size)
+        needed = math.ceil((point.context + fit.setup.draft_slots) / fit.pool.block_size)
         (run if point.concurrency * needed <= free else left).append(point)
     for context in {point.context for point in left} - {point.context for point in run}:
         least = min(point.concurrency for point in left if point.context == context)

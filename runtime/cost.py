@@ -17,6 +17,7 @@ from ..checkpoint.bounded import read_yaml
 from ..errors import NodeError
 from .fit import Fit
 from .hardware import Node
+from .memory import DRAFT
 from .weights import rank_weights, stage_of_layers
 
 PRICES = Path(__file__).with_name("prices.yaml")
@@ -54,15 +55,19 @@ def load_prices(path: Path | None = None) -> Prices:
 def decode_bound(fit: Fit, context: int, requests: int) -> float:
     """Output tokens per second that memory bandwidth allows for `requests` at once, each `context` tokens long; 0.0 if unknown.
 
-    Experts read: all that `requests` tokens reach if each picks top_k of E at random, E x (1 - (1 - top_k / E)^requests).
+    Experts read: all that the tokens of a step reach if each picks top_k of E at random, E x (1 - (1 - top_k / E)^tokens). A step has
+    one token of each request and what a draft guesses for it, of which the bound takes all to be right.
     """
     bandwidth = fit.node.gpu.bandwidth
     if not bandwidth or requests < 1:
         return 0.0
     family = fit.model.family
-    reached = 1 - (1 - family.moe.top_k / family.moe.num_experts) ** requests if family.moe else 1.0
+    tokens = requests * fit.setup.rows
+    reached = 1 - (1 - family.moe.top_k / family.moe.num_experts) ** tokens if family.moe else 1.0
     geometry = family.kv_geometry
     stages = rank_weights(fit.model.groups, fit.setup.split, geometry.kv_heads, geometry.layers)
+    if fit.setup.draft:
+        stages[-1][DRAFT] = fit.setup.draft.rank_bytes(fit.setup.split.tp)
     slowest = 0.0
     for weights, layers in zip(stages, stage_of_layers(geometry.layers, fit.setup.split.pp), strict=True):
         read = sum(
@@ -71,7 +76,7 @@ def decode_bound(fit: Fit, context: int, requests: int) -> float:
             if role not in _NOT_READ
         )
         slowest = max(slowest, read + requests * _cache_read(fit, layers, context))
-    return requests * bandwidth / slowest
+    return tokens * bandwidth / slowest
 
 
 _NOT_READ = ("embedding", "vision", "projector", "mtp")  # looked up by row, or not part of a decoding step

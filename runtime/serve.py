@@ -27,6 +27,7 @@ from ..engines.rules import check_schemes, integer_notes, zero_point_notes
 from ..errors import CheckpointError, DoesNotFit, EngineMissing, OptionError, RecipeError, ServeError, VerifyError
 from ..schemes import Scheme
 from .checklog import TOLERATED, LogCheck, check_log, log_reader
+from .draft import draft_notes, with_draft
 from .fit import Fit, assess, remedies
 from .guard.settings import PREFIX, read_settings
 from .hardware import STANDARD_NODES, Node, parse_node
@@ -105,10 +106,11 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
     check_schemes(engine, installed, subject.stored.schemes)
     node = _node(recipe, engine, installed, dry, say)
     where = str(Path(src).expanduser().resolve()) if Path(src).expanduser().is_dir() else subject.stored.where
+    ask = with_draft(recipe.ask(), subject.family, recipe.draft, recipe.draft_tokens)
+    for note in draft_notes(ask.draft) if ask.draft else ():
+        say(f"note: {note}")
     fit = assess(
-        replace(subject.stored, where=where),
-        node,
-        replace(recipe.ask(), release=installed.version if installed else None),
+        replace(subject.stored, where=where), node, replace(ask, release=installed.version if installed else None)
     )
     if not fit.fits:
         tried = [f"{r.change} (context up to {r.fit.longest_context:,})" for r in remedies(fit)]
@@ -216,10 +218,12 @@ def _sized(fit: Fit, recipe: ServeRecipe, say: Say) -> tuple[Fit, ServeRecipe]:
     the pool has room for requests of TYPICAL_REQUEST tokens.
     """
     blocks, block = fit.pool.blocks - 1, fit.pool.block_size
-    free = blocks - recipe.concurrency * math.ceil(fit.context / block)
+    ahead = math.ceil(fit.setup.draft_slots / block)
+    free = blocks - recipe.concurrency * (math.ceil(fit.context / block) + ahead)
     if free < math.ceil(recipe.watermark * fit.pool.blocks):
         if recipe.context is None:
-            context = (blocks - math.ceil(recipe.watermark * fit.pool.blocks)) // recipe.concurrency * block
+            each = (blocks - math.ceil(recipe.watermark * fit.pool.blocks)) // recipe.concurrency
+            context = (each - ahead) * block
             fit = assess(fit.model, fit.node, replace(fit.ask, context=max(block, context)))
         else:
             watermark = max(0, math.floor(1000 * (free - 1) / fit.pool.blocks) / 1000)

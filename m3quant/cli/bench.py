@@ -18,11 +18,11 @@ from ..runtime.bench import Load, Point, Row, client_log, held, measure
 from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Stopping, check_start, prepare
 from ..runtime.serve_recipe import load_serve_recipe
-from .options import ASK_OPTIONS, TokenCount, ask_options, print_table
+from .options import ASK_OPTIONS, TokenCount, ask_options, draft_options, print_table
 from .output_file import check_file, write_file
 
 SERVER_OPTIONS = (
-    "node", "engine", "port", "start_timeout", *(n for n in ASK_OPTIONS if n not in ("context", "concurrency")),
+    "node", "engine", "port", "start_timeout", "draft", "draft_tokens", *(n for n in ASK_OPTIONS if n not in ("context", "concurrency")),
 )  # fmt: skip
 MAX_POINTS = 64  # of a run: more is likelier a typing error than days that somebody means to spend
 
@@ -64,6 +64,7 @@ def _server_options(function: Any) -> Any:
     "--on", "node", default=None, metavar="NODE", help="1xH200, 2xH100, ..., cpu, cpu:4GiB. [what this machine has]"
 )
 @_server_options
+@draft_options
 @click.option("--port", type=click.IntRange(1, 65535), default=None, help="Port of the server, on 127.0.0.1. [8000]")
 @click.option("--engine", type=click.Choice(NAMES), default=None, help=f"[{DEFAULT.name}]")
 @click.option(

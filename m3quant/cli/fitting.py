@@ -18,6 +18,7 @@ from ..recipe.choice import RecipeChoice
 from ..running.words import human_bytes
 from ..runtime.checklog import LogCheck, check_log, log_reader
 from ..runtime.cost import Prices, decode_bound, load_prices, price_per_million
+from ..runtime.draft import draft_notes, with_draft
 from ..runtime.fit import Ask, Fit, Remedy, assess, remedies
 from ..runtime.hardware import STANDARD_NODES, Node, parse_node
 from ..runtime.model import ServedModel, Subject, open_subject
@@ -39,11 +40,20 @@ class Where:
     prices: Path | None
 
 
-def run_fit(src: str, revision: str | None, choice: RecipeChoice, where: Where, ask: Ask, as_json: bool) -> int:
-    """The three modes. Returns the exit code: 0 fits (or the log agrees), 3 does not fit, 1 the log disagrees."""
+def run_fit(
+    src: str,
+    revision: str | None,
+    choice: RecipeChoice,
+    where: Where,
+    ask: Ask,
+    draft: tuple[str | None, int | None],
+    as_json: bool,
+) -> int:
+    """The three modes. draft: as in `runtime.draft.with_draft`. Returns the exit code: 0 fits (or the log agrees), 3 does not fit, 1 the log disagrees."""
     gc.disable()  # 140,000 tensors become objects that all live to the end: collections would take a third of the time
     node = parse_node(where.on) if where.on is not None else None
     subject = open_subject(src, revision)
+    ask = with_draft(ask, subject.family, *draft)
     # A log is of one checkpoint: a config.json is then what it describes.
     table = where.log is None and (where.everything or subject.config_only)
     models, refused = _models(subject, choice, table)
@@ -59,6 +69,8 @@ def run_fit(src: str, revision: str | None, choice: RecipeChoice, where: Where, 
     if as_json:
         click.echo(json.dumps(fit_json(fit, changes, prices), indent=2))
     else:
+        for note in draft_notes(ask.draft) if ask.draft else ():
+            click.echo(note)
         print_fit(fit, changes, prices)
     return 0 if fit.fits else NO_FIT
 

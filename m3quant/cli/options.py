@@ -12,6 +12,7 @@ import click
 
 from ..planning.layout import FORMATS
 from ..recipe.choice import RecipeChoice
+from ..runtime.draft import MAX_TOKENS
 from ..runtime.hardware import MAX_COUNT
 
 if TYPE_CHECKING:
@@ -121,6 +122,16 @@ def ask_options(function: F) -> F:
     return function
 
 
+def draft_options(function: F) -> F:
+    """A draft model for speculative decoding: `runtime.draft.open_draft`."""
+    for option in reversed((
+        click.option("--draft", default=None, metavar="DRAFT", help="Draft model for speculative decoding: a folder or Hub repo (EAGLE3, DFlash, DSpark)."),
+        click.option("--draft-tokens", type=click.IntRange(1, MAX_TOKENS), default=None, help="Tokens that it guesses in a step. [what the draft states, else 3]"),
+    )):  # fmt: skip
+        function = option(function)
+    return function
+
+
 def serving_options(function: F) -> F:
     """`plan`'s questions about serving."""
     for option in reversed((
@@ -130,7 +141,7 @@ def serving_options(function: F) -> F:
         click.option("--prices", type=click.Path(path_type=Path), default=None, help="Price file (YAML) in place of the one that ships."),
     )):  # fmt: skip
         function = option(function)
-    return ask_options(function)
+    return ask_options(draft_options(function))
 
 
 def publish_options(function: F) -> F:

@@ -19,7 +19,7 @@ from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Ready, full_check, prepare, serve
 from ..runtime.serve_recipe import load_serve_recipe
 from ..runtime.units import compose_file, systemd_unit
-from .options import ASK_OPTIONS, ask_options
+from .options import ASK_OPTIONS, ask_options, draft_options
 from .output_file import write_file
 
 RECIPE_OPTIONS = (
@@ -31,6 +31,8 @@ RECIPE_OPTIONS = (
     "guard",
     "shutdown_timeout",
     "start_timeout",
+    "draft",
+    "draft_tokens",
     *ASK_OPTIONS,
 )
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -49,6 +51,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
     "--on", "node", default=None, metavar="NODE", help="1xH200, 2xH100, ..., cpu, cpu:4GiB. [what this machine has]"
 )
 @ask_options
+@draft_options
 @click.option("--host", default=None, help="Address to listen on. [127.0.0.1]")
 @click.option("--port", type=click.IntRange(1, 65535), default=None, help="[8000]")
 @click.option("--served-name", default=None, help="Model name that clients give. [the checkpoint's path]")

@@ -17,6 +17,7 @@ from ..families import Family
 from ..schemes import Scheme
 from .bench import BenchRun, Measured
 from .device import Gpu
+from .drafts import Draft
 from .failures import Sentence, no_room, reason
 from .installed import Installed, find_python, read_installed
 from .integers import is_narrow
@@ -65,6 +66,7 @@ class Serving:
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    draft: Draft | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,10 @@ class Engine(ABC):
         """Why the engine does not load a checkpoint with this config.json as it is, and what to do; '' where it does. release: of the one
         that is installed, None for the newest that was read."""
         return ""
+
+    def draft_refusal(self, draft: Draft, family: Family, gpu: Gpu, pp: int, release: str | None) -> str:
+        """Why the engine does not run this draft before this target, and what to do; '' where it does. release: as above."""
+        return f"{self.title} is not given a draft here: leave --draft out"
 
     def expert_refusal(self, scheme: Scheme) -> str:
         """Why no release of this engine runs routed experts in the scheme, '' where one does."""

@@ -14,6 +14,11 @@ from m3quant.errors import GuardError
 
 from .settings import GuardSettings
 
+# Slots that a step of speculative decoding takes beyond a request's tokens, for each token that the draft guesses: guesses of a step in
+# flight (asynchronous scheduling), of the step before its last token, and what the draft writes ahead (v1/core/sched/scheduler.py:
+# schedule; config/vllm.py: num_lookahead_tokens, one more for DFlash, whose place the last token leaves). vLLM 0.32.
+DRAFT_SLOTS = 3
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -77,7 +82,7 @@ class PoolReader:
             block_size=block,
             max_model_len=length,
             usable=usable,
-            lookahead=seen[3],
+            lookahead=DRAFT_SLOTS * seen[3],
             default_output=default,
             output_cap=cap,
             prefix_caching=bool(getattr(cache, "enable_prefix_caching", False)),

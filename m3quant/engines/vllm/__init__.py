@@ -13,10 +13,12 @@ from ...families.spec import SWIGLUOAI
 from ...schemes import Scheme
 from ..base import Capabilities, Engine, Launch, LoadingProbe, Serving, StartOptions, is_older
 from ..bench import BenchRun, Measured
+from ..device import Gpu
+from ..drafts import Draft
 from ..installed import Installed
 from ..integers import is_narrow, names
 from ..stated import quantization_of
-from . import bench, command
+from . import bench, command, drafts
 from .failures import KERNEL, NO_MEMORY, PREFIX, SENTENCES
 from .log import VllmLog
 from .lookup import lookup_problems
@@ -66,6 +68,9 @@ class Vllm(Engine):
             f"vLLM {release or f'up to {NEWEST_READ}'} does not load MXFP8 with {str(experts)[:40]} experts (moe_quant_algo; MiniMax-M3.1-Flash as "
             "released): convert it (--to awq), take a newer vLLM, or serve the release with SGLang 0.5.23 or newer"
         )
+
+    def draft_refusal(self, draft: Draft, family: Family, gpu: Gpu, pp: int, release: str | None) -> str:
+        return drafts.refusal(draft, family, gpu, pp, release)
 
     def expert_refusal(self, scheme: Scheme) -> str:
         if not is_narrow(scheme) or scheme.group_size is not None:

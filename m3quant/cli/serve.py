@@ -14,11 +14,13 @@ import click
 
 from ..engines import DEFAULT, ENGINES, NAMES
 from ..engines.device import CPU
+from ..engines.installed import ENGINE_PYTHON
 from ..errors import OptionError
+from ..runtime.compose import compose_file
 from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Ready, full_check, prepare, serve
 from ..runtime.serve_recipe import load_serve_recipe
-from ..runtime.units import compose_file, systemd_unit
+from ..runtime.units import systemd_unit
 from .options import ASK_OPTIONS, ask_options, draft_options
 from .output_file import write_file
 
@@ -115,7 +117,7 @@ def command(checkpoint: str, recipe_file: str | None, api_key_env: str | None, e
         write_file(write_compose, _compose(prepared, api_key_env))
         say(f"written: {write_compose}; start it with docker compose -f {write_compose} up")
     if write_systemd:
-        write_file(write_systemd, systemd_unit(_own_command(), prepared.fit, prepared.recipe, api_key_env))
+        write_file(write_systemd, systemd_unit(_own_command(), prepared.fit, prepared.recipe, api_key_env, _engine_variable()))
         say(f"written: {write_systemd}; its first line says how to install it")
     _show(prepared, as_json, api_key_env)
     if dry:
@@ -162,13 +164,18 @@ def _own_command() -> list[str]:
     return [sys.executable, "-m", "m3quant", *kept]
 
 
+def _engine_variable() -> dict[str, str]:
+    """The variable that says which Python has the engine, which the unit needs as this command did."""
+    return {ENGINE_PYTHON: os.environ[ENGINE_PYTHON]} if os.environ.get(ENGINE_PYTHON) else {}
+
+
 def _compose(prepared: Prepared, api_key_env: str | None) -> str:
     fit = prepared.fit
     image = fit.engine.image(prepared.installed.version if prepared.installed else None)
     if fit.node.gpu.name == CPU or image is None:
         able = " and ".join(engine.title for engine in ENGINES if engine.image(None))
         raise OptionError(
-            f"--write-compose is for {able} on GPUs: no image of a CPU build or of another engine is known."
+            f"--write-compose is for releases of {able} on GPUs: no image of a CPU build, an unreleased build or another engine is known."
         )
     launch = prepared.launch
     arguments = list(launch.arguments)

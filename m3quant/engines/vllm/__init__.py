@@ -137,4 +137,9 @@ class Vllm(Engine):
         return bench.read_bench(document, run)
 
     def image(self, release: str | None) -> str | None:
-        return f"vllm/vllm-openai:v{release or NEWEST_READ}"
+        """Tags are published for releases; the CPU's or CUDA's build of one (0.32.0+cpu) has the same number."""
+        try:
+            version = Version(release or NEWEST_READ)
+        except InvalidVersion:
+            return None
+        return None if version.is_devrelease else f"vllm/vllm-openai:v{version.public}"

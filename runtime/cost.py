@@ -1,13 +1,15 @@
-"""Price of a node, and the least that a million output tokens can cost on it.
+"""Price of a node, the least that a million output tokens can cost on it, and what they cost by measured speeds.
 
 The throughput is a bound, not a forecast: decoding reads the weights it uses and each request's cache from HBM once a step, so
     tokens/s <= requests x bandwidth / (bytes of weights used + bytes of cache read)    per GPU, the slowest stage deciding.
-Engines reach a part of it (kernels, all-reduce, scheduling, prefill); so the price shown is a floor.
+Engines reach a part of it (kernels, all-reduce, scheduling, prefill). Where figures near the plan were measured (runtime/measured.py), the
+least and the largest part of them give a range; elsewhere the price shown is the floor alone.
 """
 
 from __future__ import annotations
 
 import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,7 @@ from ..checkpoint.bounded import read_yaml
 from ..errors import NodeError
 from .fit import Fit
 from .hardware import Node
+from .measured import Near, near
 from .memory import DRAFT
 from .weights import rank_weights, stage_of_layers
 
@@ -92,6 +95,31 @@ def _cache_read(fit: Fit, layers: range, context: int) -> float:
     sparse = sum(family.has_index_keys(layer) for layer in layers)
     index = sparse * context * geometry.index_dim * setup.memory.index_bytes[setup.index_dtype]
     return index + per_layer * (sparse * chosen + (len(layers) - sparse) * context)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Decoded tokens per second for `requests` of `context` tokens. bound: what bandwidth allows, 0.0 if unknown; near: None where nothing
+    near was measured, else low and high are the range by it."""
+
+    context: int
+    requests: int
+    bound: float
+    near: Near | None
+
+    @property
+    def low(self) -> float:
+        return self.bound * self.near.low if self.near else 0.0
+
+    @property
+    def high(self) -> float:
+        return self.bound * self.near.high if self.near else 0.0
+
+
+def decode_speed(fit: Fit, context: int, requests: int) -> Speed:
+    """The bound and the measured range; neither for a plan that does not fit."""
+    bound = decode_bound(fit, context, requests) if fit.fits else 0.0
+    return Speed(context, requests, bound, near(fit, context, requests) if bound else None)
 
 
 def price_per_million(per_hour: float, tokens_per_second: float) -> float:

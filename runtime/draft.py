@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
 from ..artifact.source_record import card_facts
 from ..checkpoint import CONFIG_NAME, DTYPE_BYTES, Checkpoint, TensorInfo
+from ..checkpoint.strict_json import shown
 from ..engines.drafts import DFLASH, DSPARK, EAGLE3, TITLES, Draft
 from ..errors import CheckpointError, OptionError
 from ..families import Family
@@ -26,6 +28,7 @@ _SPECULATORS_CLASSES = {
     ("dflash2", "qwen3"): "DFlash2DraftModel",
     ("dspark", "qwen3"): "Qwen3DSparkModel",
 }  # vLLM's transformers_utils/configs/speculators/algos.py
+_CLASS = re.compile(r"\w{1,100}")
 _TAPS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids", "target_layer_ids")
 
 
@@ -96,6 +99,8 @@ def _kind(top: ConfigPart, body: ConfigPart) -> tuple[str, str]:
         return _SPECULATORS[key[0]], _SPECULATORS_CLASSES[key]
     names = top.raw("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    if name and not _CLASS.fullmatch(name):
+        raise top.wrong("architectures", names, "the name of a class")
     low = name.lower()
     if "dspark" in low:
         qwen = name == "DSparkDraftModel" and body.raw("model_type") == "qwen3"
@@ -104,7 +109,7 @@ def _kind(top: ConfigPart, body: ConfigPart) -> tuple[str, str]:
         return DFLASH, name if name.startswith("DFlash") or name.endswith("DFlash") else f"DFlash{name}"
     if "eagle3" in low or (name and (top.has("draft_vocab_size") or top.has("eagle_config"))):
         return EAGLE3, name if name.startswith("Eagle3") or name.endswith("Eagle3") else f"Eagle3{name}"
-    raise CheckpointError(f"{top.where} describes no draft ({name[:60] or 'no architectures'}): {_NAMED}.")
+    raise CheckpointError(f"{top.where} describes no draft ({name or 'no architectures'}): {_NAMED}.")
 
 
 _NAMED = f"give --draft a checkpoint of {', '.join(TITLES.values())}"
@@ -210,4 +215,5 @@ def _licence(checkpoint: Checkpoint) -> str:
     """What its card's metadata states."""
     facts = card_facts(checkpoint) or {}
     named = [facts[key] for key in ("license", "license_name") if isinstance(facts.get(key), str)]
-    return " ".join(dict.fromkeys(named))
+    text = " ".join(dict.fromkeys(named))
+    return text if len(text) <= 120 and text.isprintable() else shown(text, 120)

@@ -174,6 +174,13 @@ def publish_options(function: F) -> F:
                 default=None,
                 help="YAML list of what the scan finds and is harmless: text (a regex), reason, and optionally file and kind.",
             ),
+            click.option(
+                "--draft",
+                "drafts",
+                metavar="ORG/NAME",
+                multiple=True,
+                help="Draft model on the Hub that the card points to, with its revision and licence.",
+            ),
         )
     ):
         function = option(function)
@@ -198,6 +205,7 @@ def publish_asked(repo: str | None, given: dict[str, Any], online: bool = False)
         allow=given["allow"],
         licence=licence,
         online=online,
+        drafts=given["drafts"],
     )
 
 

@@ -114,6 +114,7 @@ def test_the_speculators_format_is_read(tmp_path: Path, family: Family) -> None:
             "not a list of layers of the target, which has 3",
         ),
         ({"speculators_model_type": "medusa"}, "kind 'medusa'"),
+        ({"architectures": ["x\x1b[2J" * 50]}, "not the name of a class"),
         ({"num_key_value_heads": 3}, "4 attention heads do not divide among 3 KV heads"),
     ],
 )
@@ -205,7 +206,14 @@ def test_the_engine_is_given_the_draft(eagle3: Path, draft: Draft) -> None:
 def test_a_recipe_names_a_draft_and_the_context_leaves_its_slots(eagle3: Path, draft: Draft) -> None:
     def decided(node: str) -> Any:
         return prepare(
-            str(M2), ServeRecipe(node=node, draft=str(eagle3), max_num_seqs=32), None, None, None, True, False, [].append
+            str(M2),
+            ServeRecipe(node=node, draft=str(eagle3), max_num_seqs=32),
+            None,
+            None,
+            None,
+            True,
+            False,
+            [].append,
         )
 
     (rank,) = assess(open_subject(str(M2)).stored, parse_node("1xH200"), Ask(draft=draft)).prediction.ranks

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx2
@@ -24,7 +24,7 @@ from ..errors import DoesNotFit, OptionError, ServeError
 from .cost import decode_bound
 from .fit import Fit
 from .launch import POLL_S, EngineProcess
-from .serve import Prepared, Ready, Say, started
+from .serve import Prepared, Ready, Say, start_options, started
 from .serve_recipe import ServeRecipe
 
 SPARE = 16  # tokens of a context left free: special tokens that the server adds, and text that is split in another way than it was made
@@ -81,13 +81,23 @@ class Load:
     def recipe(self, recipe: ServeRecipe) -> ServeRecipe:
         """The serving recipe with the longest context, and as many requests at once as are measured. Raises OptionError."""
         if not (engine := engine_named(recipe.engine)).has_bench:
-            raise OptionError(f"bench drives {DEFAULT.title}'s own load generator; {engine.title} has another: leave --engine out.")
+            raise OptionError(
+                f"bench drives {DEFAULT.title}'s own load generator; {engine.title} has another: leave --engine out."
+            )
         seqs = recipe.max_num_seqs or max(self.concurrency)
         if seqs < max(self.concurrency):
             raise OptionError(
                 f"--max-num-seqs {seqs} is less than --concurrency {max(self.concurrency)}: the rest would wait, and their speed would not be measured."
             )
         return recipe.model_copy(update={"context": max(self.contexts), "concurrency": 1, "max_num_seqs": seqs})
+
+
+def through_guard(prepared: Prepared, src: str, guard: bool) -> Prepared:
+    """The same decisions with another command: the server with or without the guard."""
+    recipe = prepared.recipe.model_copy(update={"guard": guard})
+    options = start_options(src, recipe, None, None, prepared.pin)
+    fit = prepared.fit
+    return replace(prepared, recipe=recipe, launch=fit.engine.launch(fit.serving, options, prepared.installed))
 
 
 def held(fit: Fit, recipe: ServeRecipe, points: Sequence[Point]) -> tuple[list[Point], list[Point]]:

@@ -239,6 +239,8 @@ def _cache_flags(ask: Ask, small: Ask) -> str:
 
 def _flag_changes(fit: Fit, small: Ask) -> Iterator[Change]:
     model, node, ask = fit.model, fit.node, fit.ask
+    if ask.draft is not None:
+        yield "no --draft", model, node, replace(ask, draft=None)
     if fit.setup.memory.kv_bytes[fit.setup.kv_dtype] > 1:
         yield "--kv-dtype fp8", model, node, replace(ask, kv_dtype="fp8")
     if small.index_dtype != ask.index_dtype:

@@ -14,7 +14,7 @@ from ..engines import DEFAULT, NAMES
 from ..errors import OptionError
 from ..reports.bench_html import BenchPage, page
 from ..running.stopping import InterruptedRun
-from ..runtime.bench import Load, Point, Row, client_log, held, measure
+from ..runtime.bench import Load, Point, Row, client_log, held, measure, through_guard
 from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Stopping, check_start, prepare
 from ..runtime.serve_recipe import load_serve_recipe
@@ -97,14 +97,14 @@ def command(checkpoint: str, concurrency: tuple[int, ...], contexts: tuple[int, 
         check_file(report)
     recipe = load_serve_recipe(recipe_file, {name: options[name] for name in SERVER_OPTIONS})
     recipe = load.recipe(recipe.model_copy(update={"host": "127.0.0.1"}))
-    said: dict[str, None] = {}  # once, although there may be two servers
-    servers = [
-        prepare(checkpoint, recipe.model_copy(update={"guard": guard}), engine_python, None, None, dry_run, pin, said.setdefault)
-        for guard in _guards(through, recipe.guard)
-    ]  # fmt: skip
-    said |= {f"note: {note}": None for server in servers for note in server.launch.notes}
-    for line in said:
-        _say(line)
+    _say(f"{checkpoint}: reading its headers and planning the node ...")
+    first, *others = _guards(through, recipe.guard)
+    server = prepare(
+        checkpoint, recipe.model_copy(update={"guard": first}), engine_python, None, None, dry_run, pin, _say
+    )
+    servers = [server, *(through_guard(server, checkpoint, guard) for guard in others)]
+    for note in server.launch.notes:
+        _say(f"note: {note}")
     points, left = held(servers[0].fit, servers[0].recipe, load.points())
     for point in left:
         _say(f"not measured: {_words(point)}: the pool of {servers[0].fit.pool.tokens:,} tokens does not hold them")

@@ -19,7 +19,7 @@ from m3quant.engines.drafts import Draft
 from m3quant.errors import CheckpointError, DoesNotFit, OptionError
 from m3quant.families import Family
 from m3quant.runtime.draft import draft_notes, open_draft, with_draft
-from m3quant.runtime.fit import Ask, assess
+from m3quant.runtime.fit import Ask, assess, remedies
 from m3quant.runtime.hardware import parse_node
 from m3quant.runtime.model import open_subject
 from m3quant.runtime.serve import prepare
@@ -185,6 +185,7 @@ def test_what_an_engine_does_not_run_is_no_fit(
     asked = Ask(**ask, draft=replace(draft, **change), release=release)
     fit = assess(open_subject(str(M2)).stored, parse_node(node), asked)
     assert fit.fits == (not message) and message in fit.why_not
+    assert fit.fits or remedies(fit)[0].change == "no --draft"
 
 
 def test_the_engine_is_given_the_draft(eagle3: Path, draft: Draft) -> None:

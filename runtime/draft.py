@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from ..artifact.source_record import card_facts
 from ..checkpoint import CONFIG_NAME, DTYPE_BYTES, Checkpoint, TensorInfo
@@ -48,7 +49,7 @@ def open_draft(src: str, family: Family, tokens: int | None = None) -> Draft:
     hidden = body.count("hidden_size", MAX_SIZE)
     split, kv, whole = _weights(checkpoint)
     return Draft(
-        where=checkpoint.root if checkpoint.local else src.partition("@")[0],
+        where=str(Path(src).expanduser().resolve()) if checkpoint.local else src.partition("@")[0],
         revision=checkpoint.revision,
         method=method,
         architecture=architecture,

@@ -22,7 +22,7 @@ from ..engines.stated import stated_cache
 from ..errors import NodeError
 from ..families import Family
 from ..families.config import MAX_SIZE, ConfigPart
-from .guard.pool import DRAFT_SLOTS
+from .guard.pool import draft_slots
 from .hardware import Node
 from .weights import Group, Split, rank_weights, stage_of_layers
 
@@ -53,7 +53,7 @@ class Setup:
     @property
     def draft_slots(self) -> int:
         """Cache slots beyond its tokens that a request may take, as the guard reserves them."""
-        return DRAFT_SLOTS * self.draft.tokens if self.draft else 0
+        return draft_slots(self.draft.tokens if self.draft else 0, self.split.pp)
 
     @property
     def memory(self) -> MemoryModel:

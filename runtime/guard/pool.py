@@ -14,10 +14,15 @@ from m3quant.errors import GuardError
 
 from .settings import GuardSettings
 
-# Slots that a step of speculative decoding takes beyond a request's tokens, for each token that the draft guesses: guesses of a step in
-# flight (asynchronous scheduling), of the step before its last token, and what the draft writes ahead (v1/core/sched/scheduler.py:
-# schedule; config/vllm.py: num_lookahead_tokens, one more for DFlash, whose place the last token leaves). vLLM 0.32.
-DRAFT_SLOTS = 3
+
+def draft_slots(guesses: int, stages: int) -> int:
+    """Slots that a request may take beyond its tokens where a draft guesses `guesses` a step, over `stages` pipeline stages.
+
+    As vLLM 0.32 schedules (v1/core/sched/scheduler.py: schedule): a step takes 1 + guesses slots, and with asynchronous scheduling one more
+    is planned while as many as there are stages still run, which may all be right. In addition the draft writes ahead up to guesses + 1
+    (config/vllm.py: num_lookahead_tokens). Three of these places are the request's own: of its last token and the two before it.
+    """
+    return (stages + 1) * (1 + guesses) + guesses + 1 - 3 if guesses else 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,9 @@ class PoolReader:
         block = settings.block_size or getattr(cache, "block_size", None)
         length = settings.max_model_len or getattr(model, "max_model_len", None)
         speculative = getattr(config, "speculative_config", None)
-        seen = (tokens, block, length, getattr(speculative, "num_speculative_tokens", 0) or 0, id(model), id(cache))
+        guesses = getattr(speculative, "num_speculative_tokens", 0) or 0
+        stages = getattr(getattr(config, "parallel_config", None), "pipeline_parallel_size", 1) or 1
+        seen = (tokens, block, length, draft_slots(guesses, stages), id(model), id(cache))
         if seen == self._seen and self._pool is not None:
             return self._pool
         known = {"POOL_TOKENS": tokens, "BLOCK_SIZE": block, "MAX_MODEL_LEN": length}
@@ -82,7 +89,7 @@ class PoolReader:
             block_size=block,
             max_model_len=length,
             usable=usable,
-            lookahead=DRAFT_SLOTS * seen[3],
+            lookahead=seen[3],
             default_output=default,
             output_cap=cap,
             prefix_caching=bool(getattr(cache, "enable_prefix_caching", False)),

@@ -18,6 +18,7 @@ from m3quant.engines import DEFAULT as VLLM
 from m3quant.engines.vllm import NEWEST_READ
 from m3quant.runtime import compose
 from m3quant.runtime.compose import IN_IMAGE, compose_file
+from m3quant.runtime.draft import open_draft
 from m3quant.runtime.fit import Ask, Fit, assess
 from m3quant.runtime.hardware import parse_node
 from m3quant.runtime.model import open_subject
@@ -25,6 +26,7 @@ from m3quant.runtime.serve_recipe import ServeRecipe
 from m3quant.runtime.units import systemd_unit
 from tests.support.dockerfile import IMAGE, copied, in_context, stages
 from tests.support.paths import FIXTURES, ROOT
+from tests.support.tiny_draft import write_eagle3
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 # Keys of a service that compose's specification has, in so far as ours may use them, with the type of their values.
@@ -156,6 +158,14 @@ def test_without_a_checkout_the_installed_package_is_mounted(
 def test_a_model_on_the_hub_mounts_its_cache(fit: Fit) -> None:
     service = write(replace(fit, model=replace(fit.model, where="org/name")))
     assert service["command"][0] == "org/name" and [type(volume) for volume in service["volumes"]] == [str]
+
+
+def test_a_drafts_folder_is_mounted_too(fit: Fit, tmp_path: Path) -> None:
+    draft = open_draft(str(write_eagle3(tmp_path / "draft")), fit.model.family)
+    volumes = write(replace(fit, setup=replace(fit.setup, draft=draft)))["volumes"]
+    assert [volume["target"] for volume in volumes] == [fit.model.where, draft.where]
+    online = replace(draft, where="org/draft", revision="a" * 40)
+    assert isinstance(write(replace(fit, setup=replace(fit.setup, draft=online)))["volumes"][-1], str)
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,11 @@ def block(folder: Path, **config: Any) -> Path:
     return write_draft(folder, sizes | config, {"fc.weight": torch.zeros(HIDDEN, 2 * HIDDEN, dtype=torch.bfloat16)})
 
 
-def test_an_eagle3_draft_is_read(draft: Draft, eagle3: Path) -> None:
+def test_an_eagle3_draft_is_read(draft: Draft, eagle3: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (draft.method, draft.architecture, draft.tokens, draft.taps) == ("eagle3", "LlamaForCausalLMEagle3", 3, 3)
     assert draft.where == str(eagle3) and draft.revision is None
+    monkeypatch.chdir(eagle3.parent)  # a compose file mounts it, from wherever it is started
+    assert open_draft(eagle3.name, family).where == str(eagle3)
     assert draft.kv_per_token(1, 2) == 2 * 1 * 2 * 64 * 2 and draft.kv_per_token(4, 1) == 2 * 1 * 1 * 64
     fc, norms, tables = 256 * 768 * 2, 4 * 256 * 2, 1024 * 8 + 2048
     kv = 2 * 128 * 512 * 2

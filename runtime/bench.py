@@ -21,6 +21,7 @@ from ..engines import DEFAULT, engine_named
 from ..engines.bench import BenchRun, Measured
 from ..engines.installed import SAFE_PATH
 from ..errors import DoesNotFit, OptionError, ServeError
+from .bench_texts import MOST_BYTES, MOST_OUTPUT
 from .cost import decode_bound
 from .fit import Fit
 from .launch import POLL_S, EngineProcess
@@ -49,12 +50,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured at a point. guarded: through the guard; bound: decoded tokens per second that bandwidth allows, 0.0 if unknown."""
+    """What was measured at a point. guarded: through the guard; bound: decoded tokens per second that bandwidth allows, 0.0 if unknown (also for texts, whose lengths are not counted here).
+    texts: whether the prompts were texts."""
 
     point: Point
     guarded: bool
     measured: Measured
     bound: float
+    texts: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Load:
     contexts: Sequence[int]
     output: int
     rounds: int
+    texts: Path | None = None
 
     def points(self) -> list[Point]:
         """Every combination, short contexts first."""
@@ -73,6 +77,13 @@ class Load:
     def check(self) -> None:
         """Raise OptionError for an answer that leaves no prompt."""
         shortest = min(self.contexts)
+        if self.texts and len(set(self.contexts)) > 1:
+            raise OptionError("--texts have their own lengths: give one --context, which is the server's.")
+        if self.texts and (self.output > MOST_OUTPUT or shortest - self.output - SPARE < MOST_BYTES):
+            raise OptionError(
+                f"--texts: prompts of up to {MOST_BYTES:,} tokens and answers of up to {MOST_OUTPUT:,} are measured: give --context "
+                f"{MOST_BYTES + min(self.output, MOST_OUTPUT) + SPARE} or more, and --output {min(self.output, MOST_OUTPUT)}."
+            )
         if shortest - self.output - SPARE < 1:
             raise OptionError(
                 f"--context {shortest} has no room for --output {self.output}, {SPARE} spare tokens and a prompt: give a longer context or a shorter answer."
@@ -121,13 +132,15 @@ def measure(
     points: Sequence[Point],
     log: Path,
     point_timeout: float,
+    texts: Sequence[Sequence[str]] | None,
     echo: Say | None,
     say: Say,
     stopped: threading.Event,
     pinning: bool,
     on_row: Callable[[Row], None],
 ) -> Ready | None:
-    """Start the server, measure every point, stop it. None where `stopped` was set before it was ready.
+    """Start the server, measure every point, stop it. None where `stopped` was set before it was ready. texts: of every point, None for
+    random prompts.
 
     Raises ServeError where the server or the load generator fails, or a request is not answered whole.
     """
@@ -144,15 +157,20 @@ def measure(
         for number, point in enumerate(points, start=1):
             if stopped.is_set():
                 break
+            prompts = "a text" if texts else f"{point.prompt:,}"
             say(
-                f"point {number} of {len(points)}: {point.requests} requests of {point.prompt:,} + {point.output:,} tokens, {point.concurrency} at once"
+                f"point {number} of {len(points)}: {point.requests} requests of {prompts} + {point.output:,} tokens, {point.concurrency} at once"
             )
+            dataset = Path(folder) / f"{number}.texts.json" if texts else None
+            if texts and dataset:
+                dataset.write_text(prepared.fit.engine.bench_texts(texts[number - 1]), encoding="utf-8")
             run = BenchRun(ready.url, prepared.fit.model.where, _name(prepared), point.concurrency, point.requests,
-                           point.prompt, point.output, number, Path(folder) / f"{number}.json")  # fmt: skip
+                           point.prompt, point.output, number, Path(folder) / f"{number}.json", dataset)  # fmt: skip
             measured = _run(prepared, run, process, client_log(log), point_timeout, stopped)
             if measured is None:
                 break
-            on_row(Row(point, prepared.launch.guarded, measured, decode_bound(prepared.fit, point.context, point.concurrency)))  # fmt: skip
+            bound = 0.0 if texts else decode_bound(prepared.fit, point.context, point.concurrency)
+            on_row(Row(point, prepared.launch.guarded, measured, bound, bool(texts)))
         return ready
 
 

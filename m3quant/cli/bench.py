@@ -15,6 +15,7 @@ from ..errors import OptionError
 from ..reports.bench_html import BenchPage, page
 from ..running.stopping import InterruptedRun
 from ..runtime.bench import Load, Point, Row, client_log, held, measure, through_guard
+from ..runtime.bench_texts import read_texts, shares
 from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Stopping, check_start, prepare
 from ..runtime.serve_recipe import load_serve_recipe
@@ -56,6 +57,7 @@ def _server_options(function: Any) -> Any:
 )  # fmt: skip
 @click.option("--output", type=click.IntRange(2, MAX_COUNT), default=128, help="Generated tokens of a request. [128]")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=2, help="Requests of each concurrent stream. [2]")
+@click.option("--texts", type=click.Path(path_type=Path), default=None, help='Prompts as JSON lines ({"prompt": ...}), which a draft guesses better than the random ones.')  # fmt: skip
 @click.option("--guard", "through", flag_value="guard", default=None, help="Through the KV cache guard. [default]")
 @click.option("--no-guard", "through", flag_value="engine", help="Without it.")
 @click.option("--both", "through", flag_value="both", help="With and without it, one server after the other.")
@@ -85,11 +87,11 @@ def _server_options(function: Any) -> Any:
 @click.option("--dry-run", is_flag=True, help="Print what would be measured, and the server's command, and stop.")
 @click.option("--quiet", is_flag=True, help="Keep the engine's output in the log only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(checkpoint: str, concurrency: tuple[int, ...], contexts: tuple[int, ...], output: int, rounds: int, through: str | None,
+def command(checkpoint: str, concurrency: tuple[int, ...], contexts: tuple[int, ...], output: int, rounds: int, texts: Path | None, through: str | None,
             recipe_file: str | None, engine_python: str | None, pin: bool, point_timeout: int, log: Path, report: Path | None, dry_run: bool,
             quiet: bool, as_json: bool, **options: Any) -> None:  # fmt: skip
     """Measure CHECKPOINT on this machine: start its server, send random prompts, print tokens per second and latencies, stop it."""
-    load = Load(concurrency, contexts, output, rounds)
+    load = Load(concurrency, contexts, output, rounds, texts)
     load.check()
     if len(load.points()) > MAX_POINTS:
         raise OptionError(f"{len(load.points())} measurements were asked for: at most {MAX_POINTS} in a run.")
@@ -105,18 +107,21 @@ def command(checkpoint: str, concurrency: tuple[int, ...], contexts: tuple[int, 
     servers = [server, *(through_guard(server, checkpoint, guard) for guard in others)]
     for note in server.launch.notes:
         _say(f"note: {note}")
+    if server.fit.setup.draft and not texts:
+        _say("note: random prompts are guessed worse than text: --texts FILE measures what a draft gives")
     points, left = held(servers[0].fit, servers[0].recipe, load.points())
     for point in left:
         _say(f"not measured: {_words(point)}: the pool of {servers[0].fit.pool.tokens:,} tokens does not hold them")
+    prompts = shares(texts, read_texts(texts), [point.requests for point in points]) if texts else None
     if dry_run:
         _show_plan(servers, points, left, as_json)
         return
-    rows, stopped_by = _measure(servers, points, log, point_timeout, pin, None if quiet or as_json else _say)
+    rows, stopped_by = _measure(servers, points, prompts, log, point_timeout, pin, None if quiet or as_json else _say)
     if report:
-        write_file(report, page(bench_page(servers[0], rows, left)))
+        write_file(report, page(bench_page(servers[0], texts, rows, left)))
         _say(f"written: {report}")
     if as_json:
-        click.echo(json.dumps(bench_json(servers[0], rows, left), indent=2))
+        click.echo(json.dumps(bench_json(servers[0], texts, rows, left), indent=2))
     elif rows:
         print_table([head_of(rows), *map(cells_of(rows), rows)])
     if stopped_by:
@@ -142,7 +147,8 @@ def _version(server: Prepared) -> str:
     return server.installed.version if server.installed else "(not installed here)"
 
 
-def _measure(servers: Sequence[Prepared], points: Sequence[Point], log: Path, timeout: float, pin: bool, echo: Any) -> tuple[list[Row], int]:  # fmt: skip
+def _measure(servers: Sequence[Prepared], points: Sequence[Point], texts: Sequence[Sequence[str]] | None, log: Path, timeout: float, pin: bool,
+             echo: Any) -> tuple[list[Row], int]:  # fmt: skip
     """The rows, and the signal that ended it, 0 without one."""
     rows: list[Row] = []
     for server in servers:
@@ -159,13 +165,13 @@ def _measure(servers: Sequence[Prepared], points: Sequence[Point], log: Path, ti
     for server in servers:
         signals = Stopping()
         with signals as stopped:
-            measure(server, points, log, timeout, echo, _say, stopped, pin, on_row)
+            measure(server, points, log, timeout, texts, echo, _say, stopped, pin, on_row)
         if signals.signal:
             return rows, signals.signal
     return rows, 0
 
 
-def bench_json(server: Prepared, rows: Sequence[Row], left: Sequence[Point]) -> dict[str, Any]:
+def bench_json(server: Prepared, texts: Path | None, rows: Sequence[Row], left: Sequence[Point]) -> dict[str, Any]:
     """Every figure, and what was measured with."""
     fit = server.fit
     return {
@@ -175,6 +181,7 @@ def bench_json(server: Prepared, rows: Sequence[Row], left: Sequence[Point]) -> 
         "engine": {"name": fit.engine.name, "version": _version(server)},
         "setup": {"kv_dtype": fit.setup.kv_dtype, "index_dtype": fit.setup.index_dtype, "max_num_seqs": fit.setup.max_num_seqs},
         "command": server.launch.command,
+        "texts": str(texts) if texts else None,
         "rows": [
             {
                 "guard": row.guarded, "concurrency": row.point.concurrency, "context": row.point.context, "output": row.point.output,
@@ -197,7 +204,11 @@ def cells_of(rows: Sequence[Row]) -> Callable[[Row], list[str]]:
 
     def cells(row: Row) -> list[str]:
         measured = row.measured
-        found = ["on" if row.guarded else "off", str(row.point.concurrency), f"{row.point.context:,}"]
+        found = [
+            "on" if row.guarded else "off",
+            str(row.point.concurrency),
+            "text" if row.texts else f"{row.point.context:,}",
+        ]
         found += [f"{measured.decode_tokens_per_s:,.1f}", f"{measured.output_tokens_per_s:,.1f}"]
         found += [f"{measured.decode_tokens_per_s / row.bound:.0%}" if row.bound else ""]
         found += [f"{value:,.1f}" for value in (*measured.ttft_ms.values(), *measured.itl_ms.values())]
@@ -210,13 +221,14 @@ def _drafts(rows: Sequence[Row]) -> bool:
     return any(row.measured.acceptance_length is not None for row in rows)
 
 
-def bench_page(server: Prepared, rows: Sequence[Row], left: Sequence[Point]) -> BenchPage:
+def bench_page(server: Prepared, texts: Path | None, rows: Sequence[Row], left: Sequence[Point]) -> BenchPage:
     fit = server.fit
     facts = [
         ("checkpoint", f"{fit.model.where} ({fit.model.label})"),
         ("node", fit.node.name),
         ("engine", f"{fit.engine.title} {_version(server)}"),
         ("KV cache", f"{fit.setup.kv_dtype}, {fit.pool.tokens:,} tokens planned"),
+        ("prompts", f"texts of {texts.name}" if texts else "random tokens"),
         ("command", shlex.join(server.launch.command)),
     ]
     not_run = [f"{_words(point)}: the pool does not hold them" for point in left]

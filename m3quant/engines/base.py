@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -249,6 +249,10 @@ class Engine(ABC):
 
     def bench_command(self, installed: Installed, run: BenchRun) -> list[str]:
         """The command that makes one run and writes its result. Asked where `has_bench`."""
+        raise NotImplementedError(f"{self.title} has no load generator here")
+
+    def bench_texts(self, texts: Sequence[str]) -> str:
+        """The content of a file with prompts for its load generator."""
         raise NotImplementedError(f"{self.title} has no load generator here")
 
     def read_bench(self, document: Mapping[str, Any], run: BenchRun) -> Measured:

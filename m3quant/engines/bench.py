@@ -13,7 +13,8 @@ PERCENTILES = (50, 90, 99)
 class BenchRun:
     """`requests` requests of `prompt` random tokens and `output` generated ones, `concurrency` at a time.
 
-    model: a folder or Hub id that has the tokenizer; name: what the server calls the model; result: the file that is written.
+    model: a folder or Hub id that has the tokenizer; name: what the server calls the model; result: the file that is written. texts: a
+    file as `Engine.bench_texts` makes it, whose texts are the prompts instead; `prompt` is then the most that one has.
     """
 
     url: str
@@ -25,6 +26,7 @@ class BenchRun:
     output: int
     seed: int
     result: Path
+    texts: Path | None = None
 
 
 @dataclass(frozen=True)

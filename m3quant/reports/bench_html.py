@@ -11,7 +11,7 @@ from .pages import Page, Section, Table, Text, pairs
 DEFINITIONS = (
     "Decoding: requests at once over the mean time of a token after the first. All tokens: generated tokens over the whole run, prompts "
     "included in its time.",
-    "TTFT: time to the first token. ITL: time between two tokens. Both in milliseconds, by percentile. Prompts are random tokens.",
+    "TTFT: time to the first token. ITL: time between two tokens. Both in milliseconds, by percentile.",
     "Bound: the share of what memory bandwidth allows for these requests (plan's floor of the price).",
 )
 

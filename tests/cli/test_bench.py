@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -167,3 +168,39 @@ def test_a_result_without_its_figures_is_refused(change: dict[str, Any]) -> None
     assert measured.decode_tokens_per_s == 200.0 and measured.acceptance_length == 2.5
     with pytest.raises(ServeError, match="lacks a figure"):
         VLLM.read_bench({**document, **change}, RUN)
+
+
+def lines(path: Path, *prompts: object) -> Path:
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+    return path
+
+
+def test_texts_are_prompts_and_none_is_used_twice(bench: Bench, tmp_path: Path) -> None:
+    texts = lines(tmp_path / "texts.jsonl", *(f"text number {n} of ten" for n in range(10)))
+    done = bench("", "--texts", texts, "--context=1100", "--rounds=2", "--no-guard", "--json")
+    assert done.code == 0, done.err
+    assert done.json["texts"] == str(texts) and [row["bound_tokens_per_s"] for row in done.json["rows"]] == [None, None]
+    used = json.loads((tmp_path / "packages" / "vllm" / "entrypoints" / "cli" / "used.json").read_text())
+    assert used == [f"text number {n} of ten" for n in range(2, 10)]  # of the second point; the first had two
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        (["four words are enough"], (), "has 1 prompts, but 10 are needed"),
+        (["too few words"], (), "line 1: 'prompt' must be a text of at least 4 words"),
+        (["a b c " + "d" * 1000], (), "at most 1,000 bytes"),
+        ([5], (), "line 1: 'prompt' must be a text"),
+        (None, (), "t.jsonl, line 1"),
+        (["one two three four"], ("--context=1000",), "give --context 1024 or more"),
+        (["one two three four"], ("--context=2k,4k",), "give one --context"),
+    ],
+)
+def test_texts_that_would_be_left_out_are_refused(
+    bench: Bench, tmp_path: Path, prompts: list[object] | None, options: tuple[str, ...], message: str
+) -> None:
+    texts = lines(tmp_path / "t.jsonl", *prompts or ())
+    if prompts is None:
+        texts.write_text("{")
+    done = bench("", "--texts", texts, "--context=1100", *options)
+    assert done.code == 2 and message in done.err, done.err

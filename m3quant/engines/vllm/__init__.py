@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from packaging.version import InvalidVersion, Version
@@ -132,6 +132,9 @@ class Vllm(Engine):
 
     def bench_command(self, installed: Installed, run: BenchRun) -> list[str]:
         return bench.bench_command(installed.python, run)
+
+    def bench_texts(self, texts: Sequence[str]) -> str:
+        return bench.bench_texts(texts)
 
     def read_bench(self, document: Mapping[str, Any], run: BenchRun) -> Measured:
         return bench.read_bench(document, run)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import ServeError
@@ -13,11 +14,21 @@ def bench_command(python: str, run: BenchRun) -> list[str]:
     """Random prompts ignore the end token by themselves, so that every answer has its whole length."""
     words = [python, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai", "--base-url", run.url]
     words += ["--model", run.model, "--served-model-name", run.name, "--tokenizer", run.model]
-    words += ["--dataset-name", "random", "--random-input-len", str(run.prompt), "--random-output-len", str(run.output)]
+    if run.texts is None:
+        words += ["--dataset-name", "random"]
+        words += ["--random-input-len", str(run.prompt), "--random-output-len", str(run.output)]
+    else:
+        words += ["--dataset-name", "sharegpt", "--dataset-path", str(run.texts), "--no-oversample", "--ignore-eos"]
+        words += ["--sharegpt-output-len", str(run.output)]
     words += ["--num-prompts", str(run.requests), "--max-concurrency", str(run.concurrency), "--seed", str(run.seed)]
     words += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", ",".join(map(str, PERCENTILES))]
     words += ["--temperature", "1", "--disable-tqdm", "--save-result"]
     return [*words, "--result-dir", str(run.result.parent), "--result-filename", run.result.name]
+
+
+def bench_texts(texts: Sequence[str]) -> str:
+    """A file for --dataset-name sharegpt, the one of its text formats that needs no further package."""
+    return json.dumps([{"conversations": [{"value": text}, {"value": ""}]} for text in texts])
 
 
 def read_bench(document: Mapping[str, Any], run: BenchRun) -> Measured:

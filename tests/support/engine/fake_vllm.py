@@ -41,7 +41,11 @@ if words[0] == "serve":
     signal.signal(signal.SIGTERM, lambda *a: sys.exit(0))
     print(os.getpid(), file=open(os.path.join(os.path.dirname(__file__), "pid"), "w"), flush=True)
     http.server.ThreadingHTTPServer(("127.0.0.1", int(after("--port"))), Handler).serve_forever()
-requests, output = int(after("--num-prompts")), int(after("--random-output-len"))
+requests = int(after("--num-prompts"))
+output = int(after("--sharegpt-output-len" if "--dataset-path" in words else "--random-output-len"))
+if "--dataset-path" in words:
+    used = [entry["conversations"][0]["value"] for entry in json.load(open(after("--dataset-path")))]
+    json.dump(used, open(os.path.join(os.path.dirname(__file__), "used.json"), "w"))
 if mode == "client fails":
     print("ValueError: the client is broken"); sys.exit(1)
 if mode == "client hangs":

@@ -139,6 +139,8 @@ def check_log(model: ServedModel, log: EngineLog, node: Node | None, ask: Ask) -
 def _covered(log: EngineLog, ask: Ask, model: ServedModel) -> tuple[Ask, dict[str, tuple[str, ...]]]:
     """`ask` without what the prediction does not know, and that: `setting=value` -> what it changes."""
     found = log_reader(ask.engine).uncovered(log.settings)
+    if ask.draft is not None:  # then its weights, cache and logits are in the prediction
+        found = {name: parts for name, parts in found.items() if not name.startswith("speculative_config")}
     if not ask.vision:
         found = {name: parts for name, parts in found.items() if not name.startswith("mm_encoder_tp_mode")}
     if model.label == "bf16" and (method := log.setting("quantization")) and method.lower() not in ("none", "null"):

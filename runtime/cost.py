@@ -1,13 +1,15 @@
-"""Price of a node, and the least that a million output tokens can cost on it.
+"""Price of a node, the least that a million output tokens can cost on it, and what they cost by measured speeds.
 
 The throughput is a bound, not a forecast: decoding reads the weights it uses and each request's cache from HBM once a step, so
     tokens/s <= requests x bandwidth / (bytes of weights used + bytes of cache read)    per GPU, the slowest stage deciding.
-Engines reach a part of it (kernels, all-reduce, scheduling, prefill); so the price shown is a floor.
+Engines reach a part of it (kernels, all-reduce, scheduling, prefill). Where figures near the plan were measured (runtime/measured.py), the
+least and the largest part of them give a range; elsewhere the price shown is the floor alone.
 """
 
 from __future__ import annotations
 
 import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,8 @@ from ..checkpoint.bounded import read_yaml
 from ..errors import NodeError
 from .fit import Fit
 from .hardware import Node
+from .measured import Near, near
+from .memory import DRAFT
 from .weights import rank_weights, stage_of_layers
 
 PRICES = Path(__file__).with_name("prices.yaml")
@@ -54,15 +58,19 @@ def load_prices(path: Path | None = None) -> Prices:
 def decode_bound(fit: Fit, context: int, requests: int) -> float:
     """Output tokens per second that memory bandwidth allows for `requests` at once, each `context` tokens long; 0.0 if unknown.
 
-    Experts read: all that `requests` tokens reach if each picks top_k of E at random, E x (1 - (1 - top_k / E)^requests).
+    Experts read: all that the tokens of a step reach if each picks top_k of E at random, E x (1 - (1 - top_k / E)^tokens). A step has
+    one token of each request and what a draft guesses for it, of which the bound takes all to be right.
     """
     bandwidth = fit.node.gpu.bandwidth
     if not bandwidth or requests < 1:
         return 0.0
     family = fit.model.family
-    reached = 1 - (1 - family.moe.top_k / family.moe.num_experts) ** requests if family.moe else 1.0
+    tokens = requests * fit.setup.rows
+    reached = 1 - (1 - family.moe.top_k / family.moe.num_experts) ** tokens if family.moe else 1.0
     geometry = family.kv_geometry
     stages = rank_weights(fit.model.groups, fit.setup.split, geometry.kv_heads, geometry.layers)
+    if fit.setup.draft:
+        stages[-1][DRAFT] = fit.setup.draft.rank_bytes(fit.setup.split.tp)
     slowest = 0.0
     for weights, layers in zip(stages, stage_of_layers(geometry.layers, fit.setup.split.pp), strict=True):
         read = sum(
@@ -71,7 +79,7 @@ def decode_bound(fit: Fit, context: int, requests: int) -> float:
             if role not in _NOT_READ
         )
         slowest = max(slowest, read + requests * _cache_read(fit, layers, context))
-    return requests * bandwidth / slowest
+    return tokens * bandwidth / slowest
 
 
 _NOT_READ = ("embedding", "vision", "projector", "mtp")  # looked up by row, or not part of a decoding step
@@ -87,6 +95,31 @@ def _cache_read(fit: Fit, layers: range, context: int) -> float:
     sparse = sum(family.has_index_keys(layer) for layer in layers)
     index = sparse * context * geometry.index_dim * setup.memory.index_bytes[setup.index_dtype]
     return index + per_layer * (sparse * chosen + (len(layers) - sparse) * context)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Decoded tokens per second for `requests` of `context` tokens. bound: what bandwidth allows, 0.0 if unknown; near: None where nothing
+    near was measured, else low and high are the range by it."""
+
+    context: int
+    requests: int
+    bound: float
+    near: Near | None
+
+    @property
+    def low(self) -> float:
+        return self.bound * self.near.low if self.near else 0.0
+
+    @property
+    def high(self) -> float:
+        return self.bound * self.near.high if self.near else 0.0
+
+
+def decode_speed(fit: Fit, context: int, requests: int) -> Speed:
+    """The bound and the measured range; neither for a plan that does not fit."""
+    bound = decode_bound(fit, context, requests) if fit.fits else 0.0
+    return Speed(context, requests, bound, near(fit, context, requests) if bound else None)
 
 
 def price_per_million(per_hour: float, tokens_per_second: float) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..engines import DEFAULT, Engine, Serving, engine_named
 from ..engines.device import CPU, GIB
+from ..engines.drafts import Draft
 from ..errors import NodeError
 from .hardware import STANDARD_NODES, Node, parse_node
 from .memory import Pool, Prediction, Setup, kv_dtype_of, predict
@@ -38,6 +39,7 @@ class Ask:
     dcp: int = 1
     expert_parallel: bool | None = None
     enforce_eager: bool = False
+    draft: Draft | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Fit:
             max_num_seqs=setup.max_num_seqs,
             max_num_batched_tokens=setup.max_num_batched_tokens,
             block_size=setup.block_size,
+            draft=setup.draft,
         )
 
     def command(self) -> list[str]:
@@ -124,12 +127,16 @@ def assess(model: ServedModel, node: Node, ask: Ask) -> Fit:
         block_size=ask.block_size,
         enforce_eager=ask.enforce_eager,
         engine=ask.engine,
+        draft=ask.draft,
     )
     prediction = predict(node, model.family, model.groups, setup)
     pool = prediction.pool("high")
     in_memory = max(0, pool.blocks - 1) // ask.concurrency * pool.block_size
     longest = min(in_memory, model.max_positions or in_memory)
-    refusal = model.problem or engine_named(ask.engine).checkpoint_refusal(model.config, ask.release)
+    engine = engine_named(ask.engine)
+    refusal = model.problem or engine.checkpoint_refusal(model.config, ask.release)
+    if ask.draft is not None and not refusal:
+        problem = problem or engine.draft_refusal(ask.draft, model.family, node.gpu, split.pp, ask.release)
     why = refusal or problem or _why_not(model, ask, setup, prediction, longest)
     return Fit(model, node, ask, setup, prediction, 0 if problem else longest, not why, why, not refusal)
 
@@ -232,6 +239,8 @@ def _cache_flags(ask: Ask, small: Ask) -> str:
 
 def _flag_changes(fit: Fit, small: Ask) -> Iterator[Change]:
     model, node, ask = fit.model, fit.node, fit.ask
+    if ask.draft is not None:
+        yield "no --draft", model, node, replace(ask, draft=None)
     if fit.setup.memory.kv_bytes[fit.setup.kv_dtype] > 1:
         yield "--kv-dtype fp8", model, node, replace(ask, kv_dtype="fp8")
     if small.index_dtype != ask.index_dtype:

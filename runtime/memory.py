@@ -16,14 +16,17 @@ from typing import Any
 
 from ..engines import DEFAULT, engine_named
 from ..engines.device import CPU, Gpu
+from ..engines.drafts import Draft
 from ..engines.memory import Estimate, MemoryModel
 from ..engines.stated import stated_cache
 from ..errors import NodeError
 from ..families import Family
 from ..families.config import MAX_SIZE, ConfigPart
+from .guard.pool import draft_slots
 from .hardware import Node
 from .weights import Group, Split, rank_weights, stage_of_layers
 
+DRAFT = "draft"  # the role of a draft model's weights in tables
 MAX_MERGE = 16  # more than any tower merges along an edge
 
 
@@ -40,6 +43,17 @@ class Setup:
     block_size: int = DEFAULT.memory.block_size
     enforce_eager: bool = False
     engine: str = DEFAULT.name
+    draft: Draft | None = None
+
+    @property
+    def rows(self) -> int:
+        """Tokens of one request whose logits a decoding step computes."""
+        return 1 + (self.draft.tokens if self.draft else 0)
+
+    @property
+    def draft_slots(self) -> int:
+        """Cache slots beyond its tokens that a request may take, as the guard reserves them."""
+        return draft_slots(self.draft.tokens if self.draft else 0, self.split.pp)
 
     @property
     def memory(self) -> MemoryModel:
@@ -88,10 +102,13 @@ def kv_bytes_per_token(family: Family, setup: Setup) -> list[int]:
     heads = max(1, geometry.kv_heads // setup.split.tp)
     per_layer = 2 * heads * geometry.head_dim * setup.memory.kv_bytes[setup.kv_dtype]
     per_index = geometry.index_dim * setup.memory.index_bytes[setup.index_dtype]
-    return [
+    stages = [
         sum(per_layer + (per_index if family.has_index_keys(layer) else 0) for layer in stage)
         for stage in stage_of_layers(geometry.layers, setup.split.pp)
     ]
+    if setup.draft is not None:  # it runs where the last layer does
+        stages[-1] += setup.draft.kv_per_token(setup.split.tp, setup.memory.kv_bytes[setup.kv_dtype])
+    return stages
 
 
 def activation(family: Family, setup: Setup) -> Estimate:
@@ -113,8 +130,9 @@ def activation(family: Family, setup: Setup) -> Estimate:
         mlp = tokens * 3 * (max(spec.dense_intermediate_size for spec in family.layers) // tp) * 2
     heads = family.num_heads // tp + 2 * max(1, geometry.kv_heads // tp)
     attention = 2 * tokens * heads * geometry.head_dim * 2
-    sampler = memory.sampler_copies * setup.max_num_seqs * vocab * 4
-    rest = attention + memory.hidden_copies * tokens * hidden * 2 + sampler
+    sampler = memory.sampler_copies * setup.max_num_seqs * setup.rows * vocab * 4
+    copies = memory.hidden_copies + (setup.draft.taps if setup.draft else 0)
+    rest = attention + copies * tokens * hidden * 2 + sampler
     low, expected, high = (
         int((mlp * times + rest) * factor) for times, factor in zip(gathered, memory.activation_range, strict=True)
     )
@@ -147,12 +165,13 @@ def vision_peak(config: Mapping[str, Any], hidden: int, tokens: int, memory: Mem
 
 
 def graphs(setup: Setup, gpu: Gpu) -> Estimate:
-    """What vLLM sets aside for CUDA graphs: capture sizes up to min(2 x max_num_seqs, 512), 1024 on Blackwell's large cards."""
+    """What vLLM sets aside for CUDA graphs: capture sizes up to min(2 x max_num_seqs x rows, 512), 1024 on Blackwell's large cards."""
     if setup.enforce_eager:
         return Estimate(0, 0, 0, "--enforce-eager: no graphs")
     memory = setup.memory
     largest = min(
-        2 * setup.max_num_seqs, memory.captured_large if gpu.total_bytes >= memory.large_gpu else memory.captured
+        2 * setup.max_num_seqs * setup.rows,
+        memory.captured_large if gpu.total_bytes >= memory.large_gpu else memory.captured,
     )
     expected = memory.graphs_base + memory.graphs_per_size * largest
     return Estimate(
@@ -248,6 +267,8 @@ def predict(node: Node, family: Family, groups: Sequence[Group], setup: Setup) -
     geometry = family.kv_geometry
     per_token = kv_bytes_per_token(family, setup)
     weights = rank_weights(groups, setup.split, geometry.kv_heads, geometry.layers)
+    if setup.draft is not None:
+        weights[-1][DRAFT] = setup.draft.rank_bytes(setup.split.tp)
     stages = stage_of_layers(geometry.layers, setup.split.pp)
     none = Estimate(0, 0, 0, "the CPU build reserves the cache alone")
     cpu = node.gpu.name == CPU

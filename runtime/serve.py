@@ -36,6 +36,7 @@ from ..errors import (
 )
 from ..schemes import Scheme
 from .checklog import TOLERATED, LogCheck, check_log, log_reader
+from .draft import draft_notes, with_draft
 from .fit import Fit, assess, remedies
 from .guard.settings import PREFIX, read_settings
 from .hardware import STANDARD_NODES, Node, parse_node
@@ -114,10 +115,11 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
     check_schemes(engine, installed, subject.stored.schemes)
     node = _node(recipe, engine, installed, dry, say)
     where = str(Path(src).expanduser().resolve()) if Path(src).expanduser().is_dir() else subject.stored.where
+    ask = with_draft(recipe.ask(), subject.family, recipe.draft, recipe.draft_tokens)
+    for note in draft_notes(ask.draft) if ask.draft else ():
+        say(f"note: {note}")
     fit = assess(
-        replace(subject.stored, where=where),
-        node,
-        replace(recipe.ask(), release=installed.version if installed else None),
+        replace(subject.stored, where=where), node, replace(ask, release=installed.version if installed else None)
     )
     if not fit.fits:
         tried = [f"{r.change} (context up to {r.fit.longest_context:,})" for r in remedies(fit)]
@@ -225,10 +227,12 @@ def _sized(fit: Fit, recipe: ServeRecipe, say: Say) -> tuple[Fit, ServeRecipe]:
     the pool has room for requests of TYPICAL_REQUEST tokens.
     """
     blocks, block = fit.pool.blocks - 1, fit.pool.block_size
-    free = blocks - recipe.concurrency * math.ceil(fit.context / block)
+    ahead = math.ceil(fit.setup.draft_slots / block)
+    free = blocks - recipe.concurrency * (math.ceil(fit.context / block) + ahead)
     if free < math.ceil(recipe.watermark * fit.pool.blocks):
         if recipe.context is None:
-            context = (blocks - math.ceil(recipe.watermark * fit.pool.blocks)) // recipe.concurrency * block
+            each = (blocks - math.ceil(recipe.watermark * fit.pool.blocks)) // recipe.concurrency
+            context = (each - ahead) * block
             fit = assess(fit.model, fit.node, replace(fit.ask, context=max(block, context)))
         else:
             watermark = max(0, math.floor(1000 * (free - 1) / fit.pool.blocks) / 1000)
@@ -303,16 +307,21 @@ def compare(prepared: Prepared, log_text: str) -> LogCheck:
 
 
 class Stopping:
-    """SIGTERM and SIGINT as an event, for as long as an engine runs. A second signal changes nothing: the drain has a limit."""
+    """SIGTERM and SIGINT as an event, for as long as an engine runs. A second signal changes nothing: the drain has a limit.
+
+    signal: the number of the first that came, 0 before.
+    """
 
     def __init__(self) -> None:
         self.event = threading.Event()
+        self.signal = 0
 
     def __enter__(self) -> threading.Event:
         self._old = {number: signal.signal(number, self._set) for number in (signal.SIGTERM, signal.SIGINT)}
         return self.event
 
     def _set(self, number: int, frame: Any) -> None:
+        self.signal = self.signal or number
         self.event.set()
 
     def __exit__(self, *exc: object) -> None:
@@ -329,30 +338,47 @@ class Ready:
     pinned: Path | None
 
 
+def check_start(prepared: Prepared) -> None:
+    """Raise EngineMissing or OptionError for what would stop the start: no guard here, a port that is taken."""
+    if prepared.launch.guarded:
+        check_guard()
+    check_port(prepared.recipe.host, prepared.recipe.port)
+
+
+@contextmanager
+def started(
+    prepared: Prepared, log: Path, echo: Say | None, stopped: threading.Event, pinning: bool
+) -> Iterator[tuple[EngineProcess, Ready | None]]:
+    """The engine, ready and judged; None where `stopped` was set before it was ready. At the end all its processes are stopped.
+
+    Raises ServeError for an engine that does not become ready, or measures less than the plan promised.
+    """
+    recipe, installed, engine = prepared.recipe, prepared.installed, prepared.fit.engine
+    assert installed is not None
+    host = "127.0.0.1" if recipe.host in ("0.0.0.0", "") else "[::1]" if recipe.host == "::" else recipe.host
+    url = f"http://{host}:{recipe.port}"
+    with importable(installed, prepared.launch) as env:
+        process = EngineProcess(prepared.launch.command, env, log, echo, engine.reason)
+        try:
+            ready = process.wait_ready(f"{url}/health", recipe.start_timeout, stopped)
+            yield process, _judge(prepared, process, url, pinning) if ready else None
+        finally:
+            process.stop(recipe.shutdown_timeout)
+
+
 def serve(
     prepared: Prepared, log: Path, echo: Say | None, say: Say, on_ready: Callable[[Ready], None], pinning: bool
 ) -> int:
     """Run until the engine ends or a signal comes. 0: stopped by a signal, drained. Raises ServeError for everything else, OptionError before the start."""
-    recipe, installed, engine = prepared.recipe, prepared.installed, prepared.fit.engine
-    assert installed is not None
-    if prepared.launch.guarded:
-        check_guard()
-    check_port(recipe.host, recipe.port)
-    host = "127.0.0.1" if recipe.host in ("0.0.0.0", "") else "[::1]" if recipe.host == "::" else recipe.host
-    url = f"http://{host}:{recipe.port}"
-    with Stopping() as stopped, importable(installed, prepared.launch) as env:
-        process = EngineProcess(prepared.launch.command, env, log, echo, engine.reason)
-        try:
-            if process.wait_ready(f"{url}/health", recipe.start_timeout, stopped):
-                on_ready(_judge(prepared, process, url, pinning))
-                code = process.wait(stopped)
-                if code is not None:
-                    raise ServeError(
-                        f"the engine ended with exit code {code} while serving: {engine.reason(process.text)}. Log: {log}"
-                    )
-            say("stopping: running requests have " + f"{recipe.shutdown_timeout} s to end")
-        finally:
-            process.stop(recipe.shutdown_timeout)
+    check_start(prepared)
+    with Stopping() as stopped, started(prepared, log, echo, stopped, pinning) as (process, ready):
+        if ready is not None:
+            on_ready(ready)
+            code = process.wait(stopped)
+            if code is not None:
+                why = prepared.fit.engine.reason(process.text)
+                raise ServeError(f"the engine ended with exit code {code} while serving: {why}. Log: {log}")
+        say(f"stopping: running requests have {prepared.recipe.shutdown_timeout} s to end")
     return 0
 
 

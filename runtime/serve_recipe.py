@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from ..engines import DEFAULT, NAMES
 from ..errors import RecipeError
 from ..recipe.recipe import read_recipe_file, recipe_folder
+from .draft import MAX_TOKENS
 from .fit import Ask
 from .hardware import MAX_COUNT
 
@@ -41,6 +42,8 @@ class ServeRecipe(BaseModel):
     max_num_batched_tokens: Count = DEFAULT.memory.batched_tokens
     utilization: float = Field(default=DEFAULT.memory.utilization, gt=0, le=1)
     vision: bool = False
+    draft: Word | None = None  # a folder or Hub repo
+    draft_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     watermark: float = Field(default=0.02, ge=0, lt=1)
     shutdown_timeout: int = Field(default=60, ge=0, le=3600)
     start_timeout: Count = 3600
@@ -69,7 +72,7 @@ class ServeRecipe(BaseModel):
         return extra
 
     def ask(self) -> Ask:
-        """The part that the plan needs."""
+        """The part that the plan needs, but for the draft, which must be opened."""
         return Ask(
             self.context, self.concurrency, self.kv_dtype, self.index_dtype, self.tp, self.pp, self.max_num_seqs, self.max_num_batched_tokens,
             self.utilization, self.vision, engine=self.engine,

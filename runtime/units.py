@@ -1,12 +1,9 @@
-"""Files that run `m3quant serve` under a service manager: a systemd unit and a compose file."""
+"""A systemd unit that runs `m3quant serve`."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import yaml
 
 from m3quant import __version__
 
@@ -15,10 +12,14 @@ from .launch import KILL_GRACE_S
 from .serve_recipe import ServeRecipe
 
 
-def systemd_unit(program: Sequence[str], fit: Fit, recipe: ServeRecipe, api_key_env: str | None) -> str:
-    """A unit that runs `program` (m3quant serve ...) where it was written: paths in it may be relative. The key comes from a file that only root reads, never from the unit."""
+def systemd_unit(
+    program: Sequence[str], fit: Fit, recipe: ServeRecipe, api_key_env: str | None, env: Mapping[str, str]
+) -> str:
+    """A unit that runs `program` (m3quant serve ...) with `env` where it was written: paths in it may be relative. The key comes from a
+    file that only root reads, never from the unit."""
     key = f"# one line, mode 0600: {api_key_env}=...\nEnvironmentFile=/etc/m3quant/serve.env\n" if api_key_env else ""
-    quoted = " ".join(_literal(part).replace("$", "$$") for part in map(shlex.quote, program))
+    quoted = " ".join(_word(part).replace("$", "$$") for part in program)
+    variables = "".join(f"Environment={_word(f'{name}={value}')}\n" for name, value in env.items())
     return f"""# Written by m3quant {__version__}. Install: copy to /etc/systemd/system/m3quant.service, systemctl daemon-reload, systemctl enable --now m3quant
 [Unit]
 Description=m3quant: {_literal(fit.model.where)} on {fit.node.name}
@@ -29,7 +30,7 @@ StartLimitBurst=3
 
 [Service]
 Type=exec
-{key}WorkingDirectory={_literal(str(Path.cwd()))}
+{key}{variables}WorkingDirectory={_literal(str(Path.cwd()))}
 ExecStart={quoted}
 Restart=on-failure
 RestartSec=10
@@ -52,38 +53,9 @@ def _literal(text: str) -> str:
     return text.replace("%", "%%")
 
 
-def compose_file(engine_command: Sequence[str], env: dict[str, str], secret: frozenset[str], fit: Fit, recipe: ServeRecipe, image: str,
-                 api_key_env: str | None) -> str:  # fmt: skip
-    """A compose file around an engine's image with m3quant in it (for the guard). The checkpoint is mounted read-only; of one on the
-    Hub the cache is mounted instead, so that it is downloaded once."""
-    where = fit.model.where
-    local = Path(where).is_dir()
-    mounted = (
-        f"{_no_variable(where)}:/model:ro" if local else "${HF_HOME:-~/.cache/huggingface}:/root/.cache/huggingface"
-    )
-    arguments = ["/model" if local and part == where else _no_variable(part) for part in engine_command]
-    environment = {
-        name: (f"${{{api_key_env}:?}}" if name in secret else _no_variable(value)) for name, value in env.items()
-    }
-    service = {
-        "build": {"dockerfile_inline": f"FROM {image}\nRUN pip install --no-deps m3quant=={__version__}\n"},
-        "command": arguments,
-        "environment": environment,
-        "volumes": [mounted],
-        "ports": [f"127.0.0.1:{recipe.port}:{recipe.port}"],
-        "ipc": "host",
-        "stop_grace_period": f"{int(recipe.shutdown_timeout + KILL_GRACE_S)}s",
-        "restart": "on-failure:3",
-        "deploy": {"resources": {"reservations": {"devices": [{"driver": "nvidia", "count": fit.node.count, "capabilities": ["gpu"]}]}}},
-        "healthcheck": {
-            "test": ["CMD", "curl", "-sf", f"http://127.0.0.1:{recipe.port}/health"],
-            "interval": "10s", "timeout": "5s", "start_period": f"{recipe.start_timeout}s",
-        },
-    }  # fmt: skip
-    head = f"# Written by m3quant {__version__}: docker compose up. {fit.node.name}, {fit.pool.tokens:,} KV tokens planned.\n"
-    return head + yaml.safe_dump({"services": {"m3quant": service}}, sort_keys=False, width=1000)
-
-
-def _no_variable(text: str) -> str:
-    """As compose reads it: `$NAME` would be a variable."""
-    return text.replace("$", "$$")
+def _word(text: str) -> str:
+    """One word of a command line as systemd reads it (systemd.syntax(7), Quoting): its escapes, which are not the shell's."""
+    if text and all(c.isalnum() or c in "_@%+=:,./-" for c in text):
+        return _literal(text)
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+    return f'"{_literal(escaped)}"'

@@ -31,6 +31,7 @@ COMMANDS = {
     "publish": ("publish", "Put an output on the Hub: checked, licensed, private until complete."),
     "pull": ("pull", "Download a checkpoint from the Hub and verify every file."),
     "serve": ("serve", "An OpenAI-compatible endpoint on one node, planned first and guarded."),
+    "bench": ("bench", "Tokens per second and latencies of a checkpoint on this machine."),
 }
 
 

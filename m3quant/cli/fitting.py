@@ -17,7 +17,8 @@ from ..errors import DoesNotFit, NodeError
 from ..recipe.choice import RecipeChoice
 from ..running.words import human_bytes
 from ..runtime.checklog import LogCheck, check_log, log_reader
-from ..runtime.cost import Prices, decode_bound, load_prices, price_per_million
+from ..runtime.cost import Prices, Speed, decode_speed, load_prices, price_per_million
+from ..runtime.draft import draft_notes, with_draft
 from ..runtime.fit import Ask, Fit, Remedy, assess, remedies
 from ..runtime.hardware import STANDARD_NODES, Node, parse_node
 from ..runtime.model import ServedModel, Subject, open_subject
@@ -39,11 +40,20 @@ class Where:
     prices: Path | None
 
 
-def run_fit(src: str, revision: str | None, choice: RecipeChoice, where: Where, ask: Ask, as_json: bool) -> int:
-    """The three modes. Returns the exit code: 0 fits (or the log agrees), 3 does not fit, 1 the log disagrees."""
+def run_fit(
+    src: str,
+    revision: str | None,
+    choice: RecipeChoice,
+    where: Where,
+    ask: Ask,
+    draft: tuple[str | None, int | None],
+    as_json: bool,
+) -> int:
+    """The three modes. draft: as in `runtime.draft.with_draft`. Returns the exit code: 0 fits (or the log agrees), 3 does not fit, 1 the log disagrees."""
     gc.disable()  # 140,000 tensors become objects that all live to the end: collections would take a third of the time
     node = parse_node(where.on) if where.on is not None else None
     subject = open_subject(src, revision)
+    ask = with_draft(ask, subject.family, *draft)
     # A log is of one checkpoint: a config.json is then what it describes.
     table = where.log is None and (where.everything or subject.config_only)
     models, refused = _models(subject, choice, table)
@@ -59,6 +69,8 @@ def run_fit(src: str, revision: str | None, choice: RecipeChoice, where: Where, 
     if as_json:
         click.echo(json.dumps(fit_json(fit, changes, prices), indent=2))
     else:
+        for note in draft_notes(ask.draft) if ask.draft else ():
+            click.echo(note)
         print_fit(fit, changes, prices)
     return 0 if fit.fits else NO_FIT
 
@@ -187,12 +199,12 @@ def _table_mode(
         ]
     ]
     for fit in fits:
-        per_hour, bound = prices.per_hour(fit.node), _bound(fit)
+        per_hour, speed = prices.per_hour(fit.node), _speed(fit)
         rows.append([
             fit.model.label, human_bytes(fit.model.stored_bytes), fit.node.name, split_name(fit),
             f"{fit.pool.tokens:,} - {fit.prediction.pool('low').tokens:,}" if fit.prediction.pool("low").tokens else "0",
             f"{fit.longest_context:,}", f"{_requests(fit)}x", "" if per_hour is None else f"{per_hour:.2f}",
-            "" if per_hour is None or not bound else f">= {price_per_million(per_hour, bound):.2f}", fit.verdict,
+            "" if per_hour is None else _price_cell(per_hour, speed), fit.verdict,
         ])  # fmt: skip
     print_table(rows)
     for label, reason in {fit.model.label: fit.why_not for fit in fits if not fit.loads}.items():
@@ -200,9 +212,12 @@ def _table_mode(
     for name, reason in refused.items():
         click.echo(f"not in the table: {name}: {reason}")
     click.echo(
-        f"prices of {prices.date}: {prices.source}; per million output tokens: the floor that HBM bandwidth sets when the pool is full of "
-        f"requests of {context:,} tokens (at most max-num-seqs), no prefill, no kernel or network loss"
+        f"prices of {prices.date}: {prices.source}; per million output tokens when the pool is full of requests of {context:,} tokens (at most "
+        "max-num-seqs): a range (~: one figure) where speeds near that were measured, no prefill; else (>=) the floor that HBM bandwidth sets"
     )
+    sources = dict.fromkeys(source for fit in fits if (measured := _speed(fit).near) for source in measured.sources)
+    for source in sources:
+        click.echo(f"measured: {source}")
     if ask.context is None and context < TABLE_CONTEXT:
         click.echo(f"at {context:,}: the longest context that config.json allows, in place of {TABLE_CONTEXT:,}")
     return 0 if any(fit.fits for fit in fits) else NO_FIT
@@ -221,8 +236,16 @@ def _requests(fit: Fit) -> int:
     )
 
 
-def _bound(fit: Fit) -> float:
-    return decode_bound(fit, _context(fit.ask, fit.model), _requests(fit)) if fit.fits else 0.0
+def _speed(fit: Fit) -> Speed:
+    return decode_speed(fit, _context(fit.ask, fit.model), _requests(fit))
+
+
+def _price_cell(per_hour: float, speed: Speed) -> str:
+    if speed.near and speed.near.count == 1:
+        return f"~ {price_per_million(per_hour, speed.low):.2f}"
+    if speed.near:
+        return f"{price_per_million(per_hour, speed.high):.2f} - {price_per_million(per_hour, speed.low):.2f}"
+    return f">= {price_per_million(per_hour, speed.bound):.2f}" if speed.bound else ""
 
 
 def split_name(fit: Fit) -> str:
@@ -232,7 +255,7 @@ def split_name(fit: Fit) -> str:
 
 def fit_json(fit: Fit, changes: list[Remedy], prices: Prices) -> dict[str, Any]:
     """Everything that the tables show, for programs. Bytes per GPU."""
-    per_hour, bound = prices.per_hour(fit.node), _bound(fit)
+    per_hour, speed = prices.per_hour(fit.node), _speed(fit)
     pools = {
         name: fit.prediction.pool(which).tokens
         for name, which in (("low", "high"), ("expected", "expected"), ("high", "low"))
@@ -260,12 +283,27 @@ def fit_json(fit: Fit, changes: list[Remedy], prices: Prices) -> dict[str, Any]:
             }
             for r in fit.prediction.ranks
         ],
-        "price": {"per_hour": per_hour, "currency": prices.currency, "date": prices.date.isoformat(), "decode_bound_tokens_per_s": bound,
-                  "bound_context": _context(fit.ask, fit.model), "bound_requests": _requests(fit),
-                  "per_million_output_floor": price_per_million(per_hour, bound) if per_hour is not None and bound else None},
+        "price": {"per_hour": per_hour, "currency": prices.currency, "date": prices.date.isoformat(), "decode_bound_tokens_per_s": speed.bound,
+                  "bound_context": speed.context, "bound_requests": speed.requests,
+                  "per_million_output_floor": price_per_million(per_hour, speed.bound) if per_hour is not None and speed.bound else None,
+                  "measured": _measured_json(per_hour, speed)},
         "command": shlex.join(fit.command()) if fit.fits else None,
         "changes": [{"change": r.change, "longest_context": r.fit.longest_context, "pool_tokens": r.fit.pool.tokens} for r in changes],
     }  # fmt: skip
+
+
+def _measured_json(per_hour: float | None, speed: Speed) -> dict[str, Any] | None:
+    """The range by measured speeds; None where nothing near was measured."""
+    if speed.near is None:
+        return None
+    prices = [None if per_hour is None else price_per_million(per_hour, rate) for rate in (speed.high, speed.low)]
+    return {
+        "tokens_per_s": {"low": speed.low, "high": speed.high},
+        "of_bound": {"low": speed.near.low, "high": speed.near.high},
+        "per_million_output": {"low": prices[0], "high": prices[1]},
+        "figures": speed.near.count,
+        "sources": list(speed.near.sources),
+    }
 
 
 def print_fit(fit: Fit, changes: list[Remedy], prices: Prices) -> None:
@@ -310,13 +348,31 @@ def print_fit(fit: Fit, changes: list[Remedy], prices: Prices) -> None:
             click.echo("  no change of flags, recipe or standard node makes it fit")
         return
     click.echo(f"FITS: {fit.concurrency} request(s) of {fit.context:,} tokens at once")
-    per_hour, bound = prices.per_hour(fit.node), _bound(fit)
-    if per_hour is not None and bound:
-        click.echo(
-            f"price: {per_hour:.2f} {prices.currency}/h ({prices.date}); at least {price_per_million(per_hour, bound):.2f} per million output tokens "
-            f"(bandwidth bound of {bound:,.0f} tokens/s, {_requests(fit)} requests of {_context(fit.ask, fit.model):,} tokens)"
-        )
+    _print_speed(_speed(fit), prices.per_hour(fit.node), prices)
     click.echo(shlex.join(fit.command()))
+
+
+def _print_speed(speed: Speed, per_hour: float | None, prices: Prices) -> None:
+    if not speed.bound:
+        return
+    load = f"{speed.requests} requests of {speed.context:,} tokens"
+    if speed.near:
+        one = speed.near.count == 1
+        rates = f"about {speed.low:,.0f}" if one else f"{speed.low:,.0f} to {speed.high:,.0f}"
+        shares = f"{speed.near.low:.0%}" if one else f"{speed.near.low:.0%} to {speed.near.high:.0%}"
+        figures = "the one figure, so without a spread," if one else f"the {speed.near.count} figures"
+        click.echo(
+            f"speed, {load}: {rates} tokens/s decoding, {shares} of the bandwidth's {speed.bound:,.0f}, as in {figures} measured near this"
+        )
+        for source in speed.near.sources:
+            click.echo(f"  measured: {source}")
+    else:
+        click.echo(
+            f"speed, {load}: at most {speed.bound:,.0f} tokens/s by bandwidth; nothing near this was measured, m3quant bench measures it"
+        )
+    if per_hour is not None:
+        cost = _price_cell(per_hour, speed).replace(">=", "at least").replace("~", "about").replace(" - ", " to ")
+        click.echo(f"price: {per_hour:.2f} {prices.currency}/h ({prices.date}); {cost} per million output tokens")
 
 
 def _span(estimate: Estimate) -> str:

@@ -14,6 +14,7 @@ from ..families import QUANTIZABLE
 from ..planning.layout import FORMATS
 from ..recipe.choice import RecipeChoice
 from ..recipe.recipe import every_name, fitted_names, recipe_names
+from ..runtime.draft import MAX_TOKENS
 from ..runtime.hardware import MAX_COUNT
 from ..schemes import SCHEMES
 
@@ -185,6 +186,16 @@ def ask_options(function: F) -> F:
     return function
 
 
+def draft_options(function: F) -> F:
+    """A draft model for speculative decoding: `runtime.draft.open_draft`."""
+    for option in reversed((
+        click.option("--draft", default=None, metavar="DRAFT", help="Draft model for speculative decoding: a folder or Hub repo (EAGLE3, DFlash, DSpark)."),
+        click.option("--draft-tokens", type=click.IntRange(1, MAX_TOKENS), default=None, help="Tokens that it guesses in a step. [what the draft states, else 3]"),
+    )):  # fmt: skip
+        function = option(function)
+    return function
+
+
 def serving_options(function: F) -> F:
     """`plan`'s questions about serving."""
     for option in reversed((
@@ -194,7 +205,7 @@ def serving_options(function: F) -> F:
         click.option("--prices", type=click.Path(path_type=Path), default=None, help="Price file (YAML) in place of the one that ships."),
     )):  # fmt: skip
         function = option(function)
-    return ask_options(function)
+    return ask_options(draft_options(function))
 
 
 def publish_options(function: F) -> F:
@@ -227,6 +238,13 @@ def publish_options(function: F) -> F:
                 default=None,
                 help="YAML list of what the scan finds and is harmless: text (a regex), reason, and optionally file and kind.",
             ),
+            click.option(
+                "--draft",
+                "drafts",
+                metavar="ORG/NAME",
+                multiple=True,
+                help="Draft model on the Hub that the card points to, with its revision and licence.",
+            ),
         )
     ):
         function = option(function)
@@ -251,6 +269,7 @@ def publish_asked(repo: str | None, given: dict[str, Any], online: bool = False)
         allow=given["allow"],
         licence=licence,
         online=online,
+        drafts=given["drafts"],
     )
 
 

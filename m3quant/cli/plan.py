@@ -100,7 +100,8 @@ def _serving(src: str, revision: str | None, choice: RecipeChoice, as_json: bool
 
     wanted = {name: serving[name] for name in ASK_OPTIONS if serving[name] is not None}
     where = Where(serving["on"], bool(serving["everything"]), serving["check_log"], serving["prices"])
-    return run_fit(src, revision, choice, where, Ask(**wanted), as_json)
+    draft = (serving["draft"], serving["draft_tokens"])
+    return run_fit(src, revision, choice, where, Ask(**wanted), draft, as_json)
 
 
 def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -15,13 +14,16 @@ import click
 
 from ..engines import DEFAULT, ENGINES, NAMES
 from ..engines.device import CPU
-from ..errors import OptionError, OutputError, StoppedError
+from ..engines.installed import ENGINE_PYTHON
+from ..errors import OptionError
 from ..publish.licence_line import LicenceLine, licence_line
+from ..runtime.compose import compose_file
 from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Ready, full_check, prepare, serve
 from ..runtime.serve_recipe import load_serve_recipe
-from ..runtime.units import compose_file, systemd_unit
-from .options import ASK_OPTIONS, ask_options
+from ..runtime.units import systemd_unit
+from .options import ASK_OPTIONS, ask_options, draft_options
+from .output_file import write_file
 
 RECIPE_OPTIONS = (
     "node",
@@ -32,6 +34,8 @@ RECIPE_OPTIONS = (
     "guard",
     "shutdown_timeout",
     "start_timeout",
+    "draft",
+    "draft_tokens",
     *ASK_OPTIONS,
 )
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -50,6 +54,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
     "--on", "node", default=None, metavar="NODE", help="1xH200, 2xH100, ..., cpu, cpu:4GiB. [what this machine has]"
 )
 @ask_options
+@draft_options
 @click.option("--host", default=None, help="Address to listen on. [127.0.0.1]")
 @click.option("--port", type=click.IntRange(1, 65535), default=None, help="[8000]")
 @click.option(
@@ -119,10 +124,12 @@ def command(checkpoint: str, recipe_file: str | None, api_key_env: str | None, e
     if verify_hashes:
         full_check(checkpoint, say)
     if write_compose:
-        _write(write_compose, _compose(prepared, api_key_env))
+        write_file(write_compose, _compose(prepared, api_key_env))
         say(f"written: {write_compose}; start it with docker compose -f {write_compose} up")
     if write_systemd:
-        _write(write_systemd, systemd_unit(_own_command(), prepared.fit, prepared.recipe, api_key_env))
+        write_file(
+            write_systemd, systemd_unit(_own_command(), prepared.fit, prepared.recipe, api_key_env, _engine_variable())
+        )
         say(f"written: {write_systemd}; its first line says how to install it")
     _show(prepared, licence, as_json, api_key_env)
     if dry:
@@ -169,13 +176,18 @@ def _own_command() -> list[str]:
     return [sys.executable, "-m", "m3quant", *kept]
 
 
+def _engine_variable() -> dict[str, str]:
+    """The variable that says which Python has the engine, which the unit needs as this command did."""
+    return {ENGINE_PYTHON: os.environ[ENGINE_PYTHON]} if os.environ.get(ENGINE_PYTHON) else {}
+
+
 def _compose(prepared: Prepared, api_key_env: str | None) -> str:
     fit = prepared.fit
     image = fit.engine.image(prepared.installed.version if prepared.installed else None)
     if fit.node.gpu.name == CPU or image is None:
         able = " and ".join(engine.title for engine in ENGINES if engine.image(None))
         raise OptionError(
-            f"--write-compose is for {able} on GPUs: no image of a CPU build or of another engine is known."
+            f"--write-compose is for releases of {able} on GPUs: no image of a CPU build, an unreleased build or another engine is known."
         )
     launch = prepared.launch
     arguments = list(launch.arguments)
@@ -183,15 +195,6 @@ def _compose(prepared: Prepared, api_key_env: str | None) -> str:
         "0.0.0.0"  # inside the container; the port is published on the host's loopback
     )
     return compose_file(arguments, launch.env, launch.secret, fit, prepared.recipe, image, api_key_env)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoppedError(f"{path} cannot be written: {error.strerror}. Free space and run it again.") from None
-        raise OutputError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def _show(prepared: Prepared, licence: LicenceLine, as_json: bool, api_key_env: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,9 @@ from ..checkpoint.strict_json import shown
 from ..errors import EngineMissing
 from ..families import Family
 from ..schemes import Scheme
+from .bench import BenchRun, Measured
 from .device import Gpu
+from .drafts import Draft
 from .failures import Sentence, no_room, reason
 from .installed import Installed, find_python, read_installed
 from .integers import is_narrow
@@ -64,6 +66,7 @@ class Serving:
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    draft: Draft | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ class Engine(ABC):
     probe: ClassVar[LoadingProbe | None] = None
     has_guard: ClassVar[bool] = False  # whether m3quant's guard runs inside its server
     takes_pin: ClassVar[bool] = False  # whether a measured cache size can be given back to it
+    has_bench: ClassVar[bool] = False  # whether its own load generator is driven here
 
     # --- what is installed ---
 
@@ -182,6 +186,10 @@ class Engine(ABC):
         """Why the engine does not load a checkpoint with this config.json as it is, and what to do; '' where it does. release: of the one
         that is installed, None for the newest that was read."""
         return ""
+
+    def draft_refusal(self, draft: Draft, family: Family, gpu: Gpu, pp: int, release: str | None) -> str:
+        """Why the engine does not run this draft before this target, and what to do; '' where it does. release: as above."""
+        return f"{self.title} is not given a draft here: leave --draft out"
 
     def expert_refusal(self, scheme: Scheme) -> str:
         """Why no release of this engine runs routed experts in the scheme, '' where one does."""
@@ -236,6 +244,20 @@ class Engine(ABC):
     def image(self, release: str | None) -> str | None:
         """The container image of a release (None: the newest that was read); None if none is known."""
         return None
+
+    # --- its load generator ---
+
+    def bench_command(self, installed: Installed, run: BenchRun) -> list[str]:
+        """The command that makes one run and writes its result. Asked where `has_bench`."""
+        raise NotImplementedError(f"{self.title} has no load generator here")
+
+    def bench_texts(self, texts: Sequence[str]) -> str:
+        """The content of a file with prompts for its load generator."""
+        raise NotImplementedError(f"{self.title} has no load generator here")
+
+    def read_bench(self, document: Mapping[str, Any], run: BenchRun) -> Measured:
+        """The result file of a run. Raises ServeError for requests that were not answered whole."""
+        raise NotImplementedError(f"{self.title} has no load generator here")
 
     # --- what its log says ---
 

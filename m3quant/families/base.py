@@ -92,7 +92,8 @@ class InEngine:
     architecture, '' where every known one does. refused_formats: output format -> why it cannot load the family in it, and
     what to use. reasoning_tokens: what the reasoning parser among the flags insists on in a
     tokenizer. probe_arguments: what a loading probe gives the engine in addition to the request. probe_norm: "module:class" of a
-    norm of the engine's that has no plain fallback of its own.
+    norm of the engine's that has no plain fallback of its own. draft_settings: what a draft model of the family is started with in
+    addition; draft_over_stages: whether the engine hands a draft the hidden states that other pipeline stages computed.
     """
 
     flags: tuple[str, ...] = ()
@@ -101,6 +102,8 @@ class InEngine:
     reasoning_tokens: tuple[str, ...] = ()
     probe_arguments: Mapping[str, Any] = field(default_factory=dict)
     probe_norm: str = ""
+    draft_settings: Mapping[str, Any] = field(default_factory=dict)
+    draft_over_stages: bool = False
 
 
 class Family(ABC):

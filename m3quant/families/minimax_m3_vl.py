@@ -66,6 +66,8 @@ class MiniMaxM3VL(Family):
                 "because the fp8 layers have no such parameter; add --format compressed-tensors, which stores the same blocks"
             },
             reasoning_tokens=("<mm:think>", "</mm:think>"),
+            draft_settings={"attention_backend": "FLASH_ATTN"},  # vLLM's recipe for M3: a draft has plain attention
+            draft_over_stages=True,
             # The vision tower is neither built nor read; 128 is the only block size of the sparse kernels.
             probe_arguments={"language_model_only": True, "block_size": 128},
             probe_norm="vllm.models.minimax_m3.nvidia.model:MiniMAXGemmaRMSNorm",

@@ -16,6 +16,7 @@ from ..artifact.eval_record import EvalRecord
 from ..checkpoint import Checkpoint
 from ..checkpoint.bounded import TEXT_BYTES, read_text
 from ..engines import DEFAULT
+from ..engines.drafts import Draft
 from ..engines.rules import activation_notes
 from ..engines.stated import config_schemes
 from ..families import Family, family_of
@@ -23,6 +24,7 @@ from ..planning.plan import RECIPE_FILE
 from ..planning.quantizers import facts_of
 from ..recipe.recipe import Recipe, build_recipe
 from .base import Base
+from .drafts import referenced
 from .hub_benchmarks import BenchmarkResult, read_benchmarks
 from .licences import Licence
 from .results import EvalTable, hub_results, missing, read_eval, tables, tested_tokens
@@ -74,6 +76,7 @@ class CardFacts:
     tested_tokens: int | None
     serving: Sequence[Serving]
     notes: list[str] = field(default_factory=list)
+    drafts: list[Draft] = field(default_factory=list)
 
     @property
     def download(self) -> str:
@@ -125,11 +128,13 @@ def gather(
     unknown: Mapping[str, str],
     repo: str | None,
     serving: Sequence[Serving],
+    drafts: Sequence[str] = (),
 ) -> CardFacts:
-    """Read `out` and return what the card says. Raises CheckpointError, RecipeError or PublishError (eval.json)."""
+    """Read `out` and return what the card says. Raises CheckpointError, RecipeError or PublishError (eval.json, drafts)."""
     checkpoint = Checkpoint.open(out)
     record = read_eval(out, output_fingerprint(checkpoint, manifest))
     text = read_text(out / RECIPE_FILE, TEXT_BYTES)
+    family = family_of(checkpoint.config, f"{out}/config.json")
     return CardFacts(
         name=repo.split("/")[-1] if repo else out.resolve().name,
         repo=repo,
@@ -140,7 +145,7 @@ def gather(
         config=checkpoint.config,
         recipe=build_recipe(manifest["recipe"]),
         recipe_text=text.rstrip(),
-        family=family_of(checkpoint.config, f"{out}/config.json"),
+        family=family,
         excluded=excluded_modules(checkpoint.config),
         parameters=parameters(manifest),
         eval_tables=tables(record) if record else [],
@@ -151,6 +156,7 @@ def gather(
         tested_tokens=tested_tokens(record, manifest),
         serving=serving,
         notes=list(manifest["notes"]),
+        drafts=referenced(drafts, family),
     )
 
 

@@ -36,6 +36,7 @@ class Asked:
     serving: Sequence[Serving] | None = None
     allow: Path | None = None  # a list of what the scan finds and is harmless, with reasons
     online: bool = False  # compare with the base on the Hub, file by file
+    drafts: tuple[str, ...] = ()  # Hub repos of draft models that the card points to
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def make_card(out: Path, asked: Asked) -> Written:
     sentences = {key: _sentence(text) for key, text in unknown.items()}
     if base is None:
         sentences["licence"] = "it depends on the base model, which is not stated."
-    facts = gather(out, manifest, base, licence, sentences, asked.repo, _serving(out, asked))
+    facts = gather(out, manifest, base, licence, sentences, asked.repo, _serving(out, asked), asked.drafts)
     path = write_card(out, facts, left_out_explained(out, manifest))
     told = obligations(licence, base) if licence and base else []
     return Written(path, manifest, base, licence, list(unknown.values()), told)

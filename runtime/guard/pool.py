@@ -15,6 +15,16 @@ from m3quant.errors import GuardError
 from .settings import GuardSettings
 
 
+def draft_slots(guesses: int, stages: int) -> int:
+    """Slots that a request may take beyond its tokens where a draft guesses `guesses` a step, over `stages` pipeline stages.
+
+    As vLLM 0.32 schedules (v1/core/sched/scheduler.py: schedule): a step takes 1 + guesses slots, and with asynchronous scheduling one more
+    is planned while as many as there are stages still run, which may all be right. In addition the draft writes ahead up to guesses + 1
+    (config/vllm.py: num_lookahead_tokens). Three of these places are the request's own: of its last token and the two before it.
+    """
+    return (stages + 1) * (1 + guesses) + guesses + 1 - 3 if guesses else 0
+
+
 @dataclass(frozen=True)
 class Pool:
     """Sizes in tokens. `usable` excludes the null block and the watermark and is whole blocks."""
@@ -60,7 +70,9 @@ class PoolReader:
         block = settings.block_size or getattr(cache, "block_size", None)
         length = settings.max_model_len or getattr(model, "max_model_len", None)
         speculative = getattr(config, "speculative_config", None)
-        seen = (tokens, block, length, getattr(speculative, "num_speculative_tokens", 0) or 0, id(model), id(cache))
+        guesses = getattr(speculative, "num_speculative_tokens", 0) or 0
+        stages = getattr(getattr(config, "parallel_config", None), "pipeline_parallel_size", 1) or 1
+        seen = (tokens, block, length, draft_slots(guesses, stages), id(model), id(cache))
         if seen == self._seen and self._pool is not None:
             return self._pool
         known = {"POOL_TOKENS": tokens, "BLOCK_SIZE": block, "MAX_MODEL_LEN": length}

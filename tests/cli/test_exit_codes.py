@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "card": (["card"], []),
     "publish": (["publish", "--dry-run"], ["org/name"]),
     "serve": (["serve", "--on", "1xH200", "--dry-run"], []),
+    "bench": (["bench", "--on", "1xH200", "--dry-run"], []),
 }
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -23,6 +24,7 @@ from m3quant.artifact.eval_record import Data, EvalRecord, Measured, Result
 from m3quant.calibration.mixture import parse_mixture
 from m3quant.checkpoint import Checkpoint
 from m3quant.cli import cli
+from m3quant.engines.drafts import Draft
 from m3quant.errors import PublishError
 from m3quant.evaluate.haystack import Reach
 from m3quant.evaluate.metrics import by_position
@@ -422,3 +424,18 @@ def test_a_scheme_of_some_layers_names_them() -> None:
     row = {"action": "quantize", "scheme": "int3-g128-asym", "layers": "3-6,59"}
     assert scheme_text(row) == "int3-g128-asym in layers 3-6,59"
     assert scheme_text({"action": "quantize", "scheme": "int4-g128"}) == "int4-g128"
+
+
+def test_a_card_points_to_drafts_by_commit_and_licence(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = Draft("org/draft", COMMIT, "eagle3", "LlamaForCausalLMEagle3", 3, 1, 4, 128, 3, 0, 0, 0, "apache-2.0")
+    found = {"org/draft@main": draft, "org/silent": replace(draft, licence=""), "folder": replace(draft, revision=None)}
+    monkeypatch.setattr("m3quant.publish.drafts.open_draft", lambda name, family: found[name])
+    text = make_card(out, asked(out, drafts=("org/draft@main",))).card_path.read_text()
+    row = f"| [org/draft](https://huggingface.co/org/draft/tree/{COMMIT}) | EAGLE3, 3 tokens a step | `{COMMIT[:12]}` | apache-2.0 |"
+    assert row in text and f"--draft org/draft@{COMMIT}" in text
+    assert "Draft models" not in make_card(out, asked(out)).card_path.read_text()
+    for name, message in (("org/silent", "states no licence in its card"), ("folder", "is a folder: a card points to")):
+        with pytest.raises(PublishError, match=message):
+            make_card(out, asked(out, drafts=(name,)))
+    done = CliRunner().invoke(cli, ["card", str(out), "--draft", "folder"])
+    assert isinstance(done.exception, PublishError) and "is a folder" in str(done.exception)

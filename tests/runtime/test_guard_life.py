@@ -19,7 +19,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from m3quant.errors import GuardError
 from m3quant.runtime.guard import Guard, GuardSettings, read_settings
 from m3quant.runtime.guard.clamp import with_number
-from m3quant.runtime.guard.pool import PoolReader
+from m3quant.runtime.guard.pool import PoolReader, draft_slots
 from m3quant.runtime.guard.watchdog import GAUGES, Watchdog
 from tests.support.runtime.guard_app import Call, FakeEngine, ask, completion, make_guard, settle, start
 
@@ -135,7 +135,11 @@ def vllm_state(**changes: Any) -> SimpleNamespace:
         override_generation_config=values.get("override", {}),
         get_diff_sampling_param=lambda: values.get("sampling", {}),
     )
-    parallel = SimpleNamespace(_api_process_count=values["servers"], data_parallel_size=values["replicas"])
+    parallel = SimpleNamespace(
+        _api_process_count=values["servers"],
+        data_parallel_size=values["replicas"],
+        pipeline_parallel_size=values.get("stages", 1),
+    )
     speculative = SimpleNamespace(num_speculative_tokens=values["draft"]) if "draft" in values else None
     config = SimpleNamespace(
         cache_config=cache, model_config=model, parallel_config=parallel, speculative_config=speculative
@@ -196,7 +200,7 @@ def test_the_pool_is_vllms_own_figure_and_is_read_again_for_every_request() -> N
     assert (pool.tokens, pool.usable, pool.lookahead, pool.longest) == (
         1040,
         912,
-        3,
+        9,
         512,
     )  # (1040 - 16) x 0.9 in whole blocks
     assert (pool.default_output, pool.output_cap) == (100, 100)
@@ -216,7 +220,7 @@ def test_the_pool_is_vllms_own_figure_and_is_read_again_for_every_request() -> N
 def test_slots_of_a_draft_are_reserved_with_the_tokens() -> None:
     """Speculative decoding writes ahead: a request that fills its last block takes one more."""
 
-    async def scenario(draft: dict[str, int]) -> int:
+    async def scenario(**draft: int) -> int:
         engine = FakeEngine()
         guard = Guard(engine, GuardSettings())
         engine.go.clear()
@@ -229,7 +233,10 @@ def test_slots_of_a_draft_are_reserved_with_the_tokens() -> None:
         await call
         return reserved
 
-    assert asyncio.run(scenario({})) == 32 and asyncio.run(scenario({"draft": 3})) == 48
+    # Three slots a guessed token: of the step in flight, of the one planned behind it, and written ahead.
+    assert [asyncio.run(scenario(draft=guesses)) for guesses in (0, 5, 6)] == [32, 48, 64]
+    assert draft_slots(3, 1) == 9 and draft_slots(3, 2) == 13  # two steps in flight: 3 x 4, 3 + 1 ahead, less 3
+    assert asyncio.run(scenario(draft=3, stages=2)) == 48 and asyncio.run(scenario(draft=4, stages=2)) == 64
 
 
 def test_vllms_own_keys_are_asked_for_before_anything_is_counted() -> None:

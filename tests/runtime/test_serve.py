@@ -36,6 +36,7 @@ from m3quant.errors import (
     ServeError,
 )
 from m3quant.recipe.recipe import recipe_folder, recipe_names
+from m3quant.runtime.compose import compose_file
 from m3quant.runtime.fit import Ask, Fit, assess
 from m3quant.runtime.hardware import GIB, parse_node
 from m3quant.runtime.launch import EngineProcess, check_port
@@ -44,7 +45,7 @@ from m3quant.runtime.pins import pin_key, pinned_bytes, read_pin, write_pin
 from m3quant.runtime.serve import compare, importable, prepare, quick_check, start_options, weight_notes
 from m3quant.runtime.serve_recipe import ServeRecipe, load_serve_recipe
 from m3quant.runtime.this_machine import detect_node, gpu_called
-from m3quant.runtime.units import compose_file, systemd_unit
+from m3quant.runtime.units import systemd_unit
 from tests.support.paths import TESTS
 
 M3 = TESTS / "fixtures" / "tiny-m3"
@@ -573,7 +574,7 @@ def test_files_for_other_managers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     assert done.exit_code == 0, done.output
     service = yaml.safe_load(compose.read_text())["services"]["m3quant"]
-    assert service["command"][0] == "/model" and service["volumes"] == [f"{M3.resolve()}:/model:ro"]
+    assert service["command"][0] == service["volumes"][0]["source"] == str(M3.resolve())
     assert (
         service["environment"]["VLLM_API_KEY"] == "${K:?}"
         and service["deploy"]["resources"]["reservations"]["devices"][0]["count"] == 1
@@ -594,20 +595,10 @@ def test_files_for_other_managers_hold_names_as_they_are(tmp_path: Path) -> None
         command, {"V": "1$2"}, frozenset(), prepared.fit, prepared.recipe, "vllm/vllm-openai:v0.33.0", None
     )
     service = yaml.safe_load(text)["services"]["m3quant"]
-    assert service["volumes"] == [f"{tmp_path.resolve()}/a$$b%n:/model:ro"] and service["environment"] == {"V": "1$$2"}
-    assert service["command"][0] == "/model" and "x$$y" in service["command"]
-    unit = systemd_unit(["m3quant", "serve", str(folder)], prepared.fit, prepared.recipe, None)
-    assert "/a$$b%%n'\n" in unit and "/a$b%%n on 1xH200\n" in unit
-
-
-def test_a_compose_file_of_a_checkpoint_on_the_hub_mounts_its_cache() -> None:
-    fit = fit_on(M2, "1xH200")
-    fit = replace(fit, model=replace(fit.model, where="org/name"))
-    text = compose_file(
-        ["org/name", "--port", "8000"], {}, frozenset(), fit, ServeRecipe(), "vllm/vllm-openai:v0.33.0", None
-    )
-    service = yaml.safe_load(text)["services"]["m3quant"]
-    assert service["command"][0] == "org/name" and service["volumes"][0].endswith(":/root/.cache/huggingface")
+    assert service["volumes"][0]["target"] == service["command"][0] == f"{tmp_path.resolve()}/a$$b%n"
+    assert service["environment"]["V"] == "1$$2" and "x$$y" in service["command"]
+    unit = systemd_unit(["m3quant", "serve", str(folder)], prepared.fit, prepared.recipe, None, {})
+    assert '/a$$b%%n"\n' in unit and "/a$b%%n on 1xH200\n" in unit
 
 
 @pytest.mark.parametrize(
@@ -617,7 +608,7 @@ def test_a_compose_file_of_a_checkpoint_on_the_hub_mounts_its_cache() -> None:
         (("--on", "1xH200", "--api-key-env", "M3QUANT_UNSET_VARIABLE"), "this variable is not set"),
         (("--on", "1xH200", "--context", "9000", "--dry-run"), "does not fit"),
         (("--on", "1xH200", "--engine-python", "/nowhere/python"), "does not run"),
-        (("--on", "cpu", "--write-compose", "x"), "--write-compose is for vLLM on GPUs"),
+        (("--on", "cpu", "--write-compose", "x"), "--write-compose is for releases of vLLM on GPUs"),
     ],
 )
 def test_refusals_are_one_sentence(arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

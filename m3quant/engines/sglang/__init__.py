@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from ...families import Family
 from ...schemes import Scheme
 from ..base import Capabilities, Engine, Launch, Serving, StartOptions
+from ..device import Gpu
+from ..drafts import EAGLE3, Draft
 from ..failures import ARCHITECTURE, ARGUMENTS, CHECKPOINT, NO_GPU, OUT_OF_MEMORY, PORT, QUANTIZATION, SETTINGS
 from ..installed import Installed
 from ..integers import is_narrow
@@ -30,6 +33,16 @@ class SGLang(Engine):
             else ""
         )
 
+    def draft_refusal(self, draft: Draft, family: Family, gpu: Gpu, pp: int, release: str | None) -> str:
+        """0.5.23 asks for a Blackwell before DFlash and DSpark (arg_groups/speculative_hook.py)."""
+        if draft.method == EAGLE3:
+            return (
+                ""
+                if pp == 1
+                else "SGLang is not given a draft over pipeline stages here: use --pp 1, or leave --draft out"
+            )
+        return f"SGLang runs {draft.title} drafts on Blackwell GPUs alone, and was not tried: leave --draft out, or use --engine vllm"
+
     def plain_command(self, where: str) -> list[str]:
         return [*_program(None), "--model-path", where]
 
@@ -45,6 +58,12 @@ class SGLang(Engine):
             out += ["--ep-size", str(serving.tp)]
         if serving.kv_dtype.startswith("fp8"):
             out += ["--kv-cache-dtype", _KV_DTYPES.get(serving.kv_dtype, serving.kv_dtype)]
+        if serving.draft is not None:
+            out += ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", serving.draft.where]
+            out += ["--speculative-num-steps", str(serving.draft.tokens), "--speculative-eagle-topk", "1"]
+            out += ["--speculative-num-draft-tokens", str(serving.draft.tokens + 1)]
+            if serving.draft.revision:
+                out += ["--speculative-draft-model-revision", serving.draft.revision]
         return [*out, *serving.family.in_engine(self.name).flags]
 
     def launch(self, serving: Serving, options: StartOptions, installed: Installed | None) -> Launch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from packaging.version import InvalidVersion, Version
@@ -12,10 +12,13 @@ from ...families import Family
 from ...families.spec import SWIGLUOAI
 from ...schemes import Scheme
 from ..base import Capabilities, Engine, Launch, LoadingProbe, Serving, StartOptions, is_older
+from ..bench import BenchRun, Measured
+from ..device import Gpu
+from ..drafts import Draft
 from ..installed import Installed
 from ..integers import is_narrow, names
 from ..stated import quantization_of
-from . import command
+from . import bench, command, drafts
 from .failures import KERNEL, NO_MEMORY, PREFIX, SENTENCES
 from .log import VllmLog
 from .lookup import lookup_problems
@@ -47,6 +50,7 @@ class Vllm(Engine):
     probe = LoadingProbe(PROBE, probe_facts, NO_MEMORY, KERNEL)
     has_guard = True
     takes_pin = True
+    has_bench = True
 
     def checkpoint_refusal(self, config: Mapping[str, Any], release: str | None) -> str:
         """quant_method mxfp8 makes its ModelOptMxFp8Config, which knows no moe_quant_algo: packed experts match no parameter."""
@@ -64,6 +68,9 @@ class Vllm(Engine):
             f"vLLM {release or f'up to {NEWEST_READ}'} does not load MXFP8 with {str(experts)[:40]} experts (moe_quant_algo; MiniMax-M3.1-Flash as "
             "released): convert it (--to awq), take a newer vLLM, or serve the release with SGLang 0.5.23 or newer"
         )
+
+    def draft_refusal(self, draft: Draft, family: Family, gpu: Gpu, pp: int, release: str | None) -> str:
+        return drafts.refusal(draft, family, gpu, pp, release)
 
     def expert_refusal(self, scheme: Scheme) -> str:
         if not is_narrow(scheme) or scheme.group_size is not None:
@@ -123,5 +130,19 @@ class Vllm(Engine):
     def launch(self, serving: Serving, options: StartOptions, installed: Installed | None) -> Launch:
         return command.launch(serving, options, installed)
 
+    def bench_command(self, installed: Installed, run: BenchRun) -> list[str]:
+        return bench.bench_command(installed.python, run)
+
+    def bench_texts(self, texts: Sequence[str]) -> str:
+        return bench.bench_texts(texts)
+
+    def read_bench(self, document: Mapping[str, Any], run: BenchRun) -> Measured:
+        return bench.read_bench(document, run)
+
     def image(self, release: str | None) -> str | None:
-        return f"vllm/vllm-openai:v{release or NEWEST_READ}"
+        """Tags are published for releases; the CPU's or CUDA's build of one (0.32.0+cpu) has the same number."""
+        try:
+            version = Version(release or NEWEST_READ)
+        except InvalidVersion:
+            return None
+        return None if version.is_devrelease else f"vllm/vllm-openai:v{version.public}"

@@ -11,6 +11,7 @@ from ...errors import EngineMissing
 from ..base import Launch, Serving, StartOptions
 from ..device import CPU
 from ..installed import Installed
+from .drafts import speculative_config
 
 NAME = "vllm"
 PROGRAM = ("vllm", "serve")
@@ -37,6 +38,8 @@ def arguments(serving: Serving) -> list[str]:
         out += ["--attention-config", json.dumps({"indexer_kv_dtype": serving.index_dtype})]
     if serving.config.get("vision_config") and not serving.vision:
         out += ["--language-model-only"]
+    if serving.draft is not None:
+        out += ["--speculative-config", speculative_config(serving.draft, serving.family)]
     return [*out, *serving.family.in_engine(NAME).flags]
 
 

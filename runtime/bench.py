@@ -1,0 +1,238 @@
+"""bench: which points a node can measure, and the measuring, with the engine's own load generator against a server as `serve` starts it."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import httpx2
+
+from ..checkpoint.bounded import CONFIG_BYTES, read_json
+from ..engines import DEFAULT, engine_named
+from ..engines.bench import BenchRun, Measured
+from ..engines.installed import SAFE_PATH
+from ..errors import DoesNotFit, OptionError, ServeError
+from .bench_texts import MOST_BYTES, MOST_OUTPUT
+from .cost import decode_bound
+from .fit import Fit
+from .launch import POLL_S, EngineProcess
+from .serve import Prepared, Ready, Say, start_options, started
+from .serve_recipe import ServeRecipe
+
+SPARE = 16  # tokens of a context left free: special tokens that the server adds, and text that is split in another way than it was made
+WARM_UP_TOKENS = 16
+REQUEST_S = 600.0  # of the one request before the first measurement
+TAIL_BYTES = 16_384  # of the load generator's log, for its last line
+
+
+@dataclass(frozen=True)
+class Point:
+    """`concurrency` requests at once, each of `context` tokens, of which `output` are generated; `requests` in all."""
+
+    concurrency: int
+    context: int
+    output: int
+    requests: int
+
+    @property
+    def prompt(self) -> int:
+        return self.context - self.output - SPARE
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured at a point. guarded: through the guard; bound: decoded tokens per second that bandwidth allows, 0.0 if unknown (also for texts, whose lengths are not counted here).
+    texts: whether the prompts were texts."""
+
+    point: Point
+    guarded: bool
+    measured: Measured
+    bound: float
+    texts: bool = False
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the user wants measured. rounds: requests of each concurrent stream."""
+
+    concurrency: Sequence[int]
+    contexts: Sequence[int]
+    output: int
+    rounds: int
+    texts: Path | None = None
+
+    def points(self) -> list[Point]:
+        """Every combination, short contexts first."""
+        return [Point(n, context, self.output, n * self.rounds) for context in sorted(set(self.contexts)) for n in sorted(set(self.concurrency))]  # fmt: skip
+
+    def check(self) -> None:
+        """Raise OptionError for an answer that leaves no prompt."""
+        shortest = min(self.contexts)
+        if self.texts and len(set(self.contexts)) > 1:
+            raise OptionError("--texts have their own lengths: give one --context, which is the server's.")
+        if self.texts and (self.output > MOST_OUTPUT or shortest - self.output - SPARE < MOST_BYTES):
+            raise OptionError(
+                f"--texts: prompts of up to {MOST_BYTES:,} tokens and answers of up to {MOST_OUTPUT:,} are measured: give --context "
+                f"{MOST_BYTES + min(self.output, MOST_OUTPUT) + SPARE} or more, and --output {min(self.output, MOST_OUTPUT)}."
+            )
+        if shortest - self.output - SPARE < 1:
+            raise OptionError(
+                f"--context {shortest} has no room for --output {self.output}, {SPARE} spare tokens and a prompt: give a longer context or a shorter answer."
+            )
+
+    def recipe(self, recipe: ServeRecipe) -> ServeRecipe:
+        """The serving recipe with the longest context, and as many requests at once as are measured. Raises OptionError."""
+        if not (engine := engine_named(recipe.engine)).has_bench:
+            raise OptionError(
+                f"bench drives {DEFAULT.title}'s own load generator; {engine.title} has another: leave --engine out."
+            )
+        seqs = recipe.max_num_seqs or max(self.concurrency)
+        if seqs < max(self.concurrency):
+            raise OptionError(
+                f"--max-num-seqs {seqs} is less than --concurrency {max(self.concurrency)}: the rest would wait, and their speed would not be measured."
+            )
+        return recipe.model_copy(update={"context": max(self.contexts), "concurrency": 1, "max_num_seqs": seqs})
+
+
+def through_guard(prepared: Prepared, src: str, guard: bool) -> Prepared:
+    """The same decisions with another command: the server with or without the guard."""
+    recipe = prepared.recipe.model_copy(update={"guard": guard})
+    options = start_options(src, recipe, None, None, prepared.pin)
+    fit = prepared.fit
+    return replace(prepared, recipe=recipe, launch=fit.engine.launch(fit.serving, options, prepared.installed))
+
+
+def held(fit: Fit, recipe: ServeRecipe, points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
+    """Points that the pool holds at once, as planned, and those that it does not. Raises DoesNotFit where it holds none of a context."""
+    free = fit.pool.blocks - 1 - math.ceil(recipe.watermark * fit.pool.blocks)
+    run, left = list[Point](), list[Point]()
+    for point in points:
+        needed = math.ceil((point.context + fit.setup.draft_slots) / fit.pool.block_size)
+        (run if point.concurrency * needed <= free else left).append(point)
+    for context in {point.context for point in left} - {point.context for point in run}:
+        least = min(point.concurrency for point in left if point.context == context)
+        raise DoesNotFit(
+            f"{least} request(s) of {context:,} tokens do not fit the {fit.pool.tokens:,} KV tokens planned on {fit.node.name}: give a smaller "
+            "--context or --concurrency, or a smaller cache dtype (--kv-dtype fp8)."
+        )
+    return run, left
+
+
+def measure(
+    prepared: Prepared,
+    points: Sequence[Point],
+    log: Path,
+    point_timeout: float,
+    texts: Sequence[Sequence[str]] | None,
+    echo: Say | None,
+    say: Say,
+    stopped: threading.Event,
+    pinning: bool,
+    on_row: Callable[[Row], None],
+) -> Ready | None:
+    """Start the server, measure every point, stop it. None where `stopped` was set before it was ready. texts: of every point, None for
+    random prompts.
+
+    Raises ServeError where the server or the load generator fails, or a request is not answered whole.
+    """
+    say(
+        f"starting {prepared.fit.engine.title}: the weights are loaded, at most {prepared.recipe.start_timeout} s; log {log}"
+    )
+    with (
+        started(prepared, log, echo, stopped, pinning) as (process, ready),
+        tempfile.TemporaryDirectory(prefix="m3quant-bench-") as folder,
+    ):
+        if ready is None:
+            return None
+        _warm_up(ready.url, _name(prepared))
+        for number, point in enumerate(points, start=1):
+            if stopped.is_set():
+                break
+            prompts = "a text" if texts else f"{point.prompt:,}"
+            say(
+                f"point {number} of {len(points)}: {point.requests} requests of {prompts} + {point.output:,} tokens, {point.concurrency} at once"
+            )
+            dataset = Path(folder) / f"{number}.texts.json" if texts else None
+            if texts and dataset:
+                dataset.write_text(prepared.fit.engine.bench_texts(texts[number - 1]), encoding="utf-8")
+            run = BenchRun(ready.url, prepared.fit.model.where, _name(prepared), point.concurrency, point.requests,
+                           point.prompt, point.output, number, Path(folder) / f"{number}.json", dataset)  # fmt: skip
+            measured = _run(prepared, run, process, client_log(log), point_timeout, stopped)
+            if measured is None:
+                break
+            bound = 0.0 if texts else decode_bound(prepared.fit, point.context, point.concurrency)
+            on_row(Row(point, prepared.launch.guarded, measured, bound, bool(texts)))
+        return ready
+
+
+def client_log(log: Path) -> Path:
+    """Where the load generator's output is kept: beside the engine's."""
+    return log.with_name(f"{log.stem}-client{log.suffix}")
+
+
+def _name(prepared: Prepared) -> str:
+    return prepared.recipe.served_name or prepared.fit.model.where
+
+
+def _warm_up(url: str, name: str) -> None:
+    """One short request, so that what is compiled at the first one is in no figure. Raises ServeError where it is not answered."""
+    body = {"model": name, "prompt": "warm up", "max_tokens": WARM_UP_TOKENS, "ignore_eos": True}
+    try:
+        answer = httpx2.post(f"{url}/v1/completions", json=body, timeout=REQUEST_S, trust_env=False)
+    except httpx2.HTTPError as error:
+        raise ServeError(f"the server is ready, but its first request failed: {error}.") from None
+    if answer.status_code != 200:
+        raise ServeError(f"the server is ready, but answered its first request with {answer.status_code}: {answer.text[:200]}")  # fmt: skip
+
+
+def _run(
+    prepared: Prepared, run: BenchRun, server: EngineProcess, log: Path, timeout_s: float, stopped: threading.Event
+) -> Measured | None:
+    """One run of the load generator; None where it was stopped."""
+    assert prepared.installed is not None
+    engine = prepared.fit.engine
+    with _client(engine.bench_command(prepared.installed, run), log) as client:
+        deadline = time.monotonic() + timeout_s
+        while (code := client.poll()) is None:
+            if stopped.wait(POLL_S):
+                return None
+            if server.process.poll() is not None:
+                raise ServeError(
+                    f"the engine ended while it was measured: {engine.reason(server.text)}. Log: {server.log}"
+                )
+            if time.monotonic() > deadline:
+                raise ServeError(f"{run.concurrency} requests at once were not answered within {timeout_s:.0f} s: give a longer --point-timeout. Log: {log}")  # fmt: skip
+    if code != 0:
+        raise ServeError(f"the load generator ended with exit code {code}: {engine.reason(_tail(log))}. Log: {log}")
+    return engine.read_bench(read_json(run.result, CONFIG_BYTES, "Run it again.", error=ServeError), run)
+
+
+@contextmanager
+def _client(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The load generator in a session of its own, its output added to the log; ended with all its processes."""
+    with log.open("ab") as file:
+        client = subprocess.Popen(
+            command, env={**os.environ, **SAFE_PATH}, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            yield client
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(client.pid, signal.SIGKILL)
+            client.wait()
+
+
+def _tail(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        return file.read(TAIL_BYTES).decode("utf-8", "replace")

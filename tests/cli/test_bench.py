@@ -1,0 +1,206 @@
+"""bench without an engine: what is measured, what is refused before the start, and what is made of the load generator's results."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m3quant.engines import DEFAULT as VLLM
+from m3quant.engines.bench import BenchRun
+from m3quant.engines.installed import ENGINE_PYTHON
+from m3quant.errors import DoesNotFit, ServeError
+from m3quant.runtime.bench import SPARE, Load, held
+from m3quant.runtime.fit import Ask, assess
+from m3quant.runtime.hardware import parse_node
+from m3quant.runtime.model import open_subject
+from m3quant.runtime.serve_recipe import ServeRecipe
+from tests.support.cli.shell import Ran, Shell
+from tests.support.engine.fake_vllm import write_fake_vllm
+from tests.support.paths import FIXTURES
+
+M2 = FIXTURES / "tiny-m2"
+Bench = Callable[..., Ran]
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def bench(shell: Shell, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """bench of tiny-m2 with an engine that behaves as `mode` says."""
+    monkeypatch.setenv(ENGINE_PYTHON, sys.executable)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.setattr("m3quant.runtime.bench.POLL_S", 0.02)
+    monkeypatch.setattr("m3quant.runtime.launch.POLL_S", 0.02)
+
+    def run(mode: str, *options: object) -> Ran:
+        write_fake_vllm(tmp_path / "packages", mode)
+        words = ["--on=cpu:2GiB", f"--port={port}", f"--log={tmp_path / 'log'}", "--quiet", "--start-timeout=30"]
+        return shell("bench", M2, *words, "--concurrency=1,4", "--context=256", "--output=8", *options)
+
+    return run
+
+
+def test_every_point_is_measured_and_the_server_ends(bench: Bench, port: int, tmp_path: Path) -> None:
+    done = bench("", "--both", "--rounds=3", "--report", tmp_path / "page.html", "--json")
+    assert done.code == 0, done.err
+    rows = done.json["rows"]
+    assert [(row["guard"], row["concurrency"], row["requests"]) for row in rows] == [
+        (True, 1, 3), (True, 4, 12), (False, 1, 3), (False, 4, 12),
+    ]  # fmt: skip
+    assert rows[1]["decode_tokens_per_s"] == 200.0 and rows[1]["output_tokens_per_s"] == 48.0
+    assert rows[0]["ttft_ms"] == {"50": 50.0, "90": 90.0, "99": 99.0} and rows[0]["acceptance_length"] is None
+    assert done.json["engine"] == {"name": VLLM.name, "version": "0.33.0+cpu"} and done.json["not_measured"] == []
+    assert "point 1 of 2: 3 requests of 232 + 8 tokens, 1 at once" in done.err
+    assert "200.0" in (tmp_path / "page.html").read_text()
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "message"),
+    [
+        ("client fails", (), "exit code 1: its last word was: ValueError: the client is broken"),
+        ("client hangs", ("--point-timeout=1",), "1 requests at once were not answered within 1 s"),
+        ("server ends", (), "the engine ended while it was measured"),
+        ("one is refused", (), "1 of 2 requests were answered at concurrency 1"),
+        ("one is short", (), "2 answers have 15 tokens in place of 16"),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence_and_the_server_ends(
+    bench: Bench, port: int, mode: str, options: tuple[str, ...], message: str
+) -> None:
+    done = bench(mode, "--no-guard", *options)
+    assert done.code == 1 and message in done.err.splitlines()[-1], done.err
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_signal_ends_it_with_what_was_measured(bench: Bench, tmp_path: Path) -> None:
+    def interrupt() -> None:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "log-client").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    done = bench("client hangs", "--no-guard")
+    thread.join()
+    assert done.code == 143 and "stopped by a signal after 0 of 2 points; the server has ended" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--context=8k,16k",), 3, "config.json allows 8,192 tokens"),
+        (("--context=100", "--output=90"), 2, "has no room for --output 90"),
+        (("--concurrency=1,64", "--max-num-seqs=32"), 2, "--max-num-seqs 32 is less than --concurrency 64"),
+        (("--concurrency=1,x",), 2, "'x' is no number of tokens"),
+        (("--engine=sglang", "--on=1xH200"), 2, "SGLang has another"),
+        (("--report=/nowhere/page.html",), 2, "/nowhere/page.html cannot be written"),
+        ((f"--concurrency={','.join(map(str, range(1, 66)))}",), 2, "65 measurements were asked for: at most 64"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_starts(
+    bench: Bench, tmp_path: Path, options: tuple[str, ...], code: int, message: str
+) -> None:
+    done = bench("", *options)
+    assert done.code == code and message in done.err, done.err
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_taken_port_is_met_before_the_start(bench: Bench, port: int, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        done = bench("")
+    assert done.code == 2 and "choose another --port" in done.err and not (tmp_path / "log").exists()
+
+
+def test_a_dry_run_shows_the_points_and_needs_no_engine(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENGINE_PYTHON, raising=False)
+    done = shell("bench", M2, "--on=1xH200", "--concurrency=4,1", "--context=1k,500", "--dry-run", "--json")
+    assert done.code == 0 and [(p["context"], p["concurrency"]) for p in done.json["points"]] == [
+        (500, 1), (500, 4), (1000, 1), (1000, 4),
+    ]  # fmt: skip
+    (command,) = done.json["commands"]
+    assert command[command.index("--max-model-len") + 1] == "1000" and command[command.index("--max-num-seqs") + 1] == "4"  # fmt: skip
+
+
+def test_points_beyond_the_pool_are_left_out_and_named() -> None:
+    fit = assess(open_subject(str(M2)).stored, parse_node("cpu:1GiB"), Ask(context=8000))
+    free = fit.pool.blocks - 1
+    most = free // 63  # blocks of 128 that 8,000 tokens take
+    load = Load((1, most, most + 1), (8000,), 16, 1)
+    run, left = held(fit, ServeRecipe(watermark=0), load.points())
+    assert [p.concurrency for p in run] == [1, most] and [p.concurrency for p in left] == [most + 1]
+    assert run[0].prompt == 8000 - 16 - SPARE
+    with pytest.raises(DoesNotFit, match=rf"{most + 1} request\(s\) of 8,000 tokens do not fit"):
+        held(fit, ServeRecipe(watermark=0), Load((most + 1,), (8000,), 16, 1).points())
+    assert held(fit, ServeRecipe(watermark=0.02), load.points())[0] == run[:1]
+
+
+RUN = BenchRun("http://127.0.0.1:1", "m", "n", 2, 4, 100, 8, 1, Path("result.json"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"mean_tpot_ms": 0}, {"p99_itl_ms": None}, {"duration": "x"}, {"output_throughput": {}}]
+)
+def test_a_result_without_its_figures_is_refused(change: dict[str, Any]) -> None:
+    document = {"completed": 4, "total_output_tokens": 32, "duration": 1.0, "output_throughput": 32.0, "mean_tpot_ms": 10.0,
+                **{f"p{p}_{name}_ms": 1.0 for p in (50, 90, 99) for name in ("ttft", "itl")}}  # fmt: skip
+    measured = VLLM.read_bench({**document, "spec_decode_acceptance_length": 2.5}, RUN)
+    assert measured.decode_tokens_per_s == 200.0 and measured.acceptance_length == 2.5
+    with pytest.raises(ServeError, match="lacks a figure"):
+        VLLM.read_bench({**document, **change}, RUN)
+
+
+def lines(path: Path, *prompts: object) -> Path:
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+    return path
+
+
+def test_texts_are_prompts_and_none_is_used_twice(bench: Bench, tmp_path: Path) -> None:
+    texts = lines(tmp_path / "texts.jsonl", *(f"text number {n} of ten" for n in range(10)))
+    done = bench("", "--texts", texts, "--context=1100", "--rounds=2", "--no-guard", "--json")
+    assert done.code == 0, done.err
+    assert done.json["texts"] == str(texts) and [row["bound_tokens_per_s"] for row in done.json["rows"]] == [None, None]
+    used = json.loads((tmp_path / "packages" / "vllm" / "entrypoints" / "cli" / "used.json").read_text())
+    assert used == [f"text number {n} of ten" for n in range(2, 10)]  # of the second point; the first had two
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        (["four words are enough"], (), "has 1 prompts, but 10 are needed"),
+        (["too few words"], (), "line 1: 'prompt' must be a text of at least 4 words"),
+        (["a b c " + "d" * 1000], (), "at most 1,000 bytes"),
+        ([5], (), "line 1: 'prompt' must be a text"),
+        (None, (), "t.jsonl, line 1"),
+        (["one two three four"], ("--context=1000",), "give --context 1024 or more"),
+        (["one two three four"], ("--context=2k,4k",), "give one --context"),
+    ],
+)
+def test_texts_that_would_be_left_out_are_refused(
+    bench: Bench, tmp_path: Path, prompts: list[object] | None, options: tuple[str, ...], message: str
+) -> None:
+    texts = lines(tmp_path / "t.jsonl", *prompts or ())
+    if prompts is None:
+        texts.write_text("{")
+    done = bench("", "--texts", texts, "--context=1100", *options)
+    assert done.code == 2 and message in done.err, done.err

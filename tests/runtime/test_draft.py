@@ -1,0 +1,240 @@
+"""Draft models: what one is by its files, what is refused, its memory, and what an engine is given."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from m3quant.cli import cli
+from m3quant.engines import DEFAULT as VLLM
+from m3quant.engines import engine_named
+from m3quant.engines.drafts import Draft
+from m3quant.errors import CheckpointError, DoesNotFit, OptionError
+from m3quant.families import Family
+from m3quant.runtime.draft import draft_notes, open_draft, with_draft
+from m3quant.runtime.fit import Ask, assess, remedies
+from m3quant.runtime.hardware import parse_node
+from m3quant.runtime.model import open_subject
+from m3quant.runtime.serve import prepare
+from m3quant.runtime.serve_recipe import ServeRecipe
+from tests.support.paths import FIXTURES
+from tests.support.tiny_draft import HIDDEN, VOCABULARY, write_draft, write_eagle3
+
+M2, M3 = FIXTURES / "tiny-m2", FIXTURES / "tiny-m3"
+
+
+@pytest.fixture(scope="module")
+def family() -> Family:
+    return open_subject(str(M2)).family
+
+
+@pytest.fixture(scope="module")
+def eagle3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_eagle3(tmp_path_factory.mktemp("draft") / "eagle3")
+
+
+@pytest.fixture(scope="module")
+def draft(eagle3: Path, family: Family) -> Draft:
+    return open_draft(str(eagle3), family)
+
+
+def block(folder: Path, **config: Any) -> Path:
+    """A DFlash or DSpark draft: what its config says; the weights are one matrix."""
+    sizes = {"hidden_size": HIDDEN, "vocab_size": VOCABULARY, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "head_dim": 64, "model_type": "qwen3"}  # fmt: skip
+    return write_draft(folder, sizes | config, {"fc.weight": torch.zeros(HIDDEN, 2 * HIDDEN, dtype=torch.bfloat16)})
+
+
+def test_an_eagle3_draft_is_read(draft: Draft, eagle3: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (draft.method, draft.architecture, draft.tokens, draft.taps) == ("eagle3", "LlamaForCausalLMEagle3", 3, 3)
+    assert draft.where == str(eagle3) and draft.revision is None
+    monkeypatch.chdir(eagle3.parent)  # a compose file mounts it, from wherever it is started
+    assert open_draft(eagle3.name, family).where == str(eagle3)
+    assert draft.kv_per_token(1, 2) == 2 * 1 * 2 * 64 * 2 and draft.kv_per_token(4, 1) == 2 * 1 * 1 * 64
+    fc, norms, tables = 256 * 768 * 2, 4 * 256 * 2, 1024 * 8 + 2048
+    kv = 2 * 128 * 512 * 2
+    split = (256 * 512 + 256 * 256 + 3 * 512 * 256 + 1024 * 256) * 2
+    assert (draft.whole_bytes, draft.kv_bytes, draft.split_bytes) == (fc + norms + tables, kv, split)
+    assert draft.rank_bytes(4) == split // 4 + kv // 2 + fc + norms + tables
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "architecture", "tokens", "taps"),
+    [
+        ({"architectures": ["DFlashDraftModel"], "block_size": 16, "num_target_layers": 3,
+          "dflash_config": {"target_layer_ids": [0, 2], "mask_token_id": 5}}, "dflash", "DFlashDraftModel", 15, 2),
+        ({"architectures": ["DFlash2DraftModel"], "block_size": 8}, "dflash", "DFlash2DraftModel", 7, 2),
+        ({"architectures": ["Qwen3DSparkModel"], "block_size": 7, "target_layer_ids": [0, 1, 2]}, "dspark", "Qwen3DSparkModel", 7, 3),
+        ({"architectures": ["DSparkDraftModel"], "dspark_block_size": 7}, "dspark", "Qwen3DSparkModel", 7, 2),
+        ({"architectures": ["DSparkMiniMaxDraftModel"], "dspark_block_size": 6, "model_type": "minimax_m3_vl"}, "dspark",
+         "DSparkMiniMaxDraftModel", 6, 2),
+        ({"architectures": ["LlamaForCausalLM"], "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}}, "eagle3",
+         "Eagle3LlamaForCausalLM", 3, 3),
+    ],
+)  # fmt: skip
+def test_the_algorithm_is_in_the_config(
+    config: dict[str, Any], method: str, architecture: str, tokens: int, taps: int, tmp_path: Path, family: Family
+) -> None:
+    draft = open_draft(str(block(tmp_path, **config)), family)
+    assert (draft.method, draft.architecture, draft.tokens, draft.taps) == (method, architecture, tokens, taps)
+    assert open_draft(str(tmp_path), family, 4).tokens == 4
+
+
+def test_the_speculators_format_is_read(tmp_path: Path, family: Family) -> None:
+    inner = json.loads((block(tmp_path / "a", architectures=["x"]) / "config.json").read_text())
+    config = {"speculators_model_type": "dflash", "transformer_layer_config": inner, "aux_hidden_state_layer_ids": [1, 2],
+              "speculators_config": {"proposal_methods": [{"speculative_tokens": 8}]}}  # fmt: skip
+    folder = write_draft(tmp_path / "b", config, {"norm.weight": torch.zeros(HIDDEN)})
+    draft = open_draft(str(folder), family)
+    assert (draft.method, draft.architecture, draft.tokens, draft.taps) == ("dflash", "DFlashDraftModel", 8, 2)
+    assert draft.whole_bytes == 2 * HIDDEN  # float32 on disk, 16 bits in the engine
+    write_draft(folder, config | {"speculators_model_type": "peagle"}, {"norm.weight": torch.zeros(HIDDEN)})
+    with pytest.raises(CheckpointError, match="kind 'peagle' with 'qwen3' layers is not known"):
+        open_draft(str(folder), family)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["BertModel"], "draft_vocab_size": None}, "describes no draft"),
+        ({"architectures": None, "draft_vocab_size": None}, "describes no draft"),
+        ({"hidden_size": 512}, "for a target of hidden_size 512, but"),
+        ({"target_hidden_size": 128}, "for a target of hidden_size 128, but"),
+        ({"vocab_size": 32000}, "for a target of vocab_size 32,000, but"),
+        ({"num_target_layers": 36}, "for a target of 36 layers, but"),
+        ({"draft_vocab_size": 4096}, "draft_vocab_size 4,096 is more than the target's 2,048"),
+        ({"num_hidden_layers": 10**9}, "'num_hidden_layers' is 1000000000, not a whole number"),
+        (
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 99]}},
+            "not a list of layers of the target, which has 3",
+        ),
+        ({"speculators_model_type": "medusa"}, "kind 'medusa'"),
+        ({"architectures": ["x\x1b[2J" * 50]}, "not the name of a class"),
+        ({"num_key_value_heads": 3}, "4 attention heads do not divide among 3 KV heads"),
+    ],
+)
+def test_a_draft_of_another_model_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path, family: Family
+) -> None:
+    write_eagle3(tmp_path, **change)
+    with pytest.raises(CheckpointError, match=message):
+        open_draft(str(tmp_path), family)
+
+
+def test_a_draft_without_its_tables_is_refused(tmp_path: Path, family: Family) -> None:
+    folder = write_eagle3(tmp_path / "a")
+    config = json.loads((folder / "config.json").read_text())
+    write_draft(tmp_path / "b", config, {"fc.weight": torch.zeros(HIDDEN, HIDDEN)})
+    with pytest.raises(CheckpointError, match="guesses 1,024 of 2,048 tokens, but holds no table d2t"):
+        open_draft(str(tmp_path / "b"), family)
+    write_draft(tmp_path / "c", config, {"d2t": torch.zeros(1024, dtype=torch.int64)})
+    with pytest.raises(CheckpointError, match=r"names no layers of the target .* holds no fc\.weight"):
+        open_draft(str(tmp_path / "c"), family)
+    with pytest.raises(CheckpointError, match="states no block_size: say with --draft-tokens"):
+        open_draft(str(block(tmp_path / "d", architectures=["DFlashDraftModel"])), family)
+    with pytest.raises(OptionError, match="--draft-tokens is of a draft"):
+        with_draft(Ask(), family, None, 3)
+
+
+def test_the_licence_is_said(tmp_path: Path, family: Family, draft: Draft) -> None:
+    assert "it states no licence" in draft_notes(draft)[0]
+    folder = write_eagle3(tmp_path)
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: evaluation-only\n---\n")
+    assert "the licence other evaluation-only" in draft_notes(open_draft(str(folder), family))[0]
+
+
+def test_the_plan_counts_weights_cache_and_logits(draft: Draft) -> None:
+    model, node = open_subject(str(M2)).stored, parse_node("2xH100")
+    plain, with_it = assess(model, node, Ask(tp=2)), assess(model, node, Ask(tp=2, draft=draft))
+    (before,), (after,) = plain.prediction.ranks, with_it.prediction.ranks
+    assert after.weights == before.weights | {"draft": draft.rank_bytes(2)}
+    assert after.bytes_per_token == before.bytes_per_token + 2 * 1 * 64 * 2
+    logits = 4 * 32 * VOCABULARY * 4
+    assert after.activation.expected == before.activation.expected + 3 * logits + 3 * 8192 * HIDDEN * 2
+    assert after.graphs.expected > before.graphs.expected and with_it.pool.tokens < plain.pool.tokens
+
+
+def test_the_draft_is_on_the_last_stage(draft: Draft) -> None:
+    fit = assess(open_subject(str(M3)).stored, parse_node("2xH100"), Ask(tp=1, pp=2, draft=draft))
+    first, last = fit.prediction.ranks
+    assert fit.fits and "draft" not in first.weights and last.weights["draft"] == draft.rank_bytes(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "node", "ask", "release", "message"),
+    [
+        ({}, "1xH200", {}, "0.24.0", ""),
+        ({}, "1xH200", {}, "0.23.0", "older than 0.24.0, the first that is known to run EAGLE3 drafts"),
+        ({"method": "dflash", "architecture": "DFlashDraftModel"}, "1xH200", {}, "0.26.0", "older than 0.32.0"),
+        ({"method": "dspark", "architecture": "DSparkMiniMaxDraftModel"}, "1xH200", {}, None, "does not run the draft"),
+        ({"method": "dspark", "architecture": "DSparkMiniMaxDraftModel"}, "1xH200", {}, "0.35.0", ""),
+        ({}, "2xH100", {"tp": 1, "pp": 2}, None, "no hidden states of minimax_m2 over pipeline stages"),
+        ({}, "cpu:1GiB", {}, None, "CPU build"),
+        ({}, "1xH200", {"engine": "sglang"}, None, ""),
+        ({"method": "dflash"}, "1xH200", {"engine": "sglang"}, None, "SGLang runs DFlash drafts on Blackwell"),
+    ],
+)
+def test_what_an_engine_does_not_run_is_no_fit(
+    draft: Draft, change: dict[str, Any], node: str, ask: dict[str, Any], release: str | None, message: str
+) -> None:
+    asked = Ask(**ask, draft=replace(draft, **change), release=release)
+    fit = assess(open_subject(str(M2)).stored, parse_node(node), asked)
+    assert fit.fits == (not message) and message in fit.why_not
+    assert fit.fits or remedies(fit)[0].change == "no --draft"
+
+
+def test_the_engine_is_given_the_draft(eagle3: Path, draft: Draft) -> None:
+    def speculative(model: Path, **change: Any) -> dict[str, Any]:
+        fit = assess(open_subject(str(model)).stored, parse_node("1xH200"), Ask(draft=replace(draft, **change)))
+        words = VLLM.arguments(fit.serving)
+        found: dict[str, Any] = json.loads(words[words.index("--speculative-config") + 1])
+        return found
+
+    plain = {"method": "eagle3", "model": str(eagle3), "num_speculative_tokens": 3}
+    assert speculative(M2) == plain
+    assert speculative(M3) == plain | {"attention_backend": "FLASH_ATTN"}
+    assert speculative(M2, where="org/draft", revision="a" * 40) == plain | {"model": "org/draft", "revision": "a" * 40}
+    sglang = assess(open_subject(str(M2)).stored, parse_node("1xH200"), Ask(draft=draft, engine="sglang")).serving
+    text = " ".join(engine_named("sglang").arguments(sglang))
+    assert f"--speculative-draft-model-path {eagle3} --speculative-num-steps 3" in text
+
+
+def test_a_recipe_names_a_draft_and_the_context_leaves_its_slots(eagle3: Path, draft: Draft) -> None:
+    def decided(node: str) -> Any:
+        return prepare(
+            str(M2),
+            ServeRecipe(node=node, draft=str(eagle3), max_num_seqs=32),
+            None,
+            None,
+            None,
+            True,
+            False,
+            [].append,
+        )
+
+    (rank,) = assess(open_subject(str(M2)).stored, parse_node("1xH200"), Ask(draft=draft)).prediction.ranks
+    cache = 5000 * 2**11  # of 2,048 bytes a token
+    prepared = decided(f"1x{(rank.weight_bytes + rank.overhead.high + cache) / 0.92 / 2**30:.6f}GiB")
+    assert "--speculative-config" in prepared.launch.command
+    pool, needed = prepared.fit.pool, prepared.fit.context + prepared.fit.setup.draft_slots
+    assert prepared.fit.context < 8192 and -(-needed // 128) + math.ceil(0.02 * pool.blocks) == pool.blocks - 1
+    with pytest.raises(DoesNotFit, match="CPU build"):
+        decided("cpu:1GiB")
+
+
+def test_plan_and_serve_take_a_draft(eagle3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("M3QUANT_ENGINE_PYTHON", raising=False)
+    done = CliRunner().invoke(cli, ["plan", str(M2), "--on", "1xH200", "--draft", str(eagle3), "--json"])
+    shown = json.loads(done.stdout)
+    assert shown["setup"]["draft"]["method"] == "eagle3" and "draft" in shown["ranks"][0]["weights"]
+    done = CliRunner().invoke(cli, ["serve", str(M2), "--on", "1xH200", "--draft", str(eagle3), "--draft-tokens", "5", "--dry-run"])  # fmt: skip
+    assert '"num_speculative_tokens": 5' in done.stdout and "it states no licence" in done.stderr
+    wrong = CliRunner().invoke(cli, ["serve", str(M2), "--on", "1xH200", "--draft", str(M3), "--dry-run"])
+    assert isinstance(wrong.exception, CheckpointError) and "describes no draft" in str(wrong.exception)

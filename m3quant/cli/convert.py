@@ -121,7 +121,7 @@ def command(
     need("convert", "m3quant convert")
     opening(f"convert {src} to {dst}")
     if engine is not None:
-        outdated("--engine ray" if engine == "ray" else "--engine local", "--ray" if engine == "ray" else "nothing")
+        outdated(f"--engine {engine}", "is now --ray" if engine == "ray" else "is what happens without it")
         ray = ray or engine == "ray"
     serving = {"context": context, "concurrency": concurrency, "kv_dtype": kv_dtype}
     asked = asked_of(budget, node, serving, sensitivity_file, bool(choice))

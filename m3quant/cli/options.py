@@ -67,9 +67,9 @@ def _list_recipes(ctx: click.Context, param: click.Parameter, given: bool) -> No
         ctx.exit()
 
 
-def outdated(old: str, new: str) -> None:
-    """Say that an option has another name, and that the old one works for one more release."""
-    click.echo(f"warning: {old} is now {new}: the old spelling works in this release and not in the next.", err=True)
+def outdated(old: str, instead: str) -> None:
+    """Say what an option is now, and that the old spelling works for one more release."""
+    click.echo(f"warning: {old} {instead}: the old spelling works in this release and not in the next.", err=True)
 
 
 def primary_name(name: str) -> str:

@@ -18,7 +18,7 @@ from ..planning.timing_model import Rates, estimate, load_rates, rates_option, s
 from ..publish.licence_line import licence_line
 from ..recipe.choice import RecipeChoice
 from ..recipe.recipe import recipe_names
-from ..running.words import human_bytes
+from ..running.words import LONG_SECONDS, duration, human_bytes
 from .options import ASK_OPTIONS, primary_name, print_table, recipe_options, serving_options
 
 
@@ -164,12 +164,17 @@ def print_overview(plans: list[Plan], rates: Rates) -> None:
         rows.append([
             plan.recipe.name, human_bytes(plan.output_bytes), f"{share:.1%}", f"{bits_per_weight(plan):.2f}",
             *(", ".join(map(str, role_schemes(plan, role))) for role in ("routed_experts", "attention")), plan.recipe.rounding,
-            f"{time.seconds / 60:.1f} min" if (time := estimate(plan, rates)) else "not measured",
+            _minutes(time.seconds) if (time := estimate(plan, rates)) else "not measured",
         ])  # fmt: skip
     print_table(rows)
     click.echo(
         f"time: on {rates.machine}, by rates of {rates.measured}; --rates cpu for a CPU, --rates FILE for another machine"
     )
+
+
+def _minutes(seconds: float) -> str:
+    """To a tenth of a minute, or what takes longer in hours and days."""
+    return f"{seconds / 60:.1f} min" if seconds < LONG_SECONDS else duration(seconds)
 
 
 def print_plan(plan: Plan, rates: Rates | None = None) -> None:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..checkpoint.bounded import TEXT_BYTES, read_text
 from ..errors import PlanError
+from ..running.words import LONG_SECONDS, duration
 from .plan import Plan
 from .quantizers import active_weights, facts_of, tokens_of
 from .unit import Unit
@@ -187,4 +188,6 @@ def sentence(found: Estimate) -> str:
     """One line for display: minutes or seconds, and what limits them."""
     minutes, seconds = divmod(found.seconds, 60)
     took = f"{minutes:.0f} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
+    if found.seconds >= LONG_SECONDS:
+        took = duration(found.seconds)
     return f"about {took} on {found.machine}, bound by {found.bound_by}"

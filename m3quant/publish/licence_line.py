@@ -51,7 +51,8 @@ def _of_repo(repo: str, model_type: str) -> LicenceLine:
     """By what is recorded of MiniMax's own repos; of any other nothing is known."""
     known = {name.lower(): facts for name, facts in data()["bases"].items()}.get(repo.lower())
     if known is None:
-        return LicenceLine(f"licence: not known of {repo}{_released(model_type)}")
+        what = "a config.json does not state it" if repo.endswith(".json") else f"not known of {repo}"
+        return LicenceLine(f"licence: {what}{_released(model_type)}")
     if len(known["licences"]) > 1:
         titles = " or ".join(data()["licences"][key]["title"] for key in known["licences"])
         return LicenceLine(f"licence: {titles}, by the revision of {repo}: read its LICENSE")
@@ -76,4 +77,5 @@ def _released(model_type: str) -> str:
     ]
     if not restricted:
         return ": find out what its base allows"
-    return f": find out what its base allows; {' and '.join(restricted)} restrict commercial use"
+    verb = "restricts" if len(restricted) == 1 else "restrict"
+    return f": find out what its base allows; {' and '.join(restricted)} {verb} commercial use"

@@ -15,6 +15,9 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+LONG_SECONDS = 5400.0  # from here on, times are told in hours
+
+
 def duration(seconds: float) -> str:
     """40 s, 12 min, 3 h 05 min, 2 days 4 h: two figures, rounded."""
     if seconds < 90:

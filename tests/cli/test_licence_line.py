@@ -33,7 +33,8 @@ def test_of_a_repo_what_is_recorded_and_nothing_of_others(root: str, key: str | 
 
 def test_a_config_alone_tells_no_licence_but_what_to_look_for() -> None:
     line = licence_line(str(DATA / "minimax-m2.7" / "config.json"), "minimax_m2")
-    assert line.key is None and "MiniMaxAI/MiniMax-M2.7 restrict" in line.text
+    assert line.key is None and "a config.json does not state it" in line.text
+    assert "MiniMaxAI/MiniMax-M2.7 restricts commercial use" in line.text
 
 
 def test_the_text_in_a_folder_decides(tmp_path: Path) -> None:

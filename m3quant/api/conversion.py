@@ -68,9 +68,14 @@ class Prepared:
     fitted: Answer | None = None
 
     def look(self, progress: ShowProgress = quietly) -> Looked:
-        """Make every check of `run` before its first weight, and say what it would find; nothing is written. Raises as `run`."""
-        from ..convert.conversion import what_is_there
+        """Make every check of `run` before its first weight, and say what it would find; nothing is written. Raises as `run`.
 
+        compressed-tensors' own models are asked too: importing them takes a run's first seconds, and `verify` asks them of every output.
+        """
+        from ..convert.conversion import what_is_there
+        from ..planning.config_models import check_config_model
+
+        check_config_model(self.plan.quantization)
         with progress("dry run") as shown:
             settings, device, rates = self._ready(shown)
             found = what_is_there(self.plan, self.output, settings, device, shown)
@@ -91,12 +96,10 @@ class Prepared:
         """What is needed before the first weight is read: source, output folder, device, Ray, calibration text."""
         from ..convert.conversion import check_places
         from ..convert.job import Settings
-        from ..planning.config_models import check_config_model
         from ..running.device import pick_device
 
         how = self.how
         check_places(self.plan, self.output)
-        check_config_model(self.plan.quantization)
         device = pick_device(how.device)
         if how.ray:
             from ..convert.ray.cluster import require_ray

@@ -40,7 +40,8 @@ class Journal:
     """The journal of one output folder. Make it with `Journal.begin`.
 
     records: of every finished unit, as plain values of the type `record`. read: label -> identity of each checkpoint that
-    the work was begun with. unit_read: gives the digests of what a unit read, for its record.
+    the work was begun with. unit_read: gives the digests of what a unit read, for its record. finished: told of a unit whose
+    record is durable.
     """
 
     def __init__(self, output: Path, folder: str = FOLDER, record: type[UnitRecord] = ConvertedUnit) -> None:
@@ -50,6 +51,7 @@ class Journal:
         self.records: dict[int, dict[str, Any]] = {}
         self.read: dict[str, SourceIdentity] = {}
         self.unit_read: Callable[[int], Mapping[str, Any]] | None = None
+        self.finished: Callable[[int], None] = lambda unit: None
         self._lock = -1
 
     @classmethod
@@ -213,6 +215,7 @@ class Journal:
         finally:
             os.close(descriptor)
         self.records[unit] = kept
+        self.finished(unit)
 
     def last_boundary(self) -> int:
         """The unit before which the hidden states are saved from which a run continues; 1, the first layer, if none are."""

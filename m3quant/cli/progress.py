@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from .. import __version__
 from ..running import steps
@@ -19,6 +21,30 @@ from .verbosity import QUIET, VERBOSE, verbosity
 
 KNOWN = 0.005  # share of the work after which its rate says something: a third of a layer of M2's 62
 LINE_SECONDS = 10.0  # without a terminal: one progress line in this time
+
+
+@dataclass
+class _Beside:
+    """A stream of bytes that goes on at the same time, with a bar or a part of the line of its own."""
+
+    label: str
+    total: int
+    started: float
+    done: int = 0
+    task: TaskID | None = None
+
+    def rate(self) -> float:
+        elapsed = time.monotonic() - self.started
+        return self.done / elapsed if elapsed > 0 else 0.0
+
+    def seconds_left(self) -> float | None:
+        """None before its rate says something."""
+        if self.done >= self.total:
+            return 0.0
+        return (self.total - self.done) / self.rate() if self.done > KNOWN * self.total and self.rate() else None
+
+    def words(self) -> str:
+        return f"{self.label}: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {self.rate() / 1e6:.0f} MB/s"
 
 
 class BytesProgress:
@@ -35,6 +61,7 @@ class BytesProgress:
         self._started = self._step_began = time.monotonic()
         self._last = self._started - LINE_SECONDS  # the first thing that is told is shown at once
         self._lock = threading.Lock()
+        self._beside: list[_Beside] = []
 
     def __enter__(self) -> BytesProgress:
         self._stack.enter_context(steps.listening(self))
@@ -42,10 +69,10 @@ class BytesProgress:
             return self
         if self._console.is_terminal:
             self._bar = Progress(
-                SpinnerColumn(), TextColumn(self.label), BarColumn(bar_width=10), TimeElapsedColumn(), TextColumn("{task.description}"),
+                SpinnerColumn(), TextColumn("{task.fields[label]}"), BarColumn(bar_width=10), TimeElapsedColumn(), TextColumn("{task.description}"),
                 console=self._console,
             )  # fmt: skip
-            self._task = self._bar.add_task("", total=None)
+            self._task = self._bar.add_task("", total=None, label=self.label)
             self._stack.enter_context(self._bar)
         ended = threading.Event()
         ticker = threading.Thread(target=self._tick, args=(ended,), daemon=True, name="progress")
@@ -67,6 +94,16 @@ class BytesProgress:
     def advance(self, count: int) -> None:
         self._done += count
         self._show()
+
+    def beside(self, label: str, total_bytes: int) -> Callable[[int], None]:
+        stream = _Beside(label, total_bytes, time.monotonic())
+        self._beside.append(stream)
+
+        def advance(count: int) -> None:
+            stream.done += count
+            self._show()
+
+        return advance
 
     def expect(self, seconds: float) -> None:
         self.expected = seconds
@@ -96,12 +133,19 @@ class BytesProgress:
         if self._bar:
             # A bar that knows no total moves by itself.
             self._bar.update(self._task, total=self._total or None, completed=self._done, description=self._words())
+            with self._lock:
+                for stream in self._beside:
+                    if stream.task is None:
+                        stream.task = self._bar.add_task("", total=stream.total, label=stream.label)
+                    rate = f"{stream.rate() / 1e6:.0f} MB/s"
+                    self._bar.update(stream.task, total=stream.total, completed=stream.done, description=rate)
             return
         with self._lock:
             if (now := time.monotonic()) - self._last < LINE_SECONDS:
                 return
             self._last = now
-        print(f"{self.label}: {self._words()}", file=sys.stderr, flush=True)
+        told = [f"{self.label}: {self._words()}", *(stream.words() for stream in self._beside)]
+        print("; ".join(told), file=sys.stderr, flush=True)
 
     def _words(self) -> str:
         shown = [f"{self._step}, {self._share:.0%}" if self._share else self._step] if self._step else []
@@ -122,11 +166,12 @@ class BytesProgress:
         return "; ".join(shown)
 
     def _eta(self, done: int, elapsed: float) -> str:
-        """From the rate so far; before it says something, from what was planned."""
+        """From the rate so far, of the slowest stream; before it says something, from what was planned."""
         left = self._total - self._done
+        others = [seconds for stream in self._beside if (seconds := stream.seconds_left()) is not None]
         # The first bytes of a layer come long before those that take the time.
         if done > KNOWN * (done + left):
-            return duration(left * elapsed / done)
+            return duration(max(left * elapsed / done, *others, 0.0))
         if self.expected is None:
             return "not known yet"
         return f"about {duration(max(0.0, self.expected * (done + left) / self._total - elapsed))}, as planned"

@@ -88,3 +88,19 @@ def test_a_share_of_a_step_is_told_to_who_counts_it() -> None:
             steps.part(9, 9)
     steps.part(2, 2)
     assert heard == [0.5]
+
+
+def test_a_stream_beside_is_told_with_it_and_the_slowest_says_when_it_ends(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with module.BytesProgress("awq") as progress:
+        progress.start(10**9, 0)
+        sent = progress.beside("upload", 2 * 10**9)
+        clock.now = 20.0
+        progress.advance(9 * 10**8)
+        clock.now = 40.0
+        sent(5 * 10**8)
+    assert told(capsys)[1:] == [
+        "awq: 0.90 of 1.00 GB, 45 MB/s; ETA 2 s; upload: 0.00 of 2.00 GB, 0 MB/s",
+        "awq: 0.90 of 1.00 GB, 22 MB/s; ETA 2 min; upload: 0.50 of 2.00 GB, 12 MB/s",
+    ]

@@ -2,6 +2,9 @@
 
 Jobs: {"cli": [ARGUMENT, ...]} runs the m3quant command, with "system" as on another system (other_system.py); {"upload": FOLDER, "repo": ..., options} runs `upload` on the files
 of a folder, without the gates of the command.
+Jobs: {"cli": [ARGUMENT, ...]} runs the m3quant command; {"upload": FOLDER, "repo": ..., options} runs `upload` on the files
+of a folder, without the gates of the command. small_bytes: from how many on a file is sent from the disk. die_at: number of the
+durable operation at which the process ends itself, 0 for none; operations: a file for the names of all of them.
 """
 
 import hashlib
@@ -11,6 +14,8 @@ import os
 import runpy
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,6 @@ def upload_folder(job: dict[str, Any]) -> None:
     from m3quant.publish import upload as module
     from m3quant.publish.files import PublishFile
 
-    module.SMALL_BYTES = job.get("small_bytes", 1000)
     module.GROUP_FILES = job.get("group_files", 2)
     root = Path(job["upload"])
     files = []
@@ -33,6 +37,9 @@ def upload_folder(job: dict[str, Any]) -> None:
 
         def advance(self, count: int) -> None:
             print(f"+{count}", file=sys.stderr)
+
+        def beside(self, label: str, total_bytes: int) -> Callable[[int], None]:
+            raise AssertionError("an upload has one stream")
 
         def say(self, line: str) -> None:
             print(line, file=sys.stderr)
@@ -57,9 +64,11 @@ def child(job: dict[str, Any]) -> None:
 
     time.sleep = sleep
     from m3quant import cli
+    from m3quant.publish import upload
 
     if "system" in job:
         runpy.run_path(str(Path(__file__).parents[1] / "other_system.py"))["become"](job["system"])
+    upload.SMALL_BYTES = job.get("small_bytes", 1000)
     if "upload" in job:
 
         def run(**_: object) -> None:
@@ -68,7 +77,24 @@ def child(job: dict[str, Any]) -> None:
         cli.cli = run  # type: ignore[assignment]
     else:
         sys.argv = ["m3quant", *job["cli"]]
-    cli.main()
+    with counted_operations(job):
+        cli.main()
+
+
+@contextmanager
+def counted_operations(job: dict[str, Any]) -> Iterator[None]:
+    if "die_at" not in job:
+        yield
+        return
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+    from tests.support.convert.kill_driver import Counter, die
+
+    counter = Counter(job["die_at"], die)
+    counter.install()
+    try:
+        yield
+    finally:
+        Path(job["operations"]).write_text("\n".join(counter.names))
 
 
 def main() -> None:

@@ -33,6 +33,8 @@ def hub(server: Hub) -> Iterator[Hub]:
     server.sent.clear()
     server.before = server.after = lambda line: None
     server.corrupts = lambda path, entry: entry
+    server.down.bytes_per_second = server.up.bytes_per_second = None
+    server.discards = False
 
 
 @pytest.fixture

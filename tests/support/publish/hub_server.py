@@ -7,19 +7,23 @@ Its state (hub_state.py) is there for tests to look at: they count the bytes tha
 import base64
 import hashlib
 import json
+import socket
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, BinaryIO, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.support.publish.hub_state import ATTRIBUTES, Commit, Entry, Fault, Hub, Repo
+from tests.support.publish.hub_state import ATTRIBUTES, Commit, Discarded, Entry, Fault, Hub, Repo
+from tests.support.publish.streams import Sink
 
 
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
+    sink: Sink
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # headers and body are two writes: without this, the second waits 40 ms
 
@@ -53,23 +57,43 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         self.lost: Fault | None = None
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.distortion: Fault | None = None
+        self.streaming: Callable[[], None] | None = None
+        self.line = f"{self.command} {unquote(urlsplit(self.path).path)}"
+        try:
+            received = self.receive()
+            if self.hub.before(self.line) is False:
+                self.close_connection = True
+                return
+            with self.hub.lock:
+                fault = self.hub.fault_for(self.line)
+                if fault is not None and fault.body_fault:
+                    fault, self.distortion = None, fault
+                if fault is not None and not fault.after:
+                    return self.misbehave(fault)
+                self.lost = fault
+                self.hub.log.append((self.line, received))
+                self.route()
+            if self.streaming is not None:  # without the lock: files go out side by side
+                self.streaming()
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+
+    def receive(self) -> int:
+        """Take the request's body into `self.body`, or into the sink; its bytes."""
+        count = int(self.headers.get("Content-Length") or 0)
+        parts = self.line.split(" ", 1)[1].strip("/").split("/")
+        if self.hub.discards and self.command == "PUT" and parts[0] == "lfs":
+            self.body = b""
+            number = int(parts[4]) if len(parts) > 4 else 1
+            self.sink.take("/".join(parts[1:3]), parts[3], number, cast("BinaryIO", self.rfile), count, self.hub.up)
+            return count
+        self.body = self.rfile.read(count)
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             self.body = self.read_chunks()
-        self.line = f"{self.command} {unquote(urlsplit(self.path).path)}"
-        if self.hub.before(self.line) is False:
-            self.close_connection = True
-            return
-        with self.hub.lock:
-            fault = self.hub.fault_for(self.line)
-            if fault is not None and not fault.after:
-                return self.misbehave(fault)
-            self.lost = fault
-            self.hub.log.append((self.line, len(self.body)))
-            try:
-                self.route()
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True
+        if self.command == "PUT":
+            self.hub.up.take(len(self.body))
+        return len(self.body)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
@@ -175,9 +199,9 @@ class Handler(BaseHTTPRequestHandler):
     def repo_info(self, repo: Repo, revision: str, commit: Commit) -> None:
         siblings = []
         for path, entry in commit.tree.items():
-            facts = {"rfilename": path, "size": repo.sizes.get(path, len(entry.data)), "blobId": entry.git_sha1}
+            facts = {"rfilename": path, "size": repo.sizes.get(path, entry.size), "blobId": entry.git_sha1}
             if entry.lfs:
-                facts["lfs"] = {"sha256": entry.sha256, "size": len(entry.data), "pointerSize": len(entry.pointer)}
+                facts["lfs"] = {"sha256": entry.sha256, "size": entry.size, "pointerSize": len(entry.pointer)}
             siblings.append(facts)
         info = {"_id": "1", "id": repo.name, "modelId": repo.name, "sha": commit.oid, "private": repo.private}
         self.answer(200, info | {"siblings": siblings})
@@ -228,20 +252,53 @@ class Handler(BaseHTTPRequestHandler):
         commit = repo.find(revision)
         assert commit is not None
         entry = commit.tree[path]
-        data = entry.data
         etag = entry.sha256 if entry.lfs else entry.git_sha1
         common = {"ETag": f'"{etag}"', "X_Repo_Commit": commit.oid, "Accept_Ranges": "bytes"}
         asked = self.headers.get("Range")
         if repo.failures and path.endswith(".safetensors"):
             return self.answer(repo.failures.pop())
         if asked is None or repo.ignores_range:
-            self.hub.sent.append((repo.name, path, len(data) if self.command == "GET" else 0))
-            return self.answer(200, data, **common)
+            self.hub.sent.append((repo.name, path, entry.size if self.command == "GET" else 0))
+            return self.send_file(200, entry, 0, entry.size, common)
         first, last = asked.removeprefix("bytes=").split("-")
-        body = data[int(first) : int(last) + 1 if last else None][: repo.cuts]
-        self.hub.sent.append((repo.name, path, len(body)))
-        end = min(int(last), len(data) - 1) if last else len(data) - 1
-        self.answer(206, body, Content_Range=f"bytes {first}-{end}/{len(data)}", **common)
+        end = min(int(last) + 1, entry.size) if last else entry.size
+        stop = end if repo.cuts is None else min(end, int(first) + repo.cuts)
+        self.hub.sent.append((repo.name, path, stop - int(first)))
+        self.send_file(
+            206, entry, int(first), stop, common | {"Content_Range": f"bytes {first}-{end - 1}/{entry.size}"}
+        )
+
+    def send_file(self, status: int, entry: Entry, first: int, end: int, headers: dict[str, str]) -> None:
+        """Bytes of a file, once the lock is free, as slowly as the server is asked to, and distorted if a fault says so."""
+        fault, half = self.distortion, (end - first) // 2
+
+        def stream() -> None:
+            self.hub.after(self.line)
+            if self.lost is not None:
+                return self.misbehave(self.lost)
+            self.send_response(status)
+            for key, value in headers.items():
+                self.send_header(key.replace("_", "-"), value)
+            self.send_header("Content-Length", str(end - first))
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            done = 0
+            for piece in self.hub.down.cut(entry.pieces(first, end)):
+                if fault and fault.body_fault != "wrong" and done + piece.nbytes > half >= done:
+                    self.wfile.write(piece[: half - done])
+                    if fault.body_fault == "cut":
+                        self.close_connection = True
+                        return self.connection.shutdown(socket.SHUT_RDWR)
+                    time.sleep(fault.seconds)
+                    self.wfile.write(piece[half - done :])
+                elif fault and fault.body_fault == "wrong" and first + done + piece.nbytes == end:
+                    self.wfile.write(bytes([*piece[:-1], piece[-1] ^ 1]))
+                else:
+                    self.wfile.write(piece)
+                done += piece.nbytes
+
+        self.streaming = stream
 
     # -- writing --
 
@@ -268,7 +325,7 @@ class Handler(BaseHTTPRequestHandler):
                 data = repo.lfs.get(line["value"]["oid"])
                 if data is None:
                     return self.answer(400, {"error": f"LFS object {line['value']['oid']} is not there"})
-                tree[path] = Entry(data, True)
+                tree[path] = data if isinstance(data, Discarded) else Entry(data, True)
                 noted = tree.get(ATTRIBUTES, Entry(b"")).data
                 if not path.endswith(".safetensors") and path.encode() not in noted:
                     tree[ATTRIBUTES] = Entry(noted + f"{path} filter=lfs\n".encode())
@@ -300,7 +357,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def duplicate(self, source: Repo, wanted: dict[str, Any]) -> None:
         target = self.hub.repos[wanted["target"]["name"]]
-        have = {e.sha256: e.data for c in source.commits.values() for e in c.tree.values() if e.lfs}
+        have = {e.sha256: e.data for c in source.commits.values() for e in c.tree.values() if e.lfs and e.data}
         target.lfs |= {f["sha256"]: have[f["sha256"]] for f in wanted["files"]}
         self.answer(200, {"failed": []})
 
@@ -327,10 +384,17 @@ class Handler(BaseHTTPRequestHandler):
     def lfs_content(self, name: str, oid: str, rest: list[str]) -> None:
         repo = self.hub.repos[name]
         if rest and rest[0].isdigit():
-            repo.parts[oid, int(rest[0])] = self.body
+            if not self.hub.discards:
+                repo.parts[oid, int(rest[0])] = self.body
             return self.answer(200, b"", ETag=f'"{hashlib.md5(self.body).hexdigest()}"')
         if rest == ["verify"]:
             return self.answer(200 if oid in repo.lfs else 400, {})
+        if self.hub.discards:
+            found, size = self.sink.end(name, oid)
+            if found != oid:
+                return self.answer(400, {"error": "the content has another sha256"})
+            repo.lfs[oid] = Discarded(digest=found, count=size)
+            return self.answer(200, {})
         data = self.body
         if rest == ["complete"]:
             data = b"".join(repo.parts.pop((oid, part["partNumber"])) for part in json.loads(self.body)["parts"])
@@ -358,6 +422,7 @@ def running_hub() -> Iterator[Hub]:
 
     with Server(("127.0.0.1", 0), BoundHandler) as http:
         BoundHandler.hub = Hub(f"http://127.0.0.1:{http.server_port}")
+        BoundHandler.sink = Sink()
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

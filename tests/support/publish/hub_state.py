@@ -4,10 +4,12 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+from tests.support.publish.streams import Throttle
 
 ATTRIBUTES = ".gitattributes"
 
@@ -20,6 +22,14 @@ class Entry:
     lfs: bool = False
     claimed: str | None = None
 
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def pieces(self, first: int, end: int) -> Iterator[memoryview]:
+        """The bytes from `first` to before `end`."""
+        yield memoryview(self.data)[first:end]
+
     @cached_property
     def sha256(self) -> str:
         return self.claimed or hashlib.sha256(self.data).hexdigest()
@@ -31,15 +41,36 @@ class Entry:
 
     @property
     def pointer(self) -> bytes:
-        lines = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n"
+        lines = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n"
         return lines.encode()
 
     def facts(self, path: str) -> dict[str, Any]:
-        out: dict[str, Any] = {"type": "file", "path": path, "size": len(self.data), "oid": self.git_sha1}
+        out: dict[str, Any] = {"type": "file", "path": path, "size": self.size, "oid": self.git_sha1}
         if self.lfs:
-            out["lfs"] = {"oid": self.sha256, "size": len(self.data), "pointerSize": len(self.pointer)}
-            out["xetHash"] = hashlib.sha256(b"xet" + self.data).hexdigest()
+            out["lfs"] = {"oid": self.sha256, "size": self.size, "pointerSize": len(self.pointer)}
+            out["xetHash"] = hashlib.sha256(f"xet {self.sha256}".encode()).hexdigest()
         return out
+
+
+@dataclass(frozen=True)
+class Discarded(Entry):
+    """A large file that came, was hashed and is kept no longer (`Hub.discards`)."""
+
+    data: bytes = b""
+    lfs: bool = True
+    digest: str = ""
+    count: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.count
+
+    @cached_property
+    def sha256(self) -> str:
+        return self.claimed or self.digest
+
+    def pieces(self, first: int, end: int) -> Iterator[memoryview]:
+        raise AssertionError("the server has thrown this file away")
 
 
 @dataclass
@@ -59,7 +90,7 @@ class Repo:
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    lfs: dict[str, bytes] = field(default_factory=dict)
+    lfs: dict[str, bytes | Discarded] = field(default_factory=dict)
     parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
     status: int = 200
     error_code: str | None = None
@@ -96,6 +127,8 @@ class Fault:
     """Answer requests whose "METHOD path" matches with `status` (None: drop the connection), `times` times.
 
     after: the request is carried out first, and only its answer is lost. skip: so many matching requests pass before.
+    body_fault: of a file that is read, the status is not touched but its bytes: "cut" (the connection drops half-way), "wrong" (the last
+    bit is another), "stall" (nothing more comes for `seconds`, half-way).
     """
 
     pattern: str
@@ -105,11 +138,17 @@ class Fault:
     after: bool = False
     skip: int = 0
     body: bytes = b'{"error":"fault"}'
+    body_fault: str = ""
+    seconds: float = 0.0
 
 
 @dataclass
 class Hub:
-    """users: token -> (name, role); a user may write to repos under the own name and under `organizations`."""
+    """users: token -> (name, role); a user may write to repos under the own name and under `organizations`.
+
+    down, up: limits on the bytes of files that are read and of large files that are sent, all connections together. discards: large
+    files that are sent are checked and thrown away.
+    """
 
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
@@ -122,6 +161,9 @@ class Hub:
     sent: list[tuple[str, str, int]] = field(default_factory=list)
     before: Callable[[str], bool | None] = lambda line: None  # False: the request is not carried out
     after: Callable[[str], None] = lambda line: None  # it was carried out, its answer is not sent yet
+    down: Throttle = field(default_factory=Throttle)
+    up: Throttle = field(default_factory=Throttle)
+    discards: bool = False
     corrupts: Callable[[str, Entry], Entry] = lambda path, entry: entry
     lock: threading.RLock = field(default_factory=threading.RLock)
 

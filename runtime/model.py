@@ -109,12 +109,16 @@ class Subject:
         return sorted(models, key=lambda model: -model.stored_bytes), refused
 
 
-def open_subject(src: str, revision: str | None = None) -> Subject:
-    """A local folder, a Hub repo, a config.json, or a folder that holds nothing but one. Raises CheckpointError."""
+def open_subject(src: str, revision: str | None = None, checkpoint: Checkpoint | None = None) -> Subject:
+    """A local folder, a Hub repo, a config.json, or a folder that holds nothing but one. Raises CheckpointError.
+
+    checkpoint: what `src` is, if it was opened already.
+    """
     path = Path(src).expanduser()
-    if path.name.endswith(".json") or (path.is_dir() and not any(path.glob("*.safetensors*"))):
+    config_alone = path.name.endswith(".json") or (path.is_dir() and not any(path.glob("*.safetensors*")))
+    if checkpoint is None and config_alone:
         return _from_config(path if path.suffix == ".json" else path / CONFIG_NAME)
-    checkpoint = Checkpoint.open(src, revision)
+    checkpoint = checkpoint or Checkpoint.open(src, revision)
     family = family_of(checkpoint.config, f"{checkpoint.root}/{CONFIG_NAME}")
     family.check_promised(len(checkpoint.tensors))
     renamed = read_as_release(checkpoint, family)

@@ -19,6 +19,7 @@ import m3quant
 
 from ..artifact.journal import unfinished
 from ..artifact.manifest import MANIFEST, Sums, load_manifest
+from ..artifact.uploads import refuse_dropped
 from ..engines import Engine, Installed, Launch, StartOptions, engine_named
 from ..engines.device import CPU
 from ..engines.installed import SAFE_PATH
@@ -104,6 +105,7 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
     """All decisions. `dry`: nothing need be installed here. Raises M3QuantError where the engine would fail later."""
     if sentence := unfinished(Path(src).expanduser()):  # before the reader misses its config.json
         raise CheckpointError(sentence)
+    refuse_dropped(src)
     subject = open_subject(src)
     for note in quick_check(src, subject):
         say(f"note: {note}")

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint import Checkpoint
 from .fit import Ask, Fit, assess
 from .hardware import STANDARD_NODES, parse_node
 from .model import open_subject
@@ -37,12 +38,12 @@ def serving_row(fit: Fit) -> ServingRow:
     )
 
 
-def serving_table(folder: Path) -> list[ServingRow]:
+def serving_table(folder: Path, checkpoint: Checkpoint | None = None) -> list[ServingRow]:
     """Two rows per standard node, in order of size: the KV dtype that the checkpoint itself asks for, and FP8 where that differs.
 
-    Reads config.json and headers only. Raises CheckpointError.
+    Reads config.json and headers only, unless `checkpoint` has them. Raises CheckpointError.
     """
-    model = open_subject(str(folder)).stored
+    model = open_subject(str(folder), checkpoint=checkpoint).stored
     rows = []
     for name in STANDARD_NODES:
         fits = [assess(model, parse_node(name), Ask(kv_dtype=dtype)) for dtype in ("auto", "fp8")]

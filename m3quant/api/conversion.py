@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..artifact.uploads import refuse_dropped
 from ..checkpoint import Checkpoint
-from ..errors import PlanError, RecipeError
+from ..errors import OptionError, PlanError, RecipeError
 from ..extras import need
 from ..planning.plan import Plan, make_plan
 from ..planning.timing_model import Rates, estimate, load_rates
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from ..calibration.mixture import Part
     from ..calibration.windows import Windows
     from ..convert.job import Settings
+    from ..publish.streaming.settle import Settled
+    from ..publish.streaming.wanted import Wanted
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ class How:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A finished conversion. manifest: the output's m3quant.json. fitted: the question that its recipe answers, where one did."""
+    """A finished conversion. manifest: the output's m3quant.json. fitted: the question that its recipe answers, where one did.
+    published: what is on the Hub, if that was wanted."""
 
     output: Path
     plan: Plan
     manifest: Mapping[str, Any]
     fitted: Answer | None = None
+    published: Settled | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Prepared:
     how: How
     parts: Sequence[Part] = field(repr=False)
     fitted: Answer | None = None
+    publish: Wanted | None = None
 
     def look(self, progress: ShowProgress = quietly) -> Looked:
         """Make every check of `run` before its first weight, and say what it would find; nothing is written. Raises as `run`.
@@ -83,14 +89,34 @@ class Prepared:
 
     def run(self, progress: ShowProgress = quietly) -> Conversion:
         """Convert, or continue an interrupted conversion; a finished one returns at once. Raises M3QuantError subclasses."""
+        from ..convert.conversion import rehearse
         from ..convert.start import convert as start
 
         with progress(self.plan.recipe.name) as shown:
             settings, _, rates = self._ready(shown)
+            if self.publish is not None:
+                from ..publish.streaming.rehearsal import check_beforehand
+                from ..publish.streaming.shard_uploads import ShardUploads
+
+                steps.step("checking what will be published")
+                check_beforehand(
+                    self.plan,
+                    self.output,
+                    self.publish,
+                    lambda folder: rehearse(self.plan, folder, settings),
+                    shown.say,
+                )
+                settings.sink = uploads = ShardUploads(self.publish, shown)
             if time := estimate(self.plan, rates):
                 steps.expect(time.seconds)
             manifest = start(self.plan, self.output, settings, shown)
-        return Conversion(self.output, self.plan, manifest, self.fitted)
+        if self.publish is None:
+            return Conversion(self.output, self.plan, manifest, self.fitted)
+        from ..publish.streaming.settle import settle
+
+        with progress("publish") as shown:
+            settled = settle(self.plan, self.output, manifest, self.publish, shown, uploads.sent)
+        return Conversion(self.output, self.plan, manifest, self.fitted, settled)
 
     def _ready(self, shown: Progress) -> tuple[Settings, torch.device, Rates]:
         """What is needed before the first weight is read: source, output folder, device, Ray, calibration text."""
@@ -153,6 +179,7 @@ def convert(
     node: str | None = None,
     serving: Mapping[str, Any] | None = None,
     sensitivity: str | Path | None = None,
+    publish: Wanted | None = None,
     progress: ShowProgress = quietly,
 ) -> Conversion:
     """Quantize the checkpoint in the folder `src` into the folder `dst`. Run again after any interruption: it continues.
@@ -160,14 +187,15 @@ def convert(
     to, recipe, settings, format, requantize, scheme: as of `plan`. calibration: sources of text, each with "=WEIGHT" if not all count
     the same. windows (of window_length tokens) or calibration_tokens: how much. window_lengths: "one" or "mixed". min_expert_tokens: below this an expert is
     topped up, or with strict_coverage the run fails. budget ("118GB", or bytes) or node ("1xH200", with `serving`: fields of
-    runtime.fit.Ask): the recipe is fitted by sensitivity, measured first where the file is not there. Raises M3QuantError
+    runtime.fit.Ask): the recipe is fitted by sensitivity, measured first where the file is not there. publish: a Hub repo to which
+    finished shards are uploaded while later ones are made, and what must be told of the base (docs/publish_upload.md). Raises M3QuantError
     subclasses, PackageMissing among them.
     """
     choice = RecipeChoice(to, None if recipe is None else Path(recipe), tuple(settings), format, requantize, scheme)
     text = TextChoice(tuple(calibration), windows, calibration_tokens, window_length, min_expert_tokens, window_lengths)
     how = How(device, strict_coverage, spill, ray, address)
     asked = asked_of(budget, node, serving or {}, None if sensitivity is None else Path(sensitivity), bool(choice))
-    return prepare(src, dst, choice, text, how, asked, progress=progress).run(progress)
+    return prepare(src, dst, choice, text, how, asked, publish=publish, progress=progress).run(progress)
 
 
 def prepare(
@@ -178,12 +206,18 @@ def prepare(
     how: How,
     asked: Asked | None = None,
     *,
+    publish: Wanted | None = None,
     dry_run: bool = False,
     progress: ShowProgress = quietly,
 ) -> Prepared:
     """Check the options and plan. asked: a budget that makes the recipe; it is measured here, unless dry_run."""
     need("convert", "m3quant convert")
     how.check()
+    if publish is not None and asked is not None:
+        raise OptionError(
+            "--budget and --fit do not go with --publish: write the recipe first (m3quant fit --recipe-out FILE) and convert with "
+            "--recipe FILE."
+        )
     if choice.requantize and asked is not None:
         raise RecipeError(
             "--requantize goes with a recipe (--to, --recipe): m3quant fit measures on unquantized weights."
@@ -191,6 +225,7 @@ def prepare(
     from ..calibration.mixture import parse_mixture
 
     src, dst = str(src), Path(dst)
+    refuse_dropped(src)
     checkpoint = Checkpoint.open(src)
     recipe = choice.recipe(checkpoint.config) if asked is None else Recipe(rounding="feedback")
     recipe = text.laid_over(recipe, how.strict_coverage)
@@ -201,7 +236,13 @@ def prepare(
         return plan if chosen else _with_enough_text(plan, how.device)
 
     if asked is None:
-        return Prepared(enough(make_plan(checkpoint, recipe)), dst, how, parts)
+        plan = enough(make_plan(checkpoint, recipe))
+        if publish is not None and how.ray and plan.recipe.calibrated:
+            raise PlanError(
+                "--publish uploads from the process that journals, which a calibrated run on Ray starts elsewhere: leave --ray out, "
+                "or run m3quant publish afterwards."
+            )
+        return Prepared(plan, dst, how, parts, publish=publish)
     asked = replace(asked, data=recipe.data.model_dump())
     found = fitted(checkpoint, src, dst, asked, enough, how.device, text.sources, dry_run, progress)
     assert found.plan is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact.eval_record import EVAL_FILE, EvalRecord
+from ..artifact.uploads import refuse_dropped
 from ..errors import EvaluationError
 from ..evaluate.choices import ACTIVATIONS, INDEX_DTYPES, KV_DTYPES
 from ..evaluate.gate import Limit, broken, check_limits, parse_limits
@@ -247,6 +248,7 @@ def ask_endpoint(
     from ..evaluate.evaluation import write_record
     from ..evaluate.haystack import Reach
 
+    refuse_dropped(folder)
     suite, limits = question.parsed()
     tokenizer = load_tokenizer(folder)
     config = Checkpoint.open(folder).config

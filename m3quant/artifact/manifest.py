@@ -169,7 +169,7 @@ class Sums(_Part):
 
 
 class Manifest(Sums):
-    """The whole of m3quant.json."""
+    """The whole of m3quant.json. shard_checks: what each shard passed before it was uploaded, where that was done while others were made."""
 
     schema_version: int = Field(alias="schema")
     m3quant: str
@@ -190,6 +190,7 @@ class Manifest(Sums):
     stream_error: dict[str, float] = Field(default_factory=dict)
     rounding_error: dict[str, float] = Field(default_factory=dict)
     report: str | None = None
+    shard_checks: list[str] = Field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """As it is written: keys that nobody set are left out."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint, sha256_file
-from ..checkpoint.bounded import read_yaml
+from ..checkpoint import CONFIG_NAME, Checkpoint, sha256_file
+from ..checkpoint.bounded import CONFIG_BYTES, read_bounded, read_yaml
 from ..checkpoint.links import require_regular
-from ..checkpoint.strict_json import shown
+from ..checkpoint.strict_json import parse_object, shown
 from ..errors import CheckpointError, M3QuantError, VerifyError
 from ..planning.headers import HeaderSource
 from ..planning.plan import RECIPE_FILE, Plan, make_plan, unquantized
@@ -19,6 +19,7 @@ from ..running import steps
 from ..schemes import FP8_BLOCK as BLOCK
 from .journal import unfinished
 from .manifest import MANIFEST, Manifest, load_manifest
+from .uploads import refuse_dropped
 
 
 def require_converted(output: Path) -> None:
@@ -43,12 +44,17 @@ def read_manifest(output: Path) -> dict[str, Any]:
         raise VerifyError(f"{error}: convert again.") from None
 
 
-def recorded_source(output: Checkpoint, manifest: Mapping[str, Any]) -> HeaderSource:
-    """The source as the manifest recorded it: enough to plan again without the source's files."""
+def read_config(output: Path) -> dict[str, Any]:
+    """config.json of an output. Raises CheckpointError."""
+    path = output / CONFIG_NAME
+    return parse_object(read_bounded(path, CONFIG_BYTES), str(path), "Convert again.", constants=True)
+
+
+def recorded_source(folder: Path, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> HeaderSource:
+    """The source as the manifest recorded it: enough to plan again without the source's files. config: the output's."""
     recorded = manifest["source"]["tensors"]
     kinds = {facts["kind"] for facts in recorded.values()}
-    config = _source_config(output.config, kinds, manifest["source"].get("quantization"))
-    source = HeaderSource(output.root, config)
+    source = HeaderSource(str(folder), _source_config(config, kinds, manifest["source"].get("quantization")))
     for name, facts in recorded.items():
         if facts.get("parts"):
             source.add_parts(name, {leaf: (dtype, tuple(shape)) for leaf, (dtype, shape) in facts["parts"].items()})
@@ -78,7 +84,14 @@ def output_plan(output: Checkpoint, manifest: Mapping[str, Any], source: Checkpo
 
     Raises VerifyError if the recipe beside the weights is not the one in the manifest.
     """
-    path = Path(output.root) / RECIPE_FILE
+    return plan_in(Path(output.root), output.config, manifest, source)
+
+
+def plan_in(
+    folder: Path, config: Mapping[str, Any], manifest: Mapping[str, Any], source: Checkpoint | None = None
+) -> Plan:
+    """`output_plan` of an output of which no more than its folder and its config.json is known."""
+    path = folder / RECIPE_FILE
     try:
         recipe: Recipe = build_recipe(read_yaml(path, "recipe", follow=False))
     except M3QuantError as error:
@@ -91,19 +104,23 @@ def output_plan(output: Checkpoint, manifest: Mapping[str, Any], source: Checkpo
         raise VerifyError(
             f"{path} differs from the recipe recorded in {MANIFEST}: one of them was edited after the conversion."
         )
-    return make_plan(source or recorded_source(output, manifest), recipe)
+    return make_plan(source or recorded_source(folder, config, manifest), recipe)
 
 
 def require_output(out: Path) -> None:
-    """Raise CheckpointError where `out` is no finished output of m3quant convert, VerifyError where its manifest is damaged."""
+    """Raise CheckpointError where `out` is no finished output of m3quant convert or lacks shards that it had, VerifyError where its
+    manifest is damaged."""
     require_converted(out)
+    refuse_dropped(out)
     read_manifest(out)
 
 
-def hash_problems(output: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Shards, config, index, recipe and carried files whose bytes are not those that were written."""
+def hash_problems(output: Path, manifest: Mapping[str, Any], but: Container[str] = ()) -> Iterator[str]:
+    """Shards, config, index, recipe and carried files whose bytes are not those that were written. but: shards to leave out."""
     for number, (shard, facts) in enumerate(manifest["shards"].items()):
         steps.part(number, len(manifest["shards"]))
+        if shard in but:
+            continue
         path, problem = _listed(output, shard)
         if problem:
             yield problem

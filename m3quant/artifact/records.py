@@ -19,11 +19,13 @@ HEX = r"^[0-9a-f]+$"
 _CHECK = "check"
 
 
-class _Record(BaseModel):
+class Sealed(BaseModel):
+    """What `seal` writes and `unseal` reads."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class Job(_Record):
+class Job(Sealed):
     """How work was begun. facts: everything its result depends on; read: label -> each checkpoint that it reads."""
 
     schema_version: int = JOURNAL_SCHEMA
@@ -31,7 +33,7 @@ class Job(_Record):
     read: dict[str, SourceIdentity] = Field(default_factory=dict)
 
 
-class UnitRecord(_Record):
+class UnitRecord(Sealed):
     """A finished unit of any work."""
 
     unit: int = Field(ge=0)
@@ -68,7 +70,7 @@ class MeasuredLayer(UnitRecord):
     states: dict[str, str]
 
 
-Record = TypeVar("Record", bound=_Record)
+Record = TypeVar("Record", bound=Sealed)
 
 
 def seal(values: Mapping[str, Any]) -> bytes:

@@ -23,6 +23,7 @@ from ..recipe.choice import RecipeChoice
 from ..recipe.recipe import SHORTEST_WINDOW
 from ..reports.verdict import unknown_text
 from ..running.words import human_bytes
+from .convert_publish import print_published, publish_while_converting, wanted_of
 from .eval import tell
 from .fit_convert import fit_options, predicted_line
 from .options import Length, TokenCount, outdated, recipe_options
@@ -87,6 +88,7 @@ from .progress import BytesProgress, opening
 )
 @click.option("--ray", is_flag=True, help="Run on all GPUs of a Ray cluster.")
 @click.option("--address", metavar="HOST:PORT", default=None, help="Ray cluster to join [one started on this machine].")
+@publish_while_converting
 @click.option("--engine", type=click.Choice(("local", "ray")), default=None, hidden=True)
 @click.option("--dry-run", is_flag=True, help="Make every check of the run, print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -114,8 +116,12 @@ def command(
     address: str | None,
     suite: str | None,
     fail_over: str | None,
+    repo: str | None,
+    drop_uploaded: bool,
+    tag: str | None,
     dry_run: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Quantize SRC into the folder DST. Run again after any interruption: it continues."""
     need("convert", "m3quant convert")
@@ -123,6 +129,7 @@ def command(
     if engine is not None:
         outdated(f"--engine {engine}", "is now --ray" if engine == "ray" else "is what happens without it")
         ray = ray or engine == "ray"
+    wanted = wanted_of(repo, drop_uploaded, tag, given, suite is not None)
     serving = {"context": context, "concurrency": concurrency, "kv_dtype": kv_dtype}
     asked = asked_of(budget, node, serving, sensitivity_file, bool(choice))
     question = None if suite is None else Question(suite, limits=fail_over)
@@ -136,8 +143,10 @@ def command(
     if asked is not None and not dry_run:  # measuring is most of the work
         _say_licence(Checkpoint.open(src))
     how = How(device, strict_coverage, spill, ray, address)
-    prepared = prepare(src, dst, choice, text, how, asked, dry_run=dry_run, progress=BytesProgress)
+    prepared = prepare(src, dst, choice, text, how, asked, publish=wanted, dry_run=dry_run, progress=BytesProgress)
     if dry_run:
+        if wanted:
+            click.echo("note: with --dry-run nothing is asked of the Hub, and no gate of --publish is run", err=True)
         _print_dry(prepared, as_json)
         return
     for note in prepared.plan.notes:
@@ -196,6 +205,7 @@ def summary(done: Conversion) -> dict[str, Any]:
         "seconds": manifest["seconds"],
         "heldout": manifest.get("heldout"),
         "coverage": (manifest.get("coverage") or {}).get("sentence"),
+        **({"published": done.published.to_json()} if done.published else {}),
     }
 
 
@@ -219,6 +229,9 @@ def print_result(done: Conversion) -> None:
         click.echo(coverage["sentence"])
     if manifest.get("report"):
         click.echo(f"report: {dst / manifest['report']}")
-    click.echo(f"next: {shlex.join(['m3quant', 'verify', str(dst), '--source', done.plan.checkpoint.root])}")
+    if done.published:
+        print_published(dst, done.published)
+    else:
+        click.echo(f"next: {shlex.join(['m3quant', 'verify', str(dst), '--source', done.plan.checkpoint.root])}")
     if done.fitted and (line := predicted_line(done.fitted, manifest)):
         click.echo(line)

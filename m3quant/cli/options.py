@@ -210,13 +210,18 @@ def serving_options(function: F) -> F:
 
 def publish_options(function: F) -> F:
     """What `card` and `publish` must be told of the base where its download did not record it."""
+    source = click.option(
+        "--source", default=None, help="Folder or Hub id of the base: files and tensors are compared with it."
+    )
+    return base_options(source(function))
+
+
+def base_options(function: F) -> F:
+    """What must be told of the base and its licence, and of what the scan may find."""
     for option in reversed(
         (
             click.option("--base-repo", metavar="ORG/NAME", default=None, help="Hub repo of the base model."),
             click.option("--base-revision", metavar="COMMIT", default=None, help="Its commit, 40 hex digits."),
-            click.option(
-                "--source", default=None, help="Folder or Hub id of the base: files and tensors are compared with it."
-            ),
             click.option(
                 "--licence-file",
                 type=click.Path(path_type=Path),
@@ -265,7 +270,7 @@ def publish_asked(repo: str | None, given: dict[str, Any], online: bool = False)
         base_repo=given["base_repo"],
         base_revision=given["base_revision"],
         repo=repo,
-        source=given["source"],
+        source=given.get("source"),
         allow=given["allow"],
         licence=licence,
         online=online,

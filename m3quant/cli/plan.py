@@ -9,6 +9,7 @@ import click
 
 from .. import api
 from ..api.planning import open_source
+from ..artifact.uploads import refuse_dropped
 from ..errors import PlanError
 from ..planning.calibration_text import calibration_lines, token_choice
 from ..planning.plan import Plan, bits_per_weight, make_plan, passed_through, role_schemes, role_table
@@ -48,6 +49,7 @@ def command(
     With --to or --recipe: that conversion in detail. Without: one line for each recipe.
     With --on, --all or --check-log: whether SRC, or what --to would make of it, can be served, and at which context; exit code 3 if not.
     """
+    refuse_dropped(src)
     rates = rates_option(rates_file)
     if serving["everything"] or serving["on"] is not None or serving["check_log"] is not None:
         return _serving(src, revision, choice, as_json, serving)

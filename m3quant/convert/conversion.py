@@ -17,10 +17,12 @@ from ..artifact.eval_record import EVAL_FILE
 from ..artifact.identity import SOURCE, differences, identify, touched
 from ..artifact.journal import Journal, check_apart, check_output_folder, refuse_other_facts, remove_leftover
 from ..artifact.manifest import MANIFEST, Manifest, load_manifest
+from ..artifact.partly import open_output
 from ..artifact.reread import other_shards, recorded_digests, stored_infos
 from ..artifact.source_record import check_carried
+from ..artifact.uploads import read_uploads
 from ..calibration.experts import ExpertLedger
-from ..checkpoint import Checkpoint, ShardRecord, write_json_atomic
+from ..checkpoint import ShardRecord, write_json_atomic
 from ..errors import CalibrationError, CheckpointError, OutputError
 from ..planning.plan import Plan
 from ..planning.resources import check_disk, resources
@@ -30,11 +32,12 @@ from ..running import steps
 from ..running.device import device_name, pick_device
 from ..running.progress import Progress
 from ..running.stopping import StopFlag, stop_on_signals
-from .finish import finish
+from .finish import finish, write_rehearsal
 from .gpu_stage import why_plain
 from .job import Run, Settings, out_of_memory
 from .pipeline import convert_units
 from .recheck import recheck
+from .shard_sink import feed
 from .units import shard_facts
 
 
@@ -45,7 +48,8 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
     if (done := finished(plan, output, settings, device, progress)) is not None:
         return done
     facts = job_facts(plan, settings, device)
-    check_disk(plan, output, resources(plan, device.type == "cuda", spill=settings.spill))
+    held = settings.sink.held if settings.sink else None
+    check_disk(plan, output, resources(plan, device.type == "cuda", spill=settings.spill, held=held))
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         cluster = None
@@ -60,7 +64,8 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
         if (done := _finished(plan, output, facts, progress)) is not None:  # by another process, while this one waited
             journal.remove()
             return done
-        recheck(plan, journal, source[SOURCE], stop, progress)
+        elsewhere = _begin_sink(settings, plan, output, stop, stack)
+        recheck(plan, journal, source[SOURCE], stop, progress, elsewhere)
         journal.accept(facts, source)
         plan.checkpoint.record_reads()
         journal.unit_read = lambda unit: recorded_digests(plan.checkpoint, stored_infos(plan.units[unit]))
@@ -88,7 +93,9 @@ def finished(
         _refuse_starved(output, (done.get("coverage") or {}).get("starved", {}))
     _write_own_figures(plan, output, done)
     remove_leftover(output)
-    progress.say(f"{output} is already complete")
+    uploads = read_uploads(output)
+    away = f"; {len(uploads.dropped)} of its shards are on {uploads.repo} alone" if uploads and uploads.dropped else ""
+    progress.say(f"{output} is already complete{away}")
     return done
 
 
@@ -107,6 +114,12 @@ def what_is_there(plan: Plan, output: Path, settings: Settings, device: torch.de
     return "new; there is room on its disk"
 
 
+def rehearse(plan: Plan, folder: Path, settings: Settings) -> None:
+    """Write into `folder` what the conversion will write beside the shards (`finish.write_rehearsal`)."""
+    facts = job_facts(plan, settings, pick_device(settings.device))
+    write_rehearsal(plan, folder, {"job": facts, "seconds": 0.0})
+
+
 def follow(plan: Plan, output: Path, settings: Settings, progress: Progress) -> None:
     """Calibrate in step with the rank that runs `convert`, writing nothing. Raises as `convert_calibrated`."""
     from .calibrated import convert_calibrated
@@ -120,6 +133,22 @@ def follow(plan: Plan, output: Path, settings: Settings, progress: Progress) -> 
         convert_calibrated(Run(plan, output, reader, settings, device, journal, StopFlag(), progress))
     except torch.OutOfMemoryError as error:
         raise out_of_memory(settings.device, error) from None
+
+
+def _begin_sink(
+    settings: Settings, plan: Plan, output: Path, stop: StopFlag, stack: contextlib.ExitStack
+) -> Mapping[str, str]:
+    """What `ShardSink.begin` gives. Raises OutputError where shards left the disk in an earlier run and nobody looks after them in this one."""
+    if settings.sink is not None:
+        stack.callback(settings.sink.close)
+        return settings.sink.begin(plan, output, stop)
+    uploads = read_uploads(output)
+    if uploads is not None and uploads.dropped:
+        raise OutputError(
+            f"{output} was begun with --publish {uploads.repo} --drop-uploaded, and {len(uploads.dropped)} shards are there alone: "
+            "repeat that command to continue it, or choose another folder."
+        )
+    return {}
 
 
 def check_places(plan: Plan, output: Path) -> None:
@@ -174,8 +203,11 @@ def _finished(plan: Plan, output: Path, facts: dict[str, Any], progress: Progres
         begun["torch"] = facts["torch"]  # not recorded then for recipes that do not calibrate
     other = {SOURCE: _other_source(plan, output, manifest, progress)}
     refuse_other_facts(output, begun, facts, other, finished=True)
+    uploads = read_uploads(output)
     for shard, written in manifest.shards.items():
         path = output / shard
+        if uploads is not None and shard in uploads.dropped:
+            continue
         if not path.exists() or path.stat().st_size != written.size:
             raise OutputError(
                 f"{path} is missing or has another size than when {output} was finished: remove {output} and convert again."
@@ -215,6 +247,9 @@ def _convert(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     if journal.records:
         run.progress.say(f"continuing: {len(journal.records)} of {len(plan.units)} shards are finished")
     started = time.monotonic()
+    sink = run.settings.sink
+    if sink is not None:
+        feed(sink, plan, journal)
     if not plan.recipe.calibrated:
         _convert_units(run)
         extra: dict[str, Any] = {}
@@ -225,6 +260,9 @@ def _convert(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
             run.settings.ranks.share(journal.records)
         extra = convert_calibrated(run)
     run.stop.check()
+    if sink is not None:
+        extra["shard_checks"] = sink.checks
+        sink.wait()
     extra["job"] = facts
     extra["seconds"] = round(time.monotonic() - started, 3)
     # A signal from here on finds less than a second of work left: it is done rather than dropped.
@@ -247,7 +285,7 @@ def _refuse_starved(output: Path, starved: Mapping[str, list[int]]) -> None:
 def _write_own_figures(plan: Plan, output: Path, manifest: dict[str, Any]) -> None:
     """eval.json of what the conversion measured in its own pass, unless an evaluation has written a fuller one."""
     if manifest.get("heldout") and not (output / EVAL_FILE).exists():
-        fingerprint = output_fingerprint(Checkpoint.open(output), manifest)
+        fingerprint = output_fingerprint(open_output(output, plan), manifest)
         record = conversion_record(plan, output.resolve().name, fingerprint, manifest)
         write_json_atomic(output / EVAL_FILE, record.model_dump(mode="json"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,48 @@ from ..planning.source_format import source_format
 
 def finish(plan: Plan, output: Path, journal: Journal, extra: dict[str, Any]) -> dict[str, Any]:
     """Write everything beside the shards and return the manifest. config.json comes last: a folder that has one is complete."""
+    digests, source = _write_beside(
+        plan, output, plan.copied_files, lambda name, digest: _check_unchanged(output, name, digest, journal)
+    )
+    facts = make_manifest(plan, journal.records, {"files": digests, **extra})
+    facts["source"] |= {"identity": journal.read[SOURCE], **source.to_json()}
+    return _write_last(plan, output, facts)
+
+
+def write_rehearsal(plan: Plan, folder: Path, extra: dict[str, Any]) -> None:
+    """Write into `folder` what `finish` will write, so that it can be looked at before a shard is made.
+
+    Of shards their sizes are known; in place of their sha256 stand zeros, and of what was read nothing. The weights of a draft are left
+    out: they may be as large as a shard, and on the Hub.
+    """
+    texts = [name for name in plan.copied_files if not name.endswith(".safetensors")]
+    digests, source = _write_beside(plan, folder, texts, lambda name, digest: None)
+    promised = {u.index: {"shard": u.shard, "size": u.bytes_out, "sha256": "0" * 64, "read": {}} for u in plan.units}
+    facts = make_manifest(plan, promised, {"files": digests, **extra})
+    facts["source"] |= source.to_json()
+    _write_last(plan, folder, facts)
+
+
+def _write_beside(
+    plan: Plan, output: Path, carried: Sequence[str], check: Callable[[str, str], None]
+) -> tuple[dict[str, str], SourceRecord]:
+    """Index, recipe and carried files into `output`; the digests of what is listed, and the source's record. check: of each carried file."""
     own = {INDEX_FILE: plan.index_bytes, RECIPE_FILE: plan.recipe.dump().encode(), "config.json": plan.config_bytes}
     digests = {name: sha256(data).hexdigest() for name, data in own.items()}
     write_bytes_atomic(output / INDEX_FILE, plan.index_bytes)
     write_bytes_atomic(output / RECIPE_FILE, plan.recipe.dump().encode())
     source = SourceRecord(plan.checkpoint)
-    for name in plan.copied_files:
+    for name in carried:
         target = output / name
         make_folder(target.parent)
         digest = source.add(name, plan.checkpoint.copy_file(name, target))
-        _check_unchanged(output, name, digest, journal)
+        check(name, digest)
         if target.suffix != ".md":  # cards are for people, and are rewritten when an output is published
             digests[name] = digest
-    facts = make_manifest(plan, journal, {"files": digests, **extra})
-    facts["source"] |= source.to_json()
+    return digests, source
+
+
+def _write_last(plan: Plan, output: Path, facts: dict[str, Any]) -> dict[str, Any]:
     manifest = Manifest.model_validate(facts)
     write_manifest(output, manifest)
     write_bytes_atomic(output / "config.json", plan.config_bytes)
@@ -49,12 +78,9 @@ def _check_unchanged(output: Path, name: str, digest: str, journal: Journal) -> 
         )
 
 
-def make_manifest(plan: Plan, journal: Journal, extra: dict[str, Any]) -> dict[str, Any]:
-    """What the output was made from and of: enough to verify it without the source."""
-    shards = {
-        journal.records[u.index]["shard"]: {k: journal.records[u.index][k] for k in ("size", "sha256")}
-        for u in plan.units
-    }
+def make_manifest(plan: Plan, records: Mapping[int, Mapping[str, Any]], extra: dict[str, Any]) -> dict[str, Any]:
+    """What the output was made from and of: enough to verify it without the source. records: of every unit, as journalled."""
+    shards = {records[u.index]["shard"]: {k: records[u.index][k] for k in ("size", "sha256")} for u in plan.units}
     return {
         "schema": MANIFEST_SCHEMA,
         "m3quant": __version__,
@@ -63,8 +89,7 @@ def make_manifest(plan: Plan, journal: Journal, extra: dict[str, Any]) -> dict[s
         "source": {
             "fingerprint": plan.checkpoint.fingerprint(),
             "bytes": sum(u.bytes_in for u in plan.units),
-            "identity": journal.read[SOURCE],
-            "read": {journal.records[u.index]["shard"]: journal.records[u.index]["read"] for u in plan.units},
+            "read": {records[u.index]["shard"]: records[u.index]["read"] for u in plan.units},
             "tensors": {t.name: tensor_facts(t.source) for t in plan.tensors},
             "quantization": source_format(plan.checkpoint).section or None,
         },

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..running.progress import Progress
     from ..running.stopping import StopFlag
     from .ray.cluster import Cluster
+    from .shard_sink import ShardSink
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Settings:
     address: str | None = None  # of the Ray cluster; None starts one on this machine
     boundary_every: int | None = None  # layers between saved hidden states; None: resources.boundary_interval
     ranks: Ranks | None = None  # this process among those that calibrate together; None: alone
+    sink: ShardSink | None = None  # where finished shards go beyond the disk
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,30 @@ from ..running.stopping import StopFlag
 from ..running.words import human_bytes
 
 
-def recheck(plan: Plan, journal: Journal, now: SourceIdentity, stop: StopFlag, progress: Progress) -> None:
+def recheck(
+    plan: Plan,
+    journal: Journal,
+    now: SourceIdentity,
+    stop: StopFlag,
+    progress: Progress,
+    elsewhere: Mapping[str, str] | None = None,
+) -> None:
     """Before a conversion goes on: its records, shards and hidden states are those that were written, and its source the same.
 
-    now: the source's identity, which differs from the journal's by stamps at most. Forgets the records of data-free shards
-    that are lost or damaged, so that they are made again. Raises OutputError for calibrated ones and for another source.
+    now: the source's identity, which differs from the journal's by stamps at most. elsewhere: as `ShardSink.begin` gives it.
+    Forgets the records of data-free shards that are lost or damaged, so that they are made again. Raises OutputError for
+    calibrated ones and for another source.
     """
     _check_records(plan, journal)
     if not journal.records:
         return
+    away = elsewhere or {}
     records = [journal.records[index] for index in sorted(journal.records)]
-    size = sum(record["size"] for record in records)
-    progress.say(f"checking {len(records)} finished shards ({human_bytes(size)}) against their sha256")
-    _drop_changed(plan, journal, changed_shards(journal.output, records, stop))
+    here = [record for record in records if record["shard"] not in away]
+    size = sum(record["size"] for record in here)
+    progress.say(f"checking {len(here)} finished shards ({human_bytes(size)}) against their sha256")
+    lost = {record["unit"]: why for record in records if (why := away.get(record["shard"]))}
+    _drop_changed(plan, journal, lost | changed_shards(journal.output, here, stop))
     if last := next((record for record in reversed(records) if record["boundary"]), None):
         check_states(journal.folder, last["boundary"], journal.output)
     if moved := touched(journal.read[SOURCE], now):

@@ -10,6 +10,7 @@ from ..artifact.conversion_eval import output_fingerprint
 from ..artifact.eval_record import Measured
 from ..artifact.manifest import MANIFEST
 from ..artifact.output import output_plan, read_manifest
+from ..artifact.uploads import refuse_dropped
 from ..calibration.corpus import load_tokenizer
 from ..checkpoint import Checkpoint, TensorInfo
 from ..checkpoint.bounded import TOKENIZER_BYTES, read_bounded
@@ -95,6 +96,7 @@ class Model:
 
 def open_model(path: str | Path, label: str = "checkpoint") -> Model:
     """A source (in a layout of `planning.source_layouts`) or an output of m3quant. Raises CheckpointError, VerifyError or EvaluationError."""
+    refuse_dropped(path)
     checkpoint = Checkpoint.open(path)
     if not checkpoint.local:
         raise EvaluationError(

@@ -64,10 +64,13 @@ def boundary_interval(plan: Plan, on_gpu: bool) -> int:
     return max(1, math.ceil(2 * hidden_state_bytes(plan, 2) / (BOUNDARY_SHARE * moved)))
 
 
-def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool = False) -> Resources:
+def resources(
+    plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool = False, held: int | None = None
+) -> Resources:
     """Peak memory and disk of converting `plan` on a GPU (bfloat16 streams) or on the CPU (float32 streams).
 
-    spill: both streams lie on the disk too, beside the boundaries.
+    spill: both streams lie on the disk too, beside the boundaries. held: finished shards that are on the disk at most, because they leave it
+    after their upload; None: they stay.
     """
     workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
     process = GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES
@@ -78,14 +81,19 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool 
     )
     if not plan.recipe.calibrated:
         working = working_bytes((unit for unit, _ in plan.kinds), on_gpu, plan.recipe.format, workers)
-        disk = plan.output_bytes + DISK_MARGIN
+        disk = _written(plan, held) + DISK_MARGIN
         return Resources(process + working.host, working.device, disk, 0)
     process += CALIBRATION_BYTES
     layer = max(sum(_elements(t) * 2 for t in unit.tensors) for unit, _ in plan.kinds if unit.layer is not None)
     stream = hidden_state_bytes(plan, 2 if on_gpu else FLOAT32)
     # Two boundaries exist for a moment: the next is in place before the old one goes.
     boundary = 2 * 2 * stream
-    disk = plan.output_bytes + boundary + (2 * stream if spill else 0) + DISK_MARGIN
+    disk = (
+        _written(plan, None if held is None else held + boundary_interval(plan, on_gpu))
+        + boundary
+        + (2 * stream if spill else 0)
+        + DISK_MARGIN
+    )
     if on_gpu:
         # On the device: this layer and the next, streams and activations, and what the search of a chunk of experts takes.
         # On the host, pinned: one layer's packed output (the next is packed when it is durable), and the streams being saved.
@@ -98,6 +106,14 @@ def resources(plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool 
     # Measured: about three layers (tests/convert/test_memory.py), of which one is read ahead; a fourth is margin.
     streams = 4 * stream  # two streams, each with the layer's output beside its input
     return Resources(process + 4 * layer + streams + largest, 0, disk, boundary)
+
+
+def _written(plan: Plan, held: int | None) -> int:
+    """Bytes of the output on the disk at once: all of it, or the largest finished shards that are held and the one that is written."""
+    if held is None:
+        return plan.output_bytes
+    sizes = sorted((unit.bytes_out for unit in plan.units), reverse=True)
+    return plan.output_bytes - sum(sizes[held + 1 :])
 
 
 def _elements(tensor: PlannedTensor) -> int:

@@ -30,7 +30,7 @@ TEMPLATE = "card.md.jinja"
 # The text between these two lines is the user's, and is kept when the card is written again.
 NOTES_BEGIN = "<!-- notes: what you write between these two lines is kept when m3quant writes the card again -->"
 NOTES_END = "<!-- end of notes -->"
-CALIBRATED_ONLY = ("calibration", "heldout", "coverage", "report")  # manifest keys of calibrated runs
+NOT_ALWAYS = ("calibration", "heldout", "coverage", "report", "shard_checks")  # manifest keys of some runs
 ROLES = {
     "routed_experts": "routed experts",
     "shared_experts": "shared experts",
@@ -95,7 +95,7 @@ def render(facts: CardFacts, left_out: Mapping[str, str], notes: str = "", check
     calibration = facts.manifest.get("calibration")
     body = environment.get_template(TEMPLATE).render(
         **{name: getattr(facts, name) for name in dir(facts) if not name.startswith("_") and name != "manifest"},
-        manifest={**dict.fromkeys(CALIBRATED_ONLY), **facts.manifest},
+        manifest={**dict.fromkeys(NOT_ALWAYS), **facts.manifest},
         bytes=human_bytes,
         params=human_count,
         role=lambda name: ROLES.get(name, name),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from ..artifact.journal import FOLDER
-from ..checkpoint import Checkpoint, sha256_file
+from ..artifact.manifest import MANIFEST
+from ..artifact.output import read_config
+from ..checkpoint import INDEX_NAME, sha256_file
 from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.links import require_regular
 from ..errors import PublishError
-from .files import CARD, PublishFile, files_to_publish
+from .files import CARD, CHECKSUMS, PublishFile, files_to_publish
 from .scan import OF_A_MACHINE, Allowed, machine_strings, scan
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -22,6 +25,18 @@ PROCESSORS = (
     "image_processor.py",
     "video_preprocessor_config.json",
 )
+
+
+# Tens of megabytes of tensors' names and sums, all of m3quant's own making.
+LISTS = (MANIFEST, INDEX_NAME, CHECKSUMS)
+
+
+class Shards(Enum):
+    """Where the shards of an output are: here; on the Hub, each checked before it was sent (`verify.one_shard`); or yet to be made."""
+
+    HERE = "here"
+    UPLOADED = "uploaded"
+    PROMISED = "promised"
 
 
 @dataclass
@@ -42,25 +57,30 @@ def check_complete_for_publish(
     source: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     allowed: Allowed | None = None,
+    shards: Shards = Shards.HERE,
 ) -> Findings:
     """Run every check on a converted folder. source: a folder or Hub id, compared file by file and tensor by tensor.
 
-    allowed: what the scan finds and a person knows to be harmless.
+    allowed: what the scan finds and a person knows to be harmless. shards: where they are, and so what is left to look at.
     """
-    findings = Findings(problems=_verify(out, source, say))
+    findings = Findings(problems=_verify(out, source, say, shards))
     findings.problems += leftovers(out)
     check_carried(out, manifest, findings)
     check_needed(out, manifest, findings)
     say("looking for keys, machine paths, hosts and addresses ...")
-    findings.problems += secrets(out, files_to_publish(out, manifest), manifest, allowed)
+    files = [f for f in files_to_publish(out, manifest) if not (shards is Shards.PROMISED and f.path_in_repo in LISTS)]
+    findings.problems += secrets(out, files, manifest, allowed)
     return findings
 
 
-def _verify(out: Path, source: str | None, say: Callable[[str], None]) -> list[str]:
+def _verify(out: Path, source: str | None, say: Callable[[str], None], shards: Shards) -> list[str]:
+    if shards is Shards.PROMISED:
+        return []
+    from ..verify.one_shard import verify_streamed
     from ..verify.verification import verify
 
-    result, _ = verify(out, source, say)
-    problems = [f"verify, {check.name}: {problem}" for check in result.checks for problem in check.problems]
+    checks = verify_streamed(out, say) if shards is Shards.UPLOADED else verify(out, source, say)[0].checks
+    problems = [f"verify, {check.name}: {problem}" for check in checks for problem in check.problems]
     return problems[:5] + ([f"verify: {len(problems) - 5} more problems"] if len(problems) > 5 else [])
 
 
@@ -115,7 +135,7 @@ def _not_plain(out: Path, name: str) -> str | None:
 
 def check_needed(out: Path, manifest: Mapping[str, Any], findings: Findings) -> None:
     """Files that an engine needs: what the source lacks too is said, what config.json names must be there."""
-    config = Checkpoint.open(out).config
+    config = read_config(out)
     tokenizer = [name for name in TOKENIZERS if (out / name).is_file()]
     if not tokenizer:
         findings.problems.append(
@@ -155,7 +175,7 @@ def secrets(
     public = {name for name, facts in manifest["source"].get("files", {}).items() if facts["as_on_hub"]}
     found = [
         f
-        for f in scan(files, machine_strings(out), allowed)
+        for f in scan((f for f in files if not f.dropped), machine_strings(out), allowed)
         if not (f.kind in OF_A_MACHINE and f.file in public and f.file != CARD)
     ]
     remedy = "take it out before anything is sent, or give --allow FILE with the reason why it is harmless"

@@ -122,6 +122,7 @@ class CardFacts:
 
 def gather(
     out: Path,
+    checkpoint: Checkpoint,
     manifest: dict[str, Any],
     base: Base | None,
     licence: Licence | None,
@@ -130,8 +131,7 @@ def gather(
     serving: Sequence[Serving],
     drafts: Sequence[str] = (),
 ) -> CardFacts:
-    """Read `out` and return what the card says. Raises CheckpointError, RecipeError or PublishError (eval.json, drafts)."""
-    checkpoint = Checkpoint.open(out)
+    """Read `out`, opened as `checkpoint`, and return what the card says. Raises CheckpointError, RecipeError or PublishError (eval.json, drafts)."""
     record = read_eval(out, output_fingerprint(checkpoint, manifest))
     text = read_text(out / RECIPE_FILE, TEXT_BYTES)
     family = family_of(checkpoint.config, f"{out}/config.json")

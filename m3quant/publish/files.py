@@ -11,6 +11,7 @@ from typing import Any
 from ..artifact.eval_record import EVAL_FILE
 from ..artifact.journal import FOLDER
 from ..artifact.manifest import MANIFEST
+from ..artifact.uploads import UPLOADS, read_uploads
 from ..checkpoint import CONFIG_NAME, INDEX_NAME, sha256_file
 from ..checkpoint.links import require_regular
 from ..errors import PublishError
@@ -34,6 +35,8 @@ class PublishFile:
     """One file to send. path_in_repo: relative, with '/'; sha256: hex, of the whole file.
 
     base_copy: the bytes of the base's file of the same name, so that a server-side copy may stand in for an upload.
+    hashed: sha256 was taken of these bytes by this run, so that the client need not read them twice. dropped: the file is on the
+    Hub and no longer here.
     """
 
     path_in_repo: str
@@ -41,17 +44,24 @@ class PublishFile:
     size: int
     sha256: str
     base_copy: bool = False
+    hashed: bool = False
+    dropped: bool = False
 
 
 def files_to_publish(out: Path, manifest: Mapping[str, Any]) -> list[PublishFile]:
     """Every file of `out` that belongs to the publication, by name. manifest: as `verify.structure.read_manifest` returns it.
 
     Shards have the sha256 that was recorded when they were written (`verify` compares it with the bytes; the upload
-    must, too); everything else is hashed here. Raises PublishError for a file that the manifest lists and `out` lacks, and for
+    must, too); everything else is hashed here. Shards that were dropped after their upload are listed as such. Raises PublishError for a file that the manifest lists and `out` lacks, and for
     a link: only regular files inside the folder are sent.
     """
     files = []
+    uploads = read_uploads(out)
+    gone = set(uploads.dropped) if uploads else set()
     for name, facts in manifest["shards"].items():
+        if name in gone:
+            files.append(PublishFile(name, out / name, facts["size"], facts["sha256"], dropped=True))
+            continue
         path = require_regular(out, name, PublishError)
         if path.stat().st_size != facts["size"]:
             raise PublishError(f"{path} is missing or has another size than when it was written: convert again.")
@@ -98,4 +108,5 @@ def files_left_out(out: Path, files: list[PublishFile]) -> list[str]:
     """Names in `out` that are not published, in order: the user should see them before anything is sent."""
     sent = {f.path_in_repo for f in files}
     found = (p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() or p.is_symlink())
-    return sorted(name for name in found if name not in sent and not name.startswith(f"{FOLDER}/"))
+    own = (f"{FOLDER}/", UPLOADS)
+    return sorted(name for name in found if name not in sent and not name.startswith(own))

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact.output import read_manifest
+from ..artifact.partly import open_output
 from ..checkpoint import Checkpoint
 from ..checkpoint.bounded import TEXT_BYTES, read_text
 from ..errors import PublishError
+from ..planning.plan import Plan
 from .base import Base, resolve_base
 from .card import check_metadata, write_card
-from .completeness import Findings, check_complete_for_publish, left_out_explained
+from .completeness import Findings, Shards, check_complete_for_publish, left_out_explained
 from .facts import Serving, gather
 from .files import PublishFile, files_left_out, files_to_publish
 from .hub_benchmarks import read_benchmarks, registration_problems
@@ -63,55 +65,64 @@ class Prepared:
     not_sent: list[str]
 
 
-def make_card(out: Path, asked: Asked) -> Written:
+def make_card(out: Path, asked: Asked, plan: Plan | None = None) -> Written:
     """Write README.md, NOTICE and SHA256SUMS. What a gate refuses is stated as missing on the card and returned as a problem.
+
+    plan: the conversion's, if it is at hand.
 
     Raises VerifyError or CheckpointError where `out` is no finished output, PublishError for an eval.json of another
     checkpoint or a README.md that the user wrote.
     """
     manifest = read_manifest(out)
-    config = Checkpoint.open(out).config
+    checkpoint = open_output(out, plan)
     unknown: dict[str, str] = {}
     base: Base | None = None
     licence: Licence | None = None
     try:
         base = resolve_base(manifest, asked.base_repo, asked.base_revision)
-        licence = resolve_licence(out, manifest, config, base, asked.licence)
+        licence = resolve_licence(out, manifest, checkpoint.config, base, asked.licence)
     except PublishError as error:
         unknown = {"base" if base is None else "licence": str(error)}
     sentences = {key: _sentence(text) for key, text in unknown.items()}
     if base is None:
         sentences["licence"] = "it depends on the base model, which is not stated."
-    facts = gather(out, manifest, base, licence, sentences, asked.repo, _serving(out, asked), asked.drafts)
+    facts = gather(
+        out, checkpoint, manifest, base, licence, sentences, asked.repo, _serving(out, checkpoint, asked), asked.drafts
+    )
     path = write_card(out, facts, left_out_explained(out, manifest))
     told = obligations(licence, base) if licence and base else []
     return Written(path, manifest, base, licence, list(unknown.values()), told)
 
 
-def check(out: Path, written: Written, asked: Asked, say: Say) -> Findings:
+def check(out: Path, written: Written, asked: Asked, say: Say, shards: Shards = Shards.HERE) -> Findings:
     """Every gate on an output whose card was just written; the findings' problems are sentences.
 
-    Raises CheckpointError where asked.online and the Hub cannot be reached.
+    shards: where they are. Raises CheckpointError where asked.online and the Hub cannot be reached.
     """
     allowed = shipped() + read_allowed(asked.allow) if asked.allow else None
     from_hub = []
     if asked.online and written.base and written.licence:
         say(f"comparing with {written.base.repo} on the Hub ...")
-        from_hub = base_problems(out, written.manifest, written.base, written.licence)
+        from_hub = base_problems(out, written.manifest, written.base, written.licence, shards is not Shards.PROMISED)
         from_hub += registration_problems(read_benchmarks(out))
-    findings = check_complete_for_publish(out, written.manifest, asked.source, say, allowed)
+    findings = check_complete_for_publish(out, written.manifest, asked.source, say, allowed, shards)
     findings.problems[:0] = [*written.problems, *from_hub]
     if not written.problems:
         findings.problems += check_metadata(read_text(written.card_path, TEXT_BYTES), out)
     return findings
 
 
-def prepare(out: Path, asked: Asked, say: Say = lambda line: None) -> Prepared:
-    """Gate an output and write its card. Raises PublishError with the first problem in one sentence, before anything is sent."""
-    written = make_card(out, asked)
+def prepare(
+    out: Path, asked: Asked, say: Say = lambda line: None, shards: Shards = Shards.HERE, plan: Plan | None = None
+) -> Prepared:
+    """Gate an output and write its card. Raises PublishError with the first problem in one sentence, before anything is sent.
+
+    shards: where they are; plan: the conversion's, if it is at hand.
+    """
+    written = make_card(out, asked, plan)
     if not (written.base and written.licence):
         raise PublishError(written.problems[0])
-    findings = check(out, written, asked, say)
+    findings = check(out, written, asked, say, shards)
     if findings.problems:
         more = f" ({len(findings.problems) - 1} more: m3quant card {out} --check)" if len(findings.problems) > 1 else ""
         raise PublishError(findings.problems[0] + more)
@@ -121,12 +132,12 @@ def prepare(out: Path, asked: Asked, say: Say = lambda line: None) -> Prepared:
     )
 
 
-def _serving(out: Path, asked: Asked) -> Sequence[Serving]:
+def _serving(out: Path, checkpoint: Checkpoint, asked: Asked) -> Sequence[Serving]:
     if asked.serving is not None:
         return asked.serving
     from ..runtime.serving_table import serving_table
 
-    rows: Sequence[Serving] = serving_table(out)
+    rows: Sequence[Serving] = serving_table(out, checkpoint)
     return rows
 
 

@@ -15,11 +15,14 @@ from .files import CARD, LICENCE_FILE
 from .licences import Licence
 
 
-def base_problems(out: Path, manifest: Mapping[str, Any], base: Base, licence: Licence) -> list[str]:
+def base_problems(
+    out: Path, manifest: Mapping[str, Any], base: Base, licence: Licence, weights: bool = True
+) -> list[str]:
     """Sentences on where `out` is not made from `base` as the Hub has it. Raises CheckpointError where the Hub cannot be asked.
 
     Every file next to the weights that the base has at that commit must be here with the same bytes, so that a partial
-    download or an edited tokenizer is found; a licence supplied by hand is refused where the base has one of its own.
+    download or an edited tokenizer is found; a licence supplied by hand is refused where the base has one of its own. weights: whether
+    a draft's weights are looked for, too.
     """
     store = HubStore(base.repo, base.revision)
     problems = []
@@ -28,7 +31,7 @@ def base_problems(out: Path, manifest: Mapping[str, Any], base: Base, licence: L
     listing = classify(store.sizes, base.repo)
     for name in listing.other:
         path = out / name
-        if name in REPLACED_FILES or name == CARD:
+        if name in REPLACED_FILES or name == CARD or (name.endswith(".safetensors") and not weights):
             continue
         if not path.is_file():
             problems.append(f"{base.repo} has {name}, which {out} lacks: download the base whole and convert again.")

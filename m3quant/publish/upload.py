@@ -65,7 +65,7 @@ class Target:
     files: Sequence[PublishFile]
     tag: str = DEFAULT_TAG
     public: bool = False
-    replace: bool = False
+    replace: bool | None = False  # None: the command has no --replace
     base: tuple[str, str] | None = None  # repo and revision, for copies on the Hub
 
 
@@ -77,11 +77,8 @@ def upload(repo: str, target: Target, progress: Progress) -> Published:
     remote = Remote(repo, progress.say)
     check_tag(target.tag)
     remote.check_token()
-    state = remote.state()
-    if state is None:
-        remote.create()
-        state = _seen(remote)
-    run = _Run(remote, target, progress)
+    state = made(remote)
+    run = UploadRun(remote, target, progress)
     result = Published(
         repo, f"{remote.api.endpoint}/{repo}", state.main, target.tag, not state.private,
         len(target.files), sum(f.size for f in target.files),
@@ -103,6 +100,15 @@ def check_tag(tag: str) -> None:
         raise HubError(f"--tag {tag!r} is no name for a tag: give letters, digits, '.', '_' and '-', such as v1.")
 
 
+def made(remote: Remote) -> RepoState:
+    """The repo's state; it is made, private, if there is none."""
+    state = remote.state()
+    if state is not None:
+        return state
+    remote.create()
+    return _seen(remote)
+
+
 def _seen(remote: Remote) -> RepoState:
     state = remote.state()
     if state is None:
@@ -110,8 +116,8 @@ def _seen(remote: Remote) -> RepoState:
     return state
 
 
-class _Run:
-    """One run of `upload`."""
+class UploadRun:
+    """One run of `upload`, or of the uploads beside a conversion (`shard_uploads`)."""
 
     def __init__(self, remote: Remote, target: Target, progress: Progress) -> None:
         self.remote, self.target, self.progress = remote, target, progress
@@ -123,9 +129,9 @@ class _Run:
         repo = self.remote.repo
         others = sorted(set(main) - {ATTRIBUTES})
         if others and not self.target.replace:
+            remedy = ", or give --replace to replace them all in one commit" if self.target.replace is not None else ""
             raise HubError(
-                f"{repo} exists and holds other files ({others[0]}{', ...' if len(others) > 1 else ''}): choose another name, "
-                "or give --replace to replace them all in one commit."
+                f"{repo} exists and holds other files ({others[0]}{', ...' if len(others) > 1 else ''}): choose another name{remedy}."
             )
         if not state.private:
             raise HubError(
@@ -137,15 +143,14 @@ class _Run:
 
     def stage(self, state: RepoState, result: Published) -> str:
         """Bring the staging branch to exactly the wanted files and return its commit."""
-        remote = self.remote
-        if STAGING in state.branches and state.main not in remote.history(STAGING):
-            # It was begun on another state of main. The content sent for it stays in the repo's storage and is not sent again.
-            remote.delete_branch(STAGING)
-            remote.create_branch(STAGING, state.main)
-        elif STAGING not in state.branches:
-            remote.create_branch(STAGING, state.main)
-        staged = remote.tree(STAGING)
+        self.begin_branch(state, [f.path_in_repo for f in self.target.files if f.dropped])
+        staged = self.remote.tree(STAGING)
         missing = self.differing(staged)
+        if lost := [f.path_in_repo for f in missing if f.dropped]:
+            raise PublishError(
+                f"{self.remote.repo}, branch {STAGING} lacks {lost[0]}, which was dropped from this disk after its upload: somebody "
+                "removed it there; remove the output and convert again."
+            )
         total = sum(f.size for f in self.target.files)
         self.progress.start(total, total - sum(f.size for f in missing))
         missing = self._copy_from_base(missing, result)
@@ -153,6 +158,21 @@ class _Run:
             self._send(group, result)
         self._remove_others(staged)
         return self._verified_head()
+
+    def begin_branch(self, state: RepoState, dropped: Sequence[str] = ()) -> None:
+        """Make the staging branch from main, unless it is there. dropped: files that nobody has but the branch."""
+        remote = self.remote
+        if STAGING in state.branches:
+            if state.main in remote.history(STAGING):
+                return
+            if dropped:
+                raise PublishError(
+                    f"main of {remote.repo} moved since {STAGING} was begun, and {len(dropped)} shards are on that branch alone: set main "
+                    "back to where the branch began, or remove the output and convert again."
+                )
+            # It was begun on another state of main. The content sent for it stays in the repo's storage and is not sent again.
+            remote.delete_branch(STAGING)
+        remote.create_branch(STAGING, state.main)
 
     def differing(self, remote_files: dict[str, RemoteFile]) -> list[PublishFile]:
         """The wanted files that a tree lacks or holds with another content."""
@@ -199,15 +219,15 @@ class _Run:
         """Send the content of a group of files and commit it to the staging branch."""
         small = [f for f in group if f.size <= SMALL_BYTES]
         large = [f for f in group if f.size > SMALL_BYTES]
-        operations = self._preupload(small)
+        operations = self.preupload(small)
         # Xet sends the parts of one file in parallel; plain LFS sends them one after another, but several files at once.
         at_once = 1 if uses_xet() else FILES_AT_ONCE
         for start in range(0, len(large), at_once):
-            operations += self._preupload(large[start : start + at_once])
+            operations += self.preupload(large[start : start + at_once])
         self.remote.commit(operations, STAGING, f"Stage {len(group)} files")
         result.sent += sum(f.size for f in group)
 
-    def _preupload(self, files: list[PublishFile]) -> list[Any]:
+    def preupload(self, files: list[PublishFile]) -> list[Any]:
         """Operations whose content is on the Hub, or small enough to go with the commit. Raises PublishError if a file changed."""
         from huggingface_hub import CommitOperationAdd
 
@@ -216,10 +236,12 @@ class _Run:
             stamps.append(stamp(file))
             source: Any = checked_bytes(file) if file.size <= SMALL_BYTES else str(file.local_path)
             operations.append(CommitOperationAdd(file.path_in_repo, source))
+            if file.hashed and not uses_xet():
+                declare(operations[-1], file.sha256)
         if operations:
             self.remote.preupload(operations, STAGING, FILES_AT_ONCE)
         for file, before, operation in zip(files, stamps, operations, strict=True):
-            # The digest is the client's own, taken as it read the file, and not ours repeated.
+            # The digest is the client's own, taken as it read the file, unless it was told ours, which the Hub then compares.
             if stamp(file) != before or operation.upload_info.sha256.hex() != file.sha256:
                 raise changed(file)
             self.progress.advance(file.size)
@@ -310,6 +332,16 @@ class _Run:
         if self.target.public and state.private:
             self.remote.make_public()
         result.public = self.target.public or not state.private
+
+
+def declare(operation: Any, sha256: str) -> None:
+    """Tell the client the digest of a file that it would else read for it, where it can be told (huggingface_hub 2.x).
+
+    Plain LFS names content by its sha256, and the server refuses other bytes under that name.
+    https://github.com/git-lfs/git-lfs/blob/main/docs/api/basic-transfers.md
+    """
+    if getattr(operation.upload_info, "is_hashed", True) is False:
+        operation.upload_info.sha256 = bytes.fromhex(sha256)
 
 
 def groups(files: Sequence[PublishFile]) -> Iterator[list[PublishFile]]:

@@ -25,13 +25,23 @@ class InterruptedRun(M3QuantError):
 
 
 class StopFlag:
-    """Set by the first signal; `check` raises at the next safe point. A second signal acts at once."""
+    """Set by the first signal, or by work beside the main thread that failed; `check` raises at the next safe point.
+
+    A second signal acts at once.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.failure: Exception | None = None
+
+    def fail(self, failure: Exception) -> None:
+        """Called on any thread: nothing can go on because of this. The first failure counts."""
+        self.failure = self.failure or failure
 
     def check(self) -> None:
-        """Raise InterruptedRun if a signal came."""
+        """Raise InterruptedRun if a signal came, and what `fail` was given."""
+        if self.failure is not None:
+            raise self.failure
         if self.number is not None:
             name = signal.Signals(self.number).name
             raise InterruptedRun(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from ..checkpoint import Checkpoint, TensorInfo
+from ..checkpoint import TensorInfo
 from ..planning.engine_kept import PASSED_THROUGH
 from ..planning.unit import Unit
 
@@ -38,7 +39,16 @@ _FLOATS = {
 }
 
 
-def unit_stored_problems(unit: Unit, converted: Checkpoint) -> Iterator[str]:
+class Stored(Protocol):
+    """Tensors that can be read: a checkpoint, or one shard of it (`one_shard`)."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def peek(self, ranges: Iterable[tuple[TensorInfo, int, memoryview]]) -> None: ...
+
+
+def unit_stored_problems(unit: Unit, converted: Stored) -> Iterator[str]:
     """A sentence per tensor of the unit that holds what no weight may. Tensors whose meaning is unknown are left alone."""
     for planned in unit.tensors:
         if planned.role.kind in PASSED_THROUGH:
@@ -48,7 +58,7 @@ def unit_stored_problems(unit: Unit, converted: Checkpoint) -> Iterator[str]:
                 yield from stored_problems(converted, info, dead_allowed=planned.role.kind == "router_bias")
 
 
-def stored_problems(checkpoint: Checkpoint, info: TensorInfo, dead_allowed: bool = False) -> Iterator[str]:
+def stored_problems(checkpoint: Stored, info: TensorInfo, dead_allowed: bool = False) -> Iterator[str]:
     """What is wrong with one tensor. dead_allowed: -inf stands for an expert that is switched off, and is no fault."""
     form = _FLOATS.get(info.dtype)
     if form is None:
@@ -67,7 +77,7 @@ def stored_problems(checkpoint: Checkpoint, info: TensorInfo, dead_allowed: bool
         yield f"scale '{info.name}' holds a zero"
 
 
-def _pieces(checkpoint: Checkpoint, info: TensorInfo, form: _Float) -> Iterator[np.ndarray]:
+def _pieces(checkpoint: Stored, info: TensorInfo, form: _Float) -> Iterator[np.ndarray]:
     """The tensor's numbers as unsigned integers, at most PIECE_BYTES at a time."""
     buffer = np.empty(min(PIECE_BYTES, info.nbytes), np.uint8)
     for begin in range(0, info.nbytes, PIECE_BYTES):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact.output import hash_problems, output_plan, read_manifest
+from ..artifact.uploads import refuse_dropped
 from ..checkpoint import Checkpoint
 from ..extras import need
 from ..planning.config_models import library_version, model_problems
@@ -77,6 +78,7 @@ def verify(output: Path, source: str | None, say: Report) -> tuple[Verification,
     """
     if source is not None:
         need("convert", "Comparing every tensor with its source")
+    refuse_dropped(output)
     manifest = read_manifest(output)
     converted = Checkpoint.open(output)
     origin = Checkpoint.open(source) if source else None

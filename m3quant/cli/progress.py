@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from .. import __version__
 from ..running import steps
@@ -19,6 +21,30 @@ from .verbosity import QUIET, VERBOSE, verbosity
 
 KNOWN = 0.005  # share of the work after which its rate says something: a third of a layer of M2's 62
 LINE_SECONDS = 10.0  # without a terminal: one progress line in this time
+
+
+@dataclass
+class Track:
+    """A stream of bytes beside the command's own. task: of its bar, on a terminal."""
+
+    label: str
+    total: int
+    started: float
+    done: int = 0
+    task: TaskID | None = None
+
+    def rate(self, now: float) -> float:
+        """Bytes a second so far."""
+        return self.done / (now - self.started) if now > self.started else 0.0
+
+    def seconds_left(self, now: float) -> float | None:
+        """None while that is not known."""
+        if self.done >= self.total:
+            return 0.0
+        return (self.total - self.done) / self.rate(now) if self.done > KNOWN * self.total else None
+
+    def words(self, now: float) -> str:
+        return f"{self.label} {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {self.rate(now) / 1e6:.0f} MB/s"
 
 
 class BytesProgress:
@@ -30,6 +56,7 @@ class BytesProgress:
         self._console = Console(stderr=True)
         self._stack = ExitStack()
         self._bar: Progress | None = None
+        self._beside: list[Track] = []
         self._step, self._share = "", 0.0
         self._total = self._done = self._begun_at = 0
         self._started = self._step_began = time.monotonic()
@@ -42,10 +69,10 @@ class BytesProgress:
             return self
         if self._console.is_terminal:
             self._bar = Progress(
-                SpinnerColumn(), TextColumn(self.label), BarColumn(bar_width=10), TimeElapsedColumn(), TextColumn("{task.description}"),
+                SpinnerColumn(), TextColumn("{task.fields[label]}"), BarColumn(bar_width=10), TimeElapsedColumn(), TextColumn("{task.description}"),
                 console=self._console,
             )  # fmt: skip
-            self._task = self._bar.add_task("", total=None)
+            self._task = self._bar.add_task("", total=None, label=self.label)
             self._stack.enter_context(self._bar)
         ended = threading.Event()
         ticker = threading.Thread(target=self._tick, args=(ended,), daemon=True, name="progress")
@@ -67,6 +94,19 @@ class BytesProgress:
     def advance(self, count: int) -> None:
         self._done += count
         self._show()
+
+    def beside(self, label: str, total_bytes: int) -> Callable[[int], None]:
+        track = Track(label, total_bytes, time.monotonic())
+        if self._bar:
+            track.task = self._bar.add_task("", total=total_bytes, label=label)
+        self._beside.append(track)
+
+        def advance(count: int) -> None:
+            with self._lock:
+                track.done += count
+            self._show()
+
+        return advance
 
     def expect(self, seconds: float) -> None:
         self.expected = seconds
@@ -96,6 +136,10 @@ class BytesProgress:
         if self._bar:
             # A bar that knows no total moves by itself.
             self._bar.update(self._task, total=self._total or None, completed=self._done, description=self._words())
+            for track in self._beside:
+                assert track.task is not None
+                rate = f"{track.rate(time.monotonic()) / 1e6:.0f} MB/s"
+                self._bar.update(track.task, completed=track.done, description=rate)
             return
         with self._lock:
             if (now := time.monotonic()) - self._last < LINE_SECONDS:
@@ -105,7 +149,10 @@ class BytesProgress:
 
     def _words(self) -> str:
         shown = [f"{self._step}, {self._share:.0%}" if self._share else self._step] if self._step else []
-        elapsed = time.monotonic() - self._started
+        now = time.monotonic()
+        elapsed = now - self._started
+        if not self._bar:
+            shown += [track.words(now) for track in self._beside]
         if self._total:
             done = self._done - self._begun_at
             rate = done / elapsed if elapsed > 0 else 0.0
@@ -124,9 +171,11 @@ class BytesProgress:
     def _eta(self, done: int, elapsed: float) -> str:
         """From the rate so far; before it says something, from what was planned."""
         left = self._total - self._done
+        others = [track.seconds_left(time.monotonic()) for track in self._beside]
+        known = [seconds for seconds in others if seconds is not None]
         # The first bytes of a layer come long before those that take the time.
-        if done > KNOWN * (done + left):
-            return duration(left * elapsed / done)
+        if done > KNOWN * (done + left) and len(known) == len(others):
+            return duration(max([left * elapsed / done, *known]))  # of the slowest stream
         if self.expected is None:
             return "not known yet"
         return f"about {duration(max(0.0, self.expected * (done + left) / self._total - elapsed))}, as planned"

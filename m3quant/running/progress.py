@@ -8,27 +8,40 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives the state of a long command: bytes to do, bytes done, and lines for a person."""
+    """Receives the state of a long command: bytes to do, bytes done, and lines for a person. Any thread may tell."""
 
     def start(self, total_bytes: int, done_bytes: int) -> None: ...
 
     def advance(self, count: int) -> None: ...
 
+    def beside(self, label: str, total_bytes: int) -> Callable[[int], None]:
+        """A further stream of bytes that goes on at the same time; what is returned is told its bytes, less than none if they are lost."""
+        ...
+
     def say(self, line: str) -> None: ...
 
 
 class Silent:
-    """A Progress that shows nothing and keeps what it received."""
+    """A Progress that shows nothing and keeps what it received. streams: label -> bytes that came."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.total = self.done = 0
+        self.streams: dict[str, int] = {}
 
     def start(self, total_bytes: int, done_bytes: int) -> None:
         self.total, self.done = total_bytes, done_bytes
 
     def advance(self, count: int) -> None:
         self.done += count
+
+    def beside(self, label: str, total_bytes: int) -> Callable[[int], None]:
+        self.streams.setdefault(label, 0)
+
+        def advance(count: int) -> None:
+            self.streams[label] += count
+
+        return advance
 
     def say(self, line: str) -> None:
         self.lines.append(line)

@@ -25,8 +25,8 @@ from typing import Any
 from ..checkpoint import sync_folder, system, write_bytes_atomic
 from ..checkpoint.bounded import MANIFEST_BYTES, read_bounded
 from ..errors import OutputError, StoppedError
-from .identity import SourceIdentity, differences
-from .manifest import MANIFEST
+from .identity import SOURCE, SourceIdentity, differences
+from .manifest import MANIFEST, Manifest, load_manifest
 from .records import JOURNAL_SCHEMA, ConvertedUnit, Job, UnitRecord, schema_of, seal, unseal
 
 FOLDER = ".m3quant"
@@ -40,7 +40,8 @@ class Journal:
     """The journal of one output folder. Make it with `Journal.begin`.
 
     records: of every finished unit, as plain values of the type `record`. read: label -> identity of each checkpoint that
-    the work was begun with. unit_read: gives the digests of what a unit read, for its record.
+    the work was begun with. unit_read: gives the digests of what a unit read, for its record. finished: told of a unit whose
+    record is durable.
     """
 
     def __init__(self, output: Path, folder: str = FOLDER, record: type[UnitRecord] = ConvertedUnit) -> None:
@@ -50,6 +51,7 @@ class Journal:
         self.records: dict[int, dict[str, Any]] = {}
         self.read: dict[str, SourceIdentity] = {}
         self.unit_read: Callable[[int], Mapping[str, Any]] | None = None
+        self.finished: Callable[[int], None] = lambda unit: None
         self._lock = -1
 
     @classmethod
@@ -213,6 +215,7 @@ class Journal:
         finally:
             os.close(descriptor)
         self.records[unit] = kept
+        self.finished(unit)
 
     def last_boundary(self) -> int:
         """The unit before which the hidden states are saved from which a run continues; 1, the first layer, if none are."""
@@ -242,6 +245,17 @@ class Journal:
 
 def _bytes(path: Path) -> bytes:
     return read_bounded(path, MANIFEST_BYTES, error=OutputError)  # of M3 a few megabytes
+
+
+def begun_with(output: Path) -> SourceIdentity | None:
+    """What a conversion in `output` reads or has read, begun or finished; None where nothing can be told. Takes no lock."""
+    job, manifest = output / FOLDER / JOB, output / MANIFEST
+    try:
+        if job.exists():
+            return unseal(_bytes(job), Job).read.get(SOURCE)
+        return load_manifest(manifest, Manifest).source.identity if manifest.exists() else None
+    except (ValueError, OutputError):  # damaged: said by what begins there
+        return None
 
 
 def remove_leftover(output: Path) -> None:

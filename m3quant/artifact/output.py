@@ -78,7 +78,7 @@ def output_plan(output: Checkpoint, manifest: Mapping[str, Any], source: Checkpo
 
     Raises VerifyError if the recipe beside the weights is not the one in the manifest.
     """
-    path = Path(output.root) / RECIPE_FILE
+    path = output.files([RECIPE_FILE]) / RECIPE_FILE
     try:
         recipe: Recipe = build_recipe(read_yaml(path, "recipe", follow=False))
     except M3QuantError as error:

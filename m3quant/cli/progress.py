@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -185,11 +184,3 @@ def opening(line: str) -> None:
     """The first line of a long command, before anything that takes time is imported or read."""
     if verbosity() != QUIET:
         print(f"m3quant {__version__}: {line}", file=sys.stderr, flush=True)
-
-
-def local_folder(path_or_repo: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint given as a folder or a Hub id; a repo is pulled and verified, with progress. Raises as `pull`."""
-    from ..publish.pull import local_copy
-
-    with BytesProgress("pull") as progress:
-        return local_copy(path_or_repo, progress, revision)

@@ -21,7 +21,7 @@ from ..artifact.reread import other_shards, recorded_digests, stored_infos
 from ..artifact.source_record import check_carried
 from ..calibration.experts import ExpertLedger
 from ..checkpoint import Checkpoint, ShardRecord, write_json_atomic
-from ..errors import CalibrationError, CheckpointError, OutputError
+from ..errors import CalibrationError, OutputError
 from ..planning.plan import Plan
 from ..planning.resources import check_disk, resources
 from ..planning.unit import Unit
@@ -31,21 +31,24 @@ from ..running.device import device_name, pick_device
 from ..running.progress import Progress
 from ..running.stopping import StopFlag, stop_on_signals
 from .finish import finish
+from .from_hub import check_hub, check_local, shards_budget, shards_of_hub
 from .gpu_stage import why_plain
 from .job import Run, Settings, out_of_memory
 from .pipeline import convert_units
-from .recheck import recheck
+from .recheck import recheck, refuse_unknown
 from .units import shard_facts
 
 
 def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
     """`start.convert` in this process: all of it, or the driver of data-free units on a Ray cluster."""
-    check_places(plan, output)
+    check_places(plan, output, settings)
     device = pick_device(settings.device)
     if (done := finished(plan, output, settings, device, progress)) is not None:
         return done
     facts = job_facts(plan, settings, device)
-    check_disk(plan, output, resources(plan, device.type == "cuda", spill=settings.spill))
+    need = resources(plan, device.type == "cuda", spill=settings.spill)
+    check_disk(plan, output, need)
+    budget = shards_budget(plan, output, settings, need)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         cluster = None
@@ -68,6 +71,7 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
         if reader.note:
             progress.say(f"note: {reader.note}")
             plan.notes.append(reader.note)
+        stack.enter_context(shards_of_hub(plan, journal, budget, stop, progress))
         try:
             return _convert(Run(plan, output, reader, settings, device, journal, stop, progress, cluster), facts)
         except torch.OutOfMemoryError as error:
@@ -122,14 +126,13 @@ def follow(plan: Plan, output: Path, settings: Settings, progress: Progress) -> 
         raise out_of_memory(settings.device, error) from None
 
 
-def check_places(plan: Plan, output: Path) -> None:
-    """Raise CheckpointError or OutputError where the source cannot be read here or the output folder is not to be used."""
-    if not plan.checkpoint.local:
-        raise CheckpointError(
-            f"{plan.checkpoint.root} is on the Hub: download it first "
-            f"(m3quant pull {plan.checkpoint.root} FOLDER) and convert the folder."
-        )
-    check_apart(Path(plan.checkpoint.root), output)
+def check_places(plan: Plan, output: Path, settings: Settings | None = None) -> None:
+    """Raise CheckpointError, PlanError or OutputError where the source cannot be read here or the output folder is not to be used."""
+    if plan.checkpoint.hub is not None:
+        check_hub(plan, settings or Settings())
+    else:
+        check_local(plan.checkpoint, settings or Settings())
+        check_apart(Path(plan.checkpoint.root), output)
     check_output_folder(output)
     check_carried(plan.checkpoint)
 
@@ -196,6 +199,7 @@ def _other_source(plan: Plan, output: Path, manifest: Manifest, progress: Progre
     found = list(differences(then, now, finished=True))
     if found or plan.checkpoint.fingerprint() != manifest.source.fingerprint or not (moved := touched(then, now)):
         return found
+    refuse_unknown(plan.checkpoint, output, moved)
     read = {unit.index: manifest.source.read.get(unit.shard, {}) for unit in plan.units}
     progress.say(
         f"files of the source were written or moved since: reading {len(moved)} shards to see that they are the same"

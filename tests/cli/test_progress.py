@@ -136,5 +136,5 @@ def test_a_terminal_has_a_bar_for_each_stream(monkeypatch: pytest.MonkeyPatch) -
         progress.start(1000, 0)
         fetched(500)
         progress.advance(500)
-    last = screen.getvalue().splitlines()[-2:]
-    assert "awq" in "".join(last) and "fetch" in "".join(last) and "".join(last).count("ETA") == 1
+    last = "".join(screen.getvalue().splitlines()[-3:])
+    assert "awq" in last and "fetch" in last and last.count("ETA") == 1

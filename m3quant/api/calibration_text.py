@@ -54,7 +54,7 @@ def calibration_windows(plan: Plan, parts: Sequence[Part]) -> Windows:
     from ..calibration.mixture import mixed_windows
 
     data = plan.recipe.data
-    tokenizer = load_tokenizer(plan.checkpoint.root)
+    tokenizer = load_tokenizer(plan.checkpoint.files())
     rows = [group.rows for group in run_groups(plan) for _ in range(group.windows)]
     count = data.windows + data.heldout_windows
     return mixed_windows(parts, tokenizer, count, data.window_length, seed=data.seed, rows=rows or None)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact.uploads import refuse_dropped
-from ..checkpoint import Checkpoint
 from ..errors import OptionError, PlanError, RecipeError
 from ..extras import need
 from ..planning.plan import Plan, make_plan
@@ -17,6 +16,7 @@ from ..recipe.choice import RecipeChoice
 from ..recipe.recipe import CalibrationOptions, Recipe, with_data
 from ..running import steps
 from ..running.progress import Progress, ShowProgress, quietly
+from ..running.words import size_of
 from .calibration_text import TextChoice, calibration_windows
 from .fitted_conversion import asked_of, fitted
 from .fitting import Answer, Asked
@@ -34,13 +34,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class How:
     """How to run, as opposed to what to make: device ("auto", "cpu", "cuda", "cuda:1"), spill (hidden states on disk), ray (on all GPUs of
-    the Ray cluster at `address`, or of one started on this machine)."""
+    the Ray cluster at `address`, or of one started on this machine), cache_disk (bytes that shards of a source on the Hub may take on
+    the disk at a time; None: what is free)."""
 
     device: str = "auto"
     strict_coverage: bool = False
     spill: bool = False
     ray: bool = False
     address: str | None = None
+    cache_disk: int | None = None
 
     def check(self) -> None:
         """Raise PlanError for choices that do not go together."""
@@ -72,6 +74,7 @@ class Prepared:
     parts: Sequence[Part] = field(repr=False)
     fitted: Answer | None = None
     publish: Wanted | None = None
+    notes: tuple[str, ...] = ()  # for the user, before anything is done
 
     def look(self, progress: ShowProgress = quietly) -> Looked:
         """Make every check of `run` before its first weight, and say what it would find; nothing is written. Raises as `run`.
@@ -125,22 +128,23 @@ class Prepared:
         from ..running.device import pick_device
 
         how = self.how
-        check_places(self.plan, self.output)
+        settings = Settings(
+            device=how.device, strict_coverage=how.strict_coverage, spill=how.spill, engine="ray" if how.ray else "local",
+            address=how.address, cache_disk=how.cache_disk,
+        )  # fmt: skip
+        check_places(self.plan, self.output, settings)
         device = pick_device(how.device)
         if how.ray:
             from ..convert.ray.cluster import require_ray
 
             require_ray()
-        windows = None
+        for note in self.notes:
+            shown.say(f"note: {note}")
         if self.plan.recipe.calibrated:
             steps.step("reading and tokenizing the calibration text")
-            windows = calibration_windows(self.plan, self.parts)
-            for note in windows.notes:
+            settings.windows = calibration_windows(self.plan, self.parts)
+            for note in settings.windows.notes:
                 shown.say(f"note: {note}")
-        settings = Settings(
-            device=how.device, windows=windows, strict_coverage=how.strict_coverage, spill=how.spill, engine="ray" if how.ray else "local",
-            address=how.address,
-        )  # fmt: skip
         return settings, device, load_rates(on=device.type)
 
 
@@ -175,6 +179,7 @@ def convert(
     device: str = "auto",
     ray: bool = False,
     address: str | None = None,
+    cache_disk: int | str | None = None,
     budget: int | str | None = None,
     node: str | None = None,
     serving: Mapping[str, Any] | None = None,
@@ -182,18 +187,18 @@ def convert(
     publish: Wanted | None = None,
     progress: ShowProgress = quietly,
 ) -> Conversion:
-    """Quantize the checkpoint in the folder `src` into the folder `dst`. Run again after any interruption: it continues.
+    """Quantize the checkpoint `src` (a folder, or a Hub id) into the folder `dst`. Run again after any interruption: it continues.
 
     to, recipe, settings, format, requantize, scheme: as of `plan`. calibration: sources of text, each with "=WEIGHT" if not all count
     the same. windows (of window_length tokens) or calibration_tokens: how much. window_lengths: "one" or "mixed". min_expert_tokens: below this an expert is
     topped up, or with strict_coverage the run fails. budget ("118GB", or bytes) or node ("1xH200", with `serving`: fields of
-    runtime.fit.Ask): the recipe is fitted by sensitivity, measured first where the file is not there. publish: a Hub repo to which
-    finished shards are uploaded while later ones are made, and what must be told of the base (docs/publish_upload.md). Raises M3QuantError
-    subclasses, PackageMissing among them.
+    runtime.fit.Ask): the recipe is fitted by sensitivity, measured first where the file is not there. cache_disk ("60GB", or bytes):
+    as of `How`. publish: a Hub repo to which finished shards are uploaded while later ones are made, and what must be told of the
+    base (docs/publish_upload.md). Raises M3QuantError subclasses, PackageMissing among them.
     """
     choice = RecipeChoice(to, None if recipe is None else Path(recipe), tuple(settings), format, requantize, scheme)
     text = TextChoice(tuple(calibration), windows, calibration_tokens, window_length, min_expert_tokens, window_lengths)
-    how = How(device, strict_coverage, spill, ray, address)
+    how = How(device, strict_coverage, spill, ray, address, size_of(cache_disk))
     asked = asked_of(budget, node, serving or {}, None if sensitivity is None else Path(sensitivity), bool(choice))
     return prepare(src, dst, choice, text, how, asked, publish=publish, progress=progress).run(progress)
 
@@ -223,10 +228,12 @@ def prepare(
             "--requantize goes with a recipe (--to, --recipe): m3quant fit measures on unquantized weights."
         )
     from ..calibration.mixture import parse_mixture
+    from ..convert.from_hub import open_source
 
     src, dst = str(src), Path(dst)
     refuse_dropped(src)
-    checkpoint = Checkpoint.open(src)
+    checkpoint, moved = open_source(src, dst)
+    notes = (moved,) if moved else ()
     recipe = choice.recipe(checkpoint.config) if asked is None else Recipe(rounding="feedback")
     recipe = text.laid_over(recipe, how.strict_coverage)
     parts = parse_mixture(text.sources)
@@ -242,11 +249,11 @@ def prepare(
                 "--publish uploads from the process that journals, which a calibrated run on Ray starts elsewhere: leave --ray out, "
                 "or run m3quant publish afterwards."
             )
-        return Prepared(plan, dst, how, parts, publish=publish)
+        return Prepared(plan, dst, how, parts, publish=publish, notes=notes)
     asked = replace(asked, data=recipe.data.model_dump())
     found = fitted(checkpoint, src, dst, asked, enough, how.device, text.sources, dry_run, progress)
     assert found.plan is not None
-    return Prepared(found.plan, dst, how, parts, found)
+    return Prepared(found.plan, dst, how, parts, found, notes=notes)
 
 
 def _with_enough_text(plan: Plan, device: str) -> Plan:

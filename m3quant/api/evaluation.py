@@ -15,9 +15,9 @@ from ..evaluate.choices import ACTIVATIONS, INDEX_DTYPES, KV_DTYPES
 from ..evaluate.gate import Limit, broken, check_limits, parse_limits
 from ..evaluate.suites import Suite, load_suite, make_tasks
 from ..extras import need
-from ..publish.pull import local_copy
 from ..running import steps
 from ..running.progress import ShowProgress, quietly
+from ..running.words import size_of
 
 if TYPE_CHECKING:
     from ..evaluate.evaluation import Settings
@@ -55,7 +55,8 @@ class Question:
 @dataclass(frozen=True)
 class Arithmetic:
     """How it is computed. states: where hidden states live (auto, device, host, disk). activations, kv_dtype, index_dtype: of the
-    checkpoint, as `evaluate.choices` lists them; the source is never rounded."""
+    checkpoint, as `evaluate.choices` lists them; the source is never rounded. cache_disk: bytes that shards from the Hub may take on the
+    disk at a time; None: what is free."""
 
     device: str = "auto"
     states: str = "auto"
@@ -63,6 +64,7 @@ class Arithmetic:
     activations: str = ACTIVATIONS[0]
     kv_dtype: str = KV_DTYPES[0]
     index_dtype: str = INDEX_DTYPES[0]
+    cache_disk: int | None = None
 
     @property
     def rounds_as_by_default(self) -> bool:
@@ -99,6 +101,7 @@ def evaluate(
     activations: str = ACTIVATIONS[0],
     kv_dtype: str = KV_DTYPES[0],
     index_dtype: str = INDEX_DTYPES[0],
+    cache_disk: int | str | None = None,
     progress: ShowProgress = quietly,
 ) -> Evaluation:
     """Measure `ckpt` (a folder or Hub id; a source or an output), and its distance from `source`, one layer in memory at a time.
@@ -108,22 +111,24 @@ def evaluate(
     """
     need("eval", "m3quant eval")
     question = Question(suite, data, None if report is None else Path(report), limits)
-    how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype)
-    with progress("pull") as shown:
-        folder, origin = local_copy(ckpt, shown), local_copy(source, shown) if source is not None else None
-    return measure(folder, origin, question, how, progress)
+    how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype, size_of(cache_disk))
+    return measure(ckpt, source, question, how, progress)
 
 
 def measure(
-    folder: Path, source: Path | None, question: Question, how: Arithmetic, progress: ShowProgress = quietly
+    ckpt: str | Path,
+    source: str | Path | None,
+    question: Question,
+    how: Arithmetic,
+    progress: ShowProgress = quietly,
 ) -> Evaluation:
-    """`evaluate` for checkpoints that are on this machine."""
+    """`evaluate` of what was asked as one question."""
     from ..calibration.corpus import load_tokenizer
     from ..evaluate.evaluation import evaluate as run
     from ..evaluate.models import open_model
 
     suite, limits = question.parsed()
-    checkpoint = open_model(folder)
+    checkpoint = open_model(ckpt)
     origin = open_model(source, "source") if source else None
     written, pages = (question.report, question.report) if question.report else default_report(checkpoint)
     with progress("eval") as shown:
@@ -165,6 +170,7 @@ def compare(
     activations: str = ACTIVATIONS[0],
     kv_dtype: str = KV_DTYPES[0],
     index_dtype: str = INDEX_DTYPES[0],
+    cache_disk: int | str | None = None,
     progress: ShowProgress = quietly,
 ) -> Comparison:
     """`evaluate` for several checkpoints of one model, and a page that shows them side by side.
@@ -175,29 +181,30 @@ def compare(
     """
     need("eval", "m3quant eval")
     question = Question(suite, data, None if report is None else Path(report), limits)
-    how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype)
-    with progress("pull") as shown:
-        folders = [local_copy(ckpt, shown) for ckpt in ckpts]
-        origin = local_copy(source, shown) if source is not None else None
-    return measure_all(folders, origin, question, how, progress)
+    how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype, size_of(cache_disk))
+    return measure_all(ckpts, source, question, how, progress)
 
 
 def measure_all(
-    folders: Sequence[Path], source: Path | None, question: Question, how: Arithmetic, progress: ShowProgress = quietly
+    ckpts: Sequence[str | Path],
+    source: str | Path | None,
+    question: Question,
+    how: Arithmetic,
+    progress: ShowProgress = quietly,
 ) -> Comparison:
-    """`compare` for checkpoints that are on this machine. Raises EvaluationError for fewer than two, or one that is given twice."""
+    """`compare` of what was asked as one question. Raises EvaluationError for fewer than two, or one that is given twice."""
     from ..calibration.corpus import load_tokenizer
     from ..evaluate.evaluation import evaluate_all
     from ..evaluate.models import open_model
     from ..reports.comparison_html import Compared, write_comparison
 
-    names = _names(folders)
+    names = _names([Path(ckpt) for ckpt in ckpts])
     suite, limits = question.parsed()
-    models = [open_model(folder, f"checkpoint-{number}") for number, folder in enumerate(folders, 1)]
+    models = [open_model(ckpt, f"checkpoint-{number}") for number, ckpt in enumerate(ckpts, 1)]
     origin = open_model(source, "source") if source else None
     tasks, notes = make_tasks(suite, load_tokenizer(models[0].folder), models[0].config, question.data)
     check_limits(limits, _kinds(tasks), origin is not None)
-    folder = question.report or Path(f"{(source or folders[0]).resolve().name}-compared")
+    folder = question.report or Path(f"{(origin or models[0]).name}-compared")
     places = [
         (folder / name, folder / name) if question.report else default_report(model)
         for name, model in zip(names, models, strict=True)
@@ -211,7 +218,7 @@ def measure_all(
             records = evaluate_all(models, origin, tasks, suite.name, folder, written, settings, shown, notes)
     else:
         apart = [replace(question, report=written if question.report else None) for written, _ in places]
-        found = zip(folders, apart, strict=True)
+        found = zip(ckpts, apart, strict=True)
         records = [measure(one, None, asked, how, progress).record for one, asked in found]
     evaluations = [
         _judged(record, written, pages, limits) for record, (written, pages) in zip(records, places, strict=True)
@@ -236,9 +243,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def ask_endpoint(
-    folder: Path, url: str, question: Question, *, model: str | None = None, api_key_env: str | None = None
+    ckpt: str | Path, url: str, question: Question, *, model: str | None = None, api_key_env: str | None = None
 ) -> Evaluation:
-    """The suite's tasks through an OpenAI-compatible server of the checkpoint in `folder`, which gives the tokenizer.
+    """The suite's tasks through an OpenAI-compatible server of `ckpt` (a folder or Hub id), which gives the tokenizer.
 
     The record goes to question.report, or NAME-endpoint-eval: the checkpoint's own eval.json is of its weights.
     """
@@ -248,17 +255,17 @@ def ask_endpoint(
     from ..evaluate.evaluation import write_record
     from ..evaluate.haystack import Reach
 
-    refuse_dropped(folder)
+    refuse_dropped(ckpt)
     suite, limits = question.parsed()
-    tokenizer = load_tokenizer(folder)
-    config = Checkpoint.open(folder).config
+    checkpoint = Checkpoint.open(ckpt)
+    tokenizer, config = load_tokenizer(checkpoint.files()), checkpoint.config
     tasks, notes = make_tasks(suite, tokenizer, config, question.data)
     check_limits(limits, _kinds(tasks), source=False)
     record = evaluate_endpoint(
         url, model, tasks, tokenizer, Reach.of(config), api_key_env=api_key_env, suite=suite.name
     )
     record.notes.extend(notes)
-    written = question.report or Path(f"{folder.resolve().name}-endpoint-eval")
+    written = question.report or Path(f"{checkpoint.name}-endpoint-eval")
     make_folder(written)
     write_record(record, written)
     return _judged(record, written, written, limits)
@@ -268,9 +275,9 @@ def default_report(checkpoint: Model) -> tuple[Path, Path]:
     """Folders of eval.json and of the page: beside the weights for an output of ours; a source is not written into."""
     from ..reports.conversion import FOLDER
 
-    if checkpoint.manifest is not None:
+    if checkpoint.manifest is not None and checkpoint.reader.checkpoint.local:
         return checkpoint.folder, checkpoint.folder / FOLDER
-    apart = Path(f"{checkpoint.folder.resolve().name}-eval")
+    apart = Path(f"{checkpoint.name}-eval")
     return apart, apart
 
 

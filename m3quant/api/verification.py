@@ -12,6 +12,7 @@ from ..extras import need
 from ..publish.pull import local_copy
 from ..running import steps
 from ..running.progress import ShowProgress, quietly
+from ..running.words import size_of
 from ..verify.verification import Check, Verification
 from ..verify.verification import verify as check_output
 
@@ -28,14 +29,16 @@ def verify(
     engine_python: str | None = None,
     engine_timeout_s: float = 3600.0,
     tensor_parallel_size: int = 1,
+    cache_disk: int | str | None = None,
     say: Callable[[str], None] = _nothing,
     progress: ShowProgress = quietly,
 ) -> Verification:
     """Check the output in the folder `dst` (or a Hub repo, which is pulled); the result's `holds` says whether all of it is right.
 
-    source: the checkpoint it was made from; every tensor is compared with it. engine: load it in the engine of engine_python
+    source: the checkpoint it was made from; every tensor is compared with it; of a Hub id shards are fetched one after the other, and
+    take at most cache_disk bytes in `dst` at a time (None: what is free). engine: load it in the engine of engine_python
     (M3QUANT_ENGINE_PYTHON, or this Python) and compare log-probabilities; transformers: in transformers, for small models.
-    say: receives the check that is under way. progress: of a download, and of the checks. Raises VerifyError or CheckpointError where there is
+    say: receives the check that is under way. progress: of a download, of the checks, and of shards from the Hub. Raises VerifyError or CheckpointError where there is
     nothing to check, PackageMissing for a comparison without torch.
     """
     if source is not None or engine or transformers:
@@ -51,7 +54,7 @@ def verify(
             shown.say(line)
             say(line)
 
-        result, plan = check_output(folder, None if source is None else str(source), tell)
+        result, plan = check_output(folder, None if source is None else str(source), tell, size_of(cache_disk), shown)
         if transformers and result.holds:
             from ..verify.transformers_reader import transformers_check
 

@@ -64,7 +64,7 @@ def conversion_record(plan: Plan, output_name: str, fingerprint: str, manifest: 
         device=job["device"],
         versions={name: job[name] for name in ("torch", "transformers")},
         checkpoint=Measured(name=output_name, fingerprint=fingerprint, stored=plan.recipe.name),
-        source=Measured(name=source.root.rstrip("/").rpartition("/")[2], fingerprint=source.fingerprint()),
+        source=Measured(name=source.name, fingerprint=source.fingerprint()),
         suite=CONVERSION,
         results=[result],
         layers=[{"layer": int(layer), "relative_error": error} for layer, error in manifest["stream_error"].items()],

@@ -4,6 +4,9 @@
     files      sha256 of config.json, the index and every carried file
     shards     size, stamp (inode, size, mtime, ctime), digest of sampled blocks, and the Hub's sha256 where it is recorded
 
+Of a checkpoint that is read from the Hub the repo, its commit and the Hub's checksums are known, and no block is sampled: a
+shard's stamp is its checksum, which each file is compared with when it comes.
+
 What cannot be known without reading everything is recorded as it is read, one digest per unit (`Journal.finish_unit`,
 `manifest.source.read`). A stamp that differs says nothing by itself: then the units that were made from that shard are
 read again and their digests compared (`reread.other_shards`).
@@ -19,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, sha256_file
 from ..checkpoint.content import combined
+from ..checkpoint.hub import HubStore
 from ..checkpoint.origin import known_sha256, origin_of
 
 SOURCE = "source"  # the label of what a conversion reads
@@ -29,40 +33,64 @@ class _Identity(BaseModel):
 
 
 class ShardIdentity(_Identity):
-    """One shard of a source. known_sha256: as the Hub sent it, where that is recorded and the file is no newer."""
+    """One shard of a source. known_sha256: as the Hub sent it, where that is recorded and the file is no newer.
+    sampled: None of a shard on the Hub."""
 
     size: int = Field(ge=0)
     stamp: str
-    sampled: str
+    sampled: str | None
     known_sha256: str | None = None
 
 
 class SourceIdentity(_Identity):
-    """A source as it is now. files: name -> sha256."""
+    """A source as it is now. files: name -> sha256. Of one on the Hub its repo, and the branch, tag or commit that was asked for as `ref`
+    (None: the default branch)."""
 
+    repo: str | None = None
+    ref: str | None = None
     revision: str | None
     files: dict[str, str]
     shards: dict[str, ShardIdentity]
 
 
 def identify(checkpoint: Checkpoint, carried: Iterable[str] = ()) -> SourceIdentity:
-    """The identity of a local checkpoint: files are hashed, of shards a few blocks are read. Raises CheckpointError.
+    """The identity of a checkpoint: files are hashed, of local shards a few blocks are read. Raises CheckpointError.
 
     carried: names of the files beside config.json, index and shards that count.
     """
-    root = Path(checkpoint.root)
     files = {CONFIG_NAME: sha256(checkpoint.config_text).hexdigest()}
     if checkpoint.index_text is not None:
         files[INDEX_NAME] = sha256(checkpoint.index_text).hexdigest()
+    if checkpoint.hub is not None:
+        return _on_hub(checkpoint, checkpoint.hub, files, list(carried))
+    root = Path(checkpoint.root)
     files |= {name: sha256_file(root / name) for name in carried}
     sampled, stamps = checkpoint.sampled(), checkpoint.file_stamps()
     return SourceIdentity(
+        repo=None,
+        ref=None,
         revision=origin_of(root, [*checkpoint.shards, *files]).revision,
         files=files,
         shards={
             name: ShardIdentity(
                 size=shard.size, stamp=stamps[name], sampled=sampled[name], known_sha256=known_sha256(root, name)
             )
+            for name, shard in checkpoint.shards.items()
+        },
+    )
+
+
+def _on_hub(checkpoint: Checkpoint, store: HubStore, files: dict[str, str], carried: list[str]) -> SourceIdentity:
+    small = [name for name in carried if store.is_small(name)]
+    folder = checkpoint.files(small)
+    files |= {name: sha256_file(folder / name) if name in small else store.sha256(name) for name in carried}
+    return SourceIdentity(
+        repo=store.repo,
+        ref=store.ref,
+        revision=store.revision,
+        files=files,
+        shards={
+            name: ShardIdentity(size=shard.size, stamp=store.etags[name], sampled=None, known_sha256=store.sha256(name))
             for name, shard in checkpoint.shards.items()
         },
     )
@@ -93,15 +121,25 @@ def differences(then: SourceIdentity, now: SourceIdentity, finished: bool = Fals
             yield f"{name} is gone"
         elif other.size != shard.size:
             yield f"{name} had {shard.size} bytes, now {other.size}"
-        elif shard.sampled != other.sampled or _known_to_differ(shard, other):
+        elif _differ(shard.sampled, other.sampled) or _differ(shard.known_sha256, other.known_sha256):
             yield f"{name} holds other weights"
     yield from (f"{name} is new" for name in now.shards if name not in then.shards)
 
 
-def _known_to_differ(one: ShardIdentity, other: ShardIdentity) -> bool:
-    return None not in (one.known_sha256, other.known_sha256) and one.known_sha256 != other.known_sha256
+def _differ(one: str | None, other: str | None) -> bool:
+    return None not in (one, other) and one != other
 
 
 def touched(then: SourceIdentity, now: SourceIdentity) -> list[str]:
-    """Shards whose file was written, replaced or moved since, so that only reading it tells whether it is the same."""
-    return [name for name, shard in then.shards.items() if now.shards[name].stamp != shard.stamp]
+    """Shards whose file was written, replaced or moved since, so that only reading it tells whether it is the same.
+
+    Between a folder and the Hub, those whose checksum the folder does not know.
+    """
+    moved = then.repo != now.repo
+
+    def same(shard: ShardIdentity, other: ShardIdentity) -> bool:
+        return shard.stamp == other.stamp or (
+            moved and shard.known_sha256 is not None and shard.known_sha256 == other.known_sha256
+        )
+
+    return [name for name, shard in then.shards.items() if not same(shard, now.shards[name])]

@@ -25,8 +25,8 @@ from typing import Any
 from ..checkpoint import sync_folder, system, write_bytes_atomic
 from ..checkpoint.bounded import MANIFEST_BYTES, read_bounded
 from ..errors import OutputError, StoppedError
-from .identity import SourceIdentity, differences
-from .manifest import MANIFEST
+from .identity import SOURCE, SourceIdentity, differences
+from .manifest import MANIFEST, Manifest, load_manifest
 from .records import JOURNAL_SCHEMA, ConvertedUnit, Job, UnitRecord, schema_of, seal, unseal
 
 FOLDER = ".m3quant"
@@ -245,6 +245,17 @@ class Journal:
 
 def _bytes(path: Path) -> bytes:
     return read_bounded(path, MANIFEST_BYTES, error=OutputError)  # of M3 a few megabytes
+
+
+def begun_with(output: Path) -> SourceIdentity | None:
+    """What a conversion in `output` reads or has read, begun or finished; None where nothing can be told. Takes no lock."""
+    job, manifest = output / FOLDER / JOB, output / MANIFEST
+    try:
+        if job.exists():
+            return unseal(_bytes(job), Job).read.get(SOURCE)
+        return load_manifest(manifest, Manifest).source.identity if manifest.exists() else None
+    except (ValueError, OutputError):  # damaged: said by what begins there
+        return None
 
 
 def remove_leftover(output: Path) -> None:

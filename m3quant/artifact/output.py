@@ -84,7 +84,7 @@ def output_plan(output: Checkpoint, manifest: Mapping[str, Any], source: Checkpo
 
     Raises VerifyError if the recipe beside the weights is not the one in the manifest.
     """
-    return plan_in(Path(output.root), output.config, manifest, source)
+    return plan_in(output.files([RECIPE_FILE]), output.config, manifest, source)
 
 
 def plan_in(

@@ -9,7 +9,7 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..checkpoint.bounded import ExpansionError, front_matter, parse_yaml
 from ..checkpoint.copying import Copied
-from ..checkpoint.origin import origin_of
+from ..checkpoint.origin import Origin, origin_of
 from ..checkpoint.reader import open_file
 from ..checkpoint.strict_json import described
 from ..errors import CheckpointError
@@ -26,7 +26,8 @@ class SourceRecord:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         names = [*checkpoint.shards, *checkpoint.other_files, "config.json"]
-        self.origin = origin_of(Path(checkpoint.root), names)
+        hub = checkpoint.hub
+        self.origin = Origin(hub.repo, hub.revision, hub.etags) if hub else origin_of(Path(checkpoint.root), names)
         replaced = [name for name in checkpoint.other_files if name in REPLACED_FILES]
         skipped = {name: why for name, why in checkpoint.skipped_files.items() if name not in DOWNLOADERS_OWN}
         self.left_behind = {
@@ -58,7 +59,7 @@ def check_carried(checkpoint: Checkpoint) -> None:
 
     Called before the first weight is read: what the end of a conversion needs must not fail there.
     """
-    for name in checkpoint.other_files:
+    for name in checkpoint.other_files if checkpoint.local else ():
         with open_file(Path(checkpoint.root) / name):
             pass
     card_facts(checkpoint)

@@ -5,10 +5,11 @@ import json
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ..errors import CheckpointError, DamagedOutput
 from .bounded import CONFIG_BYTES, INDEX_BYTES, TEXT_BYTES, read_bounded
@@ -21,9 +22,14 @@ from .reader import PARALLEL_BYTES, Stamp, bytes_view, read_header, read_ranges,
 from .strict_json import parse_object, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
 
     import torch
+
+    from .hub import HubStore
+
+Range: TypeAlias = tuple[TensorInfo, int, memoryview]
+"""A buffer to be filled with a tensor's bytes, from an offset within it on."""
 
 SAMPLES_AT_ONCE = 8
 DIGEST_THREADS = 4
@@ -64,6 +70,22 @@ class Store(Protocol):
         """How a file is named in messages."""
         ...
 
+    def files(self, names: "Iterable[str]") -> Path:
+        """The folder in which these small files lie."""
+        ...
+
+    def copy_file(self, name: str, target: Path) -> Copied: ...
+
+    def opened(
+        self, shards: "Iterable[str]", action: str
+    ) -> "AbstractContextManager[tuple[Path, Mapping[str, Stamp]]]":
+        """The folder in which these shards lie, whole, and the stamps of their files. action: what they are read for, in a refusal."""
+        ...
+
+    def peek(self, ranges: "Iterable[Range]") -> None:
+        """Fill each buffer from its tensor's bytes, of shards that may lie elsewhere."""
+        ...
+
 
 class LocalStore:
     """A checkpoint in a folder."""
@@ -91,6 +113,20 @@ class LocalStore:
 
     def path(self, name: str) -> str:
         return str(self.root / name)
+
+    def files(self, names: "Iterable[str]") -> Path:
+        return self.root
+
+    def copy_file(self, name: str, target: Path) -> Copied:
+        return copy_file(self.root / name, target)
+
+    def opened(
+        self, shards: "Iterable[str]", action: str
+    ) -> "AbstractContextManager[tuple[Path, Mapping[str, Stamp]]]":
+        return nullcontext((self.root, self.stamps))
+
+    def peek(self, ranges: "Iterable[Range]") -> None:
+        read_ranges(self.root, ranges, self.stamps)
 
 
 class Checkpoint:
@@ -201,8 +237,59 @@ class Checkpoint:
 
     @property
     def local(self) -> bool:
-        """True if tensors can be read."""
+        """True if its files lie in a folder."""
         return isinstance(self._store, LocalStore)
+
+    @property
+    def hub(self) -> "HubStore | None":
+        """The repo on the Hub, where tensors can be read while a cache is attached to it (`shard_cache`); None of a folder."""
+        from .hub import HubStore
+
+        store = getattr(self, "_store", None)  # one of headers alone has none
+        return store if isinstance(store, HubStore) else None
+
+    @property
+    def pinned(self) -> str:
+        """What opens just this again: the folder, or the repo with its commit."""
+        return f"{self.hub.repo}@{self.hub.revision}" if self.hub else self.root
+
+    @property
+    def name(self) -> str:
+        """The folder's name, or the repo's without its organization."""
+        return self.hub.repo.rpartition("/")[2] if self.hub else Path(self.root).resolve().name
+
+    def files(self, names: "Iterable[str] | None" = None) -> Path:
+        """The folder in which config.json and these of other_files lie; of a Hub repo they are downloaded.
+
+        names: small ones (`HubStore.is_small`); None: all of those. Raises CheckpointError.
+        """
+        if names is None:
+            names = [name for name in self.other_files if self.hub is None or self.hub.is_small(name)]
+        return self._store.files({CONFIG_NAME, *names})
+
+    def finish_step(self, key: "Hashable") -> None:
+        """A step of the work (`planning.streaming`) is done: of a Hub repo, shards that nothing reads any more leave the disk."""
+        if self.hub and self.hub.cache:
+            self.hub.cache.finish(key)
+
+    def abandon(self) -> None:
+        """The work ends with an error: nobody waits for shards of a Hub repo any more."""
+        if self.hub and self.hub.cache:
+            self.hub.cache.abandon()
+
+    @contextmanager
+    def abandoned_on_error(self) -> "Iterator[None]":
+        """Around work whose readers run ahead on threads that it waits for: with its error, the room that they wait for never comes."""
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+
+    @property
+    def shard_sizes(self) -> dict[str, int]:
+        """Shard -> bytes of the file."""
+        return {name: shard.size for name, shard in self.shards.items()}
 
     @property
     def nbytes(self) -> int:
@@ -228,34 +315,33 @@ class Checkpoint:
 
     def read_many(self, names: "Iterable[str]") -> dict[str, "torch.Tensor"]:
         """Tensors by name, in the order asked; each shard is read once, in file order. Raises CheckpointError."""
-        store = self._local_store("read")
         infos = [self._info(name) for name in dict.fromkeys(names)]
-        tensors = read_tensors(store.root, infos, store.stamps)
+        with self._store.opened({info.shard for info in infos}, "read") as (root, stamps):
+            tensors = read_tensors(root, infos, stamps)
         if (digests := self.digests) is not None:
             threads = DIGEST_THREADS if sum(info.nbytes for info in infos) >= PARALLEL_BYTES else 1
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(lambda info: digests.add(info, 0, bytes_view(tensors[info.name])), infos))
         return tensors
 
-    def read_ranges(self, ranges: "Iterable[tuple[TensorInfo, int, memoryview]]") -> None:
+    def read_ranges(self, ranges: "Iterable[Range]") -> None:
         """Fill each buffer from its tensor's bytes, beginning at an offset within them. Raises CheckpointError."""
-        store = self._local_store("read")
         wanted = list(ranges)
-        read_ranges(store.root, wanted, store.stamps)
+        with self._store.opened({info.shard for info, _, _ in wanted}, "read") as (root, stamps):
+            read_ranges(root, wanted, stamps)
         if self.digests is not None:
             for info, first, view in wanted:
                 self.digests.add(info, first, view)
 
-    def peek(self, ranges: "Iterable[tuple[TensorInfo, int, memoryview]]") -> None:
+    def peek(self, ranges: "Iterable[Range]") -> None:
         """As `read_ranges`, of what is only looked at: it enters no digest. Raises CheckpointError."""
-        store = self._local_store("read")
-        read_ranges(store.root, ranges, store.stamps)
+        self._store.peek(ranges)
 
     def read_bytes(self, name: str) -> bytes:
         """A tensor's bytes as they lie in the file. Raises CheckpointError."""
-        store = self._local_store("read")
         info = self._info(name)
-        return read_raw(store.root, info, store.stamps[info.shard])
+        with self._store.opened([info.shard], "read") as (root, stamps):
+            return read_raw(root, info, stamps[info.shard])
 
     def record_reads(self) -> ReadDigests:
         """From here on, keep a digest of every tensor that `read_many` and `read_ranges` read."""
@@ -293,7 +379,7 @@ class Checkpoint:
     def copy_file(self, name: str, target: Path) -> Copied:
         """Copy one of other_files to `target` in pieces, whole or not at all. Raises CheckpointError or as ShardWriter."""
         self._check_other(name)
-        return copy_file(self._local_store("copy").root / name, target)
+        return self._store.copy_file(name, target)
 
     def _check_other(self, name: str) -> None:
         if name not in self.other_files:

@@ -5,7 +5,7 @@ torch is imported only when a tensor is read.
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,7 +143,7 @@ def bytes_view(tensor: "torch.Tensor") -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_tensors(root: Path, infos: Iterable[TensorInfo], stamps: dict[str, Stamp]) -> dict[str, "torch.Tensor"]:
+def read_tensors(root: Path, infos: Iterable[TensorInfo], stamps: Mapping[str, Stamp]) -> dict[str, "torch.Tensor"]:
     """The tensors by name, in the order of `infos`, each in memory of its own; read shard by shard in file order.
 
     Raises CheckpointError if a file is not the one that was opened.
@@ -176,7 +176,7 @@ def read_tensors(root: Path, infos: Iterable[TensorInfo], stamps: dict[str, Stam
     return {info.name: raw[info.name].view(torch_dtype(info.dtype)).reshape(info.shape) for info in wanted}
 
 
-def read_ranges(root: Path, ranges: Iterable[tuple[TensorInfo, int, memoryview]], stamps: dict[str, Stamp]) -> None:
+def read_ranges(root: Path, ranges: Iterable[tuple[TensorInfo, int, memoryview]], stamps: Mapping[str, Stamp]) -> None:
     """Fill each buffer with the bytes of its tensor from an offset within it on; neighbours in a file are read together.
 
     Raises CheckpointError if a file is not the one that was opened.

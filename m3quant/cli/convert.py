@@ -15,7 +15,7 @@ from ..api.evaluation import Arithmetic, Question, measure
 from ..api.fitted_conversion import asked_of
 from ..artifact.manifest import MANIFEST
 from ..checkpoint import Checkpoint
-from ..errors import EvaluationError
+from ..errors import EvaluationError, OptionError
 from ..extras import need
 from ..planning.plan import WARNING
 from ..publish.licence_line import licence_line
@@ -26,7 +26,7 @@ from ..running.words import human_bytes
 from .convert_publish import print_published, publish_while_converting, wanted_of
 from .eval import tell
 from .fit_convert import fit_options, predicted_line
-from .options import Length, TokenCount, outdated, recipe_options
+from .options import Length, TokenCount, cache_option, network_option, outdated, recipe_options
 from .progress import BytesProgress, opening
 
 
@@ -90,6 +90,8 @@ from .progress import BytesProgress, opening
 @click.option("--address", metavar="HOST:PORT", default=None, help="Ray cluster to join [one started on this machine].")
 @publish_while_converting
 @click.option("--engine", type=click.Choice(("local", "ray")), default=None, hidden=True)
+@cache_option("If SRC is on the Hub: disk space for its shards, e.g. 60GB [free space minus the output].")
+@network_option
 @click.option("--dry-run", is_flag=True, help="Make every check of the run, print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -119,11 +121,18 @@ def command(
     repo: str | None,
     drop_uploaded: bool,
     tag: str | None,
+    cache_disk: int | None,
+    network: int | None,
     dry_run: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Quantize SRC into the folder DST. Run again after any interruption: it continues."""
+    """Quantize SRC (a folder, or a Hub repo as ORG/NAME or ORG/NAME@REVISION) into the folder DST. Run again after any interruption: it continues.
+
+    The shards of a Hub repo are fetched ahead of the layer that needs them, and removed after their last use.
+    """
+    if network is not None and not dry_run:
+        raise OptionError("--network is for the time estimate of a plan: give --dry-run with it, or leave it out.")
     need("convert", "m3quant convert")
     opening(f"convert {src} to {dst}")
     if engine is not None:
@@ -142,12 +151,12 @@ def command(
     text = TextChoice(corpus, windows, calibration_tokens, window_length, min_expert_tokens, window_lengths)
     if asked is not None and not dry_run:  # measuring is most of the work
         _say_licence(Checkpoint.open(src))
-    how = How(device, strict_coverage, spill, ray, address)
+    how = How(device, strict_coverage, spill, ray, address, cache_disk)
     prepared = prepare(src, dst, choice, text, how, asked, publish=wanted, dry_run=dry_run, progress=BytesProgress)
     if dry_run:
         if wanted:
             click.echo("note: with --dry-run nothing is asked of the Hub, and no gate of --publish is run", err=True)
-        _print_dry(prepared, as_json)
+        _print_dry(prepared, as_json, network)
         return
     for note in prepared.plan.notes:
         if note.startswith(WARNING):
@@ -160,17 +169,23 @@ def command(
     elif question is None:
         click.echo(json.dumps(summary(done), indent=2))
     if question is not None:
-        tell(measure(dst, Path(src), question, Arithmetic(device), BytesProgress), as_json, summary(done))
+        tell(
+            measure(dst, done.plan.checkpoint.pinned, question, Arithmetic(device), BytesProgress),
+            as_json,
+            summary(done),
+        )
 
 
 def _say_licence(source: Checkpoint) -> None:
     click.echo(licence_line(source.root, str(source.config.get("model_type"))).text, err=True)
 
 
-def _print_dry(prepared: Prepared, as_json: bool) -> None:
+def _print_dry(prepared: Prepared, as_json: bool, network: int | None) -> None:
     """The plan with times of the device that would be used, the text, and what is in the output folder."""
-    from .plan import plan_json, print_plan
+    from .plan import check_streaming, plan_json, print_plan
 
+    streaming = prepared.how.cache_disk, network
+    check_streaming(prepared.plan.checkpoint, streaming)
     looked = prepared.look(BytesProgress)
     windows = looked.windows
     if as_json:
@@ -181,9 +196,9 @@ def _print_dry(prepared: Prepared, as_json: bool) -> None:
             "device": looked.device,
             "calibration": calibration,
         }
-        click.echo(json.dumps(plan_json(prepared.plan, looked.rates) | {"dry_run": run}, indent=2))
+        click.echo(json.dumps(plan_json(prepared.plan, looked.rates, streaming) | {"dry_run": run}, indent=2))
         return
-    print_plan(prepared.plan, looked.rates)
+    print_plan(prepared.plan, looked.rates, streaming)
     if windows:
         click.echo(f"calibration text: {windows.source}")
     click.echo(f"output folder {prepared.output}: {looked.found}")
@@ -232,6 +247,6 @@ def print_result(done: Conversion) -> None:
     if done.published:
         print_published(dst, done.published)
     else:
-        click.echo(f"next: {shlex.join(['m3quant', 'verify', str(dst), '--source', done.plan.checkpoint.root])}")
+        click.echo(f"next: {shlex.join(['m3quant', 'verify', str(dst), '--source', done.plan.checkpoint.pinned])}")
     if done.fitted and (line := predicted_line(done.fitted, manifest)):
         click.echo(line)

@@ -15,8 +15,8 @@ from ..errors import EvaluationError
 from ..evaluate.choices import ACTIVATIONS, INDEX_DTYPES, KV_DTYPES
 from ..extras import need
 from ..reports.verdict import Verdict, of_evaluation
-from .options import Length, print_table
-from .progress import BytesProgress, local_folder, opening
+from .options import Length, cache_option, print_table
+from .progress import BytesProgress, opening
 
 if TYPE_CHECKING:
     from ..artifact.eval_record import EvalRecord, Result
@@ -97,6 +97,7 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
     help="Folder for eval.json and the page [an output of m3quant: CKPT/eval.json, page in CKPT/m3quant-report; else ./NAME-eval; of several, their page in ./SOURCE-compared].",
 )
 @click.option("--fail-over", metavar="LIMITS", default=None, help="Exit 1 beyond these, e.g. kld=0.05,ppl=+2%.")
+@cache_option("If CKPT or --source is on the Hub: disk space for shards [free space].")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     ckpts: tuple[str, ...],
@@ -114,13 +115,14 @@ def command(
     index_dtype: str,
     report: Path | None,
     fail_over: str | None,
+    cache_disk: int | None,
     as_json: bool,
 ) -> None:
     """Measure CKPT (a source or an output of m3quant; a folder or a Hub repo), and its distance from --source. Run again after an interruption: it continues.
 
     Of several, a page shows them side by side; with --source all of them pass through in one pass over its weights.
     """
-    how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype)
+    how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype, cache_disk)
     need("eval", "m3quant eval")
     opening(f"eval {' '.join(ckpts)}" + (f" against {source}" if source else "") + f", suite {suite}")
     if endpoint is not None:
@@ -133,7 +135,9 @@ def command(
         if len(ckpts) > 1:
             raise EvaluationError("--endpoint asks a server of one checkpoint: give that one alone.")
         question = Question(suite, data, report, fail_over)
-        found = ask_endpoint(local_folder(ckpts[0]), endpoint, question, model=model, api_key_env=api_key_env)
+        if cache_disk is not None:
+            raise EvaluationError("a server reads the weights: leave --cache-disk out.")
+        found = ask_endpoint(ckpts[0], endpoint, question, model=model, api_key_env=api_key_env)
         tell(found, as_json)
         return
     measured: dict[str, Any] = {"suite": suite, "data": data, "report": report, "limits": fail_over, **asdict(how)}

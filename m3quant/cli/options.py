@@ -14,6 +14,7 @@ from ..families import QUANTIZABLE
 from ..planning.layout import FORMATS
 from ..recipe.choice import RecipeChoice
 from ..recipe.recipe import every_name, fitted_names, recipe_names
+from ..running.words import parse_size
 from ..runtime.draft import MAX_TOKENS
 from ..runtime.hardware import MAX_COUNT
 from ..schemes import SCHEMES
@@ -77,6 +78,51 @@ def primary_name(name: str) -> str:
     ctx = click.get_current_context(silent=True)
     parameters = ctx.command.params if ctx else []
     return next((p.opts[0] for p in parameters if p.name == name and p.opts), f"--{name.replace('_', '-')}")
+
+
+class ByteCount(click.ParamType[int]):
+    """A number of bytes: 8000000, 60GB or 118.4GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
+
+
+class ByteRate(click.ParamType[int]):
+    """Bytes a second: 1GB/s, 200MB/s or 125000000."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            rate = parse_size(str(value).strip().removesuffix("/s"))
+        except ValueError as error:
+            self.fail(f"{error}, followed by /s.", param, ctx)
+        if not rate:
+            self.fail("a network rate must be more than 0.", param, ctx)
+        return rate
+
+
+def cache_option(help: str) -> Callable[[F], F]:
+    return click.option("--cache-disk", type=ByteCount(), metavar="SIZE", default=None, help=help)
+
+
+def network_option(function: F) -> F:
+    return click.option(
+        "--network",
+        type=ByteRate(),
+        metavar="RATE",
+        default=None,
+        help="If SRC is on the Hub: network rate for the time estimate, e.g. 1GB/s.",
+    )(function)
 
 
 def recipe_options(default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

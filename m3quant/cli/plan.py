@@ -10,17 +10,27 @@ import click
 from .. import api
 from ..api.planning import open_source
 from ..artifact.uploads import refuse_dropped
-from ..errors import PlanError
+from ..checkpoint import Checkpoint
+from ..errors import OptionError, PlanError
 from ..planning.calibration_text import calibration_lines, token_choice
 from ..planning.plan import Plan, bits_per_weight, make_plan, passed_through, role_schemes, role_table
 from ..planning.resources import resources
 from ..planning.source_units import source_units
+from ..planning.streaming import conversion_shards, streaming_lines
 from ..planning.timing_model import Rates, estimate, load_rates, rates_option, sentence
 from ..publish.licence_line import licence_line
 from ..recipe.choice import RecipeChoice
 from ..recipe.recipe import recipe_names
 from ..running.words import LONG_SECONDS, duration, human_bytes
-from .options import ASK_OPTIONS, primary_name, print_table, recipe_options, serving_options
+from .options import (
+    ASK_OPTIONS,
+    cache_option,
+    network_option,
+    primary_name,
+    print_table,
+    recipe_options,
+    serving_options,
+)
 
 
 @click.command("plan")
@@ -34,6 +44,8 @@ from .options import ASK_OPTIONS, primary_name, print_table, recipe_options, ser
     default=None,
     help="Rates of a machine, for the time: a file, or cpu for a CPU with as many cores as this one [one H200].",
 )
+@cache_option("If SRC is on the Hub: disk space for its shards while it is converted, e.g. 60GB.")
+@network_option
 @serving_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -41,6 +53,8 @@ def command(
     choice: RecipeChoice,
     revision: str | None,
     rates_file: str | None,
+    cache_disk: int | None,
+    network: int | None,
     as_json: bool,
     **serving: Any,
 ) -> int | None:
@@ -58,6 +72,8 @@ def command(
             f"{primary_name(given[0])} says how to serve: add --on NODE, for example --on 1xH200, or --all."
         )
     checkpoint = open_source(src, revision)
+    streaming = cache_disk, network
+    check_streaming(checkpoint, streaming, bool(choice))
     if choice:
         plan = api.plan(
             checkpoint,
@@ -68,9 +84,9 @@ def command(
             requantize=choice.requantize,
             scheme=choice.scheme,
         )
-        click.echo(json.dumps(plan_json(plan, rates), indent=2) if as_json else "", nl=as_json)
+        click.echo(json.dumps(plan_json(plan, rates, streaming), indent=2) if as_json else "", nl=as_json)
         if not as_json:
-            print_plan(plan, rates)
+            print_plan(plan, rates, streaming)
         return None
     plans, refused, source = [], {}, source_units(checkpoint)
     for name in recipe_names():
@@ -106,9 +122,29 @@ def _serving(src: str, revision: str | None, choice: RecipeChoice, as_json: bool
     return run_fit(src, revision, choice, where, Ask(**wanted), draft, as_json)
 
 
-def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
+Streaming = tuple[int | None, int | None]
+"""--cache-disk and --network."""
+
+
+def check_streaming(checkpoint: Checkpoint, streaming: Streaming, detailed: bool = True) -> None:
+    """Raise OptionError where --cache-disk or --network say nothing. detailed: whether one conversion is planned."""
+    if streaming == (None, None):
+        return
+    if checkpoint.hub is None:
+        raise OptionError(
+            f"--cache-disk and --network are about a source on the Hub, and {checkpoint.root} is here: leave them out."
+        )
+    if not detailed:
+        raise OptionError(
+            "--cache-disk and --network are about one conversion: give --to NAME or --recipe FILE with them."
+        )
+
+
+def plan_json(plan: Plan, rates: Rates | None = None, streaming: Streaming = (None, None)) -> dict[str, Any]:
     """The plan for programs: every number that the table shows, and each tensor's fate."""
     rates = rates or load_rates()
+    budget, network = streaming
+    from_hub = conversion_shards(plan, budget).to_json(network) if plan.checkpoint.hub else None
     time = estimate(plan, rates)
     return {
         "estimate": time.model_dump() if time else None,
@@ -121,6 +157,7 @@ def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
         "bytes_in": sum(u.bytes_in for u in plan.units),
         "output_bytes": plan.output_bytes,
         "bits_per_weight": bits_per_weight(plan) if plan.quantization else None,
+        "from_hub": from_hub,
         "resources": {"cpu": resources(plan, False).to_json(), "gpu": resources(plan, True).to_json()},
         "roles": role_table(plan),
         "passed_through": passed_through(plan),
@@ -179,7 +216,9 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < LONG_SECONDS else duration(seconds)
 
 
-def print_plan(plan: Plan, rates: Rates | None = None) -> None:
+def print_plan(plan: Plan, rates: Rates | None = None, streaming: Streaming = (None, None)) -> None:
+    budget, network = streaming
+    from_hub = streaming_lines(conversion_shards(plan, budget), network) if plan.checkpoint.hub else []
     print_source(plan)
     click.echo(licence_line(plan.checkpoint.root, plan.family.model_type).text)
     click.echo(f"recipe {plan.recipe.name}, format {plan.recipe.format}, rounding {plan.recipe.rounding}")
@@ -207,6 +246,8 @@ def print_plan(plan: Plan, rates: Rates | None = None) -> None:
         click.echo(
             f"on a {name}: peak host memory {human_bytes(need.host)}{device}, free disk {human_bytes(need.disk)}"
         )
+    for line in from_hub:
+        click.echo(line)
     rates = rates or load_rates()
     if time := estimate(plan, rates):
         click.echo(sentence(time))

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -24,8 +23,8 @@ LINE_SECONDS = 10.0  # without a terminal: one progress line in this time
 
 
 @dataclass
-class _Beside:
-    """A stream of bytes that goes on at the same time, with a bar or a part of the line of its own."""
+class Track:
+    """A stream of bytes beside the command's own. task: of its bar, on a terminal."""
 
     label: str
     total: int
@@ -33,18 +32,18 @@ class _Beside:
     done: int = 0
     task: TaskID | None = None
 
-    def rate(self) -> float:
-        elapsed = time.monotonic() - self.started
-        return self.done / elapsed if elapsed > 0 else 0.0
+    def rate(self, now: float) -> float:
+        """Bytes a second so far."""
+        return self.done / (now - self.started) if now > self.started else 0.0
 
-    def seconds_left(self) -> float | None:
-        """None before its rate says something."""
+    def seconds_left(self, now: float) -> float | None:
+        """None while that is not known."""
         if self.done >= self.total:
             return 0.0
-        return (self.total - self.done) / self.rate() if self.done > KNOWN * self.total and self.rate() else None
+        return (self.total - self.done) / self.rate(now) if self.done > KNOWN * self.total else None
 
-    def words(self) -> str:
-        return f"{self.label}: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {self.rate() / 1e6:.0f} MB/s"
+    def words(self, now: float) -> str:
+        return f"{self.label} {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {self.rate(now) / 1e6:.0f} MB/s"
 
 
 class BytesProgress:
@@ -56,12 +55,12 @@ class BytesProgress:
         self._console = Console(stderr=True)
         self._stack = ExitStack()
         self._bar: Progress | None = None
+        self._beside: list[Track] = []
         self._step, self._share = "", 0.0
         self._total = self._done = self._begun_at = 0
         self._started = self._step_began = time.monotonic()
         self._last = self._started - LINE_SECONDS  # the first thing that is told is shown at once
         self._lock = threading.Lock()
-        self._beside: list[_Beside] = []
 
     def __enter__(self) -> BytesProgress:
         self._stack.enter_context(steps.listening(self))
@@ -96,11 +95,14 @@ class BytesProgress:
         self._show()
 
     def beside(self, label: str, total_bytes: int) -> Callable[[int], None]:
-        stream = _Beside(label, total_bytes, time.monotonic())
-        self._beside.append(stream)
+        track = Track(label, total_bytes, time.monotonic())
+        if self._bar:
+            track.task = self._bar.add_task("", total=total_bytes, label=label)
+        self._beside.append(track)
 
         def advance(count: int) -> None:
-            stream.done += count
+            with self._lock:
+                track.done += count
             self._show()
 
         return advance
@@ -133,23 +135,23 @@ class BytesProgress:
         if self._bar:
             # A bar that knows no total moves by itself.
             self._bar.update(self._task, total=self._total or None, completed=self._done, description=self._words())
-            with self._lock:
-                for stream in self._beside:
-                    if stream.task is None:
-                        stream.task = self._bar.add_task("", total=stream.total, label=stream.label)
-                    rate = f"{stream.rate() / 1e6:.0f} MB/s"
-                    self._bar.update(stream.task, total=stream.total, completed=stream.done, description=rate)
+            for track in self._beside:
+                assert track.task is not None
+                rate = f"{track.rate(time.monotonic()) / 1e6:.0f} MB/s"
+                self._bar.update(track.task, completed=track.done, description=rate)
             return
         with self._lock:
             if (now := time.monotonic()) - self._last < LINE_SECONDS:
                 return
             self._last = now
-        told = [f"{self.label}: {self._words()}", *(stream.words() for stream in self._beside)]
-        print("; ".join(told), file=sys.stderr, flush=True)
+        print(f"{self.label}: {self._words()}", file=sys.stderr, flush=True)
 
     def _words(self) -> str:
         shown = [f"{self._step}, {self._share:.0%}" if self._share else self._step] if self._step else []
-        elapsed = time.monotonic() - self._started
+        now = time.monotonic()
+        elapsed = now - self._started
+        if not self._bar:
+            shown += [track.words(now) for track in self._beside]
         if self._total:
             done = self._done - self._begun_at
             rate = done / elapsed if elapsed > 0 else 0.0
@@ -166,12 +168,13 @@ class BytesProgress:
         return "; ".join(shown)
 
     def _eta(self, done: int, elapsed: float) -> str:
-        """From the rate so far, of the slowest stream; before it says something, from what was planned."""
+        """From the rate so far; before it says something, from what was planned."""
         left = self._total - self._done
-        others = [seconds for stream in self._beside if (seconds := stream.seconds_left()) is not None]
+        others = [track.seconds_left(time.monotonic()) for track in self._beside]
+        known = [seconds for seconds in others if seconds is not None]
         # The first bytes of a layer come long before those that take the time.
-        if done > KNOWN * (done + left):
-            return duration(max(left * elapsed / done, *others, 0.0))
+        if done > KNOWN * (done + left) and len(known) == len(others):
+            return duration(max([left * elapsed / done, *known]))  # of the slowest stream
         if self.expected is None:
             return "not known yet"
         return f"about {duration(max(0.0, self.expected * (done + left) / self._total - elapsed))}, as planned"
@@ -181,11 +184,3 @@ def opening(line: str) -> None:
     """The first line of a long command, before anything that takes time is imported or read."""
     if verbosity() != QUIET:
         print(f"m3quant {__version__}: {line}", file=sys.stderr, flush=True)
-
-
-def local_folder(path_or_repo: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint given as a folder or a Hub id; a repo is pulled and verified, with progress. Raises as `pull`."""
-    from ..publish.pull import local_copy
-
-    with BytesProgress("pull") as progress:
-        return local_copy(path_or_repo, progress, revision)

@@ -12,6 +12,7 @@ from ..engines.probing import PROBED
 from ..extras import need
 from ..verify.tensor_error import worst
 from ..verify.verification import Verification, sqnr_by_scheme
+from .options import cache_option
 from .progress import BytesProgress, opening
 
 TITLES = " or ".join(engine.title for engine in PROBED)
@@ -19,7 +20,11 @@ TITLES = " or ".join(engine.title for engine in PROBED)
 
 @click.command("verify")
 @click.argument("dst")
-@click.option("--source", default=None, help="The source it was made from: every tensor is compared with it.")
+@click.option(
+    "--source",
+    default=None,
+    help="The source it was made from, a folder or Hub repo: every tensor is compared with it.",
+)
 @click.option(
     "--engine",
     is_flag=True,
@@ -51,6 +56,7 @@ TITLES = " or ".join(engine.title for engine in PROBED)
     show_default=True,
     help=f"GPUs that {TITLES} loads it on.",
 )
+@cache_option("If --source is on the Hub: disk space for its shards, in DST [free space].")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     dst: str,
@@ -60,6 +66,7 @@ def command(
     engine_python: str | None,
     engine_timeout: float,
     tensor_parallel_size: int,
+    cache_disk: int | None,
     as_json: bool,
 ) -> None:
     """Check the converted folder or Hub repo DST (which is pulled first). Exit code 0 only if every check holds."""
@@ -74,6 +81,7 @@ def command(
         engine_python=engine_python,
         engine_timeout_s=engine_timeout,
         tensor_parallel_size=tensor_parallel_size,
+        cache_disk=cache_disk,
         progress=BytesProgress,
     )
     if as_json:

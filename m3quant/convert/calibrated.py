@@ -26,6 +26,7 @@ from ..planning.calibration_text import run_groups
 from ..planning.layout import scale_dtype
 from ..planning.quantizers import facts_of
 from ..planning.resources import boundary_interval
+from ..planning.streaming import EMBEDDINGS, HEAD, REPLAY
 from ..planning.unit import PlannedTensor, Unit
 from ..quant.formats import TORCH_DTYPES, pack
 from ..reports.conversion import write_report
@@ -64,6 +65,7 @@ def convert_calibrated(run: Run) -> dict[str, Any]:
         layers = stack.enter_context(
             Prefetcher[Unit, dict[str, torch.Tensor]](layerwise.loader(stack), [*replayed, *todo])
         )
+        stack.enter_context(run.plan.checkpoint.abandoned_on_error())
         if ranks.first and first.index not in run.journal.records:
             fmt = run.plan.recipe.format
             record = convert_unit(run.output, first, run.reader, fmt, run.device, run.stop, run.progress.advance)
@@ -74,6 +76,7 @@ def convert_calibrated(run: Run) -> dict[str, Any]:
         for unit in replayed:
             steps.step(layer_words(run.plan, unit, "hidden states are computed again"))
             layerwise.replay(unit, next(layers), streams)
+            run.plan.checkpoint.finish_step((REPLAY, unit.index))
         for unit in todo:
             steps.step(layer_words(run.plan, unit, "reading"))
             layerwise.convert_layer(unit, next(layers), streams)
@@ -81,6 +84,7 @@ def convert_calibrated(run: Run) -> dict[str, Any]:
             return {}
         steps.step("perplexity and KL divergence of the held-out windows")
         head = read_head(run.reader, run.device)
+        run.plan.checkpoint.finish_step(HEAD)
         quality = heldout_quality(
             head, streams, layerwise.tokens, run.plan.recipe.data.windows, rounded_activations(_all_schemes(run))
         )
@@ -142,6 +146,7 @@ class _Layerwise:
         index = self.run.journal.last_boundary()
         if index == 1:
             streams = Streams.embedded(self.reader, self.tokens, self.dtype, self.device, self.spill)
+            self.plan.checkpoint.finish_step(EMBEDDINGS)
         else:
             shape = (self.tokens.shape[0], self.tokens.shape[1], self.plan.family.hidden_size)
             saved = self.run.journal.boundary(index)

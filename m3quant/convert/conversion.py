@@ -23,7 +23,7 @@ from ..artifact.source_record import check_carried
 from ..artifact.uploads import read_uploads
 from ..calibration.experts import ExpertLedger
 from ..checkpoint import ShardRecord, write_json_atomic
-from ..errors import CalibrationError, CheckpointError, OutputError
+from ..errors import CalibrationError, OutputError
 from ..planning.plan import Plan
 from ..planning.resources import check_disk, resources
 from ..planning.unit import Unit
@@ -33,23 +33,26 @@ from ..running.device import device_name, pick_device
 from ..running.progress import Progress
 from ..running.stopping import StopFlag, stop_on_signals
 from .finish import finish, write_rehearsal
+from .from_hub import check_hub, check_local, shards_budget, shards_of_hub
 from .gpu_stage import why_plain
 from .job import Run, Settings, out_of_memory
 from .pipeline import convert_units
-from .recheck import recheck
+from .recheck import recheck, refuse_unknown
 from .shard_sink import feed
 from .units import shard_facts
 
 
 def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
     """`start.convert` in this process: all of it, or the driver of data-free units on a Ray cluster."""
-    check_places(plan, output)
+    check_places(plan, output, settings)
     device = pick_device(settings.device)
     if (done := finished(plan, output, settings, device, progress)) is not None:
         return done
     facts = job_facts(plan, settings, device)
     held = settings.sink.held if settings.sink else None
-    check_disk(plan, output, resources(plan, device.type == "cuda", spill=settings.spill, held=held))
+    need = resources(plan, device.type == "cuda", spill=settings.spill, held=held)
+    check_disk(plan, output, need)
+    budget = shards_budget(plan, output, settings, need)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         cluster = None
@@ -73,6 +76,7 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
         if reader.note:
             progress.say(f"note: {reader.note}")
             plan.notes.append(reader.note)
+        stack.enter_context(shards_of_hub(plan, journal, budget, stop, progress))
         try:
             return _convert(Run(plan, output, reader, settings, device, journal, stop, progress, cluster), facts)
         except torch.OutOfMemoryError as error:
@@ -151,14 +155,13 @@ def _begin_sink(
     return {}
 
 
-def check_places(plan: Plan, output: Path) -> None:
-    """Raise CheckpointError or OutputError where the source cannot be read here or the output folder is not to be used."""
-    if not plan.checkpoint.local:
-        raise CheckpointError(
-            f"{plan.checkpoint.root} is on the Hub: download it first "
-            f"(m3quant pull {plan.checkpoint.root} FOLDER) and convert the folder."
-        )
-    check_apart(Path(plan.checkpoint.root), output)
+def check_places(plan: Plan, output: Path, settings: Settings | None = None) -> None:
+    """Raise CheckpointError, PlanError or OutputError where the source cannot be read here or the output folder is not to be used."""
+    if plan.checkpoint.hub is not None:
+        check_hub(plan, settings or Settings())
+    else:
+        check_local(plan.checkpoint, settings or Settings())
+        check_apart(Path(plan.checkpoint.root), output)
     check_output_folder(output)
     check_carried(plan.checkpoint)
 
@@ -228,6 +231,7 @@ def _other_source(plan: Plan, output: Path, manifest: Manifest, progress: Progre
     found = list(differences(then, now, finished=True))
     if found or plan.checkpoint.fingerprint() != manifest.source.fingerprint or not (moved := touched(then, now)):
         return found
+    refuse_unknown(plan.checkpoint, output, moved)
     read = {unit.index: manifest.source.read.get(unit.shard, {}) for unit in plan.units}
     progress.say(
         f"files of the source were written or moved since: reading {len(moved)} shards to see that they are the same"

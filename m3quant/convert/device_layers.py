@@ -62,6 +62,7 @@ class DeviceLoader:
     def _load(self, spec: LayerSpec) -> LayerTensors:
         prefix = family_of(self.reader.config).layer_prefix(spec.index)
         sources = {n.removeprefix(prefix): s for n, s in self.reader.tensors.items() if n.startswith(prefix)}
+        self.reader.look(sources.values())
         stacks = self._stacks(spec)
         tensors = LayerTensors({}, stacks, spec.moe)
         raw: dict[str, dict[str, Tensor]] = {}

@@ -116,7 +116,9 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:  # or a worker might wait for ever for what is not fetched any more
+            self.reader.checkpoint.abandon()
         self._pool.shutdown(cancel_futures=True)
 
     def filled(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Filled | None]]:
@@ -142,6 +144,7 @@ class Pipeline:
 
     def fill(self, batch: Batch) -> Filled:
         """Read, round and lay out one batch. Raises CheckpointError on NaN/Inf, naming the tensor."""
+        self.reader.look([item.planned.source for item in batch.items])
         base = batch.offset % ALIGNMENT  # so that outputs keep the alignment that they have in the file
         buffer = self.buffers.take(ALIGNMENT + batch.buffered_bytes)
         done = Filled(batch, buffer)

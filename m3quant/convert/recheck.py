@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from ..artifact.identity import SOURCE, SourceIdentity, touched
 from ..artifact.journal import Journal
 from ..artifact.reread import THREADS, check_states, other_shards, stored_infos
-from ..checkpoint import sha256_file
+from ..checkpoint import Checkpoint, sha256_file
 from ..errors import OutputError
 from ..planning.plan import Plan
 from ..running.progress import Progress
@@ -45,6 +45,7 @@ def recheck(
     if last := next((record for record in reversed(records) if record["boundary"]), None):
         check_states(journal.folder, last["boundary"], journal.output)
     if moved := touched(journal.read[SOURCE], now):
+        refuse_unknown(plan.checkpoint, journal.output, moved)
         progress.say(
             f"files of the source were written or moved since: reading what {len(moved)} shards gave to finished ones"
         )
@@ -54,6 +55,15 @@ def recheck(
                 f"{journal.output} was begun with other settings (another source: {', '.join(other)} held other weights when "
                 "finished shards were made of them): put the earlier files back and repeat the command, or choose another folder."
             )
+
+
+def refuse_unknown(checkpoint: Checkpoint, output: Path, moved: Sequence[str]) -> None:
+    """Raise OutputError where only reading all these shards again, from the Hub, could tell whether they are the same."""
+    if checkpoint.hub is not None:
+        raise OutputError(
+            f"{output} was made of a folder, of which nothing says that {moved[0]} is the shard on the Hub: give that folder, or "
+            "choose another one for the output."
+        )
 
 
 def _check_records(plan: Plan, journal: Journal) -> None:

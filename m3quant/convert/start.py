@@ -20,7 +20,7 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
     if settings.engine == "ray" and plan.recipe.calibrated:
         from .ray.calibrated import convert_on_ranks
 
-        conversion.check_places(plan, output)
+        conversion.check_places(plan, output, settings)
         device = pick_device(settings.device)
         if (done := conversion.finished(plan, output, settings, device, progress)) is not None:
             return done

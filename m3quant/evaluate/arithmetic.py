@@ -37,7 +37,7 @@ class Arithmetic:
         index = index_dtype == "fp8"
         if index and not any(spec.sparse for spec in model.family.layers):
             raise EvaluationError(
-                f"{model.folder} has no index keys, which only sparse attention has: leave --index-dtype out."
+                f"{model.where} has no index keys, which only sparse attention has: leave --index-dtype out."
             )
         kv = kv_dtype == "fp8" or (kv_dtype == "auto" and _states_fp8_cache(model))
         return cls(activations, kv, index)
@@ -77,6 +77,6 @@ def _states_fp8_cache(model: Model) -> bool:
     stated = stated_cache(model.config)
     if stated not in (None, "fp8"):
         raise EvaluationError(
-            f"{model.folder}/config.json states a KV cache in {stated[:80]}, which m3quant does not compute: give --kv-dtype bf16 or fp8."
+            f"{model.where}/config.json states a KV cache in {stated[:80]}, which m3quant does not compute: give --kv-dtype bf16 or fp8."
         )
     return stated == "fp8"

@@ -29,6 +29,7 @@ from ..running.stopping import StopFlag, stop_on_signals
 from .arithmetic import Arithmetic
 from .batches import unique
 from .choices import ENGINE
+from .from_hub import check_cache, shards_of_hub
 from .haystack import Reach
 from .models import Model, check_same_model
 from .passes import NOISE, SOURCE, PassSettings, make_streams, predict, run_layers
@@ -53,6 +54,7 @@ class Settings:
     activations: str = ENGINE
     kv_dtype: str = "auto"
     index_dtype: str = "bf16"
+    cache_disk: int | None = None  # bytes that shards from the Hub may take in the folder at a time; None: what is free
 
 
 def evaluate(
@@ -142,6 +144,8 @@ class _Plan:
         self, checkpoints: Sequence[Model], source: Model | None, tasks: Sequence[Task], settings: Settings
     ) -> None:
         self.checkpoints, self.source, self.tasks = checkpoints, source, tasks
+        self.cache_disk = settings.cache_disk
+        check_cache(self.models, settings.cache_disk)
         device = pick_device(settings.device)
         on_gpu = device.type == "cuda"
         self.settings = PassSettings(
@@ -233,9 +237,13 @@ class _Plan:
         try:
             for stream in self.streams:
                 stream.open(self.settings.device, placement.place, journal)
-            layers = run_layers(self.streams, self.settings, journal, stop, progress)
-            with torch.no_grad():
-                return predict(self.streams, self.settings.device), layers
+            saved = 2 * sum(
+                s.nbytes for s in self.streams
+            )  # the states entering the next layer, beside those of this one
+            with shards_of_hub(self.models, journal, self.cache_disk, saved, stop, progress):
+                layers = run_layers(self.streams, self.settings, journal, stop, progress)
+                with torch.no_grad():
+                    return predict(self.streams, self.settings.device), layers
         finally:
             for stream in self.streams:
                 stream.close()
@@ -325,6 +333,6 @@ def _check_sequences(task: str, sequences: Sequence[ScoredSequence], model: Mode
             raise ValueError(f"task {task}: scored positions must ascend within 1..{len(sequence.ids) - 1}")
         if limit is not None and int(scored[-1]) > limit:
             raise EvaluationError(
-                f"task {task} runs {int(scored[-1]):,} tokens, but {model.folder}/config.json says max_position_embeddings "
+                f"task {task} runs {int(scored[-1]):,} tokens, but {model.where}/config.json says max_position_embeddings "
                 f"{limit:,}: set a shorter length."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ _FP8_SOURCES = {FP8_BLOCK: Scheme("fp8", bits=8, block=True), FP8_CHANNEL: Schem
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint opened for measuring. label: "checkpoint" or "source", as reports call it."""
+    """A checkpoint opened for measuring. label: "checkpoint" or "source", as reports call it; folder: of its small files."""
 
     label: str
     folder: Path
@@ -43,6 +44,15 @@ class Model:
     @property
     def config(self) -> dict[str, Any]:
         return self.reader.config
+
+    @property
+    def name(self) -> str:
+        return self.reader.checkpoint.name
+
+    @property
+    def where(self) -> str:
+        """The folder or repo, for messages."""
+        return self.reader.checkpoint.root
 
     def layer_names(self, layer: int) -> list[str]:
         prefix = self.family.layer_prefix(layer)
@@ -63,7 +73,10 @@ class Model:
 
     def stored_infos(self, layer: int) -> list[TensorInfo]:
         """What is read from the disk for one layer; for the first the embeddings too."""
-        names = self.layer_names(layer) + ([self.family.embedding_name] if layer == 0 else [])
+        return self.infos(self.layer_names(layer) + ([self.family.embedding_name] if layer == 0 else []))
+
+    def infos(self, names: Sequence[str]) -> list[TensorInfo]:
+        """What is read from the disk for these tensors."""
         if isinstance(self.reader, SourceReader):
             stored = [part for n in names for part in self.reader.tensors[n].names]
         else:
@@ -90,23 +103,18 @@ class Model:
 
     def measured(self) -> Measured:
         stored = self.manifest["recipe"]["name"] if self.manifest else source_format(self.reader.checkpoint).label
-        name = self.folder.resolve().name
-        return Measured(name=name, fingerprint=self.fingerprint(), stored=stored)
+        return Measured(name=self.name, fingerprint=self.fingerprint(), stored=stored)
 
 
 def open_model(path: str | Path, label: str = "checkpoint") -> Model:
     """A source (in a layout of `planning.source_layouts`) or an output of m3quant. Raises CheckpointError, VerifyError or EvaluationError."""
     refuse_dropped(path)
     checkpoint = Checkpoint.open(path)
-    if not checkpoint.local:
-        raise EvaluationError(
-            f"{checkpoint.root} is on the Hub: download it first (hf download {checkpoint.root} --local-dir FOLDER) and "
-            "evaluate the folder."
-        )
-    folder = Path(checkpoint.root)
+    folder = checkpoint.files()
     family = family_of(checkpoint.config, f"{path}/config.json")
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
+        _check_listed(checkpoint, manifest)
         plan = output_plan(checkpoint, manifest, None)
         converted = ConvertedReader(checkpoint, {t.name: t for t in plan.tensors}, plan.recipe.format)
         return Model(label, folder, converted, family, manifest)
@@ -115,18 +123,25 @@ def open_model(path: str | Path, label: str = "checkpoint") -> Model:
     return Model(label, folder, reader, family, None)
 
 
+def _check_listed(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> None:
+    """Raise EvaluationError where a repo's shards are not those that its manifest lists."""
+    for name, facts in manifest["shards"].items() if checkpoint.hub else ():
+        if checkpoint.hub is not None and checkpoint.hub.etags.get(name) != facts["sha256"]:
+            raise EvaluationError(f"{checkpoint.root}/{name} is not the file that its manifest lists: do not use it.")
+
+
 def check_same_model(checkpoint: Model, source: Model) -> None:
     """Raise EvaluationError unless both are of one architecture, shape and vocabulary, with tokenizers that agree."""
     if checkpoint.family.model_type != source.family.model_type:
         raise EvaluationError(
-            f"{checkpoint.folder} is a {checkpoint.family.model_type}, {source.folder} a {source.family.model_type}: "
+            f"{checkpoint.where} is a {checkpoint.family.model_type}, {source.where} a {source.family.model_type}: "
             "give the source that this checkpoint was made from."
         )
     ours, theirs = _size(checkpoint.family), _size(source.family)
     for key, value in ours.items():
         if theirs[key] != value:
             raise EvaluationError(
-                f"{checkpoint.folder} has {key} {value}, {source.folder} {theirs[key]}: they are not one model; "
+                f"{checkpoint.where} has {key} {value}, {source.where} {theirs[key]}: they are not one model; "
                 "give the source that this checkpoint was made from."
             )
     _check_tokenizers(checkpoint, source)
@@ -150,7 +165,7 @@ def _check_tokenizers(checkpoint: Model, source: Model) -> None:
     cores = [_core(load_tokenizer(model.folder)) for model in (checkpoint, source)]
     if cores[0] != cores[1]:
         raise EvaluationError(
-            f"{differing[0]} of {checkpoint.folder} and of {source.folder} make different tokens, so the two models would "
+            f"{differing[0]} of {checkpoint.where} and of {source.where} make different tokens, so the two models would "
             "not read one text: copy the source's tokenizer files."
         )
 

@@ -8,6 +8,7 @@ the heads are compared on the predicted tokens alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,11 +19,13 @@ from ..calibration.head import CHUNK_TOKENS, Head, score
 from ..calibration.layers import Layer
 from ..calibration.stream import Prefetcher, embed, read_embeddings, read_head, read_layer
 from ..errors import EvaluationError
+from ..planning.streaming import EMBEDDINGS, HEAD
 from ..running import steps
 from ..running.progress import Progress
 from ..running.stopping import StopFlag
 from .arithmetic import Arithmetic
 from .batches import Batch, Layout, lay_out
+from .from_hub import layer_step
 from .models import Model
 from .states import StreamStates
 from .task import Predictions, ScoredSequence
@@ -130,8 +133,13 @@ def run_layers(
             stream.states.restore(done)
         else:
             _embed(stream)
+    if not done:
+        for model in models:
+            model.reader.checkpoint.finish_step(EMBEDDINGS)
     keys = [(layer, model) for layer in range(done, layers) for model in models]
-    with Prefetcher(lambda key: read_layer(key[1].reader, key[0]), keys) as loaded:
+    with Prefetcher(lambda key: read_layer(key[1].reader, key[0]), keys) as loaded, ExitStack() as stack:
+        for model in models:
+            stack.enter_context(model.reader.checkpoint.abandoned_on_error())
         for layer in range(done, layers):
             facts.append(_one_layer(layer, streams, models, loaded, settings, stop, progress))
             if journal is not None:
@@ -139,6 +147,8 @@ def run_layers(
                 journal.finish_unit(layer, {"facts": facts[-1], "states": saved})
                 for stream in streams:
                     stream.states.drop(layer)
+            for model in models:
+                model.reader.checkpoint.finish_step(layer_step(layer))
     return facts
 
 
@@ -192,7 +202,7 @@ def _through(
         out = forward(layer, stream.states.read(batch.tokens, layer.device), batch, settings.batch_tokens)
         if not bool(torch.isfinite(out).all()):
             raise EvaluationError(
-                f"layer {layer.spec.index} of {stream.model.folder} gives NaN or Inf, the layers before it do not: look for "
+                f"layer {layer.spec.index} of {stream.model.where} gives NaN or Inf, the layers before it do not: look for "
                 "non-finite weights in it (m3quant verify), or use a compute dtype of wider range."
             )
         stream.states.write(batch.tokens, out)
@@ -229,7 +239,7 @@ def _embed(stream: Stream) -> None:
         states = embed(ids[tokens], table).to(stream.dtype)
         if not bool(torch.isfinite(states).all()):
             raise EvaluationError(
-                f"embed_tokens of {stream.model.folder} holds NaN or Inf: look at what it was made from (m3quant verify)."
+                f"embed_tokens of {stream.model.where} holds NaN or Inf: look at what it was made from (m3quant verify)."
             )
         stream.states.write(tokens, states)
     stream.states.finish()
@@ -239,6 +249,8 @@ def predict(streams: Sequence[Stream], device: torch.device) -> dict[str, list[P
     """Compare the heads of all streams on the predicted tokens -> stream name -> one `Predictions` per its text."""
     steps.step("logits of the scored tokens")
     heads = {id(s.model): _finite_head(s.model, device) for s in streams}
+    for stream in streams:
+        stream.model.reader.checkpoint.finish_step(HEAD)
     main = [s for s in streams if s.name != NOISE]
     out = _scored(main, [heads[id(s.model)] for s in main], [s.layout for s in main], device)
     for noise in (s for s in streams if s.name == NOISE):
@@ -254,7 +266,7 @@ def _finite_head(model: Model, device: torch.device) -> Head:
     for name, tensor in parts:
         if not all(bool(torch.isfinite(part).all()) for part in torch.split(tensor, _EMBED_TOKENS)):
             raise EvaluationError(
-                f"{name} of {model.folder} holds NaN or Inf, the layers before it are finite: look at what it was made from "
+                f"{name} of {model.where} holds NaN or Inf, the layers before it are finite: look at what it was made from "
                 "(m3quant verify)."
             )
     return head

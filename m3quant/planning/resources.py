@@ -116,6 +116,12 @@ def _written(plan: Plan, held: int | None) -> int:
     return plan.output_bytes - sum(sizes[held + 1 :])
 
 
+def written_bytes(output: Path, besides: Path | None = None) -> int:
+    """Bytes of all files in `output`, those in the folder `besides` left out."""
+    files = (p for p in output.rglob("*") if p.is_file()) if output.exists() else ()
+    return sum(p.stat().st_size for p in files if besides is None or not p.is_relative_to(besides))
+
+
 def _elements(tensor: PlannedTensor) -> int:
     return tensor.source.numel
 
@@ -127,7 +133,7 @@ def check_disk(plan: Plan, output: Path, need: Resources) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     # Whatever an earlier run left is used or overwritten: finished and torn shards, hidden states.
-    present = sum(p.stat().st_size for p in output.rglob("*") if p.is_file()) if output.exists() else 0
+    present = written_bytes(output)
     missing = need.disk - present - free
     if missing > 0:
         raise StoppedError(

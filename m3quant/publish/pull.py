@@ -7,7 +7,6 @@ model, is compared with the Hub's own checksums: that finds a damaged download, 
 
 from __future__ import annotations
 
-import errno
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -164,14 +163,7 @@ class _Pull:
         from huggingface_hub import hf_hub_download
 
         with self.store.errors(name):
-            try:
-                path = hf_hub_download(self.store.repo, name, revision=self.store.revision, local_dir=self.destination)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise StoppedError(
-                        f"{name} of {self.store.where} cannot be written: {error.strerror}. Free space and run the same command again."
-                    ) from None
-                raise
+            path = hf_hub_download(self.store.repo, name, revision=self.store.revision, local_dir=self.destination)
         return Path(path)
 
     def _expected(self, proofs: dict[str, Path]) -> dict[str, str]:

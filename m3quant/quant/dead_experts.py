@@ -28,27 +28,26 @@ def without_dead(bias: Tensor) -> Tensor:
 def check_dead_experts(checkpoint: Checkpoint, family: Family, tensors: Mapping[str, SourceTensor]) -> str:
     """One sentence on the experts that are switched off, '' without any. Raises CheckpointError where fewer than top k are left.
 
-    Reads every routing bias of a local checkpoint.
+    Reads every routing bias, of a checkpoint on the Hub too.
     """
-    if not checkpoint.local:
-        return ""
-    dead: dict[int, int] = {}
+    biases: dict[int, tuple[SourceTensor, Tensor]] = {}
     for spec in family.layers:
         if spec.moe is None or not spec.moe.use_bias:
             continue
-        source = tensors.get(name := f"{family.layer_prefix(spec.index)}{spec.moe.bias_name}")
-        if source is None or source.kind != PLAIN or source.info.dtype not in _FLOATS:
-            continue
-        bias = torch.empty(source.shape, dtype=torch_dtype(source.info.dtype))
-        checkpoint.peek([(source.info, 0, bytes_view(bias))])
-        off = int((bias == -torch.inf).sum())
-        if off and bias.numel() - off < spec.moe.top_k:
+        source = tensors.get(f"{family.layer_prefix(spec.index)}{spec.moe.bias_name}")
+        if source is not None and source.kind == PLAIN and source.info.dtype in _FLOATS:
+            biases[spec.index] = source, torch.empty(source.shape, dtype=torch_dtype(source.info.dtype))
+    checkpoint.peek((source.info, 0, bytes_view(bias)) for source, bias in biases.values())
+    dead: dict[int, int] = {}
+    for layer, (source, bias) in biases.items():
+        off, moe = int((bias == -torch.inf).sum()), family.layer(layer).moe
+        if off and moe is not None and bias.numel() - off < moe.top_k:
             raise CheckpointError(
-                f"{source.info.shard}: '{name}' is -inf for {off} of {bias.numel()} experts, and every token needs {spec.moe.top_k}: restore "
+                f"{source.info.shard}: '{source.name}' is -inf for {off} of {bias.numel()} experts, and every token needs {moe.top_k}: restore "
                 "the bias, or lower num_experts_per_tok as the checkpoint's authors did."
             )
         if off:
-            dead[spec.index] = off
+            dead[layer] = off
     if not dead:
         return ""
     return (

@@ -23,30 +23,38 @@ SAMPLED_ROWS = 64
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
-def check_global_scales(checkpoint: Checkpoint, tensors: Iterable[SourceTensor]) -> None:
-    """Raise CheckpointError, with the tensor and both readings, for a global scale that cannot be the one of its name.
+class GlobalScales:
+    """The check of one checkpoint's global scales. Each is looked at once."""
 
-    Reads every global scale, and a few rows of one expert of each layer and projection.
-    """
-    wanted = [source for source in tensors if source.global_scale is not None]
-    if not wanted or not checkpoint.local:
-        return
-    factors = torch.empty(len(wanted), dtype=torch.float32)
-    checkpoint.peek(
-        (source.global_scale, 0, bytes_view(factors[i : i + 1]))
-        for i, source in enumerate(wanted)
-        if source.global_scale
-    )
-    sampled: dict[str, float] = {}
-    for source, factor in zip(wanted, factors, strict=True):
-        one = torch.ones(())
-        group_scales(
-            one, factor, divides=source.kind == NVFP4_PACKED, name=f"'{source.info.name}' of {source.info.shard}"
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._sampled: dict[str, float] = {}
+        self._seen: set[str] = set()
+
+    def check(self, tensors: Iterable[SourceTensor]) -> None:
+        """Raise CheckpointError, with the tensor and both readings, for a global scale that cannot be the one of its name.
+
+        Reads the global scale of each of `tensors` that has one, and a few rows of one expert of each layer and projection.
+        """
+        wanted = [t for t in tensors if t.global_scale is not None and t.name not in self._seen]
+        if not wanted:
+            return
+        factors = torch.empty(len(wanted), dtype=torch.float32)
+        self.checkpoint.peek(
+            (source.global_scale, 0, bytes_view(factors[i : i + 1]))
+            for i, source in enumerate(wanted)
+            if source.global_scale
         )
-        alike = _EXPERT.sub(".experts.*.", source.name)
-        if alike not in sampled:
-            sampled[alike] = _median(checkpoint, source)
-        _check_direction(source, float(factor), sampled[alike])
+        for source, factor in zip(wanted, factors, strict=True):
+            one = torch.ones(())
+            group_scales(
+                one, factor, divides=source.kind == NVFP4_PACKED, name=f"'{source.info.name}' of {source.info.shard}"
+            )
+            alike = _EXPERT.sub(".experts.*.", source.name)
+            if alike not in self._sampled:
+                self._sampled[alike] = _median(self.checkpoint, source)
+            _check_direction(source, float(factor), self._sampled[alike])
+            self._seen.add(source.name)
 
 
 def _median(checkpoint: Checkpoint, source: SourceTensor) -> float:

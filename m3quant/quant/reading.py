@@ -29,7 +29,7 @@ from .dead_experts import check_dead_experts
 from .dequantize import dequantize_fp8_block, dequantize_fp8_rows, dequantize_mxfp8
 from .formats import decompress
 from .fp4 import dequantize_mxfp4, dequantize_nvfp4
-from .global_scales import check_global_scales
+from .global_scales import GlobalScales
 from .integer_source import dequantize_integers
 
 
@@ -38,13 +38,16 @@ class SourceReader:
 
     `.config` and `.tensors` (model tensor names, scales left out) are what the calibration stream needs.
     note: what values that were looked at say beyond the plan's notes, or ''.
-    Raises CheckpointError for a global scale that cannot be right, and for too few experts, before anything is read.
+    Raises CheckpointError for a global scale that cannot be right, and for too few experts, before anything is read; of a
+    checkpoint on the Hub scales are looked at with the weights that they belong to (`look`).
     """
 
     def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor] | None = None) -> None:
         self.checkpoint = checkpoint
         self.tensors = dict(tensors) if tensors is not None else source_tensors(checkpoint)
-        check_global_scales(checkpoint, self.tensors.values())
+        self._scales = GlobalScales(checkpoint)
+        if checkpoint.local:
+            self._scales.check(self.tensors.values())
         family = family_of(checkpoint.config, f"{checkpoint.root}/{CONFIG_NAME}")
         self.note = check_dead_experts(checkpoint, family, self.tensors)
 
@@ -55,6 +58,7 @@ class SourceReader:
     def read_many(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Dense tensors by name, read shard by shard in file order. Raises CheckpointError on NaN/Inf in a quantized weight."""
         wanted = {name: self.tensors[name] for name in names}
+        self.look(wanted.values())
         raw = self.checkpoint.read_many([n for source in wanted.values() for n in source.names])
         dense = {}
         for name, source in wanted.items():
@@ -65,6 +69,11 @@ class SourceReader:
 
     def read(self, name: str) -> Tensor:
         return self.read_many([name])[name]
+
+    def look(self, tensors: Iterable[SourceTensor]) -> None:
+        """Before these are read. Raises CheckpointError for a global scale that cannot be right."""
+        if self.checkpoint.hub is not None:
+            self._scales.check(tensors)
 
 
 def densify(source: SourceTensor, raw: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:

@@ -34,7 +34,7 @@ def write_report(plan: Plan, output: Path, records: Sequence[dict[str, Any]], fa
     )
     write_json_atomic(folder / "experts.json", {**head, "layers": ledgers})
     report = Report(
-        model=Path(plan.checkpoint.root).resolve().name or plan.family.model_type,
+        model=plan.checkpoint.name or plan.family.model_type,
         recipe=recipe,
         made=_made(plan),
         roles=role_table(plan),

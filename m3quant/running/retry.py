@@ -27,12 +27,14 @@ def again(
     passing: Callable[[Exception], str | None],
     pauses: Sequence[float] = PAUSES_SECONDS,
     say: Callable[[str], None] = on_stderr,
+    sleep: Callable[[float], None] | None = None,
 ) -> T:
     """`request()`, repeated after a pause where its failure may pass.
 
     passing: what happened, in words, for a failure that may pass; None for any other. The pause is what the server asks for,
     else the next of `pauses`, and `say` is given every one before it begins. The failure itself is raised where it does not
-    pass, where no pause is left, and where the server asks for more than LONGEST_PAUSE_SECONDS.
+    pass, where no pause is left, and where the server asks for more than LONGEST_PAUSE_SECONDS. sleep: in place of time.sleep, for
+    who must be able to stop meanwhile.
     """
     for pause in pauses:
         try:
@@ -43,7 +45,7 @@ def again(
                 raise
             wait = pause if asked is None else asked
             say(f"{words}; again in {wait:.0f} s")
-        time.sleep(wait)
+        (sleep or time.sleep)(wait)
     return request()
 
 

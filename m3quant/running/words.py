@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
+from ..errors import OptionError
+
 
 def human_bytes(count: float) -> str:
     """Decimal units, as disks and the Hub count: 1 GB = 10^9 bytes."""
@@ -33,6 +35,14 @@ def duration(seconds: float) -> str:
 
 _SIZE = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)?\s*", re.IGNORECASE)
 _UNITS = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def size_of(given: int | str | None) -> int | None:
+    """Bytes, or a text as of `parse_size`. Raises OptionError."""
+    try:
+        return parse_size(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise OptionError(f"{error}.") from None
 
 
 def parse_size(text: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from ..artifact.manifest import MANIFEST
@@ -31,8 +30,13 @@ def other_source_problems(plan: Plan, manifest: Mapping[str, Any], source: Check
     for name, facts in manifest["source"].get("files", {}).items():
         if name.endswith(".md"):
             continue
-        path = Path(source.root) / name
         if name not in source.other_files:
             yield f"{name} was carried over, but {source.root} has no such file"
-        elif sha256_file(path) != facts["sha256"]:
-            yield f"{path} is not the file that was carried over: it was edited, or belongs to another source"
+        elif _sha256(source, name) != facts["sha256"]:
+            yield f"{source.root}/{name} is not the file that was carried over: it was edited, or belongs to another source"
+
+
+def _sha256(source: Checkpoint, name: str) -> str:
+    if source.hub is not None and not source.hub.is_small(name):
+        return source.hub.sha256(name)
+    return sha256_file(source.files([name]) / name)

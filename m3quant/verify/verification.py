@@ -9,18 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact.output import hash_problems, output_plan, read_manifest
+from ..artifact.reread import recorded_digests, stored_infos
 from ..artifact.uploads import refuse_dropped
 from ..checkpoint import Checkpoint
+from ..checkpoint.streaming import cache_budget, least_budget, no_shards, streamed
+from ..errors import OptionError
 from ..extras import need
 from ..planning.config_models import library_version, model_problems
 from ..planning.plan import Plan
+from ..planning.streaming import UNIT, unit_steps
 from ..running import steps
+from ..running.progress import Progress, Silent
+from ..running.stopping import StopFlag
+from ..running.words import human_bytes
 from .same_source import other_source_problems
 from .stored import unit_stored_problems
 from .structure import check_same_kind, structure_problems
 from .tensor_error import TensorError, worst
 
 Report = Callable[[str], None]
+# In the output, hidden, and gone when verify ends.
+CACHE = ".m3quant-verify"
 
 
 @dataclass
@@ -71,9 +80,13 @@ def sqnr_by_scheme(errors: dict[str, TensorError]) -> dict[str, dict[str, float]
     return out
 
 
-def verify(output: Path, source: str | None, say: Report) -> tuple[Verification, Plan]:
+def verify(
+    output: Path, source: str | None, say: Report, cache_disk: int | None = None, progress: Progress | None = None
+) -> tuple[Verification, Plan]:
     """Check an output without an engine. Raises VerifyError or CheckpointError only if there is nothing to check.
 
+    source: a folder or a Hub id, whose shards are fetched one after the other. cache_disk: bytes that they may take in `output` at a
+    time; progress: told of their bytes.
     Only a comparison with a source needs torch: PackageMissing without it, before anything is read.
     """
     if source is not None:
@@ -84,6 +97,8 @@ def verify(output: Path, source: str | None, say: Report) -> tuple[Verification,
     origin = Checkpoint.open(source) if source else None
     if origin is not None:
         check_same_kind(converted, origin)
+    if cache_disk is not None and (origin is None or origin.hub is None):
+        raise OptionError(no_shards(source or str(output)))
     plan = output_plan(converted, manifest, origin)
     checks: list[Check] = []
     errors: dict[str, TensorError] = {}
@@ -116,11 +131,15 @@ def verify(output: Path, source: str | None, say: Report) -> tuple[Verification,
             f"{tensors} tensors: finite, no zero scale",
             lambda: _each_unit(plan, lambda u: unit_stored_problems(u, converted)),
         )
-    if origin is not None and origin.local and sound:
+    if origin is not None and sound:
         origin.record_reads()
+        if origin.hub is not None:
+            size = human_bytes(sum(unit.bytes_in for unit in plan.units))
+            say(f"{origin.root} is on the Hub: {size} are read shard by shard, none is kept")
 
         def compare() -> list[str]:
-            errors.update(_errors(plan, origin, converted, manifest))
+            place = output / CACHE, cache_disk, progress or Silent()
+            errors.update(_errors(plan, origin, converted, manifest, place))
             return error_problems(plan, errors)
 
         run("against the source", f"every tensor of {origin.root}, folds undone", compare)
@@ -130,15 +149,17 @@ def verify(output: Path, source: str | None, say: Report) -> tuple[Verification,
                 "note: the output was made before m3quant recorded what it read: weights were compared by their values alone"
             )
         run("the same source", read, lambda: other_source_problems(plan, manifest, origin))
-    elif origin is not None and not origin.local:
-        say(f"{origin.root} is on the Hub: only its headers were compared; download it to compare the weights")
     return Verification(str(output), checks, errors), plan
 
 
 def _errors(
-    plan: Plan, origin: Checkpoint, converted: Checkpoint, manifest: Mapping[str, Any]
+    plan: Plan,
+    origin: Checkpoint,
+    converted: Checkpoint,
+    manifest: Mapping[str, Any],
+    place: tuple[Path, int | None, Progress],
 ) -> dict[str, TensorError]:
-    """Tensor -> its error against the source."""
+    """Tensor -> its error against the source. place: of shards from the Hub, bytes that they may take, who is told of them."""
     from ..calibration.rounding_errors import ROUNDING_ERROR
     from ..quant.reading import ConvertedReader, SourceReader
     from .values import unit_errors
@@ -147,9 +168,15 @@ def _errors(
     dense = ConvertedReader(converted, {t.name: t for t in plan.tensors}, plan.recipe.format)
     recorded = manifest.get(ROUNDING_ERROR)
     errors: dict[str, TensorError] = {}
-    for number, unit in enumerate(plan.units, 1):
-        errors |= {e.name: e for e in unit_errors(plan, unit, reader, dense, recorded)}
-        steps.part(number, len(plan.units))
+    folder, cache_disk, progress = place
+    work = unit_steps(plan)
+    budget = cache_budget(cache_disk, folder, 0, least_budget(origin, work)) if origin.hub else 0
+    with streamed(origin, work, folder, budget, StopFlag(), progress, label="fetch"):
+        for number, unit in enumerate(plan.units, 1):
+            errors |= {e.name: e for e in unit_errors(plan, unit, reader, dense, recorded)}
+            recorded_digests(origin, stored_infos(unit))  # what no error needed is read now, while it is here
+            origin.finish_step((UNIT, unit.index))
+            steps.part(number, len(plan.units))
     return errors
 
 

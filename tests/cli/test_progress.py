@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from m3quant.cli import progress as module
 from m3quant.cli.verbosity import NORMAL, QUIET, VERBOSE, set_verbosity
@@ -90,17 +93,48 @@ def test_a_share_of_a_step_is_told_to_who_counts_it() -> None:
     assert heard == [0.5]
 
 
-def test_a_stream_beside_is_told_with_it_and_the_slowest_says_when_it_ends(
+def test_streams_beside_are_told_with_it_and_the_slowest_says_when_it_ends(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with module.BytesProgress("awq") as progress:
         progress.start(10**9, 0)
-        sent = progress.beside("upload", 2 * 10**9)
+        fetched = progress.beside("fetch", 2 * 10**9)
         clock.now = 20.0
-        progress.advance(9 * 10**8)
+        fetched(10**9)
+        clock.now = 30.0
+        fetched(-(10**9))  # what came was not the file
         clock.now = 40.0
-        sent(5 * 10**8)
+        fetched(2 * 10**9)
+        clock.now = 50.0
+        progress.advance(5 * 10**8)
     assert told(capsys)[1:] == [
-        "awq: 0.90 of 1.00 GB, 45 MB/s; ETA 2 s; upload: 0.00 of 2.00 GB, 0 MB/s",
-        "awq: 0.90 of 1.00 GB, 22 MB/s; ETA 2 min; upload: 0.50 of 2.00 GB, 12 MB/s",
+        "awq: fetch 1.00 of 2.00 GB, 50 MB/s; 0.00 of 1.00 GB, 0 MB/s; ETA not known yet",
+        "awq: fetch 0.00 of 2.00 GB, 0 MB/s; 0.00 of 1.00 GB, 0 MB/s; ETA not known yet",
+        "awq: fetch 2.00 of 2.00 GB, 50 MB/s; 0.00 of 1.00 GB, 0 MB/s; ETA not known yet",
+        "awq: fetch 2.00 of 2.00 GB, 40 MB/s; 0.50 of 1.00 GB, 10 MB/s; ETA 50 s",
     ]
+
+
+def test_the_time_left_is_that_of_the_slowest_stream(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with module.BytesProgress("awq") as progress:
+        progress.start(10**9, 0)
+        fetched = progress.beside("fetch", 10**9)
+        clock.now = 5.0
+        progress.advance(9 * 10**8)
+        clock.now = 10.0
+        fetched(10**8)
+    assert told(capsys)[-1] == "awq: fetch 0.10 of 1.00 GB, 10 MB/s; 0.90 of 1.00 GB, 90 MB/s; ETA 90 s".replace(
+        "90 s", "2 min"
+    )
+
+
+def test_a_terminal_has_a_bar_for_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(module, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
+    with module.BytesProgress("awq") as progress:
+        fetched = progress.beside("fetch", 1000)
+        progress.start(1000, 0)
+        fetched(500)
+        progress.advance(500)
+    last = "".join(screen.getvalue().splitlines()[-3:])
+    assert "awq" in last and "fetch" in last and last.count("ETA") == 1

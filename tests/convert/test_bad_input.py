@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from m3quant import cli
-from m3quant.checkpoint import Checkpoint
 from tests.support.convert.common import (
     FEW,
     add_tokenizer,
@@ -234,21 +233,6 @@ def test_run_options_that_are_wrong(
 ) -> None:
     refused(m3quant("convert", made["m2"], tmp_path / "out", *options), *words)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_hub_repo_cannot_be_converted(
-    m3quant: Run, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub = Checkpoint.open(made["m2"])
-    hub.root = "MiniMaxAI/MiniMax-M2.7"
-    monkeypatch.setattr(Checkpoint, "local", property(lambda self: False))
-    monkeypatch.setattr(Checkpoint, "open", classmethod(lambda cls, path, revision=None: hub))
-    for to in ("int4", "awq"):
-        refused(
-            m3quant("convert", hub.root, tmp_path / "out", "--to", to),
-            "on the Hub",
-            "m3quant pull MiniMaxAI/MiniMax-M2.7",
-        )
 
 
 def test_a_source_that_is_not_there(m3quant: Run, tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""Which shards lie on the disk when: bounds held for random work, and the figures of small cases."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from m3quant.checkpoint.shard_plan import ShardPlan, Step, plan_shards
+from m3quant.errors import OptionError
+
+
+def steps(*shards: str) -> list[Step]:
+    return [Step(number, frozenset(names.split())) for number, names in enumerate(shards)]
+
+
+SIZES = {"a": 10, "b": 20, "c": 30, "d": 40}
+
+
+def shown(plan: ShardPlan) -> list[tuple[str, int, int]]:
+    return [(stay.shard, stay.first, stay.last) for stay in plan.stays]
+
+
+def test_a_shard_stays_until_its_last_reader() -> None:
+    plan = plan_shards(steps("a b", "b", "b c", "d"), SIZES, 100)
+    assert shown(plan) == [("a", 0, 0), ("b", 0, 2), ("c", 2, 2), ("d", 3, 3)]
+    assert (plan.fetch_bytes, plan.least, plan.least_once, plan.peak) == (100, 50, 50, 100)
+    assert plan_shards(steps("a b", "b", "b c", "d"), SIZES, 50).peak == 50
+    facts = plan.to_json(50)
+    assert (facts["fetch_seconds"], facts["fetched_twice_bytes"], facts["shards"]) == (2.0, 0, 4)
+
+
+def test_for_want_of_disk_the_shard_that_is_wanted_last_is_fetched_twice() -> None:
+    work = steps("a b", "c", "b", "d", "a")
+    assert plan_shards(work, SIZES, 60).fetch_bytes == 100
+    tight = plan_shards(work, SIZES, 50)
+    assert shown(tight) == [("a", 0, 0), ("b", 0, 2), ("c", 1, 1), ("d", 3, 3), ("a", 4, 4)]
+    assert tight.fetch_bytes == 110 and tight.least == 40 and tight.least_once == 60
+    assert plan_shards(work, SIZES, 40).fetch_bytes == 130
+    with pytest.raises(OptionError, match=r"at least 40 bytes \(40 B\)"):
+        plan_shards(work, SIZES, 39)
+
+
+def test_no_work_takes_nothing() -> None:
+    plan = plan_shards([], SIZES, 0)
+    assert (plan.fetch_bytes, plan.least, plan.peak, plan.stays) == (0, 0, 0, ())
+
+
+def test_random_work_is_within_its_budget_and_fetches_no_more_than_each_step_anew() -> None:
+    chance = random.Random(3)
+    for _ in range(300):
+        sizes = {f"s{i}": chance.randint(1, 50) for i in range(chance.randint(1, 9))}
+        work = [
+            Step(n, frozenset(chance.sample(sorted(sizes), chance.randint(0, min(3, len(sizes))))))
+            for n in range(chance.randint(1, 12))
+        ]
+        free = plan_shards(work, sizes, None)
+        budget = chance.randint(free.least, free.least_once + 40)
+        plan = plan_shards(work, sizes, budget)
+        for number, step in enumerate(work):
+            there = [stay for stay in plan.stays if stay.first <= number <= stay.last]
+            assert len({stay.shard for stay in there}) == len(there)
+            assert step.shards <= {stay.shard for stay in there}
+            assert sum(sizes[stay.shard] for stay in there) <= budget
+        assert all(s.shard in work[s.first].shards and s.shard in work[s.last].shards for s in plan.stays)
+        assert [s.first for s in plan.stays] == sorted(s.first for s in plan.stays)
+        assert free.fetch_bytes <= plan.fetch_bytes <= sum(sizes[s] for step in work for s in step.shards)
+        assert plan.least <= plan.peak <= budget
+        if budget >= free.least_once:
+            assert plan.fetch_bytes == free.fetch_bytes

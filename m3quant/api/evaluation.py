@@ -272,7 +272,7 @@ def ask_endpoint(
 
 
 def default_report(checkpoint: Model) -> tuple[Path, Path]:
-    """Folders of eval.json and of the page: beside the weights for an output of ours; a source is not written into."""
+    """Folders of eval.json and of the page: next to the weights for an output of m3quant; nothing is written into a source."""
     from ..reports.conversion import FOLDER
 
     if checkpoint.manifest is not None and checkpoint.reader.checkpoint.local:

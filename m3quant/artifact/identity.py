@@ -1,4 +1,4 @@
-"""Which checkpoint was read, by content: what is known before a weight is read, and how two checkpoints differ.
+"""The identity of a checkpoint by content: what is known before a weight is read, and how two checkpoints differ.
 
     revision   the Hub commit that huggingface_hub recorded for all files
     files      sha256 of config.json, the index and every carried file
@@ -8,7 +8,7 @@ Of a checkpoint that is read from the Hub the repo, its commit and the Hub's che
 shard's stamp is its checksum, which each file is compared with when it comes.
 
 What cannot be known without reading everything is recorded as it is read, one digest per unit (`Journal.finish_unit`,
-`manifest.source.read`). A stamp that differs says nothing by itself: then the units that were made from that shard are
+`manifest.source.read`). A stamp that differs decides nothing by itself: then the units that were made from that shard are
 read again and their digests compared (`reread.other_shards`).
 """
 
@@ -56,7 +56,7 @@ class SourceIdentity(_Identity):
 def identify(checkpoint: Checkpoint, carried: Iterable[str] = ()) -> SourceIdentity:
     """The identity of a checkpoint: files are hashed, of local shards a few blocks are read. Raises CheckpointError.
 
-    carried: names of the files beside config.json, index and shards that count.
+    carried: names of the files that count, other than config.json, index and shards.
     """
     files = {CONFIG_NAME: sha256(checkpoint.config_text).hexdigest()}
     if checkpoint.index_text is not None:
@@ -102,7 +102,7 @@ def sampled_identity(checkpoint: Checkpoint) -> str:
 
 
 def differences(then: SourceIdentity, now: SourceIdentity, finished: bool = False) -> Iterator[str]:
-    """What tells that two identities are of different sources, by name; stamps alone tell nothing.
+    """The differences that show that two identities are of different sources, by name; stamps alone show nothing.
 
     finished: the output is complete, so that a file that has come since would be missing from it.
     """
@@ -131,7 +131,7 @@ def _differ(one: str | None, other: str | None) -> bool:
 
 
 def touched(then: SourceIdentity, now: SourceIdentity) -> list[str]:
-    """Shards whose file was written, replaced or moved since, so that only reading it tells whether it is the same.
+    """Shards whose file was written, replaced or moved since, so that only reading it shows whether it is the same.
 
     Between a folder and the Hub, those whose checksum the folder does not know.
     """

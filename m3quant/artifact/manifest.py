@@ -1,6 +1,6 @@
 """m3quant.json of a finished output: what it was made from and of, and the sha256 of every file. Torch-free.
 
-Schema 1 recorded neither `source.identity` nor `source.read`; outputs of that time are read all the same.
+Schema 1 recorded neither `source.identity` nor `source.read`; such outputs are read too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ StoredShape = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**48)], ...], Field
 
 
 class _Part(BaseModel):
-    """Unknown keys are passed over: a later minor version may add some."""
+    """Unknown keys are ignored: a later minor version may add some."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
 
@@ -162,14 +162,14 @@ class JobFacts(_Part):
 
 
 class Sums(_Part):
-    """What states the bytes of an output: of every shard size and sha256, of other files the sha256."""
+    """The recorded bytes of an output: size and sha256 of every shard, sha256 of other files."""
 
     shards: dict[str, Shard]
     files: dict[str, Sha256]
 
 
 class Manifest(Sums):
-    """The whole of m3quant.json. shard_checks: what each shard passed before it was uploaded, where that was done while others were made."""
+    """The content of m3quant.json. shard_checks: what each shard passed before it was uploaded, where that was done while others were made."""
 
     schema_version: int = Field(alias="schema")
     m3quant: str
@@ -193,7 +193,7 @@ class Manifest(Sums):
     shard_checks: list[str] = Field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written: keys that nobody set are left out."""
+        """As it is written: keys that were not set are left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 

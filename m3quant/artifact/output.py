@@ -64,7 +64,7 @@ def recorded_source(folder: Path, config: Mapping[str, Any], manifest: Mapping[s
 
 
 def _source_config(config: Mapping[str, Any], kinds: set[str], section: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The source's config.json: the output's, with the source's own quantization in place of ours. section: as recorded; older outputs
+    """The source's config.json: the output's, with the source's own quantization in place of the output's. section: as recorded; older outputs
     have none, and were made of FP8 in blocks or MXFP8."""
     source = unquantized(config)
     quantized = kinds - {PLAIN}
@@ -82,7 +82,7 @@ def _source_config(config: Mapping[str, Any], kinds: set[str], section: Mapping[
 def output_plan(output: Checkpoint, manifest: Mapping[str, Any], source: Checkpoint | None) -> Plan:
     """What the output should hold. With a source, planned from it; else from the manifest's record of it.
 
-    Raises VerifyError if the recipe beside the weights is not the one in the manifest.
+    Raises VerifyError if the recipe next to the weights is not the one in the manifest.
     """
     return plan_in(output.files([RECIPE_FILE]), output.config, manifest, source)
 

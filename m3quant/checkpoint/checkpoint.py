@@ -50,14 +50,14 @@ class Shard:
 
 
 class Store(Protocol):
-    """Where a checkpoint's files are: a local folder or a repo on the Hub."""
+    """The place of a checkpoint's files: a local folder or a repo on the Hub."""
 
     where: str
 
     def listing(self) -> Listing: ...
 
     def file(self, name: str, limit: int) -> bytes:
-        """All of a file of at most `limit` bytes; a larger one is refused before it is read."""
+        """The content of a file of at most `limit` bytes; a larger one is refused before it is read."""
         ...
 
     def file_size(self, name: str) -> int: ...
@@ -143,7 +143,7 @@ class Checkpoint:
     renamed: str = ""  # what `rename` did, as a note
 
     def __init__(self, store: Store, revision: str | None = None) -> None:
-        """Read and check everything but the weights. Raises CheckpointError."""
+        """Read and check everything except the weights. Raises CheckpointError."""
         self._store = store
         self.root = store.where
         self.revision = revision
@@ -198,7 +198,7 @@ class Checkpoint:
     def open(cls, path_or_repo: str | Path, revision: str | None = None) -> "Checkpoint":
         """Open a local folder, or a Hub repo "org/name" or "org/name@revision" header-only.
 
-        A folder of that name goes before a repo. Raises CheckpointError; DamagedOutput for a finished output of m3quant.
+        A folder of that name takes precedence over a repo. Raises CheckpointError; DamagedOutput for a finished output of m3quant.
         """
         text = str(path_or_repo)
         path = Path(path_or_repo).expanduser()
@@ -334,11 +334,11 @@ class Checkpoint:
                 self.digests.add(info, first, view)
 
     def peek(self, ranges: "Iterable[Range]") -> None:
-        """As `read_ranges`, of what is only looked at: it enters no digest. Raises CheckpointError."""
+        """As `read_ranges`, for inspection only: it enters no digest. Raises CheckpointError."""
         self._store.peek(ranges)
 
     def read_bytes(self, name: str) -> bytes:
-        """A tensor's bytes as they lie in the file. Raises CheckpointError."""
+        """A tensor's bytes as they are in the file. Raises CheckpointError."""
         info = self._info(name)
         with self._store.opened([info.shard], "read") as (root, stamps):
             return read_raw(root, info, stamps[info.shard])

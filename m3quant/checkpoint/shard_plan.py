@@ -77,7 +77,7 @@ class ShardPlan:
         return not again and (self.budget is None or on_disk + self.sizes[stay.shard] <= self.budget)
 
     def to_json(self, network: float | None = None) -> dict[str, Any]:
-        """network: bytes a second, None if not said."""
+        """network: bytes per second, None if not said."""
         return {
             "shards": len({stay.shard for stay in self.stays}),
             "fetch_bytes": self.fetch_bytes,

@@ -65,7 +65,7 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--data",
     metavar="SOURCE",
     default=None,
-    help="Text in place of the suite's: a file (JSON lines, JSON, CSV, Parquet, text), a folder, a Hub dataset (ORG/NAME[:CONFIG][:SPLIT]), "
+    help="Text instead of the suite's: a file (JSON lines, JSON, CSV, Parquet, text), a folder, a Hub dataset (ORG/NAME[:CONFIG][:SPLIT]), "
     "wikitext-2, pg19 or bundled.",
 )
 @running_options
@@ -211,7 +211,7 @@ def print_verdict(verdict: Verdict) -> None:
 
 
 def print_record(record: EvalRecord) -> None:
-    """Every result under its convention; a noise floor beside what it is the floor of."""
+    """Every result under its convention; a noise floor with the figure that it belongs to."""
     against = f", against {record.source.name} ({record.source.stored})" if record.source else ""
     click.echo(
         f"{record.checkpoint.name} ({record.checkpoint.stored}){against}: suite {record.suite}, {record.device}, {record.seconds:.1f} s"

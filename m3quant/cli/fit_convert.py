@@ -21,8 +21,8 @@ def fit_options(function: F) -> F:
     """--budget, --fit and what belongs to them."""
     tokens, length = click.IntRange(1, MAX_COUNT), Length()
     for option in reversed((
-        click.option("--budget", metavar="SIZE", default=None, help="Bytes of the output: the best bits for every layer within them."),
-        click.option("--fit", "node", metavar="NODE", default=None, help="The same for a node: what it holds beside --context."),
+        click.option("--budget", metavar="SIZE", default=None, help="Size of the output: choose the best bits for every layer within it."),
+        click.option("--fit", "node", metavar="NODE", default=None, help="Node for the output: choose the best bits that leave room for --context."),
         click.option("--context", "--max-model-len", "context", type=length, default=None, help="With --fit: tokens of one request. [32768]"),
         click.option("--concurrency", type=tokens, default=None, help="With --fit: requests of that length at once. [1]"),
         click.option("--kv-dtype", "--kv-cache-dtype", "kv_dtype", default=None, help="With --fit: auto, bfloat16, fp8, fp8_e4m3 or fp8_e5m2. [auto]"),
@@ -36,7 +36,7 @@ def fit_options(function: F) -> F:
 
 
 def predicted_line(found: Answer, manifest: Mapping[str, Any]) -> str:
-    """Predicted beside measured KL divergence, for a person."""
+    """Predicted and measured KL divergence, for a person."""
     kl = found.chosen.kl if found.chosen else None
     quality = manifest.get("heldout")
     if kl is None or not quality:

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how a recipe comes out of them."""
+"""Options that several commands share, and the recipe that they make."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def recipe_options(default: str | None) -> Callable[[Callable[..., Any]], Callab
                 click.option(
                     "--requantize",
                     is_flag=True,
-                    help="Take a source whose weights are integers already (compressed-tensors, AutoAWQ): rounding errors stack.",
+                    help="Accept a source whose weights are already integers (compressed-tensors, AutoAWQ): its rounding errors add to the new ones.",
                 ),
                 click.option(
                     "--list",
@@ -248,14 +248,14 @@ def serving_options(function: F) -> F:
         click.option("--on", default=None, metavar="NODE", help="A node: 1xH200, 2xH100, ..., or 2x95.5GiB for another card."),
         click.option("--all", "everything", is_flag=True, default=None, help="Every precision on every standard node, with prices."),
         click.option("--check-log", type=click.Path(path_type=Path), default=None, help="Compare the prediction with a vLLM start-up log."),
-        click.option("--prices", type=click.Path(path_type=Path), default=None, help="Price file (YAML) in place of the one that ships."),
+        click.option("--prices", type=click.Path(path_type=Path), default=None, help="Price file (YAML) instead of the one in the package."),
     )):  # fmt: skip
         function = option(function)
     return ask_options(draft_options(function))
 
 
 def publish_options(function: F) -> F:
-    """What `card` and `publish` must be told of the base where its download did not record it."""
+    """What the user must tell `card` and `publish` about the base if its download did not record it."""
     source = click.option(
         "--source", default=None, help="Folder or Hub id of the base: files and tensors are compared with it."
     )

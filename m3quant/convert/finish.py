@@ -20,7 +20,7 @@ from ..planning.source_format import source_format
 
 
 def finish(plan: Plan, output: Path, journal: Journal, extra: dict[str, Any]) -> dict[str, Any]:
-    """Write everything beside the shards and return the manifest. config.json comes last: a folder that has one is complete."""
+    """Write everything except the shards and return the manifest. config.json comes last: a folder that has one is complete."""
     digests, source = _write_beside(
         plan, output, plan.copied_files, lambda name, digest: _check_unchanged(output, name, digest, journal)
     )
@@ -57,7 +57,7 @@ def _write_beside(
         make_folder(target.parent)
         digest = source.add(name, plan.checkpoint.copy_file(name, target))
         check(name, digest)
-        if target.suffix != ".md":  # cards are for people, and are rewritten when an output is published
+        if target.suffix != ".md":  # cards are texts, and are rewritten when an output is published
             digests[name] = digest
     return digests, source
 

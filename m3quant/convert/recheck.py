@@ -1,4 +1,4 @@
-"""What is read again before a conversion goes on: finished shards, saved hidden states, source shards whose files changed."""
+"""What is read again before a conversion continues: finished shards, saved hidden states, source shards whose files changed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def recheck(
     progress: Progress,
     elsewhere: Mapping[str, str] | None = None,
 ) -> None:
-    """Before a conversion goes on: its records, shards and hidden states are those that were written, and its source the same.
+    """Before a conversion continues: its records, shards and hidden states are those that were written, and its source the same.
 
     now: the source's identity, which differs from the journal's by stamps at most. elsewhere: as `ShardSink.begin` gives it.
     Forgets the records of data-free shards that are lost or damaged, so that they are made again. Raises OutputError for

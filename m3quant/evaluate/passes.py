@@ -1,6 +1,6 @@
 """One pass over the weights for everything that is to be measured.
 
-Layer by layer, with the next one read meanwhile: the source's layer takes the source's hidden states, then those of the
+Layer by layer, while the next one is read: the source's layer takes the source's hidden states, then those of the
 noise floor (the source again, in another dtype and other batches), then each checkpoint's layer takes its own. At the end
 the heads are compared on the predicted tokens alone.
 """
@@ -32,7 +32,7 @@ from .task import Predictions, ScoredSequence
 
 SOURCE, NOISE = "source", "noise"  # names of streams; a checkpoint's is its label
 _EMBED_TOKENS = 1 << 14
-# States of a run of predicted tokens are read together where no more than this many others lie between two of them.
+# States of a run of predicted tokens are read together where at most this many others are between two of them.
 _GAP = 64
 
 
@@ -289,7 +289,7 @@ def _scored(
     nll = np.empty((len(streams), total), dtype=np.float32)
     best = np.empty((len(streams), total), dtype=np.int64)
     kl = np.empty((len(streams), total), dtype=np.float32)
-    # In the order in which states lie, so that each is read once.
+    # In the order of the states in the file, so that each is read once.
     order = np.argsort(layouts[0].rows, kind="stable")
     for start in range(0, total, CHUNK_TOKENS):
         chosen = order[start : start + CHUNK_TOKENS]

@@ -34,7 +34,7 @@ from .source_layouts import FP8_BLOCK as FP8_BLOCK_SOURCE
 from .source_units import Deferred, SourceUnit, SourceUnits, source_units
 from .unit import OutputTensor, PlannedTensor, Unit, nbytes
 
-WARNING = "WARNING: "  # what a note begins with that nobody may overlook
+WARNING = "WARNING: "  # the beginning of a note that must not be overlooked
 RECIPE_FILE = "recipe.yaml"
 INDEX_FILE = "model.safetensors.index.json"
 # Files that describe the source and would be wrong of the output, which has or gets its own.
@@ -112,7 +112,7 @@ class Plan:
 
     @cached_property
     def copied_files(self) -> list[str]:
-        """Files beside the weights that are carried over byte for byte."""
+        """Files next to the weights that are carried over byte for byte."""
         return [f for f in self.checkpoint.other_files if f not in REPLACED_FILES]
 
     @cached_property
@@ -240,7 +240,7 @@ def _unquantized_outputs(plan: Plan) -> Iterator[TensorInfo]:
 
 
 def _scaled_extras_notes(plan: Plan) -> list[str]:
-    """Passed-through FP8 weights lie in the output with scales that its quantization_config has no word for."""
+    """Passed-through FP8 weights are in the output with scales that its quantization_config cannot express."""
     having = [unit for unit in plan.units if _has_scaled_extras(unit.like or unit)]
     scaled = [t.name for unit in having for t in unit.tensors if _is_scaled_extra(t)]
     if not scaled or plan.recipe.format == "fp8":
@@ -270,12 +270,12 @@ def _calibration_notes(family: Family, recipe: Recipe) -> list[str]:
 
 
 def _source_notes(checkpoint: Checkpoint, source: SourceUnits | None) -> list[str]:
-    """What a source's own precision, its scales of activations and a draft beside it mean for the output. source: None where all of it stays."""
+    """What a source's own precision, its scales of activations and a draft model next to it mean for the output. source: None where all of it stays."""
     tensors = [(t, count) for unit, count in source.kinds for t, _ in unit.tensors] if source else []
     notes, kinds = [], sorted({t.kind for t, _ in tensors} & set(FOUR_BIT))
     if kinds:
         notes.append(
-            f"the source holds {' and '.join(WORDS[kind] for kind in kinds)}: its rounding is in every output beside the output's own, and "
+            f"the source holds {' and '.join(WORDS[kind] for kind in kinds)}: its rounding is in every output in addition to the output's own, and "
             "figures against the source do not show it; where there is a BF16 release, start from that"
         )
     if integers := integers_among(t.kind for t, _ in tensors):
@@ -400,7 +400,7 @@ def _check_engine_rules(plan: Plan) -> None:
 
 
 def role_table(plan: Plan) -> list[dict[str, Any]]:
-    """Per role and scheme: tensors and bytes in and out, and why; and which layers, where the recipe tells layers apart.
+    """Per role and scheme: tensors and bytes in and out, and why; and which layers, if the recipe distinguishes layers.
 
     Rows in a fixed order for tables and --json.
     """

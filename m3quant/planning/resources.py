@@ -1,4 +1,4 @@
-"""What a conversion needs: host memory, device memory, disk. Predicted from the plan before anything is read.
+"""What a conversion needs in host memory, device memory and disk space. Predicted from the plan before anything is read.
 
 Host memory is the peak of the whole process: what m3quant holds, and what the interpreter with its libraries takes.
 """
@@ -69,7 +69,7 @@ def resources(
 ) -> Resources:
     """Peak memory and disk of converting `plan` on a GPU (bfloat16 streams) or on the CPU (float32 streams).
 
-    spill: both streams lie on the disk too, beside the boundaries. held: finished shards that are on the disk at most, because they leave it
+    spill: both streams are on the disk too, in addition to the boundaries. held: finished shards that are on the disk at most, because they leave it
     after their upload; None: they stay.
     """
     workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
@@ -104,7 +104,7 @@ def resources(
         codes = layer // 2  # a byte for each weight
         return Resources(host, 2 * layer + codes + streams + scratch + largest, disk, boundary)
     # Measured: about three layers (tests/convert/test_memory.py), of which one is read ahead; a fourth is margin.
-    streams = 4 * stream  # two streams, each with the layer's output beside its input
+    streams = 4 * stream  # two streams, each with the layer's input and output
     return Resources(process + 4 * layer + streams + largest, 0, disk, boundary)
 
 

@@ -65,7 +65,7 @@ def conversion_shards(plan: Plan, budget: int | None, so_far: Progressed | None 
 
 
 def streaming_lines(shards: ShardPlan, network: float | None) -> list[str]:
-    """The same for a person. network: bytes a second, None if not said."""
+    """The same for a person. network: bytes per second, None if not said."""
     count = len({stay.shard for stay in shards.stays})
     twice = shards.fetch_bytes - sum(shards.sizes[s] for s in {stay.shard for stay in shards.stays})
     again = f", {human_bytes(twice)} of them a second time because of the disk limit" if twice else ""

@@ -1,4 +1,4 @@
-"""Is an output whole: verified, with every file of its source carried or its absence explained, and nothing in it that must stay here."""
+"""Is an output whole: verified, with every file of its source carried or its absence explained, and nothing in it that must not be published."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_complete_for_publish(
 ) -> Findings:
     """Run every check on a converted folder. source: a folder or Hub id, compared file by file and tensor by tensor.
 
-    allowed: what the scan finds and a person knows to be harmless. shards: where they are, and so what is left to look at.
+    allowed: what the scan finds and the user knows to be harmless. shards: where they are, and so what is left to look at.
     """
     findings = Findings(problems=_verify(out, source, say, shards))
     findings.problems += leftovers(out)
@@ -102,7 +102,7 @@ def left_out_explained(out: Path, manifest: Mapping[str, Any]) -> dict[str, str]
 
 
 def check_carried(out: Path, manifest: Mapping[str, Any], findings: Findings) -> None:
-    """Every file beside the source's weights is in the output with the same bytes, or its absence is explained."""
+    """Every file next to the source's weights is in the output with the same bytes, or its absence is explained."""
     record = manifest["source"].get("files")
     if record is None:
         findings.problems.append(
@@ -139,7 +139,7 @@ def check_needed(out: Path, manifest: Mapping[str, Any], findings: Findings) -> 
     tokenizer = [name for name in TOKENIZERS if (out / name).is_file()]
     if not tokenizer:
         findings.problems.append(
-            f"{out} has no tokenizer ({', '.join(TOKENIZERS)}): nobody can serve it; copy the base's."
+            f"{out} has no tokenizer ({', '.join(TOKENIZERS)}): it cannot be served; copy the base's."
         )
     settings = out / "tokenizer_config.json"
     embedded = settings.is_file() and b'"chat_template"' in read_bounded(settings, CONFIG_BYTES, error=PublishError)

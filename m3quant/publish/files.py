@@ -24,7 +24,7 @@ REPORT_FOLDER = "m3quant-report"
 EVAL_RESULTS_FOLDER = ".eval_results"
 # What convert makes itself: never the bytes of a file of the base.
 OWN = frozenset({CONFIG_NAME, INDEX_NAME, RECIPE_FILE})
-# What convert, eval and card write after or beside the files that the manifest lists.
+# What convert, eval and card write in addition to the files that the manifest lists.
 BESIDE = (MANIFEST, CARD, CHECKSUMS, EVAL_FILE)
 # A licence text at the top: carried from the base, or supplied by the user where the base had none.
 LICENCE_FILE = re.compile(r"(LICEN[SC]E|COPYING)([-_.].*)?", re.IGNORECASE)
@@ -34,7 +34,7 @@ LICENCE_FILE = re.compile(r"(LICEN[SC]E|COPYING)([-_.].*)?", re.IGNORECASE)
 class PublishFile:
     """One file to send. path_in_repo: relative, with '/'; sha256: hex, of the whole file.
 
-    base_copy: the bytes of the base's file of the same name, so that a server-side copy may stand in for an upload.
+    base_copy: the bytes of the base's file of the same name, so that a server-side copy may replace an upload.
     hashed: sha256 was taken of these bytes by this run, so that the client need not read them twice. dropped: the file is on the
     Hub and no longer here.
     """

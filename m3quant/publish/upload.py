@@ -3,10 +3,10 @@
     create (private) -> branch -> commits on the branch -> compare checksums -> one commit on main -> tag -> branch away -> public
 
 The Hub has no server-side merge of branches. A pull request has, but it merges into whatever main is by then. A commit that
-names its parent does not: it is made on exactly the state that was looked at, or refused (412). That last commit only refers
+names its parent does not: it is made on exactly the state that was read, or refused (412). That last commit only refers
 to content which the branch holds already (CommitOperationCopy), so it takes one request, and main is either what it was or whole.
 
-No state is kept on this side. Killed at any point, the same command asks the Hub what is there and does the rest.
+No state is kept locally. Killed at any point, the same command reads the state of the Hub and does the rest.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Target:
-    """What a run wants: the files, the tag, who may see it, whether other files on main may go, and where base files lie."""
+    """What a run wants: the files, the tag, who may see it, whether other files on main may go, and where the base's files are."""
 
     files: Sequence[PublishFile]
     tag: str = DEFAULT_TAG

@@ -1,7 +1,7 @@
 """Schemes as llm-compressor and compressed-tensors write them: preset names and `weights` / `input_activations` groups.
 
 What they mean is compressed-tensors' `quant_scheme.PRESET_SCHEMES` and `quant_args.QuantizationArgs` (0.20). A form
-that m3quant cannot write is refused with the reason; nothing is passed over.
+that m3quant cannot write is refused with the reason; nothing is ignored.
 
 The table is here and not only in the library because planning works without torch, which compressed-tensors imports;
 tests/recipe holds it to the library's. A name that it lacks (a newer release's) is looked up in the installed library.
@@ -45,7 +45,7 @@ _REFUSED = (
     (r"MXFP4.*", _FP4),
     (r"MX.*", _MX),
     (r"W8A8|INT8|W\dA4|W\dA8", _INT_ACTIVATIONS),
-    (r"W4AFP8", f"rounds activations to FP8 beside INT4 weights, which m3quant does not write: {_HAVE}; use W4A16"),
+    (r"W4AFP8", f"rounds activations to FP8 with INT4 weights, which m3quant does not write: {_HAVE}; use W4A16"),
     (r"FP8", _STATIC),
 )
 
@@ -94,7 +94,7 @@ def preset_scheme(name: object, where: str) -> Scheme:
 
 
 def group_scheme(group: Mapping[str, Any], where: str) -> Scheme:
-    """The scheme of a config group. Raises RecipeError for whatever in it m3quant does not write."""
+    """The scheme of a config group. Raises RecipeError for anything in it that m3quant does not write."""
     _known(group, _GROUP_KEYS, where)
     if group.get("output_activations"):
         raise RecipeError(f"{where}: output_activations are not quantized by m3quant; remove them.")
@@ -199,7 +199,7 @@ def _integer(arguments: Mapping[str, Any], where: str) -> Scheme:
 
 
 def _check_inputs(scheme: Scheme, inputs: object, where: str) -> None:
-    """Integers leave activations alone; FP8 rounds them at run time, per token or per 128 columns of a token."""
+    """Integers do not change activations; FP8 rounds them at run time, per token or per 128 columns of a token."""
     if inputs is None:
         if scheme.kind == "fp8":
             name = "FP8_BLOCK" if scheme.block else "FP8_DYNAMIC"

@@ -1,7 +1,7 @@
 """The pictures of every page as inline SVG: curves over layers, positions and bytes, and heatmaps of layers x experts.
 
-Pure functions from numbers to markup. Colours are CSS classes (templates/style.css), so that the same picture is right on a light
-screen, a dark one and paper. No xmlns: the markup stands inside HTML.
+Pure functions from numbers to markup. Colours are CSS classes (templates/style.css), so that the same picture works on a light
+screen, a dark one and paper. No xmlns: the markup is inside HTML.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SHADES = ("h0", "h1", "h2", "h5", "h6", "h7")
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """`digits` significant digits for a person; a dash for what was not measured."""
+    """`digits` significant digits for display; a dash for what was not measured."""
     if value is None:
         return "-"
     if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):

@@ -75,7 +75,7 @@ def _made(record: EvalRecord) -> list[str]:
 
 
 def _perplexity(run: Sequence[Result]) -> list[Part]:
-    """One table per convention, so that figures that cannot be compared never stand in one."""
+    """One table per convention, so that figures that cannot be compared are never in one table."""
     shown = list(filter(is_perplexity, run))
     lead = Text(["Each table is a convention of its own: its figures compare with no other table's."])
     return [lead, *(part for result in shown for part in _figures(result))] if shown else []
@@ -117,7 +117,7 @@ def _divergence(run: Sequence[Result]) -> list[Part]:
         head = ["per predicted token", "checkpoint", *(["noise floor"] if floor else [])]
         rows = []
         for name, value in result.metrics.items():
-            if of_perplexity(name):  # stands in the section above, beside the source's
+            if of_perplexity(name):  # is in the section above, with the source's
                 continue
             noise = [number(floor.metrics.get(name), 4)] if floor else []
             rows.append([name.replace("_", " "), number(value, 4), *noise])

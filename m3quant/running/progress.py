@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives the state of a long command: bytes to do, bytes done, and lines for a person. Any thread may tell."""
+    """Receives the state of a long command: bytes to do, bytes done, and lines for the user. Any thread may tell."""
 
     def start(self, total_bytes: int, done_bytes: int) -> None: ...
 

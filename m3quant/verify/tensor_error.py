@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 # Signal-to-quantization-noise ratio below which a tensor is wrong rather than coarse, in dB: what has nothing to do with
 # its source has 0 or less. Honest rounding of groups gives 4-6 for 2 bits and about 6.5 more for each further one (Gaussian
-# and Student-t weights; one scale a row down to 2), 31 for FP8 E4M3, 50 for BF16 after a fold, 140 for float32.
+# and Student-t weights; one scale per row down to 2), 31 for FP8 E4M3, 50 for BF16 after a fold, 140 for float32.
 _FLOOR_DB = {
     "int2": 0.5, "int3": 3.0, "int4": 6.0, "int5": 11.0, "int6": 16.0, "int7": 21.0, "int8": 25.0, "fp8": 20.0, "keep": 40.0,
 }  # fmt: skip
@@ -18,7 +18,7 @@ _FLOOR_DB = {
 class TensorError:
     """Error of one stored weight against its source, folds undone. sqnr_db: 10 log10 of signal over noise energy.
 
-    defect: what no honest rounding explains, as the end of a sentence about the tensor; empty if nothing.
+    defect: what no correct rounding explains, as the end of a sentence about the tensor; empty if nothing.
     """
 
     name: str

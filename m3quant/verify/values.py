@@ -2,9 +2,9 @@
 
 A calibrated output stores W * s where the norm before it stores gain / s (see calibration/folds.py). The scale that took
 effect is read back from the two norms, so that every reader is known exactly. What is kept must then equal the source
-bit for bit; every quantized code must be the source rounded to nearest under the stored scale, and every scale lie in
+bit for bit; every quantized code must be the source rounded to nearest under the stored scale, and every scale be in
 the range that was searched. An uncompensated reader, a row in another's place or a wrong sign cannot hide in an average.
-M2's w3 -> w2 scales leave no record: they are estimated from w3, so those two are held to a looser bound.
+M2's w3 -> w2 scales leave no record: they are estimated from w3, so those two have a looser limit.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One GPU against all GPUs of this machine through Ray: `python -m tests.benchmarks.ray_gpu OUT [--work DIR] [--layers 3]`.
 
-M2 layers of the real shapes and random weights: seconds of `fp8` (data-free, one task a shard) and of `awq` (128 x 512 tokens,
+M2 layers of the real shapes and random weights: seconds of `fp8` (data-free, one task per shard) and of `awq` (128 x 512 tokens,
 ranks in step), in one process on one GPU and with --ray, and whether every shard's sha256 is the same. --work /dev/shm/...
 keeps the disk from hiding the GPUs. Whole seconds count start-up and compiling; `finished` is when each shard was whole, so
 the differences between layers are the steady state, and `search` what each layer's search took. Writes OUT/ray_gpu.json.

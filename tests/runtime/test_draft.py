@@ -220,7 +220,7 @@ def test_a_recipe_names_a_draft_and_the_context_leaves_its_slots(eagle3: Path, d
         )
 
     (rank,) = assess(open_subject(str(M2)).stored, parse_node("1xH200"), Ask(draft=draft)).prediction.ranks
-    cache = 5000 * 2**11  # of 2,048 bytes a token
+    cache = 5000 * 2**11  # of 2,048 bytes per token
     prepared = decided(f"1x{(rank.weight_bytes + rank.overhead.high + cache) / 0.92 / 2**30:.6f}GiB")
     assert "--speculative-config" in prepared.launch.command
     pool, needed = prepared.fit.pool, prepared.fit.context + prepared.fit.setup.draft_slots

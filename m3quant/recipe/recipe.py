@@ -153,6 +153,21 @@ class Recipe(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_native(self) -> Recipe:
+        """A native recipe rounds nothing, so that whatever else it said about weights would not happen."""
+        said = {
+            "schemes (--set)": bool(self.schemes or self.layers),
+            f"format {self.format} (--format)": self.format != "compressed-tensors",
+            f"rounding: {self.rounding}": self.calibrated,
+        }
+        if self.native and (idle := [words for words, given in said.items() if given]):
+            raise RecipeError(
+                f"recipe '{self.name}' keeps every weight as the source stores it, in compressed-tensors' words: leave "
+                f"{' and '.join(idle)} out, or choose another recipe (--to awq)."
+            )
+        return self
+
     def __eq__(self, other: object) -> bool:
         """Whether both are written in the same way; which options gave a scheme does not count."""
         return isinstance(other, Recipe) and self.dump() == other.dump()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from m3quant.checkpoint import Checkpoint
 from m3quant.cli import cli
 from m3quant.engines.stated import config_schemes
-from m3quant.errors import PlanError
+from m3quant.errors import PlanError, RecipeError
 from m3quant.planning.headers import from_config
 from m3quant.planning.plan import make_plan
 from m3quant.planning.source_layouts import MXFP8, NVFP4_PACKED
@@ -109,6 +110,24 @@ def test_engines_that_refuse_the_release_are_not_refused_it(made: tuple[Path, Pa
 def test_a_source_in_another_layout_is_refused(source: str) -> None:
     with pytest.raises(PlanError, match=r"NVFP4 experts and MXFP8.*routed_experts: unquantized"):
         make_plan(Checkpoint.open(FIXTURES / source), NATIVE)
+
+
+@pytest.mark.parametrize(
+    ("laid_over", "named"),
+    [
+        ({"settings": ["routed_experts=int4-g32"]}, "schemes"),
+        ({"settings": ["attention@0-1=int8-g128"]}, "schemes"),
+        ({"format": "autoawq"}, "format autoawq"),
+    ],
+)
+def test_what_it_would_not_do_is_refused(laid_over: dict[str, Any], named: str) -> None:
+    with pytest.raises(RecipeError, match=rf"'native' keeps every weight.*leave {named}"):
+        build_recipe(named_recipe("native"), **laid_over)
+
+
+def test_no_rounding_goes_with_it() -> None:
+    with pytest.raises(RecipeError, match="leave rounding: feedback out"):
+        build_recipe({**named_recipe("native"), "rounding": "feedback"})
 
 
 def test_modelopt_s_layout_is_read_as_it_is(tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def measure(
     from ..evaluate.evaluation import evaluate as run
     from ..evaluate.models import open_model
 
+    question.check(source is not None)
     suite, limits = question.parsed()
     checkpoint = open_model(ckpt)
     origin = open_model(source, "source") if source else None
@@ -199,6 +200,7 @@ def measure_all(
     from ..reports.comparison_html import Compared, write_comparison
 
     names = _names([Path(ckpt) for ckpt in ckpts])
+    question.check(source is not None)
     suite, limits = question.parsed()
     models = [open_model(ckpt, f"checkpoint-{number}") for number, ckpt in enumerate(ckpts, 1)]
     origin = open_model(source, "source") if source else None

@@ -55,6 +55,14 @@ def test_limits_hold_tasks_of_any_name(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_limits_without_a_source_are_refused_before_anything_is_read(tmp_path: Path, count: int) -> None:
+    folders = [tmp_path / f"nowhere-{n}" for n in range(count)]
+    given = ("--suite", suite(tmp_path, WINDOWS), "--fail-over", "ppl=+2%")
+    done = invoke("eval", *folders, *given)
+    assert isinstance(done.exception, EvaluationError) and "needs --source" in str(done.exception)
+
+
 def test_short_tasks_are_labelled_once_streamed_or_served(tmp_path: Path) -> None:
     file = suite(tmp_path, NEEDLES, WINDOWS, {"task": "position", "length": 128, "windows": 1})
     assert invoke("eval", M3, "--suite", file, "--device", "cpu", "--report", tmp_path / "r").exit_code == 0

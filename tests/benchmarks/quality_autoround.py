@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if __name__ == "__main__":  # before torch is imported; not where a test imports a function
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 from safetensors.torch import load_file, save_file

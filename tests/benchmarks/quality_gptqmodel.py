@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["OMP_NUM_THREADS"] = "2"  # its pools of workers refuse one
+if __name__ == "__main__":  # before torch is imported; not where a test imports a function
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["OMP_NUM_THREADS"] = "2"  # its pools of workers refuse one
 
 import torch
 from safetensors import safe_open

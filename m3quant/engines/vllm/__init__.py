@@ -66,7 +66,7 @@ class Vllm(Engine):
             return ""
         return (
             f"vLLM {release or f'up to {NEWEST_READ}'} does not load MXFP8 with {str(experts)[:40]} experts (moe_quant_algo; MiniMax-M3.1-Flash as "
-            "released): convert it (--to awq), take a newer vLLM, or serve the release with SGLang 0.5.23 or newer"
+            "released): convert it (--to native keeps its weights, --to awq makes it smaller), take a newer vLLM, or serve the release with SGLang 0.5.23 or newer"
         )
 
     def draft_refusal(self, draft: Draft, family: Family, gpu: Gpu, pp: int, release: str | None) -> str:

@@ -21,6 +21,7 @@ def in_site(text: str) -> str:
         name = link[1].removeprefix("../").removeprefix("docs/")
         return f"]({SITE_NAMES.get(name, name)}{link[2] or ''})"
 
+    text = text.replace("](docs/images/", "](images/")  # pictures of the root's pages
     return re.sub(r"\]\(((?:\.\./|docs/)?\w[\w.]*\.md)(#[\w-]+)?\)", moved, text)
 
 

@@ -45,13 +45,14 @@ def as_repo(folder: Path) -> dict[str, bytes]:
 
 
 def bytes_in(folder: Path) -> int:
-    """Bytes of all files in a folder from which files come and go."""
-    total = 0
+    """Bytes of all files in a folder from which files come and go. One that is moved during the walk is met twice and counts once."""
+    sizes = {}
     for path, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                total += os.stat(os.path.join(path, name)).st_size
-    return total
+                found = os.stat(os.path.join(path, name))
+                sizes[found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 @contextmanager

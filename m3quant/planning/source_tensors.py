@@ -34,7 +34,7 @@ def source_tensors(checkpoint: Checkpoint, whole: bool = True) -> dict[str, Sour
         family.check_promised(len(checkpoint.tensors))
         read_as_release(checkpoint, family)
     beside = _companions(checkpoint)
-    statement = _Statement(checkpoint, source)
+    statement = _Statement(checkpoint, source, family)
     out: dict[str, SourceTensor] = {}
     for name, info in checkpoint.tensors.items():
         stem, _, leaf = name.rpartition(".")
@@ -88,9 +88,9 @@ def _companions(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
 class _Statement:
     """What the source's config says of each module, compared with what the headers show."""
 
-    def __init__(self, checkpoint: Checkpoint, source: SourceFormat) -> None:
+    def __init__(self, checkpoint: Checkpoint, source: SourceFormat, family: Family) -> None:
         self._checkpoint, self._source = checkpoint, source
-        self._family = family_of(checkpoint.config, f"{checkpoint.root}/config.json") if source.quantized else None
+        self._family = family if source.quantized else None
         plainly = [entry for entry in source.kept if not entry.startswith("re:")]
         self._kept = KeptModules(plainly, self._family) if self._family else None
 

@@ -135,9 +135,7 @@ class ConvertedReader:
         return {name: self._dense(planned, raw) for name, planned in wanted.items()}
 
     def _dense(self, planned: PlannedTensor, raw: Mapping[str, Tensor]) -> Tensor:
-        if planned.action == "copy" and planned.source.kind != PLAIN and not planned.scheme.quantizes:
-            return densify(planned.source, raw)  # the source's own, as it is stored
-        if not planned.scheme.quantizes:
-            return raw[planned.name]
+        if not planned.scheme.quantizes:  # copied as the source stores it, or dequantized when it was written
+            return densify(planned.source, raw) if planned.action == "copy" else raw[planned.name]
         shape = planned.source.shape
         return decompress(planned.parts(raw), planned.scheme, self.format, shape, name=planned.name).to(self.dtype)

@@ -11,19 +11,7 @@ from m3quant.planning.plan import Plan
 from m3quant.planning.resources import BOUNDARY_SHARE, boundary_interval, hidden_state_bytes
 from m3quant.running.progress import Silent
 from tests.support.convert.common import make_plan_of, make_source, run_plan, same_output
-
-
-class StopsAfter(Silent):
-    """Stops the run when this layer is journalled."""
-
-    def __init__(self, layer: int) -> None:
-        super().__init__()
-        self.line = f"layer {layer};"
-
-    def say(self, line: str) -> None:
-        super().say(line)
-        if line.startswith(self.line):
-            raise StoppedError("stopped by the test")
+from tests.support.convert.tampering import StopsAfter
 
 
 def plan_of(folder: Path, family: str, rounding: str) -> Plan:

@@ -19,19 +19,7 @@ from m3quant.running.progress import Silent
 from tests.support.convert.common import config_of, files, make_plan_of, make_source, rewrite, run_plan, stored
 from tests.support.convert.hub_in_process import REPO, serve
 from tests.support.convert.resharded import reshard, watched
-
-
-class StopsAfter(Silent):
-    """Stops the run when this layer is told to be done."""
-
-    def __init__(self, layer: int) -> None:
-        super().__init__()
-        self.line = f"layer {layer};"
-
-    def say(self, line: str) -> None:
-        super().say(line)
-        if line.startswith(self.line):
-            raise StoppedError("stopped by the test")
+from tests.support.convert.tampering import StopsAfter
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,23 @@ import pytest
 
 from m3quant.checkpoint import Checkpoint
 from m3quant.checkpoint.content import BLOCK_BYTES, SAMPLED_BLOCKS
+from m3quant.errors import StoppedError
 from m3quant.running import stopping
 from m3quant.running.progress import Silent
 from tests.support.convert.common import run_convert
+
+
+class StopsAfter(Silent):
+    """Stops the run when this layer is done."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.line = f"layer {layer};"
+
+    def say(self, line: str) -> None:
+        super().say(line)
+        if line.startswith(self.line):
+            raise StoppedError("stopped by the test")
 
 
 class SaidLines(Silent):

@@ -10,7 +10,7 @@ import torch
 from m3quant.calibration.feedback.evidence import HEADS, NORMED, Rule
 from m3quant.calibration.feedback.fit import Fitted, block_log, fit
 from m3quant.calibration.feedback.heldout import Readers, joined_by_scheme
-from m3quant.calibration.feedback.moments import Moments, MomentSum, boundary
+from m3quant.calibration.feedback.moments import Moments, MomentSum, Segment, boundary, halves_of
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.folds import all_groups
 from m3quant.calibration.head import Windows
@@ -63,7 +63,7 @@ class AttentionQuantizer:
             Readers.of([self.kept[name].float()[None] for name in names], schemes[names[0]], inputs) for names in sets
         ]
         for names, readers in zip(sets, groups, strict=True):
-            for name, fitted in zip(names, fit([moments], readers, rule, None, self.settings), strict=True):
+            for name, fitted in zip(names, fit(moments, readers, rule, None, self.settings), strict=True):
                 self.fitted[name] = fitted
                 self.layer.set_weight(name, fitted.stored.dequantized()[0].to(self.kept[name].dtype))
 
@@ -77,13 +77,10 @@ class AttentionQuantizer:
     def _slices(self) -> Iterator[slice]:
         yield from batches(self.x.shape[0], self.step, self.x.groups)
 
-    def _half(self, part: slice) -> torch.Tensor | int:
-        """The half of these windows' tokens; by token where both halves are in them."""
+    def _halves(self, part: slice) -> list[Segment]:
+        """Which of these windows' tokens belong to which half."""
         length = self.x.shape[1]
-        first, last = part.start * length, part.stop * length
-        if last <= self.second_half or first >= self.second_half:
-            return int(first >= self.second_half)
-        return torch.arange(first, last, device=self.layer.device) >= self.second_half
+        return halves_of(part.start * length, part.stop * length, self.second_half)
 
     def _read(self, stream: Windows, part: slice) -> torch.Tensor:
         """The hidden states of these rows as windows: [windows, tokens of one, H]."""
@@ -95,19 +92,19 @@ class AttentionQuantizer:
     def _input_moments(self, activations: Activations | None) -> Moments:
         """Of what q, k, v and the index projections read, rounded so; the cross moment is of the inputs."""
         width = self.spec.hidden_size
-        total = MomentSum(width, width, self.layer.device)
+        total = MomentSum(1, width, width, self.layer.device)
         for part in self._slices():
             read = self.layer.attention_input(self._read(self.x, part)).flatten(0, 1).float()
             given, h = read, round_activations(read, activations)
             if self.settings.source_targets:
                 given = self.layer.attention_input(self._read(self.x_source, part)).flatten(0, 1).float()
-            total.add(h, given - h, torch.ones(len(h), device=h.device), self._half(part))
+            total.add(h, given - h, torch.ones(len(h), device=h.device), self._halves(part))
         return total.total()
 
     def _output_moments(self, source_mid: torch.Tensor) -> Moments:
         """Of what o_proj reads under the rounded readers; the cross moment is of the outputs."""
         weight = self.kept[O_PROJ]
-        total = MomentSum(weight.shape[1], weight.shape[0], self.layer.device)
+        total = MomentSum(1, weight.shape[1], weight.shape[0], self.layer.device)
         for part in self._slices():
             x = self._read(self.x, part)
             heads = self.layer.heads(self.layer.attention_input(x))
@@ -119,5 +116,5 @@ class AttentionQuantizer:
                 short = after.float() - base.float() - self.layer.output(heads, weight).float()
             heads = self.layer.read_by(O_PROJ, heads).flatten(0, 1)
             ones = torch.ones(len(heads), device=heads.device)
-            total.add(heads, short.flatten(0, 1), ones, self._half(part))
+            total.add(heads, short.flatten(0, 1), ones, self._halves(part))
         return total.total()

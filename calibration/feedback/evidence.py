@@ -12,7 +12,6 @@ its own text was no better with much text and worse with little (docs/rounding.m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,31 +54,27 @@ class Estimate:
 
 
 def estimate(
-    moments: Sequence[Moments],
+    moments: Moments,
     rule: Rule,
     prior: torch.Tensor | None = None,
     half: int | None = None,
 ) -> Estimate:
     """Estimates of a stack from all rows or from one half. prior: [K, K], a second moment per row."""
-    parts = [own.of(half) for own in moments]
-    system, cross = torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
-    mass, rows = torch.stack([part[2] for part in parts]), torch.stack([part[3] for part in parts])
+    system, cross, mass, rows = moments.of(half)
     width = system.shape[1]
     states = _states(system, cross, mass)
     dead = (system.diagonal(dim1=1, dim2=2) == 0).sum(1)
-    dropped = torch.stack([own.dropped for own in moments])
     # The one place where the device is waited for.
-    facts = torch.stack([states.double(), dead.double(), dropped.double()]).long().tolist()
+    facts = torch.stack([states, dead, moments.dropped]).tolist()
     notes = [_notes(state, silent, lost, prior is not None) for state, silent, lost in zip(*facts, strict=True)]
     usable = states == _USABLE
     rows = torch.where(usable, rows, 0.0)
     mass = torch.where(usable, mass, 1.0)
     share = torch.ones_like(rows) if prior is None else rows / (rows + PRIOR_ROWS * width)
     scale = (share / mass).float()[:, None, None]
-    system.mul_(scale)
-    cross.mul_(scale)
+    system, cross = system * scale, cross * scale
     if prior is not None:
-        system.add_(prior * (1 - share).float()[:, None, None])
+        system.addcmul_(prior, (1 - share).float()[:, None, None])
     for slot, state in enumerate(facts[0]):
         if state != _USABLE:
             system[slot] = torch.eye(width, device=system.device) if prior is None else prior

@@ -53,9 +53,9 @@ class Fitted:
 
 
 def fit(
-    moments: Sequence[Moments], readers: Readers, rule: Rule, prior: torch.Tensor | None, settings: FeedbackSettings
+    moments: Moments, readers: Readers, rule: Rule, prior: torch.Tensor | None, settings: FeedbackSettings
 ) -> list[Fitted]:
-    """One `Fitted` for each weight of `readers`, [E, N, K] each; moments: one for each E."""
+    """One `Fitted` for each weight of `readers`, [E, N, K] each; moments: of as many units."""
     known = estimate(moments, rule, prior)
     nearest, found = heldout_errors(moments, readers, rule, prior, settings)
     kept = found < nearest  # [E, weights]; False for NaN too

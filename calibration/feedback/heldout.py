@@ -81,7 +81,7 @@ def joined_by_scheme(weights: Mapping[Key, tuple[Scheme, int]]) -> list[tuple[Ke
 
 
 def heldout_errors(
-    moments: Sequence[Moments], readers: Readers, rule: Rule, prior: torch.Tensor | None, settings: FeedbackSettings
+    moments: Moments, readers: Readers, rule: Rule, prior: torch.Tensor | None, settings: FeedbackSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Errors [E, weights] on the second half of the rows of weights made from the first half: (rounded to nearest with searched
     ranges, with feedback).
@@ -97,7 +97,16 @@ def heldout_errors(
     plain = Solver(part.weight, known.second, part.scheme, quick)
     nearest = plain.stored(plain.nearest()).dequantized()
     found = Solver(aimed(part, known, rows), known.second, part.scheme, quick).solve().stored.dequantized()
-    return tuple(_errors(values, part, rows, moments, tested) for values in (nearest, found))  # type: ignore[return-value]
+    second, cross, mass, _ = moments.of(tested)
+    energy = part.sums(_quadratic(part.weight, second))
+    pull = part.cross(cross, rows)
+
+    def error(values: torch.Tensor) -> torch.Tensor:
+        difference = values - part.weight
+        by_row = _quadratic(difference, second) - 2 * (difference * pull).sum(2)
+        return torch.where(mass[:, None] > 0, part.sums(by_row) / energy, torch.nan)
+
+    return error(nearest), error(found)
 
 
 def aimed(readers: Readers, known: Estimate, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -105,17 +114,6 @@ def aimed(readers: Readers, known: Estimate, rows: torch.Tensor | None = None) -
     return targets(readers.weight, readers.cross(known.cross, rows), known.system, known.ridge)[0]
 
 
-def _errors(
-    values: torch.Tensor, readers: Readers, rows: torch.Tensor, moments: Sequence[Moments], half: int
-) -> torch.Tensor:
-    out = []
-    for slot, own in enumerate(moments):
-        second, cross, mass, _ = own.of(half)
-        weight = readers.weight[slot]
-        pull = weight @ cross if readers.inputs else cross[rows]
-        difference = values[slot] - weight
-        error = ((difference @ second) * difference).sum(1) - 2 * (difference * pull).sum(1)
-        energy = ((weight @ second) * weight).sum(1)
-        ratio = readers.sums(error[None]) / readers.sums(energy[None])
-        out.append(torch.where(mass > 0, ratio[0], torch.nan))
-    return torch.stack(out)
+def _quadratic(rows: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """r H r^T of rows [E, N, K], second [E, K, K]: [E, N]."""
+    return (matmul(rows, second) * rows).sum(2)

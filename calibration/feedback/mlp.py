@@ -17,7 +17,6 @@ from m3quant.calibration.experts import ExpertTokens
 from m3quant.calibration.feedback.evidence import GATED, NORMED
 from m3quant.calibration.feedback.fit import Fitted, Verdict, block_log, fit
 from m3quant.calibration.feedback.heldout import Readers, joined_by_scheme
-from m3quant.calibration.feedback.moments import Moments
 from m3quant.calibration.feedback.rows import MlpStates, UnitRows
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.glu import Glu, Unit, even_chunk
@@ -84,11 +83,10 @@ class MlpQuantizer:
             self._run_routed(result, verdicts, out)
         elif self.routed and self.always_on is not None:
             for unit in self.routed:
-                self._add(out, unit, self.rows.outputs(unit, self._source(unit)))
+                self._add(out, unit, self.rows.outputs([unit], self._source([unit])))
         if self.always_on is not None:
             self._left_over(out)
-            moments = self.rows.input_moments(self.always_on)
-            part = self._fit([self.always_on], [moments], None)
+            part = self._fit([self.always_on], None)
             self._collect([self.always_on], part, result, verdicts)
         result.log = block_log("mlp", verdicts)
         return result
@@ -103,8 +101,7 @@ class MlpQuantizer:
         prior = self.rows.layer_moment(self.routed[0].reads[0])
 
         def work(units: list[Unit]) -> _Part:
-            moments = [self.rows.input_moments(unit) for unit in units]
-            return self._fit(units, moments, prior, outputs=self.always_on is not None)
+            return self._fit(units, prior, outputs=self.always_on is not None)
 
         stacks: dict[str, list[StoredWeight]] = {}
         stacked = self.layer.device.type == "cuda" and len({unit.schemes for unit in self.routed}) == 1
@@ -133,51 +130,38 @@ class MlpQuantizer:
             chunks[-1].append(unit)
         return chunks
 
-    def _source(self, unit: Unit) -> Glu:
-        return Glu(*(self.layer.weight(name).float() for name in unit.names))
+    def _source(self, units: list[Unit]) -> Glu:
+        """The units' weights as stored, stacked."""
+        return Glu(*(torch.stack([self.layer.weight(unit.names[role]) for unit in units]) for role in range(3)))
 
-    def _fit(
-        self,
-        units: list[Unit],
-        moments: list[Moments],
-        prior: torch.Tensor | None,
-        outputs: bool = False,
-    ) -> _Part:
-        source, schemes = [self._source(unit) for unit in units], units[0].schemes
-        fitted = self._fit_normed(source, moments, schemes, prior)
-        moments.clear()  # the device's memory is wanted for those of down
-        acting = self._acting(source, fitted)
+    def _fit(self, units: list[Unit], prior: torch.Tensor | None, outputs: bool = False) -> _Part:
+        source, schemes = self._source(units), units[0].schemes
+        exact = self._acting(source, [None, None, None])  # in the layer's dtype, once
+        fitted = self._fit_normed(units, source, prior)
+        acting = self._acting(exact, fitted)
         if schemes[2].quantizes:
-            down = self._down_moments(units, acting, source)
-            fitted[2] = fit(down, _down(source, schemes), GATED, None, self.settings)[0]
-            acting = self._acting(source, fitted)
-        given = zip(units, acting, strict=True)
-        return _Part(fitted, torch.cat([self.rows.outputs(*pair) for pair in given]) if outputs else None)
+            moments = self.rows.down_moments(units, acting, exact)
+            readers = Readers.of([source.down.float()], schemes[2], inputs=False)
+            fitted[2] = fit(moments, readers, GATED, None, self.settings)[0]
+            acting = self._acting(exact, fitted)
+        return _Part(fitted, self.rows.outputs(units, acting) if outputs else None)
 
-    def _fit_normed(
-        self,
-        source: list[Glu],
-        moments: list[Moments],
-        schemes: tuple[Scheme, Scheme, Scheme],
-        prior: torch.Tensor | None,
-    ) -> list[Fitted | None]:
+    def _fit_normed(self, units: list[Unit], source: Glu, prior: torch.Tensor | None) -> list[Fitted | None]:
         """Gate and up as they will be stored, None if kept, and None for down."""
         out: list[Fitted | None] = [None, None, None]
-        for readers, roles in _normed(source, schemes):
-            for role, fitted in zip(roles, fit(moments, readers, NORMED, prior, self.settings), strict=True):
-                out[role] = fitted
+        sets = _normed(source, units[0].schemes)
+        if sets:
+            moments = self.rows.input_moments(units)
+            for readers, roles in sets:
+                for role, fitted in zip(roles, fit(moments, readers, NORMED, prior, self.settings), strict=True):
+                    out[role] = fitted
         return out
 
-    def _down_moments(self, units: list[Unit], acting: list[Glu], source: list[Glu]) -> list[Moments]:
-        return [self.rows.down_moments(*given) for given in zip(units, acting, source, strict=True)]
-
-    def _acting(self, source: list[Glu], fitted: list[Fitted | None]) -> list[Glu]:
-        """The units' weights as an engine computes with them."""
-        stacks = [None if one is None else one.stored.dequantized() for one in fitted]
-        return [
-            Glu(*(own if stack is None else stack[slot] for own, stack in zip(_three(glu), stacks, strict=True)))
-            for slot, glu in enumerate(source)
-        ]
+    def _acting(self, source: Glu, fitted: list[Fitted | None]) -> Glu:
+        """The units' weights as an engine computes with them, in the layer's dtype."""
+        stored = zip((source.gate, source.up, source.down), fitted, strict=True)
+        stacks = (own if one is None else one.stored.dequantized() for own, one in stored)
+        return Glu(*(stack.to(self.layer.dtype) for stack in stacks))
 
     def _collect(self, units: list[Unit], part: _Part, result: MlpResult, verdicts: dict[str, Verdict]) -> None:
         for slot, unit in enumerate(units):
@@ -222,28 +206,20 @@ def experts_at_once(count: int, hidden: int, inner: int, nbytes: int) -> int:
     return even_chunk(count, max(1, nbytes // each))
 
 
-def _normed(source: list[Glu], schemes: tuple[Scheme, Scheme, Scheme]) -> list[tuple[Readers, tuple[int, ...]]]:
+def _normed(source: Glu, schemes: tuple[Scheme, Scheme, Scheme]) -> list[tuple[Readers, tuple[int, ...]]]:
     """The quantized ones of gate (role 0) and up (1) of a stack of units, together if their scheme is one."""
-    stacks = {0: [glu.gate for glu in source], 1: [glu.up for glu in source]}
-    roles = [role for role in stacks if schemes[role].quantizes]
-    sets = joined_by_scheme({role: (schemes[role], stacks[role][0].shape[0]) for role in roles})
+    stacks = {0: source.gate, 1: source.up}
+    roles = {role: (schemes[role], stack.shape[1]) for role, stack in stacks.items() if schemes[role].quantizes}
     return [
-        (Readers.of([torch.stack(stacks[role]) for role in own], schemes[own[0]], inputs=True), own) for own in sets
+        (Readers.of([stacks[role].float() for role in own], schemes[own[0]], inputs=True), own)
+        for own in joined_by_scheme(roles)
     ]
-
-
-def _down(source: list[Glu], schemes: tuple[Scheme, Scheme, Scheme]) -> Readers:
-    return Readers.of([torch.stack([glu.down for glu in source])], schemes[2], inputs=False)
 
 
 def _in_order(tokens: torch.Tensor, weights: torch.Tensor, natural: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """An expert's rows with those beyond the routed ones, which come by score, in the order of tokens."""
     added, order = tokens[natural:].sort()
     return torch.cat([tokens[:natural], added]), torch.cat([weights[:natural], weights[natural:][order]]), natural
-
-
-def _three(glu: Glu) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return glu.gate, glu.up, glu.down
 
 
 def _schemes(names: tuple[str, str, str], schemes: Mapping[str, Scheme]) -> tuple[Scheme, Scheme, Scheme]:

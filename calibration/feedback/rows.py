@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from m3quant.calibration import ops
-from m3quant.calibration.feedback.moments import Moments, MomentSum, boundary
+from m3quant.calibration.feedback.moments import Moments, MomentSum, Segment, boundary
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.glu import Glu, Unit
 from m3quant.calibration.layers import Layer
@@ -16,6 +16,9 @@ from m3quant.quant.activations import round_activations
 from m3quant.schemes import Activations
 
 ROWS = 8192  # activation rows in work at once
+# Rows of several units in one block, which takes segments until it has as many. On a CPU each segment is a block of its own:
+# launches cost nothing there, and no number can depend on which rows lie beside an expert's own.
+_BLOCK_ROWS = {"cpu": 1, "cuda": 1 << 15}
 
 
 @dataclass
@@ -25,6 +28,23 @@ class MlpStates:
     quantized: torch.Tensor
     source: torch.Tensor
     window: int
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Rows of a chunk's units, unit by unit. tokens: [n] int64; gates: [n] float32; units: (slot, its rows) in order."""
+
+    tokens: torch.Tensor
+    gates: torch.Tensor
+    segments: list[Segment]
+    units: list[tuple[int, slice]]
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [n, K], each unit's rows times its own of weight [E, N, K] transposed -> [n, N] in x's dtype."""
+        out = x.new_empty(len(x), weight.shape[1])
+        for unit, rows in self.units:
+            out[rows] = ops.linear(x[rows], weight[unit])
+        return out
 
 
 class UnitRows:
@@ -66,13 +86,20 @@ class UnitRows:
         """All tokens in order, as index tensors."""
         yield from torch.split(torch.arange(len(self.share), device=self.layer.device), ROWS)
 
-    def _halves(self, unit: Unit) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(half, tokens, gates) of the unit's rows, ROWS of one half at a time."""
-        for half, span in self._parts[unit.names]:
-            for tokens, gates in zip(
-                torch.split(unit.tokens[span], ROWS), torch.split(unit.weights[span], ROWS), strict=True
-            ):
-                yield half, tokens, gates
+    def _blocks(self, units: Sequence[Unit], natural: bool = False) -> Iterator[RowBlock]:
+        """All rows of these units, or the routed ones alone, in order."""
+        most, count, waiting = _BLOCK_ROWS[self.layer.device.type], 0, list[tuple[int, int, slice]]()
+        for slot, unit in enumerate(units):
+            spans = [(0, slice(0, unit.natural))] if natural else self._parts[unit.names]
+            for half, span in spans:
+                for rows in Segment(slot, half, span).pieces():
+                    waiting.append((slot, half, rows))
+                    count += rows.stop - rows.start
+                    if count >= most:
+                        yield _block(units, waiting)
+                        count, waiting = 0, []
+        if waiting:
+            yield _block(units, waiting)
 
     def quantized(self, tokens: torch.Tensor) -> torch.Tensor:
         """The normed inputs [n, H] of these tokens in the quantized stream, before a product rounds them."""
@@ -84,48 +111,72 @@ class UnitRows:
             (self.states.source if self.settings.source_targets else self.states.quantized)[tokens]
         )
 
-    def input_moments(self, unit: Unit) -> Moments:
-        """Of what gate and up read; the cross moment is of the inputs."""
+    def input_moments(self, units: Sequence[Unit]) -> Moments:
+        """Of what gate and up read, units of one scheme; the cross moment is of the inputs."""
         width = self.layer.spec.hidden_size
-        total = MomentSum(width, width, self.layer.device)
-        for half, tokens, gates in self._halves(unit):
-            x = round_activations(self.quantized(tokens).float(), unit.reads[0])
-            total.add(x, self.source(tokens).float() - x, gates.square(), half)
+        total = MomentSum(len(units), width, width, self.layer.device)
+        for block in self._blocks(units):
+            x = round_activations(self.quantized(block.tokens).float(), units[0].reads[0])
+            total.add(x, self.source(block.tokens).float() - x, block.gates.square(), block.segments)
         return total.total()
 
     def layer_moment(self, activations: Activations | None) -> torch.Tensor | None:
         """The second moment [H, H] of all tokens, rounded so, per token: a prior for every expert. None if it is not finite."""
-        width = self.layer.spec.hidden_size
-        total = MomentSum(width, 1, self.layer.device)
+        total = MomentSum(1, self.layer.spec.hidden_size, 1, self.layer.device)
         for tokens in self.blocks():
             x = round_activations(self.quantized(tokens), activations)
-            total.add(x, x.new_zeros(len(x), 1), torch.ones(len(x), device=x.device), 0)
-        second, _, mass, _ = total.total().of(None)
-        return second / mass if mass and bool(torch.isfinite(second).all() & (second.diagonal().mean() > 0)) else None
+            every = Segment(0, 0, slice(0, len(x)))
+            total.add(x, x.new_zeros(len(x), 1), torch.ones(len(x), device=x.device), [every])
+        second, _, mass, _ = total.total().of(0)
+        moment = second[0] / mass[0].float()
+        usable = torch.isfinite(moment).all() & (moment.diagonal().mean() > 0)
+        return moment if bool(usable) else None
 
-    def down_moments(self, unit: Unit, acting: Glu, source: Glu) -> Moments:
-        """Of what down reads under the rounded gate and up; weights [I, H] and [H, I]. The cross moment is of the outputs."""
-        total = MomentSum(source.down.shape[1], source.down.shape[0], self.layer.device)
-        for half, tokens, gates in self._halves(unit):
-            hidden = self._gated(self.quantized(tokens), acting, unit)
-            short = ops.linear(self._hidden(self.source(tokens), source) - hidden, source.down).float()
+    def down_moments(self, units: Sequence[Unit], acting: Glu, source: Glu) -> Moments:
+        """Of what down reads under the rounded gate and up, units of one scheme; stacks gate and up [E, I, H], down [E, H, I].
+
+        The cross moment is of the outputs.
+        """
+        count, outputs, width = source.down.shape
+        total = MomentSum(count, width, outputs, self.layer.device)
+        for block in self._blocks(units):
+            hidden = self._gated(self.quantized(block.tokens), acting, units[0], block)
+            lost = self._hidden(self.source(block.tokens), source, block) - hidden
+            short = block.linear(lost, source.down).float()
             if self.settings.residual:
-                short += self.missing[tokens].float() / self.share[tokens, None]
-            total.add(hidden, short, gates.square(), half)
+                short += self.missing[block.tokens].float() / self.share[block.tokens, None]
+            total.add(hidden, short, block.gates.square(), block.segments)
         return total.total()
 
-    def outputs(self, unit: Unit, acting: Glu) -> torch.Tensor:
-        """[natural rows, H] float32: what the unit adds to its routed tokens."""
+    def outputs(self, units: Sequence[Unit], acting: Glu) -> torch.Tensor:
+        """[natural rows, H] float32, unit by unit: what each adds to its routed tokens. Stacks as in `down_moments`."""
         parts = [torch.empty(0, self.layer.spec.hidden_size, device=self.layer.device)]
-        tokens, weights = unit.tokens[: unit.natural], unit.weights[: unit.natural]
-        for own, gates in zip(torch.split(tokens, ROWS), torch.split(weights, ROWS), strict=True):
-            hidden = self._gated(self.quantized(own), acting, unit)
-            parts.append(ops.linear(hidden, acting.down).float() * gates[:, None])
+        for block in self._blocks(units, natural=True):
+            hidden = self._gated(self.quantized(block.tokens), acting, units[0], block)
+            parts.append(block.linear(hidden, acting.down).float() * block.gates[:, None])
         return torch.cat(parts)
 
-    def _gated(self, x: torch.Tensor, weights: Glu, unit: Unit) -> torch.Tensor:
-        """What the unit's down reads for normed inputs x, everything rounded as an engine does."""
-        return round_activations(self._hidden(round_activations(x, unit.reads[0]), weights), unit.reads[1])
+    def _gated(self, x: torch.Tensor, weights: Glu, unit: Unit, block: RowBlock) -> torch.Tensor:
+        """What down reads for normed inputs x [n, H], everything rounded as an engine does for units like this one."""
+        return round_activations(self._hidden(round_activations(x, unit.reads[0]), weights, block), unit.reads[1])
 
-    def _hidden(self, x: torch.Tensor, weights: Glu) -> torch.Tensor:
-        return ops.gated(ops.linear(x, weights.gate), ops.linear(x, weights.up), self.activation)
+    def _hidden(self, x: torch.Tensor, weights: Glu, block: RowBlock) -> torch.Tensor:
+        return ops.gated(block.linear(x, weights.gate), block.linear(x, weights.up), self.activation)
+
+
+def _block(units: Sequence[Unit], spans: Sequence[tuple[int, int, slice]]) -> RowBlock:
+    """These spans (slot of a unit, half, rows among the unit's) side by side."""
+    segments: list[Segment] = []
+    whole: list[tuple[int, slice]] = []
+    start = 0
+    for slot, half, rows in spans:
+        stop = start + rows.stop - rows.start
+        segments.append(Segment(slot, half, slice(start, stop)))
+        if whole and whole[-1][0] == slot:
+            whole[-1] = (slot, slice(whole[-1][1].start, stop))
+        else:
+            whole.append((slot, slice(start, stop)))
+        start = stop
+    tokens = torch.cat([units[slot].tokens[rows] for slot, _, rows in spans])
+    gates = torch.cat([units[slot].weights[rows] for slot, _, rows in spans])
+    return RowBlock(tokens, gates, segments, whole)

@@ -13,7 +13,7 @@ from m3quant.calibration.feedback.moments import Moments
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.feedback.solve import Solver
 from m3quant.schemes import Scheme
-from tests.support.calibration.feedback_cases import SCHEMES, moments_of, normal, rows
+from tests.support.calibration.feedback_cases import SCHEMES, moments_of, normal, rows, stacked
 
 WIDTH, COUNT = 64, 400
 SCHEME = SCHEMES["int4-g64"]
@@ -32,11 +32,11 @@ def test_heldout_errors_are_those_of_the_rows(inputs: bool) -> None:
     own, x, short = case(rows(1, COUNT, WIDTH)[0], inputs=inputs)
     weight = normal(1, 40, WIDTH, seed=2)
     readers = Readers.of([weight], SCHEME, inputs)
-    nearest, found = heldout_errors([own], readers, NORMED, None, SETTINGS)
+    nearest, found = heldout_errors(own, readers, NORMED, None, SETTINGS)
 
     picked = torch.arange(32) * 40 // 32
     part = weight[:, picked]
-    known = estimate([own], NORMED, None, 0)
+    known = estimate(own, NORMED, None, 0)
     sampled, chosen = readers.sampled()
     assert torch.equal(chosen, picked)
     quick = replace(SETTINGS, rounds=0)
@@ -52,7 +52,7 @@ def test_heldout_errors_are_those_of_the_rows(inputs: bool) -> None:
 
 
 def test_feedback_that_helps_on_heldout_rows_is_kept() -> None:
-    parts = [case(x, seed)[0] for seed, x in enumerate(rows(2, COUNT, WIDTH))]
+    parts = stacked([case(x, seed)[0] for seed, x in enumerate(rows(2, COUNT, WIDTH))])
     readers = Readers.of([normal(2, 40, WIDTH), normal(2, 24, WIDTH, seed=1)], SCHEME, True)
     first, second = fit(parts, readers, NORMED, None, SETTINGS)
     assert tuple(first.stored.codes.shape) == (2, 40, WIDTH) and tuple(second.stored.codes.shape) == (2, 24, WIDTH)
@@ -61,7 +61,7 @@ def test_feedback_that_helps_on_heldout_rows_is_kept() -> None:
 
 
 def test_an_expert_that_does_not_gain_is_rounded_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [case(x, seed)[0] for seed, x in enumerate(rows(3, COUNT, WIDTH))]
+    parts = stacked([case(x, seed)[0] for seed, x in enumerate(rows(3, COUNT, WIDTH))])
     readers = Readers.of([normal(3, 40, WIDTH), normal(3, 24, WIDTH, seed=1)], SCHEME, True)
     good = fit(parts, readers, NORMED, None, SETTINGS)
     verdict = torch.tensor([[0.0, 0.0], [2.0, 0.0], [torch.nan, 0.0]])
@@ -83,7 +83,7 @@ def test_a_half_that_contradicts_the_other_is_not_believed() -> None:
     half = torch.arange(COUNT) >= COUNT // 2
     error = torch.where(half[:, None], -0.5, 0.5) * x
     (found,) = fit(
-        [moments_of(x, error, torch.ones(COUNT), half)],
+        moments_of(x, error, torch.ones(COUNT), half),
         Readers.of([normal(1, 40, WIDTH)], SCHEME, True),
         NORMED,
         None,
@@ -97,8 +97,8 @@ def test_rejected_weights_of_any_scheme_are_cut_at_their_rows(name: str, monkeyp
     own = case(rows(1, COUNT, WIDTH)[0])[0]
     readers = Readers.of([normal(1, 128, WIDTH), normal(1, 72, WIDTH, seed=1)], SCHEMES[name], True)
     monkeypatch.setattr(fitting, "heldout_errors", lambda *_: (torch.ones(1, 2), torch.tensor([[0.0, 2.0]])))
-    kept, rejected = fit([own], readers, NORMED, None, SETTINGS)
-    plain = Solver(readers.weight, estimate([own], NORMED).second, SCHEMES[name], SETTINGS)
+    kept, rejected = fit(own, readers, NORMED, None, SETTINGS)
+    plain = Solver(readers.weight, estimate(own, NORMED).second, SCHEMES[name], SETTINGS)
     nearest = plain.stored(plain.nearest()).dequantized()
     assert torch.equal(rejected.stored.dequantized(), nearest[:, 128:])
     assert not torch.equal(kept.stored.dequantized(), nearest[:, :128])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from m3quant.calibration.feedback import mlp
+from m3quant.calibration.feedback import mlp, rows
 from m3quant.calibration.feedback.quantizer import FeedbackQuantizer
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.folds import MLP_NORM
@@ -117,6 +117,18 @@ def test_a_second_run_in_other_chunks_gives_the_same_bytes(name: str, monkeypatc
     chunked = quantize(spec, tensors, mixed(tensors), x, FAST)
     assert same(whole, chunked)
     assert [b.get("weights") for b in chunked.log["blocks"]] == [b.get("weights") for b in whole.log["blocks"]]
+
+
+def test_rows_of_many_experts_in_one_block_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a block holds the rows of as many experts as fit."""
+    spec, tensors = tiny_layer("m3", 1)
+    tensors[BIAS] = tensors[BIAS].clone()
+    tensors[BIAS][2] = -100.0  # an expert without routed rows
+    x, settings = streams(2, 96), FeedbackSettings(rounds=0, min_expert_tokens=4)
+    apart = quantize(spec, tensors, mixed(tensors), x, settings)
+    monkeypatch.setitem(rows._BLOCK_ROWS, "cpu", 100)
+    together = quantize(spec, tensors, mixed(tensors), x, settings)
+    assert same(apart, together)
 
 
 def test_errors_of_the_stream_are_made_good_only_where_asked_for() -> None:

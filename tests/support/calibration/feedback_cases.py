@@ -1,9 +1,11 @@
 """Random problems for the tests of feedback, and plain float64 forms of what is tested."""
 
+from collections.abc import Sequence
+
 import torch
 
 from m3quant.calibration.feedback.grids import Grid, Levels
-from m3quant.calibration.feedback.moments import Moments, MomentSum
+from m3quant.calibration.feedback.moments import Moments, MomentSum, halves_of
 from m3quant.schemes import Scheme
 
 SCHEMES = {
@@ -38,9 +40,17 @@ def moment(experts: int, width: int, seed: int = 0, damping: float = 0.05) -> to
 
 
 def moments_of(x: torch.Tensor, error: torch.Tensor, weight: torch.Tensor, half: torch.Tensor) -> Moments:
-    total = MomentSum(x.shape[1], error.shape[1], "cpu")
-    total.add(x, error, weight, half)
+    """Of one unit; half: [n] bool, True for rows of the second."""
+    order = torch.argsort(half.int(), stable=True)
+    total = MomentSum(1, x.shape[1], error.shape[1], "cpu")
+    total.add(x[order], error[order], weight[order], halves_of(0, len(x), int((~half).sum())))
     return total.total()
+
+
+def stacked(parts: Sequence[Moments]) -> Moments:
+    """Moments of several units."""
+    sums = [torch.cat([getattr(part, name) for part in parts], 1) for name in ("second", "cross", "mass", "squares")]
+    return Moments(*sums, torch.cat([part.dropped for part in parts]))
 
 
 def levels_in_float64(grid: Grid, weight: torch.Tensor, importance: torch.Tensor) -> Levels:

@@ -21,10 +21,10 @@ from unittest import mock
 import torch
 
 from m3quant.calibration.feedback import fit as fitting
-from m3quant.calibration.feedback import heldout, solve, targets
+from m3quant.calibration.feedback import heldout, refit, solve, targets
 from m3quant.calibration.feedback.evidence import GATED, NORMED
 from m3quant.calibration.feedback.mlp import experts_at_once
-from m3quant.calibration.feedback.moments import Moments, MomentSum
+from m3quant.calibration.feedback.moments import Moments, MomentSum, Segment, halves_of
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.planning.quantizers import FEEDBACK_CHUNK_BYTES
 from m3quant.schemes import parse_scheme
@@ -43,15 +43,17 @@ PARTS: list[tuple[Any, str]] = [
     (solve, "descent_factor"),
     (solve, "round_columns"),
     (solve, "refit"),
+    (refit, "matmul"),
+    (refit, "gram_matrices"),
     (solve.Solver, "nearest"),
     (solve.Solver, "_sweep"),
     (solve.Solver, "_descended"),
-    (solve.Solver, "_loss"),
     (solve.Solver, "_refitted"),
     (solve.Solver, "solve"),
     (solve.Solver, "stored"),
     (solve.State, "better_rows"),
-    (targets, "targets"),
+    (solve.Grid, "start"),
+    (targets, "cholesky"),
 ]
 
 
@@ -86,18 +88,17 @@ class Clock:
         return timed
 
 
-def moments(count: int, width: int, outputs: int, rows: int, device: torch.device) -> list[Moments]:
+def moments(count: int, width: int, outputs: int, rows: int, device: torch.device) -> Moments:
     generator = torch.Generator(device=device).manual_seed(width)
     spread = torch.exp(torch.randn(width, generator=generator, device=device))
-    out = []
-    for _ in range(count):
-        total = MomentSum(width, outputs, device)
+    total = MomentSum(count, width, outputs, device)
+    for unit in range(count):
         x = torch.randn(rows, width, generator=generator, device=device) * spread
         error = torch.randn(rows, outputs, generator=generator, device=device) * 0.03
         gates = torch.rand(rows, generator=generator, device=device)
-        total.add(x, error, gates, torch.arange(rows, device=device) >= rows // 2)
-        out.append(total.total())
-    return out
+        halves = halves_of(0, rows, rows // 2)
+        total.add(x, error, gates, [Segment(unit, segment.half, segment.rows) for segment in halves])
+    return total.total()
 
 
 def measure(
@@ -114,16 +115,15 @@ def measure(
         given = moments(chunk, width, outputs, rows, device)
         weights = [torch.randn(chunk, size, width, device=device) * 0.02 for size in sizes]
         readers = heldout.Readers.of(weights, parsed, inputs=role != "w2")
-        prior = given[0].of(None)[0] / rows if role != "w2" else None
+        prior = given.of(None)[0][0] / rows if role != "w2" else None
         fitting.fit(given, readers, rule, prior, settings)  # compiles
         whole = Clock(device)
         whole.wrap("fit", fitting.fit)(given, readers, rule, prior, settings)
         clock = Clock(device)
         with ExitStack() as stack:
             for where, name in PARTS:
-                if not hasattr(where, name):
-                    continue
                 label = name if where is not heldout else f"heldout_errors.{name}"
+                label = f"refit.{name}" if where is refit else label
                 stack.enter_context(mock.patch.object(where, name, clock.wrap(label, getattr(where, name))))
             fitting.fit(given, readers, rule, prior, settings)
         scale = experts / chunk

@@ -23,10 +23,11 @@ import torch
 
 from m3quant.calibration.feedback.factors import cholesky
 from m3quant.calibration.feedback.grids import Grid, Levels
-from m3quant.calibration.feedback.products import matmul
-from m3quant.quant.integer import int_range
+from m3quant.calibration.feedback.products import added, matmul
 
 _BLOCK = {"cuda": 256, "cpu": 64}  # columns whose errors reach the later ones by one large product
+# Codes while they are changed. BF16 holds the integers of 8 bits and all of E4M3, in half the bytes of every pass over them.
+CODES_ON_GPU = torch.bfloat16
 PART = 16  # and within a block, those between which errors travel one by one
 
 
@@ -88,18 +89,21 @@ def round_columns(
     experts, columns, rows = target.shape
     first = errors is None
     errors = torch.empty_like(target) if errors is None else errors
-    out = Rounded(torch.empty_like(target), errors, target.new_zeros(experts, rows))
+    out = Rounded(
+        torch.empty_like(target, dtype=CODES_ON_GPU if target.is_cuda else target.dtype),
+        errors,
+        target.new_zeros(experts, rows),
+    )
     width = _BLOCK[target.device.type]
     step = kernel_block if target.is_cuda else plain_block
     for start in range(0, columns, width):
         span = slice(start, min(start + width, columns))
         part, seen = errors[:, span], slice(0, start if first else columns)
-        aim = target[:, span].clone()
-        if seen.stop:
-            aim += matmul(factor.lines[:, span, seen], errors[:, seen])
+        own = target[:, span]
+        aim = added(own, factor.lines[:, span, seen], errors[:, seen]) if seen.stop else own.clone()
         block = Block(
             aim,
-            target[:, span],
+            own,
             factor.lines[:, span, span].transpose(1, 2).contiguous(),
             levels.columns(groups[:, span]),
             factor.weight[:, span].contiguous(),
@@ -140,7 +144,7 @@ def kernel_block(block: Block, grid: Grid, loss: torch.Tensor) -> None:
     """`plain_block` in one launch."""
     from m3quant.calibration.feedback.kernels import round_block
 
-    round_block(block, loss, None if grid.scheme.kind == "fp8" else int_range(grid.scheme))
+    round_block(block, loss, grid.limits)
 
 
 def falling_order(second: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-_BLOCK = 256
+_BLOCK = 128  # columns; twice as many steps of the diagonal block's kernel, one after the other, in one of 256
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Factored:
 
 
 def cholesky(matrix: torch.Tensor) -> Factored:
-    """Factors of matrix [E, K, K], symmetric, float32 or float64; only its lower triangle is read."""
+    """Factors of matrix [E, K, K], symmetric, float32 (on a CPU also float64); only its lower triangle is read."""
     if matrix.is_cuda:
         return blocked(matrix)
     lower, info = torch.linalg.cholesky_ex(matrix)
@@ -54,24 +54,32 @@ def cholesky(matrix: torch.Tensor) -> Factored:
 
 def blocked(matrix: torch.Tensor) -> Factored:
     """`cholesky` in blocks of columns, on any device."""
-    lower, columns = matrix.clone(), matrix.shape[1]
-    failed = torch.zeros(len(matrix), dtype=torch.bool, device=matrix.device)
+    lower, columns = matrix.clone(memory_format=torch.contiguous_format), matrix.shape[1]
     inverses = []
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         if start:
             done, own = lower[:, start:, :start], lower[:, start:stop, :start]
             lower[:, start:, start:stop].baddbmm_(done, own.transpose(1, 2), alpha=-1)
-        corner, info = torch.linalg.cholesky_ex(lower[:, start:stop, start:stop].contiguous())
-        failed |= info != 0
-        unit = torch.eye(stop - start, dtype=matrix.dtype, device=matrix.device).expand_as(corner)
-        inverse = torch.linalg.solve_triangular(corner, unit, upper=False)
-        lower[:, start:stop, start:stop] = corner
+        inverse = _corner(lower, start, stop)
         if stop < columns:
             lower[:, stop:, start:stop] = torch.bmm(lower[:, stop:, start:stop], inverse.transpose(1, 2))
         inverses.append(inverse)
     lower.tril_()
-    return Factored(lower, failed | _not_finite(lower), inverses)
+    return Factored(lower, _not_finite(lower), inverses)
+
+
+def _corner(lower: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Factor a block on the diagonal of lower [E, K, K] in place; its inverse. Not finite where there is none."""
+    if lower.is_cuda:
+        from m3quant.calibration.feedback.corner_kernel import corner
+
+        return corner(lower, start, stop)
+    block = lower[:, start:stop, start:stop]
+    factor, info = torch.linalg.cholesky_ex(block)
+    block.copy_(torch.where((info != 0)[:, None, None], torch.nan, factor))
+    unit = torch.eye(stop - start, dtype=lower.dtype, device=lower.device).expand_as(block)
+    return torch.linalg.solve_triangular(block, unit, upper=False)
 
 
 def _not_finite(values: torch.Tensor) -> torch.Tensor:

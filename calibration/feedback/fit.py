@@ -61,11 +61,12 @@ def fit(
     kept = found < nearest  # [E, weights]; False for NaN too
     solution = Solver(aimed(readers, known), known.second, readers.scheme, settings).solve()
     stored, loss = solution.stored, readers.sums(solution.loss)
-    if not bool(kept.all()):
-        plain = Solver(readers.weight, known.second, readers.scheme, settings)
+    worse = (~kept.all(1)).nonzero()[:, 0]
+    if len(worse):
+        plain = Solver(readers.weight[worse], known.second[worse], readers.scheme, settings)
         state = plain.nearest()
-        stored = _chosen(kept, readers.sizes, stored, plain.stored(state))
-        loss = torch.where(kept, loss, readers.sums(state.loss))
+        _put_rejected(stored, plain.stored(state), worse, kept, readers.sizes)
+        loss[worse] = torch.where(kept[worse], loss[worse], readers.sums(state.loss))
     energy = readers.sums((matmul(readers.weight, known.second) * readers.weight).sum(2)).clamp(min=_TINY)
     before, after = (readers.sums(solution.nearest) / energy).tolist(), (loss / energy).tolist()
     held_out, failed, chosen = torch.stack([nearest, found]).tolist(), solution.failed.tolist(), kept.tolist()
@@ -85,20 +86,24 @@ def fit(
     return out
 
 
-def _chosen(kept: torch.Tensor, sizes: Sequence[int], first: StoredWeight, second: StoredWeight) -> StoredWeight:
-    """Weight by weight, the first where kept [E, weights], else the second."""
-    by_row = kept.repeat_interleave(torch.tensor(sizes, device=kept.device), dim=1)
+def _put_rejected(
+    stored: StoredWeight, plain: StoredWeight, units: torch.Tensor, kept: torch.Tensor, sizes: Sequence[int]
+) -> None:
+    """Overwrite what is not kept [E, weights] of a stack: plain holds these units' weights rounded to nearest."""
+    by_row = kept[units].repeat_interleave(torch.tensor(sizes, device=kept.device), dim=1)
 
-    def pick(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        rows = by_row if a.shape[1] == by_row.shape[1] else by_row[:, ::FP8_BLOCK]  # a block's scale is of 128 rows
-        out = a.clone()
-        out[~rows] = b[~rows]
-        return out
+    def put(into: torch.Tensor, part: torch.Tensor) -> None:
+        rows = by_row if part.shape[1] == by_row.shape[1] else by_row[:, ::FP8_BLOCK]  # a block's scale is of 128 rows
+        # Some devices select no E4M3 codes: they are bytes here.
+        own, other = (
+            value.view(torch.uint8) if value.dtype == torch.float8_e4m3fn else value for value in (into, part)
+        )
+        own[units] = torch.where(rows[..., None], own[units], other)
 
-    zero = None
-    if first.zero_point is not None and second.zero_point is not None:
-        zero = pick(first.zero_point, second.zero_point)
-    return StoredWeight(pick(first.codes, second.codes), pick(first.scale, second.scale), zero)
+    put(stored.codes, plain.codes)
+    put(stored.scale, plain.scale)
+    if stored.zero_point is not None and plain.zero_point is not None:
+        put(stored.zero_point, plain.zero_point)
 
 
 def block_log(block: str, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:

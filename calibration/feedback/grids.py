@@ -59,10 +59,18 @@ class Grid:
     def code_dtype(self) -> torch.dtype:
         return torch.float8_e4m3fn if self.scheme.kind == "fp8" else torch.int8
 
+    @property
+    def limits(self) -> tuple[int, int] | None:
+        """The smallest and the largest code; None for E4M3."""
+        return None if self.scheme.kind == "fp8" else int_range(self.scheme)
+
+    def size(self, columns: int) -> int:
+        """Columns of a group."""
+        return FP8_BLOCK if self.scheme.block else self.scheme.group_size or columns
+
     def groups(self, columns: int) -> torch.Tensor:
         """[K] int64: the group of every column."""
-        size = FP8_BLOCK if self.scheme.block else self.scheme.group_size or columns
-        return torch.arange(columns) // size
+        return torch.arange(columns) // self.size(columns)
 
     def start(self, weight: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype, signed: bool) -> Levels:
         """Levels of weight [E, N, K] by the range search with the importance [E, K] of its columns."""

@@ -22,3 +22,11 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     for index in range(len(a)):
         torch.mm(a[index], b[index], out=out[index])
     return out
+
+
+def added(base: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """base [E, M, N] + a b, as `matmul`; a new tensor. On a GPU in one pass over the result in place of three."""
+    if a.is_cuda:
+        with tf32():
+            return torch.baddbmm(base, a, b)
+    return matmul(a, b).add_(base)

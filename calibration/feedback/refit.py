@@ -36,7 +36,7 @@ def refit(
     size: int,
     dtype: torch.dtype | None,
 ) -> Refitted:
-    """Better scales for points [E, K, N], the codes less their zero points, columns in their natural order.
+    """Better scales for points [E, K, N] of any float dtype: the codes less their zero points, columns in their natural order.
 
     scale: [E, G, N]; errors: [E, K, N], target minus points * scale; second: [E, K, K]; size: columns of a group. dtype: what
     scales are stored in; None keeps float32. A scale that would be zero, change its sign, not finite or more than four
@@ -71,7 +71,7 @@ def gram_matrices(points: torch.Tensor, second: torch.Tensor, size: int) -> torc
         from m3quant.calibration.feedback.gram_kernel import gram
 
         return gram(points, second, size)
-    return plain_gram(points, second, size)
+    return plain_gram(points.to(second.dtype), second, size)
 
 
 def plain_gram(points: torch.Tensor, second: torch.Tensor, size: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ from m3quant.calibration.feedback.columns import (
     sweep_factor,
 )
 from m3quant.calibration.feedback.grids import Grid, Levels
+from m3quant.calibration.feedback.points import errors_of, rounded
 from m3quant.calibration.feedback.products import matmul
 from m3quant.calibration.feedback.refit import refit
 from m3quant.calibration.feedback.settings import FeedbackSettings
@@ -29,7 +30,7 @@ from m3quant.schemes import Scheme
 
 @dataclass
 class State:
-    """codes, errors (target minus value): [E, K, N] float32 in the natural order of columns; loss: [E, N]."""
+    """codes (on a GPU in BF16), errors (target minus value): [E, K, N] in the natural order of columns; loss: [E, N]."""
 
     codes: torch.Tensor
     errors: torch.Tensor
@@ -37,15 +38,15 @@ class State:
     loss: torch.Tensor
 
     def better_rows(self, other: State) -> State:
-        """Row by row, the other where its loss is lower."""
+        """Row by row, the other where its loss is lower. Codes and errors of this state are overwritten."""
         better = other.loss < self.loss
         pick = better[:, None, :]
         zero = self.levels.zero
         if zero is not None and other.levels.zero is not None:
             zero = torch.where(pick, other.levels.zero, zero)
         return State(
-            torch.where(pick, other.codes, self.codes),
-            torch.where(pick, other.errors, self.errors),
+            torch.where(pick, other.codes, self.codes, out=self.codes),
+            torch.where(pick, other.errors, self.errors, out=self.errors),
             Levels(torch.where(pick, other.levels.scale, self.levels.scale), zero),
             torch.where(better, other.loss, self.loss),
         )
@@ -92,8 +93,7 @@ class Solver:
         """Rounded to nearest, under ranges searched with the diagonal of H."""
         diagonal = self.second.diagonal(dim1=1, dim2=2)
         levels = self.grid.start(self.rows_first, diagonal, self.settings.scale_dtype, self.settings.signed_scales)
-        codes = self.grid.codes(self.target, levels.columns(self.groups))
-        errors = self._errors(codes, levels)
+        codes, errors = rounded(self.target, self.grid, levels)
         return State(codes, errors, levels, (matmul(self.second, errors) * errors).sum(1))
 
     def solve(self) -> Solution:
@@ -133,15 +133,14 @@ class Solver:
         scheme = self.grid.scheme
         if not self.settings.refit or scheme.block:  # the scale of a block belongs to 128 rows together
             return state
-        levels, size = state.levels, scheme.group_size or self.groups.shape[1]
+        levels, size = state.levels, self.grid.size(self.groups.shape[1])
         points = state.codes if levels.zero is None else state.codes - levels.zero.repeat_interleave(size, dim=1)
         dtype = self.settings.scale_dtype if scheme.kind == "int" else None
         found = refit(points, levels.scale, state.errors, self.second, size, dtype)
         levels = Levels(found.scale, levels.zero)
-        return State(state.codes, self._errors(state.codes, levels), levels, state.loss - found.gain)
-
-    def _errors(self, codes: torch.Tensor, levels: Levels) -> torch.Tensor:
-        return self.target - self.grid.values(codes, levels.columns(self.groups))
+        return State(
+            state.codes, errors_of(state.codes, self.target, self.grid, levels), levels, state.loss - found.gain
+        )
 
 
 def _take(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,9 @@ PARTS: list[tuple[Any, tuple[str, ...]]] = [
     (fitting, ("estimate", "heldout_errors", "aimed")),
     (heldout, ("estimate", "aimed")),
     (solve.Solver, ("solve",)),
-    (solve, ("refit", "round_columns", "sweep_factor", "descent_factor", "permuted")),
+    (heldout, ("targets",)),
+    (solve.Solver, ("nearest",)),
+    (solve, ("refit", "errors_of", "round_columns", "sweep_factor", "descent_factor", "permuted")),
 ]
 
 

@@ -10,9 +10,11 @@ from m3quant.calibration.feedback.columns import (
     plain_block,
     sweep_factor,
 )
+from m3quant.calibration.feedback.corner_kernel import corner
 from m3quant.calibration.feedback.factors import blocked
 from m3quant.calibration.feedback.gram_kernel import gram
 from m3quant.calibration.feedback.grids import Grid
+from m3quant.calibration.feedback.kernels import round_points
 from m3quant.calibration.feedback.refit import plain_gram
 from tests.support.calibration.feedback_cases import SCHEMES, moment, normal
 
@@ -63,12 +65,45 @@ def test_a_block_is_rounded_as_by_plain_steps(name: str, descent: bool, first: i
     assert bool(torch.isnan(fused[0][:, outside]).all()) and torch.equal(fused[1][:, outside], errors[:, outside])
 
 
+@pytest.mark.parametrize("name", ["int4-g64", "int2-g64-asym", "int8-channel", "fp8-channel", "fp8-block"])
+def test_all_columns_are_rounded_as_by_plain_steps(name: str) -> None:
+    scheme, experts, rows, columns = SCHEMES[name], 2, 70, 192
+    weight = normal(experts, rows, columns).to(DEVICE)
+    grid = Grid(scheme)
+    levels = grid.start(weight, torch.ones(experts, columns, device=DEVICE), torch.bfloat16, True)
+    target = (weight + 0.3 * normal(experts, rows, columns, seed=1).to(DEVICE)).transpose(1, 2).contiguous()
+    groups = grid.groups(columns).to(DEVICE).expand(experts, -1)
+    expected = grid.codes(target, levels.columns(groups))
+    codes, errors = round_points(target, levels, grid.size(columns), grid.limits)
+    assert torch.equal(codes, expected)
+    assert torch.equal(errors, target - grid.values(expected, levels.columns(groups)))
+    given = round_points(target * 2, levels, grid.size(columns), grid.limits, codes)
+    assert given[0] is codes and torch.equal(given[1], 2 * target - grid.values(expected, levels.columns(groups)))
+
+
 @pytest.mark.parametrize("size", [32, 64])
 def test_small_systems_are_those_of_whole_products(size: int) -> None:
     points, second = normal(2, 128, 70, seed=1).mul_(3).round_().to(DEVICE), moment(2, 128, seed=2).to(DEVICE)
     expected, found = plain_gram(points, second, size), gram(points, second, size)
     assert float((found - expected).abs().max()) < 3e-3 * float(expected.abs().max())
     assert torch.equal(found, found.transpose(2, 3))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 16), (16, 43)])
+def test_a_block_on_the_diagonal_is_factored_and_inverted(start: int, stop: int) -> None:
+    whole = moment(3, 48, seed=5).to(DEVICE)
+    whole[1, start + 3, start + 3] = -1.0
+    lower = whole.tril() + torch.full_like(whole, torch.nan).triu(1)  # what lies above the diagonal is not read
+    inverse = corner(lower, start, stop)
+    block = whole[:, start:stop, start:stop].double()
+    assert bool(torch.isnan(lower[1, start:stop, start:stop]).any())
+    for expert in (0, 2):
+        expected = torch.linalg.cholesky(block[expert])
+        assert torch.allclose(lower[expert, start:stop, start:stop].double(), expected, atol=1e-5)
+        assert torch.allclose(inverse[expert].double(), torch.linalg.inv(expected), atol=1e-4)
+    outside = torch.ones(48, 48, dtype=torch.bool).tril()
+    outside[start:stop, start:stop] = False
+    assert torch.equal(lower[:, outside], whole[:, outside])
 
 
 @pytest.mark.parametrize("columns", [200, 512])

@@ -10,6 +10,7 @@ output from the quantized stream's input:
     targets   T
     grids     the scales to start from
     columns   codes, column by column: the GPTQ sweep and coordinate descent are one loop
+    points    codes and errors of all columns at once
     refit     the best scales for given codes
     solve     these steps in their order, for a stack of weights
 

@@ -159,7 +159,7 @@ def sweep_factor(second: torch.Tensor) -> Factor:
     lines = factored.lower.flip(1, 2).transpose(1, 2).contiguous()
     diagonal = lines.diagonal(dim1=1, dim2=2).clone()
     lines /= diagonal[:, :, None]
-    lines = torch.where(factored.failed[:, None, None], 0.0, lines).tril_(-1)
+    lines.tril_(-1).masked_fill_(factored.failed[:, None, None], 0.0)
     weight = torch.where(factored.failed[:, None], torch.inf, diagonal.square_())
     return Factor(lines, weight, factored.failed)
 

@@ -45,7 +45,10 @@ class Factored:
 
 
 def cholesky(matrix: torch.Tensor) -> Factored:
-    """Factors of matrix [E, K, K], symmetric, float32 (on a CPU also float64); only its lower triangle is read."""
+    """Factors of matrix [E, K, K], symmetric, float32 (on a CPU also float64); only its lower triangle is read.
+
+    On a GPU the factors take its place.
+    """
     if matrix.is_cuda:
         return blocked(matrix)
     lower, info = torch.linalg.cholesky_ex(matrix)
@@ -53,8 +56,8 @@ def cholesky(matrix: torch.Tensor) -> Factored:
 
 
 def blocked(matrix: torch.Tensor) -> Factored:
-    """`cholesky` in blocks of columns, on any device."""
-    lower, columns = matrix.clone(memory_format=torch.contiguous_format), matrix.shape[1]
+    """`cholesky` in blocks of columns, on any device, in place where matrix is contiguous."""
+    lower, columns = matrix.contiguous(), matrix.shape[1]
     inverses = []
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Triton kernel of the factorization's blocks on the diagonal: Cholesky factor and its inverse, a whole stack in one launch.
 
-The library's routines for small matrices take about 0.7 ms a block of 256 on an H200, whether for ten experts or for thirty, and a
-layer of M2 has thousands of them. Here a program holds a block and its inverse in registers and eliminates one column after the
+The library takes a stack of small matrices in many short launches, one for each few columns, and a layer of M2 has thousands of
+such blocks. Here a program holds a block and its inverse in registers and eliminates one column after the
 other from both (right-looking, Golub and Van Loan, Matrix Computations, 4.2).
 """
 
@@ -17,7 +17,7 @@ _WARPS = 16
 def _corner(lower, inverse, start, count, columns, SIZE: tl.constexpr):
     """Lines start .. start + count - 1 of one matrix, count at most SIZE; what lies beyond is the identity."""
     expert = tl.program_id(0).to(tl.int64)
-    lower += expert * columns * columns + start * columns + start
+    lower += (expert * columns + start) * columns + start
     inverse += expert * count * count
     line = tl.arange(0, SIZE)
     row, column = line[:, None], line[None, :]

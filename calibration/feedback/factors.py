@@ -82,7 +82,8 @@ def _corner(lower: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     factor, info = torch.linalg.cholesky_ex(block)
     block.copy_(torch.where((info != 0)[:, None, None], torch.nan, factor))
     unit = torch.eye(stop - start, dtype=lower.dtype, device=lower.device).expand_as(block)
-    return torch.linalg.solve_triangular(block, unit, upper=False)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(block, unit, upper=False)
+    return inverse
 
 
 def _not_finite(values: torch.Tensor) -> torch.Tensor:

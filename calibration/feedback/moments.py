@@ -4,8 +4,8 @@ Rows x [n, K] are a weight's inputs in the quantized stream; e [n, M] is how far
 differs from the source's. Both are weighted by the squared gate for an expert, as an error of it counts in the layer's output.
 
 Sums are kept apart for two halves of the rows, so that one half can test what was computed from the other. Rows of many experts
-pass through everything but the products together, side by side in one block: expert by expert, an H200 waits for launches
-ten times as long as for the products (docs/rounding.md).
+pass through everything but the products together, side by side in one block: expert by expert, a GPU waits for launches longer
+than for the products.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-_BLOCK = 128  # columns; twice as many steps of the diagonal block's kernel, one after the other, in one of 256
+_BLOCK = 256  # columns
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,6 @@ def blocked(matrix: torch.Tensor) -> Factored:
 
 def _corner(lower: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Factor a block on the diagonal of lower [E, K, K] in place; its inverse. Not finite where there is none."""
-    if lower.is_cuda:
-        from m3quant.calibration.feedback.corner_kernel import corner
-
-        return corner(lower, start, stop)
     block = lower[:, start:stop, start:stop]
     factor, info = torch.linalg.cholesky_ex(block)
     block.copy_(torch.where((info != 0)[:, None, None], torch.nan, factor))

@@ -10,7 +10,6 @@ from m3quant.calibration.feedback.columns import (
     plain_block,
     sweep_factor,
 )
-from m3quant.calibration.feedback.corner_kernel import corner
 from m3quant.calibration.feedback.factors import blocked
 from m3quant.calibration.feedback.gram_kernel import gram
 from m3quant.calibration.feedback.grids import Grid
@@ -87,23 +86,6 @@ def test_small_systems_are_those_of_whole_products(size: int) -> None:
     expected, found = plain_gram(points, second, size), gram(points, second, size)
     assert float((found - expected).abs().max()) < 3e-3 * float(expected.abs().max())
     assert torch.equal(found, found.transpose(2, 3))
-
-
-@pytest.mark.parametrize(("start", "stop"), [(0, 16), (16, 43)])
-def test_a_block_on_the_diagonal_is_factored_and_inverted(start: int, stop: int) -> None:
-    whole = moment(3, 48, seed=5).to(DEVICE)
-    whole[1, start + 3, start + 3] = -1.0
-    lower = whole.tril() + torch.full_like(whole, torch.nan).triu(1)  # what lies above the diagonal is not read
-    inverse = corner(lower, start, stop)
-    block = whole[:, start:stop, start:stop].double()
-    assert bool(torch.isnan(lower[1, start:stop, start:stop]).any())
-    for expert in (0, 2):
-        expected = torch.linalg.cholesky(block[expert])
-        assert torch.allclose(lower[expert, start:stop, start:stop].double(), expected, atol=1e-5)
-        assert torch.allclose(inverse[expert].double(), torch.linalg.inv(expected), atol=1e-4)
-    outside = torch.ones(48, 48, dtype=torch.bool).tril()
-    outside[start:stop, start:stop] = False
-    assert torch.equal(lower[:, outside], whole[:, outside])
 
 
 @pytest.mark.parametrize("columns", [200, 512])

@@ -157,7 +157,9 @@ def run_start(
         result["rows"].append(row_json(row, block, result["pool_tokens"], rehearsal=not result["rows"]))
         result["rows"][-1]["at_s"] = round(time.monotonic() - begun, 1)
         figures.write()
-        say(f"{row.measured.decode_tokens_per_s:.1f} tokens/s decoding, steady {result['rows'][-1]['steady_tokens_per_s']:.1f}")
+        say(
+            f"{row.measured.decode_tokens_per_s:.1f} tokens/s decoding, steady {result['rows'][-1]['steady_tokens_per_s']:.1f}"
+        )
 
     timer.start()
     try:

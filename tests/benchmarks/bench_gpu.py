@@ -61,7 +61,7 @@ class Preset:
 
 
 GPU: dict[str, Any] = {"kv_dtype": "fp8", "max_num_seqs": MOST}
-TINY: dict[str, Any] = {"node": "cpu:2GiB", "max_num_seqs": 4, "context": 2048}
+TINY: dict[str, Any] = {"node": "cpu:2GiB", "max_num_seqs": 4, "context": 2048, "start_timeout": 900}
 PRESETS = {
     "m2.7-awq": Preset(DATA / "minimax-m2.7", "awq", GPU),
     "m2.7-fit-1xh200": Preset(DATA / "minimax-m2.7", "fit-m2.7-1xh200", GPU),

@@ -196,7 +196,13 @@ def run_starts(preset: Preset, starts: Mapping[str, Mapping[str, Any]], cells: S
             figures.document.setdefault("not_started", []).append(name)
             figures.write()
             continue
-        prepared = prepare(str(folder), recipe_of(preset, changes), None, None, None, False, False, print)
+        try:
+            prepared = prepare(str(folder), recipe_of(preset, changes), None, None, None, False, False, print)
+        except M3QuantError as error:  # a flag with which the model does not fit
+            figures.document.setdefault("refused", {})[name] = str(error)
+            figures.write()
+            good = False
+            continue
         figures.document["machine"] |= {"node": prepared.fit.node.name, "engine": prepared.installed and prepared.installed.version,
                                         "stored_bytes": prepared.fit.model.stored_bytes}  # fmt: skip
         result = run_start(name, prepared, cells, figures, deadline)

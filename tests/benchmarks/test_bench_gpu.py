@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,16 @@ def test_a_failure_is_in_the_result_and_the_next_start_is_made(tmp_path: Path) -
     assert code == 1 and len(result["starts"]) == 2
     for start in result["starts"]:
         assert "the client is broken" in start["error"] and start["rows"] == [] and len(start["not_measured"]) == 4
+
+
+def test_a_start_that_is_refused_does_not_keep_the_others_from_theirs(tmp_path: Path) -> None:
+    starts: dict[str, dict[str, Any]] = {"too long": {"context": 10**6}, "unknown dtype": {"kv_dtype": "int1"}}
+    figures = bench_gpu.Figures(tmp_path / "out.json", {"machine": {}})
+    preset = PRESETS["tiny-m2"]
+    folder = write_hollow(tmp_path / "hollow", preset.source, preset.recipe)
+    assert not bench_gpu.run_starts(preset, starts, CELLS, figures, folder, time.monotonic() + 60)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert set(written["refused"]) == set(starts) and written["starts"] == []
 
 
 def test_the_time_that_is_given_is_kept(tmp_path: Path) -> None:

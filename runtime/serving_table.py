@@ -7,15 +7,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint import Checkpoint
+from .cost import decode_speed
 from .fit import Ask, Fit, assess
 from .hardware import STANDARD_NODES, parse_node
 from .model import open_subject
+
+SPEED_REQUESTS = (1, 4, 16)  # at once, for which a speed is shown where one was measured near
+SPEED_CONTEXT = 4096  # tokens of each
+
+
+@dataclass(frozen=True)
+class MeasuredSpeed:
+    """Decoded tokens per second in all, least and most, of `requests` at once, by figures measured near the plan; sources: of which."""
+
+    requests: int
+    context: int
+    low: float
+    high: float
+    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ServingRow:
     """One node and KV dtype. pool_tokens: KV tokens that all requests share; longest_context: of one request, within the model's
-    own limit; command: the engine's exact command line, '' where it does not fit; why_not: '' where it fits."""
+    own limit; command: the engine's exact command line, '' where it does not fit; why_not: '' where it fits; speeds: empty where nothing
+    near was measured."""
 
     node: str
     fits: bool
@@ -24,6 +40,7 @@ class ServingRow:
     longest_context: int
     command: str
     why_not: str
+    speeds: tuple[MeasuredSpeed, ...] = ()
 
 
 def serving_row(fit: Fit) -> ServingRow:
@@ -35,7 +52,19 @@ def serving_row(fit: Fit) -> ServingRow:
         fit.longest_context,
         shlex.join(fit.command()) if fit.fits else "",
         fit.why_not,
+        measured_speeds(fit),
     )
+
+
+def measured_speeds(fit: Fit) -> tuple[MeasuredSpeed, ...]:
+    """For as many requests at once as the pool holds."""
+    found = []
+    for requests in SPEED_REQUESTS:
+        if fit.fits and requests <= fit.pool.concurrency(SPEED_CONTEXT):
+            speed = decode_speed(fit, SPEED_CONTEXT, requests)
+            if speed.near:
+                found.append(MeasuredSpeed(requests, SPEED_CONTEXT, speed.low, speed.high, speed.near.sources))
+    return tuple(found)
 
 
 def serving_table(folder: Path, checkpoint: Checkpoint | None = None) -> list[ServingRow]:

@@ -33,6 +33,21 @@ IGNORED_KEYS = ("ignore", "modules_to_not_convert", "ignored_layers")  # by form
 PLACEHOLDER_REPO = "ORG/NAME"
 
 
+class Speed(Protocol):
+    """A `m3quant.runtime.serving_table.MeasuredSpeed`."""
+
+    @property
+    def requests(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+
+
 class Serving(Protocol):
     """A row of `m3quant.runtime.serving_table.serving_table`."""
 
@@ -50,6 +65,8 @@ class Serving(Protocol):
     def command(self) -> str: ...
     @property
     def why_not(self) -> str: ...
+    @property
+    def speeds(self) -> Sequence[Speed]: ...
 
 
 @dataclass
@@ -99,6 +116,11 @@ class CardFacts:
     @property
     def engine_notes(self) -> tuple[str, ...]:
         return activation_notes(self.family, self.recipe.schemes_of("routed_experts"), self.recipe.format)
+
+    @property
+    def speed_sources(self) -> list[str]:
+        """Where the speeds of the serving rows were measured, each once."""
+        return list(dict.fromkeys(source for row in self.serving for speed in row.speeds for source in speed.sources))
 
     @property
     def first_release(self) -> str:

@@ -33,6 +33,7 @@ from m3quant.evaluate.task import Predictions, ScoredSequence
 from m3quant.publish.card import NOTES_BEGIN, check_metadata, scheme_text
 from m3quant.publish.gates import Asked, Prepared, check, make_card, prepare
 from m3quant.publish.licences import GivenLicence
+from m3quant.runtime.serving_table import MeasuredSpeed
 from tests.support.convert.common import make_plan_of
 from tests.support.publish.outputs import COMMIT, TEXTS, converted, manifest_of, serving, source_like
 
@@ -164,6 +165,19 @@ def test_serving_rows_name_the_repo_and_say_what_does_not_fit(out: Path) -> None
         in text
     )
     assert "m3quant serve someone/MiniMax-M3-int4 --on 2xH200" in text
+
+
+def test_speeds_are_shown_with_their_source_where_something_near_was_measured(out: Path) -> None:
+    assert "tokens/s" not in make_card(out, asked(out)).card_path.read_text(encoding="utf-8")
+    speeds = (
+        MeasuredSpeed(1, 4096, 122.4, 146.6, ("vLLM 0.33.0, one day",)),
+        MeasuredSpeed(16, 4096, 915.2, 915.2, ("vLLM 0.33.0, one day", "another day")),
+    )
+    rows = [replace(row, speeds=speeds) if row.kv_dtype == "fp8" and row.fits else row for row in serving(out)]
+    text = make_card(out, asked(out, serving=rows)).card_path.read_text(encoding="utf-8")
+    assert "| 2xH200 | fp8 | 1 | 4,096 | 122 to 147 |\n| 2xH200 | fp8 | 16 | 4,096 | about 915 |\n" in text
+    assert text.count("- vLLM 0.33.0, one day\n") == 1 and "- another day\n" in text
+    assert "On the smallest of them, 2xH200" in text
 
 
 def test_without_an_evaluation_the_card_says_so(out: Path) -> None:

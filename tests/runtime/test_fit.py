@@ -310,6 +310,7 @@ def test_serving_table_of_a_checkpoint() -> None:
         and "--kv-cache-dtype" not in first.command
     )
     assert "--kv-cache-dtype fp8" in rows[1].command
+    assert not any(row.speeds for row in rows)  # no model of its size was measured
 
 
 def test_overheads_carry_a_source_and_a_range() -> None:

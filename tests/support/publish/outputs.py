@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m3quant.checkpoint.origin import METADATA_FOLDER
+from m3quant.runtime.serving_table import MeasuredSpeed
 from tests.support.convert.common import run_convert
 from tests.support.paths import FIXTURES
 
@@ -86,6 +87,7 @@ class Row:
     longest_context: int = 0
     command: str = ""
     why_not: str = ""
+    speeds: tuple[MeasuredSpeed, ...] = ()
 
 
 def serving(out: Path) -> list[Row]:

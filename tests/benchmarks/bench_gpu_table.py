@@ -1,0 +1,165 @@
+"""What `bench_gpu` measured, as the tables of docs/serving.md and as sets of runtime/measured.yaml.
+
+    python -m tests.benchmarks.bench_gpu_table                       # the tables, of tests/benchmarks/figures/h200_bench_*.json
+    python -m tests.benchmarks.bench_gpu_table --into docs/serving.md        # written between the page's two marks
+    python -m tests.benchmarks.bench_gpu_table --yaml FIGURES.json   # a set for runtime/measured.yaml
+
+A rehearsal, and a point whose requests had to wait for the cache, are in no table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from m3quant.recipe.recipe import build_recipe, named_recipe
+from m3quant.runtime.cost import decode_bound
+from m3quant.runtime.fit import Ask, assess
+from m3quant.runtime.hardware import parse_node
+from m3quant.runtime.measured import measured_sets
+from m3quant.runtime.model import open_subject
+from tests.benchmarks.bench_gpu import PRESETS, THROUGH
+from tests.support.paths import TESTS
+
+FIGURES = TESTS / "benchmarks" / "figures"
+BEGIN, END = "<!-- bench_gpu_table -->", "<!-- end of bench_gpu_table -->"
+
+
+def good_rows(start: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that say how fast the engine is, short contexts first."""
+    rows = [row for row in start["rows"] if not row["rehearsal"] and not row["queued"]]
+    return sorted(rows, key=lambda row: (row["context"], row["concurrency"]))
+
+
+def shipped_table() -> list[str]:
+    """The figures of runtime/measured.yaml, by which `plan` and the card estimate."""
+    lines = [
+        "| output, node | requests | tokens of each | decoding, tokens/s | of bound |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for known in measured_sets():
+        for requests, context, speed, bound in known.figures:
+            cells = (f"`{known.recipe}`, {known.gpus}x{known.gpu}", requests, f"{context:,}", f"{speed:,.0f}", f"{speed / bound:.0%}")  # fmt: skip
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def grid_table(document: dict[str, Any]) -> list[str]:
+    """Every point through the guard, with what the engine gave without it."""
+    starts = {start["name"]: start for start in document["starts"]}
+    alone = {(row["concurrency"], row["context"]): row for row in good_rows(starts.get("engine", {"rows": []}))}
+    lines = [
+        _caption(document, starts.get("guard") or starts["engine"]),
+        "",
+        "| at once | context | tokens/s | of bound | without the guard | TTFT p50, ms | ITL p50 | ITL p99 |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in good_rows(starts.get("guard", {"rows": []})):
+        other = alone.get((row["concurrency"], row["context"]))
+        bound = row["bound_tokens_per_s"]
+        cells = [
+            f"{row['concurrency']}", f"{row['context']:,}", f"{row['steady_tokens_per_s']:,.0f}",
+            f"{row['steady_tokens_per_s'] / bound:.0%}" if bound else "", f"{other['steady_tokens_per_s']:,.0f}" if other else "",
+            f"{row['ttft_ms']['50']:,.0f}", f"{row['itl_ms']['50']:.1f}", f"{row['itl_ms']['99']:.1f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def flags_table(document: dict[str, Any]) -> list[str]:
+    """One line a start of `--flags`: its pool, and speed and time to the first token at every point."""
+    starts = document["starts"]
+    points = sorted({(row["context"], row["concurrency"]) for start in starts for row in good_rows(start)})
+    heads = [f"tokens/s at {requests}, TTFT p50 in ms" for _, requests in points]
+    lines = [
+        _caption(document, starts[0]),
+        "",
+        "| start | KV tokens | ready after, s | " + " | ".join(heads) + " |",
+        "|---|---:|---:|" + "---:|" * len(points),
+    ]
+    for start in starts:
+        rows = {(row["context"], row["concurrency"]): row for row in good_rows(start)}
+        cells = [start["name"], f"{start.get('pool_tokens') or 0:,}" if rows else "", f"{start.get('ready_s', '')}"]
+        for point in points:
+            row = rows.get(point)
+            cells.append(f"{row['steady_tokens_per_s']:,.0f}, {row['ttft_ms']['50']:,.0f}" if row else "not measured")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _caption(document: dict[str, Any], start: dict[str, Any]) -> str:
+    machine = document["machine"]
+    pool = f"{start['pool_tokens']:,} KV tokens" if start.get("pool_tokens") else "no KV cache"
+    cells = f"{start['max_num_batched_tokens']:,} tokens a step, at most {start['max_num_seqs']} requests"
+    return (
+        f"`{document['recipe']}` ({document['preset']}) on {machine['node']}, vLLM {machine['engine']}, {document['measured']}: "
+        f"{start['kv_dtype']} cache, {pool}, {cells}."
+    )
+
+
+def is_grid(document: dict[str, Any]) -> bool:
+    return {start["name"] for start in document["starts"]} <= set(THROUGH)
+
+
+def tables(documents: Sequence[dict[str, Any]]) -> str:
+    """All of the page between its marks."""
+    parts = [shipped_table(), *(grid_table(d) if is_grid(d) else flags_table(d) for d in documents if d["starts"])]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def with_tables(page: str, text: str) -> str:
+    """The page with `text` between its marks. Raises ValueError where they are not there, once each and in order."""
+    before, mark, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end or BEGIN in rest or END in after:
+        raise ValueError(f"the page needs the lines {BEGIN} and {END}, once each.")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def measured_set(document: dict[str, Any]) -> dict[str, Any]:
+    """A set of runtime/measured.yaml, from the start through the guard. The bound is that of the prompt, before the answer."""
+    preset = PRESETS[document["preset"]]
+    start = next(start for start in document["starts"] if start["name"] == "guard")
+    model = open_subject(str(preset.source / "config.json")).converted(build_recipe(named_recipe(preset.recipe)))
+    node = parse_node(document["machine"]["node"])
+    fit = assess(model, node, Ask(kv_dtype=start["kv_dtype"]))
+    figures = [
+        [row["concurrency"], row["prompt"], round(row["steady_tokens_per_s"], 1), round(decode_bound(fit, row["prompt"], row["concurrency"]), 1)]
+        for row in good_rows(start)
+    ]  # fmt: skip
+    return {
+        "model_type": model.family.model_type,
+        "recipe": preset.recipe,
+        "weights": "int" if any(scheme.kind == "int" for scheme in model.schemes) else "float",
+        "stored_bytes": model.stored_bytes,
+        "gpu": node.gpu.name,
+        "gpus": node.count,
+        "source": f"vLLM {document['machine']['engine']}, {document['measured']}, through the guard, max_num_seqs {start['max_num_seqs']}",
+        "figures": figures,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figures", type=Path, nargs="*", help="[tests/benchmarks/figures/h200_bench_*.json]")
+    parser.add_argument("--into", type=Path, help="a page that has the two marks")
+    parser.add_argument("--yaml", action="store_true")
+    arguments = parser.parse_args()
+    paths = arguments.figures or sorted(FIGURES.glob("h200_bench_*.json"))
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if arguments.yaml:
+        print(yaml.safe_dump([measured_set(d) for d in documents], sort_keys=False, default_flow_style=None, width=140))
+    elif arguments.into:
+        page = arguments.into.read_text(encoding="utf-8")
+        arguments.into.write_text(with_tables(page, tables(documents)), encoding="utf-8")
+    else:
+        print(tables(documents))
+
+
+if __name__ == "__main__":
+    main()

@@ -115,6 +115,13 @@ def row_json(row: Row, block_size: int, pool_tokens: int | None, rehearsal: bool
     }  # fmt: skip
 
 
+def command_of(prepared: Prepared) -> str:
+    """The server's command without this machine's paths."""
+    words = prepared.launch.command
+    after = words.index("serve") + 1
+    return shlex.join(["vllm", "serve", Path(words[after]).name, *words[after + 1 :]])
+
+
 class Figures:
     """The result, written whenever it grows."""
 
@@ -125,7 +132,7 @@ class Figures:
     def start(self, name: str, prepared: Prepared) -> dict[str, Any]:
         fit = prepared.fit
         begun = {
-            "name": name, "command": shlex.join(prepared.launch.command), "context": fit.context, "kv_dtype": fit.setup.kv_dtype,
+            "name": name, "command": command_of(prepared), "context": fit.context, "kv_dtype": fit.setup.kv_dtype,
             "max_num_batched_tokens": fit.setup.max_num_batched_tokens, "max_num_seqs": fit.setup.max_num_seqs, "rows": [],
         }  # fmt: skip
         self.document["starts"].append(begun)

@@ -96,6 +96,8 @@ def asked_by(log: EngineLog, ask: Ask, gpu: Gpu | None = None) -> Ask:
     utilization = log.utilization or _float(log.setting("gpu_memory_utilization"))
     if utilization and ask.utilization == Ask().utilization:
         changes["utilization"] = utilization
+    if ask.release is None:
+        changes["release"] = log.version
     return replace(ask, **changes)
 
 
@@ -160,10 +162,10 @@ def _lines(log: EngineLog, fit: Fit) -> Iterator[Line]:
     if log.weights is not None and rank.weight_bytes:
         yield _weights(rank.weight_bytes, log.weights, fit.setup.split.dp)
     if log.non_torch is not None:
-        yield _range("non-torch", rank.non_torch, log.non_torch, "NON_TORCH")
+        yield _range("non-torch", rank.non_torch, log.non_torch, "non_torch_*")
     elif log.consumed is not None:
         both = log.consumed - (log.weights or rank.weight_bytes)
-        yield _range("consumed beyond weights (non-torch, allocator)", rank.non_torch, both, "NON_TORCH")
+        yield _range("consumed beyond weights (non-torch, allocator)", rank.non_torch, both, "non_torch_*")
     if log.activation is not None:
         # The three-part line (0.32 and later) counts the estimate of the graphs into the peak, the four-part line does not.
         inside = (log.graphs_estimated or 0) if log.consumed is not None else 0
@@ -171,11 +173,11 @@ def _lines(log: EngineLog, fit: Fit) -> Iterator[Line]:
             "peak activation",
             rank.activation,
             max(0, log.activation - inside),
-            "ACTIVATION_RANGE, SAMPLER_COPIES, HIDDEN_COPIES",
+            "activation, SAMPLER_COPIES, HIDDEN_COPIES",
         )
     reserved = log.graphs_estimated if log.graphs_estimated is not None else log.graphs
     if reserved is not None:
-        yield _range("CUDA graphs, as reserved", rank.graphs, reserved, "GRAPHS_BASE, GRAPHS_PER_SIZE")
+        yield _range("CUDA graphs, as reserved", rank.graphs, reserved, "graphs")
     yield from _cache_lines(log, fit)
 
 

@@ -21,7 +21,7 @@ from .fit import Fit
 from .hardware import Node
 from .measured import Near, near
 from .memory import DRAFT
-from .weights import rank_weights, stage_of_layers
+from .weights import as_kept, rank_weights, stage_of_layers
 
 PRICES = Path(__file__).with_name("prices.yaml")
 
@@ -68,7 +68,7 @@ def decode_bound(fit: Fit, context: int, requests: int) -> float:
     tokens = requests * fit.setup.rows
     reached = 1 - (1 - family.moe.top_k / family.moe.num_experts) ** tokens if family.moe else 1.0
     geometry = family.kv_geometry
-    stages = rank_weights(fit.model.groups, fit.setup.split, geometry.kv_heads, geometry.layers)
+    stages = rank_weights(as_kept(fit.model.groups, fit.setup.memory), fit.setup.split, geometry.kv_heads, geometry.layers)
     if fit.setup.draft:
         stages[-1][DRAFT] = fit.setup.draft.rank_bytes(fit.setup.split.tp)
     slowest = 0.0

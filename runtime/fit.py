@@ -116,7 +116,7 @@ def assess(model: ServedModel, node: Node, ask: Ask) -> Fit:
     if ask.concurrency < 1 or (ask.context is not None and ask.context < 1):
         raise NodeError("--context and --concurrency must be at least 1.")
     split, problem = _split(model, node, ask)
-    memory = engine_named(ask.engine).memory
+    memory = engine_named(ask.engine).memory_of(ask.release)
     setup = Setup(
         split=split,
         kv_dtype=memory.kv_name(kv_dtype_of(model.config, ask.kv_dtype)),
@@ -127,6 +127,7 @@ def assess(model: ServedModel, node: Node, ask: Ask) -> Fit:
         block_size=ask.block_size,
         enforce_eager=ask.enforce_eager,
         engine=ask.engine,
+        release=ask.release,
         draft=ask.draft,
     )
     prediction = predict(node, model.family, model.groups, setup)

@@ -24,7 +24,7 @@ from ..families import Family
 from ..families.config import MAX_SIZE, ConfigPart
 from .guard.pool import draft_slots
 from .hardware import Node
-from .weights import Group, Split, rank_weights, stage_of_layers
+from .weights import Group, Split, as_kept, rank_weights, stage_of_layers
 
 DRAFT = "draft"  # the role of a draft model's weights in tables
 MAX_MERGE = 16  # more than any tower merges along an edge
@@ -32,7 +32,7 @@ MAX_MERGE = 16  # more than any tower merges along an edge
 
 @dataclass(frozen=True)
 class Setup:
-    """How the engine of that name is asked to run. kv_dtype and index_dtype are resolved names, never 'auto'."""
+    """How the engine of that name and release (None: the newest that was read) is asked to run. kv_dtype and index_dtype are resolved names, never 'auto'."""
 
     split: Split = field(default_factory=Split)
     kv_dtype: str = "bfloat16"
@@ -43,6 +43,7 @@ class Setup:
     block_size: int = DEFAULT.memory.block_size
     enforce_eager: bool = False
     engine: str = DEFAULT.name
+    release: str | None = None
     draft: Draft | None = None
 
     @property
@@ -57,8 +58,8 @@ class Setup:
 
     @property
     def memory(self) -> MemoryModel:
-        """The constants of the engine."""
-        return engine_named(self.engine).memory
+        """The constants of the engine's release."""
+        return engine_named(self.engine).memory_of(self.release)
 
 
 def check_setup(setup: Setup) -> None:
@@ -140,7 +141,7 @@ def activation(family: Family, setup: Setup) -> Estimate:
         low,
         expected,
         high,
-        "MLP or Marlin MoE caches, attention, hidden states and sampler of one step; range from public logs",
+        f"MLP or Marlin MoE caches, attention, hidden states and sampler of one step; {memory.activation_evidence}",
     )
     return estimate + vision_peak(family.config, hidden, tokens, memory) if setup.split.vision else estimate
 
@@ -178,7 +179,7 @@ def graphs(setup: Setup, gpu: Gpu) -> Estimate:
         expected // 5,
         expected,
         max(2 * expected, memory.graphs_per_size_most * largest),
-        "0.19-1.97 GiB in public logs, by captured sizes; vLLM's estimate errs both ways",
+        memory.graphs_evidence,
     )
 
 
@@ -266,7 +267,7 @@ def predict(node: Node, family: Family, groups: Sequence[Group], setup: Setup) -
     check_setup(setup)
     geometry = family.kv_geometry
     per_token = kv_bytes_per_token(family, setup)
-    weights = rank_weights(groups, setup.split, geometry.kv_heads, geometry.layers)
+    weights = rank_weights(as_kept(groups, setup.memory), setup.split, geometry.kv_heads, geometry.layers)
     if setup.draft is not None:
         weights[-1][DRAFT] = setup.draft.rank_bytes(setup.split.tp)
     stages = stage_of_layers(geometry.layers, setup.split.pp)

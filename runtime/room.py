@@ -18,7 +18,7 @@ from ..recipe.recipe import Recipe, build_recipe
 from .fit import Ask, Fit, assess
 from .hardware import STANDARD_NODES, Node, parse_node
 from .model import Subject
-from .weights import Group, converted_groups, rank_weights, split_problem, stage_of_layers
+from .weights import Group, as_kept, converted_groups, rank_weights, split_problem, stage_of_layers
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def _role_sizes(subject: Subject, fit: Fit, choices: Choices) -> dict[tuple[int,
         for role, names in candidates.items():
             for name in names:
                 converted = converted_groups(groups[layer, role], _recipe({role: name}))
-                stages = rank_weights(converted, fit.setup.split, geometry.kv_heads, geometry.layers)
+                kept = as_kept(converted, fit.setup.memory)
+                stages = rank_weights(kept, fit.setup.split, geometry.kv_heads, geometry.layers)
                 sizes[layer, role, name] = sum(sum(stage.values()) for stage in stages)
     return sizes
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..checkpoint import DTYPE_BYTES, Checkpoint
+from ..engines.memory import MemoryModel
 from ..families import QUANTIZABLE, Family, Role
 from ..planning.engine_kept import PASSED_THROUGH
 from ..planning.layout import tensors_of
@@ -65,6 +66,24 @@ class Group:
         if self.dtype in FLOAT_DTYPES and (self.leaf in ("weight", "bias") or self.role not in QUANTIZABLE):
             return 2 * self.elements
         return DTYPE_BYTES[self.dtype] * self.elements
+
+
+def as_kept(groups: Iterable[Group], memory: MemoryModel) -> list[Group]:
+    """Groups as the engine keeps them where that is larger than on disk: zero points of experts of few bits.
+
+    compressed-tensors packs the zero points of N rows of b bits into N b / 32 words, so b is 32 x words / rows of the codes.
+    """
+    found = list(groups)
+    rows = {(g.layer, g.part): g.shape[0] for g in found if g.per_expert and g.leaf == "weight_packed"}
+    return [_wider(g, rows.get((g.layer, g.part), 0), memory.least_zero_point_bits) for g in found]
+
+
+def _wider(group: Group, rows: int, least: int) -> Group:
+    if not (group.per_expert and group.leaf == "weight_zero_point" and rows):
+        return group
+    bits = max(1, round(32 * group.shape[0] / rows))
+    kept = max(least, 1 << (bits - 1).bit_length())
+    return replace(group, shape=(math.ceil(rows * kept / 32), *group.shape[1:]))
 
 
 def gather(family: Family, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[Group]:

@@ -135,7 +135,6 @@ class Engine(ABC):
     title: ClassVar[str]  # in sentences
     argument_files: ClassVar[tuple[str, ...]]  # of its package, as globs: where its flags are written
     can: ClassVar[Capabilities]
-    memory: ClassVar[MemoryModel]
     sentences: ClassVar[tuple[Sentence, ...]]
     log_prefix: ClassVar[re.Pattern[str] | None] = None
     log: ClassVar[LogReader | None] = None  # None: its log is not compared with the plan
@@ -155,6 +154,15 @@ class Engine(ABC):
         return read_installed(self.name, self.argument_files, self.find_python(explicit))
 
     # --- what a release can do ---
+
+    @abstractmethod
+    def memory_of(self, release: str | None) -> MemoryModel:
+        """The constants of a release; None for the newest that was read."""
+
+    @property
+    def memory(self) -> MemoryModel:
+        """Those of the newest: also what all releases share, such as the names of dtypes and the defaults."""
+        return self.memory_of(None)
 
     def check_family(self, installed: Installed, family: Family) -> list[str]:
         """Warnings about this release. Raises EngineMissing where it is too old for the family."""

@@ -44,6 +44,7 @@ class MemoryModel:
     kv_bytes, index_bytes: bytes of one cached element by the name of its dtype; *_aliases: other spellings of those names.
     unmodelled_caches: patterns of dtypes that the engine has and whose bytes are not known here.
     utilization, batched_tokens, num_seqs, block_size: the engine's settings by default.
+    least_zero_point_bits: of one zero point of routed experts as the engine keeps it, where the checkpoint has fewer.
     non_torch_*: buffers in addition to torch's tensors, on one rank, on up to four and on more.
     graphs_*: CUDA graphs, by captured batch sizes; captured, captured_large: the most of them, the latter from large_gpu on.
     *_copies: tensors of a step alive at once; *_range: factors on their sum. vision_tokens: of one video.
@@ -58,16 +59,19 @@ class MemoryModel:
     batched_tokens: int
     num_seqs: int
     block_size: int
+    least_zero_point_bits: int
     non_torch_one: Estimate
     non_torch_many: Estimate
     non_torch_wide: Estimate
     graphs_base: int
     graphs_per_size: int
     graphs_per_size_most: int
+    graphs_evidence: str
     large_gpu: int
     captured: int
     captured_large: int
     activation_range: Range
+    activation_evidence: str
     hidden_copies: int
     sampler_copies: int
     vision_copies: int

@@ -4,7 +4,7 @@ import pytest
 
 from m3quant.engines.vllm.log import parse_log
 from m3quant.engines.vllm.log_settings import read_settings
-from m3quant.engines.vllm.memory import MEMORY
+from m3quant.engines import DEFAULT
 from m3quant.errors import NodeError
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.checklog import LogCheck, check_log
@@ -109,7 +109,7 @@ def test_public_pools_of_m3_with_vision_lie_in_the_range() -> None:
     [("bf16", "bfloat16"), ("torch.bfloat16", "bfloat16"), ("fp8_inc", "fp8_inc"), ("fp8_e4m3fn", "fp8_e4m3"), ("half", "float16"), ("FP8", "fp8")],
 )  # fmt: skip
 def test_engine_spellings_of_the_cache_dtype(spelled: str, name: str) -> None:
-    assert MEMORY.kv_name(spelled) == name and name in MEMORY.kv_bytes
+    assert DEFAULT.memory.kv_name(spelled) == name and name in DEFAULT.memory.kv_bytes
     log = parse_log(
         f"non-default args: {{'tensor_parallel_size': 2, 'kv_cache_dtype': '{spelled}'}}\nAvailable KV cache memory: 10 GiB\nGPU KV cache size: 5 tokens\n"
     )
@@ -117,7 +117,7 @@ def test_engine_spellings_of_the_cache_dtype(spelled: str, name: str) -> None:
 
 
 def test_engine_spellings_of_the_index_dtype() -> None:
-    assert [MEMORY.index_name(n) for n in ("bf16", "fp8_e4m3", "torch.bfloat16", "auto", "fp8")] == [
+    assert [DEFAULT.memory.index_name(n) for n in ("bf16", "fp8_e4m3", "torch.bfloat16", "auto", "fp8")] == [
         "bfloat16",
         "fp8",
         "bfloat16",

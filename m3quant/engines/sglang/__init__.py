@@ -12,7 +12,8 @@ from ..drafts import EAGLE3, Draft
 from ..failures import ARCHITECTURE, ARGUMENTS, CHECKPOINT, NO_GPU, OUT_OF_MEMORY, PORT, QUANTIZATION, SETTINGS
 from ..installed import Installed
 from ..integers import is_narrow
-from ..vllm.memory import MEMORY
+from ..memory import MemoryModel
+from ..vllm.memory import memory_models
 
 _KV_DTYPES = {"fp8": "fp8_e4m3"}  # where SGLang's name differs
 
@@ -23,8 +24,11 @@ class SGLang(Engine):
     argument_files = ("srt/server_args.py",)
     # The wheel of 0.5.23 was read for widths of integers alone; sglang#27690.
     can: ClassVar[Capabilities] = Capabilities(no_zero_points="SGLang without its pull request 27690 stops at them too")
-    memory = MEMORY  # not measured: vLLM's
     sentences = (OUT_OF_MEMORY, PORT, NO_GPU, ARCHITECTURE, QUANTIZATION, CHECKPOINT, SETTINGS, ARGUMENTS)
+
+    def memory_of(self, release: str | None) -> MemoryModel:
+        """Not measured: vLLM's widest."""
+        return memory_models()[0][1]
 
     def expert_refusal(self, scheme: Scheme) -> str:
         return (

@@ -17,12 +17,13 @@ from ..device import Gpu
 from ..drafts import Draft
 from ..installed import Installed
 from ..integers import is_narrow, names
+from ..memory import MemoryModel
 from ..stated import quantization_of
 from . import bench, command, drafts
 from .failures import KERNEL, NO_MEMORY, PREFIX, SENTENCES
 from .log import VllmLog
 from .lookup import lookup_problems
-from .memory import MEMORY
+from .memory import memory_of
 from .probe_facts import PROBE, probe_facts
 
 NEWEST_READ = "0.33.0"
@@ -43,7 +44,6 @@ class Vllm(Engine):
         no_zero_points='vLLM without pull request 44025 (0.19 and 0.22.1 among them) stops at "Only symmetric quantization is supported '
         'for MoE"; 0.28 still does where Marlin is not used (other devices than NVIDIA GPUs, VLLM_BATCH_INVARIANT=1)',
     )
-    memory = MEMORY
     sentences = SENTENCES
     log_prefix = PREFIX
     log = VllmLog()
@@ -51,6 +51,9 @@ class Vllm(Engine):
     has_guard = True
     takes_pin = True
     has_bench = True
+
+    def memory_of(self, release: str | None) -> MemoryModel:
+        return memory_of(release)
 
     def checkpoint_refusal(self, config: Mapping[str, Any], release: str | None) -> str:
         """quant_method mxfp8 makes its ModelOptMxFp8Config, which knows no moe_quant_algo: packed experts match no parameter."""

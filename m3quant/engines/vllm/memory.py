@@ -1,9 +1,19 @@
-"""vLLM's memory in addition to the weights: constants with their sources. A correction by `plan --check-log` is made here."""
+"""vLLM's memory in addition to the weights: what all releases share, and the sets of memory.yaml, which has those that releases change."""
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+from pydantic import BaseModel, ConfigDict
+
+from ...checkpoint.bounded import read_yaml
 from ..device import GIB, MIB
-from ..memory import MemoryModel, gib
+from ..memory import Estimate, MemoryModel, Range, gib
+
+CONSTANTS = Path(__file__).with_name("memory.yaml")
 
 # Bytes of one cached element by --kv-cache-dtype (vLLM 0.33 config/cache.py). 'auto' is resolved first, from the checkpoint.
 KV_BYTES = {"bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "fp8_inc": 1}
@@ -30,34 +40,9 @@ DEFAULT_BATCHED_TOKENS = 8192  # what vLLM's API server takes on H100 and H200 (
 DEFAULT_NUM_SEQS = 32  # m3quant's own: vLLM's 1024 reserve graphs and sampler memory that one node's KV cannot use
 BLOCK_SIZE = 128  # M3's kernels accept no other; M2 takes it too
 
-# CUDA and NCCL buffers that appear after vLLM's first look at free memory, and what the allocator keeps beyond the tensors.
-NON_TORCH_ONE = gib(
-    0.05,
-    0.5,
-    1.8,
-    "0.26 GiB for M2 INT4 on an H200, vLLM 0.26 (serve_gpu.py); NCCL and attention buffers 0.5-1 (comment in vLLM's mem_utils.py)",
-)
-NON_TORCH_MANY = gib(
-    0.1,
-    1.2,
-    2.6,
-    "0.11-0.15 GiB for M2 and M3 INT4 at TP2 on H100s and H200s, vLLM 0.26 (serve_gpu.py); 1.8-2.1 for Qwen3-235B at TP8 on 80 GB cards (vllm#18446)",
-)
-NON_TORCH_WIDE = gib(
-    0.1,
-    1.8,
-    6.0,
-    "TP8 x EP or DP: 1.8-2.1 GiB for Qwen3-235B at TP8 (vllm#18446), and all-reduce and all-to-all buffers of more than four ranks; "
-    "M3 NVFP4 on 8x B200 left at most 26 GiB for all overheads together (tests/data/serving-logs)",
-)
-# CUDA graphs by captured batch sizes: 0.19, 0.28, 0.71 and 1.42 GiB in public logs, 1.97 for 256 sizes (M3 on two B200);
-# the estimate that vLLM subtracts errs both ways.
-GRAPHS_BASE, GRAPHS_PER_SIZE, GRAPHS_PER_SIZE_MOST = int(0.25 * GIB), int(2.3 * MIB), 9 * MIB
 LARGE_GPU = (
     160 * GIB
 )  # from here vLLM captures up to 1024 sequences and takes 16,384 tokens per step (engine/arg_utils.py)
-# Sum of the tensors below against logs of 1.66, 1.78 and 2.53 GiB peak activation on 80-95 GiB cards.
-ACTIVATION_RANGE = (0.6, 1.0, 1.8)
 HIDDEN_COPIES = 4  # residual, normed input, attention output and MoE output of one layer
 SAMPLER_COPIES = 4  # float32 logits, their sorted copy, probabilities and a mask
 VISION_COPIES = 4  # residual, normed input, attention output and one more of a vision layer
@@ -65,29 +50,98 @@ VISION_RANGE = (0.4, 1.0, 2.5)
 VISION_TOKENS = 8192  # a video's: the encoder's budget is at least one item (log of M3 on two B200)
 CAPTURED, CAPTURED_LARGE = 512, 1024
 
-MEMORY = MemoryModel(
-    kv_bytes=KV_BYTES,
-    index_bytes=INDEX_BYTES,
-    kv_aliases=_KV_ALIASES,
-    index_aliases=_INDEX_ALIASES,
-    unmodelled_caches=UNMODELLED_CACHES,
-    utilization=DEFAULT_UTILIZATION,
-    batched_tokens=DEFAULT_BATCHED_TOKENS,
-    num_seqs=DEFAULT_NUM_SEQS,
-    block_size=BLOCK_SIZE,
-    non_torch_one=NON_TORCH_ONE,
-    non_torch_many=NON_TORCH_MANY,
-    non_torch_wide=NON_TORCH_WIDE,
-    graphs_base=GRAPHS_BASE,
-    graphs_per_size=GRAPHS_PER_SIZE,
-    graphs_per_size_most=GRAPHS_PER_SIZE_MOST,
-    large_gpu=LARGE_GPU,
-    captured=CAPTURED,
-    captured_large=CAPTURED_LARGE,
-    activation_range=ACTIVATION_RANGE,
-    hidden_copies=HIDDEN_COPIES,
-    sampler_copies=SAMPLER_COPIES,
-    vision_copies=VISION_COPIES,
-    vision_range=VISION_RANGE,
-    vision_tokens=VISION_TOKENS,
-)
+# Humming, which alone runs widths other than 4 and 8, keeps a zero point in so many bits at least (humming/utils/smem.py: zp_bits).
+LEAST_ZERO_POINT_BITS = 4
+
+
+class _Range(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    gib: Range
+    evidence: str
+
+    @property
+    def estimate(self) -> Estimate:
+        return gib(*self.gib, self.evidence)
+
+
+class _Graphs(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    base_gib: float
+    per_size_mib: tuple[float, float]
+    evidence: str
+
+
+class _Activation(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    factors: Range
+    evidence: str
+
+
+class _Release(BaseModel):
+    """One set of the file, completed by those before it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    first: str
+    non_torch_one: _Range
+    non_torch_many: _Range
+    non_torch_wide: _Range
+    graphs: _Graphs
+    activation: _Activation
+
+    @property
+    def model(self) -> MemoryModel:
+        return MemoryModel(
+            kv_bytes=KV_BYTES,
+            index_bytes=INDEX_BYTES,
+            kv_aliases=_KV_ALIASES,
+            index_aliases=_INDEX_ALIASES,
+            unmodelled_caches=UNMODELLED_CACHES,
+            utilization=DEFAULT_UTILIZATION,
+            batched_tokens=DEFAULT_BATCHED_TOKENS,
+            num_seqs=DEFAULT_NUM_SEQS,
+            block_size=BLOCK_SIZE,
+            least_zero_point_bits=LEAST_ZERO_POINT_BITS,
+            non_torch_one=self.non_torch_one.estimate,
+            non_torch_many=self.non_torch_many.estimate,
+            non_torch_wide=self.non_torch_wide.estimate,
+            graphs_base=int(self.graphs.base_gib * GIB),
+            graphs_per_size=int(self.graphs.per_size_mib[0] * MIB),
+            graphs_per_size_most=int(self.graphs.per_size_mib[1] * MIB),
+            graphs_evidence=self.graphs.evidence,
+            large_gpu=LARGE_GPU,
+            captured=CAPTURED,
+            captured_large=CAPTURED_LARGE,
+            activation_range=self.activation.factors,
+            activation_evidence=self.activation.evidence,
+            hidden_copies=HIDDEN_COPIES,
+            sampler_copies=SAMPLER_COPIES,
+            vision_copies=VISION_COPIES,
+            vision_range=VISION_RANGE,
+            vision_tokens=VISION_TOKENS,
+        )
+
+
+@cache
+def memory_models() -> tuple[tuple[Version, MemoryModel], ...]:
+    """(first release, constants), oldest first."""
+    known, models = dict[str, Any](), list[tuple[Version, MemoryModel]]()
+    for stated in read_yaml(CONSTANTS, "memory constants")["releases"]:
+        known |= stated
+        release = _Release.model_validate(known)
+        models.append((Version(release.first), release.model))
+    return tuple(models)
+
+
+def memory_of(release: str | None) -> MemoryModel:
+    """The constants of a release: None, one newer than all, or a build without a number of its own has the newest set; one older than all the oldest."""
+    models = memory_models()
+    try:
+        version = Version(release) if release is not None else models[-1][0]
+    except InvalidVersion:
+        version = models[-1][0]
+    # A release candidate or a build (0.32.0rc1, 0.32.0+cpu) counts as its release.
+    return next((model for first, model in reversed(models) if first <= Version(version.base_version)), models[0][1])

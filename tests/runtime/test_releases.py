@@ -1,0 +1,97 @@
+"""Memory constants by the engine's release: the measured starts lie in their ranges, and the careful end is not far below them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from m3quant.engines import engine_named
+from m3quant.engines.vllm.memory import CONSTANTS, memory_models, memory_of
+from m3quant.recipe.recipe import build_recipe, named_recipe
+from m3quant.runtime.fit import Ask, Fit, assess
+from m3quant.runtime.hardware import GIB, parse_node
+from m3quant.runtime.memory import Setup
+from m3quant.runtime.model import open_subject
+from m3quant.runtime.weights import as_kept, converted_groups, rank_weights
+from tests.support.paths import DATA, TESTS
+
+NEAR = 2 * GIB  # per GPU: the careful end may leave so much more of the cache unused
+M2, M3 = "minimax-m2.7", "minimax-m3"
+FIGURES = {
+    row["name"]: row
+    for row in json.loads((TESTS / "benchmarks" / "figures" / "h200_engine_bits.json").read_text(encoding="utf-8"))["presets"]
+}  # fmt: skip
+# recipe, release, engine, tokens of cache, settings. The last of M2.7's awq: runtime/measured.yaml's start.
+STARTS = [
+    *(
+        (name, M3 if "-m3-" in name else M2, row["vllm"], row["blocks"] * row["block_size"], dict(
+            utilization=row["utilization"], block_size=row["block_size"], max_num_batched_tokens=4096, max_num_seqs=16))
+        for name, row in FIGURES.items()
+    ),
+    ("awq", M2, "0.33.0", 118_528, {}),
+    ("awq", M2, "0.26.0", 117_376, {}),
+]  # fmt: skip
+
+
+def verdict(recipe: str, release: str, engine: str, settings: dict) -> Fit:
+    model = open_subject(str(DATA / release)).converted(build_recipe(named_recipe(recipe)))
+    return assess(model, parse_node("1xH200"), Ask(kv_dtype="fp8", release=engine, **settings))
+
+
+@pytest.mark.parametrize(("recipe", "release", "engine", "tokens", "settings"), STARTS, ids=lambda v: str(v)[:24])
+def test_a_measured_start_lies_in_its_range(
+    recipe: str, release: str, engine: str, tokens: int, settings: dict
+) -> None:
+    fit = verdict(recipe, release, engine, settings)
+    low, high = (fit.prediction.pool(which).tokens for which in ("high", "low"))
+    assert low <= tokens <= high
+    if engine.startswith("0.33"):
+        assert (tokens - low) * fit.prediction.tightest.bytes_per_token < NEAR
+
+
+def test_weights_with_zero_points_of_few_bits_are_what_was_loaded() -> None:
+    """Humming keeps two and three bits as four; 'Model loading took' is 0.1 to 0.3 GiB more than the tensors."""
+    for name, row in FIGURES.items():
+        if (measured := row.get("model_loading_gib")) is not None:
+            rank = verdict(name, M3, row["vllm"], {"utilization": row["utilization"]}).prediction.tightest
+            assert rank.weight_bytes / GIB == pytest.approx(measured, rel=0.003)
+
+
+@pytest.mark.parametrize(("scheme", "kept"), [("int2-g64-asym", 4), ("int3-g64-asym", 4), ("int5-g64-asym", 8), ("int4-g64-asym", 4), ("int8-g64-asym", 8)])  # fmt: skip
+def test_zero_points_take_what_the_kernels_keep(scheme: str, kept: int) -> None:
+    subject, bits = open_subject(str(DATA / M3)), int(scheme[3])
+    recipe = build_recipe({"rounding": "nearest", "schemes": {"routed_experts": scheme}})
+    groups = converted_groups(subject.source_groups, recipe)
+    split = Setup().split
+    before, after = (
+        rank_weights(g, split, 4, 60)[0]["routed_experts"] for g in (groups, as_kept(groups, memory_of(None)))
+    )
+    zero_points = 57 * 128 * 3 * 3072 * 6144 // 64
+    assert after - before == zero_points * (kept - bits) // 8
+    assert [g for g in as_kept(groups, memory_of(None)) if g.role != "routed_experts"] == [
+        g for g in groups if g.role != "routed_experts"
+    ]
+
+
+def test_which_release_has_which_constants() -> None:
+    old, new = memory_of("0.26.0"), memory_of("0.33.0")
+    assert old.non_torch_one.high > new.non_torch_one.high
+    assert (old.non_torch_many, old.activation_range) == (new.non_torch_many, new.activation_range), (
+        "not measured apart since: as before"
+    )
+    assert memory_of("0.31.4") == memory_of("0.20.0") == old
+    for same in (None, "0.32.0+cpu", "0.32.0rc1", "0.40.1", "dev"):
+        assert memory_of(same) == new, same
+    assert engine_named("sglang").memory == memory_models()[0][1], "never measured: the widest"
+
+
+def test_every_range_says_what_it_rests_on_and_rises() -> None:
+    text = CONSTANTS.read_text(encoding="utf-8")
+    assert text.count("evidence:") == text.count("gib: [") + text.count("factors: [") + text.count("per_size_mib: [")
+    for _, model in memory_models():
+        for estimate in (model.non_torch_one, model.non_torch_many, model.non_torch_wide):
+            assert 0 <= estimate.low <= estimate.expected <= estimate.high and math.isfinite(estimate.high)
+        low, expected, high = model.activation_range
+        assert 0 < low <= expected <= high

@@ -143,6 +143,8 @@ def _covered(log: EngineLog, ask: Ask, model: ServedModel) -> tuple[Ask, dict[st
     found = log_reader(ask.engine).uncovered(log.settings)
     if ask.draft is not None:  # then its weights, cache and logits are in the prediction
         found = {name: parts for name, parts in found.items() if not name.startswith("speculative_config")}
+    if ask.weight_offload:  # then what is on the host is left out of the weights
+        found = {name: parts for name, parts in found.items() if not name.startswith(("cpu_offload", "offload"))}
     if not ask.vision:
         found = {name: parts for name, parts in found.items() if not name.startswith("mm_encoder_tp_mode")}
     if model.label == "bf16" and (method := log.setting("quantization")) and method.lower() not in ("none", "null"):

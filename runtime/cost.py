@@ -55,31 +55,49 @@ def load_prices(path: Path | None = None) -> Prices:
         raise NodeError(f"price file {path}, key '{'.'.join(map(str, first['loc']))}': {first['msg']}.") from None
 
 
+@dataclass(frozen=True)
+class Step:
+    """The least time of one decoding step of the slowest stage, seconds: what is read from the GPU's memory, and from the host's."""
+
+    gpu: float
+    host: float
+
+
 def decode_bound(fit: Fit, context: int, requests: int) -> float:
-    """Output tokens per second that memory bandwidth allows for `requests` at once, each `context` tokens long; 0.0 if unknown.
+    """Output tokens per second that memory bandwidth allows for `requests` at once, each `context` tokens long; 0.0 if unknown."""
+    step = decode_step(fit, context, requests)
+    return requests * fit.setup.rows / (step.gpu + step.host) if step else 0.0
+
+
+def decode_step(fit: Fit, context: int, requests: int) -> Step | None:
+    """The step that `decode_bound` is of; None if a bandwidth is unknown.
 
     Experts read: all that the tokens of a step reach if each picks top_k of E at random, E x (1 - (1 - top_k / E)^tokens). A step has
     one token of each request and what a draft guesses for it, of which the bound takes all to be right.
     """
-    bandwidth = fit.node.gpu.bandwidth
-    if not bandwidth or requests < 1:
-        return 0.0
+    gpu, ranks = fit.node.gpu, fit.prediction.ranks
+    if not gpu.bandwidth or requests < 1 or (not gpu.link and any(rank.moved.weights for rank in ranks)):
+        return None
     family = fit.model.family
     tokens = requests * fit.setup.rows
     reached = 1 - (1 - family.moe.top_k / family.moe.num_experts) ** tokens if family.moe else 1.0
     geometry = family.kv_geometry
-    stages = rank_weights(as_kept(fit.model.groups, fit.setup.memory), fit.setup.split, geometry.kv_heads, geometry.layers)
+    stages = rank_weights(
+        as_kept(fit.model.groups, fit.setup.memory), fit.setup.split, geometry.kv_heads, geometry.layers
+    )
     if fit.setup.draft:
         stages[-1][DRAFT] = fit.setup.draft.rank_bytes(fit.setup.split.tp)
-    slowest = 0.0
-    for weights, layers in zip(stages, stage_of_layers(geometry.layers, fit.setup.split.pp), strict=True):
+    slowest = Step(0.0, 0.0)
+    for rank, weights, layers in zip(ranks, stages, stage_of_layers(geometry.layers, fit.setup.split.pp), strict=True):
+        moved = rank.moved.weights * reached
         read = sum(
             size * (reached if role == "routed_experts" else 1)
             for role, size in weights.items()
             if role not in _NOT_READ
         )
-        slowest = max(slowest, read + requests * _cache_read(fit, layers, context))
-    return tokens * bandwidth / slowest
+        own = (read - moved + requests * _cache_read(fit, layers, context)) / gpu.bandwidth
+        slowest = max(slowest, Step(own, moved / gpu.link if moved else 0.0), key=lambda step: step.gpu + step.host)
+    return slowest
 
 
 _NOT_READ = ("embedding", "vision", "projector", "mtp")  # looked up by row, or not part of a decoding step
@@ -100,26 +118,34 @@ def _cache_read(fit: Fit, layers: range, context: int) -> float:
 @dataclass(frozen=True)
 class Speed:
     """Decoded tokens per second for `requests` of `context` tokens. bound: what bandwidth allows, 0.0 if unknown; near: None where nothing
-    near was measured, else low and high are the range by it."""
+    near was measured, else low and high are the range by it. host: the share of the bound's time that reading from the host takes, which
+    the measured shares of the GPU's bandwidth leave as it is."""
 
     context: int
     requests: int
     bound: float
     near: Near | None
+    host: float = 0.0
 
     @property
     def low(self) -> float:
-        return self.bound * self.near.low if self.near else 0.0
+        return self._by(self.near.low) if self.near else 0.0
 
     @property
     def high(self) -> float:
-        return self.bound * self.near.high if self.near else 0.0
+        return self._by(self.near.high) if self.near else 0.0
+
+    def _by(self, share: float) -> float:
+        return self.bound / ((1 - self.host) / share + self.host)
 
 
 def decode_speed(fit: Fit, context: int, requests: int) -> Speed:
     """The bound and the measured range; neither for a plan that does not fit."""
-    bound = decode_bound(fit, context, requests) if fit.fits else 0.0
-    return Speed(context, requests, bound, near(fit, context, requests) if bound else None)
+    step = decode_step(fit, context, requests) if fit.fits else None
+    if step is None:
+        return Speed(context, requests, 0.0, None)
+    bound = requests * fit.setup.rows / (step.gpu + step.host)
+    return Speed(context, requests, bound, near(fit, context, requests), step.host / (step.gpu + step.host))
 
 
 def price_per_million(per_hour: float, tokens_per_second: float) -> float:

@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from ..engines import DEFAULT, Engine, Serving, engine_named
 from ..engines.device import CPU, GIB
 from ..engines.drafts import Draft
+from ..engines.integers import is_narrow
+from ..engines.offload import Offload
 from ..errors import NodeError
 from .hardware import STANDARD_NODES, Node, parse_node
 from .memory import Pool, Prediction, Setup, kv_dtype_of, predict
 from .model import ServedModel, Subject
+from .offload import expert_leaves, host_bytes
 from .weights import Split, split_problem
 
 MIN_CONTEXT = 4096  # tokens: a pool below this serves no useful request, so a plan without --context calls it too small
@@ -40,6 +43,9 @@ class Ask:
     expert_parallel: bool | None = None
     enforce_eager: bool = False
     draft: Draft | None = None
+    kv_offload: int = 0  # bytes of host memory, of all ranks
+    weight_offload: int = 0  # of each rank
+    slow_offload: bool = False  # whether it may cost more per token than more GPUs
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,8 @@ class Fit:
             max_num_batched_tokens=setup.max_num_batched_tokens,
             block_size=setup.block_size,
             draft=setup.draft,
+            kv_offload=setup.kv_offload,
+            weight_offload=setup.weight_offload,
         )
 
     def command(self) -> list[str]:
@@ -129,6 +137,8 @@ def assess(model: ServedModel, node: Node, ask: Ask) -> Fit:
         engine=ask.engine,
         release=ask.release,
         draft=ask.draft,
+        kv_offload=ask.kv_offload,
+        weight_offload=ask.weight_offload,
     )
     prediction = predict(node, model.family, model.groups, setup)
     pool = prediction.pool("high")
@@ -138,6 +148,8 @@ def assess(model: ServedModel, node: Node, ask: Ask) -> Fit:
     refusal = model.problem or engine.checkpoint_refusal(model.config, ask.release)
     if ask.draft is not None and not refusal:
         problem = problem or engine.draft_refusal(ask.draft, model.family, node.gpu, split.pp, ask.release)
+    if (ask.kv_offload or ask.weight_offload) and not refusal:
+        problem = problem or _offload_problem(model, ask, prediction)
     why = refusal or problem or _why_not(model, ask, setup, prediction, longest)
     return Fit(model, node, ask, setup, prediction, 0 if problem else longest, not why, why, not refusal)
 
@@ -170,6 +182,25 @@ def _split(model: ServedModel, node: Node, ask: Ask) -> tuple[Split, str]:
                 return split, ""
             first = first or problem
     return Split(*shapes[0], bool(ask.expert_parallel), vision, ask.dp, ask.dcp), first
+
+
+def _offload_problem(model: ServedModel, ask: Ask, prediction: Prediction) -> str:
+    """Why host memory cannot be used as asked, and what to do; '' where it can."""
+    node, setup = prediction.node, prediction.setup
+    if node.gpu.name == CPU:
+        return "on the CPU weights and cache are in host memory already: leave --kv-offload and --weight-offload out"
+    if node.gpu.shared:
+        return f"the memory of {node.gpu.name} is the host's: leave --kv-offload and --weight-offload out"
+    stored = expert_leaves(model.groups)
+    narrow = any(map(is_narrow, model.schemes))
+    asked = Offload(ask.kv_offload, ask.weight_offload, stored, narrow, node.gpu, ask.release)
+    if problem := engine_named(ask.engine).offload_refusal(asked):
+        return problem
+    need = host_bytes(setup.kv_offload, [rank.moved for rank in prediction.ranks], setup.split)
+    have = node.count * node.gpu.host_bytes
+    if have and need > have:
+        return f"{need / GIB:.0f} GiB of host memory are needed (torch rounds pinned tensors up), {node.name} has about {have / GIB:.0f}"
+    return ""
 
 
 def _why_not(model: ServedModel, ask: Ask, setup: Setup, prediction: Prediction, longest: int) -> str:
@@ -242,6 +273,8 @@ def _flag_changes(fit: Fit, small: Ask) -> Iterator[Change]:
     model, node, ask = fit.model, fit.node, fit.ask
     if ask.draft is not None:
         yield "no --draft", model, node, replace(ask, draft=None)
+    if ask.kv_offload or ask.weight_offload:
+        yield "no --kv-offload and no --weight-offload", model, node, replace(ask, kv_offload=0, weight_offload=0)
     if fit.setup.memory.kv_bytes[fit.setup.kv_dtype] > 1:
         yield "--kv-dtype fp8", model, node, replace(ask, kv_dtype="fp8")
     if small.index_dtype != ask.index_dtype:

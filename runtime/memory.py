@@ -24,6 +24,7 @@ from ..families import Family
 from ..families.config import MAX_SIZE, ConfigPart
 from .guard.pool import draft_slots
 from .hardware import Node
+from .offload import EXPERTS, NOTHING, Moved, moved_experts
 from .weights import Group, Split, as_kept, rank_weights, stage_of_layers
 
 DRAFT = "draft"  # the role of a draft model's weights in tables
@@ -32,7 +33,10 @@ MAX_MERGE = 16  # more than any tower merges along an edge
 
 @dataclass(frozen=True)
 class Setup:
-    """How the engine of that name and release (None: the newest that was read) is asked to run. kv_dtype and index_dtype are resolved names, never 'auto'."""
+    """How the engine of that name and release (None: the newest that was read) is asked to run. kv_dtype and index_dtype are resolved names, never 'auto'.
+
+    kv_offload: bytes of host memory for cache, of all ranks together; weight_offload: of routed experts, of each rank at least.
+    """
 
     split: Split = field(default_factory=Split)
     kv_dtype: str = "bfloat16"
@@ -45,6 +49,8 @@ class Setup:
     engine: str = DEFAULT.name
     release: str | None = None
     draft: Draft | None = None
+    kv_offload: int = 0
+    weight_offload: int = 0
 
     @property
     def rows(self) -> int:
@@ -75,6 +81,8 @@ def check_setup(setup: Setup) -> None:
         )
     if not 0 < setup.utilization <= 1:
         raise NodeError(f"GPU memory utilization {setup.utilization:g} must lie in (0, 1].")
+    if min(setup.kv_offload, setup.weight_offload) < 0:
+        raise NodeError("host memory for cache or weights must not be negative.")
     for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
         if getattr(setup, name) < 1:
             raise NodeError(f"{name.replace('_', '-')} must be at least 1.")
@@ -185,7 +193,7 @@ def graphs(setup: Setup, gpu: Gpu) -> Estimate:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """One rank of one pipeline stage, bytes. `kv_*`: what is left for the cache at the high, expected and low overhead."""
+    """One rank of one pipeline stage, bytes. weights: on the GPU; moved: on the host. `kv_*`: what is left for the cache at the high, expected and low overhead."""
 
     stage: int
     layers: int
@@ -196,6 +204,7 @@ class RankMemory:
     activation: Estimate
     graphs: Estimate
     bytes_per_token: int
+    moved: Moved = NOTHING
 
     @property
     def weight_bytes(self) -> int:
@@ -267,7 +276,12 @@ def predict(node: Node, family: Family, groups: Sequence[Group], setup: Setup) -
     check_setup(setup)
     geometry = family.kv_geometry
     per_token = kv_bytes_per_token(family, setup)
-    weights = rank_weights(as_kept(groups, setup.memory), setup.split, geometry.kv_heads, geometry.layers)
+    kept = as_kept(groups, setup.memory)
+    weights = rank_weights(kept, setup.split, geometry.kv_heads, geometry.layers)
+    moved = moved_experts(kept, setup.split, geometry.kv_heads, geometry.layers, setup.weight_offload)
+    for own, host in zip(weights, moved, strict=True):
+        if host.weights:
+            own[EXPERTS] -= host.weights
     if setup.draft is not None:
         weights[-1][DRAFT] = setup.draft.rank_bytes(setup.split.tp)
     stages = stage_of_layers(geometry.layers, setup.split.pp)
@@ -290,6 +304,7 @@ def predict(node: Node, family: Family, groups: Sequence[Group], setup: Setup) -
                 activation=none if cpu else activation(family, setup),
                 graphs=none if cpu else graphs(setup, node.gpu),
                 bytes_per_token=per_token[i],
+                moved=moved[i],
             )
             for i in range(setup.split.pp)
         ),

@@ -202,7 +202,7 @@ def rank_weights(groups: Iterable[Group], split: Split, kv_heads: int, layers: i
     for group in groups:
         if group.role in _TOWER and not split.vision:
             continue
-        size = _rank_share(group, split, kv_heads)
+        size = rank_share(group, split, kv_heads)
         if group.layer is not None and group.layer in stage_by_layer:
             where = [stage_by_layer[group.layer]]
         elif group.role == "embedding":
@@ -216,7 +216,8 @@ def rank_weights(groups: Iterable[Group], split: Split, kv_heads: int, layers: i
     return totals
 
 
-def _rank_share(group: Group, split: Split, kv_heads: int) -> int:
+def rank_share(group: Group, split: Split, kv_heads: int) -> int:
+    """Bytes of the group on one rank of its stage."""
     whole, tp = group.engine_bytes, split.expert_ranks if group.per_expert else split.tp
     if group.role in ("embedding", "lm_head"):
         rows = group.shape[0]

@@ -22,6 +22,7 @@ from .failures import Sentence, no_room, reason
 from .installed import Installed, find_python, read_installed
 from .integers import is_narrow
 from .memory import MemoryModel
+from .offload import Offload
 from .start_log import LogReader
 
 
@@ -46,7 +47,7 @@ class Capabilities:
 class Serving:
     """A model on a node as the plan decided it, in sizes of one engine process. kv_dtype, index_dtype: resolved names.
 
-    where: a folder or a Hub id. static_fraction: the share of the GPU's memory that weights and cache may take together.
+    where: a folder or a Hub id. kv_offload: bytes of host memory for cache, of all ranks; weight_offload: for weights, of each. static_fraction: the share of the GPU's memory that weights and cache may take together.
     """
 
     where: str
@@ -67,6 +68,8 @@ class Serving:
     max_num_batched_tokens: int
     block_size: int
     draft: Draft | None = None
+    kv_offload: int = 0
+    weight_offload: int = 0
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,10 @@ class Engine(ABC):
     def draft_refusal(self, draft: Draft, family: Family, gpu: Gpu, pp: int, release: str | None) -> str:
         """Why the engine does not run this draft before this target, and what to do; '' where it does. release: as above."""
         return f"{self.title} is not given a draft here: leave --draft out"
+
+    def offload_refusal(self, offload: Offload) -> str:
+        """Why the engine cannot keep this in host memory, and what to do; '' where it can."""
+        return f"{self.title} is not given host memory here: leave --kv-offload and --weight-offload out"
 
     def expert_refusal(self, scheme: Scheme) -> str:
         """Why no release of this engine runs routed experts in the scheme, '' where one does."""

@@ -11,10 +11,17 @@ CPU = "CPU"  # the name of the device that an engine's CPU build runs on
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator. total_bytes: usable by torch; bandwidth: HBM bytes per second (datasheet)."""
+    """One accelerator. total_bytes: usable by torch; bandwidth: HBM bytes per second (datasheet).
+
+    link: bytes per second from the host's memory; host_bytes: of host memory for each GPU in the maker's own machine. 0: not known.
+    shared: whether its memory is the host's, so that there is nowhere to move anything.
+    """
 
     name: str
     total_bytes: int
     bandwidth: float
     source: str
     generation: str = "hopper"
+    link: float = 0.0
+    host_bytes: int = 0
+    shared: bool = False

@@ -2,9 +2,9 @@
 
 import pytest
 
+from m3quant.engines import DEFAULT
 from m3quant.engines.vllm.log import parse_log
 from m3quant.engines.vllm.log_settings import read_settings
-from m3quant.engines import DEFAULT
 from m3quant.errors import NodeError
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.checklog import LogCheck, check_log

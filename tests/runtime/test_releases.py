@@ -26,8 +26,8 @@ FIGURES = {
 # recipe, release, engine, tokens of cache, settings. The last of M2.7's awq: runtime/measured.yaml's start.
 STARTS = [
     *(
-        (name, M3 if "-m3-" in name else M2, row["vllm"], row["blocks"] * row["block_size"], dict(
-            utilization=row["utilization"], block_size=row["block_size"], max_num_batched_tokens=4096, max_num_seqs=16))
+        (name, M3 if "-m3-" in name else M2, row["vllm"], row["blocks"] * row["block_size"], {
+            "utilization": row["utilization"], "block_size": row["block_size"], "max_num_batched_tokens": 4096, "max_num_seqs": 16})
         for name, row in FIGURES.items()
     ),
     ("awq", M2, "0.33.0", 118_528, {}),

@@ -18,12 +18,14 @@ from ..drafts import Draft
 from ..installed import Installed
 from ..integers import is_narrow, names
 from ..memory import MemoryModel
+from ..offload import Offload
 from ..stated import quantization_of
 from . import bench, command, drafts
 from .failures import KERNEL, NO_MEMORY, PREFIX, SENTENCES
 from .log import VllmLog
 from .lookup import lookup_problems
 from .memory import memory_of
+from .offload import refusal as refuse_offload
 from .probe_facts import PROBE, probe_facts
 
 NEWEST_READ = "0.33.0"
@@ -74,6 +76,9 @@ class Vllm(Engine):
 
     def draft_refusal(self, draft: Draft, family: Family, gpu: Gpu, pp: int, release: str | None) -> str:
         return drafts.refusal(draft, family, gpu, pp, release)
+
+    def offload_refusal(self, offload: Offload) -> str:
+        return refuse_offload(offload)
 
     def expert_refusal(self, scheme: Scheme) -> str:
         if not is_narrow(scheme) or scheme.group_size is not None:

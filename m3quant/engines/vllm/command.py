@@ -12,6 +12,7 @@ from ..base import Launch, Serving, StartOptions
 from ..device import CPU
 from ..installed import Installed
 from .drafts import speculative_config
+from .offload import flags
 
 NAME = "vllm"
 PROGRAM = ("vllm", "serve")
@@ -40,6 +41,7 @@ def arguments(serving: Serving) -> list[str]:
         out += ["--language-model-only"]
     if serving.draft is not None:
         out += ["--speculative-config", speculative_config(serving.draft, serving.family)]
+    out += flags(serving.kv_offload, serving.weight_offload)
     return [*out, *serving.family.in_engine(NAME).flags]
 
 

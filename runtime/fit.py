@@ -61,6 +61,7 @@ class Fit:
     fits: bool
     why_not: str
     loads: bool = True  # whether the engine reads the checkpoint at all
+    dear: bool = False  # whether it would run, but more GPUs cost less per token
 
     @property
     def pool(self) -> Pool:
@@ -79,7 +80,9 @@ class Fit:
     @property
     def verdict(self) -> str:
         """For display."""
-        return "fits" if self.fits else "does not fit" if self.loads else "is not loaded"
+        if self.fits or self.dear:
+            return "fits" if self.fits else "costs too much"
+        return "does not fit" if self.loads else "is not loaded"
 
     @property
     def engine(self) -> Engine:
@@ -304,5 +307,10 @@ def _node_changes(fit: Fit, small: Ask) -> Iterator[Change]:
     for name in STANDARD_NODES if fit.node.gpu.name != CPU else ():
         larger = parse_node(name)
         if larger.count * larger.gpu.total_bytes > fit.node.count * fit.node.gpu.total_bytes:
-            yield f"--on {name}", fit.model, larger, replace(fit.ask, tp=None, pp=None)
-            yield f"--on {name}{_cache_flags(fit.ask, small)}", fit.model, larger, replace(small, tp=None, pp=None)
+            yield f"--on {name}", fit.model, larger, replace(fit.ask, tp=None, pp=None, weight_offload=0)
+            yield (
+                f"--on {name}{_cache_flags(fit.ask, small)}",
+                fit.model,
+                larger,
+                replace(small, tp=None, pp=None, weight_offload=0),
+            )

@@ -105,4 +105,4 @@ def judged(fit: Fit, prices: Prices) -> Fit:
         if found is None or not found.dear:
             return fit
         why = f"{found.sentence}: a token costs less there; --slow-offload takes it all the same"
-    return replace(fit, fits=False, why_not=why)
+    return replace(fit, fits=False, dear=True, why_not=why)

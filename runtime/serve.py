@@ -37,15 +37,17 @@ from ..errors import (
 )
 from ..schemes import Scheme
 from .checklog import TOLERATED, LogCheck, check_log, log_reader
+from .cost import load_prices
 from .draft import draft_notes, with_draft
 from .fit import Fit, assess, remedies
 from .guard.settings import PREFIX, read_settings
 from .hardware import STANDARD_NODES, Node, parse_node
 from .launch import EngineProcess, check_port
 from .model import Subject, open_subject
+from .offload_price import judged
 from .pins import pin_key, pinned_bytes, read_pin, write_pin
 from .serve_recipe import ServeRecipe
-from .this_machine import detect_node
+from .this_machine import check_host, detect_node
 
 Say = Callable[[str], None]
 TYPICAL_REQUEST = 8192  # tokens, prompt and answer
@@ -120,15 +122,20 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
     ask = with_draft(recipe.ask(), subject.family, recipe.draft, recipe.draft_tokens)
     for note in draft_notes(ask.draft) if ask.draft else ():
         say(f"note: {note}")
-    fit = assess(
-        replace(subject.stored, where=where), node, replace(ask, release=installed.version if installed else None)
+    fit = judged(
+        assess(
+            replace(subject.stored, where=where), node, replace(ask, release=installed.version if installed else None)
+        ),
+        load_prices(),
     )
     if not fit.fits:
-        tried = [f"{r.change} (context up to {r.fit.longest_context:,})" for r in remedies(fit)]
+        tried = [] if fit.dear else [f"{r.change} (context up to {r.fit.longest_context:,})" for r in remedies(fit)]
         helps = f" It would with {', or '.join(tried)}." if tried else ""
         raise DoesNotFit(f"{src} {fit.verdict} on {node.name}: {fit.why_not}.{helps}")
     if installed is not None:
         engine.check_index(installed, fit.serving)
+    if installed is not None and not dry:
+        check_host(fit)
     for note in weight_notes(fit):
         say(f"note: {note}")
     fit, recipe = _sized(fit, recipe, say)

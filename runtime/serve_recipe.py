@@ -6,18 +6,28 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from ..engines import DEFAULT, NAMES
+from ..engines.device import GIB
 from ..errors import RecipeError
 from ..recipe.recipe import read_recipe_file, recipe_folder
+from ..running.words import parse_size
 from .draft import MAX_TOKENS
 from .fit import Ask
-from .hardware import MAX_COUNT
+from .hardware import MAX_COUNT, MAX_GIB
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Word = Annotated[str, Field(pattern=r"^\S+$")]  # what an engine's argument may be: not empty, no white space
+
+
+def _size(value: Any) -> Any:
+    """'100GiB' as bytes. Raises ValueError."""
+    return parse_size(value) if isinstance(value, str) else value
+
+
+Size = Annotated[int, BeforeValidator(_size), Field(ge=0, le=MAX_GIB * GIB)]
 SECRET_FLAGS = {
     "--api-key": "name the key's variable with --api-key-env",
     "--hf-token": "set the variable HF_TOKEN",
@@ -43,6 +53,9 @@ class ServeRecipe(BaseModel):
     utilization: float = Field(default=DEFAULT.memory.utilization, gt=0, le=1)
     vision: bool = False
     draft: Word | None = None  # a folder or Hub repo
+    kv_offload: Size | None = None
+    weight_offload: Size | None = None
+    slow_offload: bool = False
     draft_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     watermark: float = Field(default=0.02, ge=0, lt=1)
     shutdown_timeout: int = Field(default=60, ge=0, le=3600)
@@ -75,7 +88,8 @@ class ServeRecipe(BaseModel):
         """The part that the plan needs, but for the draft, which must be opened."""
         return Ask(
             self.context, self.concurrency, self.kv_dtype, self.index_dtype, self.tp, self.pp, self.max_num_seqs, self.max_num_batched_tokens,
-            self.utilization, self.vision, engine=self.engine,
+            self.utilization, self.vision, engine=self.engine, kv_offload=self.kv_offload or 0, weight_offload=self.weight_offload or 0,
+            slow_offload=self.slow_offload,
         )  # fmt: skip
 
 

@@ -1,13 +1,21 @@
-"""The GPUs of this machine."""
+"""The GPUs and the memory of this machine."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
-from ..engines.device import Gpu
-from ..errors import NodeError
+from ..checkpoint.system import free_bytes, free_memory
+from ..engines.device import GIB, Gpu
+from ..errors import DoesNotFit, NodeError
+from .fit import Fit
 from .hardware import GPUS, Node, cpu_node
+from .offload import host_bytes
+
+SHARED = Path(
+    "/dev/shm"
+)  # where vLLM's native cache offload makes its buffer (v1/kv_offload/cpu/shared_offload_region.py)
 
 
 def detect_node(cpu: bool) -> Node:
@@ -65,3 +73,18 @@ def gpu_called(name: str, mib: int | None) -> Gpu:
             f"nvidia-smi does not tell the memory of {name}: plan for its GiB with --dry-run --on, as 1x95.5GiB."
         )
     return Gpu(name, int(mib * 2**20 * 0.995), 0.0, "nvidia-smi", "unknown")
+
+
+def check_host(fit: Fit) -> None:
+    """Raise DoesNotFit where this machine lacks the host memory that the plan moves weights and cache to."""
+    need = host_bytes(fit.setup.kv_offload, [rank.moved for rank in fit.prediction.ranks], fit.setup.split)
+    have = free_memory()
+    if need and have is not None and need > have:
+        raise DoesNotFit(
+            f"{need / GIB:.1f} GiB of host memory are needed, {have / GIB:.1f} GiB are available: give less to --kv-offload or --weight-offload."
+        )
+    if fit.setup.kv_offload and SHARED.is_dir() and fit.setup.kv_offload > free_bytes(SHARED):
+        raise DoesNotFit(
+            f"--kv-offload makes a buffer of {fit.setup.kv_offload / GIB:.1f} GiB in {SHARED}, where {free_bytes(SHARED) / GIB:.1f} GiB are free: "
+            "give it less, or that file system more (in a container: --ipc=host or --shm-size)."
+        )

@@ -19,11 +19,11 @@ from ..runtime.bench_texts import read_texts, shares
 from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Stopping, check_start, prepare
 from ..runtime.serve_recipe import load_serve_recipe
-from .options import ASK_OPTIONS, TokenCount, ask_options, draft_options, print_table
+from .options import ASK_OPTIONS, OFFLOAD_OPTIONS, TokenCount, ask_options, draft_options, offload_options, print_table
 from .output_file import check_file, write_file
 
 SERVER_OPTIONS = (
-    "node", "engine", "port", "start_timeout", "draft", "draft_tokens", *(n for n in ASK_OPTIONS if n not in ("context", "concurrency")),
+    "node", "engine", "port", "start_timeout", "draft", "draft_tokens", *OFFLOAD_OPTIONS, *(n for n in ASK_OPTIONS if n not in ("context", "concurrency")),
 )  # fmt: skip
 MAX_POINTS = 64  # of a run: more is likelier a typing error than days that somebody means to spend
 
@@ -67,6 +67,7 @@ def _server_options(function: Any) -> Any:
 )
 @_server_options
 @draft_options
+@offload_options
 @click.option("--port", type=click.IntRange(1, 65535), default=None, help="Port of the server, on 127.0.0.1. [8000]")
 @click.option("--engine", type=click.Choice(NAMES), default=None, help=f"[{DEFAULT.name}]")
 @click.option(

@@ -22,7 +22,9 @@ from ..runtime.draft import draft_notes, with_draft
 from ..runtime.fit import Ask, Fit, Remedy, assess, remedies
 from ..runtime.hardware import STANDARD_NODES, Node, parse_node
 from ..runtime.model import ServedModel, Subject, open_subject
+from ..runtime.offload_price import judged
 from ..runtime.weights import Split
+from .offload_output import offload_json, offload_lines
 from .options import print_table
 
 TABLE_CONTEXT = 32768  # tokens that each request of the price column holds, unless --context says otherwise
@@ -64,8 +66,8 @@ def run_fit(
         nodes = [node] if node else [parse_node(name) for name in STANDARD_NODES]
         return _table_mode(subject, models, refused, nodes, ask, prices, as_json)
     assert node is not None  # the command asks for --on, --all or --check-log
-    fit = assess(models[0], node, ask)
-    changes = [] if fit.fits else remedies(fit, subject if subject.convertible else None)
+    fit = judged(assess(models[0], node, ask), prices)
+    changes = [] if fit.fits or fit.dear else remedies(fit, subject if subject.convertible else None)
     if as_json:
         click.echo(json.dumps(fit_json(fit, changes, prices), indent=2))
     else:
@@ -161,7 +163,7 @@ def _table_mode(
     prices: Prices,
     as_json: bool,
 ) -> int:
-    fits = [assess(model, node, ask) for model in models for node in nodes]
+    fits = [judged(assess(model, node, ask), prices) for model in models for node in nodes]
     if as_json:
         found = [fit_json(fit, [], prices) for fit in fits]
         click.echo(
@@ -278,7 +280,7 @@ def fit_json(fit: Fit, changes: list[Remedy], prices: Prices) -> dict[str, Any]:
             {
                 "stage": r.stage, "layers": r.layers, "total": r.total, "requested": r.requested, "weights": r.weights,
                 "weight_bytes": r.weight_bytes, "non_torch": asdict(r.non_torch), "activation": asdict(r.activation),
-                "graphs": asdict(r.graphs), "kv_bytes": {w: r.kv_bytes(getattr(r.overhead, w)) for w in ("low", "expected", "high")},
+                "graphs": asdict(r.graphs), "moved": asdict(r.moved), "kv_bytes": {w: r.kv_bytes(getattr(r.overhead, w)) for w in ("low", "expected", "high")},
                 "bytes_per_token": r.bytes_per_token,
             }
             for r in fit.prediction.ranks
@@ -287,6 +289,7 @@ def fit_json(fit: Fit, changes: list[Remedy], prices: Prices) -> dict[str, Any]:
                   "bound_context": speed.context, "bound_requests": speed.requests,
                   "per_million_output_floor": price_per_million(per_hour, speed.bound) if per_hour is not None and speed.bound else None,
                   "measured": _measured_json(per_hour, speed)},
+        "offload": offload_json(fit, prices),
         "command": shlex.join(fit.command()) if fit.fits else None,
         "changes": [{"change": r.change, "longest_context": r.fit.longest_context, "pool_tokens": r.fit.pool.tokens} for r in changes],
     }  # fmt: skip
@@ -323,6 +326,14 @@ def print_fit(fit: Fit, changes: list[Remedy], prices: Prices) -> None:
     )
     for role, size in sorted(rank.weights.items(), key=lambda item: -item[1]):
         rows.append([f"- {role}", f"{size / GIB:.2f}", "headers"])
+    if rank.moved.weights:
+        rows.append(
+            [
+                "  (routed_experts in host memory)",
+                f"{rank.moved.weights / GIB:.2f}",
+                "whole parameters, in the engine's order",
+            ]
+        )
     for name, estimate in (
         ("non-torch", rank.non_torch),
         ("peak activation", rank.activation),
@@ -334,6 +345,8 @@ def print_fit(fit: Fit, changes: list[Remedy], prices: Prices) -> None:
     )
     rows.append(["= KV cache", left, f"{rank.bytes_per_token:,} bytes per token and GPU"])
     print_table(rows)
+    for line in offload_lines(fit, prices):
+        click.echo(line)
     low, high = fit.pool.tokens, fit.prediction.pool("low").tokens
     click.echo(
         f"KV pool: {low:,} to {high:,} tokens; longest context {fit.longest_context:,} of the {model.max_positions:,} that config.json allows"
@@ -344,7 +357,7 @@ def print_fit(fit: Fit, changes: list[Remedy], prices: Prices) -> None:
             click.echo(
                 f"  fits with {remedy.change}: context up to {remedy.fit.longest_context:,}, pool {remedy.fit.pool.tokens:,} tokens"
             )
-        if not changes:
+        if not changes and not fit.dear:
             click.echo("  no change of flags, recipe or standard node makes it fit")
         return
     click.echo(f"FITS: {fit.concurrency} request(s) of {fit.context:,} tokens at once")

@@ -242,6 +242,21 @@ def draft_options(function: F) -> F:
     return function
 
 
+# Options of `plan`, `serve` and `bench` that are fields of runtime.fit.Ask too, and say nothing to `fit`.
+OFFLOAD_OPTIONS = ("kv_offload", "weight_offload", "slow_offload")
+
+
+def offload_options(function: F) -> F:
+    """Host memory for cache and weights."""
+    for option in reversed((
+        click.option("--kv-offload", type=ByteCount(), metavar="SIZE", default=None, help="Host memory for prefixes that leave the GPU's cache, of all GPUs together: 100GiB."),
+        click.option("--weight-offload", type=ByteCount(), metavar="SIZE", default=None, help="Routed experts to keep in host memory, of each GPU: 60GiB. Slow."),
+        click.option("--slow-offload", is_flag=True, default=None, help="Accept --weight-offload where more GPUs cost less per token."),
+    )):  # fmt: skip
+        function = option(function)
+    return function
+
+
 def serving_options(function: F) -> F:
     """`plan`'s questions about serving."""
     for option in reversed((
@@ -251,7 +266,7 @@ def serving_options(function: F) -> F:
         click.option("--prices", type=click.Path(path_type=Path), default=None, help="Price file (YAML) instead of the one in the package."),
     )):  # fmt: skip
         function = option(function)
-    return ask_options(draft_options(function))
+    return ask_options(draft_options(offload_options(function)))
 
 
 def publish_options(function: F) -> F:

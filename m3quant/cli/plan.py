@@ -24,6 +24,7 @@ from ..recipe.recipe import recipe_names
 from ..running.words import LONG_SECONDS, duration, human_bytes
 from .options import (
     ASK_OPTIONS,
+    OFFLOAD_OPTIONS,
     cache_option,
     network_option,
     primary_name,
@@ -116,7 +117,7 @@ def _serving(src: str, revision: str | None, choice: RecipeChoice, as_json: bool
     from ..runtime.fit import Ask
     from .fitting import Where, run_fit
 
-    wanted = {name: serving[name] for name in ASK_OPTIONS if serving[name] is not None}
+    wanted = {name: serving[name] for name in (*ASK_OPTIONS, *OFFLOAD_OPTIONS) if serving[name] is not None}
     where = Where(serving["on"], bool(serving["everything"]), serving["check_log"], serving["prices"])
     draft = (serving["draft"], serving["draft_tokens"])
     return run_fit(src, revision, choice, where, Ask(**wanted), draft, as_json)

@@ -22,7 +22,8 @@ from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Ready, full_check, prepare, serve
 from ..runtime.serve_recipe import load_serve_recipe
 from ..runtime.units import systemd_unit
-from .options import ASK_OPTIONS, ask_options, draft_options
+from .offload_output import offload_json, offload_lines
+from .options import ASK_OPTIONS, OFFLOAD_OPTIONS, ask_options, draft_options, offload_options
 from .output_file import write_file
 
 RECIPE_OPTIONS = (
@@ -37,6 +38,7 @@ RECIPE_OPTIONS = (
     "draft",
     "draft_tokens",
     *ASK_OPTIONS,
+    *OFFLOAD_OPTIONS,
 )
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -55,6 +57,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 )
 @ask_options
 @draft_options
+@offload_options
 @click.option("--host", default=None, help="Address to listen on. [127.0.0.1]")
 @click.option("--port", type=click.IntRange(1, 65535), default=None, help="[8000]")
 @click.option(
@@ -207,7 +210,7 @@ def _show(prepared: Prepared, licence: LicenceLine, as_json: bool, api_key_env: 
         decision = {
             "event": "decided", "command": launch.command, "env": env, "node": fit.node.name, "context": fit.context, "pool_tokens": fit.pool.tokens,
             "concurrency": fit.concurrency, "kv_dtype": fit.setup.kv_dtype, "engine": engine, "kv_cache_memory_bytes": prepared.pin,
-            "licence": licence.to_json(),
+            "offload": offload_json(fit), "licence": licence.to_json(),
         }  # fmt: skip
         click.echo(json.dumps(decision))
         return
@@ -216,6 +219,8 @@ def _show(prepared: Prepared, licence: LicenceLine, as_json: bool, api_key_env: 
         f"{fit.model.where} ({fit.model.label}) on {fit.node.name}: context {fit.context:,}, at least {fit.pool.tokens:,} KV tokens ({fit.setup.kv_dtype}), "
         f"{fit.concurrency} request(s) of full length at once{pinned}"
     )
+    for line in offload_lines(fit):
+        click.echo(line)
     click.echo(launch.shown(shlex.quote, api_key_env))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..schemes import Scheme
@@ -40,8 +40,10 @@ def stated_cache(config: Mapping[str, Any]) -> str | None:
     return None if algorithm == "none" else algorithm
 
 
-def config_schemes(config: Mapping[str, Any]) -> frozenset[Scheme]:
+def config_schemes(config: Mapping[str, Any], about: Callable[[str], bool] | None = None) -> frozenset[Scheme]:
     """Every integer or FP8 scheme that a compressed-tensors or AutoAWQ checkpoint's config.json states, whoever wrote it.
+
+    about: of a target, whether its group is asked for; AutoAWQ's one group has no targets and is left out then.
 
     Groups of other kinds (FP4), and what is no scheme at all, are left out: what they mean is for the engine to say.
     """
@@ -62,9 +64,14 @@ def config_schemes(config: Mapping[str, Any]) -> frozenset[Scheme]:
     found = set()
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
-        if isinstance(weights, Mapping) and _is_known(weights):
+        if isinstance(weights, Mapping) and _is_known(weights) and (about is None or _names(group, about)):
             found.add(scheme_of_group({"weights": weights}))
     return frozenset(found)
+
+
+def _names(group: Mapping[str, Any], about: Callable[[str], bool]) -> bool:
+    targets = group.get("targets")
+    return isinstance(targets, list) and any(isinstance(target, str) and about(target) for target in targets)
 
 
 def _is_known(weights: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,20 +45,19 @@ CACHED = {"enable_prefix_caching": True, "moe_backend": "marlin"}
 Case = tuple[str, str, dict[str, Any], dict[str, str]]
 WAVES: tuple[dict[str, Case], ...] = (
     {
-        "humming": ("m3", "weights", {}, {}),
         "marlin": ("m3", "weights", {"moe_backend": "marlin"}, {}),
-        "uva-humming": ("m3", "memory", UVA, {}),
-        "uva-marlin": ("m3", "memory", {**UVA, "moe_backend": "marlin"}, {}),
-        "prefetch-humming": ("m3", "memory", PREFETCH, {}),
-    },
-    {
-        "triton": ("m3", "weights", {"moe_backend": "triton"}, {}),
         "prefetch-marlin": ("m3", "weights", {**PREFETCH, "moe_backend": "marlin"}, {}),
         "uva-triton": ("m3", "weights", {**UVA, "moe_backend": "triton"}, {}),
         "cache": ("m2", "cache", CACHED, {}),
         "cache-offloaded": ("m2", "cache", {**CACHED, "kv_offloading_size": 8.0}, {}),
-        "cache-offloaded-simple": ("m2", "cache", {**CACHED, "kv_offloading_size": 8.0}, {"VLLM_USE_SIMPLE_KV_OFFLOAD": "1"}),
     },
+    {
+        "humming": ("m3", "weights", {}, {}),
+        "triton": ("m3", "weights", {"moe_backend": "triton"}, {}),
+        "uva-humming": ("m3", "memory", UVA, {}),
+        "prefetch-humming": ("m3", "memory", PREFETCH, {}),
+    },
+    {"uva-marlin": ("m3", "memory", {**UVA, "moe_backend": "marlin"}, {})},
 )  # fmt: skip
 
 
@@ -77,7 +77,8 @@ def write_config(folder: Path, release: str, layers: int) -> None:
     (folder / "config.json").write_bytes(plan.config_bytes)
 
 
-def run_wave(cases: dict[str, Case], work: Path) -> dict[str, Any]:
+def run_wave(cases: dict[str, Case], work: Path, keep: Callable[[str, dict[str, Any]], None]) -> None:
+    """keep: what is done with a case's name and figures, as soon as they are there."""
     started, began = {}, time.monotonic()
     for name, (model, what, settings, env) in cases.items():
         for old in ("ready", "go", "json"):
@@ -90,16 +91,15 @@ def run_wave(cases: dict[str, Case], work: Path) -> dict[str, Any]:
             )
     try:
         wait(lambda: all((work / f"{n}.ready").exists() or p.poll() is not None for n, p in started.items()), WAVE_S)
-        found = {}
         for name, process in started.items():
             result = work / f"{name}.json"
             (work / f"{name}.go").touch()
             if (work / f"{name}.ready").exists():
                 wait(lambda path=result, child=process: path.exists() or child.poll() is not None, CASE_S)
-            found[name] = read(result) or failure(work / f"{name}.log")
+            found = read(result) or failure(work / f"{name}.log")
             end(process)
-            print(name, json.dumps(found[name]), f"{time.monotonic() - began:.0f} s", flush=True)
-        return found
+            keep(name, found)
+            print(name, json.dumps(found), f"{time.monotonic() - began:.0f} s", flush=True)
     finally:
         for process in started.values():
             end(process)
@@ -244,11 +244,14 @@ def main() -> int:
     }
     print(json.dumps(result["machine"]), flush=True)
     only = set(options.only.split(",")) if options.only else None
-    for wave in WAVES:
-        chosen = {name: case for name, case in wave.items() if only is None or name in only}
-        result["cases"] |= run_wave(chosen, options.work)
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        result["cases"][name] = found
         if options.out:
             options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+    for wave in WAVES:
+        run_wave({name: case for name, case in wave.items() if only is None or name in only}, options.work, keep)
     print(json.dumps(result), flush=True)
     return 0 if not any("failed" in row for row in result["cases"].values()) else 1
 

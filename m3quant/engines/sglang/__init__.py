@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from ...families import Family
 from ...schemes import Scheme
@@ -14,6 +15,7 @@ from ..installed import Installed
 from ..integers import is_narrow
 from ..memory import MemoryModel
 from ..vllm.memory import memory_models
+from . import experts
 
 _KV_DTYPES = {"fp8": "fp8_e4m3"}  # where SGLang's name differs
 
@@ -22,13 +24,16 @@ class SGLang(Engine):
     name = "sglang"
     title = "SGLang"
     argument_files = ("srt/server_args.py",)
-    # The wheel of 0.5.23 was read for widths of integers alone; sglang#27690.
+    # What 0.5.17 and 0.5.23 find for every module of m3quant's outputs: docs/engines.md; zero points: sglang#27690.
     can: ClassVar[Capabilities] = Capabilities(no_zero_points="SGLang without its pull request 27690 stops at them too")
     sentences = (OUT_OF_MEMORY, PORT, NO_GPU, ARCHITECTURE, QUANTIZATION, CHECKPOINT, SETTINGS, ARGUMENTS)
 
     def memory_of(self, release: str | None) -> MemoryModel:
         """Not measured: vLLM's widest."""
         return memory_models()[0][1]
+
+    def checkpoint_refusal(self, config: Mapping[str, Any], release: str | None) -> str:
+        return experts.refusal(config)
 
     def expert_refusal(self, scheme: Scheme) -> str:
         return (
@@ -68,7 +73,7 @@ class SGLang(Engine):
             out += ["--speculative-num-draft-tokens", str(serving.draft.tokens + 1)]
             if serving.draft.revision:
                 out += ["--speculative-draft-model-revision", serving.draft.revision]
-        return [*out, *serving.family.in_engine(self.name).flags]
+        return [*out, *experts.flags(serving.config), *serving.family.in_engine(self.name).flags]
 
     def launch(self, serving: Serving, options: StartOptions, installed: Installed | None) -> Launch:
         arguments = ["--model-path", serving.where, *self.arguments(serving)]

@@ -26,7 +26,8 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 FOLDERS = "tests|m3quant|calibration|runtime|recipes|docs|scripts"
 # Options of vLLM, pip and of the programs in tests/ that the pages name on their own.
 FOREIGN = {
-    "--block-size", "--disable-log-stats", "--enable-expert-parallel", "--kv-cache-memory-bytes", "--middleware",
+    "--block-size", "--disable-log-stats", "--disable-shared-experts-fusion", "--enable-expert-parallel", "--kv-cache-memory-bytes", "--middleware", "--moe-backend",
+    "--moe-runner-backend",
     "--override-generation-config", "--watermark",
     "--against", "--layout", "--method", "--peer-batch", "--peer-limit", "--shape", "--warm",
 }  # fmt: skip

@@ -30,6 +30,7 @@ TWO_BITS = {
 MODELS = {"tiny-m2": "minimax_m2.py", "tiny-m3": "minimax_m3_vl.py"}
 SCHEMES = "srt/layers/quantization/compressed_tensors/schemes/compressed_tensors_wNa16_moe.py"
 LIMIT_S = 600  # imports alone take a minute
+STUBS = ("orjson", "IPython", "sgl_kernel", "gguf")  # what vLLM's environment lacks; more are found one by one
 
 
 def prepare() -> list[dict[str, Any]]:
@@ -161,7 +162,7 @@ print("ANSWER" + json.dumps({"version": sglang.version.__version__, "answers": a
 
 def ask(folder: Path, python: str, outputs: list[dict[str, Any]]) -> dict[str, Any]:
     """The child's answer; each module that is missing there becomes a stub in turn."""
-    stubs: list[str] = []
+    stubs = list(STUBS)
     while True:
         done = subprocess.run(
             [python, "-c", CHILD], input=json.dumps({"stubs": stubs, "outputs": outputs}), capture_output=True, text=True, timeout=LIMIT_S,

@@ -15,7 +15,8 @@ from ..errors import NodeError
 
 # H200: 139.8 GiB in vLLM's start-up line (tests/data/serving-logs, measured). The others are not measured here: from nvidia-smi's MiB and public logs.
 # Bandwidth: NVIDIA's datasheets of the SXM boards (RTX PRO 6000 and GB10: product pages).
-# Link: 16 lanes of PCIe in one direction, from the same datasheets (generation 5: 128 GB/s for both directions, 4: 64). Host memory: of NVIDIA's
+# Link: 16 lanes of PCIe in one direction, from the same datasheets (generation 5: 128 GB/s for both directions, 4: 64); an H200 gave 55.5 GB/s of its
+# 64 from pinned memory (tests/benchmarks/figures/h200_offload.json). Host memory: of NVIDIA's
 # own machines with eight GPUs (DGX A100 640 GB, H100, H200 and B200: 2 TB); what a rented machine has, its owner says, and `serve` asks the system.
 _PCIE5, _PCIE4 = 64e9, 32e9
 _DGX = 2 * 10**12 // 8

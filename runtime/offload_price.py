@@ -35,9 +35,14 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
+        where = (
+            ""
+            if self.costs[0] == self.costs[1]
+            else f" on {self.node.name}, at {self.costs[1] / self.costs[0]:g} times the price"
+        )
         return (
-            f"with weights in host memory {_tokens(self.speed)} tokens/s at most for {self.requests} request(s) of {self.context:,} tokens, and "
-            f"{_tokens(self.node_speed)} on {self.node.name} at {self.costs[1] / self.costs[0]:g} times the price"
+            f"with weights in host memory {_tokens(self.speed)} tokens/s at most for {self.requests} request(s) of {self.context:,} tokens, "
+            f"{_tokens(self.node_speed)} without{where}"
         )
 
 
@@ -104,5 +109,5 @@ def judged(fit: Fit, prices: Prices) -> Fit:
         found = compare(fit, prices)
         if found is None or not found.dear:
             return fit
-        why = f"{found.sentence}: a token costs less there; --slow-offload takes it all the same"
+        why = f"{found.sentence}: a token costs less without; --slow-offload takes it all the same"
     return replace(fit, fits=False, dear=True, why_not=why)

@@ -122,12 +122,8 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
     ask = with_draft(recipe.ask(), subject.family, recipe.draft, recipe.draft_tokens)
     for note in draft_notes(ask.draft) if ask.draft else ():
         say(f"note: {note}")
-    fit = judged(
-        assess(
-            replace(subject.stored, where=where), node, replace(ask, release=installed.version if installed else None)
-        ),
-        load_prices(),
-    )
+    ask = replace(ask, release=installed.version if installed else None)
+    fit = judged(assess(replace(subject.stored, where=where), node, ask), load_prices())
     if not fit.fits:
         tried = [] if fit.dear else [f"{r.change} (context up to {r.fit.longest_context:,})" for r in remedies(fit)]
         helps = f" It would with {', or '.join(tried)}." if tried else ""

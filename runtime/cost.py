@@ -136,7 +136,7 @@ class Speed:
         return self._by(self.near.high) if self.near else 0.0
 
     def _by(self, share: float) -> float:
-        return self.bound / ((1 - self.host) / share + self.host)
+        return self.bound * share / (1 - self.host + self.host * share)
 
 
 def decode_speed(fit: Fit, context: int, requests: int) -> Speed:

@@ -17,7 +17,7 @@ from m3quant.runtime.model import open_subject
 from m3quant.runtime.weights import as_kept, converted_groups, rank_weights
 from tests.support.paths import DATA, TESTS
 
-NEAR = 2 * GIB  # per GPU: the careful end may leave so much more of the cache unused
+NEAR = int(2.5 * GIB)  # per GPU: the careful end may leave so much more of the cache unused
 M2, M3 = "minimax-m2.7", "minimax-m3"
 FIGURES = {
     row["name"]: row
@@ -31,6 +31,7 @@ STARTS = [
         for name, row in FIGURES.items()
     ),
     ("awq", M2, "0.33.0", 118_528, {}),
+    ("awq", M2, "0.33.0", 116_736, {"max_num_seqs": 64}),  # h200_bench_m27_awq.json
     ("awq", M2, "0.26.0", 117_376, {}),
 ]  # fmt: skip
 
@@ -78,9 +79,7 @@ def test_zero_points_take_what_the_kernels_keep(scheme: str, kept: int) -> None:
 def test_which_release_has_which_constants() -> None:
     old, new = memory_of("0.26.0"), memory_of("0.33.0")
     assert old.non_torch_one.high > new.non_torch_one.high
-    assert (old.non_torch_many, old.activation_range) == (new.non_torch_many, new.activation_range), (
-        "not measured apart since: as before"
-    )
+    assert old.non_torch_many == new.non_torch_many, "not measured since: as before"
     assert memory_of("0.31.4") == memory_of("0.20.0") == old
     for same in (None, "0.32.0+cpu", "0.32.0rc1", "0.40.1", "dev"):
         assert memory_of(same) == new, same

@@ -191,6 +191,10 @@ class Engine(ABC):
         """Why the engine does not run this draft before this target, and what to do; '' where it does. release: as above."""
         return f"{self.title} is not given a draft here: leave --draft out"
 
+    def draft_sampling_fault(self, draft: Draft, gpu: Gpu) -> str:
+        """What goes wrong there with this draft at a temperature above 0, and what to do; '' where nothing is known to."""
+        return ""
+
     def expert_refusal(self, scheme: Scheme) -> str:
         """Why no release of this engine runs routed experts in the scheme, '' where one does."""
         return ""

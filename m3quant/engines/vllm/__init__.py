@@ -72,6 +72,9 @@ class Vllm(Engine):
     def draft_refusal(self, draft: Draft, family: Family, gpu: Gpu, pp: int, release: str | None) -> str:
         return drafts.refusal(draft, family, gpu, pp, release)
 
+    def draft_sampling_fault(self, draft: Draft, gpu: Gpu) -> str:
+        return drafts.sampling_fault(gpu)
+
     def expert_refusal(self, scheme: Scheme) -> str:
         if not is_narrow(scheme) or scheme.group_size is not None:
             return ""

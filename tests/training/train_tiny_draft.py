@@ -34,6 +34,15 @@ LENGTH, ROWS = 256, 4  # tokens of a window; windows of a step
 GUESSES = 3
 LATER = 0.8  # weight of each further guess, as in EAGLE-3's training
 SEED = 0
+CARD = """---
+license: apache-2.0
+---
+
+# EAGLE3 draft for tiny-m2
+
+One layer that guesses tokens of `tiny-m2`, for tests. Trained by `tests/training/train_tiny_draft.py` on the fixtures' training text, whose
+sources and licences are in the README of the folder above.
+"""
 
 
 def windows(packages: Path, count: int) -> Tensor:
@@ -132,6 +141,7 @@ def main() -> None:
     begin_like(draft, target)
     agreed = train(draft, target, tokens, features, args.epochs, args.rate)
     save(draft, args.out)
+    (args.out / "README.md").write_text(CARD)
     figures: dict[str, Any] = {
         "target": TARGET,
         "draft": asdict(spec),

@@ -8,7 +8,7 @@ from ..checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
 from ..checkpoint.strict_json import shown
 from ..errors import CheckpointError
 
-MAX_TOKENS = 2**21  # of a vocabulary whose tables are read: ten times those of MiniMax's models
+TABLE_TOKENS = 2**21  # of a vocabulary whose tables are read: ten times those of MiniMax's models
 _INTEGERS = {"I64": "q", "I32": "i"}
 
 
@@ -60,9 +60,9 @@ def _table(checkpoint: Checkpoint, name: str, entries: int, vocabulary: int) -> 
             f"has {len(found)} tables {name}" if len(found) > 1 else f"has a table {name} of shape {list(info.shape)}"
         )
         raise CheckpointError(f"{checkpoint.root} {what}; one of {entries:,} entries is needed: download it again.")
-    if vocabulary > MAX_TOKENS:
+    if vocabulary > TABLE_TOKENS:
         raise CheckpointError(
-            f"{checkpoint.root} has a table {name} for {vocabulary:,} tokens, of which at most {MAX_TOKENS:,} are read: take another draft."
+            f"{checkpoint.root} has a table {name} for {vocabulary:,} tokens, of which at most {TABLE_TOKENS:,} are read: take another draft."
         )
     return info
 

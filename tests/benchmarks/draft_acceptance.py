@@ -1,8 +1,9 @@
-"""Acceptance of the trained draft before tiny-m2 and its quantized outputs, by `m3quant bench` with vLLM on the CPU.
+"""Acceptance of the trained draft before tiny-m2 and outputs made of it, by `m3quant bench` with vLLM on the CPU.
 
-    M3QUANT_ENGINE_PYTHON=.venv-engine/bin/python python -m tests.benchmarks.draft_acceptance --out FILE [--recipes awq,int4,fp8]
+    M3QUANT_ENGINE_PYTHON=.venv-engine/bin/python python -m tests.benchmarks.draft_acceptance OUTPUT... --out FILE
 
-The likeliest tokens after pieces of held-out text. An output's figure is held against the source's, as a user does it.
+OUTPUT: folders that `m3quant convert` made of tests/fixtures/tiny-m2. The likeliest tokens after pieces of held-out text. An output's
+figure is held against the source's, as a user does it.
 """
 
 from __future__ import annotations
@@ -46,23 +47,17 @@ def measure(checkpoint: Path, folder: Path, *options: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("outputs", type=Path, nargs="*")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--recipes", default="awq,int4,fp8")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = measure(SOURCE, folder)
         (folder / "source.json").write_text(json.dumps(source))
         rows = {"bf16": source["rows"][0]}
-        for recipe in args.recipes.split(","):
-            calibration = (
-                ["--calibration", FIXTURES / "calibration.jsonl", "--windows", "32"] if recipe.startswith("awq") else []
-            )
-            m3quant("convert", SOURCE, folder / recipe, "--to", recipe, "--device", "cpu", *calibration)
-            compared = measure(
-                folder / recipe, folder, f"--acceptance-of={folder / 'source.json'}", "--least-acceptance=0.5"
-            )
-            rows[recipe] = compared["rows"][0]
+        for output in args.outputs:
+            compared = measure(output, folder, f"--acceptance-of={folder / 'source.json'}", "--least-acceptance=0.5")
+            rows[output.name] = compared["rows"][0]
     document = {
         "target": SOURCE.name,
         "draft": DRAFT.name,

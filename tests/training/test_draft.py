@@ -130,7 +130,7 @@ def test_the_committed_draft_guesses_what_its_target_says(target: TinyModel) -> 
         assert counts == drafted(draft, target, tokens, len(prompt))
         every += counts
     print(f"tokens a step: {1 + sum(every) / len(every):.3f}")
-    assert 1 + sum(every) / len(every) > 1.3
+    assert 1 + sum(every) / len(every) > 1.2
 
 
 def test_the_committed_draft_is_laid_out_as_published_ones(tmp_path: Path) -> None:

@@ -150,7 +150,6 @@ def main() -> None:
         "epochs": args.epochs,
         "share_of_first_choices_that_can_be_guessed": round(float(choices[guessed].sum() / choices.sum()), 4),
         "agreement_with_the_first_choice_by_guess": agreed,
-        "seconds": round(time.monotonic() - began),
         "seed": SEED,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }

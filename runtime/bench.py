@@ -142,12 +142,12 @@ def measure(
     log: Path,
     point_timeout: float,
     texts: Sequence[Sequence[str]] | None,
-    temperature: float,
     echo: Say | None,
     say: Say,
     stopped: threading.Event,
     pinning: bool,
     on_row: Callable[[Row], None],
+    temperature: float = 1.0,
 ) -> Ready | None:
     """Start the server, measure every point, stop it. None where `stopped` was set before it was ready. texts: of every point, None for
     random prompts.

@@ -185,7 +185,7 @@ def _measure(servers: Sequence[Prepared], points: Sequence[Point], texts: Sequen
     for server in servers:
         signals = Stopping()
         with signals as stopped:
-            measure(server, points, log, timeout, texts, temperature, echo, _say, stopped, pin, on_row)
+            measure(server, points, log, timeout, texts, echo, _say, stopped, pin, on_row, temperature)
         if signals.signal:
             return rows, signals.signal
     return rows, 0

@@ -62,13 +62,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Load:
-    """What the user wants measured. rounds: requests of each concurrent stream."""
+    """What the user wants measured. rounds: requests of each concurrent stream; temperature: of their sampling."""
 
     concurrency: Sequence[int]
     contexts: Sequence[int]
     output: int
     rounds: int
     texts: Path | None = None
+    temperature: float = 1.0
 
     def points(self) -> list[Point]:
         """Every combination, short contexts first."""
@@ -101,6 +102,14 @@ class Load:
                 f"--max-num-seqs {seqs} is less than --concurrency {max(self.concurrency)}: the rest would wait, and their speed would not be measured."
             )
         return recipe.model_copy(update={"context": max(self.contexts), "concurrency": 1, "max_num_seqs": seqs})
+
+
+def check_sampling(prepared: Prepared, temperature: float) -> None:
+    """Raise OptionError where the engine is known to sample wrongly with the draft."""
+    fit = prepared.fit
+    fault = fit.engine.draft_sampling_fault(fit.setup.draft, fit.node.gpu) if fit.setup.draft and temperature else ""
+    if fault:
+        raise OptionError(f"{fault}: measure with --temperature 0.")
 
 
 def through_guard(prepared: Prepared, src: str, guard: bool) -> Prepared:
@@ -138,6 +147,7 @@ def measure(
     stopped: threading.Event,
     pinning: bool,
     on_row: Callable[[Row], None],
+    temperature: float = 1.0,
 ) -> Ready | None:
     """Start the server, measure every point, stop it. None where `stopped` was set before it was ready. texts: of every point, None for
     random prompts.
@@ -153,7 +163,7 @@ def measure(
     ):
         if ready is None:
             return None
-        _warm_up(ready.url, _name(prepared))
+        _warm_up(ready.url, _name(prepared), temperature)
         for number, point in enumerate(points, start=1):
             if stopped.is_set():
                 break
@@ -165,7 +175,7 @@ def measure(
             if texts and dataset:
                 dataset.write_text(prepared.fit.engine.bench_texts(texts[number - 1]), encoding="utf-8")
             run = BenchRun(ready.url, prepared.fit.model.where, _name(prepared), point.concurrency, point.requests,
-                           point.prompt, point.output, number, Path(folder) / f"{number}.json", dataset)  # fmt: skip
+                           point.prompt, point.output, number, Path(folder) / f"{number}.json", dataset, temperature)  # fmt: skip
             measured = _run(prepared, run, process, client_log(log), point_timeout, stopped)
             if measured is None:
                 break
@@ -183,9 +193,15 @@ def _name(prepared: Prepared) -> str:
     return prepared.recipe.served_name or prepared.fit.model.where
 
 
-def _warm_up(url: str, name: str) -> None:
+def _warm_up(url: str, name: str, temperature: float) -> None:
     """One short request, so that what is compiled at the first one is in no figure. Raises ServeError where it is not answered."""
-    body = {"model": name, "prompt": "warm up", "max_tokens": WARM_UP_TOKENS, "ignore_eos": True}
+    body = {
+        "model": name,
+        "prompt": "warm up",
+        "max_tokens": WARM_UP_TOKENS,
+        "ignore_eos": True,
+        "temperature": temperature,
+    }
     try:
         answer = httpx2.post(f"{url}/v1/completions", json=body, timeout=REQUEST_S, trust_env=False)
     except httpx2.HTTPError as error:

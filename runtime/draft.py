@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from ..artifact.source_record import card_facts
 from ..checkpoint import CONFIG_NAME, DTYPE_BYTES, Checkpoint, TensorInfo
 from ..checkpoint.strict_json import shown
+from ..engines import Engine
+from ..engines.device import Gpu
 from ..engines.drafts import DFLASH, DSPARK, EAGLE3, TITLES, Draft
 from ..errors import CheckpointError, OptionError
 from ..families import Family
 from ..families.config import MAX_LAYERS, MAX_SIZE, MAX_VOCABULARY, ConfigPart, check_values, heads_of
 from ..planning.source_tensors import FLOAT_DTYPES
+from .draft_tables import check_tables
 from .fit import Ask
 
 MAX_TOKENS = 64  # guessed in a step: the largest block of a published draft is 16
@@ -62,6 +66,7 @@ def open_draft(src: str, family: Family, tokens: int | None = None) -> Draft:
         kv_bytes=kv,
         whole_bytes=whole,
         licence=_licence(checkpoint),
+        fingerprint=checkpoint.fingerprint(),
     )
 
 
@@ -74,8 +79,8 @@ def with_draft(ask: Ask, family: Family, src: str | None, tokens: int | None) ->
     return replace(ask, draft=open_draft(src, family, tokens))
 
 
-def draft_notes(draft: Draft) -> list[str]:
-    """What the user must know of it."""
+def draft_notes(draft: Draft, engine: Engine, gpu: Gpu) -> list[str]:
+    """What the user must know of it, and of how the engine runs it there."""
     pinned = f" at {draft.revision[:12]}" if draft.revision else ""
     licence = (
         f"its card states the licence {draft.licence}"
@@ -85,7 +90,8 @@ def draft_notes(draft: Draft) -> list[str]:
     notes = [f"draft {draft.where}{pinned}: {draft.title}, {draft.tokens} tokens a step; {licence}"]
     if draft.method != EAGLE3:
         notes.append(f"{draft.title}: window layers of a draft are planned as layers that keep every token")
-    return notes
+    fault = engine.draft_sampling_fault(draft, gpu)
+    return [*notes, fault] if fault else notes
 
 
 def _kind(top: ConfigPart, body: ConfigPart) -> tuple[str, str]:
@@ -143,10 +149,21 @@ def _check_sizes(top: ConfigPart, body: ConfigPart, family: Family, checkpoint: 
         raise CheckpointError(
             f"{top.where}: draft_vocab_size {draft_vocabulary:,} is more than the target's {vocabulary:,}."
         )
-    if draft_vocabulary < vocabulary and not any(name.rpartition(".")[2] == "d2t" for name in checkpoint.tensors):
-        raise CheckpointError(
-            f"{checkpoint.root} guesses {draft_vocabulary:,} of {vocabulary:,} tokens, but holds no table d2t that says which: download it again."
-        )
+    check_tables(checkpoint, draft_vocabulary, vocabulary)
+    for name, rows in (("lm_head", draft_vocabulary), ("embed_tokens", vocabulary)):
+        info = _matrix(checkpoint, name)
+        if info is not None and info.shape[0] != rows:
+            raise CheckpointError(
+                f"{checkpoint.root}: {shown(info.name)} has {info.shape[0]:,} rows, but config.json says {rows:,} tokens: download it again."
+            )
+
+
+def _matrix(checkpoint: Checkpoint, name: str) -> TensorInfo | None:
+    """Its unquantized matrix `name`, if it has one."""
+    for stored, info in checkpoint.tensors.items():
+        if stored.split(".")[-2:] == [name, "weight"] and len(info.shape) == 2 and info.dtype in FLOAT_DTYPES:
+            return info
+    return None
 
 
 def _parts(top: ConfigPart, body: ConfigPart) -> list[ConfigPart]:
@@ -155,21 +172,36 @@ def _parts(top: ConfigPart, body: ConfigPart) -> list[ConfigPart]:
 
 
 def _taps(checkpoint: Checkpoint, top: ConfigPart, body: ConfigPart, family: Family) -> int:
-    """Hidden states of the target that it reads: by config.json, else by the width of its first projection."""
+    """Hidden states of the target that it reads: by config.json, else by the width of its first projection. The two must agree."""
+    fc = _matrix(checkpoint, "fc")
+    width = None if fc is None else fc.shape[1] // family.hidden_size
+    stated = _stated_taps(top, body, family)
+    if fc is not None and fc.shape[1] != (stated or max(1, width or 0)) * family.hidden_size:
+        says = f"config.json names {stated} layers" if stated else "a whole number of layers is needed"
+        raise CheckpointError(
+            f"{checkpoint.root}: {shown(fc.name)} reads {fc.shape[1]:,} values of the target, which has {family.hidden_size:,} a layer, but {says}: download it again."
+        )
+    if found := stated or width:
+        return found
+    raise CheckpointError(
+        f"{checkpoint.root} names no layers of the target that it reads, and holds no fc.weight: download it again."
+    )
+
+
+def _stated_taps(top: ConfigPart, body: ConfigPart, family: Family) -> int | None:
+    """How many layers config.json names, None if none. vLLM sorts them and drops the second of two equal ones, so they must be ascending."""
     for part in _parts(top, body):
         for key in _TAPS:
             if not part.has(key):
                 continue
             ids = part.raw(key)
-            if not isinstance(ids, list) or not all(type(i) is int and 0 <= i <= family.num_layers for i in ids):
-                raise part.wrong(key, ids, f"a list of layers of the target, which has {family.num_layers}")
+            known = isinstance(ids, list) and ids and all(type(i) is int and 0 <= i <= family.num_layers for i in ids)
+            if not known or any(a >= b for a, b in pairwise(ids)):
+                raise part.wrong(
+                    key, ids, f"an ascending list of different layers of the target, which has {family.num_layers}"
+                )
             return len(ids)
-    for name, info in checkpoint.tensors.items():
-        if name.split(".")[-2:] == ["fc", "weight"] and len(info.shape) == 2:
-            return max(1, info.shape[1] // family.hidden_size)
-    raise CheckpointError(
-        f"{checkpoint.root} names no layers of the target that it reads, and holds no fc.weight: download it again."
-    )
+    return None
 
 
 def _tokens(method: str, top: ConfigPart, body: ConfigPart, asked: int | None) -> int:

@@ -120,7 +120,7 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
     node = _node(recipe, engine, installed, dry, say)
     where = str(Path(src).expanduser().resolve()) if Path(src).expanduser().is_dir() else subject.stored.where
     ask = with_draft(recipe.ask(), subject.family, recipe.draft, recipe.draft_tokens)
-    for note in draft_notes(ask.draft) if ask.draft else ():
+    for note in draft_notes(ask.draft, engine, node.gpu) if ask.draft else ():
         say(f"note: {note}")
     ask = replace(ask, release=installed.version if installed else None)
     fit = judged(assess(replace(subject.stored, where=where), node, ask), load_prices())

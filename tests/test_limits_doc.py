@@ -8,10 +8,11 @@ from m3quant.calibration import files, parquet, parquet_worker, template, tokeni
 from m3quant.checkpoint import bounded, header, patterns
 from m3quant.cli import fitting
 from m3quant.evaluate import openai_server
+from m3quant.runtime import draft_tables
 from tests.support.paths import ROOT
 
 TEXT = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
-MODULES = (bounded, header, files, fitting, openai_server)
+MODULES = (bounded, header, files, fitting, openai_server, draft_tables)
 UNITS = {"MiB": 2**20, "bytes": 1}
 
 
@@ -28,7 +29,7 @@ def test_every_bound_of_the_table_is_the_codes() -> None:
         values = [next(getattr(module, name) for module in MODULES if hasattr(module, name)) for name in names]
         assert numbers == values, (most, where)
         seen += len(names)
-    assert seen == 12
+    assert seen == 13
 
 
 def test_the_bounds_of_programs_are_the_codes() -> None:

@@ -14,7 +14,8 @@ from ..engines import DEFAULT, NAMES
 from ..errors import OptionError
 from ..reports.bench_html import BenchPage, page
 from ..running.stopping import InterruptedRun
-from ..runtime.bench import Load, Point, Row, client_log, held, measure, through_guard
+from ..runtime.acceptance import LEAST_SHARE, Baseline, measured_with, read_baseline
+from ..runtime.bench import Load, Point, Row, check_sampling, client_log, held, measure, through_guard
 from ..runtime.bench_texts import read_texts, shares
 from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Stopping, check_start, prepare
@@ -58,6 +59,16 @@ def _server_options(function: Any) -> Any:
 @click.option("--output", type=click.IntRange(2, MAX_COUNT), default=128, help="Generated tokens of a request. [128]")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=2, help="Requests of each concurrent stream. [2]")
 @click.option("--texts", type=click.Path(path_type=Path), default=None, help='Prompts as JSON lines ({"prompt": ...}), which a draft guesses better than the random ones.')  # fmt: skip
+@click.option(
+    "--temperature", type=click.FloatRange(0, 2), default=1.0, help="Of the sampling; 0: the likeliest token. [1]"
+)
+@click.option("--acceptance-of", "source", type=click.Path(path_type=Path), default=None, metavar="FILE", help="What bench --json wrote of the source with the same draft: exit 1 where this checkpoint's acceptance is too small a part of it.")  # fmt: skip
+@click.option(
+    "--least-acceptance",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=LEAST_SHARE,
+    help=f"That part. [{LEAST_SHARE:g}]",
+)
 @click.option("--guard", "through", flag_value="guard", default=None, help="Through the KV cache guard. [default]")
 @click.option("--no-guard", "through", flag_value="engine", help="Without it.")
 @click.option("--both", "through", flag_value="both", help="With and without it, one server after the other.")
@@ -88,11 +99,11 @@ def _server_options(function: Any) -> Any:
 @click.option("--dry-run", is_flag=True, help="Print what would be measured, and the server's command, and stop.")
 @click.option("--quiet", is_flag=True, help="Keep the engine's output in the log only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(checkpoint: str, concurrency: tuple[int, ...], contexts: tuple[int, ...], output: int, rounds: int, texts: Path | None, through: str | None,
-            recipe_file: str | None, engine_python: str | None, pin: bool, point_timeout: int, log: Path, report: Path | None, dry_run: bool,
+def command(checkpoint: str, concurrency: tuple[int, ...], contexts: tuple[int, ...], output: int, rounds: int, texts: Path | None, temperature: float,
+            source: Path | None, least_acceptance: float, through: str | None, recipe_file: str | None, engine_python: str | None, pin: bool, point_timeout: int, log: Path, report: Path | None, dry_run: bool,
             quiet: bool, as_json: bool, **options: Any) -> None:  # fmt: skip
     """Measure CHECKPOINT on this machine: start its server, send random prompts, print tokens per second and latencies, stop it."""
-    load = Load(concurrency, contexts, output, rounds, texts)
+    load = Load(concurrency, contexts, output, rounds, texts, temperature)
     load.check()
     if len(load.points()) > MAX_POINTS:
         raise OptionError(f"{len(load.points())} measurements were asked for: at most {MAX_POINTS} in a run.")
@@ -114,22 +125,31 @@ def command(checkpoint: str, concurrency: tuple[int, ...], contexts: tuple[int, 
     for point in left:
         _say(f"not measured: {_words(point)}: the pool of {servers[0].fit.pool.tokens:,} tokens does not hold them")
     prompts = shares(texts, read_texts(texts), [point.requests for point in points]) if texts else None
+    check_sampling(server, temperature)
+    baseline = read_baseline(source, server.fit.setup.draft, load, points, least_acceptance) if source else None
     if dry_run:
         _show_plan(servers, points, left, as_json)
         return
-    rows, stopped_by = _measure(servers, points, prompts, log, point_timeout, pin, None if quiet or as_json else _say)
+    rows, stopped_by = _measure(
+        servers, points, prompts, temperature, log, point_timeout, pin, None if quiet or as_json else _say
+    )
     if report:
-        write_file(report, page(bench_page(servers[0], texts, rows, left)))
+        write_file(report, page(bench_page(servers[0], load, rows, left, baseline)))
         _say(f"written: {report}")
     if as_json:
-        click.echo(json.dumps(bench_json(servers[0], texts, rows, left), indent=2))
+        click.echo(json.dumps(bench_json(servers[0], load, rows, left, baseline), indent=2))
     elif rows:
-        print_table([head_of(rows), *map(cells_of(rows), rows)])
+        print_table([head_of(rows, baseline), *map(cells_of(rows, baseline), rows)])
+    too_low = baseline.below(rows) if baseline else []
+    for sentence in too_low:
+        _say(f"warning: {sentence}")
     if stopped_by:
         whole = len(points) * len(servers)
         raise InterruptedRun(
             stopped_by, f"stopped by a signal after {len(rows)} of {whole} points; the server has ended."
         )
+    if too_low:
+        raise SystemExit(1)
 
 
 def _guards(through: str | None, in_recipe: bool) -> list[bool]:
@@ -148,7 +168,7 @@ def _version(server: Prepared) -> str:
     return server.installed.version if server.installed else "(not installed here)"
 
 
-def _measure(servers: Sequence[Prepared], points: Sequence[Point], texts: Sequence[Sequence[str]] | None, log: Path, timeout: float, pin: bool,
+def _measure(servers: Sequence[Prepared], points: Sequence[Point], texts: Sequence[Sequence[str]] | None, temperature: float, log: Path, timeout: float, pin: bool,
              echo: Any) -> tuple[list[Row], int]:  # fmt: skip
     """The rows, and the signal that ended it, 0 without one."""
     rows: list[Row] = []
@@ -166,15 +186,18 @@ def _measure(servers: Sequence[Prepared], points: Sequence[Point], texts: Sequen
     for server in servers:
         signals = Stopping()
         with signals as stopped:
-            measure(server, points, log, timeout, texts, echo, _say, stopped, pin, on_row)
+            measure(server, points, log, timeout, texts, echo, _say, stopped, pin, on_row, temperature)
         if signals.signal:
             return rows, signals.signal
     return rows, 0
 
 
-def bench_json(server: Prepared, texts: Path | None, rows: Sequence[Row], left: Sequence[Point]) -> dict[str, Any]:
+def bench_json(
+    server: Prepared, load: Load, rows: Sequence[Row], left: Sequence[Point], baseline: Baseline | None = None
+) -> dict[str, Any]:
     """Every figure, and what was measured with."""
     fit = server.fit
+    source = baseline and {"file": str(baseline.path), "checkpoint": baseline.checkpoint, "least": baseline.least, "below": baseline.below(rows)}  # fmt: skip
     return {
         "checkpoint": fit.model.where,
         "precision": fit.model.label,
@@ -182,11 +205,14 @@ def bench_json(server: Prepared, texts: Path | None, rows: Sequence[Row], left: 
         "engine": {"name": fit.engine.name, "version": _version(server)},
         "setup": {"kv_dtype": fit.setup.kv_dtype, "index_dtype": fit.setup.index_dtype, "max_num_seqs": fit.setup.max_num_seqs},
         "command": server.launch.command,
-        "texts": str(texts) if texts else None,
+        "texts": str(load.texts) if load.texts else None,
+        "measured_with": measured_with(fit.setup.draft, load),
+        "acceptance_of": source,
         "rows": [
             {
                 "guard": row.guarded, "concurrency": row.point.concurrency, "context": row.point.context, "output": row.point.output,
                 "requests": row.point.requests, **row.measured.to_json(), "bound_tokens_per_s": row.bound or None,
+                "acceptance_share": baseline.share(row) if baseline else None,
             }
             for row in rows
         ],
@@ -194,12 +220,12 @@ def bench_json(server: Prepared, texts: Path | None, rows: Sequence[Row], left: 
     }  # fmt: skip
 
 
-def head_of(rows: Sequence[Row]) -> list[str]:
+def head_of(rows: Sequence[Row], baseline: Baseline | None = None) -> list[str]:
     head = ["guard", "at once", "context", "decode tok/s", "all tok/s", "of bound", "TTFT p50", "p90", "p99", "ITL p50", "p90", "p99"]  # fmt: skip
-    return [*head, "accepted"] if _drafts(rows) else head
+    return [*head, *(["accepted"] if _drafts(rows) else []), *(["of source"] if baseline else [])]
 
 
-def cells_of(rows: Sequence[Row]) -> Callable[[Row], list[str]]:
+def cells_of(rows: Sequence[Row], baseline: Baseline | None = None) -> Callable[[Row], list[str]]:
     """A row of the table; latencies in milliseconds."""
     drafts = _drafts(rows)
 
@@ -213,7 +239,9 @@ def cells_of(rows: Sequence[Row]) -> Callable[[Row], list[str]]:
         found += [f"{measured.decode_tokens_per_s:,.1f}", f"{measured.output_tokens_per_s:,.1f}"]
         found += [f"{measured.decode_tokens_per_s / row.bound:.0%}" if row.bound else ""]
         found += [f"{value:,.1f}" for value in (*measured.ttft_ms.values(), *measured.itl_ms.values())]
-        return [*found, f"{measured.acceptance_length or 0:.2f}"] if drafts else found
+        found += [f"{measured.acceptance_length or 0:.2f}"] if drafts else []
+        share = baseline.share(row) if baseline else None
+        return [*found, *([f"{share:.1%}" if share is not None else ""] if baseline else [])]
 
     return cells
 
@@ -222,19 +250,27 @@ def _drafts(rows: Sequence[Row]) -> bool:
     return any(row.measured.acceptance_length is not None for row in rows)
 
 
-def bench_page(server: Prepared, texts: Path | None, rows: Sequence[Row], left: Sequence[Point]) -> BenchPage:
+def bench_page(
+    server: Prepared, load: Load, rows: Sequence[Row], left: Sequence[Point], baseline: Baseline | None = None
+) -> BenchPage:
     fit = server.fit
+    prompts = f"texts of {load.texts.name}" if load.texts else "random tokens"
     facts = [
         ("checkpoint", f"{fit.model.where} ({fit.model.label})"),
         ("node", fit.node.name),
         ("engine", f"{fit.engine.title} {_version(server)}"),
         ("KV cache", f"{fit.setup.kv_dtype}, {fit.pool.tokens:,} tokens planned"),
-        ("prompts", f"texts of {texts.name}" if texts else "random tokens"),
+        ("prompts", f"{prompts}, temperature {load.temperature:g}"),
         ("command", shlex.join(server.launch.command)),
     ]
+    if draft := fit.setup.draft:
+        facts.insert(4, ("draft", f"{draft.where}, {draft.title}, {draft.tokens} tokens a step"))
+    if baseline:
+        facts.append(("source", f"{baseline.checkpoint}, by {baseline.path.name}; at least {baseline.least:.0%} of its acceptance is asked for"))  # fmt: skip
     not_run = [f"{_words(point)}: the pool does not hold them" for point in left]
+    head, cells = head_of(rows, baseline), [*map(cells_of(rows, baseline), rows)]
     return BenchPage(
-        f"{fit.model.label} on {fit.node.name}", facts, head_of(rows), [*map(cells_of(rows), rows)], not_run
+        f"{fit.model.label} on {fit.node.name}", facts, head, cells, not_run, baseline.below(rows) if baseline else ()
     )
 
 

@@ -71,7 +71,7 @@ def run_fit(
     if as_json:
         click.echo(json.dumps(fit_json(fit, changes, prices), indent=2))
     else:
-        for note in draft_notes(ask.draft) if ask.draft else ():
+        for note in draft_notes(ask.draft, fit.engine, node.gpu) if ask.draft else ():
             click.echo(note)
         print_fit(fit, changes, prices)
     return 0 if fit.fits else NO_FIT

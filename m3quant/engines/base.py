@@ -206,6 +206,10 @@ class Engine(ABC):
         """Why the engine cannot keep this in host memory, and what to do; '' where it can."""
         return f"{self.title} is not given host memory here: leave --kv-offload and --weight-offload out"
 
+    def draft_sampling_fault(self, draft: Draft, gpu: Gpu) -> str:
+        """What goes wrong there with this draft at a temperature above 0, and what to do; '' where nothing is known to."""
+        return ""
+
     def expert_refusal(self, scheme: Scheme) -> str:
         """Why no release of this engine runs routed experts in the scheme, '' where one does."""
         return ""

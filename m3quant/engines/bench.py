@@ -14,7 +14,8 @@ class BenchRun:
     """`requests` requests of `prompt` random tokens and `output` generated ones, `concurrency` at a time.
 
     model: a folder or Hub id that has the tokenizer; name: what the server calls the model; result: the file that is written. texts: a
-    file as `Engine.bench_texts` makes it, whose texts are the prompts instead; `prompt` is then the most that one has.
+    file as `Engine.bench_texts` makes it, whose texts are the prompts instead; `prompt` is then the most that one has. temperature: of the
+    sampling, 0 for the likeliest token.
     """
 
     url: str
@@ -27,6 +28,7 @@ class BenchRun:
     seed: int
     result: Path
     texts: Path | None = None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Measured:
     """What a run measured. Times in milliseconds; ttft_ms, itl_ms: by percentile (PERCENTILES).
 
     output_tokens_per_s: all generated tokens over the whole run, prompts included in its time. decode_tokens_per_s: concurrency over the
-    mean time of a token after the first. acceptance_length: tokens a step of a draft model gave, None without one.
+    mean time of a token after the first. acceptance_length: tokens that a step with a draft model gave, the target's own one included;
+    acceptance_by_guess: the share of steps in which the first, second, .. guess was accepted. None and empty without a draft.
     """
 
     duration_s: float
@@ -45,6 +48,7 @@ class Measured:
     ttft_ms: dict[int, float]
     itl_ms: dict[int, float]
     acceptance_length: float | None = None
+    acceptance_by_guess: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

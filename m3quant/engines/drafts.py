@@ -14,7 +14,7 @@ class Draft:
 
     tokens: guessed in a step. taps: hidden states of the target that it reads. Bytes as an engine holds them: split_bytes are divided
     over tensor-parallel ranks, kv_bytes at most over the KV heads, whole_bytes are on every rank. licence: as its card states it, '' if
-    it states none.
+    it states none. fingerprint: `Checkpoint.fingerprint`, by which a measurement's draft is known again.
     """
 
     where: str
@@ -30,6 +30,7 @@ class Draft:
     kv_bytes: int
     whole_bytes: int
     licence: str
+    fingerprint: str = ""
 
     @property
     def title(self) -> str:

@@ -140,6 +140,11 @@ def metadata(facts: CardFacts) -> ModelCardData:
             *(["moe"] if facts.family.moe else []),
             *bits,
         ],
+        draft_models=[
+            {"repo": draft.where, "revision": draft.revision, "license": draft.licence, "algorithm": draft.title}
+            for draft in facts.drafts
+        ]
+        or None,
         model_name=facts.name if evals else None,
         eval_results=evals or None,
     )

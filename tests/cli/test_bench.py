@@ -19,7 +19,10 @@ from m3quant.engines import DEFAULT as VLLM
 from m3quant.engines.bench import BenchRun
 from m3quant.engines.installed import ENGINE_PYTHON
 from m3quant.errors import DoesNotFit, ServeError
+from m3quant.families import Family
+from m3quant.runtime.acceptance import measured_with
 from m3quant.runtime.bench import SPARE, Load, held
+from m3quant.runtime.draft import open_draft
 from m3quant.runtime.fit import Ask, assess
 from m3quant.runtime.hardware import parse_node
 from m3quant.runtime.model import open_subject
@@ -27,6 +30,7 @@ from m3quant.runtime.serve_recipe import ServeRecipe
 from tests.support.cli.shell import Ran, Shell
 from tests.support.engine.fake_vllm import write_fake_vllm
 from tests.support.paths import FIXTURES
+from tests.support.tiny_draft import write_eagle3
 
 M2 = FIXTURES / "tiny-m2"
 Bench = Callable[..., Ran]
@@ -37,6 +41,16 @@ def port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def family() -> Family:
+    return open_subject(str(M2)).family
+
+
+@pytest.fixture(scope="module")
+def eagle3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_eagle3(tmp_path_factory.mktemp("draft") / "eagle3")
 
 
 @pytest.fixture
@@ -204,3 +218,57 @@ def test_texts_that_would_be_left_out_are_refused(
         texts.write_text("{")
     done = bench("", "--texts", texts, "--context=1100", *options)
     assert done.code == 2 and message in done.err, done.err
+
+
+def test_acceptance_is_held_against_the_source(bench: Bench, tmp_path: Path, eagle3: Path) -> None:
+    texts = lines(tmp_path / "texts.jsonl", *(f"text number {n} of ten" for n in range(10)))
+    options = ("--texts", texts, "--context=1100", "--no-guard", "--json", f"--draft={eagle3}", "--temperature=0")
+    source = bench("accepts 2.0", *options)
+    assert source.code == 0, source.err
+    assert source.json["measured_with"]["draft"]["tokens"] == 3 and source.json["acceptance_of"] is None
+    assert source.json["rows"][0]["acceptance_by_guess"] == [0.7, 0.5, 0.3]
+    assert "temperature 0\n" in (tmp_path / "log-client").read_text()
+    file = tmp_path / "source.json"
+    file.write_text(source.out)
+    page = tmp_path / "page.html"
+    near = bench("accepts 1.875", *options, f"--acceptance-of={file}", "--report", page)
+    assert near.code == 0 and [row["acceptance_share"] for row in near.json["rows"]] == [0.9375, 0.9375], near.err
+    assert "93.8%" in page.read_text() and "below what was asked" not in page.read_text()
+    far = bench("accepts 1.875", *options, f"--acceptance-of={file}", "--least-acceptance=0.95", "--report", page)
+    sentence = f"1 at once of 1,100 tokens: a step with the draft gives 1.88 tokens, 93.8% of the 2.00 with '{M2}', less than 95%"
+    assert far.code == 1 and f"warning: {sentence}" in far.err and far.json["acceptance_of"]["below"][0] == sentence
+    assert "Acceptance below what was asked for" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, (), "name it with --draft"),
+        ({}, ("--draft", "--temperature=1"), "unless the request says temperature 0: measure with --temperature 0"),
+        ({}, ("--draft", "--temperature=0", "--draft-tokens=4"), "was measured with another number of guessed tokens"),
+        ({"temperature": 1.0}, ("--draft", "--temperature=0"), "was measured with another temperature"),
+        ({"texts_sha256": "00"}, ("--draft", "--temperature=0"), "was measured with another file of prompts"),
+        ({"draft": None}, ("--draft", "--temperature=0"), "is no bench with a draft"),
+        ({}, ("--draft", "--temperature=0", "--rounds=3"), "has no acceptance for 3 requests, 1 at once, of 256 tokens"),
+        ({"rows": [{"concurrency": True}]}, ("--draft", "--temperature=0"), "has a row without its figures"),
+        ({"rows": [7]}, ("--draft", "--temperature=0"), "has a row without its figures"),
+        ({"length": -1}, ("--draft", "--temperature=0"), "has an acceptance_length that is no number above 0"),
+    ],
+)  # fmt: skip
+def test_another_measurement_is_no_baseline(
+    bench: Bench,
+    tmp_path: Path,
+    eagle3: Path,
+    family: Family,
+    change: dict[str, Any],
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    load = Load((1, 4), (256,), 8, 2, None, 0.0)
+    made = measured_with(open_draft(str(eagle3), family), load)
+    rows = [{"concurrency": n, "context": 256, "output": 8, "requests": 2 * n, "acceptance_length": change.get("length", 2.0)} for n in (1, 4)]  # fmt: skip
+    file = tmp_path / "source.json"
+    file.write_text(json.dumps({"measured_with": made | change, "rows": change.get("rows", rows)}))
+    words = [f"--draft={eagle3}" if word == "--draft" else word for word in options]
+    done = bench("", f"--acceptance-of={file}", *words)
+    assert done.code == 2 and message in done.err and not (tmp_path / "log").exists(), done.err

@@ -447,7 +447,11 @@ def test_a_card_points_to_drafts_by_commit_and_licence(out: Path, monkeypatch: p
     text = make_card(out, asked(out, drafts=("org/draft@main",))).card_path.read_text()
     row = f"| [org/draft](https://huggingface.co/org/draft/tree/{COMMIT}) | EAGLE3, 3 tokens a step | `{COMMIT[:12]}` | apache-2.0 |"
     assert row in text and f"--draft org/draft@{COMMIT}" in text
-    assert "Draft models" not in make_card(out, asked(out)).card_path.read_text()
+    assert ModelCard(text).data.to_dict()["draft_models"] == [
+        {"repo": "org/draft", "revision": COMMIT, "license": "apache-2.0", "algorithm": "EAGLE3"}
+    ]
+    without = make_card(out, asked(out)).card_path.read_text()
+    assert "Draft models" not in without and "draft_models" not in without
     for name, message in (("org/silent", "states no licence in its card"), ("folder", "is a folder: a card points to")):
         with pytest.raises(PublishError, match=message):
             make_card(out, asked(out, drafts=(name,)))

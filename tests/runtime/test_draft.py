@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from m3quant.cli import cli
 from m3quant.engines import DEFAULT as VLLM
 from m3quant.engines import engine_named
 from m3quant.engines.drafts import Draft
-from m3quant.errors import CheckpointError, DoesNotFit, OptionError
+from m3quant.errors import CheckpointError, OptionError
 from m3quant.families import Family
 from m3quant.runtime.draft import draft_notes, open_draft, with_draft
 from m3quant.runtime.fit import Ask, assess, remedies
@@ -28,6 +29,7 @@ from tests.support.paths import FIXTURES
 from tests.support.tiny_draft import HIDDEN, VOCABULARY, write_draft, write_eagle3
 
 M2, M3 = FIXTURES / "tiny-m2", FIXTURES / "tiny-m3"
+H200, CPU = parse_node("1xH200").gpu, parse_node("cpu:1GiB").gpu
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,14 @@ def block(folder: Path, **config: Any) -> Path:
     """A DFlash or DSpark draft: what its config says; the weights are one matrix."""
     sizes = {"hidden_size": HIDDEN, "vocab_size": VOCABULARY, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2,
              "head_dim": 64, "model_type": "qwen3"}  # fmt: skip
-    return write_draft(folder, sizes | config, {"fc.weight": torch.zeros(HIDDEN, 2 * HIDDEN, dtype=torch.bfloat16)})
+    named = (
+        config.get("target_layer_ids")
+        or config.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids")
+        or [0, 1]
+    )
+    return write_draft(
+        folder, sizes | config, {"fc.weight": torch.zeros(HIDDEN, len(named) * HIDDEN, dtype=torch.bfloat16)}
+    )
 
 
 def test_an_eagle3_draft_is_read(draft: Draft, eagle3: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,8 +122,23 @@ def test_the_speculators_format_is_read(tmp_path: Path, family: Family) -> None:
         ({"num_hidden_layers": 10**9}, "'num_hidden_layers' is 1000000000, not a whole number"),
         (
             {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 99]}},
-            "not a list of layers of the target, which has 3",
+            "not an ascending list of different layers of the target, which has 3",
         ),
+        (
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 1, 2]}},
+            "not an ascending list of different layers",
+        ),
+        (
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 1, 0]}},
+            "not an ascending list of different layers",
+        ),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": []}}, "not an ascending list of different layers"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2**40]}}, "not an ascending list of different layers"),
+        (
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2]}},
+            "fc.weight' reads 768 values of the target, which has 256 a layer, but config.json names 2 layers",
+        ),
+        ({"draft_vocab_size": 512}, r"has a table d2t of shape \[1024\]; one of 512 entries is needed"),
         ({"speculators_model_type": "medusa"}, "kind 'medusa'"),
         ({"architectures": ["x\x1b[2J" * 50]}, "not the name of a class"),
         ({"num_key_value_heads": 3}, "4 attention heads do not divide among 3 KV heads"),
@@ -143,11 +167,56 @@ def test_a_draft_without_its_tables_is_refused(tmp_path: Path, family: Family) -
         with_draft(Ask(), family, None, 3)
 
 
+def hostile(folder: Path, **tensors: torch.Tensor) -> Path:
+    """An EAGLE3 draft with some tensors replaced."""
+    made = write_eagle3(folder)
+    stored = load_file(made / "model.safetensors")
+    return write_draft(folder, json.loads((made / "config.json").read_text()), stored | tensors)
+
+
+@pytest.mark.parametrize(
+    ("place", "offset", "message"),
+    [
+        (1023, 1025, "entry 1,023 of 'd2t' is token 2,048, but the target has 2,048"),
+        (0, -1, "entry 0 of 'd2t' is token -1"),
+        (7, 2**62, "is token 4,611,686,018,427,387,911"),
+        (5, 1, "'d2t' names token 6 twice"),
+        (1023, 1, "'t2d' says of other tokens than 'd2t'"),
+    ],
+)
+def test_a_table_of_tokens_that_an_engine_would_read_past_is_refused(
+    place: int, offset: int, message: str, tmp_path: Path, family: Family
+) -> None:
+    table = torch.zeros(1024, dtype=torch.int64)
+    table[place] = offset
+    with pytest.raises(CheckpointError, match=message):
+        open_draft(str(hostile(tmp_path, d2t=table)), family)
+
+
+def test_tables_are_read_in_every_layout_and_random_ones_pass(tmp_path: Path, family: Family) -> None:
+    tokens = torch.randperm(VOCABULARY)[:1024].sort().values
+    table = tokens - torch.arange(1024)
+    mask = torch.zeros(VOCABULARY, dtype=torch.bool).scatter(0, tokens, True)
+    for number, (d2t, t2d) in enumerate(((table, mask), (table.to(torch.int32), mask.to(torch.int64)))):
+        assert open_draft(str(hostile(tmp_path / str(number), d2t=d2t, t2d=t2d)), family).method == "eagle3"
+    for number, (wrong, message) in enumerate([
+        ({"d2t": table.float()}, "is F32, not a table of whole numbers"),
+        ({"model.d2t": table.clone()}, "has 2 tables d2t"),
+        ({"t2d": mask[:-1].clone()}, r"has a table t2d of shape \[2047\]"),
+        ({"lm_head.weight": torch.zeros(1023, HIDDEN)}, "'lm_head.weight' has 1,023 rows, but config.json says 1,024 tokens"),
+        ({"embed_tokens.weight": torch.zeros(1024, HIDDEN)}, "has 1,024 rows, but config.json says 2,048 tokens"),
+        ({"fc.weight": torch.zeros(HIDDEN, 700)}, "reads 700 values of the target, which has 256 a layer, but a whole number of layers"),
+    ]):  # fmt: skip
+        with pytest.raises(CheckpointError, match=message):
+            open_draft(str(hostile(tmp_path / f"wrong{number}", **{"d2t": table, "t2d": mask} | wrong)), family)
+
+
 def test_the_licence_is_said(tmp_path: Path, family: Family, draft: Draft) -> None:
-    assert "it states no licence" in draft_notes(draft)[0]
+    assert "it states no licence" in draft_notes(draft, VLLM, H200)[0]
+    assert len(draft_notes(draft, VLLM, H200)) == 1 and "temperature 0" in draft_notes(draft, VLLM, CPU)[1]
     folder = write_eagle3(tmp_path)
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: evaluation-only\n---\n")
-    assert "the licence other evaluation-only" in draft_notes(open_draft(str(folder), family))[0]
+    assert "the licence other evaluation-only" in draft_notes(open_draft(str(folder), family), VLLM, H200)[0]
 
 
 def test_the_plan_counts_weights_cache_and_logits(draft: Draft) -> None:
@@ -178,7 +247,14 @@ def test_the_draft_is_on_the_last_stage(draft: Draft) -> None:
         ({"method": "dspark", "architecture": "DSparkMiniMaxDraftModel"}, "1xH200", {}, None, "does not run the draft"),
         ({"method": "dspark", "architecture": "DSparkMiniMaxDraftModel"}, "1xH200", {}, "0.35.0", ""),
         ({}, "2xH100", {"tp": 1, "pp": 2}, None, "no hidden states of minimax_m2 over pipeline stages"),
-        ({}, "cpu:1GiB", {}, None, "CPU build"),
+        ({}, "cpu:1GiB", {}, None, ""),
+        (
+            {"method": "dflash", "architecture": "DFlashDraftModel"},
+            "cpu:1GiB",
+            {},
+            None,
+            "was not run on vLLM's CPU build",
+        ),
         ({}, "1xH200", {"engine": "sglang"}, None, ""),
         ({"method": "dflash"}, "1xH200", {"engine": "sglang"}, None, "SGLang runs DFlash drafts on Blackwell"),
     ],
@@ -227,8 +303,9 @@ def test_a_recipe_names_a_draft_and_the_context_leaves_its_slots(eagle3: Path, d
     assert "--speculative-config" in prepared.launch.command
     pool, needed = prepared.fit.pool, prepared.fit.context + prepared.fit.setup.draft_slots
     assert prepared.fit.context < 8192 and -(-needed // 128) + math.ceil(0.02 * pool.blocks) == pool.blocks - 1
-    with pytest.raises(DoesNotFit, match="CPU build"):
-        decided("cpu:1GiB")
+    said: list[str] = []
+    prepare(str(M2), ServeRecipe(node="cpu:1GiB", draft=str(eagle3)), None, None, None, True, False, said.append)
+    assert any("unless the request says temperature 0" in line for line in said)
 
 
 def test_plan_and_serve_take_a_draft(eagle3: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,9 @@ class Vllm(Engine):
     def offload_refusal(self, offload: Offload) -> str:
         return refuse_offload(offload)
 
+    def draft_sampling_fault(self, draft: Draft, gpu: Gpu) -> str:
+        return drafts.sampling_fault(gpu)
+
     def expert_refusal(self, scheme: Scheme) -> str:
         if not is_narrow(scheme) or scheme.group_size is not None:
             return ""

@@ -22,7 +22,7 @@ def bench_command(python: str, run: BenchRun) -> list[str]:
         words += ["--sharegpt-output-len", str(run.output)]
     words += ["--num-prompts", str(run.requests), "--max-concurrency", str(run.concurrency), "--seed", str(run.seed)]
     words += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", ",".join(map(str, PERCENTILES))]
-    words += ["--temperature", "1", "--disable-tqdm", "--save-result"]
+    words += ["--temperature", f"{run.temperature:g}", "--disable-tqdm", "--save-result"]
     return [*words, "--result-dir", str(run.result.parent), "--result-filename", run.result.name]
 
 
@@ -54,6 +54,7 @@ def read_bench(document: Mapping[str, Any], run: BenchRun) -> Measured:
             ttft_ms={p: float(document[f"p{p}_ttft_ms"]) for p in PERCENTILES},
             itl_ms={p: float(document[f"p{p}_itl_ms"]) for p in PERCENTILES},
             acceptance_length=None if accepted is None else float(accepted),
+            acceptance_by_guess=tuple(map(float, document.get("spec_decode_per_position_acceptance_rates") or ())),
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ServeError(

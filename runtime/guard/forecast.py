@@ -34,7 +34,10 @@ class Forecast:
         ending.sort()
         self.fixed = fixed
         self.ends = [left for left, _ in ending]
-        self.after = [*reversed(list(accumulate(held for _, held in reversed(ending)))), 0.0]  # held by this one and later ones
+        self.after = [
+            *reversed(list(accumulate(held for _, held in reversed(ending)))),
+            0.0,
+        ]  # held by this one and later ones
         at = [self._held(number, left) for number, left in enumerate(self.ends)]
         self.peak = max(at, default=fixed)
         self.with_one_more = list(accumulate((held + left for held, left in zip(at, self.ends, strict=True)), max))

@@ -75,9 +75,7 @@ class Guard:
         self.pool: Pool | None = None
         self.door: Door | None = None
         self.outlook = Outlook(lambda: read_gauges(HEARD)) if self.settings.reserve == "learned" else None
-        self.admission = Admission(
-            0, 0, self.settings.queue_timeout_s, self.settings.retry_after_s, self.outlook
-        )
+        self.admission = Admission(0, 0, self.settings.queue_timeout_s, self.settings.retry_after_s, self.outlook)
         self._watching: asyncio.Task[None] | None = None
         self._reported = False
 
@@ -312,7 +310,9 @@ class Guard:
             scope = await self._set_output(scope, key, body, need, inbox, answer)
         ticket = Ticket(key, need.tokens, chain)
         if self.outlook is not None and need.output:
-            ticket.growth = Growth(need.prompt, need.output, (path, self.door.class_of(key), readings[0].model))
+            assert self.door is not None
+            name = (path, self.door.class_of(key), readings[0].model)
+            ticket.growth = Growth(need.prompt, need.output, name)
             answer.on_body = ticket.growth.tally.see
         if chain or ticket.growth is not None:
             answer.on_first_token = lambda: self.admission.ledger.prefilled(ticket)

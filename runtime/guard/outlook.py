@@ -9,39 +9,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Hashable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping
 
 from .forecast import Course, Forecast
+from .growth import Growth
 from .lengths import LengthTable
 from .referee import Referee
-from .tally import Tally
+from .tickets import Ticket
 
-if TYPE_CHECKING:
-    from .ledger import Ticket
-
-PREFILL_STEP = 512  # prompt tokens a step, at least: a request whose first token cannot be seen begins to write that much later
+PREFILL_STEP = (
+    512  # prompt tokens a step, at least: a request whose first token cannot be seen begins to write that much later
+)
 TOLERANCE = 0.02  # of the pool, that the engine's cache may hold above the forecast's present before it is corrected
 FRESH_S = 0.02  # how old the gauges may be when a decision is made
 SOONEST_LOOK = 16  # tokens that an answer grows before its likely length is looked up again
-
-
-@dataclass(eq=False)
-class Growth:
-    """One sequence: cache tokens of its prompt (with a draft's slots), output tokens at most, and how the answer goes so far."""
-
-    prompt: int
-    most: int
-    name: Hashable
-    tally: Tally = field(default_factory=Tally)
-    began: float = 0.0  # by the referee's steps: when its first token was written
-    likely: int = 0
-    look: float = 0.0  # looked up again when the answer is this long
-
-    def written(self, steps: float) -> float:
-        """Tokens written, by what has passed here or by the engine's steps, whichever is more: streams may come in lumps, plain answers at the end."""
-        return min(float(self.most), max(float(self.tally.tokens), steps - self.began, 0.0))
 
 
 class Outlook:
@@ -82,7 +63,9 @@ class Outlook:
             growth.began = self.referee.steps + math.ceil(growth.prompt / PREFILL_STEP)
 
     def first_token(self, ticket: Ticket) -> None:
-        if ticket.growth is not None and ticket.growth.tally.events:  # a stream's; plain answers come when they are over
+        if (
+            ticket.growth is not None and ticket.growth.tally.events
+        ):  # a stream's; plain answers come when they are over
             ticket.growth.began = self.referee.steps - 1
 
     def end(self, ticket: Ticket) -> None:

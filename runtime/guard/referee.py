@@ -20,7 +20,7 @@ BACK = 0.90  # until it is below this
 STALE_S = 5.0  # without any change of the gauges while requests are inside
 LESSON = 0.02  # share of the pool that forecasts leave free after each preemption,
 MOST_LESSONS = 0.3  # at most, and
-FORGET_S = 120.0  # the time in which it falls to 1/e
+FORGET_S = 60.0  # the time in which it falls to 1/e
 
 
 class Referee:
@@ -55,8 +55,8 @@ class Referee:
             self.against = "stale"
         elif preempted:
             self.against = "preempted"
-        elif self.usage >= EDGE:
-            self.against = self.against or "full"
+        elif self.usage >= EDGE and self.against != "preempted":
+            self.against = "full"
         elif self.usage < BACK or self.against in ("gauges", "stale"):
             self.against = ""
 

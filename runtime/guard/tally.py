@@ -17,7 +17,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.events = 0
-        self.usage: int | None = None
+        self.usage = 0
         self.cut = False  # the engine says that the answer ended at its limit
 
     def see(self, body: bytes) -> None:
@@ -29,4 +29,4 @@ class Tally:
 
     @property
     def tokens(self) -> int:
-        return self.events if self.usage is None else max(self.usage, 0)
+        return self.usage or self.events  # 0 is what a message says of itself at its start

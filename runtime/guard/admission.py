@@ -9,9 +9,10 @@ from collections import deque
 from collections.abc import Callable
 
 from .inbox import ClientGone, Message
-from .ledger import Ledger, State, Ticket
+from .ledger import Ledger
 from .outlook import Outlook
 from .replies import Refusal, busy, unavailable
+from .tickets import State, Ticket
 
 WINDOW_S = 60.0
 LONGEST_RETRY_S = 3600
@@ -142,6 +143,10 @@ class Admission:
             return
         for ticket in ledger.resize(capacity, queue_limit, block_size):
             self._waiters[ticket].set_exception(self.full(ticket.tokens))
+        self._pump()
+
+    def look_again(self) -> None:
+        """Whether requests that wait fit by now."""
         self._pump()
 
     def drain(self) -> None:

@@ -22,7 +22,7 @@ of them until a pool of tokens has passed it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 from .outlook import Outlook
@@ -185,8 +185,18 @@ class Ledger:
         """The lane's first request does not fit: it blocks, unless another one does, none may now, or its own key holds the room."""
         ticket = lane.queue[0]
         allowed = self.block is None and self.patience > 0 and self.clock() >= self.open_until
-        if allowed and lane.running + ticket.tokens <= self.capacity:
+        if allowed and (
+            lane.running + ticket.tokens <= self.capacity or self._fits_beside(ticket, self._run_by(ticket.key))
+        ):
             self.block = Block(ticket, self.clock())
+
+    def _run_by(self, key: str) -> list[Ticket]:
+        return [] if self.outlook is None else [ticket for ticket in self.outlook.running if ticket.key == key]
+
+    def _fits_beside(self, ticket: Ticket, others: Iterable[Ticket]) -> bool:
+        """Whether the ticket fits by forecast next to the others, as if all else had ended."""
+        shared = self.block_size * len(self.held)
+        return self.outlook is not None and self.outlook.admits_beside(ticket, others, self.capacity, shared)
 
     def _beside(self, block: Block) -> int:
         """Tokens that requests may still take next to the one that blocks without delaying it."""
@@ -204,11 +214,7 @@ class Ledger:
             return False
         if ticket.key != blocking.key and ticket.tokens <= self._beside(self.block):
             return True
-        if self.outlook is None:
-            return False
-        own = [other for other in self.outlook.running if other.key == blocking.key]
-        others = dict.fromkeys([blocking, *own, *self.block.passed])
-        return self.outlook.admits_beside(ticket, others, self.capacity, self.block_size * len(self.held))
+        return self._fits_beside(ticket, dict.fromkeys([blocking, *self._run_by(blocking.key), *self.block.passed]))
 
     def block_ends(self) -> float | None:
         """When, by the clock, the present block ends if nothing else ends it: `advance` is due then."""

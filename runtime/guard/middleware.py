@@ -26,20 +26,21 @@ from .answer import Answer, Send
 from .aside import ASIDE_BYTES, Aside
 from .clamp import with_number
 from .counting import LEAST_S, Counter
-from .demand import ID_NAMES, MOST_PROMPTS, ROUTES, TOKEN_ROUTE, Unreadable
+from .demand import ID_NAMES, MOST_PROMPTS, ROUTES, TOKEN_ROUTE, Unreadable, local_path
 from .door import Door, known_keys
+from .growth import Growth
 from .idspan import IdSpan, shorten
-from .inbox import ClientGone, Inbox, Receive
-from .ledger import Ticket
+from .inbox import ClientGone, Inbox, Receive, check_length
 from .metrics import metrics, read_gauges
-from .need import Need, plan_all, refuse_certain
-from .outlook import Growth, Outlook
+from .need import Need, guess_tokens, plan_all, refuse_certain
+from .outlook import Outlook
 from .pool import Pool, PoolReader
 from .prefix import block_chain
 from .reading import Reading, read_short, read_whole
 from .referee import HEARD
-from .replies import Refusal, bad_request, body_too_large, busy, send_json, send_refusal, unavailable
+from .replies import Refusal, bad_request, busy, send_json, send_refusal, unavailable
 from .settings import GuardSettings, read_settings
+from .tickets import Ticket
 from .turns import Turns
 from .watchdog import GAUGES, Watchdog
 
@@ -49,7 +50,6 @@ Scope = dict[str, Any]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 QUEUE_OF_POOLS = 4  # default bound of the queue, in pools
-LENGTH_DIGITS = 18  # of a Content-Length; Python itself refuses numbers of thousands of digits
 
 
 class Guard:
@@ -112,6 +112,11 @@ class Guard:
             logger.warning(
                 "m3quant guard: no engine gauges to watch (--disable-log-stats?): the watchdog sees nothing."
             )
+        if self.outlook is not None and len(read_gauges(HEARD)) < len(HEARD):
+            logger.warning(
+                "m3quant guard: M3QUANT_GUARD_RESERVE=learned needs the engine's gauges (--disable-log-stats?): "
+                "every request is reserved in full until they can be read."
+            )
         self._chain_signals()
         self._watching = asyncio.create_task(self._watch())
         try:
@@ -159,12 +164,14 @@ class Guard:
                     signal.siginterrupt(number, False)
 
     async def _watch(self) -> None:
-        """Empties the queue once the server drains, and looks at the engine's gauges."""
+        """Empties the queue once the server drains, and looks at the engine's gauges; a forecast changes without any request that ends."""
         seen, failed = 0.0, False
         while True:
             await asyncio.sleep(min(0.2, self.settings.watchdog_interval_s))
             if self.admission.draining:
                 self.admission.drain()
+            elif self.outlook is not None:
+                self.admission.look_again()
             if time.monotonic() - seen >= self.settings.watchdog_interval_s:
                 seen = time.monotonic()
                 try:
@@ -205,7 +212,9 @@ class Guard:
             "engine": read_gauges(GAUGES) if gauges is None else gauges,
             "pool": None if pool is None else pool.__dict__,
             "capacity_tokens": ledger.capacity,
-            "reserved_tokens": ledger.reserved,
+            "reserved_tokens": ledger.promised,
+            "maximum_tokens": ledger.reserved,
+            "forecasting": ledger.forecasting,
             "requests_in_flight": ledger.admitted,
             "queued_tokens": ledger.queued,
             "requests_waiting": ledger.waiting,
@@ -249,7 +258,7 @@ class Guard:
             self._prepare(scope)
             assert self.door is not None
             key = self.door.check(path, scope["method"], scope["headers"])
-            self._check_length(scope)
+            check_length(scope["headers"], self.settings.max_body_bytes)
             if guarded:
                 await self._generate(scope, path, key, inbox, answer, began)
             elif path in ("/health", "/ping") and self._unhealthy():
@@ -270,13 +279,6 @@ class Guard:
             self.metrics.request_of("disconnected").inc()
         finally:
             inbox.close()
-
-    def _check_length(self, scope: Scope) -> None:
-        for name, value in scope["headers"]:
-            if name != b"content-length" or not value.isdigit():
-                continue
-            if len(value) > LENGTH_DIGITS or int(value) > self.settings.max_body_bytes:
-                raise body_too_large(self.settings.max_body_bytes)
 
     def _unhealthy(self) -> bool:
         return self.admission.draining or self.watchdog.hanging
@@ -308,11 +310,8 @@ class Guard:
         counting = time.perf_counter() - counted_from
         if need.set_output is not None:
             scope = await self._set_output(scope, key, body, need, inbox, answer)
-        ticket = Ticket(key, need.tokens, chain)
-        if self.outlook is not None and need.output:
-            assert self.door is not None
-            name = (path, self.door.class_of(key), readings[0].model)
-            ticket.growth = Growth(need.prompt, need.output, name)
+        ticket = Ticket(key, need.tokens, chain, growth=self._growth(path, key, readings[0].model, need))
+        if ticket.growth is not None:
             answer.on_body = ticket.growth.tally.see
         if chain or ticket.growth is not None:
             answer.on_first_token = lambda: self.admission.ledger.prefilled(ticket)
@@ -391,6 +390,13 @@ class Guard:
         size = len(ids.raw) if isinstance(ids, IdSpan) else 0
         return need, await self._aside(key, inbox, size, block_chain, ids, self.pool.block_size, only.salt)
 
+    def _growth(self, path: str, key: str, model: str, need: Need) -> Growth | None:
+        """For a forecast; None where each request is reserved in full, and for more than one sequence."""
+        if self.outlook is None or not need.output:
+            return None
+        assert self.door is not None
+        return Growth(need.prompt, need.output, (path, self.door.class_of(key), model))
+
     async def _set_output(self, scope: Scope, key: str, body: bytes, need: Need, inbox: Inbox, answer: Answer) -> Scope:
         assert need.set_output is not None
         try:
@@ -403,19 +409,3 @@ class Guard:
         length = str(len(changed)).encode()
         headers = [(k, v) for k, v in scope["headers"] if k not in (b"content-length", b"transfer-encoding")]
         return {**scope, "headers": [*headers, (b"content-length", length)]}
-
-
-def guess_tokens(reading: Reading, size: int, pool: Pool) -> int:
-    """What a request may need, before its prompt is counted: four bytes a token, as English text has."""
-    count = len(reading.prompts)
-    prompts = sum(size // 4 // count if prompt.ids is None else prompt.ids for prompt in reading.prompts)
-    tokens = (prompts + count * (reading.output or 0)) * reading.copies
-    return min(pool.blocks(tokens), pool.usable)
-
-
-def local_path(scope: Scope) -> str:
-    """The path as the application routes it: without the mount prefix (starlette._utils.get_route_path)."""
-    path: str = scope["path"]
-    prefix = scope.get("root_path", "")
-    inside = path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in ("", "/")
-    return (path[len(prefix) :] if inside else path).rstrip("/") or "/"

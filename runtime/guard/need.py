@@ -130,3 +130,11 @@ def silent_output(reading: Reading, length: int, pool: Pool) -> int:
         [] if reading.uncapped else [limit for limit in (pool.default_output, pool.output_cap) if limit is not None]
     )
     return min([rest, *limits])
+
+
+def guess_tokens(reading: Reading, size: int, pool: Pool) -> int:
+    """What a request may need, before its prompt is counted: four bytes a token, as English text has."""
+    count = len(reading.prompts)
+    prompts = sum(size // 4 // count if prompt.ids is None else prompt.ids for prompt in reading.prompts)
+    tokens = (prompts + count * (reading.output or 0)) * reading.copies
+    return min(pool.blocks(tokens), pool.usable)

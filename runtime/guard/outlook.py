@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from .forecast import Course, Forecast
 from .growth import Growth
@@ -110,7 +110,7 @@ class Outlook:
         """Whether the ticket can join all that runs without a peak above the capacity, less the referee's margin."""
         return self.open and self._within(self.forecast(shared), self.course(ticket, hits), capacity)
 
-    def admits_beside(self, ticket: Ticket, others: Collection[Ticket], capacity: int, shared: int) -> bool:
+    def admits_beside(self, ticket: Ticket, others: Iterable[Ticket], capacity: int, shared: int) -> bool:
         """The same next to the `others` only, as if all else had ended."""
         if not self.open:
             return False

@@ -6,8 +6,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from m3quant.runtime.guard.ledger import Ledger, State, Ticket
-from m3quant.runtime.guard.outlook import Growth, Outlook
+from m3quant.runtime.guard.growth import Growth
+from m3quant.runtime.guard.ledger import Ledger
+from m3quant.runtime.guard.outlook import Outlook
+from m3quant.runtime.guard.tickets import State, Ticket
 from tests.support.runtime.scheduler_model import BLOCK, BLOCKS, Scheduler, Sequence
 
 CAPACITY = BLOCK * BLOCKS

@@ -3,8 +3,8 @@
     M3QUANT_ENGINE_PYTHON=ENGINE/bin/python python -m tests.benchmarks.guard_reserve [--rounds 3] [--json FILE]
 
 Tokens are those that the engine generated while the load lasted, from its own counters, after the first seconds; a step of the engine is the same
-work in every arm but for its batch, so tokens a step do not depend on what else the machine does. Only ratios between arms mean something. A client
-that is refused comes back with another request, so where requests are refused small ones are served more often.
+work in every arm but for its batch, so tokens a step do not depend on what else the machine does. Only ratios between arms mean something; the
+servers are started together and take turns, so that whatever else the machine does weighs on all. A client that is refused comes back with another request, so where requests are refused small ones are served more often.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from tests.benchmarks.guard_soak import BLOCKS, CONTEXT, versions
-from tests.support.engine.guarded_server import BLOCK, Server, serving
+from tests.benchmarks.guard_soak import BLOCKS, CONTEXT, settle, versions
+from tests.support.engine.guarded_server import BLOCK, Server
 from tests.support.engine.overload import Load, Result, overload
 
 ARMS: dict[str, dict[str, str] | None] = {
@@ -69,21 +69,24 @@ class Watch:
         return [(at, metrics) for at, metrics in self.seen if first_s <= at <= last_s]
 
 
-def run(arm: str, load: Load, work: Path) -> dict[str, Any]:
+def start(arm: str, work: Path) -> Server:
     env = ARMS[arm]
-    guard = env is not None
-    with serving(
-        work, guard=guard, blocks=BLOCKS, max_model_len=CONTEXT, env={**SHARED, **env} if env is not None else {}
-    ) as server:
-        watch = Watch(server)
-        thread = threading.Thread(target=watch.run)
-        thread.start()
-        try:
-            result = asyncio.run(overload(server.port, load))
-        finally:
-            watch.over.set()
-            thread.join()
-        return {**measured(watch.window(WARM_UP_S, load.seconds)), **outcomes(result, watch.seen[-1][1])}
+    given = {} if env is None else {**SHARED, **env}
+    return Server(work, guard=env is not None, blocks=BLOCKS, max_model_len=CONTEXT, env=given)
+
+
+def run(server: Server, load: Load) -> dict[str, Any]:
+    settle(server, tries=240)
+    watch = Watch(server)
+    thread = threading.Thread(target=watch.run)
+    thread.start()
+    try:
+        result = asyncio.run(overload(server.port, load))
+    finally:
+        watch.over.set()
+        thread.join()
+    preempted = watch.seen[-1][1][PREEMPTIONS] - watch.seen[0][1][PREEMPTIONS]
+    return {**measured(watch.window(WARM_UP_S, load.seconds)), **outcomes(result), "preemptions": int(preempted)}
 
 
 def measured(window: list[tuple[float, dict[str, float]]]) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def measured(window: list[tuple[float, dict[str, float]]]) -> dict[str, Any]:
     return found
 
 
-def outcomes(result: Result, last: dict[str, float]) -> dict[str, Any]:
+def outcomes(result: Result) -> dict[str, Any]:
     done = [outcome for outcome in result.outcomes if outcome.kind == "success"]
     waits = sorted(outcome.first_byte_s for outcome in done if outcome.first_byte_s is not None and outcome.streamed)
     return {
@@ -116,7 +119,6 @@ def outcomes(result: Result, last: dict[str, float]) -> dict[str, Any]:
         "demand_over_pool": round(result.peak_asked_tokens / (BLOCKS * BLOCK), 1),
         "unanswered": sum(outcome.kind in ("no_answer", "broken") for outcome in result.outcomes),
         "answers_cut_short": sum(outcome.short for outcome in done),
-        "preemptions": int(last[PREEMPTIONS]),
         "first_token_s_median": round(median(waits), 2),
         "first_token_s_p99": round(waits[int(0.99 * len(waits))], 2),
         "longest_refusal_s": round(max((o.seconds for o in result.outcomes if o.kind == "429"), default=0.0), 2),
@@ -150,11 +152,16 @@ def main() -> None:
     arms = options.arms.split(",")
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     load = Load(clients=options.clients, seconds=options.seconds, patience_s=options.patience)
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as stack:
+        servers = {arm: start(arm, Path(work)) for arm in arms}
+        for server in servers.values():
+            stack.callback(server.stop)
+        for server in servers.values():
+            server.wait_ready(1200)
         for number in range(options.rounds):
             load.seed = number
             for arm in arms[number % len(arms) :] + arms[: number % len(arms)]:
-                runs[arm].append(run(arm, load, Path(work)))
+                runs[arm].append(run(servers[arm], load))
                 print(f"round {number}, {arm}: {json.dumps(runs[arm][-1])}", file=sys.stderr, flush=True)
     record: dict[str, Any] = {
         "command": f"python -m tests.benchmarks.guard_reserve --rounds {options.rounds} --seconds {options.seconds:g} --clients {options.clients} --patience {options.patience:g}",

@@ -9,14 +9,11 @@ with vLLM's words, what does not fit now waits, or is refused with a time to com
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import math
-import signal
 import time
 from collections.abc import Awaitable, Callable
-from types import FrameType
 from typing import Any
 
 from m3quant.errors import GuardError
@@ -40,6 +37,7 @@ from .reading import Reading, read_short, read_whole
 from .referee import HEARD
 from .replies import Refusal, bad_request, busy, send_json, send_refusal, unavailable
 from .settings import GuardSettings, read_settings
+from .signals import chain_signals
 from .tickets import Ticket
 from .turns import Turns
 from .watchdog import GAUGES, Watchdog
@@ -145,23 +143,10 @@ class Guard:
         return QUEUE_OF_POOLS * pool.usable if given is None else given
 
     def _chain_signals(self) -> None:
-        """Learns of SIGTERM and SIGINT and lets the server's own handling go on.
+        def going_down() -> None:
+            self.admission.draining = True  # the queue is emptied in the event loop, by the watch
 
-        Event loops wake up through a descriptor that Python's C handler writes to, whichever Python function is installed, so vLLM's
-        `loop.add_signal_handler` still runs; with --shutdown-timeout it lets what is in flight finish.
-        """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before = signal.getsignal(number)
-
-            def chained(signum: int, frame: FrameType | None, before: Any = before) -> None:
-                self.admission.draining = True  # the queue is emptied in the event loop, by the watch
-                if callable(before):
-                    before(signum, frame)
-
-            with contextlib.suppress(ValueError):  # not the main thread: the server handles no signals here either
-                if callable(before):
-                    signal.signal(number, chained)
-                    signal.siginterrupt(number, False)
+        chain_signals(going_down)
 
     async def _watch(self) -> None:
         """Empties the queue once the server drains, and looks at the engine's gauges; a forecast changes without any request that ends."""

@@ -2,9 +2,10 @@
 
     M3QUANT_ENGINE_PYTHON=ENGINE/bin/python python -m tests.benchmarks.guard_reserve [--rounds 3] [--json FILE]
 
-Tokens are those that the engine generated while the load lasted, from its own counters, after the first seconds; a step of the engine is the same
-work in every arm but for its batch, so tokens a step do not depend on what else the machine does. Only ratios between arms mean something; the
-servers are started together and take turns, so that whatever else the machine does weighs on all. A client that is refused comes back with another request, so where requests are refused small ones are served more often.
+Tokens are those that the engine generated while the load lasted, from its own counters, after the first seconds. The servers are started together
+and take turns, so that what else the machine does weighs on all: only ratios between arms mean something. A step of the engine is the same work in
+every arm but for its batch, so tokens a step do not depend on the machine at all. A client that is refused comes back with another request, so where
+requests are refused, small ones are served more often.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from m3quant.runtime.guard.growth import Growth
 from m3quant.runtime.guard.ledger import Ledger
-from m3quant.runtime.guard.outlook import Outlook
+from m3quant.runtime.guard.outlook import TOLERANCE, Outlook
 from m3quant.runtime.guard.referee import STALE_S
 from m3quant.runtime.guard.tickets import State, Ticket
 from tests.support.runtime.guarded_scheduler import (
@@ -135,3 +135,12 @@ def test_the_first_of_a_key_is_not_passed_for_ever() -> None:
             ledger.release(running.pop(0))
         running += ledger.advance()
     assert large.state is State.ADMITTED
+
+
+def test_what_the_engine_holds_beyond_the_forecast_is_added_to_it() -> None:
+    heard = {name: 0.0 for name in Scheduler(lambda _: None).gauges()} | {"vllm:kv_cache_usage_perc": 0.8}
+    outlook = Outlook(lambda: heard, lambda: 0.0)
+    outlook.resize(CAPACITY, BLOCK)
+    outlook.begin(Ticket("key", 4 * BLOCK, growth=Growth(BLOCK, 3 * BLOCK, "class")))
+    assert outlook.open
+    assert 0.8 * CAPACITY + 3 * BLOCK - TOLERANCE * CAPACITY == pytest.approx(outlook.forecast(0).peak)

@@ -138,9 +138,9 @@ def test_the_first_of_a_key_is_not_passed_for_ever() -> None:
 
 
 def test_what_the_engine_holds_beyond_the_forecast_is_added_to_it() -> None:
-    heard = {name: 0.0 for name in Scheduler(lambda _: None).gauges()} | {"vllm:kv_cache_usage_perc": 0.8}
+    heard = dict.fromkeys(Scheduler(lambda _: None).gauges(), 0.0) | {"vllm:kv_cache_usage_perc": 0.8}
     outlook = Outlook(lambda: heard, lambda: 0.0)
     outlook.resize(CAPACITY, BLOCK)
     outlook.begin(Ticket("key", 4 * BLOCK, growth=Growth(BLOCK, 3 * BLOCK, "class")))
     assert outlook.open
-    assert 0.8 * CAPACITY + 3 * BLOCK - TOLERANCE * CAPACITY == pytest.approx(outlook.forecast(0).peak)
+    assert pytest.approx(outlook.forecast(0).peak) == 0.8 * CAPACITY + 3 * BLOCK - TOLERANCE * CAPACITY

@@ -1,0 +1,78 @@
+"""Plain vLLM, RESERVE=all and RESERVE=learned on a model of vLLM's scheduler, in steps: the same requests in every arm, whatever the machine does.
+
+    python -m tests.benchmarks.guard_reserve_model [--steps 20000] [--json FILE]
+
+A step of the model gives each running sequence a token; what a step costs on a real engine is not modelled (tests/benchmarks/guard_reserve.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+from tests.support.runtime.guarded_scheduler import Draw, Run, ends_by_itself, known_lengths, plain
+from tests.support.runtime.scheduler_model import BLOCK, BLOCKS, SEQUENCES
+
+
+def two_kinds(rng: random.Random) -> tuple[int, int, int]:
+    length = rng.randint(10, 30) if rng.random() < 0.5 else rng.randint(200, 319)
+    return rng.randint(4, 200), length, 320
+
+
+def small_part_of_the_most(rng: random.Random) -> tuple[int, int, int]:
+    return rng.randint(4, 200), rng.randint(30, 60), 800
+
+
+def lognormal(rng: random.Random) -> tuple[int, int, int]:
+    return rng.randint(4, 200), max(1, min(600, int(math.exp(rng.gauss(4, 1))))), 600
+
+
+LOADS: dict[str, Draw] = {
+    "answers as long as they may be (16 to 320)": known_lengths,
+    "ended by chance, mean 80 of 320": ends_by_itself,
+    "half of 10 to 30, half of 200 to 319, of 320": two_kinds,
+    "30 to 60 of 800": small_part_of_the_most,
+    "log-normal, median 55, of 600": lognormal,
+}
+
+
+def arms(draw: Draw, steps: int) -> dict[str, Any]:
+    tokens, preempted = plain(draw, steps)
+    found: dict[str, Any] = {
+        "plain": {"tokens_a_step": round(tokens / steps, 2), "preempted_share": round(preempted, 4)}
+    }
+    for name, learned, keys in (("all", False, 1), ("learned", True, 1), ("learned, 10 keys", True, 10)):
+        run = Run(draw, learned=learned, keys=keys).steps(steps)
+        found[name] = {
+            "tokens_a_step": round(run.scheduler.written / steps, 2),
+            "over_plain": round(run.scheduler.written / tokens, 3),
+            "preempted_share": round(run.preempted_share, 4),
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    runs = {name: arms(draw, options.steps) for name, draw in LOADS.items()}
+    text = json.dumps(
+        {
+            "command": f"python -m tests.benchmarks.guard_reserve_model --steps {options.steps}",
+            "pool": {"blocks": BLOCKS, "block_size": BLOCK, "sequences": SEQUENCES},
+            "loads": runs,
+        },
+        indent=1,
+    )
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ When the next request does not fit, it may hold its room back for a while: it *b
 
 With an outlook (RESERVE=learned, outlook.py) a request also starts where it fits by forecast. `reserved` is then the most that the engine may use,
 and may be above the capacity. The guarantee holds as far as the forecast does; and the first `LOOK` requests of a key may pass each other, the first
-of them until a pool of tokens has passed it.
+of them until `PASSING` pools of tokens have passed it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from .tickets import Block, Lane, State, Ticket
 IDLE_LANES = (
     1024  # keys without requests that are remembered: whoever needs no key can make up a new one for every request
 )
-LOOK = 8  # waiting requests of a key that are tried by forecast,
+LOOK = 16  # waiting requests of a key that are tried by forecast,
 MOST_LOOKS = 64  # and of all keys at one time: each costs a search
+PASSING = 4  # pools of tokens of its own key that may pass a request which waits as the first
 
 
 class Ledger:
@@ -170,7 +171,7 @@ class Ledger:
         looks = MOST_LOOKS
         for lane in lanes:
             for number, ticket in enumerate(islice(lane.queue, LOOK)):
-                if number and lane.passed + ticket.tokens > self.capacity:
+                if number and lane.passed + ticket.tokens > PASSING * self.capacity:
                     continue
                 looks -= 1
                 if self.fits(ticket) and self._may_pass(ticket):

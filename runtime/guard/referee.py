@@ -18,7 +18,8 @@ HEARD = (WAITING, RUNNING, USAGE, PREEMPTIONS, WRITTEN)
 EDGE = 0.98  # share of the cache in use from which on forecasts do not count,
 BACK = 0.90  # until it is below this
 STALE_S = 5.0  # without any change of the gauges while requests are inside
-LESSON = 0.02  # share of the pool that forecasts leave free after each preemption,
+MARGIN = 0.02  # share of the pool that forecasts always leave free,
+LESSON = 0.02  # what each preemption adds to it,
 MOST_LESSONS = 0.3  # at most, and
 FORGET_S = 60.0  # the time in which it falls to 1/e
 
@@ -50,7 +51,7 @@ class Referee:
         self._step(before, heard)
         preempted = max(0.0, heard[PREEMPTIONS] - before[PREEMPTIONS])
         if preempted:
-            self._lessons, self._learned = min(MOST_LESSONS, self.margin + LESSON * preempted), now
+            self._lessons, self._learned = min(MOST_LESSONS, self._remembered() + LESSON * preempted), now
         if now - self._changed > STALE_S:
             self.against = "stale"
         elif preempted:
@@ -68,4 +69,7 @@ class Referee:
     @property
     def margin(self) -> float:
         """Share of the pool that a forecast has to leave free."""
+        return MARGIN + self._remembered()
+
+    def _remembered(self) -> float:
         return self._lessons * math.exp((self._learned - self.clock()) / FORGET_S)

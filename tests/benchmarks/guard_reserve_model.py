@@ -1,6 +1,6 @@
 """Plain vLLM, RESERVE=all and RESERVE=learned on a model of vLLM's scheduler, in steps: the same requests in every arm, whatever the machine does.
 
-    python -m tests.benchmarks.guard_reserve_model [--steps 20000] [--json FILE]
+    python -m tests.benchmarks.guard_reserve_model [--steps 6000] [--seeds 3] [--json FILE]
 
 A step of the model gives each running sequence a token; what a step costs on a real engine is not modelled (tests/benchmarks/guard_reserve.py).
 """
@@ -12,6 +12,7 @@ import json
 import math
 import random
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from tests.support.runtime.guarded_scheduler import Draw, Run, ends_by_itself, known_lengths, plain
@@ -40,30 +41,32 @@ LOADS: dict[str, Draw] = {
 }
 
 
-def arms(draw: Draw, steps: int) -> dict[str, Any]:
-    tokens, preempted = plain(draw, steps)
-    found: dict[str, Any] = {
-        "plain": {"tokens_a_step": round(tokens / steps, 2), "preempted_share": round(preempted, 4)}
-    }
+def arms(draw: Draw, steps: int, seeds: int) -> dict[str, Any]:
+    plain_runs = [plain(draw, steps, seed) for seed in range(seeds)]
+    tokens = sum(run[0] for run in plain_runs)
+    found: dict[str, Any] = {"plain": row(tokens / steps / seeds, mean(run[1] for run in plain_runs))}
     for name, learned, keys in (("all", False, 1), ("learned", True, 1), ("learned, 10 keys", True, 10)):
-        run = Run(draw, learned=learned, keys=keys).steps(steps)
-        found[name] = {
-            "tokens_a_step": round(run.scheduler.written / steps, 2),
-            "over_plain": round(run.scheduler.written / tokens, 3),
-            "preempted_share": round(run.preempted_share, 4),
-        }
+        runs = [Run(draw, learned=learned, keys=keys, seed=seed).steps(steps) for seed in range(seeds)]
+        written = sum(run.scheduler.written for run in runs)
+        found[name] = row(written / steps / seeds, mean(run.preempted_share for run in runs))
+        found[name]["over_plain"] = round(written / tokens, 3)
     return found
+
+
+def row(tokens_a_step: float, preempted_share: float) -> dict[str, float]:
+    return {"tokens_a_step": round(tokens_a_step, 2), "preempted_share": round(preempted_share, 4)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    runs = {name: arms(draw, options.steps) for name, draw in LOADS.items()}
+    runs = {name: arms(draw, options.steps, options.seeds) for name, draw in LOADS.items()}
     text = json.dumps(
         {
-            "command": f"python -m tests.benchmarks.guard_reserve_model --steps {options.steps}",
+            "command": f"python -m tests.benchmarks.guard_reserve_model --steps {options.steps} --seeds {options.seeds}",
             "pool": {"blocks": BLOCKS, "block_size": BLOCK, "sequences": SEQUENCES},
             "loads": runs,
         },

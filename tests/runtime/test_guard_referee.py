@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from m3quant.runtime.guard.referee import BACK, EDGE, FORGET_S, HEARD, LESSON, MOST_LESSONS, STALE_S, Referee
+from m3quant.runtime.guard.referee import BACK, EDGE, FORGET_S, HEARD, LESSON, MARGIN, MOST_LESSONS, STALE_S, Referee
 
 NAMES = dict(zip(("waiting", "running", "usage", "preempted", "written"), HEARD, strict=True))
 
@@ -68,18 +68,18 @@ def test_a_preemption_closes_and_leaves_a_margin_that_fades() -> None:
     engine = Engine()
     engine.look()
     assert engine.look(preempted=1.0, usage=0.7) == "preempted"
-    assert engine.referee.margin == pytest.approx(LESSON)
+    assert engine.referee.margin == pytest.approx(MARGIN + LESSON)
     assert engine.look(usage=BACK + 0.01) == "preempted"
     assert engine.look(usage=BACK - 0.01) == ""
     engine.now += FORGET_S
-    assert engine.referee.margin == pytest.approx(LESSON / math.e, rel=0.01)
+    assert engine.referee.margin == pytest.approx(MARGIN + LESSON / math.e, rel=0.01)
     engine.look(preempted=1e6)
-    assert engine.referee.margin == MOST_LESSONS
+    assert engine.referee.margin == pytest.approx(MARGIN + MOST_LESSONS)
 
 
 def test_preemptions_before_the_start_count_for_nothing() -> None:
     engine = Engine()
-    assert engine.look(preempted=100.0) == "" and engine.referee.margin == 0
+    assert engine.look(preempted=100.0) == "" and engine.referee.margin == MARGIN
 
 
 def test_steps_are_the_tokens_of_a_request_that_runs_all_the_time() -> None:
@@ -100,4 +100,4 @@ def test_counters_that_start_again_move_nothing_backwards() -> None:
     engine.look(written=1000.0, preempted=5.0)
     steps = engine.referee.steps
     assert engine.look(moves=False, written=0.0, preempted=0.0) == ""
-    assert engine.referee.steps == steps and engine.referee.margin == 0
+    assert engine.referee.steps == steps and engine.referee.margin == MARGIN

@@ -50,7 +50,8 @@ class Run:
     next: tuple[str, int, int, int] | None = None
 
     def __post_init__(self) -> None:
-        self.rng = random.Random(self.seed)
+        self.rng = random.Random(self.seed)  # the same requests for every number of keys
+        self.any_key = random.Random(self.seed)
         self.scheduler = Scheduler(self._end)
         self.heard: dict[str, float] = {}
         self.outlook = Outlook(lambda: self.heard, lambda: self.now)
@@ -79,7 +80,7 @@ class Run:
     def _arrive(self) -> None:
         """The next request of the load; one that is refused comes again, so that every arm serves the same requests."""
         if self.next is None:
-            self.next = (f"key-{self.rng.randrange(self.keys)}", *self.draw(self.rng))
+            self.next = (f"key-{self.any_key.randrange(self.keys)}", *self.draw(self.rng))
         key, prompt, length, most = self.next
         ticket = Ticket(key, -(-(prompt + most) // BLOCK) * BLOCK, growth=Growth(prompt, most, "class"))
         sequence = Sequence(prompt, length)
@@ -134,9 +135,9 @@ class Run:
         return sum(sequence.preempted > 0 for sequence in self.ended) / len(self.ended)
 
 
-def plain(draw: Draw, steps: int) -> tuple[int, float]:
-    """Tokens and preempted share without a guard, with requests always waiting."""
-    rng, ended = random.Random(0), []
+def plain(draw: Draw, steps: int, seed: int = 0) -> tuple[int, float]:
+    """Tokens and preempted share without a guard, with requests always waiting: those of `Run` with the same seed."""
+    rng, ended = random.Random(seed), []
     scheduler = Scheduler(ended.append)
     for _ in range(steps):
         while len(scheduler.waiting) < 40:

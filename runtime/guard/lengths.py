@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from itertools import accumulate
 
-LIKELY = 0.7  # the quantile that is reserved: of the answers still being written, this share ends by then
 AT_RISK = 16  # answers at least that a step of the curve must rest on; beyond the last such step nothing is known
 REMEMBERED = 512.0  # answers; above that all counts are halved, so that old ones fade
 CLASSES = 1024  # of a table; the least recently used is forgotten
@@ -51,7 +50,7 @@ class Lengths:
                     counts[number] = count / 2
             self.total /= 2
 
-    def likely(self, written: int, most: int, share: float = LIKELY) -> int:
+    def likely(self, written: int, most: int, share: float) -> int:
         """The length that this share of answers does not pass, of those that have reached `written` tokens; at most `most`.
 
         `most` as well where too few answers were that long to say.

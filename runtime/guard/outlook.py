@@ -74,6 +74,8 @@ class Outlook:
 
     def learn(self, growth: Growth, finished: bool) -> None:
         """What an answer teaches that is over. `finished`: the engine ended it, without an error."""
+        if finished:
+            self.referee.answered()
         tokens = growth.tally.tokens
         if finished and not growth.tally.usage:  # a stream that came in lumps has fewer events than tokens
             tokens = round(growth.written(self.referee.steps))
@@ -89,8 +91,11 @@ class Outlook:
         written = growth.written(self.referee.steps) if ticket in self.running else 0.0
         if written >= growth.look or not growth.likely:
             known = self.table.of(growth.name)
-            growth.likely = growth.most if known is None else known.likely(int(written), growth.most)
-            growth.look = written + max(SOONEST_LOOK, (growth.likely - written) / 4)
+            growth.likely = (
+                growth.most if known is None else known.likely(int(written), growth.most, self.referee.share)
+            )
+            next_look = written + max(SOONEST_LOOK, (growth.likely - written) / 4)
+            growth.look = max(written + 1, min(growth.likely, next_look))  # at once when it passes what was expected
         held = growth.prompt - self.block_size * hits + (self.block_size - 1) / 2
         return Course(held + written, max(1.0, growth.likely - written))
 

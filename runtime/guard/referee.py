@@ -22,6 +22,10 @@ MARGIN = 0.02  # share of the pool that forecasts always leave free,
 LESSON = 0.02  # what each preemption adds to it,
 MOST_LESSONS = 0.3  # at most, and
 FORGET_S = 60.0  # the time in which it falls to 1/e
+# The quantile of an answer's length that is expected: a preemption raises it, each answer without one lowers it, so that it comes to rest where
+# `AIM` of the answers are preempted; between the bounds, from the start value on.
+LEAST_SHARE, FIRST_SHARE, MOST_SHARE = 0.1, 0.7, 0.95
+RAISE, AIM = 0.2, 0.005
 
 
 class Referee:
@@ -34,6 +38,7 @@ class Referee:
         self.steps = 0.0  # tokens that a request has written which ran all the time
         self._last: dict[str, float] = {}
         self._changed = clock()
+        self.share = FIRST_SHARE
         self._lessons = 0.0
         self._learned = clock()
 
@@ -51,6 +56,7 @@ class Referee:
         self._step(before, heard)
         preempted = max(0.0, heard[PREEMPTIONS] - before[PREEMPTIONS])
         if preempted:
+            self.share = min(MOST_SHARE, self.share + RAISE * preempted)
             self._lessons, self._learned = min(MOST_LESSONS, self._remembered() + LESSON * preempted), now
         if now - self._changed > STALE_S:
             self.against = "stale"
@@ -60,6 +66,10 @@ class Referee:
             self.against = "full"
         elif self.usage < BACK or self.against in ("gauges", "stale"):
             self.against = ""
+
+    def answered(self) -> None:
+        """An answer has ended."""
+        self.share = max(LEAST_SHARE, self.share - RAISE * AIM)
 
     def _step(self, before: Mapping[str, float], now: Mapping[str, float]) -> None:
         """Every running request writes its share of what the engine counted: one token a step, more with a draft."""

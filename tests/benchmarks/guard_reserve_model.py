@@ -1,6 +1,6 @@
 """Plain vLLM, RESERVE=all and RESERVE=learned on a model of vLLM's scheduler, in steps: the same requests in every arm, whatever the machine does.
 
-    python -m tests.benchmarks.guard_reserve_model [--steps 6000] [--seeds 3] [--json FILE]
+    python -m tests.benchmarks.guard_reserve_model [--steps 3000] [--seeds 2] [--json FILE]
 
 A step of the model gives each running sequence a token; what a step costs on a real engine is not modelled (tests/benchmarks/guard_reserve.py).
 """
@@ -40,13 +40,15 @@ LOADS: dict[str, Draw] = {
     "log-normal, median 55, of 600": lognormal,
 }
 
+POOLS = [{"blocks": BLOCKS, "most_running": SEQUENCES}, {"blocks": 8 * BLOCKS, "most_running": 8 * SEQUENCES}]
 
-def arms(draw: Draw, steps: int, seeds: int) -> dict[str, Any]:
-    plain_runs = [plain(draw, steps, seed) for seed in range(seeds)]
+
+def arms(draw: Draw, steps: int, seeds: int, pool: dict[str, int]) -> dict[str, Any]:
+    plain_runs = [plain(draw, steps, seed, **pool) for seed in range(seeds)]
     tokens = sum(run[0] for run in plain_runs)
     found: dict[str, Any] = {"plain": row(tokens / steps / seeds, mean(run[1] for run in plain_runs))}
-    for name, learned, keys in (("all", False, 1), ("learned", True, 1), ("learned, 10 keys", True, 10)):
-        runs = [Run(draw, learned=learned, keys=keys, seed=seed).steps(steps) for seed in range(seeds)]
+    for name, learned in (("all", False), ("learned", True)):
+        runs = [Run(draw, learned=learned, seed=seed, **pool).steps(steps) for seed in range(seeds)]
         written = sum(run.scheduler.written for run in runs)
         found[name] = row(written / steps / seeds, mean(run.preempted_share for run in runs))
         found[name]["over_plain"] = round(written / tokens, 3)
@@ -59,19 +61,18 @@ def row(tokens_a_step: float, preempted_share: float) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    runs = {name: arms(draw, options.steps, options.seeds) for name, draw in LOADS.items()}
-    text = json.dumps(
-        {
-            "command": f"python -m tests.benchmarks.guard_reserve_model --steps {options.steps} --seeds {options.seeds}",
-            "pool": {"blocks": BLOCKS, "block_size": BLOCK, "sequences": SEQUENCES},
-            "loads": runs,
-        },
-        indent=1,
-    )
+    runs = {
+        f"{pool['blocks']} blocks": {
+            name: arms(draw, options.steps, options.seeds, pool) for name, draw in LOADS.items()
+        }
+        for pool in POOLS
+    }
+    command = f"python -m tests.benchmarks.guard_reserve_model --steps {options.steps} --seeds {options.seeds}"
+    text = json.dumps({"command": command, "block_size": BLOCK, "pools": POOLS, "runs": runs}, indent=1)
     print(text)
     if options.json:
         options.json.write_text(text + "\n")

@@ -58,14 +58,14 @@ def test_cut_answers_do_not_shorten_the_curve() -> None:
 
 def test_nothing_known_is_everything_reserved() -> None:
     lengths = Lengths()
-    assert lengths.likely(0, 4096) == 4096
+    assert lengths.likely(0, 4096, 0.7) == 4096
     for _ in range(AT_RISK - 1):
         lengths.learn(10, ended=True)
-    assert lengths.likely(0, 4096) == 4096
+    assert lengths.likely(0, 4096, 0.7) == 4096
     lengths.learn(10, ended=True)
-    assert lengths.likely(0, 4096) == 10
-    assert lengths.likely(10, 4096) == 4096  # none was longer, so of one that is nothing is known
-    assert lengths.likely(0, 7) == 7 and LengthTable().of("never seen") is None
+    assert lengths.likely(0, 4096, 0.7) == 10
+    assert lengths.likely(10, 4096, 0.7) == 4096  # none was longer, so of one that is nothing is known
+    assert lengths.likely(0, 7, 0.7) == 7 and LengthTable().of("never seen") is None
 
 
 def test_answers_cut_short_teach_nothing_about_long_ones() -> None:
@@ -73,7 +73,7 @@ def test_answers_cut_short_teach_nothing_about_long_ones() -> None:
     lengths = Lengths()
     for _ in range(10_000):
         lengths.learn(16, ended=False)
-    assert lengths.likely(0, 4096) == 4096
+    assert lengths.likely(0, 4096, 0.7) == 4096
 
 
 def test_old_answers_fade() -> None:
@@ -90,8 +90,8 @@ def test_every_length_has_a_bin(tokens: int) -> None:
     lengths = Lengths()
     for _ in range(AT_RISK):
         lengths.learn(tokens, ended=True)
-    assert lengths.likely(0, 2**63) == min(tokens, EDGES[-1])
-    assert lengths.likely(2**62, 2**63) == 2**63
+    assert lengths.likely(0, 2**63, 0.7) == min(tokens, EDGES[-1])
+    assert lengths.likely(2**62, 2**63, 0.7) == 2**63
 
 
 def test_a_million_classes_take_the_room_of_a_few() -> None:
@@ -121,4 +121,4 @@ def test_likely_is_between_what_is_written_and_the_most() -> None:
             lengths.learn(rng.randint(1, 5000), rng.random() < 0.7)
         most = rng.randint(1, 6000)
         written = rng.randint(0, most)
-        assert min(written + 1, most) <= lengths.likely(written, most) <= most
+        assert min(written + 1, most) <= lengths.likely(written, most, 0.7) <= most

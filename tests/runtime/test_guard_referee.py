@@ -8,7 +8,21 @@ from typing import Any
 
 import pytest
 
-from m3quant.runtime.guard.referee import BACK, EDGE, FORGET_S, HEARD, LESSON, MARGIN, MOST_LESSONS, STALE_S, Referee
+from m3quant.runtime.guard.referee import (
+    AIM,
+    BACK,
+    EDGE,
+    FIRST_SHARE,
+    FORGET_S,
+    HEARD,
+    LEAST_SHARE,
+    LESSON,
+    MARGIN,
+    MOST_LESSONS,
+    MOST_SHARE,
+    STALE_S,
+    Referee,
+)
 
 NAMES = dict(zip(("waiting", "running", "usage", "preempted", "written"), HEARD, strict=True))
 
@@ -101,3 +115,17 @@ def test_counters_that_start_again_move_nothing_backwards() -> None:
     steps = engine.referee.steps
     assert engine.look(moves=False, written=0.0, preempted=0.0) == ""
     assert engine.referee.steps == steps and engine.referee.margin == MARGIN
+
+
+def test_the_expected_quantile_comes_to_rest_at_the_share_that_is_aimed_at() -> None:
+    """As if fewer answers were preempted, the higher the quantile: a tenth at the lowest, none at the highest."""
+    rng, engine, preempted, answers = random.Random(3), Engine(), 0, 20_000
+    engine.look()
+    assert engine.referee.share == FIRST_SHARE
+    for _ in range(answers):
+        if rng.random() < 0.1 * (MOST_SHARE - engine.referee.share):
+            preempted += 1
+            engine.look(preempted=float(preempted))
+        engine.referee.answered()
+        assert LEAST_SHARE <= engine.referee.share <= MOST_SHARE
+    assert 0.5 * AIM < preempted / answers < 2 * AIM

@@ -12,7 +12,7 @@ from m3quant.runtime.guard.ledger import Ledger
 from m3quant.runtime.guard.outlook import Outlook
 from m3quant.runtime.guard.tickets import State, Ticket
 
-from .scheduler_model import BLOCK, BLOCKS, Scheduler, Sequence
+from .scheduler_model import BLOCK, BLOCKS, SEQUENCES, Scheduler, Sequence
 
 CAPACITY = BLOCK * BLOCKS
 STEP_S = 0.02
@@ -40,6 +40,8 @@ class Run:
     keys: int = 1
     seed: int = 0
     deaf_from: int = 10**9
+    blocks: int = BLOCKS
+    most_running: int = SEQUENCES
     delay: int = 2  # steps between admission and the scheduler's queue
     step: int = 0
     admitted: deque[tuple[int, Ticket]] = field(default_factory=deque)  # with the step, until the scheduler has them
@@ -52,18 +54,20 @@ class Run:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)  # the same requests for every number of keys
         self.any_key = random.Random(self.seed)
-        self.scheduler = Scheduler(self._end)
+        self.scheduler = Scheduler(self._end, self.blocks, self.most_running)
         self.heard: dict[str, float] = {}
         self.outlook = Outlook(lambda: self.heard, lambda: self.now)
-        self.outlook.resize(CAPACITY, BLOCK)
+        capacity = self.blocks * BLOCK
+        self.outlook.resize(capacity, BLOCK)
         outlook = self.outlook if self.learned else None
-        self.ledger = Ledger(CAPACITY, 4 * CAPACITY, BLOCK, PATIENCE_S, lambda: self.now, outlook)
+        self.ledger = Ledger(capacity, 4 * capacity, BLOCK, PATIENCE_S, lambda: self.now, outlook)
 
     def steps(self, count: int) -> Run:
         for _ in range(count):
             if self.step < self.deaf_from:
                 self.heard = self.scheduler.gauges()
-            self._arrive()
+            while self._arrive():
+                pass
             self._advance()
             self._check()
             while self.admitted and self.admitted[0][0] <= self.step - self.delay:
@@ -77,8 +81,8 @@ class Run:
     def now(self) -> float:
         return self.step * STEP_S
 
-    def _arrive(self) -> None:
-        """The next request of the load; one that is refused comes again, so that every arm serves the same requests."""
+    def _arrive(self) -> bool:
+        """The next request of the load, and whether it was taken; one that is refused comes again, so that every arm serves the same requests."""
         if self.next is None:
             self.next = (f"key-{self.any_key.randrange(self.keys)}", *self.draw(self.rng))
         key, prompt, length, most = self.next
@@ -88,8 +92,10 @@ class Run:
         self.ledger.offer(ticket)
         if ticket.state is State.ADMITTED:
             self._start(ticket)
-        if ticket.state is not State.DROPPED:
-            self.next = None
+        if ticket.state is State.DROPPED:
+            return False
+        self.next = None
+        return True
 
     def _advance(self) -> None:
         for ticket in self.ledger.advance():
@@ -135,12 +141,14 @@ class Run:
         return sum(sequence.preempted > 0 for sequence in self.ended) / len(self.ended)
 
 
-def plain(draw: Draw, steps: int, seed: int = 0) -> tuple[int, float]:
+def plain(
+    draw: Draw, steps: int, seed: int = 0, blocks: int = BLOCKS, most_running: int = SEQUENCES
+) -> tuple[int, float]:
     """Tokens and preempted share without a guard, with requests always waiting: those of `Run` with the same seed."""
     rng, ended = random.Random(seed), []
-    scheduler = Scheduler(ended.append)
+    scheduler = Scheduler(ended.append, blocks, most_running)
     for _ in range(steps):
-        while len(scheduler.waiting) < 40:
+        while len(scheduler.waiting) < blocks:
             prompt, length, _ = draw(rng)
             scheduler.waiting.append(Sequence(prompt, length))
         scheduler.step()

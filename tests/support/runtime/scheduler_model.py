@@ -26,9 +26,10 @@ class Sequence:
 class Scheduler:
     """`on_end` is called with each sequence that ends. `gauges` are named as vLLM's."""
 
-    def __init__(self, on_end: Callable[[Sequence], None], blocks: int = BLOCKS) -> None:
+    def __init__(self, on_end: Callable[[Sequence], None], blocks: int = BLOCKS, sequences: int = SEQUENCES) -> None:
         self.on_end = on_end
         self.total = blocks
+        self.sequences = sequences
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.written = self.preempted = 0
@@ -52,7 +53,7 @@ class Scheduler:
             while sequence in self.running and self._lacks(sequence) > self.total - self.used:
                 self._preempt()
             sequence.blocks += self._lacks(sequence) if sequence in self.running else 0
-        while self.preempted == before and self.waiting and len(self.running) < SEQUENCES:
+        while self.preempted == before and self.waiting and len(self.running) < self.sequences:
             if self._lacks(self.waiting[0]) > self.total - self.used:
                 break
             sequence = self.waiting.pop(0)

@@ -2,8 +2,9 @@
 
     vllm serve CKPT --middleware m3quant.runtime.guard.Guard
 
-A generating request is admitted only when its prompt and all its output tokens have room in the KV cache; what can never fit is refused
-with vLLM's words, what does not fit now waits, or is refused with a time to come back. Bodies and streams pass through unchanged.
+A generating request is admitted only when its prompt and its output tokens have room in the KV cache, all that it may write or what it will
+likely write (RESERVE); what can never fit is refused with vLLM's words, what does not fit now waits, or is refused with a time to come back.
+Bodies and streams pass through unchanged.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Gauges:
     def read(self, names: tuple[str, ...]) -> dict[str, float]:
         if not self.alive:
             raise RuntimeError("Read beyond file size detected, file is corrupted.")
-        self.values["vllm:generation_tokens_total"] += 1
+        self.values["vllm:generation_tokens_total"] += 0.01  # slowly, so that answers grow by what they send
         return dict(self.values)
 
 
@@ -209,3 +209,21 @@ def test_the_metrics_and_health_say_what_is_promised_and_what_may_be_used(gauges
         await asyncio.gather(*(call.task for call in calls if call.task is not None))
 
     go(scenario)
+
+
+@pytest.mark.parametrize(("heard", "warned"), [(HEARD, False), (HEARD[:-1], True)])
+def test_a_server_without_the_gauges_is_told_at_its_start(
+    heard: tuple[str, ...], warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("m3quant.runtime.guard.middleware.read_gauges", lambda names: dict.fromkeys(heard, 0.0))
+
+    async def started(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "lifespan.startup.complete"})
+
+    async def message(*_: Any) -> dict[str, str]:
+        return {"type": "lifespan.startup"}
+
+    guard = make_guard(started, reserve="learned")
+    guard._chain_signals = lambda: None  # type: ignore[method-assign]  # the signals of this process belong to pytest
+    asyncio.run(guard({"type": "lifespan"}, message, message))
+    assert ("RESERVE=learned needs the engine's gauges" in caplog.text) is warned

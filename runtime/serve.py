@@ -163,14 +163,14 @@ def start_options(
 
 
 def guard_environment(recipe: ServeRecipe) -> dict[str, str]:
-    """The guard's variables. Raises RecipeError for a key in the recipe, GuardError for what the guard would refuse once all weights are loaded."""
+    """The guard's variables, the rule of its reservations among them. Raises RecipeError for a key in the recipe, GuardError for what the guard would refuse once all weights are loaded."""
     env = {f"{PREFIX}{name.upper()}": str(value) for name, value in recipe.guard_settings.items()}
     if f"{PREFIX}API_KEYS" in env:  # not repeated here: commands, recipes and the files for other managers are shown
         raise RecipeError(
             "guard_settings holds API keys, which would be printed: name their variable with --api-key-env."
         )
     env.setdefault(f"{PREFIX}WATERMARK", f"{recipe.watermark:g}")
-    read_settings({**os.environ, **env})
+    env[f"{PREFIX}RESERVE"] = read_settings({**os.environ, **env}).reserve
     return env
 
 

@@ -9,8 +9,10 @@ from collections import deque
 from collections.abc import Callable
 
 from .inbox import ClientGone, Message
-from .ledger import Ledger, State, Ticket
+from .ledger import Ledger
+from .outlook import Outlook
 from .replies import Refusal, busy, unavailable
+from .tickets import State, Ticket
 
 WINDOW_S = 60.0
 LONGEST_RETRY_S = 3600
@@ -50,12 +52,15 @@ class ReleaseRate:
 class Admission:
     """Admits requests by their tokens. All methods run in the server's event loop."""
 
-    def __init__(self, capacity: int, queue_limit: int, timeout_s: float, first_guess_s: float) -> None:
+    def __init__(
+        self, capacity: int, queue_limit: int, timeout_s: float, first_guess_s: float, outlook: Outlook | None = None
+    ) -> None:
         self.ledger = Ledger(
             capacity,
             queue_limit,
             patience=timeout_s * PATIENCE,
             clock=lambda: self.clock(),  # tests turn the clock
+            outlook=outlook,
         )
         self.timeout_s = timeout_s
         self.first_guess_s = first_guess_s
@@ -68,7 +73,8 @@ class Admission:
 
     def retry_after(self, tokens: int) -> int:
         """Whole seconds after which `tokens` should fit: what must be released first, at the observed rate."""
-        ahead = max(0, self.ledger.queued + tokens - self.ledger.free)
+        free = max(self.ledger.free, 0) if self.ledger.forecasting else self.ledger.free
+        ahead = max(0, self.ledger.queued + tokens - free)
         seconds = self.rate.seconds_for(ahead, self.clock())
         return max(1, min(LONGEST_RETRY_S, math.ceil(self.first_guess_s if seconds is None else seconds)))
 
@@ -139,6 +145,10 @@ class Admission:
             self._waiters[ticket].set_exception(self.full(ticket.tokens))
         self._pump()
 
+    def look_again(self) -> None:
+        """Whether requests that wait fit by now."""
+        self._pump()
+
     def drain(self) -> None:
         """No request is admitted any more; those waiting are refused."""
         self.draining = True
@@ -147,7 +157,7 @@ class Admission:
 
     def full(self, tokens: int) -> Refusal:
         return busy(
-            f"The KV cache of this server is in use ({self.ledger.reserved} of {self.ledger.capacity} tokens reserved, "
+            f"The KV cache of this server is in use ({self.ledger.promised} of {self.ledger.capacity} tokens reserved, "
             f"{self.ledger.queued} waiting), and this request needs about {tokens}. Please retry later.",
             "no_room",
             self.retry_after(tokens),

@@ -34,6 +34,7 @@ class Answer:
         self._most_s = LONG_MESSAGE / floor if floor else 0.0
         self.behind_s = 0.0
         self.on_first_token: Callable[[], None] | None = None
+        self.on_body: Callable[[bytes], None] | None = None
         self.extra: list[tuple[bytes, bytes]] = []
         self.began = time.monotonic()
         self.started = False
@@ -45,6 +46,8 @@ class Answer:
     async def send(self, message: Message) -> None:
         if self._inbox.refusal is not None and not self.started:
             raise self._inbox.refusal  # the application made another answer of it
+        if self.on_body is not None and message["type"] == "http.response.body":
+            self.on_body(message.get("body", b""))
         if message["type"] == "http.response.start":
             self.started, self.status = True, message["status"]
             if self.extra:

@@ -59,6 +59,14 @@ MOST = 2**63 - 1  # vLLM's own integers end here or earlier
 INTEGER = TypeAdapter(int | None)
 
 
+def local_path(scope: dict[str, Any]) -> str:
+    """The path as the application routes it: without the mount prefix (starlette._utils.get_route_path)."""
+    path: str = scope["path"]
+    prefix = scope.get("root_path", "")
+    inside = path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in ("", "/")
+    return (path[len(prefix) :] if inside else path).rstrip("/") or "/"
+
+
 @dataclass(frozen=True)
 class Rules:
     """How one kind of request says how much it wants. Read from vLLM 0.32's request models (`to_sampling_params`, `get_max_tokens`).

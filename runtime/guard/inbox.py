@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from .replies import Refusal, body_too_large
@@ -14,6 +14,18 @@ Receive = Callable[[], Awaitable[Message]]
 
 
 PIECES = 64  # a body in more pieces is handed on as one: a message a byte would take hundreds of times the memory of the body
+
+
+LENGTH_DIGITS = 18  # of a Content-Length; Python itself refuses numbers of thousands of digits
+
+
+def check_length(headers: Iterable[tuple[bytes, bytes]], limit: int) -> None:
+    """Raises the 413 refusal of a body that says itself that it is over the limit."""
+    for name, value in headers:
+        if name != b"content-length" or not value.isdigit():
+            continue
+        if len(value) > LENGTH_DIGITS or int(value) > limit:
+            raise body_too_large(limit)
 
 
 class ClientGone(Exception):

@@ -13,68 +13,33 @@ When the next request does not fit, it may hold its room back for a while: it *b
   for a request of the whole pool others are held back at most half the time, and never longer than `patience` at a stretch.
 - It does not block at all for what its own key holds: what would not fit although all other keys' requests ended waits, and is passed.
 - A request that blocked without starting is charged its tokens as if it had run, so its key is not next again until others were served as much.
+
+With an outlook (RESERVE=learned, outlook.py) a request also starts where it fits by forecast. `reserved` is then the most that the engine may use,
+and may be above the capacity. The guarantee holds as far as the forecast does; and the first `LOOK` requests of a key may pass each other, the first
+of them until `PASSING` pools of tokens have passed it.
 """
 
 from __future__ import annotations
 
-import enum
 import math
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from itertools import islice
+
+from .outlook import Outlook
+from .tickets import Block, Lane, State, Ticket
 
 IDLE_LANES = (
     1024  # keys without requests that are remembered: whoever needs no key can make up a new one for every request
 )
-
-
-class State(enum.Enum):
-    NEW = "new"
-    QUEUED = "queued"
-    ADMITTED = "admitted"
-    RELEASED = "released"  # held tokens, and gave them back
-    DROPPED = "dropped"  # never held any: refused, cancelled, expired or evicted
-
-
-@dataclass(eq=False)
-class Ticket:
-    """One request: its tokens (whole blocks), its key, and its state.
-
-    `chain` names the blocks of its prompt that may be shared (prefix.py); `shared` are those it shares now, `private` its other tokens.
-    """
-
-    key: str
-    tokens: int
-    chain: tuple[bytes, ...] = ()
-    state: State = State.NEW
-    shared: list[bytes] = field(default_factory=list)
-    private: int = 0
-    paid: bool = False  # its tokens were charged when it blocked in vain
-
-
-@dataclass
-class Lane:
-    """One key: its waiting requests, the virtual time at which it is next served, and the tokens of its running requests."""
-
-    queue: deque[Ticket] = field(default_factory=deque)
-    queued_tokens: int = 0
-    start: int = 0
-    running: int = 0
-
-
-@dataclass
-class Block:
-    """A request that holds its room back: since when, and the running requests that passed it meanwhile."""
-
-    ticket: Ticket
-    since: float
-    passed: dict[Ticket, int] = field(default_factory=dict)
+LOOK = 16  # waiting requests of a key that are tried by forecast,
+MOST_LOOKS = 64  # and of all keys at one time: each costs a search
+PASSING = 4  # pools of tokens of its own key that may pass a request which waits as the first
 
 
 class Ledger:
     """Reservations of KV cache tokens against `capacity`, and a fair queue of at most `queue_limit` tokens.
 
-    `reserved` is the sum of the admitted tickets' private tokens and of the blocks they share, each counted once.
+    `reserved` is the sum of the admitted tickets' private tokens and of the blocks they share, each counted once: the most that they may use.
     """
 
     def __init__(
@@ -84,8 +49,10 @@ class Ledger:
         block_size: int = 1,
         patience: float = math.inf,
         clock: Callable[[], float] = lambda: 0.0,
+        outlook: Outlook | None = None,
     ) -> None:
         self.patience = patience
+        self.outlook = outlook
         self.clock = clock
         self.block: Block | None = None
         self.open_until = 0.0  # no request blocks before this
@@ -117,11 +84,30 @@ class Ledger:
                 return number
         return len(ticket.chain)
 
+    @property
+    def forecasting(self) -> bool:
+        """Whether requests may start by forecast now."""
+        return self.outlook is not None and self.outlook.open
+
+    @property
+    def promised(self) -> int:
+        """Tokens that are spoken for: by forecast where that is less than all that may be used."""
+        if not self.forecasting or self.outlook is None:
+            return self.reserved
+        return min(self.reserved, math.ceil(self.outlook.forecast(self.block_size * len(self.held)).peak))
+
+    def fits(self, ticket: Ticket) -> bool:
+        """Whether there is room for the ticket now: for all it may use, or by forecast."""
+        if self.cost(ticket) <= self.free:
+            return True
+        shared = self.block_size * len(self.held)
+        return self.outlook is not None and self.outlook.admits(ticket, self.capacity, shared, self._hits(ticket))
+
     def offer(self, ticket: Ticket) -> list[Ticket]:
         """Admits, queues or drops a new ticket; returns the others that were dropped to make room for it."""
         if ticket.state is not State.NEW:
             raise ValueError(f"a ticket is offered once, this one is {ticket.state.value}")
-        if self.fits_now(ticket.key, ticket.tokens, self.cost(ticket)):
+        if self.fits_now(ticket):
             lane = self._lane(ticket.key)
             lane.start = max(lane.start, self.virtual)
             self._admit(ticket, lane)
@@ -135,15 +121,15 @@ class Ledger:
         self._push(ticket)
         return evicted
 
-    def fits_now(self, key: str, tokens: int, cost: int) -> bool:
-        """Whether a new request of that many tokens would start on arrival: it fits, nothing of its key waits, and no request holds it back."""
+    def fits_now(self, ticket: Ticket) -> bool:
+        """Whether a new request would start on arrival: it fits, nothing of its key waits, and no request holds it back."""
         self._end_block()
-        lane = self.lanes.get(key)
-        return not (lane and lane.queue) and cost <= self.free and self._may_pass(key, tokens)
+        lane = self.lanes.get(ticket.key)
+        return not (lane and lane.queue) and self.fits(ticket) and self._may_pass(ticket)
 
     def would_drop(self, key: str, tokens: int) -> bool:
         """Whether a request of that many tokens would be dropped on arrival."""
-        return not self.fits_now(key, tokens, tokens) and self._room_for(key, tokens) is None
+        return not self.fits_now(Ticket(key, tokens)) and self._room_for(key, tokens) is None
 
     def advance(self) -> list[Ticket]:
         """Admits waiting tickets, those of the keys served least first; one that does not fit blocks, or is passed."""
@@ -157,45 +143,79 @@ class Ledger:
         return admitted
 
     def _next_to_start(self) -> Ticket | None:
+        forecasting = self.forecasting
         if self.block is not None:
-            if self.cost(self.block.ticket) <= self.free:
+            if self.fits(self.block.ticket):
                 return self.block.ticket
-            if self._beside(self.block) <= 0:
+            if self._beside(self.block) <= 0 and not forecasting:
                 return None
         heads = [lane for lane in self.lanes.values() if lane.queue]
         if not heads:
             return None
         first = min(heads, key=lambda lane: lane.start)
-        if self.cost(first.queue[0]) > self.free and self.free <= 0:  # a full pool: no other request fits either
-            self._begin_block(first)
+        if self.cost(first.queue[0]) > self.free and self.free <= 0 and not forecasting:
+            self._begin_block(first)  # a full pool: no other request fits either
             return None
-        for lane in sorted(heads, key=lambda lane: lane.start):
+        heads.sort(key=lambda lane: lane.start)
+        if forecasting:
+            return self._next_by_forecast(heads)
+        for lane in heads:
             ticket = lane.queue[0]
-            if self.cost(ticket) <= self.free and self._may_pass(ticket.key, ticket.tokens):
+            if self.fits(ticket) and self._may_pass(ticket):
                 return ticket
             self._begin_block(lane)
+        return None
+
+    def _next_by_forecast(self, lanes: list[Lane]) -> Ticket | None:
+        """As in full reservation, with the first few requests of each key instead of the first."""
+        looks = MOST_LOOKS
+        for lane in lanes:
+            for number, ticket in enumerate(islice(lane.queue, LOOK)):
+                if number and lane.passed + ticket.tokens > PASSING * self.capacity:
+                    continue
+                looks -= 1
+                if self.fits(ticket) and self._may_pass(ticket):
+                    return ticket
+                if not number:
+                    self._begin_block(lane)
+                if not looks:
+                    return None
         return None
 
     def _begin_block(self, lane: Lane) -> None:
         """The lane's first request does not fit: it blocks, unless another one does, none may now, or its own key holds the room."""
         ticket = lane.queue[0]
         allowed = self.block is None and self.patience > 0 and self.clock() >= self.open_until
-        if allowed and lane.running + ticket.tokens <= self.capacity:
+        if allowed and (
+            lane.running + ticket.tokens <= self.capacity or self._fits_beside(ticket, self._run_by(ticket.key))
+        ):
             self.block = Block(ticket, self.clock())
+
+    def _run_by(self, key: str) -> list[Ticket]:
+        return [] if self.outlook is None else [ticket for ticket in self.outlook.running if ticket.key == key]
+
+    def _fits_beside(self, ticket: Ticket, others: Iterable[Ticket]) -> bool:
+        """Whether the ticket fits by forecast next to the others, as if all else had ended."""
+        shared = self.block_size * len(self.held)
+        return self.outlook is not None and self.outlook.admits_beside(ticket, others, self.capacity, shared)
 
     def _beside(self, block: Block) -> int:
         """Tokens that requests may still take next to the one that blocks without delaying it."""
         held = self.lanes[block.ticket.key].running + sum(block.passed.values())
         return self.capacity - block.ticket.tokens - held
 
-    def _may_pass(self, key: str, tokens: int) -> bool:
+    def _may_pass(self, ticket: Ticket) -> bool:
         """Whether a request may start without delaying the one that blocks, and before that one's key would be served again."""
         if self.block is None:
             return True
-        ticket = self.block.ticket
-        passing = self.lanes.get(key)
-        ahead = max(self.virtual, passing.start if passing else 0) - self.lanes[ticket.key].start
-        return key != ticket.key and tokens <= self._beside(self.block) and ahead < ticket.tokens
+        blocking = self.block.ticket
+        passing = self.lanes.get(ticket.key)
+        ahead = max(self.virtual, passing.start if passing else 0) - self.lanes[blocking.key].start
+        if ahead >= blocking.tokens:
+            return False
+        if ticket.key != blocking.key and ticket.tokens <= self._beside(self.block):
+            return True
+        return self._fits_beside(ticket, dict.fromkeys([blocking, *self._run_by(blocking.key), *self.block.passed]))
 
     def block_ends(self) -> float | None:
         """When, by the clock, the present block ends if nothing else ends it: `advance` is due then."""
@@ -222,6 +242,8 @@ class Ledger:
             return False
         ticket.state = State.RELEASED
         self.lanes[ticket.key].running -= ticket.tokens
+        if self.outlook is not None:
+            self.outlook.end(ticket)
         if self.block is not None:
             self.block.passed.pop(ticket, None)
         self.reserved -= ticket.private
@@ -259,6 +281,8 @@ class Ledger:
             self.virtual = max(self.virtual, lane.start)
             lane.start += ticket.tokens
         lane.running += ticket.tokens
+        if self.outlook is not None:
+            self.outlook.begin(ticket)
         if self.block is not None:
             if self.block.ticket is ticket:
                 self.open_until = self.clock() + self.clock() - self.block.since
@@ -280,6 +304,8 @@ class Ledger:
         """
         if ticket.state is not State.ADMITTED:
             return
+        if self.outlook is not None:
+            self.outlook.first_token(ticket)
         for block in ticket.chain[len(ticket.shared) :]:
             if block not in self.held:
                 self.held[block] = 1
@@ -299,6 +325,7 @@ class Ledger:
         lane = self.lanes[ticket.key]
         if self.block is not None and self.block.ticket is ticket and not keep_lane:
             self._end_block(leaving=True)
+        lane.passed = 0 if lane.queue[0] is ticket else lane.passed + keep_lane * ticket.tokens
         lane.queue.remove(ticket)
         lane.queued_tokens -= ticket.tokens
         self.queued -= ticket.tokens

@@ -26,6 +26,10 @@ class Metrics:
 
         self.pool = gauge("pool_tokens", "KV cache tokens that may be reserved.")
         self.reserved = gauge("reserved_tokens", "KV cache tokens reserved by requests in flight.")
+        self.maximum = gauge("maximum_tokens", "The most KV cache tokens that requests in flight may come to use.")
+        self.forecasting = gauge(
+            "forecasting", "1 while requests are admitted by forecast, 0 while each is reserved in full."
+        )
         self.queued = gauge("queued_tokens", "KV cache tokens that waiting requests need.")
         self.admitted = gauge("requests_in_flight", "Requests that hold a reservation.")
         self.waiting = gauge("requests_waiting", "Requests that wait for KV cache tokens.")

@@ -2,21 +2,19 @@
 
     vllm serve CKPT --middleware m3quant.runtime.guard.Guard
 
-A generating request is admitted only when its prompt and all its output tokens have room in the KV cache; what can never fit is refused
-with vLLM's words, what does not fit now waits, or is refused with a time to come back. Bodies and streams pass through unchanged.
+A generating request is admitted only when its prompt and its output tokens have room in the KV cache, all that it may write or what it will
+likely write (RESERVE); what can never fit is refused with vLLM's words, what does not fit now waits, or is refused with a time to come back.
+Bodies and streams pass through unchanged.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import math
-import signal
 import time
 from collections.abc import Awaitable, Callable
-from types import FrameType
 from typing import Any
 
 from m3quant.errors import GuardError
@@ -26,18 +24,22 @@ from .answer import Answer, Send
 from .aside import ASIDE_BYTES, Aside
 from .clamp import with_number
 from .counting import LEAST_S, Counter
-from .demand import ID_NAMES, MOST_PROMPTS, ROUTES, TOKEN_ROUTE, Unreadable
+from .demand import ID_NAMES, MOST_PROMPTS, ROUTES, TOKEN_ROUTE, Unreadable, local_path
 from .door import Door, known_keys
+from .growth import Growth
 from .idspan import IdSpan, shorten
-from .inbox import ClientGone, Inbox, Receive
-from .ledger import Ticket
+from .inbox import ClientGone, Inbox, Receive, check_length
 from .metrics import metrics, read_gauges
-from .need import Need, plan_all, refuse_certain
+from .need import Need, guess_tokens, plan_all, refuse_certain
+from .outlook import Outlook
 from .pool import Pool, PoolReader
 from .prefix import block_chain
 from .reading import Reading, read_short, read_whole
-from .replies import Refusal, bad_request, body_too_large, busy, send_json, send_refusal, unavailable
+from .referee import HEARD
+from .replies import Refusal, bad_request, busy, send_json, send_refusal, unavailable
 from .settings import GuardSettings, read_settings
+from .signals import chain_signals
+from .tickets import Ticket
 from .turns import Turns
 from .watchdog import GAUGES, Watchdog
 
@@ -47,7 +49,6 @@ Scope = dict[str, Any]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 QUEUE_OF_POOLS = 4  # default bound of the queue, in pools
-LENGTH_DIGITS = 18  # of a Content-Length; Python itself refuses numbers of thousands of digits
 
 
 class Guard:
@@ -72,7 +73,8 @@ class Guard:
         self.metrics.healthy.set(1)
         self.pool: Pool | None = None
         self.door: Door | None = None
-        self.admission = Admission(0, 0, self.settings.queue_timeout_s, self.settings.retry_after_s)
+        self.outlook = Outlook(lambda: read_gauges(HEARD)) if self.settings.reserve == "learned" else None
+        self.admission = Admission(0, 0, self.settings.queue_timeout_s, self.settings.retry_after_s, self.outlook)
         self._watching: asyncio.Task[None] | None = None
         self._reported = False
 
@@ -109,6 +111,11 @@ class Guard:
             logger.warning(
                 "m3quant guard: no engine gauges to watch (--disable-log-stats?): the watchdog sees nothing."
             )
+        if self.outlook is not None and len(read_gauges(HEARD)) < len(HEARD):
+            logger.warning(
+                "m3quant guard: M3QUANT_GUARD_RESERVE=learned needs the engine's gauges (--disable-log-stats?): "
+                "every request is reserved in full until they can be read."
+            )
         self._chain_signals()
         self._watching = asyncio.create_task(self._watch())
         try:
@@ -128,6 +135,8 @@ class Guard:
         if self.door is None:
             self.door = Door(known_keys(self.settings, scope), self.settings.open_paths)
         self.pool = pool
+        if self.outlook is not None:
+            self.outlook.resize(pool.tokens - pool.block_size, pool.block_size)
         self.admission.resize(pool.usable, self._queue_limit(pool), pool.block_size)
 
     def _queue_limit(self, pool: Pool) -> int:
@@ -135,31 +144,20 @@ class Guard:
         return QUEUE_OF_POOLS * pool.usable if given is None else given
 
     def _chain_signals(self) -> None:
-        """Learns of SIGTERM and SIGINT and lets the server's own handling go on.
+        def going_down() -> None:
+            self.admission.draining = True  # the queue is emptied in the event loop, by the watch
 
-        Event loops wake up through a descriptor that Python's C handler writes to, whichever Python function is installed, so vLLM's
-        `loop.add_signal_handler` still runs; with --shutdown-timeout it lets what is in flight finish.
-        """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before = signal.getsignal(number)
-
-            def chained(signum: int, frame: FrameType | None, before: Any = before) -> None:
-                self.admission.draining = True  # the queue is emptied in the event loop, by the watch
-                if callable(before):
-                    before(signum, frame)
-
-            with contextlib.suppress(ValueError):  # not the main thread: the server handles no signals here either
-                if callable(before):
-                    signal.signal(number, chained)
-                    signal.siginterrupt(number, False)
+        chain_signals(going_down)
 
     async def _watch(self) -> None:
-        """Empties the queue once the server drains, and looks at the engine's gauges."""
+        """Empties the queue once the server drains, and looks at the engine's gauges; a forecast changes without any request that ends."""
         seen, failed = 0.0, False
         while True:
             await asyncio.sleep(min(0.2, self.settings.watchdog_interval_s))
             if self.admission.draining:
                 self.admission.drain()
+            elif self.outlook is not None:
+                self.admission.look_again()
             if time.monotonic() - seen >= self.settings.watchdog_interval_s:
                 seen = time.monotonic()
                 try:
@@ -200,7 +198,9 @@ class Guard:
             "engine": read_gauges(GAUGES) if gauges is None else gauges,
             "pool": None if pool is None else pool.__dict__,
             "capacity_tokens": ledger.capacity,
-            "reserved_tokens": ledger.reserved,
+            "reserved_tokens": ledger.promised,
+            "maximum_tokens": ledger.reserved,
+            "forecasting": ledger.forecasting,
             "requests_in_flight": ledger.admitted,
             "queued_tokens": ledger.queued,
             "requests_waiting": ledger.waiting,
@@ -214,7 +214,9 @@ class Guard:
     def _show(self) -> None:
         ledger = self.admission.ledger
         self.metrics.pool.set(ledger.capacity)
-        self.metrics.reserved.set(ledger.reserved)
+        self.metrics.reserved.set(ledger.promised)
+        self.metrics.maximum.set(ledger.reserved)
+        self.metrics.forecasting.set(ledger.forecasting)
         self.metrics.queued.set(ledger.queued)
         self.metrics.admitted.set(ledger.admitted)
         self.metrics.waiting.set(ledger.waiting)
@@ -242,7 +244,7 @@ class Guard:
             self._prepare(scope)
             assert self.door is not None
             key = self.door.check(path, scope["method"], scope["headers"])
-            self._check_length(scope)
+            check_length(scope["headers"], self.settings.max_body_bytes)
             if guarded:
                 await self._generate(scope, path, key, inbox, answer, began)
             elif path in ("/health", "/ping") and self._unhealthy():
@@ -263,13 +265,6 @@ class Guard:
             self.metrics.request_of("disconnected").inc()
         finally:
             inbox.close()
-
-    def _check_length(self, scope: Scope) -> None:
-        for name, value in scope["headers"]:
-            if name != b"content-length" or not value.isdigit():
-                continue
-            if len(value) > LENGTH_DIGITS or int(value) > self.settings.max_body_bytes:
-                raise body_too_large(self.settings.max_body_bytes)
 
     def _unhealthy(self) -> bool:
         return self.admission.draining or self.watchdog.hanging
@@ -301,8 +296,10 @@ class Guard:
         counting = time.perf_counter() - counted_from
         if need.set_output is not None:
             scope = await self._set_output(scope, key, body, need, inbox, answer)
-        ticket = Ticket(key, need.tokens, chain)
-        if chain:
+        ticket = Ticket(key, need.tokens, chain, growth=self._growth(path, key, readings[0].model, need))
+        if ticket.growth is not None:
+            answer.on_body = ticket.growth.tally.see
+        if chain or ticket.growth is not None:
             answer.on_first_token = lambda: self.admission.ledger.prefilled(ticket)
         try:
             del body, readings  # the application has its own copy, for as long as the request lives
@@ -328,6 +325,8 @@ class Guard:
                 self.settings.send_floor_bytes_s,
             )
         finally:
+            if answer in self.inside and self.outlook is not None and ticket.growth is not None:
+                self.outlook.learn(ticket.growth, answer.outcome() == "success")
             self.inside.discard(answer)
             self.admission.release(ticket)
 
@@ -377,6 +376,13 @@ class Guard:
         size = len(ids.raw) if isinstance(ids, IdSpan) else 0
         return need, await self._aside(key, inbox, size, block_chain, ids, self.pool.block_size, only.salt)
 
+    def _growth(self, path: str, key: str, model: str, need: Need) -> Growth | None:
+        """For a forecast; None where each request is reserved in full, and for more than one sequence."""
+        if self.outlook is None or not need.output:
+            return None
+        assert self.door is not None
+        return Growth(need.prompt, need.output, (path, self.door.class_of(key), model))
+
     async def _set_output(self, scope: Scope, key: str, body: bytes, need: Need, inbox: Inbox, answer: Answer) -> Scope:
         assert need.set_output is not None
         try:
@@ -389,19 +395,3 @@ class Guard:
         length = str(len(changed)).encode()
         headers = [(k, v) for k, v in scope["headers"] if k not in (b"content-length", b"transfer-encoding")]
         return {**scope, "headers": [*headers, (b"content-length", length)]}
-
-
-def guess_tokens(reading: Reading, size: int, pool: Pool) -> int:
-    """What a request may need, before its prompt is counted: four bytes a token, as English text has."""
-    count = len(reading.prompts)
-    prompts = sum(size // 4 // count if prompt.ids is None else prompt.ids for prompt in reading.prompts)
-    tokens = (prompts + count * (reading.output or 0)) * reading.copies
-    return min(pool.blocks(tokens), pool.usable)
-
-
-def local_path(scope: Scope) -> str:
-    """The path as the application routes it: without the mount prefix (starlette._utils.get_route_path)."""
-    path: str = scope["path"]
-    prefix = scope.get("root_path", "")
-    inside = path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in ("", "/")
-    return (path[len(prefix) :] if inside else path).rstrip("/") or "/"

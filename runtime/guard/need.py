@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .demand import TOKENS
 from .pool import Pool
@@ -24,12 +24,17 @@ class Count:
 
 @dataclass(frozen=True)
 class Need:
-    """`tokens` to reserve, whole blocks for all sequences; `set_output` when the body's max_tokens has to become that."""
+    """`tokens` to reserve, whole blocks for all sequences; `set_output` when the body's max_tokens has to become that.
+
+    `prompt` and `output`, cache tokens and output tokens at most, where it is one sequence whichever way the request is read; else 0.
+    """
 
     tokens: int
     output_field: str
     set_output: int | None = None
     set_reason: str = ""
+    prompt: int = 0
+    output: int = 0
 
 
 def plan_all(
@@ -94,7 +99,10 @@ def plan_need(
         certain += pool.blocks(least + (asked or 1) + pool.lookahead) * reading.certain_copies
     if certain > pool.usable or (total > pool.usable and all(count.exact for count in counts)):
         raise too_many_sequences(reading.sequences, max(certain, total), pool.usable)
-    return Need(min(total, pool.usable), reading.output_field, given, reason)
+    need = Need(min(total, pool.usable), reading.output_field, given, reason)
+    if reading.sequences > 1:
+        return need
+    return replace(need, prompt=lengths[0] + pool.lookahead, output=output)
 
 
 def refuse_certain(reading: Reading, pool: Pool, settings: GuardSettings) -> None:
@@ -122,3 +130,11 @@ def silent_output(reading: Reading, length: int, pool: Pool) -> int:
         [] if reading.uncapped else [limit for limit in (pool.default_output, pool.output_cap) if limit is not None]
     )
     return min([rest, *limits])
+
+
+def guess_tokens(reading: Reading, size: int, pool: Pool) -> int:
+    """What a request may need, before its prompt is counted: four bytes a token, as English text has."""
+    count = len(reading.prompts)
+    prompts = sum(size // 4 // count if prompt.ids is None else prompt.ids for prompt in reading.prompts)
+    tokens = (prompts + count * (reading.output or 0)) * reading.copies
+    return min(pool.blocks(tokens), pool.usable)

@@ -18,6 +18,7 @@ from .prompts import Prompt
 PER_MEMBER = (
     16  # tokens a template may put around one member of a structure: a message's role, a tool's argument in markup
 )
+LONGEST_MODEL = 256  # characters of a name by which lengths of answers are remembered
 MANY = 1024  # prompts of one request that are counted one by one; more are bounded by their bytes
 # Bytes of all questions of one request, for each byte of its body (escapes may double them) and at least. What conversations share, tools
 # for instance, is part of every question: a few bytes of body could otherwise ask for gigabytes.
@@ -64,6 +65,7 @@ class Reading:
     truncate: int | None
     uncapped: bool
     salt: str
+    model: str
 
     @property
     def rules(self) -> Rules:
@@ -131,6 +133,7 @@ def digest(demand: Demand, request: dict[str, Any], size: int, keep_ids: bool) -
         demand.truncate,
         demand.uncapped,
         f"{request.get('model')}\0{request.get('cache_salt')}" if keep_ids else "",
+        model if isinstance(model := request.get("model"), str) and len(model) <= LONGEST_MODEL else "",
     )
 
 

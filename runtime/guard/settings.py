@@ -41,6 +41,7 @@ class GuardSettings(BaseModel):
     watermark: float = Field(default=0.0, ge=0, lt=1, allow_inf_nan=False)
 
     # What a request is taken to need.
+    reserve: Literal["all", "learned"] = "learned"
     count: Literal["tokenize", "bytes"] = "tokenize"
     tokenize_timeout_s: Seconds = 30.0
     tokenize_concurrency: int = Field(default=64, ge=1, le=1024)

@@ -1,4 +1,4 @@
-"""The same overload on the real vLLM (CPU build) with the guard and without it, side by side.
+"""The same overload on the real vLLM (CPU build) with the guard (RESERVE=all) and without it, side by side.
 
     M3QUANT_ENGINE_PYTHON=ENGINE/bin/python python -m tests.benchmarks.guard_soak --seconds 120 --with-and-without [--json FILE]
 
@@ -27,7 +27,8 @@ PREEMPTIONS = "vllm:num_preemptions_total"
 
 
 def run(guard: bool, load: Load, work: Path) -> dict[str, Any]:
-    env = {"M3QUANT_GUARD_QUEUE_TIMEOUT_S": "20", "M3QUANT_GUARD_WATCHDOG_S": "10"} if guard else {}
+    settings = {"RESERVE": "all", "QUEUE_TIMEOUT_S": "20", "WATCHDOG_S": "10"} if guard else {}
+    env = {f"M3QUANT_GUARD_{name}": value for name, value in settings.items()}
     with serving(work, guard=guard, blocks=BLOCKS, max_model_len=CONTEXT, env=env) as server:
         result = asyncio.run(overload(server.port, load))
         return {**summary(result), **after(server, guard)}

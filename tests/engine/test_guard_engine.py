@@ -31,6 +31,7 @@ CONTEXT, POOL = 1024, 2048
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     env = {"VLLM_SERVER_DEV_MODE": "1", "M3QUANT_GUARD_QUEUE_TIMEOUT_S": "20", "M3QUANT_GUARD_WATCHDOG_S": "3"}
+    env["M3QUANT_GUARD_RESERVE"] = "all"  # no preemption at all is what it promises
     arguments = ("--shutdown-timeout", "60", "--enable-auto-tool-choice", "--tool-call-parser", "minimax_m2")
     with serving(tmp_path_factory.mktemp("guarded"), guard=True, env=env, arguments=arguments) as found:
         yield found

@@ -8,8 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from m3quant.runtime.guard.ledger import IDLE_LANES, Ledger, State, Ticket
+from m3quant.runtime.guard.ledger import IDLE_LANES, Ledger
 from m3quant.runtime.guard.prefix import block_chain
+from m3quant.runtime.guard.tickets import State, Ticket
 
 BLOCK = 16
 

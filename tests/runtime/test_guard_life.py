@@ -43,7 +43,7 @@ def test_settings_come_from_the_environment() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("POOL_TOKENS", "many"), ("POOL_TOKENS", "0"), ("WATERMARK", "1"), ("WATERMARK", "nan"), ("OVERSIZE", "cut"), ("COUNT", "guess"),
+    [("POOL_TOKENS", "many"), ("POOL_TOKENS", "0"), ("WATERMARK", "1"), ("RESERVE", "some"), ("WATERMARK", "nan"), ("OVERSIZE", "cut"), ("COUNT", "guess"),
      ("QUEUE_TIMEOUT_S", "-1"), ("QUEUE_TIMEOUT_S", "inf"), ("OPEN_PATHS", "health"), ("MAX_BODY_BYTES", "1.5"), ("QUEUE_TOKEN", "5")],
 )  # fmt: skip
 def test_a_wrong_setting_is_named_in_one_sentence(name: str, value: str) -> None:

@@ -273,6 +273,15 @@ def test_guard_settings_are_checked_before_an_engine_is_loaded(given: dict[str, 
     assert "--middleware" not in decide(M2, node="1xH200", guard_settings=given, guard=False).launch.command
 
 
+def test_the_rule_of_reservation_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(**recipe: Any) -> str:
+        return decide(M2, node="1xH200", **recipe).launch.env["M3QUANT_GUARD_RESERVE"]
+
+    assert shown() == "learned" and shown(guard_settings={"reserve": "all"}) == "all"
+    monkeypatch.setenv("M3QUANT_GUARD_RESERVE", "all")
+    assert shown() == "all"
+
+
 @pytest.mark.parametrize(
     "extra", [["--api-key", "sk-1"], ["--enforce-eager", "--api_key=sk-1"], ["--api-ke", "sk-1"], ["--hf-token=sk-1"]]
 )

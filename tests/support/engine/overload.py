@@ -50,6 +50,7 @@ class Outcome:
     asked_tokens: int
     seconds: float
     first_byte_s: float | None = None
+    streamed: bool = False
     short: bool = False  # succeeded with fewer tokens than asked for, although asked to ignore the end token
 
 
@@ -146,7 +147,7 @@ async def send(
         short = status == 200 and generated(answer) < body["max_tokens"]
         kind = "success" if status == 200 else str(status)
     first_byte = first[0] - began if first else None
-    return Outcome(kind, tokens, time.monotonic() - began, first_byte, short), retry_after
+    return Outcome(kind, tokens, time.monotonic() - began, first_byte, bool(body["stream"]), short), retry_after
 
 
 async def exchange(port: int, path: str, body: dict[str, Any], first: list[float]) -> tuple[int, dict[str, str], bytes]:

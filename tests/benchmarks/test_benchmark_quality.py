@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from m3quant.recipe.recipe import Recipe
 from tests.benchmarks import quality
 from tests.benchmarks.quality_cases import FIXTURES, Case, Overlaid, cases, source_names
 from tests.benchmarks.quality_gptqmodel import dequantized
+from tests.benchmarks.quality_job import read_job
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,18 @@ def test_gptq_files_are_read_as_they_are_packed(zero_offset: int) -> None:
     parts = {"qweight": packed(codes.T, 0), "qzeros": packed(zeros - zero_offset, 1), "scales": scales, "g_idx": g_idx}
     expected = (codes - zeros.T[:, g_idx]).float() * scales.float().T[:, g_idx]
     torch.testing.assert_close(dequantized(parts, bits, zero_offset), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("device", "visible"), [("cpu", ""), ("cuda", "0,1")])
+def test_a_program_that_quantizes_on_the_cpu_sees_no_gpu(
+    device: str, visible: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps({"device": device}))
+    monkeypatch.setattr("sys.argv", ["module", str(path)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert read_job() == {"device": device}
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
 
 
 def test_a_row_of_the_table_says_kl_error_and_perplexity_or_that_it_does_not_run() -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import time
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def quantize(job: dict[str, Any], folder: str) -> None:
 def main(job: dict[str, Any]) -> None:
     torch.manual_seed(job["seed"])
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):  # it leaves logs where it runs
         quantize(job, folder)
         found = {name: weight.contiguous() for name, weight in read_saved(folder, job["bits"]).items()}
     if not found:

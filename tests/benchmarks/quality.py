@@ -112,7 +112,7 @@ def ours(case: Case, method: str, work: Path, evaluator: Evaluator) -> dict[str,
 
 
 def peer(case: Case, method: str, work: Path, evaluator: Evaluator, folder: Path, settings: Settings) -> dict[str, Any]:
-    """A row of another program, with `failed` and its last words where it does not run."""
+    """A row of another program, with `failed` and the last line that it said where it does not run."""
     environment, module, wanted = PEERS[method]
     job, output, answer = (work / f"{case.name}-{method}{end}" for end in (".job.json", ".safetensors", ".answer.json"))
     windows = work / f"{case.name}-windows.safetensors"
@@ -125,7 +125,7 @@ def peer(case: Case, method: str, work: Path, evaluator: Evaluator, folder: Path
         [str((folder / environment / "bin" / "python").absolute()), "-m", module, str(job.resolve())], answer
     )
     if "failed" in found:
-        return found
+        return {**found, "failed": found["failed"].strip().rpartition("\n")[2]}
     tensors = source_names(family_of(evaluator.source.config), load_file(output))
     weights = sum(name.endswith("_proj.weight") or ".experts." in name for name in tensors)
     return {

@@ -172,28 +172,33 @@ def methods_of(case: Case) -> list[str]:
 
 
 def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Markdown: a row per method, and for every case its KL with standard error and its perplexity. rows: [case][method]."""
+    """Markdown: a row per method, and for every case its KL with standard error, the lowest in bold, and its perplexity.
+
+    rows: [case][method].
+    """
     names = sorted(rows, reverse=True)
     lines = [["", *names], ["---"] + ["---:"] * len(names)]
     sources = [
         next(iter(found["source_perplexity"] for found in rows[name].values() if "kl" in found)) for name in names
     ]
+    lowest = {name: min(found["kl"] for found in rows[name].values() if "kl" in found) for name in names}
     lines.append(["source", *(f"0, {value:.3f}" for value in sources)])
     lines += [
-        [title, *(cell(rows[name].get(method)) for name in names)]
+        [title, *(cell(rows[name].get(method), lowest[name]) for name in names)]
         for method, title in TITLES.items()
         if any(method in found for found in rows.values())
     ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def cell(found: Mapping[str, Any] | None) -> str:
+def cell(found: Mapping[str, Any] | None, lowest: float) -> str:
     if found is None:
         return ""
     if "failed" in found:
         return "does not run"
     digits = 4 if found["kl"] < 0.1 else 3
-    said = f"{found['kl']:.{digits}f} ± {found['kl_error']:.{digits}f}, {found['perplexity']:.3f}"
+    kl = f"{found['kl']:.{digits}f}"
+    said = f"{f'**{kl}**' if found['kl'] == lowest else kl} ± {found['kl_error']:.{digits}f}, {found['perplexity']:.3f}"
     return f"{said} ({found['iterations']} iterations)" if found.get("iterations", ITERATIONS) != ITERATIONS else said
 
 

@@ -21,7 +21,7 @@ Other programs run in their own environments, FOLDER/NAME for each NAME below:
     python -m venv FOLDER/autoround     && FOLDER/autoround/bin/pip install torch==2.13.0 auto-round==0.16.1
     python -m venv FOLDER/gptqmodel     && FOLDER/gptqmodel/bin/pip install torch==2.13.0 gptqmodel==7.6.0
 
-What they cannot save under names that an engine reads is taken from their models in memory (quality_llmcompressor,
+With --device cuda llm-compressor and AutoRound quantize on a GPU, in float32 too. What they cannot save under names that an engine reads is taken from their models in memory (quality_llmcompressor,
 quality_autoround, quality_gptqmodel say how). A row is kept in WORK/rows once it is made, so that an interrupted run
 continues.
 """
@@ -34,6 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,14 @@ TITLES = {
 }
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How other programs run. iterations: AutoRound's, for each block. device: where they quantize; all are evaluated on the CPU."""
+
+    iterations: int
+    device: str
+
+
 def recipe_of(case: Case, method: str) -> dict[str, Any]:
     """The recipe of one of our methods: the case's schemes and windows, everything else at its default."""
     data = {"windows": case.windows, "window_length": case.length, "heldout_windows": 0, "seed": SEED}
@@ -102,8 +111,8 @@ def ours(case: Case, method: str, work: Path, evaluator: Evaluator) -> dict[str,
     }  # fmt: skip
 
 
-def peer(case: Case, method: str, work: Path, evaluator: Evaluator, folder: Path, iterations: int) -> dict[str, Any]:
-    """A row of another program, with `failed` and its last words where it does not run."""
+def peer(case: Case, method: str, work: Path, evaluator: Evaluator, folder: Path, settings: Settings) -> dict[str, Any]:
+    """A row of another program, with `failed` and the last line that it said where it does not run."""
     environment, module, wanted = PEERS[method]
     job, output, answer = (work / f"{case.name}-{method}{end}" for end in (".job.json", ".safetensors", ".answer.json"))
     windows = work / f"{case.name}-windows.safetensors"
@@ -111,12 +120,12 @@ def peer(case: Case, method: str, work: Path, evaluator: Evaluator, folder: Path
     paths = {"source": case.source, "windows": windows, "output": output, "answer": answer}
     facts = {name: str(path.resolve()) for name, path in paths.items()}
     scheme = {"bits": case.scheme.bits, "group_size": case.scheme.group_size, "experts_only": case.experts_only}
-    job.write_text(json.dumps({**facts, **scheme, "method": wanted, "seed": SEED, "iterations": iterations}))
+    job.write_text(json.dumps({**facts, **scheme, "method": wanted, "seed": SEED, **asdict(settings)}))
     found = peers.run(
         [str((folder / environment / "bin" / "python").absolute()), "-m", module, str(job.resolve())], answer
     )
     if "failed" in found:
-        return found
+        return {**found, "failed": found["failed"].strip().rpartition("\n")[2]}
     tensors = source_names(family_of(evaluator.source.config), load_file(output))
     weights = sum(name.endswith("_proj.weight") or ".experts." in name for name in tensors)
     return {
@@ -127,19 +136,21 @@ def peer(case: Case, method: str, work: Path, evaluator: Evaluator, folder: Path
     }
 
 
-def row(case: Case, method: str, work: Path, evaluator: Evaluator, folder: Path, iterations: int) -> dict[str, Any]:
+def row(case: Case, method: str, work: Path, evaluator: Evaluator, folder: Path, settings: Settings) -> dict[str, Any]:
     """One result, from an earlier run if that had the same windows."""
     kept = work / "rows" / f"{case.name}-{method}.json"
     facts = {"case": case.name, "method": method, "scheme": case.scheme.name}
     if method != "nearest":
         facts |= {"calibration": case.calibration_windows.sha256, "windows": f"{case.windows} x {case.length}"}
+    if method in PEERS:
+        facts["device"] = settings.device
     if method == "autoround":
-        facts["iterations"] = iterations
+        facts["iterations"] = settings.iterations
     if kept.exists() and (found := json.loads(kept.read_text())).items() >= facts.items() and "failed" not in found:
         return dict(found)
     started = time.perf_counter()
     made = (
-        peer(case, method, work, evaluator, folder, iterations)
+        peer(case, method, work, evaluator, folder, settings)
         if method in PEERS
         else ours(case, method, work, evaluator)
     )
@@ -161,28 +172,33 @@ def methods_of(case: Case) -> list[str]:
 
 
 def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Markdown: a row per method, and for every case its KL with standard error and its perplexity. rows: [case][method]."""
+    """Markdown: a row per method, and for every case its KL with standard error, the lowest in bold, and its perplexity.
+
+    rows: [case][method].
+    """
     names = sorted(rows, reverse=True)
     lines = [["", *names], ["---"] + ["---:"] * len(names)]
     sources = [
         next(iter(found["source_perplexity"] for found in rows[name].values() if "kl" in found)) for name in names
     ]
+    lowest = {name: min(found["kl"] for found in rows[name].values() if "kl" in found) for name in names}
     lines.append(["source", *(f"0, {value:.3f}" for value in sources)])
     lines += [
-        [title, *(cell(rows[name].get(method)) for name in names)]
+        [title, *(cell(rows[name].get(method), lowest[name]) for name in names)]
         for method, title in TITLES.items()
         if any(method in found for found in rows.values())
     ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def cell(found: Mapping[str, Any] | None) -> str:
+def cell(found: Mapping[str, Any] | None, lowest: float) -> str:
     if found is None:
         return ""
     if "failed" in found:
         return "does not run"
     digits = 4 if found["kl"] < 0.1 else 3
-    said = f"{found['kl']:.{digits}f} ± {found['kl_error']:.{digits}f}, {found['perplexity']:.3f}"
+    kl = f"{found['kl']:.{digits}f}"
+    said = f"{f'**{kl}**' if found['kl'] == lowest else kl} ± {found['kl_error']:.{digits}f}, {found['perplexity']:.3f}"
     return f"{said} ({found['iterations']} iterations)" if found.get("iterations", ITERATIONS) != ITERATIONS else said
 
 
@@ -220,7 +236,11 @@ def main() -> None:
     parser.add_argument(
         "--table", action="store_true", help="print the committed figures as Markdown and do nothing else"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the other programs quantize")
     given = parser.parse_args()
+    settings = Settings(given.iterations, given.device)
+    if given.device != "cpu" and "gptqmodel" in given.method:
+        raise SystemExit("GPTQModel is measured on the CPU alone: leave --device away, or name other methods")
     if given.figures:
         for path in sorted((given.work / "rows").glob("*.json")):
             keep_figure(json.loads(path.read_text()))
@@ -234,7 +254,7 @@ def main() -> None:
         evaluator = Evaluator(case, given.work)
         for method in methods_of(case):
             if method in given.method:
-                found = row(case, method, given.work, evaluator, given.peers, given.iterations)
+                found = row(case, method, given.work, evaluator, given.peers, settings)
                 print(line(found), flush=True)
 
 

@@ -1,22 +1,22 @@
 """AutoRound on a model in memory: `PYTHON -m tests.benchmarks.quality_autoround JOB.json`, for the Python that has auto-round (0.16).
 
 `AutoRound.quantize` over the given windows with its defaults (iterations of 8 windows per block, ranges learned, inputs
-from the quantized blocks before), in float32 and without torch.compile (a CPU without BF16 products takes hours otherwise). The
+from the quantized blocks before), in float32 and without torch.compile (a CPU without BF16 products takes hours otherwise), on `device`. The
 weights are taken from memory: AutoRound leaves them dequantized, under scales in FP16.
-JOB.json: source, windows (a file with "ids" [S, L]), bits, group_size, experts_only, iterations; output and answer to write.
+JOB.json: source, windows (a file with "ids" [S, L]), bits, group_size, experts_only, iterations, device; output and answer to write.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.quality_job import read_job
+
 if __name__ == "__main__":  # before torch is imported; not where a test imports a function
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    JOB = read_job()
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,8 +42,7 @@ def kept(model: Any) -> list[str]:
     return ["self_attn", "mlp.gate", "shared_experts", "vision", "projector", *sorted(every - layers)]
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+def main(job: dict[str, Any]) -> None:
     import auto_round
     import transformers
     from auto_round import AutoRound
@@ -67,12 +66,12 @@ def main() -> None:
         iters=job["iterations"],
         amp=False,
         enable_torch_compile=False,
-        device_map="cpu",
+        device_map=job["device"],
         **rest,
     )
     model, _ = program.quantize()
     found = {
-        f"{name}.weight": module.weight.detach().float().contiguous()
+        f"{name}.weight": module.weight.detach().float().cpu().contiguous()
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and hasattr(module, "scale")
     }
@@ -83,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(JOB)

@@ -2,22 +2,24 @@
 
 `quantize` over the given windows with its defaults (damping 0.05, act_group_aware), in float32 on the CPU, then `save`; the
 weights are what the saved codes, zero points, scales (FP16) and g_idx mean.
-JOB.json: source, windows (a file with "ids" [S, L]), bits, group_size, experts_only; output and answer to write.
+JOB.json: source, windows (a file with "ids" [S, L]), bits, group_size, experts_only, device ("cpu"); output and answer to write.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 import time
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.quality_job import read_job
+
 if __name__ == "__main__":  # before torch is imported; not where a test imports a function
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ["OMP_NUM_THREADS"] = "2"  # its pools of workers refuse one
+    JOB = read_job()
+    os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # on a machine of two cores it starts one, and then refuses it
 
 import torch
 from safetensors import safe_open
@@ -69,11 +71,10 @@ def quantize(job: dict[str, Any], folder: str) -> None:
     model.save(folder)
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+def main(job: dict[str, Any]) -> None:
     torch.manual_seed(job["seed"])
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):  # it leaves logs where it runs
         quantize(job, folder)
         found = {name: weight.contiguous() for name, weight in read_saved(folder, job["bits"]).items()}
     if not found:
@@ -88,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(JOB)

@@ -2,23 +2,23 @@
 
 `oneshot` over the given windows with everything at llm-compressor's defaults (GPTQ: damping 0.01, static order of columns;
 AWQ: 20 grid points; experts calibrated by every token, but for "gptq-routed", where each sees those that are routed to
-it), in float32, since a CPU without BF16 products takes hours otherwise.
+it), in float32, since a CPU without BF16 products takes hours otherwise. On a GPU llm-compressor takes the first that it sees.
 What it saves of MiniMax models is not what engines read, so the weights are taken from memory: codes under the scales that
 it found, dequantized with the scales in BF16, as it would store them, and whatever else it changed (norms, routers).
-JOB.json: source, windows (a file with "ids" [S, L]), bits, group_size, experts_only, method; output and answer to write.
+JOB.json: source, windows (a file with "ids" [S, L]), bits, group_size, experts_only, method, device; output and answer to write.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.quality_job import read_job
+
 if __name__ == "__main__":  # before torch is imported; not where a test imports a function
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # llm-compressor takes the first GPU that it sees
+    JOB = read_job()
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -86,14 +86,13 @@ def calibrate(model: Any, job: dict[str, Any]) -> None:
 
 def dequantized(module: torch.nn.Module, bits: int) -> torch.Tensor:
     """[N, K] float32 as an engine would compute it: codes under llm-compressor's scales times those scales in BF16."""
-    weight, scale = module.weight.detach().float(), module.weight_scale.detach().float()
+    weight, scale = module.weight.detach().float().cpu(), module.weight_scale.detach().float().cpu()
     groups = weight.unflatten(-1, (scale.shape[-1], -1))
     codes = (groups / scale[..., None]).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     return (codes * scale.bfloat16().float()[..., None]).flatten(-2)
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+def main(job: dict[str, Any]) -> None:
     torch.manual_seed(job["seed"])
     started = time.perf_counter()
     model = load_model(job["source"], "cpu", "float32")
@@ -106,7 +105,7 @@ def main() -> None:
     }
     quantized = len(found)
     for name, tensor in model.named_parameters():
-        own = tensor.detach()
+        own = tensor.detach().cpu()
         if name in before and name not in found and not torch.equal(own.bfloat16(), before[name].bfloat16()):
             found[name] = own
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, job["output"])
@@ -120,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(JOB)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from m3quant.recipe.recipe import Recipe
 from tests.benchmarks import quality
 from tests.benchmarks.quality_cases import FIXTURES, Case, Overlaid, cases, source_names
 from tests.benchmarks.quality_gptqmodel import dequantized
+from tests.benchmarks.quality_job import read_job
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +108,35 @@ def test_gptq_files_are_read_as_they_are_packed(zero_offset: int) -> None:
     torch.testing.assert_close(dequantized(parts, bits, zero_offset), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("device", "visible"), [("cpu", ""), ("cuda", "0,1")])
+def test_a_program_that_quantizes_on_the_cpu_sees_no_gpu(
+    device: str, visible: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps({"device": device}))
+    monkeypatch.setattr("sys.argv", ["module", str(path)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert read_job() == {"device": device}
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+
+
 def test_a_row_of_the_table_says_kl_error_and_perplexity_or_that_it_does_not_run() -> None:
     row = {"kl": 0.03162, "kl_error": 0.00059, "perplexity": 11.784, "source_perplexity": 11.516}
-    rows = {"tiny-m2": {"nearest": row, "gptqmodel": {"failed": "no"}}, "tiny-m3": {"nearest": {**row, "kl": 0.2}}}
+    best = {"kl": 0.01602, "kl_error": 0.00039, "perplexity": 11.594, "source_perplexity": 11.516}
+    other = {"kl": 0.09, "kl_error": 0.001, "perplexity": 12.0, "source_perplexity": 11.516}
+    rows = {
+        "tiny-m2": {"nearest": row, "feedback": best, "gptqmodel": {"failed": "no"}},
+        "tiny-m3": {"nearest": {**row, "kl": 0.2}, "gptqmodel": other},
+    }
     lines = quality.table(rows).splitlines()
     assert lines[0] == "| | tiny-m3 | tiny-m2 |".replace("| |", "|  |")
     assert lines[2:] == [
         "| source | 0, 11.516 | 0, 11.516 |",
         "| rounded to nearest | 0.200 ± 0.001, 11.784 | 0.0316 ± 0.0006, 11.784 |",
-        "| GPTQModel |  | does not run |",
+        "| `rounding: feedback` |  | **0.0160** ± 0.0004, 11.594 |",
+        "| GPTQModel | **0.0900** ± 0.0010, 12.000 | does not run |",
     ]
+
+
+def test_the_tables_of_the_documentation_are_the_commands() -> None:
+    assert quality.tables() in (ROOT / "docs" / "rounding.md").read_text()

@@ -1,4 +1,4 @@
-"""The steps of a conversion that reads its source from the Hub, and the shards that each step reads."""
+"""The steps of a conversion that reads its source from the Hub or an object store, and the shards that each step reads."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ def _of_unit(kind: str, unit: Unit) -> Step:
 
 
 def conversion_shards(plan: Plan, budget: int | None, so_far: Progressed | None = None) -> ShardPlan:
-    """What a conversion fetches from the Hub. Raises OptionError for a budget that is too small."""
+    """What a conversion fetches. Raises OptionError for a budget that is too small."""
     return plan_shards(conversion_steps(plan, so_far), plan.checkpoint.shard_sizes, budget)
 
 
-def streaming_lines(shards: ShardPlan, network: float | None) -> list[str]:
-    """The same for a person. network: bytes per second, None if not said."""
+def streaming_lines(shards: ShardPlan, kind: str, network: float | None) -> list[str]:
+    """The same for a person. kind: of store (`RemoteStore.kind`); network: bytes per second, None if not said."""
     count = len({stay.shard for stay in shards.stays})
     twice = shards.fetch_bytes - sum(shards.sizes[s] for s in {stay.shard for stay in shards.stays})
     again = f", {human_bytes(twice)} of them a second time because of the disk limit" if twice else ""
     time = f"; at {human_bytes(network)}/s {duration(shards.fetch_bytes / network)}" if network else ""
     bound = f"with --cache-disk {human_bytes(shards.budget)} at most" if shards.budget else "without --cache-disk up to"
     return [
-        f"from the Hub: {shards.fetch_bytes:,} bytes ({human_bytes(shards.fetch_bytes)}) to fetch in {count} shards{again}{time}",
+        f"from {kind}: {shards.fetch_bytes:,} bytes ({human_bytes(shards.fetch_bytes)}) to fetch in {count} shards{again}{time}",
         f"disk for shards: {bound} {human_bytes(shards.peak)} at a time; at least {shards.least:,} bytes ({human_bytes(shards.least)}), "
         f"with {human_bytes(shards.least_once)} nothing is fetched twice",
     ]

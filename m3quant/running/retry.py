@@ -55,10 +55,10 @@ def retry_after(error: BaseException) -> float | None:
     `Retry-After` in seconds or as a date (RFC 9110, section 10.2.3), else `RateLimit` (draft-ietf-httpapi-ratelimit-headers).
     """
     for link in causes(error):
-        response = getattr(link, "response", None)
-        if response is not None:
-            text = response.headers.get("Retry-After")
-            return _limit_reset(response.headers.get("RateLimit")) if text is None else _pause(text.strip())
+        headers = getattr(getattr(link, "response", None), "headers", None)
+        if headers is not None:
+            text = headers.get("Retry-After")
+            return _limit_reset(headers.get("RateLimit")) if text is None else _pause(text.strip())
     return None
 
 

@@ -178,7 +178,6 @@ def test_the_plan_says_beforehand_what_is_fetched_and_takes_no_weight(
             "is a folder",
         ),
         (["convert", repo, str(tmp_path / "out"), "--to", "int4", "--cache-disk", "much"], "no size"),
-        (["convert", repo, str(tmp_path / "out"), "--to", "int4", "--engine", "ray"], "m3quant pull"),
     ):
         done = client.run({"cli": bad})
         assert done.code == 2 and phrase in done.err, done.err

@@ -251,7 +251,7 @@ def prepare(
             )
         return Prepared(plan, dst, how, parts, publish=publish, notes=notes)
     asked = replace(asked, data=recipe.data.model_dump())
-    found = fitted(checkpoint, src, dst, asked, enough, how.device, text.sources, dry_run, progress)
+    found = fitted(checkpoint, src, dst, asked, enough, how.device, text.sources, dry_run, progress, how.cache_disk)
     assert found.plan is not None
     return Prepared(found.plan, dst, how, parts, found, notes=notes)
 

@@ -71,6 +71,18 @@ def least_budget(checkpoint: Checkpoint, steps: Iterable[Step]) -> int:
     return plan_shards(steps, checkpoint.shard_sizes, None).least if checkpoint.remote else 0
 
 
+def remote_budget(checkpoint: Checkpoint, steps: Iterable[Step], folder: Path, asked: int | None) -> int:
+    """Bytes that shards for these steps may take in `folder`, beside which nothing large is written; 0 of a checkpoint in a folder.
+
+    asked: as --cache-disk. Raises OptionError for a folder, and as `cache_budget`.
+    """
+    if checkpoint.remote is None:
+        if asked is not None:
+            raise OptionError(no_shards(checkpoint.root))
+        return 0
+    return cache_budget(asked, folder, 0, least_budget(checkpoint, steps))
+
+
 def cache_budget(asked: int | None, folder: Path, to_write: int, least: int) -> int:
     """Bytes that shards in `folder` may take: what is asked for, or what is free beside the reserve and `to_write` bytes.
 

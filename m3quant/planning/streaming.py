@@ -38,12 +38,23 @@ def conversion_steps(plan: Plan, so_far: Progressed | None = None) -> list[Step]
     until = layers[0].index if layers else len(plan.units)
     steps += [_of_unit(REPLAY, unit) for unit in plan.units[so_far.boundary : until]]
     steps += [_of_unit(UNIT, unit) for unit in layers]
-    return [*steps, Step(HEAD, shards_of(sources[name] for name in head_names(plan.family)))]
+    return [*steps, _head(plan)]
+
+
+def layer_steps(plan: Plan, done: int) -> list[Step]:
+    """A pass through the model, of which `done` layers lie behind: embeddings, every layer that is left, head."""
+    embeddings = Step(EMBEDDINGS, shards_of([plan.sources[plan.family.embedding_name]]))
+    layers = [_of_unit(UNIT, unit) for unit in plan.units[1 + done :]]
+    return [embeddings, *layers, _head(plan)]
 
 
 def unit_steps(plan: Plan) -> list[Step]:
     """Every unit once, in order, whatever the recipe."""
     return [_of_unit(UNIT, unit) for unit in plan.units]
+
+
+def _head(plan: Plan) -> Step:
+    return Step(HEAD, shards_of(plan.sources[name] for name in head_names(plan.family)))
 
 
 def head_names(family: Family) -> tuple[str, str]:

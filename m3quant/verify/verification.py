@@ -12,7 +12,7 @@ from ..artifact.output import hash_problems, output_plan, read_manifest
 from ..artifact.reread import recorded_digests, stored_infos
 from ..artifact.uploads import refuse_dropped
 from ..checkpoint import Checkpoint
-from ..checkpoint.streaming import cache_budget, least_budget, no_shards, streamed
+from ..checkpoint.streaming import no_shards, remote_budget, streamed
 from ..errors import OptionError
 from ..extras import need
 from ..planning.config_models import library_version, model_problems
@@ -170,7 +170,7 @@ def _errors(
     errors: dict[str, TensorError] = {}
     folder, cache_disk, progress = place
     work = unit_steps(plan)
-    budget = cache_budget(cache_disk, folder, 0, least_budget(origin, work)) if origin.remote else 0
+    budget = remote_budget(origin, work, folder, cache_disk)
     with streamed(origin, work, folder, budget, StopFlag(), progress, label="fetch"):
         for number, unit in enumerate(plan.units, 1):
             errors |= {e.name: e for e in unit_errors(plan, unit, reader, dense, recorded)}

@@ -12,28 +12,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..errors import PackageMissing
-from ..extras import installed
+from ..extras import need
 from ..running.retry import causes
 
 FORBIDDEN, ABSENT = 403, 404
 
 
 class Driver(ABC):
-    """One kind of store. kind: in messages; extra: what installs its file system; access: how to be let in."""
+    """One kind of store. scheme: of addresses, and of the extra that installs its file system; kind: in messages; access: how to be let in."""
 
     scheme: str
     kind: str
-    module: str
-    extra: str
     access: str
 
     def open(self) -> Any:
         """The file system, which caches no listings. Raises PackageMissing."""
-        if not installed(self.module):
-            raise PackageMissing(
-                f"{self.scheme}:// needs {self.module}, which this Python does not have: pip install 'm3quant[{self.extra}]'."
-            )
+        need(self.scheme, f"A source under {self.scheme}://")
         import fsspec
 
         return fsspec.filesystem(self.scheme, use_listings_cache=False, skip_instance_cache=True)
@@ -56,7 +50,7 @@ class Driver(ABC):
 
 
 class S3(Driver):
-    scheme, kind, module, extra = "s3", "S3", "s3fs", "s3"
+    scheme, kind = "s3", "S3"
     access = "give credentials as for the aws command (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), or for a public bucket set FSSPEC_S3_ANON=true"
 
     def mark(self, info: Mapping[str, Any]) -> str:
@@ -78,7 +72,7 @@ class S3(Driver):
 
 
 class GoogleStorage(Driver):
-    scheme, kind, module, extra = "gs", "Google Cloud Storage", "gcsfs", "gs"
+    scheme, kind = "gs", "Google Cloud Storage"
     access = "log in with `gcloud auth application-default login`, set GOOGLE_APPLICATION_CREDENTIALS, or for a public bucket set FSSPEC_GS_TOKEN=anon"
 
     def open(self) -> Any:

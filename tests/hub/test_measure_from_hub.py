@@ -7,54 +7,52 @@ from typing import Any
 
 import pytest
 
-from m3quant.api.measuring import measure_file
 from m3quant.checkpoint import Checkpoint
 from m3quant.checkpoint.shard_plan import plan_shards
-from m3quant.convert import measure as measuring
+from m3quant.convert.measure import MeasureSettings, Measuring, measure
 from m3quant.errors import OptionError, StoppedError
-from m3quant.planning.plan import make_plan
+from m3quant.planning.fit import Fitting
+from m3quant.planning.sensitivity import Sensitivity
 from m3quant.planning.streaming import layer_steps
-from m3quant.recipe.recipe import build_recipe, named_recipe
-from tests.support.convert.common import add_tokenizer, make_source
+from m3quant.running.progress import Silent
+from tests.support.convert.common import FEW, make_source, random_windows
 from tests.support.convert.hub_in_process import REPO, serve
 from tests.support.convert.resharded import reshard, watched
 
-TEXT = ("bundled",)
-
-
-def measured(source: Path | str, path: Path, **how: Any) -> bytes:
-    measure_file(Checkpoint.open(source), path, "cpu", TEXT, 2, 1, **how)
-    return path.read_bytes()
+CANDIDATES = {"routed_experts": ("int4-g128",), "attention": ("int8-g128",)}
 
 
 def test_measuring_reads_layer_by_layer_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = reshard(add_tokenizer(make_source(tmp_path / "m3", "m3", num_hidden_layers=3)), tmp_path / "source", 7)
-    expected = measured(folder, tmp_path / "local.json")
+    folder = reshard(make_source(tmp_path / "m3", "m2", num_hidden_layers=3), tmp_path / "source", 7)
+    shards, state = tmp_path / "shards", tmp_path / "state"
+
+    def measured(source: Path | str, cache_disk: int | None = None) -> Sensitivity:
+        fitting = Fitting(Checkpoint.open(source), {**FEW, "windows": 2, "heldout_windows": 1}, candidates=CANDIDATES)
+        how = MeasureSettings(save_seconds=0.0, shards=shards, cache_disk=cache_disk)
+        return measure(fitting, random_windows(fitting.base), "text", how, Silent(), state)
+
+    expected = measured(folder)
     with pytest.raises(OptionError, match="is a folder"):
-        measured(folder, tmp_path / "x.json", cache_disk=10**9)
+        measured(folder, 10**9)
     fetched = serve(folder, tmp_path / "hf", monkeypatch)
-    plan = make_plan(Checkpoint.open(folder), build_recipe(named_recipe("awq")))
+    plan = Fitting(Checkpoint.open(folder), {**FEW, "windows": 2, "heldout_windows": 1}, candidates=CANDIDATES).base
     need = plan_shards(layer_steps(plan, 0), plan.checkpoint.shard_sizes, None)
-    assert need.least < 0.8 * need.fetch_bytes
+    assert need.least < 0.8 * need.fetch_bytes, "the shards are too few for a test of a cache"
     with pytest.raises(OptionError, match=f"at least {need.least:,} bytes"):
-        measured(REPO, tmp_path / "x.json", cache_disk=need.least - 1)
-    path = tmp_path / "remote.json"
-    one, settings = measuring.Measuring._measure_layer, measuring.MeasureSettings
-    # The state is saved after every layer.
-    monkeypatch.setattr(measuring, "MeasureSettings", lambda **given: settings(**given, save_seconds=0.0))
+        measured(REPO, need.least - 1)
+    one = Measuring._measure_layer
 
     def stops(self: Any, unit: Any, tensors: Any) -> None:
         if unit.layer == 2:
             raise StoppedError("the test stops here")
         one(self, unit, tensors)
 
-    monkeypatch.setattr(measuring.Measuring, "_measure_layer", stops)
-    shards = tmp_path / "remote.json.shards"
+    monkeypatch.setattr(Measuring, "_measure_layer", stops)
     with watched(shards) as most, pytest.raises(StoppedError, match="stops here"):
-        measured(REPO, path, cache_disk=need.least)
+        measured(REPO, need.least)
     assert 0 < most[0] <= need.least and shards.exists()  # for the run that continues
-    monkeypatch.setattr(measuring.Measuring, "_measure_layer", one)
+    monkeypatch.setattr(Measuring, "_measure_layer", one)
     fetched.clear()
-    assert measured(REPO, path, cache_disk=need.least) == expected
-    assert set(fetched) < set(plan.checkpoint.shards), "finished layers were fetched again"
-    assert not shards.exists() and not path.with_name("remote.json.partial").exists()
+    assert measured(REPO, need.least) == expected
+    assert set(fetched) < set(plan.checkpoint.shards), "shards of finished layers were fetched again"
+    assert not shards.exists() and not state.exists()

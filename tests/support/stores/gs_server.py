@@ -71,8 +71,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         path, query = unquote(url.path), {key: values[0] for key, values in parse_qs(url.query).items()}
-        self.store.before(f"GET {path}")
-        fault = self.store.fault_for(f"GET {path}")
+        method = "GET" if query.get("alt") == "media" else "HEAD" if re.search(r"/o/.", path) else "LIST"
+        self.store.before(f"{method} {path}")
+        fault = self.store.fault_for(f"{method} {path}")
         if fault is not None and not fault.body_fault:
             assert fault.status is not None
             return self.answer(fault.status, {"error": {"code": fault.status, "message": "by the test"}})

@@ -16,7 +16,7 @@ BUCKET = "models"
 @dataclass
 class Objects(ABC):
     """scheme: of addresses; environment: what a process needs to speak with it. sent: (name, bytes) of every answer with content.
-    before: called with "METHOD path" of every request, outside of which no answer is made."""
+    before: called with "METHOD path" of every request; what asks for the content of an object is a GET, for its metadata a HEAD."""
 
     scheme: str
     environment: Mapping[str, str] = field(default_factory=dict)

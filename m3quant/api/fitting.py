@@ -19,6 +19,7 @@ from ..runtime.fit import MIN_CONTEXT, Ask, Fit, assess
 from ..runtime.hardware import Node, parse_node
 from ..runtime.model import Subject, open_subject
 from ..runtime.room import NodeRooms, check_context, does_not_hold, nearest_node, node_rooms, unsplittable
+from .paths import check_place
 from .planning import open_source
 
 DEFAULT_CONTEXT = 32768  # tokens, where a node is given without --context
@@ -122,6 +123,8 @@ def fit(
         corpus=tuple(calibration) or None,
         revision=revision,
     )
+    if not isinstance(src, Checkpoint):
+        check_place(src=src)
     checkpoint = src if isinstance(src, Checkpoint) else open_source(src, revision)
     where = checkpoint.root if isinstance(src, Checkpoint) else str(src)
     if measure:

@@ -163,6 +163,8 @@ def _taps(checkpoint: Checkpoint, top: ConfigPart, body: ConfigPart, family: Fam
             ids = part.raw(key)
             if not isinstance(ids, list) or not all(type(i) is int and 0 <= i <= family.num_layers for i in ids):
                 raise part.wrong(key, ids, f"a list of layers of the target, which has {family.num_layers}")
+            if len(set(ids)) < len(ids):
+                raise part.wrong(key, ids, "a list of layers of the target, each named once")
             return len(ids)
     for name, info in checkpoint.tensors.items():
         if name.split(".")[-2:] == ["fc", "weight"] and len(info.shape) == 2:

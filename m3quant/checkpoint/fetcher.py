@@ -16,7 +16,7 @@ from pathlib import Path
 from ..errors import CheckpointError, StoppedError
 from ..running.retry import again
 from .reader import Stamp, read_header, stamp_of
-from .remote import NotTheFile, RemoteStore, TransientError, passing
+from .remote import Download, NotTheFile, RemoteStore, TransientError, passing
 from .shard_cache import Abandoned
 from .writer import sha256_file
 
@@ -30,7 +30,8 @@ SLEEP_SECONDS = 2.0  # after which a pause looks whether the fetch is still want
 class Fetcher:
     """Fetches files of one store into one folder, on any threads.
 
-    advance: told the bytes that have come, less than none where they are dropped again. left: whether to give up.
+    advance: told the bytes that have come, less than none where they are dropped again. left: whether to give up. download: in place of the
+    store's own.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class Fetcher:
         advance: Callable[[int], None],
         say: Callable[[str], None],
         left: Callable[[], bool] = lambda: False,
+        download: Download | None = None,
     ) -> None:
         self.store, self.folder = store, folder
+        self._from_store = download or store.download
         self.advance, self.say, self.left = advance, say, left
         self._network = threading.Semaphore(DOWNLOADS_AT_ONCE)
 
@@ -86,7 +89,7 @@ class Fetcher:
     def _download(self, name: str, came: _Bytes, fresh: bool) -> None:
         came.drop()
         with self._network:
-            self.store.download(name, self.folder, came.add, fresh)
+            self._from_store(name, self.folder, came.add, fresh)
 
     def _difference(self, name: str, path: Path) -> str | None:
         """In which way a file is not the one that the store lists, or None."""

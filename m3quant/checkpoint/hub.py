@@ -34,6 +34,7 @@ class HubStore(RemoteStore):
     """
 
     kind = "the Hub"
+    in_processes = True
     repo: str
     revision: str
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import CheckpointError
-from ..running.retry import again
+from ..running.retry import again, retry_after
 from .bounded import TOKENIZER_BYTES, read_bounded, too_large
 from .copying import Copied, copy_file, hash_file
 from .header import PREFIX_BYTES, TensorInfo, header_length
@@ -30,13 +30,21 @@ RETRY_PAUSES_SECONDS = (1.0, 3.0)
 
 
 class TransientError(CheckpointError):
-    """A failure that may be gone at the next try. words: what happened, for who is told of a pause."""
+    """A failure that may be gone at the next try. words: what happened, for who is told of a pause; pause_seconds: what the server asks
+    to wait, where the answer that says so is not the cause."""
 
     exit_code = 4
 
-    def __init__(self, message: str, words: str) -> None:
+    def __init__(self, message: str, words: str, pause_seconds: float | None = None) -> None:
         super().__init__(message)
-        self.words = words
+        self.words, self.pause_seconds = words, pause_seconds
+
+    def __reduce__(self) -> tuple[type[TransientError], tuple[str, str, float | None]]:
+        return type(self), (str(self), self.words, retry_after(self))  # what caused it stays behind
+
+
+# As `RemoteStore.download`.
+Download = Callable[[str, Path, Callable[[int], None], bool], None]
 
 
 class NotTheFile(Exception):
@@ -71,6 +79,7 @@ class RemoteStore(ABC):
     """
 
     kind: str
+    in_processes = False  # whether the store may go to other processes, which download for this one
     repo: str | None = None
     ref: str | None = None
     revision: str | None = None
@@ -82,6 +91,10 @@ class RemoteStore(ABC):
         self.header_digests: dict[str, str] = {}  # shard -> sha256 (hex) of everything before its tensors
         self.expected: dict[str, str] = {}  # file -> sha256 (hex) that somebody else says it has
         self.cache: Cache | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that downloads: all but the shards that are here."""
+        return self.__dict__ | {"cache": None}
 
     @property
     @abstractmethod

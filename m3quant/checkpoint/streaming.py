@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import OptionError, StoppedError
 from ..running.stopping import StopFlag
 from ..running.words import human_bytes
+from .download_process import downloads
 from .fetcher import Fetcher
 from .shard_cache import ShardCache
 from .shard_plan import Step, plan_shards, too_small
@@ -51,14 +52,15 @@ def streamed(
         cache.came()
         advance(count)
 
-    fetcher = Fetcher(store, folder, came, progress.say, lambda: cache.left)
-    cache = ShardCache(folder, plan, fetcher.fetch, stop, progress.say, keep)
-    with cache:
-        store.cache = cache
-        try:
-            yield
-        finally:
-            store.cache = None
+    with downloads(store, plan.fetch_bytes) as download:
+        fetcher = Fetcher(store, folder, came, progress.say, lambda: cache.left, download)
+        cache = ShardCache(folder, plan, fetcher.fetch, stop, progress.say, keep)
+        with cache:
+            store.cache = cache
+            try:
+                yield
+            finally:
+                store.cache = None
 
 
 def no_shards(folder: str) -> str:

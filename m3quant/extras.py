@@ -15,6 +15,8 @@ from .errors import PackageMissing
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "convert": ("torch", "transformers"),
     "eval": ("torch", "transformers"),
+    "gs": ("gcsfs",),
+    "s3": ("s3fs",),
 }
 
 
@@ -30,7 +32,7 @@ def need(extra: str, what: str) -> None:
     """
     missing = [module for module in EXTRAS[extra] if not installed(module)]
     if missing:
+        hint = " (for a GPU, install torch for its CUDA version first)" if "torch" in missing else ""
         raise PackageMissing(
-            f"{what} needs {' and '.join(missing)}, which this Python does not have: pip install 'm3quant[{extra}]' "
-            "(for a GPU, install torch for its CUDA version first)."
+            f"{what} needs {' and '.join(missing)}, which this Python does not have: pip install 'm3quant[{extra}]'{hint}."
         )

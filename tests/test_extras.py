@@ -22,7 +22,7 @@ OPTIONAL = PROJECT["optional-dependencies"]
 BASE = ("--base-repo", "MiniMaxAI/MiniMax-M3")
 # Nothing of these is in the core.
 NOT_CORE = (
-    "torch", "transformers", "tokenizers", "safetensors", "compressed_tensors", "datasets", "pyarrow", "ray", "triton", "vllm",
+    "torch", "transformers", "tokenizers", "safetensors", "compressed_tensors", "datasets", "pyarrow", "ray", "s3fs", "gcsfs", "triton", "vllm",
 )  # fmt: skip
 # Each line of stdin is a command; each line of stdout what became of it.
 DRIVER = f"""
@@ -65,6 +65,8 @@ def ran(out: Path) -> dict[str, tuple[int, str, str]]:
         "convert": ["convert", m2, str(out.parent / "never"), "--to", "int4"],
         "eval": ["eval", str(out)],
         "measure": ["fit", m2, "--measure"],
+        "s3": ["plan", "s3://models/m2"],
+        "gs": ["plan", "gs://models/m2"],
         **{
             f"{name} --help": [name, "--help"] for name in ("plan", "fit", "convert", "verify", "eval", "serve", "pull")
         },
@@ -97,6 +99,15 @@ def test_what_needs_torch_says_what_to_install(
     assert (code, said) == (2, "") and err.count("\n") == 1
     assert f"pip install 'm3quant[{extra}]'" in err and "torch and transformers" in err
     assert not (out.parent / "never").exists()
+
+
+@pytest.mark.parametrize(("scheme", "driver"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_an_object_store_says_which_driver_to_install(
+    scheme: str, driver: str, ran: dict[str, tuple[int, str, str]]
+) -> None:
+    code, said, err = ran[scheme]
+    assert (code, said) == (2, "") and err.count("\n") == 1
+    assert err.endswith(f"{driver}, which this Python does not have: pip install 'm3quant[{scheme}]'.\n"), err
 
 
 def test_every_help_text_is_to_be_had_without_torch(ran: dict[str, tuple[int, str, str]]) -> None:

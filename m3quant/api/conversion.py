@@ -20,6 +20,7 @@ from ..running.words import size_of
 from .calibration_text import TextChoice, calibration_windows
 from .fitted_conversion import asked_of, fitted
 from .fitting import Answer, Asked
+from .paths import check_place
 
 if TYPE_CHECKING:
     import torch
@@ -196,6 +197,7 @@ def convert(
     as of `How`. publish: a Hub repo to which finished shards are uploaded while later ones are made, and what must be told of the
     base (docs/publish_upload.md). Raises M3QuantError subclasses, PackageMissing among them.
     """
+    check_place(src=src, dst=dst)
     choice = RecipeChoice(to, None if recipe is None else Path(recipe), tuple(settings), format, requantize, scheme)
     text = TextChoice(tuple(calibration), windows, calibration_tokens, window_length, min_expert_tokens, window_lengths)
     how = How(device, strict_coverage, spill, ray, address, size_of(cache_disk))
@@ -244,6 +246,10 @@ def prepare(
 
     if asked is None:
         plan = enough(make_plan(checkpoint, recipe))
+        if how.spill and not plan.recipe.calibrated:
+            raise OptionError(
+                f"--spill keeps the hidden states of a calibration on the disk, and {plan.recipe.name} calibrates nothing: leave it out."
+            )
         if publish is not None and how.ray and plan.recipe.calibrated:
             raise PlanError(
                 "--publish uploads from the process that journals, which a calibrated run on Ray starts elsewhere: leave --ray out, "
@@ -251,7 +257,7 @@ def prepare(
             )
         return Prepared(plan, dst, how, parts, publish=publish, notes=notes)
     asked = replace(asked, data=recipe.data.model_dump())
-    found = fitted(checkpoint, src, dst, asked, enough, how.device, text.sources, dry_run, progress)
+    found = fitted(checkpoint, src, dst, asked, enough, how.device, text.sources, dry_run, progress, how.cache_disk)
     assert found.plan is not None
     return Prepared(found.plan, dst, how, parts, found, notes=notes)
 

@@ -18,6 +18,7 @@ from ..extras import need
 from ..running import steps
 from ..running.progress import ShowProgress, quietly
 from ..running.words import size_of
+from .paths import check_place
 
 if TYPE_CHECKING:
     from ..evaluate.evaluation import Settings
@@ -112,6 +113,7 @@ def evaluate(
     need("eval", "m3quant eval")
     question = Question(suite, data, None if report is None else Path(report), limits)
     how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype, size_of(cache_disk))
+    check_place(ckpt=ckpt)
     return measure(ckpt, source, question, how, progress)
 
 
@@ -183,6 +185,8 @@ def compare(
     need("eval", "m3quant eval")
     question = Question(suite, data, None if report is None else Path(report), limits)
     how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype, size_of(cache_disk))
+    for ckpt in ckpts:
+        check_place(ckpt=ckpt)
     return measure_all(ckpts, source, question, how, progress)
 
 

@@ -41,11 +41,11 @@ def asked_of(
 
 def fitted(
     checkpoint: Checkpoint, src: str, dst: Path, asked: Asked, enough: Callable[[Plan], Plan], device: str, corpus: tuple[str, ...],
-    dry_run: bool, progress: ShowProgress,
+    dry_run: bool, progress: ShowProgress, cache_disk: int | None,
 ) -> Answer:  # fmt: skip
     """The recipe for this budget, measured first where there is no sensitivity file. Refusals come before measuring.
 
-    enough: a plan with as much text as the machine has time for. dry_run: nothing is measured.
+    enough: a plan with as much text as the machine has time for. dry_run: nothing is measured. cache_disk: as of `measure_file`.
     """
     from .measuring import measure_file
 
@@ -57,7 +57,7 @@ def fitted(
     if dry_run and not path.exists():
         _say(progress, f"{path} does not exist: the plan is by bytes alone; the conversion measures first.")
         return answer(checkpoint, src, asked)
-    _check_places(first.plan, dst)
+    _check_places(first.plan, dst, cache_disk)
     if path.exists():
         _say(progress, f"sensitivity: {path}")
     else:
@@ -65,14 +65,15 @@ def fitted(
             progress,
             f"two passes over the weights: the first measures what each scheme costs in each layer ({path}), the second converts",
         )
-        measure_file(checkpoint, path, device, corpus, progress=progress)
+        measure_file(checkpoint, path, device, corpus, progress=progress, cache_disk=cache_disk)
     return answer(checkpoint, src, replace(asked, sensitivity=path, corpus=corpus))
 
 
-def _check_places(plan: Plan, dst: Path) -> None:
+def _check_places(plan: Plan, dst: Path, cache_disk: int | None) -> None:
     from ..convert.conversion import check_places
+    from ..convert.job import Settings
 
-    check_places(plan, dst)
+    check_places(plan, dst, Settings(cache_disk=cache_disk))
 
 
 def _say(progress: ShowProgress, line: str) -> None:

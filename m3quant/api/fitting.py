@@ -14,11 +14,12 @@ from ..planning.plan import Plan
 from ..planning.sensitivity import Sensitivity, check_source, check_text, load_sensitivity
 from ..recipe.recipe import Recipe
 from ..running.progress import ShowProgress, quietly
-from ..running.words import human_bytes, parse_size
+from ..running.words import human_bytes, parse_size, size_of
 from ..runtime.fit import MIN_CONTEXT, Ask, Fit, assess
 from ..runtime.hardware import Node, parse_node
 from ..runtime.model import Subject, open_subject
 from ..runtime.room import NodeRooms, check_context, does_not_hold, nearest_node, node_rooms, unsplittable
+from .paths import check_place
 from .planning import open_source
 
 DEFAULT_CONTEXT = 32768  # tokens, where a node is given without --context
@@ -94,6 +95,7 @@ def fit(
     device: str = "auto",
     revision: str | None = None,
     progress: ShowProgress = quietly,
+    cache_disk: int | str | None = None,
 ) -> Answer:
     """The best recipe for `src` (a folder, a Hub repo, or a config.json alone), layer by layer.
 
@@ -101,6 +103,7 @@ def fit(
     concurrency, kv_dtype, ...): what it holds. With neither, only the frontier. "Best" is the least predicted KL divergence
     from the file `sensitivity`; without one, bits are spread evenly. measure: write that file first (NAME.sensitivity.json if
     it has no name), on `windows` and `heldout_windows` of `calibration`; this reads every weight and needs torch.
+    cache_disk ("60GB", or bytes): what shards of a source on the Hub or in an object store may take on the disk at a time meanwhile.
     Raises OptionError, PlanError for a budget below the least, DoesNotFit for a node.
     """
     given = dict(serving or {})
@@ -110,6 +113,8 @@ def fit(
         raise OptionError(f"{option_of(next(iter(given)))} says how a node serves: add --on NODE.")
     if not measure and (windows or heldout_windows):
         raise OptionError("--windows and --heldout-windows say how to measure: add --measure.")
+    if not measure and cache_disk is not None:
+        raise OptionError("--cache-disk is about shards that are read to measure: add --measure.")
     asked = Asked(
         budget=budget_of(budget),
         node=node,
@@ -118,13 +123,17 @@ def fit(
         corpus=tuple(calibration) or None,
         revision=revision,
     )
+    if not isinstance(src, Checkpoint):
+        check_place(src=src)
     checkpoint = src if isinstance(src, Checkpoint) else open_source(src, revision)
     where = checkpoint.root if isinstance(src, Checkpoint) else str(src)
     if measure:
         from .measuring import measure_file
 
         path = asked.sensitivity or Path(f"{Path(where).resolve().name}.sensitivity.json")
-        measure_file(checkpoint, path, device, tuple(calibration), windows, heldout_windows, progress)
+        measure_file(
+            checkpoint, path, device, tuple(calibration), windows, heldout_windows, progress, size_of(cache_disk)
+        )
         asked = asked.with_sensitivity(path)
     return answer(checkpoint, where, asked)
 

@@ -24,20 +24,21 @@ def measure_file(
     windows: int | None = None,
     heldout: int | None = None,
     progress: ShowProgress = quietly,
+    cache_disk: int | None = None,
 ) -> Sensitivity:
     """Measure what each scheme costs in each layer of `checkpoint`, and write it to `path`.
 
-    Raises PlanError or OutputError, before anything is read, where the one is not on this machine or the other cannot be
+    cache_disk: bytes that shards of one on the Hub or in an object store may take beside `path` at a time.
+    Raises PlanError or OutputError, before anything is read, where the one has no weights or the other cannot be
     written, and PackageMissing without torch.
     """
     need("convert", "m3quant fit --measure")
     from ..calibration.mixture import mixture_sha256, parse_mixture
     from ..convert.measure import MeasureSettings, measure
 
-    if not checkpoint.local:
+    if not checkpoint.local and checkpoint.remote is None:
         raise PlanError(
-            f"{checkpoint.root} is no folder with weights on this machine, and measuring reads every weight: download it "
-            "first (m3quant pull), or leave --measure out."
+            f"{checkpoint.root} has no weights, and measuring reads every weight: give a checkpoint, or leave --measure out."
         )
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise OutputError(f"{path} cannot be written: give --sensitivity a file in a folder that exists.")
@@ -45,11 +46,12 @@ def measure_file(
     fitting = Fitting(checkpoint, data)
     parts = parse_mixture(corpus)
     partial = path.with_name(f"{path.name}.partial")
+    how = MeasureSettings(device=device, shards=path.with_name(f"{path.name}.shards"), cache_disk=cache_disk)
     with progress("measure") as shown:
         steps.step(f"reading text for {sum(data.values())} windows")
         text = calibration_windows(fitting.base, parts)
         for note in text.notes:
             shown.say(f"note: {note}")
-        found = measure(fitting, text, mixture_sha256(parts), MeasureSettings(device=device), shown, partial)
+        found = measure(fitting, text, mixture_sha256(parts), how, shown, partial)
     write_bytes_atomic(path, found.dump())
     return found

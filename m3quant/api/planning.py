@@ -9,6 +9,7 @@ from ..checkpoint import Checkpoint
 from ..planning.headers import from_config
 from ..planning.plan import Plan, make_plan
 from ..recipe.choice import RecipeChoice
+from .paths import check_place
 
 
 def open_source(src: str | Path, revision: str | None = None) -> Checkpoint:
@@ -33,6 +34,8 @@ def plan(
     llm-compressor's. settings: "role=scheme" or "role@layers=scheme" laid over it. format: of the output. requantize: take a
     source that is in integers already. scheme: one for all roles, in place of a recipe ("W4A16", "int4-g32"). Raises CheckpointError, RecipeError, or PlanError for an engine rule that would be broken.
     """
+    if not isinstance(src, Checkpoint):
+        check_place(src=src)
     checkpoint = src if isinstance(src, Checkpoint) else open_source(src, revision)
     choice = RecipeChoice(to, None if recipe is None else Path(recipe), tuple(settings), format, requantize, scheme)
     return make_plan(checkpoint, choice.recipe(checkpoint.config))

@@ -15,6 +15,7 @@ from ..running.progress import ShowProgress, quietly
 from ..running.words import size_of
 from ..verify.verification import Check, Verification
 from ..verify.verification import verify as check_output
+from .paths import check_place
 
 
 def _nothing(line: str) -> None: ...
@@ -41,6 +42,7 @@ def verify(
     say: receives the check that is under way. progress: of a download, of the checks, and of shards from the Hub. Raises VerifyError or CheckpointError where there is
     nothing to check, PackageMissing for a comparison without torch.
     """
+    check_place(dst=dst, **({} if source is None else {"source": source}))
     if source is not None or engine or transformers:
         need("convert", "m3quant verify with --source, --engine or --transformers")
     if engine:  # before hours of reading

@@ -5,7 +5,8 @@
     shards     size, stamp (inode, size, mtime, ctime), digest of sampled blocks, and the Hub's sha256 where it is recorded
 
 Of a checkpoint that is read from the Hub the repo, its commit and the Hub's checksums are known, and no block is sampled: a
-shard's stamp is its checksum, which each file is compared with when it comes.
+shard's stamp is its checksum, which each file is compared with when it comes. In an object store a shard's stamp is what the
+store says of its content (`object_drivers.Driver.mark`).
 
 What cannot be known without reading everything is recorded as it is read, one digest per unit (`Journal.finish_unit`,
 `manifest.source.read`). A stamp that differs decides nothing by itself: then the units that were made from that shard are
@@ -22,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, sha256_file
 from ..checkpoint.content import combined
-from ..checkpoint.hub import HubStore
 from ..checkpoint.origin import known_sha256, origin_of
+from ..checkpoint.remote import RemoteStore
 
 SOURCE = "source"  # the label of what a conversion reads
 
@@ -34,7 +35,7 @@ class _Identity(BaseModel):
 
 class ShardIdentity(_Identity):
     """One shard of a source. known_sha256: as the Hub sent it, where that is recorded and the file is no newer.
-    sampled: None of a shard on the Hub."""
+    sampled: None of a shard that is not on this machine."""
 
     size: int = Field(ge=0)
     stamp: str
@@ -43,7 +44,7 @@ class ShardIdentity(_Identity):
 
 
 class SourceIdentity(_Identity):
-    """A source as it is now. files: name -> sha256. Of one on the Hub its repo, and the branch, tag or commit that was asked for as `ref`
+    """A source as it is now. files: name -> sha256 (of a large one in an object store, its mark). Of one on the Hub its repo, and the branch, tag or commit that was asked for as `ref`
     (None: the default branch)."""
 
     repo: str | None = None
@@ -61,8 +62,8 @@ def identify(checkpoint: Checkpoint, carried: Iterable[str] = ()) -> SourceIdent
     files = {CONFIG_NAME: sha256(checkpoint.config_text).hexdigest()}
     if checkpoint.index_text is not None:
         files[INDEX_NAME] = sha256(checkpoint.index_text).hexdigest()
-    if checkpoint.hub is not None:
-        return _on_hub(checkpoint, checkpoint.hub, files, list(carried))
+    if checkpoint.remote is not None:
+        return _elsewhere(checkpoint, checkpoint.remote, files, list(carried))
     root = Path(checkpoint.root)
     files |= {name: sha256_file(root / name) for name in carried}
     sampled, stamps = checkpoint.sampled(), checkpoint.file_stamps()
@@ -80,24 +81,30 @@ def identify(checkpoint: Checkpoint, carried: Iterable[str] = ()) -> SourceIdent
     )
 
 
-def _on_hub(checkpoint: Checkpoint, store: HubStore, files: dict[str, str], carried: list[str]) -> SourceIdentity:
+def _elsewhere(checkpoint: Checkpoint, store: RemoteStore, files: dict[str, str], carried: list[str]) -> SourceIdentity:
     small = [name for name in carried if store.is_small(name)]
     folder = checkpoint.files(small)
-    files |= {name: sha256_file(folder / name) if name in small else store.sha256(name) for name in carried}
+    files |= {
+        name: sha256_file(folder / name) if name in small else store.sha256(name) or store.marks[name]
+        for name in carried
+    }
     return SourceIdentity(
         repo=store.repo,
         ref=store.ref,
         revision=store.revision,
         files=files,
         shards={
-            name: ShardIdentity(size=shard.size, stamp=store.etags[name], sampled=None, known_sha256=store.sha256(name))
+            name: ShardIdentity(size=shard.size, stamp=store.marks[name], sampled=None, known_sha256=store.sha256(name))
             for name, shard in checkpoint.shards.items()
         },
     )
 
 
 def sampled_identity(checkpoint: Checkpoint) -> str:
-    """One digest of the sampled blocks of all shards: what another process that opens the same checkpoint must find."""
+    """One digest of the sampled blocks of all shards, or of what the store says of them: what another process that opens the same
+    checkpoint must find."""
+    if (store := checkpoint.remote) is not None:
+        return combined({name: store.marks[name] for name in checkpoint.shards})
     return combined(checkpoint.sampled())
 
 
@@ -133,7 +140,7 @@ def _differ(one: str | None, other: str | None) -> bool:
 def touched(then: SourceIdentity, now: SourceIdentity) -> list[str]:
     """Shards whose file was written, replaced or moved since, so that only reading it shows whether it is the same.
 
-    Between a folder and the Hub, those whose checksum the folder does not know.
+    Between a folder and the Hub or an object store, those whose checksum the folder does not know.
     """
     moved = then.repo != now.repo
 

@@ -26,8 +26,11 @@ class SourceRecord:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         names = [*checkpoint.shards, *checkpoint.other_files, "config.json"]
-        hub = checkpoint.hub
-        self.origin = Origin(hub.repo, hub.revision, hub.etags) if hub else origin_of(Path(checkpoint.root), names)
+        store = checkpoint.remote
+        if store is None:
+            self.origin = origin_of(Path(checkpoint.root), names)
+        else:  # of an object store nothing is kept: its address would be published
+            self.origin = Origin(store.repo, store.revision, store.marks if store.repo else {})
         replaced = [name for name in checkpoint.other_files if name in REPLACED_FILES]
         skipped = {name: why for name, why in checkpoint.skipped_files.items() if name not in DOWNLOADERS_OWN}
         self.left_behind = {

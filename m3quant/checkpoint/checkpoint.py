@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from .hub import HubStore
+    from .remote import RemoteStore
 
 Range: TypeAlias = tuple[TensorInfo, int, memoryview]
 """A buffer to be filled with a tensor's bytes, from an offset within it on."""
@@ -50,7 +50,7 @@ class Shard:
 
 
 class Store(Protocol):
-    """The place of a checkpoint's files: a local folder or a repo on the Hub."""
+    """The place of a checkpoint's files: a local folder, or elsewhere (`remote.RemoteStore`)."""
 
     where: str
 
@@ -196,11 +196,20 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path_or_repo: str | Path, revision: str | None = None) -> "Checkpoint":
-        """Open a local folder, or a Hub repo "org/name" or "org/name@revision" header-only.
+        """Open a local folder, or header-only a Hub repo "org/name" or "org/name@revision", or a prefix of an object store, "s3://...".
 
-        A folder of that name takes precedence over a repo. Raises CheckpointError; DamagedOutput for a finished output of m3quant.
+        A folder of that name takes precedence over a repo. Raises CheckpointError; DamagedOutput for a finished output of m3quant;
+        PackageMissing without the object store's driver.
         """
         text = str(path_or_repo)
+        if "://" in text:
+            from .object_store import ObjectStore
+
+            if revision is not None:
+                raise CheckpointError(
+                    f"{text} is in an object store, which has no revision {revision!r}. Leave it out."
+                )
+            return cls(ObjectStore(text))
         path = Path(path_or_repo).expanduser()
         if path.is_dir():
             if revision is not None:
@@ -216,7 +225,7 @@ class Checkpoint:
         repo, at, inline = text.partition("@")
         if isinstance(path_or_repo, Path) or not REPO_ID.fullmatch(repo) or (at and not inline):
             raise CheckpointError(
-                f"There is no folder {text}. Give a folder, or a Hub repo as org/name or org/name@revision."
+                f"There is no folder {text}. Give a folder, a Hub repo as org/name or org/name@revision, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."
             )
         if inline and revision is not None and inline != revision:
             raise CheckpointError(f"Two revisions are given, {inline!r} and {revision!r}. Give one.")
@@ -241,41 +250,41 @@ class Checkpoint:
         return isinstance(self._store, LocalStore)
 
     @property
-    def hub(self) -> "HubStore | None":
-        """The repo on the Hub, where tensors can be read while a cache is attached to it (`shard_cache`); None of a folder."""
-        from .hub import HubStore
+    def remote(self) -> "RemoteStore | None":
+        """The Hub repo or object store, where tensors can be read while a cache is attached to it (`shard_cache`); None of a folder."""
+        from .remote import RemoteStore
 
         store = getattr(self, "_store", None)  # one of headers alone has none
-        return store if isinstance(store, HubStore) else None
+        return store if isinstance(store, RemoteStore) else None
 
     @property
     def pinned(self) -> str:
-        """What opens just this again: the folder, or the repo with its commit."""
-        return f"{self.hub.repo}@{self.hub.revision}" if self.hub else self.root
+        """What opens just this again: the folder, the repo with its commit, or the prefix."""
+        return self.remote.pinned if self.remote else self.root
 
     @property
     def name(self) -> str:
-        """The folder's name, or the repo's without its organization."""
-        return self.hub.repo.rpartition("/")[2] if self.hub else Path(self.root).resolve().name
+        """The folder's name, the repo's without its organization, or the last part of the prefix."""
+        return self.remote.name if self.remote else Path(self.root).resolve().name
 
     def files(self, names: "Iterable[str] | None" = None) -> Path:
-        """The folder in which config.json and these of other_files lie; of a Hub repo they are downloaded.
+        """The folder in which config.json and these of other_files lie; of one elsewhere they are downloaded.
 
-        names: small ones (`HubStore.is_small`); None: all of those. Raises CheckpointError.
+        names: small ones (`RemoteStore.is_small`); None: all of those. Raises CheckpointError.
         """
         if names is None:
-            names = [name for name in self.other_files if self.hub is None or self.hub.is_small(name)]
+            names = [name for name in self.other_files if self.remote is None or self.remote.is_small(name)]
         return self._store.files({CONFIG_NAME, *names})
 
     def finish_step(self, key: "Hashable") -> None:
-        """A step of the work (`planning.streaming`) is done: of a Hub repo, shards that nothing reads any more leave the disk."""
-        if self.hub and self.hub.cache:
-            self.hub.cache.finish(key)
+        """A step of the work (`planning.streaming`) is done: of a checkpoint elsewhere, shards that nothing reads any more leave the disk."""
+        if self.remote and self.remote.cache:
+            self.remote.cache.finish(key)
 
     def abandon(self) -> None:
-        """The work ends with an error: nobody waits for shards of a Hub repo any more."""
-        if self.hub and self.hub.cache:
-            self.hub.cache.abandon()
+        """The work ends with an error: nobody waits for shards from elsewhere any more."""
+        if self.remote and self.remote.cache:
+            self.remote.cache.abandon()
 
     @contextmanager
     def abandoned_on_error(self) -> "Iterator[None]":
@@ -365,7 +374,7 @@ class Checkpoint:
         return {name: file_stamp(store.root / name) for name in self.shards}
 
     def file_bytes(self, name: str, limit: int = TEXT_BYTES) -> bytes:
-        """A small one of other_files, config.json or the index; of a Hub repo it is downloaded.
+        """A small one of other_files, config.json or the index; of a checkpoint elsewhere it is downloaded.
 
         Raises CheckpointError, also for more than `limit` bytes.
         """
@@ -399,10 +408,8 @@ class Checkpoint:
 
     def _local_store(self, action: str) -> LocalStore:
         if not isinstance(self._store, LocalStore):
-            raise CheckpointError(
-                f"{self.root} is on the Hub, where only headers are read: cannot {action} what is there. "
-                f"Download it first (m3quant pull {self.root} FOLDER) and give the folder."
-            )
+            assert self.remote is not None
+            raise CheckpointError(self.remote.headers_only(action))
         return self._store
 
     def __repr__(self) -> str:

@@ -1,9 +1,9 @@
-"""Shards of a checkpoint on the Hub, on the disk just as long as somebody reads them.
+"""Shards of a checkpoint that is elsewhere, on the disk just as long as somebody reads them.
 
 The source of a conversion (or of verify, or of an evaluation) is opened by headers alone. Its work is known beforehand as a
 sequence of steps, and `shard_plan` says which shard is fetched for which step and stays until which. This module carries
 that out: a few threads fetch ahead in the plan's order while the bytes on the disk, those in flight included, stay within
-the budget; every shard is compared with the Hub's checksum before anybody sees it. A reader asks for shards and waits until
+the budget; every shard is compared with what its store says of it before anybody sees it. A reader asks for shards and waits until
 they are there (`reading`); the worker says which step is done (`finish`), and what no later step of its stay reads is removed.
 Readers on any threads may run ahead: they wait, and since shards are fetched in the order of the steps, the earliest
 unfinished step never waits for a later one. A reader that waits looks at the stop flag and ends with the first error of a
@@ -185,7 +185,7 @@ class ShardCache:
         in_flight = sorted((wanted & self._here.keys()) - self._stamps.keys())
         if not in_flight or now - max(told, self._moved) < STALL_SECONDS:
             return told
-        self._say(f"waiting for {in_flight[0]}: no data from the Hub for {now - self._moved:.0f} s")
+        self._say(f"waiting for {in_flight[0]}: no data for {now - self._moved:.0f} s")
         return now
 
     def _next(self) -> Stay | None:

@@ -1,4 +1,4 @@
-"""Which shards of a checkpoint on the Hub lie on the disk when: computed beforehand, from the order of work alone.
+"""Which shards of a checkpoint that is elsewhere lie on the disk when: computed beforehand, from the order of work alone.
 
 Work is a sequence of steps (a layer each, mostly), each of which reads some shards. A shard stays from the first step that
 reads it to the last; where `budget` has no room for that, it leaves after one step and is fetched again for a later one, the
@@ -117,7 +117,7 @@ def plan_shards(steps: Iterable[Step], sizes: Mapping[str, int], budget: int | N
 def too_small(budget: int, least: int) -> str:
     """The sentence about a budget below the least."""
     return (
-        f"{human_bytes(budget)} for shards from the Hub are too few for those that one layer needs together: "
+        f"{human_bytes(budget)} for shards are too few for those that one layer needs together: "
         f"--cache-disk must be at least {least:,} bytes ({human_bytes(least)})."
     )
 

@@ -1,4 +1,4 @@
-"""Read a checkpoint on the Hub without downloading it whole: what a command wraps its work in."""
+"""Read a checkpoint that is elsewhere without downloading it whole: what a command wraps its work in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from ..errors import OptionError, StoppedError
 from ..running.stopping import StopFlag
 from ..running.words import human_bytes
-from .hub_fetch import Fetcher
+from .download_process import downloads
+from .fetcher import Fetcher
 from .shard_cache import ShardCache
 from .shard_plan import Step, plan_shards, too_small
 
@@ -34,13 +35,13 @@ def streamed(
     keep: bool = False,
     label: str = "fetch",
 ) -> Iterator[None]:
-    """Read tensors of a checkpoint on the Hub, step by step, while the block runs; of a folder nothing changes.
+    """Read tensors of a checkpoint elsewhere, step by step, while the block runs; of a folder nothing changes.
 
     steps: all that is read, in order; whoever is done with one tells `checkpoint.finish_step`. folder: for shards, of at most
     `budget` bytes at a time. keep: whether whole shards stay after an error, for the run that continues.
     Raises OptionError for too small a budget.
     """
-    store = checkpoint.hub
+    store = checkpoint.remote
     if store is None:
         yield
         return
@@ -51,24 +52,37 @@ def streamed(
         cache.came()
         advance(count)
 
-    fetcher = Fetcher(store, folder, came, progress.say, lambda: cache.left)
-    cache = ShardCache(folder, plan, fetcher.fetch, stop, progress.say, keep)
-    with cache:
-        store.cache = cache
-        try:
-            yield
-        finally:
-            store.cache = None
+    with downloads(store, plan.fetch_bytes) as download:
+        fetcher = Fetcher(store, folder, came, progress.say, lambda: cache.left, download)
+        cache = ShardCache(folder, plan, fetcher.fetch, stop, progress.say, keep)
+        with cache:
+            store.cache = cache
+            try:
+                yield
+            finally:
+                store.cache = None
 
 
 def no_shards(folder: str) -> str:
-    """The sentence about --cache-disk where nothing is on the Hub."""
-    return f"--cache-disk is about shards of a checkpoint on the Hub, and {folder} is a folder: leave it out."
+    """The sentence about --cache-disk where nothing is elsewhere."""
+    return f"--cache-disk is about shards of a checkpoint on the Hub or in an object store, and {folder} is a folder: leave it out."
 
 
 def least_budget(checkpoint: Checkpoint, steps: Iterable[Step]) -> int:
     """The smallest budget that `streamed` takes for these steps; 0 of a folder."""
-    return plan_shards(steps, checkpoint.shard_sizes, None).least if checkpoint.hub else 0
+    return plan_shards(steps, checkpoint.shard_sizes, None).least if checkpoint.remote else 0
+
+
+def remote_budget(checkpoint: Checkpoint, steps: Iterable[Step], folder: Path, asked: int | None) -> int:
+    """Bytes that shards for these steps may take in `folder`, beside which nothing large is written; 0 of a checkpoint in a folder.
+
+    asked: as --cache-disk. Raises OptionError for a folder, and as `cache_budget`.
+    """
+    if checkpoint.remote is None:
+        if asked is not None:
+            raise OptionError(no_shards(checkpoint.root))
+        return 0
+    return cache_budget(asked, folder, 0, least_budget(checkpoint, steps))
 
 
 def cache_budget(asked: int | None, folder: Path, to_write: int, least: int) -> int:
@@ -92,7 +106,7 @@ def cache_budget(asked: int | None, folder: Path, to_write: int, least: int) -> 
         return asked
     if free - RESERVE_BYTES < least:
         raise StoppedError(
-            f"the disk of {place} has {human_bytes(max(free, 0))} free beside the output, and shards from the Hub take at least "
+            f"the disk of {place} has {human_bytes(max(free, 0))} free beside the output, and shards from the Hub or an object store take at least "
             f"{human_bytes(least)}, with {human_bytes(RESERVE_BYTES)} in reserve: free space, or give --cache-disk {least} to do without "
             "the reserve. Nothing was changed."
         )

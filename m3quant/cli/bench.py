@@ -280,10 +280,11 @@ def _show_plan(servers: Sequence[Prepared], points: Sequence[Point], left: Seque
             "points": [{"concurrency": point.concurrency, "context": point.context, "requests": point.requests} for point in points],
             "not_measured": [{"concurrency": point.concurrency, "context": point.context} for point in left],
             "commands": [server.launch.command for server in servers],
+            "environments": [server.launch.public_env() for server in servers],
         }  # fmt: skip
         click.echo(json.dumps(document, indent=2))
         return
     for point in points:
         click.echo(f"{_words(point)}, {point.requests} requests")
     for server in servers:
-        click.echo(shlex.join(server.launch.command))
+        click.echo(server.launch.shown(shlex.quote, None))

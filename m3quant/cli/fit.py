@@ -11,7 +11,7 @@ import click
 from ..api import fit
 from ..errors import OptionError
 from .fit_output import fit_json, print_fit, write_chart, write_recipe
-from .options import ASK_OPTIONS, ask_options
+from .options import ASK_OPTIONS, ask_options, cache_option
 from .progress import BytesProgress
 
 
@@ -47,6 +47,7 @@ from .progress import BytesProgress
 @click.option("--recipe-out", type=click.Path(path_type=Path), default=None, help="Write the recipe (YAML) here.")
 @click.option("--chart", type=click.Path(path_type=Path), default=None, help="Draw bytes against KL into this page.")
 @ask_options
+@cache_option("With --measure, if SRC is on the Hub or in an object store: disk space for its shards, e.g. 60GB.")
 @click.option("--revision", default=None, help="Revision of a Hub repo.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -61,6 +62,7 @@ def command(
     heldout_windows: int | None,
     recipe_out: Path | None,
     chart: Path | None,
+    cache_disk: int | None,
     revision: str | None,
     as_json: bool,
     **serving: Any,
@@ -85,6 +87,7 @@ def command(
         device=device,
         revision=revision,
         progress=BytesProgress,
+        cache_disk=cache_disk,
     )
     if recipe_out is not None:
         if found.recipe is None:

@@ -131,9 +131,9 @@ def check_streaming(checkpoint: Checkpoint, streaming: Streaming, detailed: bool
     """Raise OptionError where --cache-disk or --network say nothing. detailed: whether one conversion is planned."""
     if streaming == (None, None):
         return
-    if checkpoint.hub is None:
+    if checkpoint.remote is None:
         raise OptionError(
-            f"--cache-disk and --network are about a source on the Hub, and {checkpoint.root} is here: leave them out."
+            f"--cache-disk and --network are about a source on the Hub or in an object store, and {checkpoint.root} is here: leave them out."
         )
     if not detailed:
         raise OptionError(
@@ -145,7 +145,7 @@ def plan_json(plan: Plan, rates: Rates | None = None, streaming: Streaming = (No
     """The plan for programs: every number that the table shows, and each tensor's fate."""
     rates = rates or load_rates()
     budget, network = streaming
-    from_hub = conversion_shards(plan, budget).to_json(network) if plan.checkpoint.hub else None
+    from_hub = conversion_shards(plan, budget).to_json(network) if plan.checkpoint.remote else None
     time = estimate(plan, rates)
     return {
         "estimate": time.model_dump() if time else None,
@@ -219,7 +219,8 @@ def _minutes(seconds: float) -> str:
 
 def print_plan(plan: Plan, rates: Rates | None = None, streaming: Streaming = (None, None)) -> None:
     budget, network = streaming
-    from_hub = streaming_lines(conversion_shards(plan, budget), network) if plan.checkpoint.hub else []
+    store = plan.checkpoint.remote
+    from_hub = streaming_lines(conversion_shards(plan, budget), store.kind, network) if store else []
     print_source(plan)
     click.echo(licence_line(plan.checkpoint.root, plan.family.model_type).text)
     click.echo(f"recipe {plan.recipe.name}, format {plan.recipe.format}, rounding {plan.recipe.rounding}")

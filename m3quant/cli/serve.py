@@ -203,12 +203,11 @@ def _compose(prepared: Prepared, api_key_env: str | None) -> str:
 def _show(prepared: Prepared, licence: LicenceLine, as_json: bool, api_key_env: str | None) -> None:
     fit, launch = prepared.fit, prepared.launch
     if as_json:
-        env = {name: (None if name in launch.secret else value) for name, value in launch.env.items()}
         engine = (
             {"name": prepared.installed.name, "version": prepared.installed.version} if prepared.installed else None
         )
         decision = {
-            "event": "decided", "command": launch.command, "env": env, "node": fit.node.name, "context": fit.context, "pool_tokens": fit.pool.tokens,
+            "event": "decided", "command": launch.command, "env": launch.public_env(), "node": fit.node.name, "context": fit.context, "pool_tokens": fit.pool.tokens,
             "concurrency": fit.concurrency, "kv_dtype": fit.setup.kv_dtype, "engine": engine, "kv_cache_memory_bytes": prepared.pin,
             "offload": offload_json(fit), "licence": licence.to_json(),
         }  # fmt: skip

@@ -33,7 +33,7 @@ from ..running.device import device_name, pick_device
 from ..running.progress import Progress
 from ..running.stopping import StopFlag, stop_on_signals
 from .finish import finish, write_rehearsal
-from .from_hub import check_hub, check_local, shards_budget, shards_of_hub
+from .from_hub import check_local, check_remote, shards_budget, shards_of_hub
 from .gpu_stage import why_plain
 from .job import Run, Settings, out_of_memory
 from .pipeline import convert_units
@@ -157,8 +157,8 @@ def _begin_sink(
 
 def check_places(plan: Plan, output: Path, settings: Settings | None = None) -> None:
     """Raise CheckpointError, PlanError or OutputError where the source cannot be read here or the output folder is not to be used."""
-    if plan.checkpoint.hub is not None:
-        check_hub(plan, settings or Settings())
+    if plan.checkpoint.remote is not None:
+        check_remote(plan, settings or Settings())
     else:
         check_local(plan.checkpoint, settings or Settings())
         check_apart(Path(plan.checkpoint.root), output)

@@ -1,4 +1,4 @@
-"""A conversion whose source is on the Hub: what is checked beforehand, and its shards while it runs (docs/hub.md)."""
+"""A conversion whose source is on the Hub or in an object store: what is checked beforehand, and its shards while it runs (docs/hub.md)."""
 
 from __future__ import annotations
 
@@ -25,43 +25,49 @@ def open_source(text: str, output: Path) -> tuple[Checkpoint, str | None]:
     A branch or tag of a Hub repo that has moved since the conversion was begun is left: it goes on with the commit that it was begun with.
     """
     checkpoint = Checkpoint.open(text)
-    hub, begun = checkpoint.hub, begun_with(output)
-    if hub is None or begun is None or (begun.repo, begun.ref) != (hub.repo, hub.ref) or begun.revision == hub.revision:
+    hub, begun = checkpoint.remote, begun_with(output)
+    if (
+        hub is None
+        or hub.repo is None
+        or begun is None
+        or (begun.repo, begun.ref) != (hub.repo, hub.ref)
+        or begun.revision == hub.revision
+    ):
         return checkpoint, None
     note = (
-        f"{hub.where} has moved to {hub.revision[:12]} since the conversion into {output} was begun: continuing with "
+        f"{hub.where} has moved to {str(hub.revision)[:12]} since the conversion into {output} was begun: continuing with "
         f"{str(begun.revision)[:12]}; for the new revision choose another folder"
     )
     checkpoint = Checkpoint.open(hub.repo, begun.revision)
-    assert checkpoint.hub is not None
-    checkpoint.hub.ref = hub.ref
+    assert checkpoint.remote is not None
+    checkpoint.remote.ref = hub.ref
     return checkpoint, note
 
 
-def check_hub(plan: Plan, settings: Settings) -> None:
-    """Raise CheckpointError, OptionError or PlanError for what cannot be read from the Hub as asked."""
-    hub = plan.checkpoint.hub
-    assert hub is not None
+def check_remote(plan: Plan, settings: Settings) -> None:
+    """Raise CheckpointError, OptionError or PlanError for what cannot be read from elsewhere as asked."""
+    store = plan.checkpoint.remote
+    assert store is not None
     if settings.engine == "ray":
         raise PlanError(
-            f"--ray reads a source that all nodes see, and {hub.where} is on the Hub: download it to a shared file system "
-            f"(m3quant pull {hub.where} FOLDER) and convert the folder, or leave --ray out."
+            f"--ray reads a source that all nodes see, and {store.where} is on {store.kind}: download it to a shared file system "
+            "and convert the folder, or leave --ray out."
         )
-    for name in (*plan.checkpoint.shards, *(n for n in plan.copied_files if not hub.is_small(n))):
-        hub.sha256(name)
+    for name in (*plan.checkpoint.shards, *(n for n in plan.copied_files if not store.is_small(n))):
+        store.sha256(name)
     if settings.cache_disk is not None:
         conversion_shards(plan, settings.cache_disk)
 
 
 def check_local(checkpoint: Checkpoint, settings: Settings) -> None:
-    """Raise OptionError for options that belong to a source on the Hub."""
+    """Raise OptionError for options that belong to a source that is elsewhere."""
     if settings.cache_disk is not None:
         raise OptionError(no_shards(checkpoint.root))
 
 
 def shards_budget(plan: Plan, output: Path, settings: Settings, need: Resources) -> int:
-    """Bytes that shards from the Hub may take at a time, 0 of a folder. Raises StoppedError where the disk has no room for them."""
-    if plan.checkpoint.hub is None:
+    """Bytes that shards from elsewhere may take at a time, 0 of a folder. Raises StoppedError where the disk has no room for them."""
+    if plan.checkpoint.remote is None:
         return 0
     folder = output / FOLDER / CACHE
     left = need.disk - written_bytes(output, besides=folder)
@@ -73,6 +79,6 @@ def shards_of_hub(
 ) -> AbstractContextManager[None]:
     """Its shards come and go while the block runs; of a folder nothing changes."""
     so_far = Progressed(journal.records.keys(), journal.last_boundary())
-    steps = conversion_steps(plan, so_far) if plan.checkpoint.hub is not None else []
+    steps = conversion_steps(plan, so_far) if plan.checkpoint.remote is not None else []
     journal.finished = lambda unit: plan.checkpoint.finish_step(("unit", unit))
     return streamed(plan.checkpoint, steps, journal.folder / CACHE, budget, stop, progress, keep=True)

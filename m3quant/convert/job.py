@@ -35,7 +35,7 @@ class Settings:
     engine: str = "local"  # or "ray": units over the GPUs of a cluster
     address: str | None = None  # of the Ray cluster; None starts one on this machine
     boundary_every: int | None = None  # layers between saved hidden states; None: resources.boundary_interval
-    cache_disk: int | None = None  # bytes that shards from the Hub may take at a time; None: what is free
+    cache_disk: int | None = None  # bytes that shards from elsewhere may take at a time; None: what is free
     ranks: Ranks | None = None  # this process among those that calibrate together; None: alone
     sink: ShardSink | None = None  # where finished shards go beyond the disk
 

@@ -37,6 +37,7 @@ from ..calibration.quantizers import layer_quantizer
 from ..calibration.ranks import ALONE
 from ..calibration.spec import LayerSpec
 from ..calibration.stream import HiddenStates, Prefetcher, embed_source, read_head, read_layer, run_layer
+from ..checkpoint.streaming import remote_budget, streamed
 from ..errors import CalibrationError
 from ..planning.choices import role_of
 from ..planning.fit import Fitting
@@ -51,6 +52,7 @@ from ..planning.sensitivity import (
     TextIdentity,
     source_identity,
 )
+from ..planning.streaming import EMBEDDINGS, UNIT, layer_steps
 from ..planning.unit import Unit
 from ..quant.formats import TORCH_DTYPES
 from ..quant.reading import SourceReader
@@ -84,6 +86,8 @@ class MeasureSettings:
     save_seconds: float = 600.0  # between two saved states, if there is a folder for them
     micro_batch_tokens: int = 16384
     strict_coverage: bool = False
+    shards: Path = Path("m3quant-shards")  # folder for shards of a checkpoint that is elsewhere, while it is measured
+    cache_disk: int | None = None  # bytes that they may take at a time; None: what is free
 
 
 def measure(
@@ -133,35 +137,49 @@ class Measuring:
         self.reader = SourceReader(self.plan.checkpoint, self.plan.sources)
         scale = TORCH_DTYPES[scale_dtype(Scheme("int", 4), self.recipe.format)]
         self._quantizer = layer_quantizer(self.recipe, scale, settings.strict_coverage, ALONE)
-        self.state = MeasureState(
-            self._embedded(self.tokens, self.dtype),
-            self._embedded(self.tokens[self.calibration :], torch.float32),
-            [PilotState(own, self._embedded(self.tokens, self.dtype), others) for own, others in self.pilot_recipes()],
-        )
-        self.probe_windows = self._probe_windows()
 
     def run(self, text_sha256: str, state_folder: Path | None = None) -> Sensitivity:
+        saved = SavedState(state_folder, self._identity(text_sha256)) if state_folder else None
+        self.progress.start(sum(unit.bytes_in for unit in self.plan.units[1:]), 0)
+        checkpoint, settings = self.plan.checkpoint, self.settings
+        work = layer_steps(self.plan, saved.layers() if saved else 0)
+        budget = remote_budget(checkpoint, work, settings.shards, settings.cache_disk)
+        with streamed(checkpoint, work, settings.shards, budget, self.stop, self.progress, keep=True):
+            self.state = MeasureState(
+                self._embedded(self.tokens, self.dtype),
+                self._embedded(self.tokens[self.calibration :], torch.float32),
+                [
+                    PilotState(own, self._embedded(self.tokens, self.dtype), others)
+                    for own, others in self.pilot_recipes()
+                ],
+            )
+            self.probe_windows = self._probe_windows()
+            checkpoint.finish_step(EMBEDDINGS)
+            found = self._run(text_sha256, saved)
+        if saved:
+            saved.remove()
+        return found
+
+    def _run(self, text_sha256: str, saved: SavedState | None) -> Sensitivity:
         units, state = self.plan.units[1:], self.state
-        self.progress.start(sum(unit.bytes_in for unit in units), 0)
         self.progress.say(
             f"measuring: {len(units)} layers, {sum(len(n) for n in self.fitting.choices.by_role.values())} candidates a layer "
             f"at most, {self.calibration} windows to calibrate on and {len(self.tokens) - self.calibration} held out"
         )
-        saved = SavedState(state_folder, self._identity(text_sha256)) if state_folder else None
         if saved and saved.restore(state, self.device):
             self.progress.say(f"continuing after layer {len(state.errors) - 1}, where the state was saved last")
             self.progress.advance(sum(unit.bytes_in for unit in units[: len(state.errors)]))
         todo, last = units[len(state.errors) :], time.monotonic()
         with contextlib.ExitStack() as stack:
-            for unit, tensors in zip(todo, self._layers(stack, todo), strict=True):
+            layers = self._layers(stack, todo)
+            stack.enter_context(self.plan.checkpoint.abandoned_on_error())
+            for unit, tensors in zip(todo, layers, strict=True):
                 self._measure_layer(unit, tensors)
+                self.plan.checkpoint.finish_step((UNIT, unit.index))
                 if saved and unit is not units[-1] and time.monotonic() - last >= self.settings.save_seconds:
                     saved.save(state)
                     last = time.monotonic()
-        found = self._result(text_sha256)
-        if saved:
-            saved.remove()
-        return found
+        return self._result(text_sha256)
 
     def _identity(self, text_sha256: str) -> dict[str, Any]:
         """Everything that the numbers depend on."""
@@ -175,7 +193,7 @@ class Measuring:
             "candidates": [
                 {role: list(names) for role, names in own.items()} for own in self.fitting.choices.candidates
             ],
-            "pilots": [pilot.layers for pilot in self.state.pilots],
+            "pilots": [layers for layers, _ in self.pilot_recipes()],
             "settings": [self.settings.micro_batch_tokens, self.settings.strict_coverage],
         }
 

@@ -93,6 +93,11 @@ class SavedState:
             self._next.rename(self.folder)
             sync_folder(self.folder.parent)
 
+    def layers(self) -> int:
+        """Layers that are done in what `restore` would restore."""
+        records = next(filter(None, map(self._records, (self.folder, self._next))), None)
+        return len(records["errors"]) if records else 0
+
     def restore(self, state: MeasureState, device: torch.device) -> bool:
         """Bring `state`, as it was embedded, to where it was saved last. False, and nothing is changed, if nothing that belongs
         to this measurement was saved."""

@@ -58,11 +58,11 @@ def recheck(
 
 
 def refuse_unknown(checkpoint: Checkpoint, output: Path, moved: Sequence[str]) -> None:
-    """Raise OutputError where only reading all these shards again, from the Hub, could tell whether they are the same."""
-    if checkpoint.hub is not None:
+    """Raise OutputError where only reading all these shards again, from elsewhere, could tell whether they are the same."""
+    if (store := checkpoint.remote) is not None:
         raise OutputError(
-            f"{output} was made of a folder, of which nothing says that {moved[0]} is the shard on the Hub: give that folder, or "
-            "choose another one for the output."
+            f"{output} was made of a source of which nothing says that {moved[0]} is the shard that is now on {store.kind}: give that "
+            "source as it was, or choose another folder for the output."
         )
 
 

@@ -109,6 +109,10 @@ class Launch:
     def command(self) -> list[str]:
         return [*self.program, *self.arguments]
 
+    def public_env(self) -> dict[str, str | None]:
+        """The environment without its keys."""
+        return {name: None if name in self.secret else value for name, value in self.env.items()}
+
     def shown(self, quote: Callable[[str], str], api_key_env: str | None) -> str:
         """A shell line, with the environment before it; the key as the variable that the user named."""
         env = [

@@ -37,7 +37,7 @@ def check_cache(models: Sequence[Model], cache_disk: int | None) -> None:
     """Raise OptionError for --cache-disk without a model on the Hub, or with less than they take together."""
     if cache_disk is None:
         return
-    if not any(model.reader.checkpoint.hub for model in models):
+    if not any(model.reader.checkpoint.remote for model in models):
         raise OptionError(no_shards(models[0].where))
     least = sum(least_budget(model.reader.checkpoint, evaluation_steps(model, 0)) for model in models)
     if cache_disk < least:
@@ -54,7 +54,7 @@ def shards_of_hub(
     progress: Progress,
 ) -> Iterator[None]:
     """Shards of the models on the Hub come and go while the block runs; several share the disk by what each takes at least."""
-    remote = [model for model in models if model.reader.checkpoint.hub]
+    remote = [model for model in models if model.reader.checkpoint.remote]
     if not remote:
         yield
         return

@@ -124,9 +124,17 @@ def open_model(path: str | Path, label: str = "checkpoint") -> Model:
 
 
 def _check_listed(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> None:
-    """Raise EvaluationError where a repo's shards are not those that its manifest lists."""
-    for name, facts in manifest["shards"].items() if checkpoint.hub else ():
-        if checkpoint.hub is not None and checkpoint.hub.etags.get(name) != facts["sha256"]:
+    """Raise EvaluationError where a repo's shards are not those that its manifest lists; those of an object store are compared as
+    they come."""
+    store = checkpoint.remote
+    if store is None:
+        return
+    listed = {name: facts["sha256"] for name, facts in manifest["shards"].items()}
+    if store.repo is None:
+        store.expected.update(listed)
+        return
+    for name, sha256 in listed.items():
+        if store.marks.get(name) != sha256:
             raise EvaluationError(f"{checkpoint.root}/{name} is not the file that its manifest lists: do not use it.")
 
 

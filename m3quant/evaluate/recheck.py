@@ -30,10 +30,10 @@ def recheck(
         label = model.label
         if not (moved := touched(journal.read[label], now[label])):
             continue
-        if model.reader.checkpoint.hub is not None:
+        if (store := model.reader.checkpoint.remote) is not None:
             raise OutputError(
-                f"{journal.folder} was begun with a folder as the {label}, of which nothing says that {moved[0]} is the shard on the Hub: "
-                f"give that folder, or remove {journal.folder} and start again."
+                f"{journal.folder} was begun with a {label} of which nothing says that {moved[0]} is the shard that is now on {store.kind}: "
+                f"give it as it was, or remove {journal.folder} and start again."
             )
         progress.say(
             f"files of the {label} were written or moved since: reading what {len(moved)} shards gave to finished layers"

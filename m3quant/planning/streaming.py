@@ -1,4 +1,4 @@
-"""The steps of a conversion that reads its source from the Hub, and the shards that each step reads."""
+"""The steps of a conversion that reads its source from the Hub or an object store, and the shards that each step reads."""
 
 from __future__ import annotations
 
@@ -38,12 +38,23 @@ def conversion_steps(plan: Plan, so_far: Progressed | None = None) -> list[Step]
     until = layers[0].index if layers else len(plan.units)
     steps += [_of_unit(REPLAY, unit) for unit in plan.units[so_far.boundary : until]]
     steps += [_of_unit(UNIT, unit) for unit in layers]
-    return [*steps, Step(HEAD, shards_of(sources[name] for name in head_names(plan.family)))]
+    return [*steps, _head(plan)]
+
+
+def layer_steps(plan: Plan, done: int) -> list[Step]:
+    """A pass through the model, of which `done` layers lie behind: embeddings, every layer that is left, head."""
+    embeddings = Step(EMBEDDINGS, shards_of([plan.sources[plan.family.embedding_name]]))
+    layers = [_of_unit(UNIT, unit) for unit in plan.units[1 + done :]]
+    return [embeddings, *layers, _head(plan)]
 
 
 def unit_steps(plan: Plan) -> list[Step]:
     """Every unit once, in order, whatever the recipe."""
     return [_of_unit(UNIT, unit) for unit in plan.units]
+
+
+def _head(plan: Plan) -> Step:
+    return Step(HEAD, shards_of(plan.sources[name] for name in head_names(plan.family)))
 
 
 def head_names(family: Family) -> tuple[str, str]:
@@ -60,19 +71,19 @@ def _of_unit(kind: str, unit: Unit) -> Step:
 
 
 def conversion_shards(plan: Plan, budget: int | None, so_far: Progressed | None = None) -> ShardPlan:
-    """What a conversion fetches from the Hub. Raises OptionError for a budget that is too small."""
+    """What a conversion fetches. Raises OptionError for a budget that is too small."""
     return plan_shards(conversion_steps(plan, so_far), plan.checkpoint.shard_sizes, budget)
 
 
-def streaming_lines(shards: ShardPlan, network: float | None) -> list[str]:
-    """The same for a person. network: bytes per second, None if not said."""
+def streaming_lines(shards: ShardPlan, kind: str, network: float | None) -> list[str]:
+    """The same for a person. kind: of store (`RemoteStore.kind`); network: bytes per second, None if not said."""
     count = len({stay.shard for stay in shards.stays})
     twice = shards.fetch_bytes - sum(shards.sizes[s] for s in {stay.shard for stay in shards.stays})
     again = f", {human_bytes(twice)} of them a second time because of the disk limit" if twice else ""
     time = f"; at {human_bytes(network)}/s {duration(shards.fetch_bytes / network)}" if network else ""
     bound = f"with --cache-disk {human_bytes(shards.budget)} at most" if shards.budget else "without --cache-disk up to"
     return [
-        f"from the Hub: {shards.fetch_bytes:,} bytes ({human_bytes(shards.fetch_bytes)}) to fetch in {count} shards{again}{time}",
+        f"from {kind}: {shards.fetch_bytes:,} bytes ({human_bytes(shards.fetch_bytes)}) to fetch in {count} shards{again}{time}",
         f"disk for shards: {bound} {human_bytes(shards.peak)} at a time; at least {shards.least:,} bytes ({human_bytes(shards.least)}), "
         f"with {human_bytes(shards.least_once)} nothing is fetched twice",
     ]

@@ -35,7 +35,7 @@ def base_problems(
             continue
         if not path.is_file():
             problems.append(f"{base.repo} has {name}, which {out} lacks: download the base whole and convert again.")
-        elif not hash_file(path).has_etag(store.etags[name]):
+        elif not hash_file(path).has_etag(store.marks[name]):
             problems.append(
                 f"{out / name} is not the file that {base.repo} has at {base.revision[:12]}: copy it byte for byte."
             )

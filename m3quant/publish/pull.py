@@ -19,7 +19,8 @@ from ..checkpoint import CONFIG_NAME, INDEX_NAME, make_folder, sha256_file
 from ..checkpoint.bounded import MANIFEST_BYTES, read_text
 from ..checkpoint.checkpoint import REPO_ID
 from ..checkpoint.copying import hash_file
-from ..checkpoint.hub import HubStore, TransientError, passing
+from ..checkpoint.hub import HubStore
+from ..checkpoint.remote import TransientError, passing
 from ..errors import CheckpointError, HubError, OutputError, StoppedError, VerifyError
 from ..running.progress import Progress
 from ..running.retry import again
@@ -180,7 +181,7 @@ class _Pull:
         for name, digest in expected.items():
             if name not in self.store.sizes:
                 raise VerifyError(f"{where} lacks {name}, which its manifest lists: it is incomplete.")
-            there = self.store.etags[name]
+            there = self.store.marks[name]
             if len(there) == SHA256_DIGITS and there != digest:
                 raise VerifyError(
                     f"{where}/{name} is not the file that its manifest lists ({there[:12]}, not {digest[:12]})."
@@ -196,7 +197,7 @@ class _Pull:
 
     def _fetch_and_compare(self, name: str, expected: str | None) -> Path:
         path = self._fetch(name)
-        wanted = expected or self.store.etags[name]
+        wanted = expected or self.store.marks[name]
         if len(wanted) == SHA256_DIGITS:
             found, kind = sha256_file(path), "sha256"
         else:

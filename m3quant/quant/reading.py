@@ -72,7 +72,7 @@ class SourceReader:
 
     def look(self, tensors: Iterable[SourceTensor]) -> None:
         """Before these are read. Raises CheckpointError for a global scale that cannot be right."""
-        if self.checkpoint.hub is not None:
+        if self.checkpoint.remote is not None:
             self._scales.check(tensors)
 
 

@@ -52,13 +52,16 @@ def again(
 def retry_after(error: BaseException) -> float | None:
     """Seconds that the answer behind a failure asks to wait, None if it does not say.
 
-    `Retry-After` in seconds or as a date (RFC 9110, section 10.2.3), else `RateLimit` (draft-ietf-httpapi-ratelimit-headers).
+    `Retry-After` in seconds or as a date (RFC 9110, section 10.2.3), else `RateLimit` (draft-ietf-httpapi-ratelimit-headers). A failure that
+    came from another process, without its answer, has `pause_seconds`.
     """
     for link in causes(error):
-        response = getattr(link, "response", None)
-        if response is not None:
-            text = response.headers.get("Retry-After")
-            return _limit_reset(response.headers.get("RateLimit")) if text is None else _pause(text.strip())
+        if (asked := getattr(link, "pause_seconds", None)) is not None:
+            return float(asked)
+        headers = getattr(getattr(link, "response", None), "headers", None)
+        if headers is not None:
+            text = headers.get("Retry-After")
+            return _limit_reset(headers.get("RateLimit")) if text is None else _pause(text.strip())
     return None
 
 

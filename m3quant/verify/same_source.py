@@ -37,6 +37,6 @@ def other_source_problems(plan: Plan, manifest: Mapping[str, Any], source: Check
 
 
 def _sha256(source: Checkpoint, name: str) -> str:
-    if source.hub is not None and not source.hub.is_small(name):
-        return source.hub.sha256(name)
+    if source.remote is not None and not source.remote.is_small(name):
+        return source.remote.digest(name)
     return sha256_file(source.files([name]) / name)

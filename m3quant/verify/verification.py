@@ -12,7 +12,7 @@ from ..artifact.output import hash_problems, output_plan, read_manifest
 from ..artifact.reread import recorded_digests, stored_infos
 from ..artifact.uploads import refuse_dropped
 from ..checkpoint import Checkpoint
-from ..checkpoint.streaming import cache_budget, least_budget, no_shards, streamed
+from ..checkpoint.streaming import no_shards, remote_budget, streamed
 from ..errors import OptionError
 from ..extras import need
 from ..planning.config_models import library_version, model_problems
@@ -85,7 +85,7 @@ def verify(
 ) -> tuple[Verification, Plan]:
     """Check an output without an engine. Raises VerifyError or CheckpointError only if there is nothing to check.
 
-    source: a folder or a Hub id, whose shards are fetched one after the other. cache_disk: bytes that they may take in `output` at a
+    source: a folder, a Hub id or a prefix of an object store, whose shards are fetched one after the other. cache_disk: bytes that they may take in `output` at a
     time; progress: told of their bytes.
     Only a comparison with a source needs torch: PackageMissing without it, before anything is read.
     """
@@ -97,7 +97,7 @@ def verify(
     origin = Checkpoint.open(source) if source else None
     if origin is not None:
         check_same_kind(converted, origin)
-    if cache_disk is not None and (origin is None or origin.hub is None):
+    if cache_disk is not None and (origin is None or origin.remote is None):
         raise OptionError(no_shards(source or str(output)))
     plan = output_plan(converted, manifest, origin)
     checks: list[Check] = []
@@ -133,9 +133,9 @@ def verify(
         )
     if origin is not None and sound:
         origin.record_reads()
-        if origin.hub is not None:
+        if origin.remote is not None:
             size = human_bytes(sum(unit.bytes_in for unit in plan.units))
-            say(f"{origin.root} is on the Hub: {size} are read shard by shard, none is kept")
+            say(f"{origin.root} is on {origin.remote.kind}: {size} are read shard by shard, none is kept")
 
         def compare() -> list[str]:
             place = output / CACHE, cache_disk, progress or Silent()
@@ -170,7 +170,7 @@ def _errors(
     errors: dict[str, TensorError] = {}
     folder, cache_disk, progress = place
     work = unit_steps(plan)
-    budget = cache_budget(cache_disk, folder, 0, least_budget(origin, work)) if origin.hub else 0
+    budget = remote_budget(origin, work, folder, cache_disk)
     with streamed(origin, work, folder, budget, StopFlag(), progress, label="fetch"):
         for number, unit in enumerate(plan.units, 1):
             errors |= {e.name: e for e in unit_errors(plan, unit, reader, dense, recorded)}

@@ -20,6 +20,24 @@ from tests.support.paths import DATA, FIXTURES, ROOT
 TINY_M2 = FIXTURES / "tiny-m2"
 
 
+def test_a_place_that_is_none_is_refused_in_words(tmp_path: Path) -> None:
+    nowhere: Any = None
+    for call in (
+        lambda: plan(nowhere),
+        lambda: fit(nowhere),
+        lambda: convert(nowhere, tmp_path / "out"),
+        lambda: convert(TINY_M2, nowhere),
+        lambda: verify(nowhere),
+        lambda: evaluate(nowhere),
+        lambda: evaluate(""),
+    ):
+        with pytest.raises(OptionError, match="names no checkpoint: give a folder"):
+            call()
+    with pytest.raises(OptionError, match="--spill keeps the hidden states of a calibration on the disk, and int4"):
+        convert(TINY_M2, tmp_path / "out", "int4", spill=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_notebook_runs_from_the_first_cell_to_the_last(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     path = ROOT / "examples" / "python_api.ipynb"
     notebook = json.loads(path.read_text(encoding="utf-8"))

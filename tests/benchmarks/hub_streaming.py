@@ -3,8 +3,9 @@
 A Hub on localhost synthesizes a checkpoint (any config.json with --config, whole models too) and throws away what is uploaded, both at a
 limited rate. `m3quant convert REPO OUT --publish --drop-uploaded` runs against it in a process of its own, and it is measured: wall time
 against the slowest of fetching, converting and uploading alone, the most that lay on the disk, bytes fetched against the model's, peak
-memory. Fetching and uploading alone take their bytes over the rate; converting alone is the same command on the same weights in a folder,
-of as many layers as --sample-layers says, times the layers.
+memory. Fetching and uploading alone take their bytes over the rate; converting alone is the same command on the same weights in a folder.
+Of a model that the disk cannot hold, --sample-layers N and then half of them are converted, and the line through both gives the whole.
+--converting SECONDS is what an earlier run printed. --work on a file system in memory takes the disk's speed out of the figures.
 
     tests.benchmarks.hub_streaming --config tests/data/minimax-m2.7/config.json --to fp8 --rate 1GB --cache-disk 20GB --sample-layers 4
 
@@ -190,16 +191,25 @@ def environment(work: Path, url: str) -> dict[str, str]:
 
 
 def converting_alone(work: Path, asked: argparse.Namespace, layers: int, commit: str) -> float:
-    """Seconds of the conversion from a folder and to a folder, of all layers: measured on some, times the number."""
-    sample = min(asked.sample_layers or layers, layers)
-    folder, _ = in_folder(work, asked, sample, commit)
+    """Seconds of the conversion from a folder and to a folder, of all layers: what starting takes counts once."""
+    if asked.converting is not None:
+        return float(asked.converting)
+    if asked.sample_layers is None or asked.sample_layers >= layers:
+        return _converting(work, asked, layers, commit)
+    many, few = asked.sample_layers, asked.sample_layers // 2
+    of_many, of_few = (_converting(work, asked, sample, commit) for sample in (many, few))
+    return of_many + (layers - many) * (of_many - of_few) / (many - few)
+
+
+def _converting(work: Path, asked: argparse.Namespace, layers: int, commit: str) -> float:
+    folder, _ = in_folder(work, asked, layers, commit)
     out = work / "alone"
     shutil.rmtree(out, ignore_errors=True)
     words = ["convert", str(folder), str(out), *asked.recipe, "--device", asked.device, "--json"]
     seconds, _, _ = measured(words, environment(work, ""), [out], out)
     shutil.rmtree(out)
     shutil.rmtree(folder)
-    return seconds * layers / sample
+    return seconds
 
 
 def combined(work: Path, asked: argparse.Namespace, hub: Started, base: str, limit: str, converting: float) -> Run:
@@ -263,6 +273,7 @@ def main() -> None:
     parser.add_argument(
         "--sample-layers", type=int, default=None, help="layers that are converted alone, from the disk [all]"
     )
+    parser.add_argument("--converting", type=float, default=None, help="seconds of converting alone, known already")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=Path("hub-streaming"))
     parser.add_argument("--json", type=Path, default=None)

@@ -14,16 +14,17 @@ from typing import Any
 
 import pytest
 
-from m3quant.checkpoint import Checkpoint, hub
+from m3quant.checkpoint import Checkpoint
+from m3quant.checkpoint.remote import FIRST_BYTES
 from tests.support import adversarial
 from tests.support.publish.hub_server import running_hub
 from tests.support.publish.hub_state import Hub
 
 DRIVER = """
 import json, sys
-from m3quant.checkpoint import Checkpoint, hub
+from m3quant.checkpoint import Checkpoint, hub, remote
 from m3quant.errors import CheckpointError
-hub.RETRY_PAUSES_SECONDS = (0.01, 0.01)
+hub.RETRY_PAUSES_SECONDS = remote.RETRY_PAUSES_SECONDS = (0.01, 0.01)
 results = []
 for spec in json.load(sys.stdin):
     try:
@@ -121,7 +122,7 @@ def test_a_repo_opens_like_its_folder_without_its_weights(server: Hub, tmp_path:
         assert len(remote["read_errors"]) == 3
         assert all(f"m3quant pull {spec['repo'].split('@')[0]}" in text for text in remote["read_errors"])
         headers = sum(shard.header_bytes for shard in local.shards.values())
-        assert headers < server.shard_bytes(spec["repo"].split("@")[0]) <= headers + hub.FIRST_BYTES
+        assert headers < server.shard_bytes(spec["repo"].split("@")[0]) <= headers + FIRST_BYTES
     assert (
         specs[0]["repo"] == "org/model" and open_on(server.url, tmp_path, specs[:1])[0]["file"] == '{"a tokenizer": 1}'
     )

@@ -178,7 +178,7 @@ def test_a_network_that_stands_still_is_told(tmp_path: Path, monkeypatch: pytest
 
     with cache_of(tmp_path / "cache", WORK[:1], SIZES, 100, fetch, say=say) as cache:
         read(cache, "a")
-    assert said[0].startswith("waiting for a: no data from the Hub for")
+    assert said[0].startswith("waiting for a: no data for")
 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,9 @@ def test_a_dry_run_shows_the_points_and_needs_no_engine(shell: Shell, monkeypatc
     assert done.code == 0 and [(p["context"], p["concurrency"]) for p in done.json["points"]] == [
         (500, 1), (500, 4), (1000, 1), (1000, 4),
     ]  # fmt: skip
-    (command,) = done.json["commands"]
+    (command,), (environment,) = done.json["commands"], done.json["environments"]
+    words = shell("bench", M2, "--on=1xH200", "--concurrency=4,1", "--context=1k,500", "--dry-run").out
+    assert environment and all(f"{name}=" in words.splitlines()[-1] for name in environment)
     assert command[command.index("--max-model-len") + 1] == "1000" and command[command.index("--max-num-seqs") + 1] == "4"  # fmt: skip
 
 

@@ -136,6 +136,38 @@ def test_the_bytes_are_those_of_a_local_conversion_within_the_disk_given(
     assert {facts["as_on_hub"] for facts in source["files"].values()} == {True}
 
 
+def test_downloads_in_processes_of_their_own_bring_the_same_bytes_and_say_the_same(
+    hub: Hub, client: Client, folders: dict[str, Path], local: Callable[..., Path], tmp_path: Path
+) -> None:
+    repo, output = add(hub, folders, "tiny-m2"), tmp_path / "out"
+    job = {"cli": ["convert", repo, str(output), *RECIPES["int4"]], "processes": True}
+    hub.faults = [
+        Fault("GET .*/model-00002", 503, skip=1, headers={"Retry-After": "7"}),
+        Fault("GET .*/model-00003", None, skip=1, body_fault="wrong"),
+        Fault("GET .*/model-00006", 403, skip=1, times=100),
+    ]
+    done = client.run(job)
+    assert done.code == 2 and "not open to you" in done.err, done.err
+    hub.faults = hub.faults[:2]
+    done = client.run(job)
+    assert done.code == 0, done.err
+    same(output, local("tiny-m2", "int4"))
+    assert not left_over()
+
+
+def left_over() -> list[str]:
+    """Processes that download, of whom there are none when the one they download for has ended."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"m3quant.checkpoint.download_process" in words:
+            found.append(process.name)
+    return found
+
+
 def test_seventeen_megabytes_of_disk_are_enough_for_the_trained_fixture(
     hub: Hub, client: Client, tmp_path: Path
 ) -> None:
@@ -178,7 +210,6 @@ def test_the_plan_says_beforehand_what_is_fetched_and_takes_no_weight(
             "is a folder",
         ),
         (["convert", repo, str(tmp_path / "out"), "--to", "int4", "--cache-disk", "much"], "no size"),
-        (["convert", repo, str(tmp_path / "out"), "--to", "int4", "--engine", "ray"], "m3quant pull"),
     ):
         done = client.run({"cli": bad})
         assert done.code == 2 and phrase in done.err, done.err

@@ -3,10 +3,13 @@ layers as stacks with a writer in the background, as on a GPU, and layers that a
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -91,6 +94,31 @@ def test_an_error_while_the_next_layer_waits_for_room_ends_the_run(
     with pytest.raises(CalibrationError, match="this layer fails"):
         run_plan(plan, tmp_path / "out", cache_disk=need.least)
     assert (tmp_path / "out" / ".m3quant" / "source").exists()  # for the run that continues
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_disk_that_fills_up_while_it_fetches_stops_a_run_that_continues(
+    folder: Path, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_plan(make_plan_of(folder, "int4"), tmp_path / "whole")
+    fetched = serve(folder, tmp_path / "hf", monkeypatch)
+    plan, download = make_plan_of(REPO, "int4"), huggingface_hub.hf_hub_download  # type: ignore[arg-type]
+
+    def fills(repo: str, name: str, *, local_dir: Path | None = None, **given: Any) -> str:
+        if local_dir is not None and len(fetched) >= at:
+            (local_dir / name).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return download(repo, name, local_dir=local_dir, **given)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fills)
+    out = tmp_path / "out"
+    with pytest.raises(StoppedError, match=r"No space left on device\. Free space and run the same command again"):
+        run_plan(plan, out)
+    assert b"half" not in {path.read_bytes() for path in (out / ".m3quant" / "source").glob("*.safetensors")}
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    run_plan(make_plan_of(REPO, "int4"), out)  # type: ignore[arg-type]
+    a, b = made(out), made(tmp_path / "whole")
+    assert [name for name in a.keys() | b.keys() if a.get(name) != b.get(name) and not name.endswith(".json")] == []
 
 
 def test_a_bad_weight_while_workers_wait_for_room_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,8 @@
 """Forks a child for every job that comes as a line of JSON on stdin (see client.py).
 
-Jobs: {"cli": [ARGUMENT, ...]} runs the m3quant command, with "system" as on another system (other_system.py); {"upload": FOLDER, "repo": ..., options} runs `upload` on the files
+Jobs: {"cli": [ARGUMENT, ...]} runs the m3quant command, with "system" as on another system (other_system.py), with "processes" with downloads in processes of their own; {"upload": FOLDER, "repo": ..., options} runs `upload` on the files
 of a folder, without the gates of the command.
-Jobs: {"cli": [ARGUMENT, ...]} runs the m3quant command; {"upload": FOLDER, "repo": ..., options} runs `upload` on the files
-of a folder, without the gates of the command. small_bytes: from how many on a file is sent from the disk. die_at: number of the
+small_bytes: from how many on a file is sent from the disk. die_at: number of the
 durable operation at which the process ends itself, 0 for none; operations: a file for the names of all of them.
 """
 
@@ -68,6 +67,10 @@ def child(job: dict[str, Any]) -> None:
 
     if "system" in job:
         runpy.run_path(str(Path(__file__).parents[1] / "other_system.py"))["become"](job["system"])
+    if job.get("processes"):
+        from m3quant.checkpoint import download_process
+
+        download_process.WORTH_BYTES = 0
     upload.SMALL_BYTES = job.get("small_bytes", 1000)
     if "upload" in job:
 

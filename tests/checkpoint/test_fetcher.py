@@ -13,9 +13,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from m3quant.checkpoint import hub_fetch
+from m3quant.checkpoint import fetcher as fetching
+from m3quant.checkpoint.fetcher import Fetcher
 from m3quant.checkpoint.hub import HubStore
-from m3quant.checkpoint.hub_fetch import Fetcher
 from m3quant.checkpoint.shard_cache import Abandoned
 from m3quant.errors import StoppedError
 
@@ -38,7 +38,7 @@ def fetcher(
     store: HubStore, folder: Path, monkeypatch: pytest.MonkeyPatch, download: Download, **given: Any
 ) -> Fetcher:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(hub_fetch, "PAUSES_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(fetching, "PAUSES_SECONDS", (0.0, 0.0))
     return Fetcher(store, folder, **{"advance": lambda count: None, "say": lambda line: None, **given})
 
 
@@ -99,7 +99,7 @@ def test_a_fetch_that_nobody_waits_for_ends(store: HubStore, tmp_path: Path, mon
 
     with pytest.raises(Abandoned):
         fetcher(store, tmp_path, monkeypatch, download, left=lambda: True).fetch(NAME)
-    monkeypatch.setattr(hub_fetch, "PAUSES_SECONDS", (100.0,))
+    monkeypatch.setattr(fetching, "PAUSES_SECONDS", (100.0,))
     late = Fetcher(store, tmp_path, lambda count: None, lambda line: None, left=lambda: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", raising(ConnectionResetError("dead")))
     with pytest.raises(Abandoned):

@@ -1,0 +1,171 @@
+"""Downloads of one store in processes of their own, which do not share an interpreter with the work beside them.
+
+A client in Python holds the interpreter for about a second a gigabyte. However many threads fetch, one process then gets less than a
+gigabyte a second, and a conversion beside them both slows them and is slowed. Here each download has a process, started when it is first
+wanted and used again:
+
+    python -m m3quant.checkpoint.download_process    the store comes on stdin, then jobs; counts, errors and ends go to stdout
+
+Nothing is lost if one dies: what it was at counts as a lost connection. None outlives the process that started it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from .remote import Download, RemoteStore, TransientError
+
+# Starting them takes about a second of a core each, which a small checkpoint does not win back.
+WORTH_BYTES = 4 * 10**9
+
+
+@contextmanager
+def downloads(store: RemoteStore, count: int) -> Iterator[Download]:
+    """How `count` bytes of a store are best downloaded while the block runs."""
+    if not store.in_processes or count < WORTH_BYTES:
+        yield store.download
+        return
+    with DownloadProcesses(store) as processes:
+        yield processes.download
+
+
+class DownloadProcesses:
+    """`download` as that of the store, on any threads. Use it in a `with`: at its end every process is gone."""
+
+    def __init__(self, store: RemoteStore) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._idle: list[_Process] = []
+        self._all: set[_Process] = set()
+        self._over = False
+
+    def __enter__(self) -> DownloadProcesses:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._over = True
+            for process in self._all:
+                process.kill()
+
+    def download(self, name: str, folder: Path, came: Callable[[int], None], fresh: bool) -> None:
+        """As `RemoteStore.download`. An exception of `came` ends the process that tells of bytes."""
+        process = self._take()
+        try:
+            failure = process.run((name, folder, fresh), came)
+        except BaseException:
+            process.kill()
+            raise
+        with self._lock:
+            if process.lives:
+                self._idle.append(process)
+        if failure is not None:
+            raise failure
+
+    def _take(self) -> _Process:
+        with self._lock:
+            if self._over:
+                raise TransientError("Downloads have ended.", "downloads have ended")
+            if self._idle:
+                return self._idle.pop()
+            process = _Process(self._store)
+            self._all.add(process)
+            return process
+
+
+class _Process:
+    """One process that downloads one file at a time."""
+
+    def __init__(self, store: RemoteStore) -> None:
+        # What is importable here is importable there; signals are for the process that has the terminal.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __spec__.name], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._to, self._from = self._process.stdin, self._process.stdout
+        self._tell(store)
+
+    def run(self, job: tuple[str, Path, bool], came: Callable[[int], None]) -> Exception | None:
+        """Download one file; the failure that `RemoteStore.download` would have raised. Raises what `came` raises."""
+        try:
+            self._tell(job)
+            while isinstance(answer := pickle.load(self._from), int):
+                came(answer)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            return lost(self._process.wait())
+        assert answer is None or isinstance(answer, Exception)
+        return answer
+
+    @property
+    def lives(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _tell(self, what: Any) -> None:
+        pickle.dump(what, self._to)
+        self._to.flush()
+
+
+def lost(code: int) -> Exception:
+    """The failure of a download whose process ended with this exit code, minus the signal that killed it."""
+    return TransientError(f"The process that downloaded ended with {code}. Try again.", f"a download ended with {code}")
+
+
+def portable(error: Exception) -> Exception:
+    """The error as another process can have it: itself, or its words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def serve(jobs: BinaryIO, answers: BinaryIO) -> None:
+    """Download what is asked for, until `jobs` ends."""
+    store: RemoteStore = pickle.load(jobs)
+
+    def tell(answer: int | Exception | None) -> None:
+        try:
+            pickle.dump(answer, answers)
+            answers.flush()
+        except BrokenPipeError:
+            os._exit(0)  # the process that wanted it is gone, so nobody is left to be told of anything
+
+    while True:
+        try:
+            name, folder, fresh = pickle.load(jobs)
+        except EOFError:
+            return
+        failure: Exception | None = None
+        try:
+            store.download(name, folder, tell, fresh)
+        except Exception as error:
+            failure = portable(error)
+        tell(failure)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for whatever a library prints
+    serve(sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -34,6 +34,8 @@ class BoundedPattern:
         """Whether the pattern matches at the beginning of `name`. Raises the error once its matches have taken SECONDS."""
         began = time.perf_counter()
         try:
+            if self._left <= 0:
+                raise TimeoutError
             found = self._compiled.match(name, timeout=max(self._left, 1e-3)) is not None
         except TimeoutError:
             raise self._error(

@@ -35,12 +35,16 @@ class TransientError(CheckpointError):
 
     exit_code = 4
 
-    def __init__(self, message: str, words: str, pause_seconds: float | None = None) -> None:
+    def __init__(self, message: str, words: str = "the request failed", pause_seconds: float | None = None) -> None:
         super().__init__(message)
         self.words, self.pause_seconds = words, pause_seconds
 
-    def __reduce__(self) -> tuple[type[TransientError], tuple[str, str, float | None]]:
-        return type(self), (str(self), self.words, retry_after(self))  # what caused it stays behind
+    def __reduce__(self) -> tuple[type[TransientError], tuple[str], dict[str, Any]]:
+        return (
+            type(self),
+            (str(self),),
+            vars(self) | {"pause_seconds": retry_after(self)},
+        )  # what caused it stays behind
 
 
 # As `RemoteStore.download`.

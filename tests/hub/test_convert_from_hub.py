@@ -414,7 +414,7 @@ def test_a_folder_and_its_repo_continue_each_other_where_the_checksums_are_known
     assert "already complete" in convert(client, repo, out, "int4").err
     unknown = tmp_path / "unknown"
     assert convert(client, str(folders["small-m2"]), unknown, "int4").code == 0
-    refused(convert(client, repo, unknown, "int4"), 2, "was made of a folder", "give that folder")
+    refused(convert(client, repo, unknown, "int4"), 2, "was made of a source of which nothing says", "give that source")
 
 
 def test_two_runs_on_one_output_do_not_share_a_cache(

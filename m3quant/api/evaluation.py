@@ -18,7 +18,7 @@ from ..extras import need
 from ..running import steps
 from ..running.progress import ShowProgress, quietly
 from ..running.words import size_of
-from .paths import check_place
+from .arguments import check_count, check_file, check_place, check_size, check_word
 
 if TYPE_CHECKING:
     from ..evaluate.evaluation import Settings
@@ -110,6 +110,19 @@ def evaluate(
     suite, data, report, limits: as of `Question`; the others as of `Arithmetic`. Run again after an interruption: it continues.
     Raises M3QuantError subclasses for what cannot be measured, PackageMissing without torch.
     """
+    check_word(
+        suite=suite,
+        data=data,
+        limits=limits,
+        device=device,
+        states=states,
+        activations=activations,
+        kv_dtype=kv_dtype,
+        index_dtype=index_dtype,
+    )
+    check_file(report=report, source=source)
+    check_count(batch_tokens=batch_tokens)
+    check_size(cache_disk=cache_disk)
     need("eval", "m3quant eval")
     question = Question(suite, data, None if report is None else Path(report), limits)
     how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype, size_of(cache_disk))
@@ -182,6 +195,19 @@ def compare(
     same time. Without one they are measured one after another. report: a folder for the page, with a folder for each checkpoint;
     without it each goes where `evaluate` writes, and the page into NAME-compared.
     """
+    check_word(
+        suite=suite,
+        data=data,
+        limits=limits,
+        device=device,
+        states=states,
+        activations=activations,
+        kv_dtype=kv_dtype,
+        index_dtype=index_dtype,
+    )
+    check_file(report=report, source=source)
+    check_count(batch_tokens=batch_tokens)
+    check_size(cache_disk=cache_disk)
     need("eval", "m3quant eval")
     question = Question(suite, data, None if report is None else Path(report), limits)
     how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype, size_of(cache_disk))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 import shutil
 import signal
 import threading
@@ -125,7 +124,6 @@ def test_a_shard_that_cannot_be_had_ends_the_run_which_then_continues(
     hub.faults = []
     done = convert(tmp_path / "out")
     assert done.code == 0, done.err
-    assert re.search(r"continuing: \d+ of \d+ shards are finished", done.err), done.err
     same(tmp_path / "out", alone)
 
 

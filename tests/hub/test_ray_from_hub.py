@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,30 +19,18 @@ from m3quant.errors import CheckpointError
 from m3quant.planning.plan import make_plan
 from m3quant.planning.streaming import conversion_shards
 from m3quant.recipe.recipe import build_recipe, named_recipe
-from tests.convert.test_ray import STORE_BYTES, running
+from tests.convert.test_ray import address, running
 from tests.hub.test_convert_from_hub import same
 from tests.support.convert.resharded import as_repo, reshard, watched
 from tests.support.paths import FIXTURES
 from tests.support.publish.client import Client, Done
 from tests.support.publish.hub_state import Fault, Hub
 
+__all__ = ["address"]  # its nodes know neither the test's Hub nor its token
+
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster, one worker
 IMPORTED_ONCE = ("m3quant.convert.conversion", "m3quant.convert.ray.units")
 REPO, SHARDS = "org/tiny-m2", 7
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Two nodes whose processes know neither the test's Hub nor its token."""
-    from ray.cluster_utils import Cluster
-
-    node = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    try:
-        cluster.add_node(**node)
-        yield cluster.address
-    finally:
-        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")

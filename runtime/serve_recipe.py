@@ -13,6 +13,7 @@ from ..engines import DEFAULT, NAMES
 from ..engines.device import GIB
 from ..errors import RecipeError
 from ..recipe.recipe import read_recipe_file, recipe_folder
+from ..running.complaints import complaint, given, key_of
 from ..running.words import parse_size
 from .draft import MAX_TOKENS
 from .fit import Ask
@@ -71,7 +72,7 @@ class ServeRecipe(BaseModel):
     @classmethod
     def _known_engine(cls, engine: str) -> str:
         if engine not in NAMES:
-            raise PydanticCustomError("engine", f"Input should be {' or '.join(map(repr, NAMES))}")
+            raise PydanticCustomError("literal_error", "{expected}", {"expected": " or ".join(map(repr, NAMES))})
         return engine
 
     @field_validator("extra")
@@ -109,9 +110,9 @@ def load_serve_recipe(path: str | Path | None, overrides: dict[str, Any]) -> Ser
         return ServeRecipe.model_validate({**document, **{k: v for k, v in overrides.items() if v is not None}})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = key_of(first)
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(where, ServeRecipe.model_fields, n=1, cutoff=0.0)[0]
             raise RecipeError(f"serving recipe has an unknown key '{where}': did you mean '{near}'?") from None
-        got = "" if first["type"] == "secret" else f" (got {first['input']!r})"
-        raise RecipeError(f"serving recipe key '{where}': {first['msg']}{got}.") from None
+        got = "" if first["type"] == "secret" else given(first)
+        raise RecipeError(complaint(f"serving recipe key '{where}'", first) + f"{got}.") from None

@@ -17,10 +17,10 @@ from ..recipe.recipe import CalibrationOptions, Recipe, with_data
 from ..running import steps
 from ..running.progress import Progress, ShowProgress, quietly
 from ..running.words import size_of
+from .arguments import check_count, check_file, check_place, check_serving, check_size, check_texts, check_word
 from .calibration_text import TextChoice, calibration_windows
 from .fitted_conversion import asked_of, fitted
 from .fitting import Answer, Asked
-from .paths import check_place
 
 if TYPE_CHECKING:
     import torch
@@ -198,6 +198,14 @@ def convert(
     base (docs/publish_upload.md). Raises M3QuantError subclasses, PackageMissing among them.
     """
     check_place(src=src, dst=dst)
+    check_word(
+        to=to, format=format, scheme=scheme, window_lengths=window_lengths, device=device, address=address, node=node
+    )
+    check_file(recipe=recipe, sensitivity=sensitivity)
+    check_texts(settings=settings, calibration=calibration)
+    check_count(windows=windows, calibration_tokens=calibration_tokens, window_length=window_length)
+    check_size(cache_disk=cache_disk, budget=budget)
+    check_serving(serving)
     choice = RecipeChoice(to, None if recipe is None else Path(recipe), tuple(settings), format, requantize, scheme)
     text = TextChoice(tuple(calibration), windows, calibration_tokens, window_length, min_expert_tokens, window_lengths)
     how = How(device, strict_coverage, spill, ray, address, size_of(cache_disk))
@@ -235,6 +243,10 @@ def prepare(
     src, dst = str(src), Path(dst)
     refuse_dropped(src)
     checkpoint, moved = open_source(src, dst)
+    if publish is not None:
+        from ..publish.streaming.rehearsal import check_base
+
+        check_base(checkpoint, dst, publish)
     notes = (moved,) if moved else ()
     recipe = choice.recipe(checkpoint.config) if asked is None else Recipe(rounding="feedback")
     recipe = text.laid_over(recipe, how.strict_coverage)
@@ -246,6 +258,7 @@ def prepare(
 
     if asked is None:
         plan = enough(make_plan(checkpoint, recipe))
+        choice.check_used(checkpoint.root, plan.recipe.requantize)
         if how.spill and not plan.recipe.calibrated:
             raise OptionError(
                 f"--spill keeps the hidden states of a calibration on the disk, and {plan.recipe.name} calibrates nothing: leave it out."

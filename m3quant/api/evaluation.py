@@ -18,7 +18,7 @@ from ..extras import need
 from ..running import steps
 from ..running.progress import ShowProgress, quietly
 from ..running.words import size_of
-from .paths import check_place
+from .arguments import check_count, check_file, check_place, check_size, check_word
 
 if TYPE_CHECKING:
     from ..evaluate.evaluation import Settings
@@ -88,6 +88,15 @@ class Evaluation:
     broken: list[str] = field(default_factory=list)
 
 
+def _check_kinds(question: Question, how: Arithmetic) -> None:
+    """Raise OptionError for the first argument that should be text, or a number, and is not."""
+    check_word(suite=question.suite, data=question.data, limits=question.limits)
+    given = asdict(how)
+    check_count(batch_tokens=given.pop("batch_tokens"))
+    del given["cache_disk"]
+    check_word(**given)
+
+
 def evaluate(
     ckpt: str | Path,
     source: str | Path | None = None,
@@ -110,9 +119,12 @@ def evaluate(
     suite, data, report, limits: as of `Question`; the others as of `Arithmetic`. Run again after an interruption: it continues.
     Raises M3QuantError subclasses for what cannot be measured, PackageMissing without torch.
     """
+    check_file(report=report, source=source)
+    check_size(cache_disk=cache_disk)
     need("eval", "m3quant eval")
     question = Question(suite, data, None if report is None else Path(report), limits)
     how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype, size_of(cache_disk))
+    _check_kinds(question, how)
     check_place(ckpt=ckpt)
     return measure(ckpt, source, question, how, progress)
 
@@ -182,9 +194,12 @@ def compare(
     same time. Without one they are measured one after another. report: a folder for the page, with a folder for each checkpoint;
     without it each goes where `evaluate` writes, and the page into NAME-compared.
     """
+    check_file(report=report, source=source)
+    check_size(cache_disk=cache_disk)
     need("eval", "m3quant eval")
     question = Question(suite, data, None if report is None else Path(report), limits)
     how = Arithmetic(device, states, batch_tokens, activations, kv_dtype, index_dtype, size_of(cache_disk))
+    _check_kinds(question, how)
     for ckpt in ckpts:
         check_place(ckpt=ckpt)
     return measure_all(ckpts, source, question, how, progress)

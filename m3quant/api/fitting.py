@@ -19,7 +19,7 @@ from ..runtime.fit import MIN_CONTEXT, Ask, Fit, assess
 from ..runtime.hardware import Node, parse_node
 from ..runtime.model import Subject, open_subject
 from ..runtime.room import NodeRooms, check_context, does_not_hold, nearest_node, node_rooms, unsplittable
-from .paths import check_place
+from .arguments import check_count, check_file, check_place, check_serving, check_size, check_texts, check_word
 from .planning import open_source
 
 DEFAULT_CONTEXT = 32768  # tokens, where a node is given without --context
@@ -106,6 +106,12 @@ def fit(
     cache_disk ("60GB", or bytes): what shards of a source on the Hub or in an object store may take on the disk at a time meanwhile.
     Raises OptionError, PlanError for a budget below the least, DoesNotFit for a node.
     """
+    check_word(node=node, device=device, revision=revision)
+    check_file(sensitivity=sensitivity)
+    check_texts(calibration=calibration)
+    check_count(windows=windows, heldout_windows=heldout_windows)
+    check_size(budget=budget, cache_disk=cache_disk)
+    check_serving(serving)
     given = dict(serving or {})
     if budget is not None and node is not None:
         raise OptionError("--budget and --on are both given: a node is a budget worked out; give one.")

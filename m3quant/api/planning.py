@@ -9,7 +9,7 @@ from ..checkpoint import Checkpoint
 from ..planning.headers import from_config
 from ..planning.plan import Plan, make_plan
 from ..recipe.choice import RecipeChoice
-from .paths import check_place
+from .arguments import check_file, check_place, check_texts, check_word
 
 
 def open_source(src: str | Path, revision: str | None = None) -> Checkpoint:
@@ -36,6 +36,11 @@ def plan(
     """
     if not isinstance(src, Checkpoint):
         check_place(src=src)
+    check_word(to=to, format=format, scheme=scheme, revision=revision)
+    check_file(recipe=recipe)
+    check_texts(settings=settings)
     checkpoint = src if isinstance(src, Checkpoint) else open_source(src, revision)
     choice = RecipeChoice(to, None if recipe is None else Path(recipe), tuple(settings), format, requantize, scheme)
-    return make_plan(checkpoint, choice.recipe(checkpoint.config))
+    planned = make_plan(checkpoint, choice.recipe(checkpoint.config))
+    choice.check_used(checkpoint.root, planned.recipe.requantize)
+    return planned

@@ -15,7 +15,7 @@ from ..running.progress import ShowProgress, quietly
 from ..running.words import size_of
 from ..verify.verification import Check, Verification
 from ..verify.verification import verify as check_output
-from .paths import check_place
+from .arguments import check_count, check_place, check_size, check_word
 
 
 def _nothing(line: str) -> None: ...
@@ -43,6 +43,9 @@ def verify(
     nothing to check, PackageMissing for a comparison without torch.
     """
     check_place(dst=dst, **({} if source is None else {"source": source}))
+    check_word(engine_python=engine_python)
+    check_count(tensor_parallel_size=tensor_parallel_size)
+    check_size(cache_disk=cache_disk)
     if source is not None or engine or transformers:
         need("convert", "m3quant verify with --source, --engine or --transformers")
     if engine:  # before hours of reading

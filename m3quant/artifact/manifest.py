@@ -16,6 +16,7 @@ from ..checkpoint.strict_json import shown
 from ..errors import CheckpointError
 from ..planning.integer_kinds import KIND
 from ..planning.source_layouts import KINDS, PLAIN, SourceTensor, stored_parts
+from ..running.complaints import complaint, key_of
 from ..schemes import NOT_ROUNDED
 from .identity import SourceIdentity
 
@@ -207,9 +208,9 @@ def parse_manifest(data: bytes, where: str, kind: type[View]) -> View:
     try:
         manifest = kind.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = shown(".".join(map(str, first["loc"]))) + ": " if first["loc"] else ""
-        raise ValueError(f"{where} is damaged ({place}{first['msg'][:200]})") from None
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = shown(key_of(first)) if first["loc"] else "it"
+        raise ValueError(f"{where} is damaged ({complaint(place, first)[:300]})") from None
     if isinstance(manifest, Manifest) and manifest.schema_version > MANIFEST_SCHEMA:
         raise ValueError(f"{where} was written by a newer m3quant (schema {manifest.schema_version})")
     return manifest

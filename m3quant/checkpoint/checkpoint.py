@@ -1,5 +1,6 @@
 """A checkpoint, known from its config, its index and its shards' headers alone; tensors are read on demand."""
 
+import copy
 import hashlib
 import json
 import re
@@ -9,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from ..errors import CheckpointError, DamagedOutput
 from .bounded import CONFIG_BYTES, INDEX_BYTES, TEXT_BYTES, read_bounded
@@ -275,6 +276,16 @@ class Checkpoint:
         if names is None:
             names = [name for name in self.other_files if self.remote is None or self.remote.is_small(name)]
         return self._store.files({CONFIG_NAME, *names})
+
+    def fetched_into(self, folder: Path) -> "Checkpoint":
+        """The same checkpoint for another process, which reads shards that this one holds in `folder`. Nothing of the store goes with it."""
+        from .fetched import FetchedShards
+
+        other = copy.copy(self)
+        # Of a store's methods it has those that read weights: settings and texts are the other process's business.
+        other._store = cast(Store, FetchedShards(self.root, folder, self.shard_sizes))
+        other.digests = None
+        return other
 
     def finish_step(self, key: "Hashable") -> None:
         """A step of the work (`planning.streaming`) is done: of a checkpoint elsewhere, shards that nothing reads any more leave the disk."""

@@ -61,7 +61,7 @@ def passing(error: Exception) -> str | None:
 
 
 class Cache(Protocol):
-    """Whole shards in a folder, as `shard_cache.ShardCache` and `shared_cache.SharedCache` keep them."""
+    """Whole shards in a folder, as `shard_cache.ShardCache` keeps them."""
 
     folder: Path
 

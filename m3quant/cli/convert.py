@@ -227,9 +227,11 @@ def summary(done: Conversion) -> dict[str, Any]:
 def print_result(done: Conversion) -> None:
     dst, manifest = done.output, done.manifest
     bytes_in = manifest["source"]["bytes"]
-    share = manifest["output_bytes"] / bytes_in
+    share = (
+        sum(row["bytes_out"] for row in manifest["roles"]) / bytes_in
+    )  # like with like: the source's texts and draft are not counted
     click.echo(
-        f"{dst}: {human_bytes(manifest['output_bytes'])}, {share:.1%} of the source's {human_bytes(bytes_in)}, "
+        f"{dst}: {human_bytes(manifest['output_bytes'])}, its weights {share:.1%} of the source's {human_bytes(bytes_in)}, "
         f"{manifest['bits_per_weight']} bits per quantized weight, {manifest['seconds']:.1f} s"
     )
     if quality := manifest.get("heldout"):

@@ -79,6 +79,7 @@ def run_fit(
 
 def _models(subject: Subject, choice: RecipeChoice, table: bool) -> tuple[list[ServedModel], dict[str, str]]:
     """What to plan, and why some recipes are refused. table: all precisions, where no recipe is given."""
+    choice.check_used(subject.where, bool(subject.requantizable))
     if choice:
         return [subject.converted(choice.recipe(subject.config))], {}
     if table:

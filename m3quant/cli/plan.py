@@ -98,6 +98,7 @@ def command(
             refused[name] = str(error)
     if not plans:
         raise PlanError(next(iter(refused.values())))
+    choice.check_used(checkpoint.root, plans[0].recipe.requantize)
     if as_json:
         click.echo(
             json.dumps(
@@ -200,7 +201,8 @@ def print_source(plan: Plan) -> None:
 def print_overview(plans: list[Plan], rates: Rates) -> None:
     rows = [["recipe", "output", "of source", "bits/weight", "routed experts", "attention", "calibration", "time"]]
     for plan in plans:
-        share = plan.output_bytes / sum(u.bytes_in for u in plan.units)
+        table = role_table(plan)
+        share = sum(row["bytes_out"] for row in table) / sum(row["bytes_in"] for row in table)
         rows.append([
             plan.recipe.name, human_bytes(plan.output_bytes), f"{share:.1%}", f"{bits_per_weight(plan):.2f}",
             *(", ".join(map(str, role_schemes(plan, role))) for role in ("routed_experts", "attention")), plan.recipe.rounding,

@@ -48,10 +48,10 @@ def check_remote(plan: Plan, settings: Settings) -> None:
     """Raise CheckpointError, OptionError or PlanError for what cannot be read from elsewhere as asked."""
     store = plan.checkpoint.remote
     assert store is not None
-    if settings.engine == "ray":
+    if settings.engine == "ray" and plan.recipe.calibrated:
         raise PlanError(
-            f"--ray reads a source that all nodes see, and {store.where} is on {store.kind}: download it to a shared file system "
-            "and convert the folder, or leave --ray out."
+            f"with --ray, recipe '{plan.recipe.name}' reads a source that all nodes see, and {store.where} is on {store.kind}: download it to a "
+            "shared file system and convert the folder, take a recipe without calibration, or leave --ray out."
         )
     for name in (*plan.checkpoint.shards, *(n for n in plan.copied_files if not store.is_small(n))):
         store.sha256(name)

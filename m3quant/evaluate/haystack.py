@@ -20,6 +20,7 @@ from ..artifact.eval_record import Data, Result
 from ..calibration.tokenizing import encode
 from ..errors import EvaluationError
 from ..families import family_of
+from ..running.complaints import complaint, given, key_of
 from .task import ScoredSequence
 from .texts import token_ids
 
@@ -50,10 +51,9 @@ def parse(model: type[P], params: Mapping[str, Any], task: str) -> P:
     except ValidationError as error:
         # Of a union's errors the deepest is the one about what was written; its branch's name is no part of the path.
         first = max(error.errors(), key=lambda one: len(one["loc"]))
-        path = [str(part) for part in first["loc"] if "[" not in str(part) and part != "Phrasing"]
-        where = ".".join(path) or "parameters"
+        where = key_of(first, branches=("Phrasing",)) or "parameters"
         known = ", ".join(name for name in model.model_fields)
-        raise EvaluationError(f"task {task}: {where}: {first['msg']}; it takes {known}.") from error
+        raise EvaluationError(f"task {task}: {complaint(where, first)}{given(first)}; it takes {known}.") from error
 
 
 def encoder(tokenizer: Any) -> Encode:

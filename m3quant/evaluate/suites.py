@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..checkpoint.bounded import read_yaml
 from ..errors import EvaluationError
 from ..families import family_of
+from ..running.complaints import complaint, given, key_of
 from .task import Task
 from .texts import BUNDLED, load_texts
 
@@ -150,11 +151,11 @@ def _validated(model: type[BaseModel], document: Mapping[str, Any], where: str) 
         return model.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = key_of(first)
         if first["type"] == "extra_forbidden":
             near = _nearest(str(first["loc"][-1]), model.model_fields)
             raise EvaluationError(f"{where} has an unknown key '{key}': did you mean '{near}'?") from None
-        raise EvaluationError(f"{where}, key '{key}': {first['msg']} (got {first['input']!r}).") from None
+        raise EvaluationError(complaint(f"{where}: key '{key}'", first) + f"{given(first)}.") from None
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import PlanError
 from ..extras import installed
+from ..running.complaints import complaint
 
 LIBRARY = "compressed_tensors"
 
@@ -33,7 +34,7 @@ def model_problems(quantization: Mapping[str, Any]) -> list[str]:
     except ValidationError as error:
         # A group may be a scheme or a list of targets; what the second form lacks says nothing about ours.
         found = [e for e in error.errors(include_url=False) if "list[str]" not in e["loc"]]
-        return [f"{_place(e['loc'])}: {e['msg']}" for e in found or error.errors(include_url=False)]
+        return [complaint(_place(e["loc"]), e) for e in found or error.errors(include_url=False)]
     except Exception as error:  # a validator of the library's that met a shape which it did not expect
         return [f"{type(error).__name__}: {str(error)[:300]}"]
     return []

@@ -23,6 +23,7 @@ from ..checkpoint.strict_json import parse_object
 from ..errors import CheckpointError, OptionError
 from ..families import QUANTIZABLE
 from ..families.config import MAX_LAYERS
+from ..running.complaints import complaint, key_of
 from ..schemes import parse_scheme
 from .kl_estimate import kl_through
 
@@ -160,8 +161,8 @@ def load_sensitivity(path: Path) -> Sensitivity:
         found = Sensitivity.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])[:120]
-        raise OptionError(f"{path}: {where}: {first['msg'][:160]}. {again}") from None
+        where = key_of(first)[:120]
+        raise OptionError(f"{path}: {complaint(where, first)[:280]}. {again}") from None
     if [layer.layer for layer in found.layers] != list(range(len(found.layers))):
         raise OptionError(f"{path} does not list every layer once, in order. {again}")
     return found

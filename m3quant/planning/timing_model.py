@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..checkpoint.bounded import TEXT_BYTES, read_text
 from ..errors import PlanError
+from ..running.complaints import complaint, key_of
 from ..running.words import LONG_SECONDS, duration
 from .plan import Plan
 from .quantizers import active_weights, facts_of, tokens_of
@@ -103,9 +104,9 @@ def _read(path: Path | None, ships: str = RATES_FILE) -> Rates:
         return Rates.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
+        where = key_of(first) or "the file"
         raise PlanError(
-            f"{path or ships}: {where}: {first['msg']}. Write it as the file that ships: planning/rates.json of the package."
+            f"{path or ships}: {complaint(where, first)}. Write it as the file that ships: planning/rates.json of the package."
         ) from None
 
 

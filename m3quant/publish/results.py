@@ -15,6 +15,7 @@ from ..artifact.eval_record import EVAL_FILE, EvalRecord, Result
 from ..checkpoint.bounded import MANIFEST_BYTES, read_bounded
 from ..errors import PublishError
 from ..evaluate.position import CONVENTION as POSITION
+from ..running.complaints import complaint, key_of
 
 # What a reader looks for, by how the conventions of `m3quant eval` begin; a kind without a result is listed as missing.
 KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -57,7 +58,8 @@ def read_eval(out: Path, fingerprint: str) -> EvalRecord | None:
     try:
         record = EvalRecord.model_validate_json(read_bounded(path, MANIFEST_BYTES, error=PublishError))
     except ValidationError as error:
-        reason = str(error).splitlines()[-2].strip()
+        first = error.errors()[0]
+        reason = complaint(key_of(first)[:120] or "it", first)[:280]
         raise PublishError(f"{path} cannot be read ({reason}): run m3quant eval again, or move it away.") from None
     measured = record.checkpoint.fingerprint
     if measured is None:

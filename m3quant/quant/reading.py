@@ -39,17 +39,21 @@ class SourceReader:
     `.config` and `.tensors` (model tensor names, scales left out) are what the calibration stream needs.
     note: what values that were looked at say beyond the plan's notes, or ''.
     Raises CheckpointError for a global scale that cannot be right, and for too few experts, before anything is read; of a
-    checkpoint on the Hub scales are looked at with the weights that they belong to (`look`).
+    checkpoint on the Hub scales are looked at with the weights that they belong to (`look`). looked: another process has counted the experts.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor] | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor] | None = None, looked: bool = False
+    ) -> None:
         self.checkpoint = checkpoint
         self.tensors = dict(tensors) if tensors is not None else source_tensors(checkpoint)
         self._scales = GlobalScales(checkpoint)
         if checkpoint.local:
             self._scales.check(self.tensors.values())
-        family = family_of(checkpoint.config, f"{checkpoint.root}/{CONFIG_NAME}")
-        self.note = check_dead_experts(checkpoint, family, self.tensors)
+        self.note = ""
+        if not looked:
+            family = family_of(checkpoint.config, f"{checkpoint.root}/{CONFIG_NAME}")
+            self.note = check_dead_experts(checkpoint, family, self.tensors)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -72,7 +76,7 @@ class SourceReader:
 
     def look(self, tensors: Iterable[SourceTensor]) -> None:
         """Before these are read. Raises CheckpointError for a global scale that cannot be right."""
-        if self.checkpoint.remote is not None:
+        if not self.checkpoint.local:
             self._scales.check(tensors)
 
 

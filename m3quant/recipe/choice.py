@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import OptionError, RecipeError
 from .recipe import Recipe, build_recipe, named_recipe, read_recipe_file, scheme_recipe, with_requantize
 
 DEFAULT = "awq"
@@ -42,6 +42,13 @@ class RecipeChoice:
         else:
             document = named_recipe(self.to or DEFAULT) if self.file is None else self._read(self.file, config)
         return with_requantize(build_recipe(document, settings=self.settings, format=self.format), self.requantize)
+
+    def check_used(self, source: str, used: bool) -> None:
+        """Raise OptionError where --requantize is given and allows nothing. used: whether weights of `source` are integers."""
+        if self.requantize and not used:
+            raise OptionError(
+                f"--requantize takes a source whose weights are integers already, and those of {source} are floats: leave it out."
+            )
 
     @staticmethod
     def _read(file: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -29,6 +29,7 @@ from pydantic import (
 from ..checkpoint.bounded import read_yaml
 from ..errors import RecipeError
 from ..families.base import KEPT, QUANTIZABLE, Family
+from ..running.complaints import complaint, given, key_of
 from ..schemes import KEEP, Scheme, parse_scheme
 from .layer_ranges import parse_layers, show_layers
 from .nearest import meant
@@ -441,7 +442,7 @@ def _lay_over(setting: str, schemes: dict[str, str], by_layer: dict[int, dict[st
 def _sentence(error: ValidationError) -> str:
     """The first complaint of pydantic as one sentence with the nearest valid key."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = key_of(first)
     if first["type"] == "extra_forbidden":
         keys = [
             *Recipe.model_fields,
@@ -451,4 +452,4 @@ def _sentence(error: ValidationError) -> str:
         ]
         near = difflib.get_close_matches(str(first["loc"][-1]), keys, n=1, cutoff=0.0)[0]
         return f"recipe has an unknown key '{where}': did you mean '{near}'?"
-    return f"recipe key '{where}': {first['msg']} (got {first['input']!r})."
+    return complaint(f"recipe key '{where}'", first) + f"{given(first)}."

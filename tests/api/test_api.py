@@ -38,6 +38,28 @@ def test_a_place_that_is_none_is_refused_in_words(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("told", "wrong"),
+    [
+        ("windows must be a whole number of at least 1 (got 'x').", {"windows": "x"}),
+        ("calibration_tokens must be a whole number of at least 1 (got true).", {"calibration_tokens": True}),
+        ("calibration must be a list of texts (got [3]).", {"calibration": [3]}),
+        ("settings must be a list of texts (got 'a=b').", {"settings": "a=b"}),
+        ("to must be text (got 3).", {"to": 3}),
+        ("recipe must be a file or folder, as text or Path (got 3).", {"recipe": 3}),
+        ('budget must be bytes, or a size as text ("60GB") (got []).', {"budget": []}),
+        ("serving has an unknown key 'x': known are context, ", {"node": "1xH200", "serving": {"x": 1}}),
+        ("serving key 'context' must be a whole number (got 'x').", {"node": "1xH200", "serving": {"context": "x"}}),
+        ("serving must be a mapping of names to values (got [1]).", {"node": "1xH200", "serving": [1]}),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_refused_in_words(tmp_path: Path, told: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(OptionError) as refused:
+        convert(TINY_M2, tmp_path / "out", **wrong)
+    assert str(refused.value).startswith(told)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_notebook_runs_from_the_first_cell_to_the_last(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     path = ROOT / "examples" / "python_api.ipynb"
     notebook = json.loads(path.read_text(encoding="utf-8"))

@@ -183,7 +183,7 @@ def test_too_little_calibration_text(m3quant: Run, made: dict[str, Path], tmp_pa
     ("schemes: [routed_experts]", ["'schemes'", "routed_experts: int4-g128"]),
     ("schems: {routed_experts: int4-g128}", ["schems", "did you mean 'schemes'"]),
     ("awq: {n_gird: 3}", ["awq.n_gird", "did you mean 'n_grid'"]),
-    ("data: {windows: 0}", ["data.windows", "greater than or equal to 1"]),
+    ("data: {windows: 0}", ["data.windows", "must be at least 1"]),
     ("calibration: gptq", ["calibration", "'awq'"]),
     ("format: gguf", ["format", "compressed-tensors"]),
     ("name: nothing", ["quantizes nothing", "--set routed_experts=int4-g128"]),

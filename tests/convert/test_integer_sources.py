@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from m3quant.checkpoint import Checkpoint
 from m3quant.cli import cli
 from m3quant.convert.device_layers import DeviceLoader
-from m3quant.errors import CheckpointError, PlanError
+from m3quant.errors import CheckpointError, OptionError, PlanError
 from m3quant.evaluate.models import open_model
 from m3quant.planning.headers import from_config
 from m3quant.planning.plan import make_plan
@@ -132,6 +132,12 @@ def test_a_conversion_has_to_be_asked_for_and_says_so(tmp_path: Path) -> None:
     # an unquantized source has no use for it, and the output is the same
     run_convert(dense, tmp_path / "plain", "int4", requantize=True)
     assert "requantize" not in (tmp_path / "plain" / "recipe.yaml").read_text()
+    for given in (["plan", str(dense)], ["plan", str(dense), "--to", "int4"], ["plan", str(dense), "--to", "int4", "--on", "1xH200"],
+                  ["convert", str(dense), str(tmp_path / "none"), "--to", "int4", "--device", "cpu"]):  # fmt: skip
+        refused = shell.invoke(cli, [*given, "--requantize"])
+        assert isinstance(refused.exception, OptionError), given
+        assert "weights are integers already, and those of" in str(refused.exception), given
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_config_alone_plans_the_stored_sizes(tmp_path: Path) -> None:

@@ -54,6 +54,12 @@ def test_every_tensor_is_the_source_s_byte_for_byte(made: tuple[Path, Path]) -> 
     assert (made[1] / "LICENSE").read_bytes() == (made[0] / "LICENSE").read_bytes()
 
 
+def test_weights_are_compared_with_weights(made: tuple[Path, Path]) -> None:
+    """The output's texts, tokenizer and draft are no part of the share: the same weights are all of the source's."""
+    said = run("convert", *made, "--to", "native", "--device", "cpu").output
+    assert ", its weights 100.0% of the source's " in said
+
+
 def test_the_section_says_what_lies_there(made: tuple[Path, Path]) -> None:
     output = Checkpoint.open(made[1])
     section = output.config["quantization_config"]

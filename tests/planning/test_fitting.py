@@ -218,7 +218,7 @@ def test_odd_files_are_refused_with_a_sentence(tmp_path: Path) -> None:
         "version": ({"schema_version": 7}, "schema_version 7"),
         "negative": ({"pilots": [{"layers": [], "estimate": -1, "kl": 0}]}, r"pilots\.0\.estimate"),
         "order": ({"layers": [found.layers[1].model_dump()]}, "every layer once, in order"),
-        "extra": ({"more": 1}, "more: Extra inputs"),
+        "extra": ({"more": 1}, "more is not known"),
         "role": ({"layers": [{"layer": 0, "candidates": {"w1": {}}, "probes": {}}]}, "role 'w1' is none of"),
     }
     for name, (content, message) in cases.items():

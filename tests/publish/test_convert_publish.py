@@ -105,7 +105,10 @@ def test_what_cannot_be_published_is_refused_before_a_layer_is_converted(
     refused(client, command(source, out, repo="model"), 2, "ORG/NAME")
     refused(client, command(source, out, "--tag", "a b"), 2, "no name for a tag")
     refused(client, command(source, out, base="MiniMaxAI/MiniMax-M2.7"), 1, "licence", "Nothing was converted")
-    refused(client, command(source, out, base=None), 1, "base model is unknown", "--base-repo", "Nothing was converted")
+    # Before anything is asked of the Hub or read: without a token, and in a dry run.
+    for options in ((), ("--dry-run",)):
+        unknown = command(source, out, *options, base=None)
+        refused(client, unknown, 1, "base model is unknown", "--base-repo", "Nothing was converted", token=None)
     hub.add(REPO, {"model.safetensors": b"w" * 2000}, private=True)
     refused(client, command(source, out), 2, "holds other files (model.safetensors)", "choose another name")
     hub.add(REPO, {ATTRIBUTES: b""})

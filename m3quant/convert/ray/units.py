@@ -3,6 +3,7 @@
 A unit is one Ray task: it depends on no other, and rounding to nearest gives the same bytes wherever it runs, so the output
 is the one of a single GPU. A task whose worker or node dies is run again on another worker. Every attempt writes into a folder of its
 own and renames the finished shard into place: a worker that was taken for dead and wakes up again can damage no file.
+Of a source on the Hub or in an object store the driver fetches the shards (`arrivals`) and gives the workers its plan.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import shutil
 import socket
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ...planning.unit import Unit
 from ...recipe.recipe import build_recipe
 from ...running.stopping import StopFlag
 from ..job import Run
+from .arrivals import arrivals
 from .cluster import POLL_SECONDS, Patience, amount_words, counted, describe, failure_of
 
 MAX_RETRIES = 3  # of a unit whose worker died; a refusal by m3quant is not retried
@@ -43,10 +45,12 @@ class Job:
     fingerprint: str
     sampled: str  # of the source's weights (`artifact.identity.sampled_identity`)
     device: str  # "cuda" or "cpu"; Ray shows a worker its own GPU only
+    planned: Any = None  # of a source elsewhere: the plan in Ray's object store, so that no worker asks the Hub
 
 
 def job_of(plan: Plan, output: Path, device: str) -> Job:
-    source = str(Path(plan.checkpoint.root).resolve())
+    root = plan.checkpoint.root
+    source = root if plan.checkpoint.remote is not None else str(Path(root).resolve())
     sampled = sampled_identity(plan.checkpoint)
     return Job(source, str(output.resolve()), plan.recipe.model_dump_json(), plan.fingerprint(), sampled, device)
 
@@ -59,24 +63,32 @@ def run_units(run: Run, units: list[Unit]) -> None:
     assert run.cluster is not None
     cluster, ray = run.cluster, run.cluster.ray
     job = job_of(run.plan, run.output, cluster.device)
+    if (store := run.plan.checkpoint.remote) is not None:
+        assert store.cache is not None
+        fetched = run.plan.checkpoint.fetched_into(store.cache.folder.resolve())
+        job = replace(job, planned=ray.put(replace(run.plan, checkpoint=fetched)))
     each = amount_words(cluster.amount)
     run.progress.say(f"ray: {counted(len(units), 'shard')} over {describe(ray)}, {each} for each")
     # max_calls: by default a worker that had a GPU ends with its task, and each shard would wait for imports and CUDA anew.
     options = {"max_retries": MAX_RETRIES, "max_calls": 0, "scheduling_strategy": "SPREAD", **cluster.amount}
     remote = ray.remote(**options)(_convert_unit)
-    running = {remote.remote(job, unit.index): unit for unit in units}
+    running: dict[Any, Unit] = {}
     patience = Patience(f"a shard wants {each}", cluster, run.progress)
     left_before = _attempts(run.output)
     try:
-        while running:
-            done, _ = ray.wait(list(running), timeout=POLL_SECONDS)
-            run.stop.check()
-            patience.look(bool(done or _attempts(run.output) - left_before))
-            for reference in done:
-                unit = running.pop(reference)
-                facts = _result(ray, reference, unit)
-                run.journal.finish_unit(unit.index, facts)
-                run.progress.advance(unit.bytes_in)
+        with arrivals(run.plan, units) as coming:
+            while running or coming.left:
+                for unit in coming.take(0 if running else POLL_SECONDS):
+                    running[remote.remote(job, unit.index)] = unit
+                done = ray.wait(list(running), timeout=POLL_SECONDS)[0] if running else []
+                run.stop.check()
+                patience.look(bool(done or not running or _attempts(run.output) - left_before))
+                for reference in done:
+                    unit = running.pop(reference)
+                    facts = _result(ray, reference, unit)
+                    run.journal.finish_unit(unit.index, facts)
+                    coming.release(unit)
+                    run.progress.advance(unit.bytes_in)
     finally:
         # Workers of a driver that has left are ended by Ray; what they leave is removed here or with the journal.
         running.clear()
@@ -125,7 +137,7 @@ def _convert_in(attempt: Path, job: Job, index: int) -> dict[str, Any]:
     plan = same_plan(job)
     unit = plan.units[index]
     plan.checkpoint.record_reads()
-    reader = SourceReader(plan.checkpoint, plan.sources)
+    reader = SourceReader(plan.checkpoint, plan.sources, looked=job.planned is not None)
     try:
         record = convert_unit(
             attempt, unit, reader, plan.recipe.format, torch.device(job.device), StopFlag(), lambda count: None
@@ -149,6 +161,11 @@ def check_output_seen(job: Job) -> None:
 def same_plan(job: Job) -> Plan:
     """The plan as this node sees it. Raises PlanError where this node sees another checkpoint or another output folder."""
     check_output_seen(job)
+    if job.planned is not None:
+        import ray
+
+        planned: Plan = ray.get(job.planned)
+        return planned
     plan = make_plan(Checkpoint.open(job.source), build_recipe(json.loads(job.recipe)))
     if plan.fingerprint() != job.fingerprint or sampled_identity(plan.checkpoint) != job.sampled:
         raise PlanError(

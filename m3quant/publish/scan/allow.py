@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from ...checkpoint.bounded import parse_yaml, read_yaml
 from ...errors import OptionError
+from ...running.complaints import complaint, key_of
 
 DATA = "allowed.yaml"
 
@@ -68,7 +69,7 @@ def _entries(document: Any, where: str) -> Iterable[Entry]:
         return TypeAdapter(list[Entry]).validate_python(document)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the list"
+        key = key_of(first) or "the list"
         raise OptionError(
-            f"{where}, {key}: {first['msg']}: give entries with text, reason, and optionally file and kind."
+            f"{where}, {complaint(key, first)}: give entries with text, reason, and optionally file and kind."
         ) from None

@@ -12,10 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...artifact.manifest import MANIFEST
+from ...artifact.source_record import SourceRecord
 from ...artifact.uploads import UploadedShard, Uploads, write_uploads
+from ...checkpoint import Checkpoint
 from ...errors import PublishError
 from ...planning.plan import Plan
 from ...running.progress import Silent
+from ..base import resolve_base
 from ..completeness import Shards
 from ..gates import check, make_card
 from ..remote import Remote
@@ -23,6 +26,23 @@ from ..upload import Target, UploadRun, check_tag, made
 from .wanted import Wanted
 
 Say = Callable[[str], None]
+
+
+def check_base(checkpoint: Checkpoint, output: Path, wanted: Wanted) -> None:
+    """Raise PublishError or OptionError where the base is not known, or not the one that is given. Asks nothing of the Hub."""
+    if _is_finished(output):
+        return
+    origin = SourceRecord(checkpoint).origin
+    source = {"source": {"repo": origin.repo, "revision": origin.revision}}
+    try:
+        resolve_base(source, wanted.asked.base_repo, wanted.asked.base_revision)
+    except PublishError as error:
+        raise PublishError(f"{error} Nothing was converted.") from None
+
+
+def _is_finished(output: Path) -> bool:
+    """Whether it has its manifest, which states the base, and config.json, which comes last."""
+    return (output / MANIFEST).exists() and (output / "config.json").exists()
 
 
 def check_beforehand(plan: Plan, output: Path, wanted: Wanted, write: Callable[[Path], None], say: Say) -> None:
@@ -34,8 +54,7 @@ def check_beforehand(plan: Plan, output: Path, wanted: Wanted, write: Callable[[
     check_tag(wanted.tag)
     remote = Remote(wanted.repo, say)
     remote.check_token()
-    finished = (output / MANIFEST).exists() and (output / "config.json").exists()
-    if finished:  # `settle` runs every gate on it
+    if _is_finished(output):  # `settle` runs every gate on it
         return
     told = _rehearse_gates(plan, output, wanted, write, say)
     state = made(remote)

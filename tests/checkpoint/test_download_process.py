@@ -6,7 +6,9 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,29 @@ def test_an_error_that_no_other_process_could_build_arrives_as_its_words() -> No
 
     error = portable(Local("here alone"))
     assert "Local: here alone" in str(pickle.loads(pickle.dumps(error)))
+
+
+def test_dead_processes_leave_no_descriptors(store: FolderStore, tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with DownloadProcesses(store) as processes:  # type: ignore[arg-type]
+        for name in ("dies", "a", "dies"):
+            with suppress(TransientError):
+                processes.download(name, tmp_path, lambda count: None, False)
+        assert len(os.listdir("/proc/self/fd")) == before
+        processes.download("b", tmp_path, lambda count: None, False)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_folder_at_hand_runs_nothing_and_prints_at_the_start_do_no_harm(
+    store: FolderStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile, site = tmp_path / "hostile", tmp_path / "site"
+    hostile.mkdir()
+    site.mkdir()
+    (hostile / "pickle.py").write_text("open('ran', 'w')\n")
+    (site / "sitecustomize.py").write_text("print('a greeting')\n")
+    monkeypatch.chdir(hostile)
+    monkeypatch.setattr(sys, "path", [str(site), *(os.path.abspath(path) for path in sys.path if path)])
+    with DownloadProcesses(store) as processes:  # type: ignore[arg-type]
+        processes.download("a", tmp_path, lambda count: None, False)
+    assert (tmp_path / "a").exists() and not (hostile / "ran").exists()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -166,11 +167,8 @@ def serve(jobs: BinaryIO, answers: BinaryIO) -> None:
     store: RemoteStore = pickle.load(jobs)
 
     def tell(answer: int | Exception | None) -> None:
-        try:
-            pickle.dump(answer, answers)
-            answers.flush()
-        except BrokenPipeError:
-            os._exit(0)  # the process that wanted it is gone, so nobody is left to be told of anything
+        pickle.dump(answer, answers)
+        answers.flush()
 
     while True:
         try:
@@ -185,8 +183,17 @@ def serve(jobs: BinaryIO, answers: BinaryIO) -> None:
         tell(failure)
 
 
+def end_with_reader(answers: int) -> None:
+    """Ends the process once the one that wanted its answers is gone, also while a download stands still."""
+    poll = select.poll()
+    poll.register(answers, 0)  # an error is told without being asked for: the other end of the pipe is closed
+    poll.poll()
+    os._exit(0)
+
+
 def main(answers: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # signals are for the process that has the terminal
+    threading.Thread(target=end_with_reader, args=(answers,), daemon=True).start()
     with os.fdopen(answers, "wb") as file:
         serve(sys.stdin.buffer, file)
 

@@ -14,7 +14,7 @@ from ..errors import NodeError
 from .hardware import STANDARD_NODES, Node, parse_node
 from .memory import Pool, Prediction, Setup, kv_dtype_of, predict
 from .model import ServedModel, Subject
-from .offload import expert_leaves, host_bytes
+from .offload import expert_leaves, host_bytes, host_tokens
 from .weights import Split, split_problem
 
 MIN_CONTEXT = 4096  # tokens: a pool below this serves no useful request, so a plan without --context calls it too small
@@ -199,6 +199,9 @@ def _offload_problem(model: ServedModel, ask: Ask, prediction: Prediction) -> st
     asked = Offload(ask.kv_offload, ask.weight_offload, stored, narrow, node.gpu, ask.release)
     if problem := engine_named(ask.engine).offload_refusal(asked):
         return problem
+    per_token = [rank.bytes_per_token for rank in prediction.ranks]
+    if setup.kv_offload and not host_tokens(setup.kv_offload, per_token, setup.block_size, setup.split):
+        return f"--kv-offload {setup.kv_offload:,} bytes hold no block of {setup.block_size} tokens: give more, for example 100GiB"
     need = host_bytes(setup.kv_offload, [rank.moved for rank in prediction.ranks], setup.split)
     have = node.count * node.gpu.host_bytes
     if have and need > have:

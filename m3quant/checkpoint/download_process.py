@@ -4,7 +4,7 @@ A client in Python holds the interpreter for about a second a gigabyte. However 
 gigabyte a second, and a conversion beside them both slows them and is slowed. Here each download has a process, started when it is first
 wanted and used again:
 
-    python -m m3quant.checkpoint.download_process    the store comes on stdin, then jobs; counts, errors and ends go to stdout
+    python -P -m m3quant.checkpoint.download_process FD    the store comes on stdin, then jobs; counts, errors and ends go to FD
 
 Nothing is lost if one dies: what it was at counts as a lost connection. None outlives the process that started it.
 """
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -27,6 +28,7 @@ from .remote import Download, RemoteStore, TransientError
 
 # Starting them takes about a second of a core each, which a small checkpoint does not win back.
 WORTH_BYTES = 4 * 10**9
+STDERR = 2  # the descriptor, to which whatever a library prints goes
 
 
 @contextmanager
@@ -59,6 +61,8 @@ class DownloadProcesses:
             self._over = True
             for process in self._all:
                 process.kill()
+            for process in self._idle:  # the others are in `download`, which ends them
+                process.end()
 
     def download(self, name: str, folder: Path, came: Callable[[int], None], fresh: bool) -> None:
         """As `RemoteStore.download`. An exception of `came` ends the process that tells of bytes."""
@@ -68,9 +72,13 @@ class DownloadProcesses:
         except BaseException:
             process.kill()
             raise
-        with self._lock:
-            if process.lives:
-                self._idle.append(process)
+        finally:
+            with self._lock:
+                if process.lives:
+                    self._idle.append(process)
+                else:
+                    process.end()
+                    self._all.discard(process)
         if failure is not None:
             raise failure
 
@@ -89,23 +97,33 @@ class _Process:
     """One process that downloads one file at a time."""
 
     def __init__(self, store: RemoteStore) -> None:
-        # What is importable here is importable there; signals are for the process that has the terminal.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._to, self._from = self._process.stdin, self._process.stdout
-        self._tell(store)
+        # What is importable here is importable there, and nothing else: without -P, whatever lies in the folder at hand would come first.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+        mine, theirs = os.pipe()  # of its own, because what Python loads at its start may print
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", __spec__.name, str(theirs)], env=environment, stdin=subprocess.PIPE, stdout=STDERR, pass_fds=(theirs,)
+            )  # fmt: skip
+        except BaseException:
+            os.close(mine)
+            raise
+        finally:
+            os.close(theirs)
+        assert self._process.stdin is not None
+        self._to, self._from = self._process.stdin, os.fdopen(mine, "rb")
+        self._store: RemoteStore | None = store  # until it is told
 
     def run(self, job: tuple[str, Path, bool], came: Callable[[int], None]) -> Exception | None:
         """Download one file; the failure that `RemoteStore.download` would have raised. Raises what `came` raises."""
         try:
+            if self._store is not None:
+                self._tell(self._store)
+                self._store = None
             self._tell(job)
             while isinstance(answer := pickle.load(self._from), int):
                 came(answer)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-            return lost(self._process.wait())
+            return lost(self.kill())
         assert answer is None or isinstance(answer, Exception)
         return answer
 
@@ -113,9 +131,17 @@ class _Process:
     def lives(self) -> bool:
         return self._process.poll() is None
 
-    def kill(self) -> None:
+    def kill(self) -> int:
+        """Its exit code; that of its own end, if it has come to one."""
         self._process.kill()
-        self._process.wait()
+        return self._process.wait()
+
+    def end(self) -> None:
+        """Kill it, and close the pipes. Only where `run` does not read from them."""
+        self.kill()
+        self._from.close()
+        with suppress(BrokenPipeError):  # of what it was not told any more
+            self._to.close()
 
     def _tell(self, what: Any) -> None:
         pickle.dump(what, self._to)
@@ -141,11 +167,8 @@ def serve(jobs: BinaryIO, answers: BinaryIO) -> None:
     store: RemoteStore = pickle.load(jobs)
 
     def tell(answer: int | Exception | None) -> None:
-        try:
-            pickle.dump(answer, answers)
-            answers.flush()
-        except BrokenPipeError:
-            os._exit(0)  # the process that wanted it is gone, so nobody is left to be told of anything
+        pickle.dump(answer, answers)
+        answers.flush()
 
     while True:
         try:
@@ -160,12 +183,20 @@ def serve(jobs: BinaryIO, answers: BinaryIO) -> None:
         tell(failure)
 
 
-def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for whatever a library prints
-    serve(sys.stdin.buffer, answers)
+def end_with_reader(answers: int) -> None:
+    """Ends the process once the one that wanted its answers is gone, also while a download stands still."""
+    poll = select.poll()
+    poll.register(answers, 0)  # an error is told without being asked for: the other end of the pipe is closed
+    poll.poll()
+    os._exit(0)
+
+
+def main(answers: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # signals are for the process that has the terminal
+    threading.Thread(target=end_with_reader, args=(answers,), daemon=True).start()
+    with os.fdopen(answers, "wb") as file:
+        serve(sys.stdin.buffer, file)
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

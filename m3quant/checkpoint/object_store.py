@@ -175,9 +175,10 @@ class ObjectStore(RemoteStore):
         return folder / name
 
     def _whole_small_file(self, name: str, folder: Path) -> None:
-        self.download(name, folder, lambda count: None, fresh=True)
-        if (difference := self.difference(name, folder / name)) is not None:
-            raise CheckpointError(f"{self.path(name)} is not the file that {self.kind} lists: {difference}. Try again.")
+        with self._listed(name):
+            self.download(name, folder, lambda count: None, fresh=True)
+            if (difference := self.difference(name, folder / name)) is not None:
+                raise NotTheFile(difference)
 
     def _range_once(self, name: str, start: int, count: int, size: int) -> bytes:
         with self._errors(name):

@@ -235,4 +235,15 @@ class RemoteStore(ABC):
 
     def _range(self, name: str, start: int, count: int, size: int) -> bytes:
         """`count` bytes of a file from `start` on; a busy server or a dropped connection is asked again."""
-        return again(lambda: self._range_once(name, start, count, size), passing, RETRY_PAUSES_SECONDS)
+        with self._listed(name):
+            return again(lambda: self._range_once(name, start, count, size), passing, RETRY_PAUSES_SECONDS)
+
+    @contextmanager
+    def _listed(self, name: str) -> Iterator[None]:
+        """Around reading for who does not fetch a second time: a file that is not the one listed is a CheckpointError."""
+        try:
+            yield
+        except NotTheFile as other:
+            raise CheckpointError(
+                f"{self.path(name)} is not the file that {self.kind} lists: {other}. Try again."
+            ) from None

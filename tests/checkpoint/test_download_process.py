@@ -6,7 +6,11 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,6 +42,10 @@ class FolderStore:
             os.kill(os.getpid(), signal.SIGKILL)
         if name == "talks":
             print("a library prints")
+        if name == "stands":
+            (folder / f"{name}.part").write_text(str(os.getpid()))
+            os.replace(folder / f"{name}.part", folder / f"{name}.pid")
+            time.sleep(60)
         data = (self.source / "data").read_bytes()
         for start in range(0, len(data), 1000):
             came(len(data[start : start + 1000]))
@@ -118,3 +126,51 @@ def test_an_error_that_no_other_process_could_build_arrives_as_its_words() -> No
 
     error = portable(Local("here alone"))
     assert "Local: here alone" in str(pickle.loads(pickle.dumps(error)))
+
+
+def test_dead_processes_leave_no_descriptors(store: FolderStore, tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with DownloadProcesses(store) as processes:  # type: ignore[arg-type]
+        for name in ("dies", "a", "dies"):
+            with suppress(TransientError):
+                processes.download(name, tmp_path, lambda count: None, False)
+        assert len(os.listdir("/proc/self/fd")) == before
+        processes.download("b", tmp_path, lambda count: None, False)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_folder_at_hand_runs_nothing_and_prints_at_the_start_do_no_harm(
+    store: FolderStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile, site = tmp_path / "hostile", tmp_path / "site"
+    hostile.mkdir()
+    site.mkdir()
+    (hostile / "pickle.py").write_text("open('ran', 'w')\n")
+    (site / "sitecustomize.py").write_text("print('a greeting')\n")
+    monkeypatch.chdir(hostile)
+    monkeypatch.setattr(sys, "path", [str(site), *(os.path.abspath(path) for path in sys.path if path)])
+    with DownloadProcesses(store) as processes:  # type: ignore[arg-type]
+        processes.download("a", tmp_path, lambda count: None, False)
+    assert (tmp_path / "a").exists() and not (hostile / "ran").exists()
+
+
+def test_a_download_that_stands_still_ends_with_the_process_that_wanted_it(store: FolderStore, tmp_path: Path) -> None:
+    program = (
+        "import os, sys, threading, time\n"
+        "from pathlib import Path\n"
+        "from m3quant.checkpoint.download_process import DownloadProcesses\n"
+        "from tests.checkpoint.test_download_process import FolderStore\n"
+        "folder = Path(sys.argv[1])\n"
+        "processes = DownloadProcesses(FolderStore(folder))\n"
+        "threading.Thread(target=processes.download, args=('stands', folder, print, False)).start()\n"
+        "while not (folder / 'stands.pid').exists():\n"
+        "    time.sleep(0.05)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    with Path(tmp_path / "err").open("w") as err:
+        subprocess.run([sys.executable, "-c", program, str(store.source)], timeout=60, stderr=err, check=False)
+    pid = int((store.source / "stands.pid").read_text())
+    deadline = time.monotonic() + 20
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(pid)

@@ -54,10 +54,23 @@ def test_what_the_engine_says_is_exact() -> None:
         (event({"delta": {"stop_reason": "end_turn"}}), False),
         (event({"response": {"status": "incomplete"}}), True),
         (event({"response": {"status": "completed"}}), False),
+        (event({"response": {"status": "failed"}}), True),
+        (chunk("x", "abort"), True),
+        (event({"error": {"message": "EngineCore died", "code": 500}}), True),
+        (b"event: error\n" + event(b'{"type":"error","error":{"type":"internal_error"}}'), True),
+        (json.dumps({"output": [], "error": None}).encode(), False),
     ],
 )
 def test_an_answer_that_was_cut_is_known(body: bytes, cut: bool) -> None:
     assert seen(body).cut is cut
+
+
+def test_what_the_engine_repeats_of_a_request_is_no_count() -> None:
+    tools = [{"type": "function", "name": "f", "parameters": {"output_tokens": 4096}}]
+    begun = event({"type": "response.created", "response": {"tools": tools, "usage": None}})
+    ended = event({"type": "response.completed", "response": {"tools": tools, "usage": {"output_tokens": 3}}})
+    assert seen(begun).tokens == 1 and seen(begun + chunk("x")).tokens == 2
+    assert seen(begun, ended).tokens == seen(begun + ended).tokens == 3
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def test_what_an_engine_is_given() -> None:
         ("awq", "8xGB10", {"kv_offload": GIB}, "the memory of GB10 is the host's"),
         ("awq", "cpu:4GiB", {"kv_offload": GIB}, "on the CPU weights and cache are in host memory already"),
         ("awq", "2xH200", {"kv_offload": 600 * GIB}, "600 GiB of host memory are needed (torch rounds pinned tensors up), 2xH200 has about 466"),
+        ("awq", "2xH200", {"kv_offload": 1}, "--kv-offload 1 bytes hold no block of 128 tokens"),
         ("awq", "2xH200", {"kv_offload": GIB, "engine": "sglang"}, "SGLang is not given host memory here"),
     ],
 )  # fmt: skip

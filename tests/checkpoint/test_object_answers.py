@@ -1,0 +1,42 @@
+"""An object store that answers with other bytes than were asked for: a sentence, whatever was read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from m3quant.checkpoint.object_drivers import S3
+from m3quant.checkpoint.object_store import ObjectStore
+from m3quant.errors import CheckpointError
+
+OBJECTS = {"bucket/model/config.json": b"{}", "bucket/model/model.safetensors": bytes(1000)}
+
+
+class WholeObjects:
+    """Ignores which part of an object is asked for, and sends a byte more than there are."""
+
+    def ls(self, folder: str, detail: bool) -> list[dict[str, Any]]:
+        return [{"name": name, "type": "file", "size": len(data), "ETag": "a"} for name, data in OBJECTS.items()]
+
+    def info(self, name: str) -> dict[str, Any]:
+        return {"name": name, "type": "file", "size": len(OBJECTS[name]), "ETag": "a"}
+
+    def cat_file(self, name: str, start: int, end: int) -> bytes:
+        return OBJECTS[name] + b"x"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda store: store.headers(["model.safetensors"]),
+        lambda store: store.digest("model.safetensors"),
+        lambda store: store.file("config.json", 1000),
+    ],
+)
+def test_more_bytes_than_were_asked_for(monkeypatch: pytest.MonkeyPatch, read: Callable[[ObjectStore], Any]) -> None:
+    monkeypatch.setattr(S3, "open", lambda self: WholeObjects())
+    store = ObjectStore("s3://bucket/model")
+    with pytest.raises(CheckpointError, match=r"s3://bucket/model/\S+ is not .* S3 lists: .* bytes came in place of"):
+        read(store)

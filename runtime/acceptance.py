@@ -88,8 +88,10 @@ def _lengths(path: Path, rows: Any) -> dict[Point, float]:
         if not isinstance(row, Mapping) or any(type(row.get(key)) is not int for key in _POINT):
             raise OptionError(f"{path} has a row without its figures: {_REMEDY}.")
         length = row.get("acceptance_length")
-        if length is not None and not is_positive(length):
-            raise OptionError(f"{path} has an acceptance_length that is no number above 0: {_REMEDY}.")
+        if length is not None and not (
+            is_positive(length) and length >= 1
+        ):  # a step gives the target's own token at least
+            raise OptionError(f"{path} has an acceptance_length that is no number of at least 1: {_REMEDY}.")
         if length is not None:
             point = Point(row["concurrency"], row["context"], row["output"], row["requests"])
             found.setdefault(point, float(length))

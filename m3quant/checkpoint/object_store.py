@@ -33,7 +33,9 @@ BLOCK_BYTES = 16 * 2**20  # one request, and after how many bytes a fetch looks 
 BLOCKS_AT_ONCE = 4  # of one object: a single request does not fill the network
 MOST_OBJECTS = 10_000  # under one prefix; the releases have some hundred files
 _LIST = "the list of objects"
-_URL = re.compile(r"(?P<scheme>[a-z0-9]+)://(?P<bucket>[a-z0-9][a-z0-9._-]{1,221})(?P<prefix>(/[^/?#*\[\]]+)*)/?")
+_URL = re.compile(
+    r"(?P<scheme>[a-z0-9]+)://(?P<bucket>[a-z0-9][a-z0-9._-]{1,221})(?P<prefix>(/[^/?#*\[\]\x00-\x1f\x7f]+)*)/?"
+)
 
 
 class ObjectStore(RemoteStore):
@@ -129,7 +131,8 @@ class ObjectStore(RemoteStore):
                     if not name.rstrip("/").rpartition("/")[2].startswith("."):
                         folders.append(str(info["name"]).rstrip("/"))
                 elif not name.endswith("/"):  # a marker of a folder
-                    self.sizes[name], self.marks[name] = int(info["size"]), self._driver.mark(info)
+                    size = info["size"]
+                    self.sizes[name], self.marks[name] = None if size is None else int(size), self._driver.mark(info)
             if seen > MOST_OBJECTS:
                 raise CheckpointError(
                     f"{self.where} holds more than {MOST_OBJECTS:,} objects: give the prefix of one checkpoint."

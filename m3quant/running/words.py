@@ -52,4 +52,7 @@ def parse_size(text: str) -> int:
         raise ValueError(f"{text[:40]!r} is no size: write bytes, or for example 8MB, 120GB or 118.4GiB")
     unit = (match[2] or "").lower()
     base = 1024 if unit.endswith("ib") else 1000
-    return int(Decimal(match[1]) * base ** _UNITS[unit[:1]])
+    size = Decimal(match[1]) * base ** _UNITS[unit[:1]]
+    if 0 < size < 1:
+        raise ValueError(f"{text[:40]!r} is less than a byte")
+    return int(size)

@@ -325,10 +325,11 @@ class Guard:
                 self.settings.send_floor_bytes_s,
             )
         finally:
-            if answer in self.inside and self.outlook is not None and ticket.growth is not None:
-                self.outlook.learn(ticket.growth, answer.outcome() == "success")
+            known = answer in self.inside
             self.inside.discard(answer)
             self.admission.release(ticket)
+            if known and self.outlook is not None and ticket.growth is not None:
+                self.outlook.learn(ticket.growth, answer.outcome() == "success")
 
     async def _read(self, path: str, key: str, body: bytes, inbox: Inbox) -> list[Reading]:
         keep_ids = self.settings.prefix_hits == "count"

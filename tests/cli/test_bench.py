@@ -254,7 +254,8 @@ def test_acceptance_is_held_against_the_source(bench: Bench, tmp_path: Path, eag
         ({}, ("--draft", "--temperature=0", "--rounds=3"), "has no acceptance for 3 requests, 1 at once, of 256 tokens"),
         ({"rows": [{"concurrency": True}]}, ("--draft", "--temperature=0"), "has a row without its figures"),
         ({"rows": [7]}, ("--draft", "--temperature=0"), "has a row without its figures"),
-        ({"length": -1}, ("--draft", "--temperature=0"), "has an acceptance_length that is no number above 0"),
+        ({"length": -1}, ("--draft", "--temperature=0"), "has an acceptance_length that is no number of at least 1"),
+        ({"length": 1e-320}, ("--draft", "--temperature=0"), "has an acceptance_length that is no number of at least 1"),
     ],
 )  # fmt: skip
 def test_another_measurement_is_no_baseline(

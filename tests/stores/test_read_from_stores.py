@@ -221,6 +221,7 @@ def test_what_cannot_be_read_is_said_before_the_first_weight(
     refused(convert(client, f"{scheme}://models/some", out), 2, "has no config.json")
     refused(convert(client, f"{scheme}://models/some/../where", out), 2, "is no address of a checkpoint")
     refused(convert(client, "ftp://models/some", out), 2, "is no address of a checkpoint")
+    refused(convert(client, f"{scheme}://models/so\nme", out), 2, "is no address of a checkpoint")
     refused(client.run({"cli": ["plan", url, "--revision", "main", "--to", "int4"]}), 2, "has no revision 'main'")
     least = needs(folder).least
     refused(convert(client, url, out, "--cache-disk", least - 1), 2, f"at least {least:,} bytes")

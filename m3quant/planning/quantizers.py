@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 AWQ_CHUNK = 1 << 29
 AWQ_BYTES_PER_WEIGHT = 20
 # Matrices of K x K float32 that feedback holds for each expert of a chunk: moments and cross moments of two halves of the
-# rows, damped inverses, factors, and those in work. A chunk is as many experts as these bytes allow on a GPU: 32 of M2 or 8 of M3. In
-# chunks of 11 and 3 the column loop waits for its own steps more than it computes.
-FEEDBACK_CHUNK_BYTES = 25 * 10**9
+# rows, damped inverses, factors, and those in work. A chunk is as many experts as these bytes allow on a GPU: 16 of M2 or 4 of M3.
+FEEDBACK_CHUNK_BYTES = 12_200_000_000
 FEEDBACK_MATRICES = 14
 _FINE_BITS = 4
 # Device bytes of a token's hidden channel, in BF16 streams. Searching a layer holds both streams, each with the layer's output

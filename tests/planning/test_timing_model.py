@@ -100,7 +100,7 @@ def test_rates_ship_and_may_be_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "Invalid JSON"), ("{}", "machine"), ('{"read": 0}', "own.json"), (None, "cannot be read")],
+    [("{", "the file is not JSON"), ("{}", "machine"), ('{"read": 0}', "own.json"), (None, "cannot be read")],
 )
 def test_a_bad_file_of_rates_is_named(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "own.json"

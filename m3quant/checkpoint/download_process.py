@@ -165,10 +165,12 @@ def portable(error: Exception) -> Exception:
 def serve(jobs: BinaryIO, answers: BinaryIO) -> None:
     """Download what is asked for, until `jobs` ends."""
     store: RemoteStore = pickle.load(jobs)
+    alone = threading.Lock()  # bytes may be told from any thread of a library
 
     def tell(answer: int | Exception | None) -> None:
-        pickle.dump(answer, answers)
-        answers.flush()
+        with alone:
+            pickle.dump(answer, answers)
+            answers.flush()
 
     while True:
         try:

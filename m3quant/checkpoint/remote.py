@@ -40,11 +40,8 @@ class TransientError(CheckpointError):
         self.words, self.pause_seconds = words, pause_seconds
 
     def __reduce__(self) -> tuple[type[TransientError], tuple[str], dict[str, Any]]:
-        return (
-            type(self),
-            (str(self),),
-            vars(self) | {"pause_seconds": retry_after(self)},
-        )  # what caused it stays behind
+        # what caused it stays behind
+        return type(self), (str(self),), vars(self) | {"pause_seconds": retry_after(self)}
 
 
 # As `RemoteStore.download`.

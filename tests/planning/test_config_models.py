@@ -46,7 +46,10 @@ def first_weights(written: Section) -> Section:
     [
         (lambda s: first_weights(s).update(num_bitz=3), "config_groups.group_0.weights.num_bitz is not known"),
         (lambda s: first_weights(s).update(strategy="channel"), "config_groups.group_0.weights: "),
-        (lambda s: first_weights(s).update(num_bits="four"), "config_groups.group_0.weights.num_bits must be a whole number"),
+        (
+            lambda s: first_weights(s).update(num_bits="four"),
+            "config_groups.group_0.weights.num_bits must be a whole number",
+        ),
         (lambda s: s["config_groups"].update(group_0=5), "config_groups.group_0"),
         (lambda s: s.update(config_groups=None), "config_groups must be a mapping"),
         (lambda s: s.update(ignore=7), "ignore"),

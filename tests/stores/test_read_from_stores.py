@@ -129,7 +129,7 @@ def test_a_shard_that_comes_damaged_is_fetched_again_once(
         tmp_path / "out",
         "wrong" if store.scheme == "gs" else "cut",
     )
-    spoil = Fault(r"model-00002-of-00004\.safetensors$", None, times=0, body_fault=fault)
+    spoil = Fault(r"GET .*model-00002-of-00004\.safetensors$", None, times=0, body_fault=fault)
     store.faults.append(spoil)
 
     def arm(line: str) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -142,6 +142,18 @@ class Fault:
     seconds: float = 0.0
 
 
+def due(faults: Iterable[Fault], line: str) -> Fault | None:
+    """The fault of a request, if one is due; it is counted. Not for several threads at once."""
+    for fault in faults:
+        if fault.times and re.search(fault.pattern, line):
+            if fault.skip:
+                fault.skip -= 1
+                continue
+            fault.times -= 1
+            return fault
+    return None
+
+
 @dataclass
 class Hub:
     """users: token -> (name, role); a user may write to repos under the own name and under `organizations`.
@@ -176,14 +188,7 @@ class Hub:
         return repo
 
     def fault_for(self, line: str) -> Fault | None:
-        for fault in self.faults:
-            if fault.times and re.search(fault.pattern, line):
-                if fault.skip:
-                    fault.skip -= 1
-                    continue
-                fault.times -= 1
-                return fault
-        return None
+        return due(self.faults, line)
 
     def shard_bytes(self, repo: str) -> int:
         """Bytes of all answers to requests for this repo's shards."""

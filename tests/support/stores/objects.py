@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from tests.support.publish.hub_state import Fault
+from tests.support.publish.hub_state import Fault, due
 
 BUCKET = "models"
 
@@ -36,14 +35,7 @@ class Objects(ABC):
 
     def fault_for(self, line: str) -> Fault | None:
         with self.lock:
-            for fault in self.faults:
-                if fault.times and re.search(fault.pattern, line):
-                    if fault.skip:
-                        fault.skip -= 1
-                        continue
-                    fault.times -= 1
-                    return fault
-        return None
+            return due(self.faults, line)
 
     def bytes_of(self, suffix: str) -> int:
         """Bytes that were sent of objects whose names end so."""

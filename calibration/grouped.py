@@ -7,13 +7,13 @@ exact in it, rounded weights and gated activations are rounded to it beforehand,
 what that does to a loss.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from m3quant.calibration.ops import gated
+from m3quant.calibration.precision import tf32
 from m3quant.families.spec import Activation
 
 WIDTH = 256  # rows of a unit in a block, at least: fewer pad less, and feed the tensor cores worse
@@ -67,18 +67,6 @@ def row_blocks(rows: Rows, width: int = WIDTH) -> list[Block]:
         kept = real.flatten().nonzero()[:, 0]
         blocks.append(Block(units, flat_tokens[pairs], gates, kept, pairs.flatten()[kept]))
     return blocks
-
-
-@contextmanager
-def tf32() -> Iterator[None]:
-    """float32 products on the tensor cores in TF32, within this block only."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before
 
 
 def times(x: torch.Tensor, weight: torch.Tensor, exact: bool = False) -> torch.Tensor:

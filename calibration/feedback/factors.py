@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from m3quant.calibration.precision import full_float32
+
 _BLOCK = 256  # columns
 
 
@@ -29,6 +31,10 @@ class Factored:
         """A^-1 right, [E, K, M]; not finite where the factor failed."""
         if not self.inverses:
             return torch.cholesky_solve(right, self.lower)
+        with full_float32():
+            return self._solved(right)
+
+    def _solved(self, right: torch.Tensor) -> torch.Tensor:
         out, columns = right.clone(), self.lower.shape[1]
         starts = range(0, columns, _BLOCK)
         for start, inverse in zip(starts, self.inverses, strict=True):
@@ -50,7 +56,8 @@ def cholesky(matrix: torch.Tensor) -> Factored:
     On a GPU the factors take its place.
     """
     if matrix.is_cuda:
-        return blocked(matrix)
+        with full_float32():
+            return blocked(matrix)
     lower, info = torch.linalg.cholesky_ex(matrix)
     return Factored(lower, (info != 0) | _not_finite(lower), [])
 

@@ -1,6 +1,6 @@
 """The feed-forward block: routed experts, w1 and w3 before w2, and last the MLP that sees every token.
 
-Experts come in chunks, so that a device holds one chunk's moments. Each expert's numbers depend on its own rows alone
+Experts come in chunks, so that a device holds the moments of a few (lanes.py). Each expert's numbers depend on its own rows alone
 (and on the layer's moment, which is found first), not on the chunk it is in.
 """
 
@@ -17,13 +17,14 @@ from m3quant.calibration.experts import ExpertTokens
 from m3quant.calibration.feedback.evidence import GATED, NORMED
 from m3quant.calibration.feedback.fit import Fitted, Verdict, block_log, fit
 from m3quant.calibration.feedback.heldout import Readers, joined_by_scheme
+from m3quant.calibration.feedback.lanes import side_by_side
 from m3quant.calibration.feedback.rows import MlpStates, UnitRows
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.glu import Glu, Unit, even_chunk
 from m3quant.calibration.layers import Layer
 from m3quant.calibration.quantized_layer import StoredWeight
 from m3quant.families.spec import always_on_names, expert_names
-from m3quant.planning.quantizers import FEEDBACK_CHUNK_BYTES, FEEDBACK_MATRICES
+from m3quant.planning.quantizers import FEEDBACK_CHUNK_BYTES, FEEDBACK_MATRICES, feedback_chunks
 from m3quant.running import steps
 from m3quant.schemes import KEEP, Scheme
 
@@ -103,10 +104,14 @@ class MlpQuantizer:
         def work(units: list[Unit]) -> _Part:
             return self._fit(units, prior, outputs=self.always_on is not None)
 
+        def work_together(chunks: list[list[Unit]]) -> list[_Part]:
+            return side_by_side(work, chunks, self.layer.device)
+
         stacks: dict[str, list[StoredWeight]] = {}
         stacked = self.layer.device.type == "cuda" and len({unit.schemes for unit in self.routed}) == 1
         done = 0
-        for units, part in self.settings.ranks.each(work, self._chunks()):
+        together = self.settings.ranks.each(work_together, self._chunks_together())
+        for units, part in (pair for chunks, parts in together for pair in zip(chunks, parts, strict=True)):
             self._collect(units, part, result, verdicts)
             done += len(units)
             steps.part(done, len(self.routed))
@@ -118,11 +123,20 @@ class MlpQuantizer:
                     self._add(out, unit, rows)
         self._stack(stacks, result)
 
+    def _routed_shape(self) -> tuple[int, int, int]:
+        """Experts, hidden size, intermediate size."""
+        return len(self.routed), self.spec.hidden_size, self.layer.weight(self.routed[0].names[0]).shape[0]
+
+    def _chunks_together(self) -> list[list[list[Unit]]]:
+        """The chunks, those together that are in work at once."""
+        chunks, at_once = self._chunks(), 1
+        if self.layer.device.type == "cuda":
+            at_once = feedback_chunks(*self._routed_shape())
+        return [chunks[start : start + at_once] for start in range(0, len(chunks), at_once)]
+
     def _chunks(self) -> list[list[Unit]]:
         """Runs of experts with the same schemes; as many whatever the number of ranks."""
-        inner = self.layer.weight(self.routed[0].names[0]).shape[0]
-        room = _CHUNK_BYTES[self.layer.device.type]
-        most = experts_at_once(len(self.routed), self.spec.hidden_size, inner, room)
+        most = experts_at_once(*self._routed_shape(), _CHUNK_BYTES[self.layer.device.type])
         chunks: list[list[Unit]] = []
         for unit in self.routed:
             if not chunks or len(chunks[-1]) == most or chunks[-1][0].schemes != unit.schemes:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from m3quant.calibration.grouped import tf32
+from m3quant.calibration.precision import tf32
 
 ROWS = 4096  # of one product; what products give is added in float32
 HALVES = (0, 1)

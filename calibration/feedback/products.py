@@ -10,7 +10,7 @@ of 1e-3 moves a code in a thousand to its neighbour at most. Factorizations stay
 
 import torch
 
-from m3quant.calibration.grouped import tf32
+from m3quant.calibration.precision import tf32
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

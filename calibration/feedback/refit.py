@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from m3quant.calibration.feedback.products import matmul
+from m3quant.calibration.precision import full_float32
 from m3quant.quant.integer import round_scale
 
 _RELATIVE = 1e-6  # of the mean diagonal, added to it: a group of zero codes, or two that say the same, stays solvable
@@ -51,7 +52,8 @@ def refit(
     system = gram.clone()
     system.diagonal(dim1=2, dim2=3).add_(floor)
     old = scale.transpose(1, 2)
-    found = old + torch.linalg.solve_ex(system, pull[..., None])[0][..., 0]
+    with full_float32():
+        found = old + torch.linalg.solve_ex(system, pull[..., None])[0][..., 0]
     ratio = found / old
     new = torch.where(torch.isfinite(ratio) & (ratio > 0.25) & (ratio < 4.0), found, old)
     if dtype is not None:
@@ -59,7 +61,9 @@ def refit(
         new = torch.where((new.abs() <= limits.max) & (new.abs() >= limits.tiny), new, old)
         new = round_scale(new, dtype)
     change = new - old
-    gain = (change * (2 * pull - (gram @ change[..., None])[..., 0])).sum(-1)
+    with full_float32():
+        back = (gram @ change[..., None])[..., 0]
+    gain = (change * (2 * pull - back)).sum(-1)
     better = gain > 0
     new = torch.where(better[..., None], new, old)
     return Refitted(new.transpose(1, 2).contiguous(), torch.where(better, gain, 0.0))

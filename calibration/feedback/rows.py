@@ -12,6 +12,7 @@ from m3quant.calibration.feedback.moments import Moments, MomentSum, Segment, bo
 from m3quant.calibration.feedback.settings import FeedbackSettings
 from m3quant.calibration.glu import Glu, Unit
 from m3quant.calibration.layers import Layer
+from m3quant.calibration.precision import full_float32
 from m3quant.quant.activations import round_activations
 from m3quant.schemes import Activations
 
@@ -42,8 +43,9 @@ class RowBlock:
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [n, K], each unit's rows times its own of weight [E, N, K] transposed -> [n, N] in x's dtype."""
         out = x.new_empty(len(x), weight.shape[1])
-        for unit, rows in self.units:
-            out[rows] = ops.linear(x[rows], weight[unit])
+        with full_float32():
+            for unit, rows in self.units:
+                out[rows] = ops.linear(x[rows], weight[unit])
         return out
 
 

@@ -20,8 +20,10 @@ AWQ_CHUNK = 1 << 29
 AWQ_BYTES_PER_WEIGHT = 20
 # Matrices of K x K float32 that feedback holds for each expert of a chunk: moments and cross moments of two halves of the
 # rows, damped inverses, factors, and those in work. A chunk is as many experts as these bytes allow on a GPU: 16 of M2 or 4 of M3.
-FEEDBACK_CHUNK_BYTES = 12_200_000_000
+FEEDBACK_CHUNK_BYTES = 12_500_000_000
 FEEDBACK_MATRICES = 14
+# Two chunks are in work at once where they and two layers (this and the next) take no more: with M2, while M3 stays below 60 GB.
+_TWO_CHUNKS_BYTES = 42_000_000_000
 _FINE_BITS = 4
 # Device bytes of a token's hidden channel, in BF16 streams. Searching a layer holds both streams, each with the layer's output
 # in addition to its input; feedback holds both before and after attention, what is missing, and the experts' sum in float32.
@@ -139,7 +141,15 @@ def _feedback_scratch(plan: Plan) -> int:
         ),
         default=0,
     )
-    return max(FEEDBACK_CHUNK_BYTES, FEEDBACK_MATRICES * 4 * largest**2)
+    moe = plan.family.moe
+    chunks = feedback_chunks(moe.num_experts, plan.family.hidden_size, moe.intermediate_size) if moe else 1
+    return max(chunks * FEEDBACK_CHUNK_BYTES, FEEDBACK_MATRICES * 4 * largest**2)
+
+
+def feedback_chunks(experts: int, hidden: int, inner: int) -> int:
+    """How many chunks of FEEDBACK_CHUNK_BYTES a GPU has in work at once, for a layer of routed experts [inner, hidden]."""
+    layer = 2 * 3 * experts * hidden * inner
+    return 2 if 2 * layer + 2 * FEEDBACK_CHUNK_BYTES <= _TWO_CHUNKS_BYTES else 1
 
 
 QUANTIZERS = {

@@ -1,7 +1,7 @@
 """Where a layer's time goes in a conversion with error feedback on a GPU: `python -m tests.benchmarks.feedback_layer WORK [--shape m2]`.
 
 Makes layers of real width with random weights (as the release stores them), converts them with `--to awq` on random tokens and
-prints the seconds of the last layer by part, with the device synchronized around each, and of every layer without that.
+prints the seconds of the last layer by part, with the device synchronized around each and one chunk at a time, and of every layer without that.
 """
 
 from __future__ import annotations
@@ -59,13 +59,15 @@ class Layers(LineRecorder):
             self.sums.append(dict(self.clock.own))
 
 
-def measure(source: Path, output: Path, windows: int, length: int, clocked: bool) -> Layers:
+def measure(source: Path, output: Path, windows: int, length: int, chunks: int | None, clocked: bool) -> Layers:
     plan = plan_of(source, "awq", windows, length)
     torch.zeros(1, device="cuda")
     settings = Settings(device="cuda")
     settings.windows = random_windows(plan)
     clock = Clock(torch.device("cuda"))
     with ExitStack() as stack:
+        if clocked or chunks:
+            stack.enter_context(mock.patch.object(mlp, "feedback_chunks", lambda *shape: 1 if clocked else chunks))
         for where, names in PARTS if clocked else ():
             for name in names:
                 label = f"{where.__name__.rpartition('.')[2]}.{name}"
@@ -83,6 +85,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--window-length", type=int, default=512)
+    parser.add_argument("--chunks", type=int, help="in work at once, where parts are not timed [what a plan says]")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     source = asked.work / asked.shape
@@ -90,7 +93,7 @@ def main() -> None:
         wide_checkpoint(source, wide_config(asked.shape, asked.layers, None, 1, "fp8-block" if asked.shape == "m2" else "plain"), "cuda")  # fmt: skip
     found = {}
     for clocked in (False, True):
-        layers = measure(source, asked.work / "out", asked.windows, asked.window_length, clocked)
+        layers = measure(source, asked.work / "out", asked.windows, asked.window_length, asked.chunks, clocked)
         took = [after - before for before, after in zip(layers.seconds, layers.seconds[1:], strict=False)]
         print(f"{'parts apart' if clocked else 'as it runs'}: {', '.join(f'{s:.1f}' for s in took)} s a layer")
         found["parts apart" if clocked else "as it runs"] = took

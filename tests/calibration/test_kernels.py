@@ -10,7 +10,11 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-CASES = (HERE / "kernel_cases.py", HERE / "feedback" / "column_kernel_cases.py")
+CASES = (
+    HERE / "kernel_cases.py",
+    HERE / "feedback" / "column_kernel_cases.py",
+    HERE / "feedback" / "lane_cases.py",
+)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, whose interpreter runs on a CPU")

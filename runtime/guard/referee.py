@@ -1,7 +1,7 @@
 """Whether the engine's own gauges allow requests to be admitted on a forecast, and how many tokens a running request has written since.
 
 The engine is right about its cache and the forecast is a guess, so the guess counts only while the engine can be heard and has room: with gauges
-that are missing, not finite or stale, with a cache that is nearly full, or after a preemption, every request is reserved in full again.
+that are missing, stale or no such number, with a cache that is nearly full, or after a preemption, every request is reserved in full again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ HEARD = (WAITING, RUNNING, USAGE, PREEMPTIONS, WRITTEN)
 
 EDGE = 0.98  # share of the cache in use from which on forecasts do not count,
 BACK = 0.90  # until it is below this
+EXACT = 2.0**53  # counts above are no whole numbers any more
+MOST = {USAGE: 1.0}
 STALE_S = 5.0  # without any change of the gauges while requests are inside
 MARGIN = 0.02  # share of the pool that forecasts always leave free,
 LESSON = 0.02  # what each preemption adds to it,
@@ -45,7 +47,7 @@ class Referee:
     def see(self, gauges: Mapping[str, float], inside: int) -> None:
         """`inside`: requests that hold a reservation; without any, gauges that stand still are no sign."""
         now = self.clock()
-        heard = {name: gauges[name] for name in HEARD if math.isfinite(gauges.get(name, math.nan))}
+        heard = {name: gauges[name] for name in HEARD if 0 <= gauges.get(name, math.nan) <= MOST.get(name, EXACT)}
         if len(heard) < len(HEARD):
             self.against, self._last = "gauges", {}
             return

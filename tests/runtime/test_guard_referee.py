@@ -49,8 +49,8 @@ def test_before_the_first_look_nothing_is_forecast() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-@pytest.mark.parametrize("value", [None, math.nan, math.inf])
-def test_a_gauge_that_is_missing_or_no_number_closes(name: str, value: float | None) -> None:
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -1.0, 1e300])
+def test_a_gauge_that_is_missing_or_no_such_number_closes(name: str, value: float | None) -> None:
     engine = Engine()
     assert engine.look() == ""
     before = engine.gauges[name]

@@ -247,7 +247,7 @@ def _convert(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
         ledgers = [ExpertLedger.from_json(r["ledger"]) for r in journal.records.values() if r.get("ledger")]
         _refuse_starved(output, {str(ledger.layer): ledger.starved for ledger in ledgers if ledger.starved})
     done = sum(plan.units[i].bytes_in for i in journal.records)
-    run.progress.start(sum(u.bytes_in for u in plan.units), done)
+    run.progress.start(sum(u.bytes_in for u in plan.units), done, "convert")
     if journal.records:
         run.progress.say(f"continuing: {len(journal.records)} of {len(plan.units)} shards are finished")
     started = time.monotonic()

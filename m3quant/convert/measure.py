@@ -140,7 +140,7 @@ class Measuring:
 
     def run(self, text_sha256: str, state_folder: Path | None = None) -> Sensitivity:
         saved = SavedState(state_folder, self._identity(text_sha256)) if state_folder else None
-        self.progress.start(sum(unit.bytes_in for unit in self.plan.units[1:]), 0)
+        self.progress.start(sum(unit.bytes_in for unit in self.plan.units[1:]), 0, "measure")
         checkpoint, settings = self.plan.checkpoint, self.settings
         work = layer_steps(self.plan, saved.layers() if saved else 0)
         budget = remote_budget(checkpoint, work, settings.shards, settings.cache_disk)

@@ -125,7 +125,7 @@ def run_layers(
         done += 1
     facts = [journal.records[layer]["facts"] for layer in range(done)] if journal else []
     read = [sum(model.stored_bytes(layer) for model in models) for layer in range(layers)]
-    progress.start(sum(read), sum(read[:done]))
+    progress.start(sum(read), sum(read[:done]), "evaluate")
     if done:
         progress.say(f"continuing: {done} of {layers} layers are finished")
     for stream in streams:

@@ -127,7 +127,7 @@ class _Watch:
         sizes = {unit.index: unit.bytes_in for unit in self.plan.units}
         if not self.begun:
             self.begun = True
-            self.progress.start(sum(sizes.values()), sum(sizes[index] for index in new))
+            self.progress.start(sum(sizes.values()), sum(sizes[index] for index in new), "convert")
         else:
             for index in new:
                 self.progress.advance(sizes[index])

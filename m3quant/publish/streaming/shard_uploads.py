@@ -71,7 +71,7 @@ class _Upload:
         self._progress = progress
         self.advance: Callable[[int], None] = lambda count: None
 
-    def start(self, total_bytes: int, done_bytes: int) -> None:
+    def start(self, total_bytes: int, done_bytes: int, label: str = "") -> None:
         self.advance = self._progress.beside("upload", total_bytes - done_bytes)
 
     def beside(self, label: str, total_bytes: int) -> Callable[[int], None]:

@@ -63,6 +63,11 @@ def streamed(
                 store.cache = None
 
 
+def reading_words(checkpoint: Checkpoint) -> str:
+    """What a command does while it waits for weights, which may be on their way."""
+    return "reading" if checkpoint.remote is None else "fetching and reading"
+
+
 def no_shards(folder: str) -> str:
     """The sentence about --cache-disk where nothing is elsewhere."""
     return f"--cache-disk is about shards of a checkpoint on the Hub or in an object store, and {folder} is a folder: leave it out."

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
@@ -15,35 +14,34 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from .. import __version__
 from ..running import steps
+from ..running.pace import KNOWN_SHARE, KNOWN_SHARE_OF_NETWORK, Pace
 from ..running.words import duration
 from .verbosity import QUIET, VERBOSE, verbosity
 
-KNOWN = 0.005  # share of the work after which its rate says something: a third of a layer of M2's 62
 LINE_SECONDS = 10.0  # without a terminal: one progress line in this time
 
 
-@dataclass
 class Track:
-    """A stream of bytes beside the command's own. task: of its bar, on a terminal."""
+    """A stream of bytes. before: those of its total that came in an earlier run. known: as of `Pace`. task: of its bar, on a terminal."""
 
-    label: str
-    total: int
-    started: float
-    done: int = 0
-    task: TaskID | None = None
+    def __init__(self, label: str, total: int, before: int = 0, known: float = KNOWN_SHARE) -> None:
+        self.label, self.total, self.before = label, total, before
+        self.pace = Pace(total - before, known)
+        self.task: TaskID | None = None
 
-    def rate(self, now: float) -> float:
-        """Bytes a second so far."""
-        return self.done / (now - self.started) if now > self.started else 0.0
+    @property
+    def done(self) -> int:
+        return self.before + self.pace.done
 
-    def seconds_left(self, now: float) -> float | None:
-        """None while that is not known."""
-        if self.done >= self.total:
-            return 0.0
-        return (self.total - self.done) / self.rate(now) if self.done > KNOWN * self.total else None
+    def rate(self, now: float) -> str:
+        """Empty where it is not known, or of no interest any more."""
+        rate = self.pace.rate(now) if self.done < self.total else None
+        return "" if rate is None else f"{rate / 1e6:.0f} MB/s"
 
     def words(self, now: float) -> str:
-        return f"{self.label} {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {self.rate(now) / 1e6:.0f} MB/s"
+        amount = f"{self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB"
+        told = [f"{self.label} {amount}" if self.label else amount, self.rate(now)]
+        return ", ".join(filter(None, told))
 
 
 class BytesProgress:
@@ -55,9 +53,9 @@ class BytesProgress:
         self._console = Console(stderr=True)
         self._stack = ExitStack()
         self._bar: Progress | None = None
+        self._own: Track | None = None
         self._beside: list[Track] = []
-        self._step, self._share = "", 0.0
-        self._total = self._done = self._begun_at = 0
+        self._step, self._waiting, self._share = "", "", 0.0
         self._started = self._step_began = time.monotonic()
         self._last = self._started - LINE_SECONDS  # the first thing that is told is shown at once
         self._lock = threading.Lock()
@@ -85,24 +83,28 @@ class BytesProgress:
     ) -> None:
         self._stack.close()
 
-    def start(self, total_bytes: int, done_bytes: int) -> None:
-        self._total, self._done, self._begun_at = total_bytes, done_bytes, done_bytes
-        self._started = time.monotonic()
+    def start(self, total_bytes: int, done_bytes: int, label: str = "") -> None:
+        with self._lock:
+            self._own = Track(label, total_bytes, done_bytes)
+            self._started = time.monotonic()
         self._show()
 
     def advance(self, count: int) -> None:
-        self._done += count
+        with self._lock:
+            if self._own:
+                self._own.pace.advance(count, time.monotonic())
         self._show()
 
     def beside(self, label: str, total_bytes: int) -> Callable[[int], None]:
-        track = Track(label, total_bytes, time.monotonic())
+        track = Track(label, total_bytes, known=KNOWN_SHARE_OF_NETWORK)
         if self._bar:
             track.task = self._bar.add_task("", total=total_bytes, label=label)
-        self._beside.append(track)
+        with self._lock:
+            self._beside.append(track)
 
         def advance(count: int) -> None:
             with self._lock:
-                track.done += count
+                track.pace.advance(count, time.monotonic())
             self._show()
 
         return advance
@@ -114,6 +116,10 @@ class BytesProgress:
         self._step, self._share, self._step_began = words, 0.0, time.monotonic()
         if verbosity() == VERBOSE:
             self.say(f"{self.label}: {words}")
+        self._show()
+
+    def waiting(self, words: str) -> None:
+        self._waiting = words
         self._show()
 
     def part(self, share: float) -> None:
@@ -132,52 +138,58 @@ class BytesProgress:
         """Redraw the bar, or print a line if the last one is old enough."""
         if verbosity() == QUIET:
             return
-        if self._bar:
-            # A bar that knows no total moves by itself.
-            self._bar.update(self._task, total=self._total or None, completed=self._done, description=self._words())
-            for track in self._beside:
-                assert track.task is not None
-                rate = f"{track.rate(time.monotonic()) / 1e6:.0f} MB/s"
-                self._bar.update(track.task, completed=track.done, description=rate)
-            return
         with self._lock:
-            if (now := time.monotonic()) - self._last < LINE_SECONDS:
+            now = time.monotonic()
+            if self._bar:
+                self._redraw(self._bar, now)
+                return
+            if now - self._last < LINE_SECONDS:
                 return
             self._last = now
-        print(f"{self.label}: {self._words()}", file=sys.stderr, flush=True)
+            line = f"{self.label}: {self._words(now)}"
+        print(line, file=sys.stderr, flush=True)
 
-    def _words(self) -> str:
+    def _redraw(self, bar: Progress, now: float) -> None:
+        # A bar that knows no total moves by itself.
+        total, done = (self._own.total or None, self._own.done) if self._own else (None, 0)
+        bar.update(self._task, total=total, completed=done, description=self._words(now))
+        for track in self._beside:
+            assert track.task is not None
+            bar.update(track.task, completed=track.done, description=track.rate(now))
+
+    def _words(self, now: float) -> str:
         shown = [f"{self._step}, {self._share:.0%}" if self._share else self._step] if self._step else []
-        now = time.monotonic()
+        if self._waiting:
+            shown.append(self._waiting)
         elapsed = now - self._started
         if not self._bar:
             shown += [track.words(now) for track in self._beside]
-        if self._total:
-            done = self._done - self._begun_at
-            rate = done / elapsed if elapsed > 0 else 0.0
+        if self._own and self._own.total:
             if not self._bar:  # which shows the share, and has 80 columns
-                shown.append(f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s")
+                shown.append(self._own.words(now))
             elif not self._step:
-                shown.append(f"{rate / 1e6:.0f} MB/s")
-            shown.append(f"ETA {self._eta(done, elapsed)}")
+                shown.append(self._own.rate(now))
+            if any(track.done < track.total for track in (self._own, *self._beside)):
+                shown.append(f"ETA {self._eta(self._own, now)}")
         elif self._share:
-            spent = time.monotonic() - self._step_began
+            spent = now - self._step_began
             shown.append(f"ETA of this step {duration(spent * (1 - self._share) / self._share)}")
         elif not self._bar:
             shown.append(f"{duration(elapsed)} so far")
-        return "; ".join(shown)
+        return "; ".join(filter(None, shown))
 
-    def _eta(self, done: int, elapsed: float) -> str:
-        """From the rate so far; before it says something, from what was planned."""
-        left = self._total - self._done
-        others = [track.seconds_left(time.monotonic()) for track in self._beside]
-        known = [seconds for seconds in others if seconds is not None]
-        # The first bytes of a layer come long before those that take the time.
-        if done > KNOWN * (done + left) and len(known) == len(others):
-            return duration(max([left * elapsed / done, *known]))  # of the slowest stream
-        if self.expected is None:
-            return "not known yet"
-        return f"about {duration(max(0.0, self.expected * (done + left) / self._total - elapsed))}, as planned"
+    def _eta(self, own: Track, now: float) -> str:
+        """Of the slowest stream. While one has told too little: what was planned of the command's own, or the most that is known."""
+        told = [track.pace.seconds_left(now) for track in (own, *self._beside)]
+        known = [seconds for seconds in told if seconds is not None]
+        longest = max(known, default=0.0)
+        if len(known) == len(told):
+            return duration(longest)
+        if self.expected is not None and told[0] is None:
+            planned = self.expected * own.pace.total / own.total - (now - self._started)
+            if planned > longest:
+                return f"about {duration(planned)}, as planned"
+        return f"at least {duration(longest)}" if longest else "not known yet"
 
 
 def opening(line: str) -> None:

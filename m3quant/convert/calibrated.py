@@ -21,6 +21,7 @@ from ..calibration.quantizers import layer_quantizer
 from ..calibration.ranks import ALONE
 from ..calibration.rounding_errors import ROUNDING_ERROR, RoundingErrors
 from ..calibration.stream import Prefetcher, read_head, read_layer, run_layer
+from ..checkpoint.streaming import reading_words
 from ..errors import CalibrationError
 from ..planning.calibration_text import run_groups
 from ..planning.layout import scale_dtype
@@ -36,12 +37,13 @@ from ..schemes import Scheme, rounded_activations
 from .device_layers import DeviceLoader
 from .device_warm_up import WarmUp
 from .expert_stacks import pack_experts
-from .layer_work import LayerWork, layer_words, stage_shares
+from .layer_work import LayerWork, stage_shares
 from .layer_writer import LayerSink, LayerWriter, NoWriter
 from .pipeline import convert_unit
 from .quality import coverage, heldout_quality
 from .replay import replay_layer
 from .units import named, shard_facts
+from .words import layer_words
 
 if TYPE_CHECKING:
     from .job import Run
@@ -53,7 +55,7 @@ def convert_calibrated(run: Run) -> dict[str, Any]:
     run.settings.ranks: one of several processes that do so together; all but the first write nothing and return {}.
     Raises CalibrationError, CheckpointError, StoppedError or InterruptedRun; a layer in progress is then dropped whole.
     """
-    layerwise = _Layerwise(run)
+    layerwise, reading = _Layerwise(run), reading_words(run.plan.checkpoint)
     ranks = layerwise.ranks
     todo = [u for u in run.plan.units if u.layer is not None and u.index not in run.journal.records]
     first = run.plan.units[0]
@@ -68,17 +70,18 @@ def convert_calibrated(run: Run) -> dict[str, Any]:
         stack.enter_context(run.plan.checkpoint.abandoned_on_error())
         if ranks.first and first.index not in run.journal.records:
             fmt = run.plan.recipe.format
+            steps.step(f"{reading} {first.label}")
             record = convert_unit(run.output, first, run.reader, fmt, run.device, run.stop, run.progress.advance)
             run.journal.finish_unit(first.index, shard_facts(record))
         steps.step("hidden states that enter the first layer")
         streams = stack.enter_context(contextlib.closing(layerwise.streams()))
         warm_up.close()
         for unit in replayed:
-            steps.step(layer_words(run.plan, unit, "hidden states are computed again"))
+            steps.step(layer_words(run.plan, unit, reading))
             layerwise.replay(unit, next(layers), streams)
             run.plan.checkpoint.finish_step((REPLAY, unit.index))
         for unit in todo:
-            steps.step(layer_words(run.plan, unit, "reading"))
+            steps.step(layer_words(run.plan, unit, reading))
             layerwise.convert_layer(unit, next(layers), streams)
         if not ranks.first:
             return {}
@@ -88,6 +91,7 @@ def convert_calibrated(run: Run) -> dict[str, Any]:
         quality = heldout_quality(
             head, streams, layerwise.tokens, run.plan.recipe.data.windows, rounded_activations(_all_schemes(run))
         )
+        steps.step("writing the last layers")
         writer.wait()
     return _summary(run, quality)
 
@@ -157,6 +161,7 @@ class _Layerwise:
     def replay(self, unit: Unit, tensors: dict[str, torch.Tensor], streams: Streams) -> None:
         """Move the streams through a layer that is finished and after which they were not saved."""
         self.run.stop.check()
+        steps.step(layer_words(self.plan, unit, "hidden states are computed again"))
         self.run.progress.say(f"layer {unit.layer}: hidden states are computed again")
         layer = Layer(
             layer_spec(self.plan.checkpoint.config, cast("int", unit.layer)), tensors, self.device, self.dtype

@@ -40,11 +40,13 @@ from .pipeline import convert_units
 from .recheck import recheck, refuse_unknown
 from .shard_sink import feed
 from .units import shard_facts
+from .words import LOOKING, arrival_words, finished_words
 
 
 def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
     """`start.convert` in this process: all of it, or the driver of data-free units on a Ray cluster."""
     check_places(plan, output, settings)
+    steps.step(LOOKING)
     device = pick_device(settings.device)
     if (done := finished(plan, output, settings, device, progress)) is not None:
         return done
@@ -59,8 +61,10 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
         if settings.engine == "ray":
             from .ray import cluster as ray_cluster
 
+            steps.step("joining the Ray cluster")
             # Before there is a folder: a cluster that cannot be used leaves nothing behind.
             cluster = stack.enter_context(ray_cluster.cluster(settings.address, device.type, stop))
+            steps.step(LOOKING)
         source = {SOURCE: identify(plan.checkpoint, plan.copied_files)}
         journal = Journal.begin(output, facts, source)
         stack.callback(journal.release)
@@ -247,7 +251,7 @@ def _convert(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
         ledgers = [ExpertLedger.from_json(r["ledger"]) for r in journal.records.values() if r.get("ledger")]
         _refuse_starved(output, {str(ledger.layer): ledger.starved for ledger in ledgers if ledger.starved})
     done = sum(plan.units[i].bytes_in for i in journal.records)
-    run.progress.start(sum(u.bytes_in for u in plan.units), done)
+    run.progress.start(sum(u.bytes_in for u in plan.units), done, "convert")
     if journal.records:
         run.progress.say(f"continuing: {len(journal.records)} of {len(plan.units)} shards are finished")
     started = time.monotonic()
@@ -266,9 +270,11 @@ def _convert(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     run.stop.check()
     if sink is not None:
         extra["shard_checks"] = sink.checks
+        steps.step("waiting for the last uploads")
         sink.wait()
     extra["job"] = facts
     extra["seconds"] = round(time.monotonic() - started, 3)
+    steps.step("writing the files beside the shards")
     # A signal from here on finds less than a second of work left: it is done rather than dropped.
     manifest = finish(plan, output, journal, extra)
     _write_own_figures(plan, output, manifest)
@@ -297,6 +303,7 @@ def _write_own_figures(plan: Plan, output: Path, manifest: dict[str, Any]) -> No
 def _convert_units(run: Run) -> None:
     """All units that the journal has no record of, rounded to nearest: none depends on another."""
     todo = [unit for unit in run.plan.units if unit.index not in run.journal.records]
+    steps.step(arrival_words(run.plan, todo))
     if run.cluster is not None:
         from .ray.units import run_units
 
@@ -307,11 +314,19 @@ def _convert_units(run: Run) -> None:
             f"note: rounding with plain torch operations, because Triton's kernels do not run here ({reason})"
         )
 
+    first = True
+
+    def came(count: int) -> None:
+        nonlocal first
+        if first:
+            steps.step(finished_words(run.plan, run.journal))
+            first = False
+        run.progress.advance(count)
+
     def finished(unit: Unit, record: ShardRecord) -> None:
         run.journal.finish_unit(unit.index, shard_facts(record))
-        steps.step(f"{len(run.journal.records)} of {len(run.plan.units)} shards are finished")
+        steps.step(finished_words(run.plan, run.journal))
 
     convert_units(
-        run.output, todo, run.reader, run.plan.recipe.format, run.device, run.stop, run.progress.advance,
-        finished,
+        run.output, todo, run.reader, run.plan.recipe.format, run.device, run.stop, came, finished,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from ..planning.timing_model import forward_flops, search_flops
 from ..planning.unit import Unit
 from ..running import steps
 from ..running.progress import Progress
+from .words import layer_words
 
 # Stage -> what a person reads of it.
 WORDS = {
@@ -32,10 +33,6 @@ def stage_shares(plan: Plan) -> dict[str, tuple[float, float]]:
     }
     begins = [0.0, *list(ends.values())[:-1]]
     return dict(zip(ends, zip(begins, ends.values(), strict=True), strict=True))
-
-
-def layer_words(plan: Plan, unit: Unit, words: str) -> str:
-    return f"layer {unit.layer} ({unit.index} of {len(plan.units) - 1}): {words}"
 
 
 class LayerWork:

@@ -37,7 +37,7 @@ from ..calibration.quantizers import layer_quantizer
 from ..calibration.ranks import ALONE
 from ..calibration.spec import LayerSpec
 from ..calibration.stream import HiddenStates, Prefetcher, embed_source, read_head, read_layer, run_layer
-from ..checkpoint.streaming import remote_budget, streamed
+from ..checkpoint.streaming import reading_words, remote_budget, streamed
 from ..errors import CalibrationError
 from ..planning.choices import role_of
 from ..planning.fit import Fitting
@@ -63,8 +63,8 @@ from ..running.stopping import StopFlag, stop_on_signals
 from ..schemes import Scheme, parse_scheme
 from .device_layers import DeviceLoader
 from .job import out_of_memory
-from .layer_work import layer_words
 from .measure_state import MeasureState, PilotState, ProbeState, SavedState
+from .words import layer_words
 
 # Errors that are carried to the end: a large and a small one for the role that most bytes and most of the loss are in,
 # one for the others. Where a role's candidates have none of them, the one of fewest bits.
@@ -140,11 +140,12 @@ class Measuring:
 
     def run(self, text_sha256: str, state_folder: Path | None = None) -> Sensitivity:
         saved = SavedState(state_folder, self._identity(text_sha256)) if state_folder else None
-        self.progress.start(sum(unit.bytes_in for unit in self.plan.units[1:]), 0)
+        self.progress.start(sum(unit.bytes_in for unit in self.plan.units[1:]), 0, "measure")
         checkpoint, settings = self.plan.checkpoint, self.settings
         work = layer_steps(self.plan, saved.layers() if saved else 0)
         budget = remote_budget(checkpoint, work, settings.shards, settings.cache_disk)
         with streamed(checkpoint, work, settings.shards, budget, self.stop, self.progress, keep=True):
+            steps.step("hidden states that enter the first layer")
             self.state = MeasureState(
                 self._embedded(self.tokens, self.dtype),
                 self._embedded(self.tokens[self.calibration :], torch.float32),
@@ -173,10 +174,12 @@ class Measuring:
         with contextlib.ExitStack() as stack:
             layers = self._layers(stack, todo)
             stack.enter_context(self.plan.checkpoint.abandoned_on_error())
-            for unit, tensors in zip(todo, layers, strict=True):
-                self._measure_layer(unit, tensors)
+            for unit in todo:
+                steps.step(layer_words(self.plan, unit, reading_words(self.plan.checkpoint)))
+                self._measure_layer(unit, next(layers))
                 self.plan.checkpoint.finish_step((UNIT, unit.index))
                 if saved and unit is not units[-1] and time.monotonic() - last >= self.settings.save_seconds:
+                    steps.step(layer_words(self.plan, unit, "saving the state"))
                     saved.save(state)
                     last = time.monotonic()
         return self._result(text_sha256)
@@ -266,6 +269,7 @@ class Measuring:
             quantized = self._quantize(layer, tensors, self._schemes(unit, pilot.layers[unit.layer]), own, view)
             run_layer(self._rounded(spec, tensors, quantized, self.dtype), pilot.states, self.micro_batch)
             self.progress.advance(part)
+        steps.step(layer_words(self.plan, unit, "hidden states that leave it"))
         for probe in state.probes[:arrived]:
             run_layer(exact, probe.states, self.micro_batch)
         state.exact.write(slice(None), expected)
@@ -315,6 +319,7 @@ class Measuring:
         return torch.cat([layer.forward(part) for part in torch.split(x, self.micro_batch)])
 
     def _result(self, text_sha256: str) -> Sensitivity:
+        steps.step("predictions of the whole models")
         head = read_head(self.reader, self.device)
         tokens = self.tokens[self.calibration :]
         probed: dict[tuple[int, str], list[Probe]] = {}

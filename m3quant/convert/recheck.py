@@ -13,6 +13,7 @@ from ..artifact.reread import THREADS, check_states, other_shards, stored_infos
 from ..checkpoint import Checkpoint, sha256_file
 from ..errors import OutputError
 from ..planning.plan import Plan
+from ..running import steps
 from ..running.progress import Progress
 from ..running.stopping import StopFlag
 from ..running.words import human_bytes
@@ -39,6 +40,7 @@ def recheck(
     records = [journal.records[index] for index in sorted(journal.records)]
     here = [record for record in records if record["shard"] not in away]
     size = sum(record["size"] for record in here)
+    steps.step("checking finished shards")
     progress.say(f"checking {len(here)} finished shards ({human_bytes(size)}) against their sha256")
     lost = {record["unit"]: why for record in records if (why := away.get(record["shard"]))}
     _drop_changed(plan, journal, lost | changed_shards(journal.output, here, stop))

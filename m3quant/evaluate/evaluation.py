@@ -23,6 +23,7 @@ from ..artifact.records import MeasuredLayer
 from ..artifact.reread import recorded_digests
 from ..checkpoint import make_folder, write_json_atomic
 from ..errors import EvaluationError, StoppedError
+from ..running import steps
 from ..running.device import device_name, pick_device
 from ..running.progress import Progress
 from ..running.stopping import StopFlag, stop_on_signals
@@ -97,6 +98,7 @@ def evaluate_all(
         for checkpoint in checkpoints:
             check_same_model(checkpoint, source)
     started = time.monotonic()
+    steps.step("looking at the checkpoints and at what is finished")
     plan = _Plan(checkpoints, source, tasks, settings)
     journal = None
     if folder is not None:
@@ -112,6 +114,7 @@ def evaluate_all(
                     model.reader.checkpoint.record_reads()
                 journal.unit_read = plan.layer_read
             predictions, layers = plan.run(journal, stop, progress)
+        steps.step("writing what was measured")
         seconds = time.monotonic() - started
         records = [plan.record(number, predictions, layers, suite, seconds) for number in range(len(checkpoints))]
         for record, place in zip(records, written, strict=True):

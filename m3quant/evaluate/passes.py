@@ -18,6 +18,7 @@ from ..artifact.journal import Journal
 from ..calibration.head import CHUNK_TOKENS, Head, score
 from ..calibration.layers import Layer
 from ..calibration.stream import Prefetcher, embed, read_embeddings, read_head, read_layer
+from ..checkpoint.streaming import reading_words
 from ..errors import EvaluationError
 from ..planning.streaming import EMBEDDINGS, HEAD
 from ..running import steps
@@ -125,9 +126,10 @@ def run_layers(
         done += 1
     facts = [journal.records[layer]["facts"] for layer in range(done)] if journal else []
     read = [sum(model.stored_bytes(layer) for model in models) for layer in range(layers)]
-    progress.start(sum(read), sum(read[:done]))
+    progress.start(sum(read), sum(read[:done]), "evaluate")
     if done:
         progress.say(f"continuing: {done} of {layers} layers are finished")
+    steps.step("hidden states that enter the first layer" if not done else "hidden states of the last finished layer")
     for stream in streams:
         if done:
             stream.states.restore(done)
@@ -162,11 +164,13 @@ def _one_layer(
     progress: Progress,
 ) -> dict[str, float]:
     facts: dict[str, float] = {"layer": layer}
-    steps.step(f"layer {layer} ({layer + 1} of {streams[-1].model.family.num_layers})")
+    words = f"layer {layer} ({layer + 1} of {streams[-1].model.family.num_layers})"
     for stream in streams:
         stream.states.begin(layer + 1)
     for model in models:
+        steps.step(f"{words}: {reading_words(model.reader.checkpoint)}")
         tensors = next(loaded)
+        steps.step(words)
         mine = [stream for stream in streams if stream.model is model]
         ticks = _Ticks(progress, model.stored_bytes(layer), sum(len(s.layout.ids) for s in mine))
         for stream in mine:

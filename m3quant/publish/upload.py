@@ -21,6 +21,7 @@ from typing import Any
 from ..checkpoint.bounded import read_bounded
 from ..checkpoint.copying import hash_file
 from ..errors import CheckpointError, HubError, PublishError
+from ..running import steps
 from ..running.progress import Progress
 from .files import PublishFile
 from .remote import Conflict, Remote, RemoteFile, RepoState, copies_between_repos, uses_xet
@@ -76,6 +77,7 @@ def upload(repo: str, target: Target, progress: Progress) -> Published:
     """
     remote = Remote(repo, progress.say)
     check_tag(target.tag)
+    steps.step(f"looking at {repo}")
     remote.check_token()
     state = made(remote)
     run = UploadRun(remote, target, progress)
@@ -87,9 +89,11 @@ def upload(repo: str, target: Target, progress: Progress) -> Published:
     if run.differing(main) or run.others(main):
         run.check_usable(state, main)
         staged = run.stage(state, result)
+        steps.step("one commit on main")
         result.commit = run.merge(state, main, staged, result)
     else:
         progress.say(f"main of {repo} holds every file already")
+    steps.step(f"tag {target.tag}")
     run.finish(_seen(remote), result)
     return result
 
@@ -153,9 +157,11 @@ class UploadRun:
             )
         total = sum(f.size for f in self.target.files)
         self.progress.start(total, total - sum(f.size for f in missing))
+        steps.step(f"sending to branch {STAGING}")
         missing = self._copy_from_base(missing, result)
         for group in groups(missing):
             self._send(group, result)
+        steps.step("comparing what arrived")
         self._remove_others(staged)
         return self._verified_head()
 

@@ -10,7 +10,9 @@ from typing import Protocol
 class Progress(Protocol):
     """Receives the state of a long command: bytes to do, bytes done, and lines for the user. Any thread may tell."""
 
-    def start(self, total_bytes: int, done_bytes: int) -> None: ...
+    def start(self, total_bytes: int, done_bytes: int, label: str = "") -> None:
+        """label: what is done with these bytes, where other streams may go on beside them."""
+        ...
 
     def advance(self, count: int) -> None: ...
 
@@ -29,7 +31,7 @@ class Silent:
         self.total = self.done = 0
         self.streams: dict[str, int] = {}
 
-    def start(self, total_bytes: int, done_bytes: int) -> None:
+    def start(self, total_bytes: int, done_bytes: int, label: str = "") -> None:
         self.total, self.done = total_bytes, done_bytes
 
     def advance(self, count: int) -> None:

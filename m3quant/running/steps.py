@@ -20,6 +20,8 @@ class Listener(Protocol):
 
     def step(self, words: str) -> None: ...
 
+    def waiting(self, words: str) -> None: ...
+
     def part(self, share: float) -> None: ...
 
 
@@ -57,6 +59,19 @@ def step(words: str) -> None:
     """What begins now."""
     if _listeners:
         _listeners[-1].step(words)
+
+
+@contextmanager
+def waiting(words: str) -> Iterator[None]:
+    """What finished work waits for until the block ends; any thread may wait, and the step stays what it is."""
+    listener = _listeners[-1] if _listeners else None
+    if listener is not None:
+        listener.waiting(words)
+    try:
+        yield
+    finally:
+        if listener is not None:
+            listener.waiting("")
 
 
 def part(done: int, total: int) -> None:

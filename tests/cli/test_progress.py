@@ -34,12 +34,12 @@ def test_the_first_line_comes_at_once_and_no_time_left_is_told_from_the_first_by
         progress.start(2 * 10**9, 10**9)
         assert told(capsys) == ["awq: 1.00 of 2.00 GB, 0 MB/s; ETA not known yet"]
         clock.now = 20.0
-        progress.advance(10)
+        progress.advance(10**8)
         clock.now = 40.0
-        progress.advance(5 * 10**8 - 10)
+        progress.advance(4 * 10**8)
     assert told(capsys) == [
-        "awq: 1.00 of 2.00 GB, 0 MB/s; ETA not known yet",
-        "awq: 1.50 of 2.00 GB, 12 MB/s; ETA 40 s",
+        "awq: 1.10 of 2.00 GB; ETA not known yet",
+        "awq: 1.50 of 2.00 GB, 20 MB/s; ETA 25 s",
     ]
 
 
@@ -93,39 +93,75 @@ def test_a_share_of_a_step_is_told_to_who_counts_it() -> None:
     assert heard == [0.5]
 
 
-def test_streams_beside_are_told_with_it_and_the_slowest_says_when_it_ends(
+def test_streams_beside_are_told_with_it_and_what_came_and_was_lost_is_no_rate(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with module.BytesProgress("awq") as progress:
-        progress.start(10**9, 0)
+        progress.start(10**9, 0, "convert")
         fetched = progress.beside("fetch", 2 * 10**9)
         clock.now = 20.0
         fetched(10**9)
         clock.now = 30.0
         fetched(-(10**9))  # what came was not the file
         clock.now = 40.0
-        fetched(2 * 10**9)
+        fetched(15 * 10**8)
         clock.now = 50.0
-        progress.advance(5 * 10**8)
+        fetched(5 * 10**8)
+        progress.advance(2 * 10**8)
+        clock.now = 60.0
+        progress.advance(4 * 10**8)
+        clock.now = 70.0
+        progress.advance(4 * 10**8)
     assert told(capsys)[1:] == [
-        "awq: fetch 1.00 of 2.00 GB, 50 MB/s; 0.00 of 1.00 GB, 0 MB/s; ETA not known yet",
-        "awq: fetch 0.00 of 2.00 GB, 0 MB/s; 0.00 of 1.00 GB, 0 MB/s; ETA not known yet",
-        "awq: fetch 2.00 of 2.00 GB, 50 MB/s; 0.00 of 1.00 GB, 0 MB/s; ETA not known yet",
-        "awq: fetch 2.00 of 2.00 GB, 40 MB/s; 0.50 of 1.00 GB, 10 MB/s; ETA 50 s",
+        "awq: fetch 1.00 of 2.00 GB; convert 0.00 of 1.00 GB, 0 MB/s; ETA not known yet",
+        "awq: fetch 0.00 of 2.00 GB, 0 MB/s; convert 0.00 of 1.00 GB, 0 MB/s; ETA not known yet",
+        "awq: fetch 1.50 of 2.00 GB, 25 MB/s; convert 0.00 of 1.00 GB, 0 MB/s; ETA at least 20 s",
+        "awq: fetch 2.00 of 2.00 GB; convert 0.00 of 1.00 GB, 0 MB/s; ETA not known yet",
+        "awq: fetch 2.00 of 2.00 GB; convert 0.60 of 1.00 GB, 40 MB/s; ETA 10 s",
+        "awq: fetch 2.00 of 2.00 GB; convert 1.00 of 1.00 GB",
     ]
 
 
 def test_the_time_left_is_that_of_the_slowest_stream(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with module.BytesProgress("awq") as progress:
-        progress.start(10**9, 0)
+        progress.start(10**9, 0, "convert")
         fetched = progress.beside("fetch", 10**9)
-        clock.now = 5.0
-        progress.advance(9 * 10**8)
-        clock.now = 10.0
+        for _ in range(2):
+            clock.now += 10.0
+            fetched(10**8)
+            progress.advance(4 * 10**8)
+        clock.now += 5.0
+        progress.advance(10**8)
+        clock.now += 5.0
         fetched(10**8)
-    assert told(capsys)[-1] == "awq: fetch 0.10 of 1.00 GB, 10 MB/s; 0.90 of 1.00 GB, 90 MB/s; ETA 90 s".replace(
-        "90 s", "2 min"
-    )
+    assert told(capsys)[-1] == "awq: fetch 0.30 of 1.00 GB, 10 MB/s; convert 0.90 of 1.00 GB, 33 MB/s; ETA 70 s"
+
+
+def test_a_plan_that_is_over_is_no_time_left(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with module.BytesProgress("fp8") as progress:
+        progress.start(10**9, 0)
+        steps.expect(15.0)
+        for _ in range(2):
+            clock.now += 10.0
+            steps.step("fetching")
+    assert told(capsys)[1:] == [
+        "fp8: fetching; 0.00 of 1.00 GB, 0 MB/s; ETA about 5 s, as planned",
+        "fp8: fetching; 0.00 of 1.00 GB, 0 MB/s; ETA not known yet",
+    ]
+
+
+def test_what_finished_work_waits_for_is_told_beside_the_step(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with module.BytesProgress("fp8"):
+        clock.now = 10.0
+        steps.step("4 of 63 shards are finished")
+        clock.now = 20.0
+        with steps.waiting("uploads lag behind"):
+            clock.now = 30.0
+    assert told(capsys) == [
+        "fp8: 4 of 63 shards are finished; 10 s so far",
+        "fp8: 4 of 63 shards are finished; uploads lag behind; 20 s so far",
+        "fp8: 4 of 63 shards are finished; 30 s so far",
+    ]
 
 
 def test_a_terminal_has_a_bar_for_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,3 +245,25 @@ def test_what_arrives_otherwise_is_told_and_kept(
         refused(client, wanted, 2, "400", "another sha256")
     assert shards(out) and not (out / "config.json").exists()
     assert set(hub.repos[REPO].tree()) == {ATTRIBUTES} and hub.public_view(REPO) is None
+
+
+def test_every_step_is_told_and_none_stays(hub_with_base: Hub, client: Client, tmp_path: Path) -> None:
+    """From the Hub and to it: what is waited for is what is said."""
+    done = client.run(command(BASE, tmp_path / "out", "--drop-uploaded", "--verbose", base=None))
+    assert done.code == 0, done.err
+    # Progress lines add numbers after a semicolon.
+    told = [line for line in done.err.splitlines() if line.startswith(("int4: ", "publish: ")) and "; " not in line]
+    assert told == [
+        "int4: checking what will be published",
+        "int4: looking at the source and at what is finished",
+        "int4: fetching and reading embeddings, head and the rest",
+        *(f"int4: {number} of 6 shards are finished" for number in range(7)),
+        "int4: waiting for the last uploads",
+        "int4: writing the files beside the shards",
+        "publish: checking what is left to send",
+        f"publish: looking at {REPO}",
+        f"publish: sending to branch {STAGING}",
+        "publish: comparing what arrived",
+        "publish: one commit on main",
+        "publish: tag v1",
+    ]

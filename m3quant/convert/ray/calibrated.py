@@ -15,9 +15,11 @@ from typing import Any
 from ...artifact.journal import Journal
 from ...errors import M3QuantError, OutputError, PlanError
 from ...planning.plan import Plan
+from ...running import steps
 from ...running.progress import Progress, Silent
 from ...running.stopping import StopFlag, stop_on_signals
 from ..job import Settings
+from ..words import finished_words
 from .cluster import POLL_SECONDS, Cluster, Patience, amount_words, cluster, counted, describe, failure_of
 from .units import MAX_RETRIES, Job, job_of, same_plan
 
@@ -88,6 +90,7 @@ def _try(
 def _all_started(found: Cluster, workers: Sequence[Any], progress: Progress, stop: StopFlag) -> tuple[str, int]:
     """Wait until the cluster has room for every rank; where rank 0 can be met. A signal ends the waiting."""
     ray = found.ray
+    steps.step("waiting for the ranks to start")
     answers = [worker.node.remote() for worker in workers]
     waiting = list(answers)
     wanted = f"every one of {counted(len(workers), 'rank')} wants {amount_words(found.amount)}"
@@ -125,9 +128,9 @@ class _Watch:
         self.journal.look()
         new = [index for index in self.journal.records if index not in self.seen]
         sizes = {unit.index: unit.bytes_in for unit in self.plan.units}
-        if not self.begun:
-            self.begun = True
-            self.progress.start(sum(sizes.values()), sum(sizes[index] for index in new))
+        first, self.begun = not self.begun, True
+        if first:
+            self.progress.start(sum(sizes.values()), sum(sizes[index] for index in new), "convert")
         else:
             for index in new:
                 self.progress.advance(sizes[index])
@@ -135,6 +138,8 @@ class _Watch:
                 if record.get("layer") is not None:
                     self.progress.say(f"layer {record['layer']}: stream error {record['stream_error']:.4f}")
         self.seen.update(new)
+        if new or first:
+            steps.step(finished_words(self.plan, self.journal))
 
 
 class _Worker:

@@ -26,8 +26,10 @@ from ...errors import M3QuantError, OutputError, PlanError
 from ...planning.plan import Plan, make_plan
 from ...planning.unit import Unit
 from ...recipe.recipe import build_recipe
+from ...running import steps
 from ...running.stopping import StopFlag
 from ..job import Run
+from ..words import finished_words
 from .arrivals import arrivals
 from .cluster import POLL_SECONDS, Patience, amount_words, counted, describe, failure_of
 
@@ -88,6 +90,7 @@ def run_units(run: Run, units: list[Unit]) -> None:
                     facts = _result(ray, reference, unit)
                     run.journal.finish_unit(unit.index, facts)
                     coming.release(unit)
+                    steps.step(finished_words(run.plan, run.journal))
                     run.progress.advance(unit.bytes_in)
     finally:
         # Workers of a driver that has left are ended by Ray; what they leave is removed here or with the journal.

@@ -10,6 +10,7 @@ from typing import Any
 from ...artifact.uploads import UPLOADS, read_uploads
 from ...checkpoint.writer import temporary_name
 from ...planning.plan import Plan
+from ...running import steps
 from ...running.progress import Progress
 from ..completeness import Shards
 from ..gates import prepare
@@ -41,6 +42,7 @@ def settle(
     uploaded = (
         uploads is not None and uploads.repo == wanted.repo and uploads.shards.keys() >= manifest["shards"].keys()
     )
+    steps.step("checking what is left to send")
     prepared = prepare(output, wanted.asked, progress.say, Shards.UPLOADED if uploaded else Shards.HERE, plan)
     base = (prepared.base.repo, prepared.base.revision)
     done = upload(wanted.repo, Target(prepared.files, wanted.tag, replace=None, base=base), progress)

@@ -20,6 +20,7 @@ from ...checkpoint import sync_folder
 from ...errors import OutputError, PublishError
 from ...planning.plan import Plan
 from ...planning.unit import Unit
+from ...running import steps
 from ...running.progress import Progress
 from ...running.stopping import StopFlag
 from ...verify.one_shard import CHECKS, shard_problems
@@ -71,7 +72,7 @@ class _Upload:
         self._progress = progress
         self.advance: Callable[[int], None] = lambda count: None
 
-    def start(self, total_bytes: int, done_bytes: int) -> None:
+    def start(self, total_bytes: int, done_bytes: int, label: str = "") -> None:
         self.advance = self._progress.beside("upload", total_bytes - done_bytes)
 
     def beside(self, label: str, total_bytes: int) -> Callable[[int], None]:
@@ -160,9 +161,11 @@ class ShardUploads:
     def _wait_until(self, few: int) -> None:
         """Return when at most `few` shards are on their way."""
         with self._changed:
-            while self._open > few:
-                self._stop.check()
-                self._changed.wait(LOOK_SECONDS)
+            if self._open > few:
+                with steps.waiting("finished shards wait for their upload"):
+                    while self._open > few:
+                        self._stop.check()
+                        self._changed.wait(LOOK_SECONDS)
         self._stop.check()
 
     def _check(self, file: PublishFile) -> None:

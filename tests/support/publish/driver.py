@@ -31,7 +31,7 @@ def upload_folder(job: dict[str, Any]) -> None:
         files.append(PublishFile(path.relative_to(root).as_posix(), path, path.stat().st_size, digest, "base" in job))
 
     class Progress:
-        def start(self, total_bytes: int, done_bytes: int) -> None:
+        def start(self, total_bytes: int, done_bytes: int, label: str = "") -> None:
             print(f"{done_bytes} of {total_bytes}", file=sys.stderr)
 
         def advance(self, count: int) -> None:

@@ -154,8 +154,9 @@ class UploadRun:
         total = sum(f.size for f in self.target.files)
         self.progress.start(total, total - sum(f.size for f in missing))
         missing = self._copy_from_base(missing, result)
-        for group in groups(missing):
-            self._send(group, result)
+        with self.remote.sending(sum(f.size for f in missing)):
+            for group in groups(missing):
+                self._send(group, result)
         self._remove_others(staged)
         return self._verified_head()
 

@@ -153,7 +153,7 @@ def test_downloads_in_processes_of_their_own_bring_the_same_bytes_and_say_the_sa
     done = client.run(job)
     assert done.code == 0, done.err
     same(output, local("tiny-m2", "int4"))
-    assert not left_over()
+    assert not left_over(client.folder)
 
 
 def test_seventeen_megabytes_of_disk_are_enough_for_the_trained_fixture(

@@ -14,14 +14,15 @@ def alive(pid: int) -> bool:
         return False
 
 
-def left_over() -> list[int]:
-    """Their numbers: there are none when what they worked for has ended."""
+def left_over(folder: Path) -> list[int]:
+    """Their numbers, of a client that has its files in `folder`: there are none when what they worked for has ended."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
+            theirs = f"HF_HOME={folder}/".encode() in (process / "environ").read_bytes()
         except OSError:
             continue
-        if MODULE in words:
+        if MODULE in words and theirs:
             found.append(int(process.name))
     return found

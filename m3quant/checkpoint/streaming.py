@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import OptionError, StoppedError
 from ..running.stopping import StopFlag
 from ..running.words import human_bytes
-from .download_process import downloads
+from .downloads import downloads
 from .fetcher import Fetcher
 from .shard_cache import ShardCache
 from .shard_plan import Step, plan_shards, too_small

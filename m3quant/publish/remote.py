@@ -7,15 +7,18 @@ for, never the version number. https://huggingface.co/docs/huggingface_hub/packa
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..checkpoint.checkpoint import REPO_ID
 from ..errors import HubError, M3QuantError, PublishError, StoppedError
-from ..running.retry import TRANSIENT_STATUS, again, causes, retry_after
+from ..running import workers
+from ..running.retry import TRANSIENT_STATUS, again, retry_after
+from .failures import Failure, Kind, failure_of, status_of
+from .sending import Sender, quiet_api
 
 T = TypeVar("T")
 
@@ -55,12 +58,8 @@ class Remote:
 
     def __init__(self, repo: str, say: Callable[[str], None] = lambda line: None) -> None:
         check_repo_id(repo)
-        from huggingface_hub import HfApi, get_token
-        from huggingface_hub.utils import disable_progress_bars, logging
+        from huggingface_hub import get_token
 
-        # Its warnings name pre-signed URLs, and two progress displays would overwrite each other.
-        logging.set_verbosity_error()
-        disable_progress_bars()
         self.repo = repo
         self._say = say
         token = get_token()
@@ -71,7 +70,8 @@ class Remote:
                 "The Hub token holds a space or another character that no token has: log in again with `hf auth login`, or mend HF_TOKEN."
             )
         self._token: str = token
-        self.api = HfApi(token=token)
+        self.api = quiet_api(token)
+        self._sender: Sender | None = None
 
     def check_token(self) -> str:
         """The user's name. Raises HubError for a token that is unknown or can only read."""
@@ -122,13 +122,38 @@ class Remote:
         commits = self.call("its history", lambda: self.api.list_repo_commits(self.repo, revision=revision))
         return [c.commit_id for c in commits]
 
+    @contextmanager
+    def sending(self, count: int) -> Iterator[None]:
+        """While the block runs, files on the disk are sent by processes of their own, if `count` bytes are worth it.
+
+        Not over Xet, whose client is native and does not hold the interpreter.
+        """
+        if uses_xet() or count < workers.WORTH_BYTES:
+            yield
+            return
+        with Sender(self.repo, self._token) as sender:
+            self._sender = sender
+            try:
+                yield
+            finally:
+                self._sender = None
+
     def preupload(self, additions: list[Any], revision: str, threads: int) -> None:
-        """Send the content of large files; what the Hub has already is not sent."""
+        """Send the content of large files; what the Hub has already is not sent. threads: files that are sent at once.
+
+        Raises WorkersEnded where `sending` ends meanwhile on another thread.
+        """
+        sender = self._sender
+        here, apart = additions, []
+        if sender is not None:
+            apart = [a for a in additions if isinstance(a.path_or_fileobj, str)]
+            here = [a for a in additions if not isinstance(a.path_or_fileobj, str)]
 
         def send() -> None:
-            self.api.preupload_lfs_files(
-                self.repo, additions, revision=revision, free_memory=False, num_threads=threads
-            )
+            if here:
+                self.api.preupload_lfs_files(self.repo, here, revision=revision, free_memory=False, num_threads=threads)
+            if sender is not None and apart:
+                sender.send(apart, revision, threads)
 
         self.call("to take files", send)
 
@@ -186,47 +211,35 @@ class Remote:
         """
 
         def words(error: Exception) -> str | None:
-            if not is_hub_error(error) or self._other_refusal(error, what) is not None:
+            failure = failure_of(error, self._token)
+            if failure is None or failure.kind is not Kind.HUB or failure.status not in TRANSIENT_STATUS:
                 return None
-            status = status_of(error)
-            return f"the Hub answered {status or 'nothing'} when asked {what}" if status in TRANSIENT_STATUS else None
+            return f"the Hub answered {failure.status or 'nothing'} when asked {what}"
 
         try:
             return again(request, words, say=self._say)
         except Exception as error:
-            if (refusal := self._other_refusal(error, what)) is not None:
-                raise refusal from None
-            if not is_hub_error(error):
+            failure = failure_of(error, self._token)
+            if failure is None:
                 raise
-            raise self.explain(error, what, retry_after(error)) from None
+            raise self._explained(failure, what, retry_after(error)) from None
 
-    def _other_refusal(self, error: Exception, what: str) -> M3QuantError | None:
-        """The sentence for a failure that is no answer and no network: a local file, the client's own checks, Xet."""
-        from huggingface_hub.errors import OfflineModeIsEnabled
+    def _explained(self, failure: Failure, what: str, asked: float | None) -> M3QuantError:
+        """The sentence for a failure. asked: seconds that the Hub asks to wait.
 
-        if any(isinstance(e, OfflineModeIsEnabled) for e in causes(error)):
-            return HubError("HF_HUB_OFFLINE forbids asking the Hub: unset it.")
-        if is_hub_error(error) or isinstance(error, M3QuantError):
-            return None
-        local = next((e for e in causes(error) if isinstance(e, OSError)), None)
-        if local is not None:
-            return PublishError(f"{local.filename or 'A file to send'} cannot be read: {local.strerror or local}.")
-        text = " ".join(str(error).split()).replace(self._token, "***")[:300]
-        if isinstance(error, ValueError):
-            return HubError(f"The Hub refuses what it was asked, {what} ({self.repo}): {text}")
-        if isinstance(error, RuntimeError):  # Xet has no exceptions of its own
-            return StoppedError(
-                f"The Hub was asked {what} ({self.repo}) and failed ({text}): run the same command again."
-            )
-        return None
-
-    def explain(self, error: Exception, what: str, asked: float | None = None) -> M3QuantError:
-        """The sentence for a failure of huggingface_hub or the network, with the reason that the Hub gives.
-
-        Never the library's own text, which may hold a signed URL or a header.
+        Never the library's own text about an answer, which may hold a signed URL or a header.
         """
-        status = status_of(error)
-        said = reason_of(error, self._token)
+        if failure.kind is Kind.OFFLINE:
+            return HubError("HF_HUB_OFFLINE forbids asking the Hub: unset it.")
+        if failure.kind is Kind.FILE:
+            return PublishError(failure.said)
+        if failure.kind is Kind.REFUSED:
+            return HubError(f"The Hub refuses what it was asked, {what} ({self.repo}): {failure.said}")
+        if failure.kind is Kind.XET:
+            return StoppedError(
+                f"The Hub was asked {what} ({self.repo}) and failed ({failure.said}): run the same command again."
+            )
+        status, said = failure.status, failure.said
         start = f"The Hub answered {status} when asked {what} ({self.repo})" + (f" and says: {said}" if said else "")
         if status == 401:
             return HubError(f"{start}: the token is not valid; log in again with `hf auth login`, or mend HF_TOKEN.")
@@ -246,9 +259,8 @@ class Remote:
         come_back = "run the same command again" + (f" in {asked:.0f} s" if asked else " later") + "; it continues"
         if status is not None:
             return StoppedError(f"{start}, and again after each pause: {come_back}.")
-        name = type(_root(error)).__name__
         return StoppedError(
-            f"The Hub could not be asked {what} ({self.repo}, {name}): check the network and {come_back}."
+            f"The Hub could not be asked {what} ({self.repo}, {failure.name}): check the network and {come_back}."
         )
 
 
@@ -281,59 +293,3 @@ def uses_xet() -> bool:
     from huggingface_hub.utils._runtime import is_xet_available
 
     return bool(is_xet_available())
-
-
-def _http_error() -> type[Exception]:
-    """Base of all exceptions of the HTTP library under huggingface_hub: httpx or httpx2."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
-
-
-def _root(error: Exception) -> BaseException:
-    kinds = (_http_error(), ConnectionError, TimeoutError)
-    return next((e for e in causes(error) if isinstance(e, kinds)), error)
-
-
-def is_hub_error(error: Exception) -> bool:
-    """True for an answer of the Hub that is no success, and for a network that does not carry."""
-    return isinstance(_root(error), (_http_error(), ConnectionError, TimeoutError))
-
-
-def status_of(error: BaseException) -> int | None:
-    """HTTP status of the answer that a failure is about, None if there was none."""
-    for link in causes(error):
-        response = getattr(link, "response", None)
-        if response is not None:
-            return int(response.status_code)
-    return None
-
-
-# A reason is a sentence; an HTML page of a proxy is none.
-REASON_BYTES, REASON_CHARACTERS = 64 * 1024, 300
-
-
-def reason_of(error: BaseException, token: str) -> str:
-    """What the Hub itself says of a refusal: the header X-Error-Message, or `error` or `message` of a JSON answer; "" for neither.
-
-    One line, cut, without the token and without what follows the ? of an address. https://huggingface.co/docs/hub/api
-    """
-    response = next((r for link in causes(error) if (r := getattr(link, "response", None)) is not None), None)
-    if response is None:
-        return ""
-    said = response.headers.get("X-Error-Message") or _json_reason(response)
-    said = re.sub(r"(https?://[^\s?\"']+)\?[^\s\"']*", r"\1", " ".join(said.split()))
-    if token:
-        said = said.replace(token, "***")
-    said = "".join(c for c in said if c.isprintable()).rstrip(". ")
-    return said if len(said) <= REASON_CHARACTERS else said[: REASON_CHARACTERS - 3] + "..."
-
-
-def _json_reason(response: Any) -> str:
-    try:
-        content = response.content
-        answer = json.loads(content) if len(content) <= REASON_BYTES else None
-    except (ValueError, RuntimeError, RecursionError):  # no JSON; RuntimeError: a streamed answer that was not read
-        return ""
-    found = (answer.get("error") or answer.get("message")) if isinstance(answer, dict) else None
-    return found if isinstance(found, str) else ""

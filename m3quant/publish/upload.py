@@ -159,8 +159,9 @@ class UploadRun:
         self.progress.start(total, total - sum(f.size for f in missing))
         steps.step(f"sending to branch {STAGING}")
         missing = self._copy_from_base(missing, result)
-        for group in groups(missing):
-            self._send(group, result)
+        with self.remote.sending(sum(f.size for f in missing)):
+            for group in groups(missing):
+                self._send(group, result)
         steps.step("comparing what arrived")
         self._remove_others(staged)
         return self._verified_head()

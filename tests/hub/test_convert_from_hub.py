@@ -26,6 +26,7 @@ from tests.support.convert.resharded import as_repo, bytes_in, reshard, watched
 from tests.support.paths import FIXTURES
 from tests.support.publish.client import Client, Done
 from tests.support.publish.hub_state import Entry, Fault, Hub
+from tests.support.workers import left_over
 
 # What every child would else import.
 IMPORTED_ONCE = (
@@ -152,20 +153,7 @@ def test_downloads_in_processes_of_their_own_bring_the_same_bytes_and_say_the_sa
     done = client.run(job)
     assert done.code == 0, done.err
     same(output, local("tiny-m2", "int4"))
-    assert not left_over()
-
-
-def left_over() -> list[str]:
-    """Processes that download, of whom there are none when the one they download for has ended."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"m3quant.checkpoint.download_process" in words:
-            found.append(process.name)
-    return found
+    assert not left_over(client.folder)
 
 
 def test_seventeen_megabytes_of_disk_are_enough_for_the_trained_fixture(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ class _Stage:
             try:
                 job()
             except Exception as error:
-                self._stop.fail(error)
+                if not self._over:  # then it was ended
+                    self._stop.fail(error)
 
 
 class _Upload:
@@ -93,6 +95,7 @@ class ShardUploads:
         self._open = 0  # finished shards that have not been entered yet
         self._needed_from = 0
         self._stages: list[_Stage] = []
+        self._sending = ExitStack()  # until `close`
 
     @property
     def checks(self) -> list[str]:
@@ -124,7 +127,9 @@ class ShardUploads:
         write_uploads(output, self._uploads)
         for name in self._uploads.dropped:  # killed between the mark and the removal
             (output / name).unlink(missing_ok=True)
-        self.progress.start(sum(u.bytes_out for u in plan.units), sum(shard.size for shard in there.values()))
+        total, done = sum(u.bytes_out for u in plan.units), sum(shard.size for shard in there.values())
+        self.progress.start(total, done)
+        self._sending.enter_context(remote.sending(total - done))
         self._machine = machine_strings(output)
         # Xet sends the parts of one file in parallel; plain LFS sends them one after another.
         senders = 1 if uses_xet() else SENDERS
@@ -157,6 +162,7 @@ class ShardUploads:
     def close(self) -> None:
         for stage in self._stages:
             stage.end()
+        self._sending.close()
 
     def _wait_until(self, few: int) -> None:
         """Return when at most `few` shards are on their way."""

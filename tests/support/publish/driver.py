@@ -1,6 +1,6 @@
 """Forks a child for every job that comes as a line of JSON on stdin (see client.py).
 
-Jobs: {"cli": [ARGUMENT, ...]} runs the m3quant command, with "system" as on another system (other_system.py), with "processes" with downloads in processes of their own; {"upload": FOLDER, "repo": ..., options} runs `upload` on the files
+Jobs: {"cli": [ARGUMENT, ...]} runs the m3quant command, with "system" as on another system (other_system.py), with "processes" with downloads and uploads in processes of their own; {"upload": FOLDER, "repo": ..., options} runs `upload` on the files
 of a folder, without the gates of the command.
 small_bytes: from how many on a file is sent from the disk. die_at: number of the
 durable operation at which the process ends itself, 0 for none; operations: a file for the names of all of them.
@@ -12,11 +12,12 @@ import json
 import os
 import runpy
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+SHORT_SLEEPS = Path(__file__).with_name("short_sleeps")
 
 
 def upload_folder(job: dict[str, Any]) -> None:
@@ -54,23 +55,18 @@ def child(job: dict[str, Any]) -> None:
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ.update(job["environment"])
-    pause = time.sleep
-
-    def sleep(seconds: float) -> None:
-        with open(job["pauses"], "a") as file:
-            file.write(f"{seconds}\n")
-        pause(min(seconds, 0.01))
-
-    time.sleep = sleep
+    os.environ["M3QUANT_TEST_PAUSES"] = job["pauses"]
+    runpy.run_path(str(SHORT_SLEEPS / "sitecustomize.py"))
     from m3quant import cli
     from m3quant.publish import upload
 
     if "system" in job:
         runpy.run_path(str(Path(__file__).parents[1] / "other_system.py"))["become"](job["system"])
     if job.get("processes"):
-        from m3quant.checkpoint import download_process
+        from m3quant.running import workers
 
-        download_process.WORTH_BYTES = 0
+        workers.WORTH_BYTES = 0
+        sys.path.insert(0, str(SHORT_SLEEPS))  # theirs, too
     upload.SMALL_BYTES = job.get("small_bytes", 1000)
     if "upload" in job:
 

@@ -4,6 +4,9 @@ Work is a sequence of steps (a layer each, mostly), each of which reads some sha
 reads it to the last; where `budget` has no room for that, it leaves after one step and is fetched again for a later one, the
 stay whose next reader is furthest away first. Fetching follows the order of the stays, as far ahead as the budget has room.
 
+A shard that lies idle for long takes that room: the head of a model is often read at the beginning, and its shard again for the last layer.
+So it leaves, too, where the steps that are in work together would not fit beside it, as long as little is fetched twice by that.
+
 That cannot wait for itself: whatever lies on the disk while step i is the earliest unfinished one, and something that step i
 reads is still to be fetched, has a stay that covers step i, and all of those together fit.
 """
@@ -17,6 +20,12 @@ from typing import Any
 
 from ..errors import OptionError
 from ..running.words import human_bytes
+
+# While a layer is written, the next is quantized and the one after it is read.
+AHEAD = 2
+# Of all bytes, those that may be fetched again to make room for steps in work together. They cost the network's time once; without the room
+# each layer waits for its shards.
+AGAIN_SHARE = 0.03
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,16 @@ class ShardPlan:
     @cached_property
     def least_once(self) -> int:
         """The smallest budget with which no shard is fetched twice."""
-        return max(_occupied(_whole_stays(self.steps), self.sizes, len(self.steps)), default=0)
+        stays = _whole_stays(self.steps)
+        without_room = max(_occupied(stays, self.sizes, len(self.steps)), default=0)
+        if plan_shards(self.steps, self.sizes, max(without_room, self.least)).fetch_bytes == sum(
+            map(self._size, stays)
+        ):
+            return without_room
+        return max(_together(stays, self.steps, self.sizes, number)[0] for number in range(len(self.steps)))
+
+    def _size(self, stay: Stay) -> int:
+        return self.sizes[stay.shard]
 
     @cached_property
     def peak(self) -> int:
@@ -104,14 +122,41 @@ def plan_shards(steps: Iterable[Step], sizes: Mapping[str, int], budget: int | N
         occupied = _occupied(stays, sizes, len(ordered))[number]
         while occupied > budget:
             idle = [s for s in stays if s.first < number <= s.last and s.shard not in ordered[number].shards]
-            stay = max(idle, key=lambda s: (_next_use(ordered, s.shard, number), s.shard))
-            used = [n for n in range(stay.first, stay.last + 1) if stay.shard in ordered[n].shards]
-            before, after = [n for n in used if n < number], [n for n in used if n > number]
-            stays.remove(stay)
-            stays += [Stay(stay.shard, stay.first, before[-1]), Stay(stay.shard, after[0], stay.last)]
-            occupied -= sizes[stay.shard]
+            occupied -= sizes[_leave(stays, idle, ordered, number)]
+    _make_room(stays, ordered, sizes, budget)
     stays.sort(key=lambda s: (s.first, s.shard))
     return ShardPlan(ordered, tuple(stays), sizes, budget)
+
+
+def _make_room(stays: list[Stay], steps: Sequence[Step], sizes: Mapping[str, int], budget: int) -> None:
+    """Have idle shards leave where the steps in work together do not fit beside them."""
+    left = AGAIN_SHARE * sum(sizes[shard] for shard in {stay.shard for stay in stays})
+    for number in range(len(steps)):
+        while True:
+            together, idle = _together(stays, steps, sizes, number)
+            idle = [stay for stay in idle if sizes[stay.shard] <= left]
+            if together <= budget or not idle:
+                break
+            left -= sizes[_leave(stays, idle, steps, number)]
+
+
+def _together(
+    stays: Iterable[Stay], steps: Sequence[Step], sizes: Mapping[str, int], number: int
+) -> tuple[int, list[Stay]]:
+    """Bytes of what lies idle during this step and of all that this one and the next AHEAD read; and the idle ones."""
+    reads = frozenset[str]().union(*(step.shards for step in steps[number : number + 1 + AHEAD]))
+    idle = [s for s in stays if s.first < number <= s.last and s.shard not in reads]
+    return _total(reads, sizes) + _total((stay.shard for stay in idle), sizes), idle
+
+
+def _leave(stays: list[Stay], idle: Sequence[Stay], steps: Sequence[Step], number: int) -> str:
+    """Split the stay of `idle` that is read again last: it leaves before this step. Its shard."""
+    stay = max(idle, key=lambda s: (_next_use(steps, s.shard, number), s.shard))
+    used = [n for n in range(stay.first, stay.last + 1) if stay.shard in steps[n].shards]
+    before, after = [n for n in used if n < number], [n for n in used if n > number]
+    stays.remove(stay)
+    stays += [Stay(stay.shard, stay.first, before[-1]), Stay(stay.shard, after[0], stay.last)]
+    return stay.shard
 
 
 def too_small(budget: int, least: int) -> str:

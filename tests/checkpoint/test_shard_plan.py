@@ -41,6 +41,28 @@ def test_for_want_of_disk_the_shard_that_is_wanted_last_is_fetched_twice() -> No
         plan_shards(work, SIZES, 39)
 
 
+def model(layers: int) -> tuple[list[Step], dict[str, int]]:
+    """A layer in three quarters of a shard, the head in the first shard, which is read before the layers and after them."""
+    reads = [f"s{3 * layer // 4:03}" + f" s{(3 * layer + 2) // 4:03}" for layer in range(layers)]
+    work = steps("s000", *reads, "s000")
+    return work, {shard: 100 for step in work for shard in step.shards}
+
+
+def test_a_shard_that_lies_idle_leaves_room_for_the_layers_in_work() -> None:
+    work, sizes = model(64)
+    plan = plan_shards(work, sizes, 350)
+    assert [stay for stay in shown(plan) if stay[0] == "s000"] == [("s000", 0, 2), ("s000", 65, 65)]
+    assert plan.fetch_bytes == sum(sizes.values()) + 100
+    assert plan.least_once == 400 and plan_shards(work, sizes, 400).fetch_bytes == sum(sizes.values())
+
+
+def test_of_a_small_model_no_large_part_is_fetched_twice_for_room() -> None:
+    work, sizes = model(32)  # a shard is more than 3 % of it
+    plan = plan_shards(work, sizes, 350)
+    assert plan.fetch_bytes == sum(sizes.values()) and plan.least_once == 300
+    assert ("s000", 0, 33) in shown(plan)
+
+
 def test_no_work_takes_nothing() -> None:
     plan = plan_shards([], SIZES, 0)
     assert (plan.fetch_bytes, plan.least, plan.peak, plan.stays) == (0, 0, 0, ())

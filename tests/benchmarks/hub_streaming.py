@@ -6,6 +6,7 @@ against the slowest of fetching, converting and uploading alone, the most that l
 memory. Fetching and uploading alone take their bytes over the rate; converting alone is the same command on the same weights in a folder.
 Of a model that the disk cannot hold, --sample-layers N and then half of them are converted, and the line through both gives the whole.
 --converting SECONDS is what an earlier run printed. --work on a file system in memory takes the disk's speed out of the figures.
+Ended by SIGTERM (a machine's time limit), it keeps in --json how far the run was every few seconds, and the peaks.
 
     tests.benchmarks.hub_streaming --config tests/data/minimax-m2.7/config.json --to fp8 --rate 1GB --cache-disk 20GB --sample-layers 4
 
@@ -18,12 +19,13 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +40,21 @@ from .wide import wide_config
 OUTPUT_REPO = "someone/streamed"
 BASES = {"minimax_m2": "MiniMaxAI/MiniMax-M2", "minimax_m3_vl": "MiniMaxAI/MiniMax-M3"}
 LOOK_SECONDS = 0.05
+COURSE_SECONDS = 5.0
 CACHE = ".m3quant/source"  # where fetched shards lie in the output while they are needed
 
 
 @dataclass
 class Peaks:
     """The most bytes at a time: on the disk of everything below the watched folders; of them fetched shards and the rest of the output;
-    memory of the process and of the device."""
+    memory of the process and of the device. course: every few seconds (seconds, bytes fetched, bytes uploaded)."""
 
     disk: int = 0
     cache: int = 0
     output: int = 0
     memory: int = 0
     device_memory: int = 0
+    course: list[tuple[float, int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -99,10 +103,22 @@ def files_beside(folder: Path, config: dict[str, Any]) -> str:
     return base
 
 
+class Cut(BaseException):
+    """SIGTERM has come. peaks: of the run until then, None where none was under way."""
+
+    def __init__(self, peaks: Peaks | None = None) -> None:
+        self.peaks = peaks
+
+
+def cut(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice
+    raise Cut
+
+
 def measured(
-    words: Sequence[str], environment: dict[str, str], watched: Sequence[Path], output: Path
+    words: Sequence[str], environment: dict[str, str], watched: Sequence[Path], output: Path, hub: Started | None = None
 ) -> tuple[float, dict[str, Any], Peaks]:
-    """Run m3quant; its wall time, its JSON and its peaks. SystemExit with its last words if it fails."""
+    """Run m3quant; its wall time, its JSON and its peaks, with their course at a hub. SystemExit with its last words if it fails, Cut."""
     peaks, done = Peaks(), threading.Event()
     began = time.perf_counter()
     process = subprocess.Popen(
@@ -111,6 +127,10 @@ def measured(
 
     def watch() -> None:
         while not done.wait(LOOK_SECONDS):
+            now = round(time.perf_counter() - began, 1)
+            if hub is not None and now >= len(peaks.course) * COURSE_SECONDS:
+                stats = hub.stats()
+                peaks.course.append((now, stats["down"], stats["up"]))
             peaks.disk = max(peaks.disk, sum(map(lies_in, watched)))
             cache = lies_in(output / CACHE)
             peaks.cache = max(peaks.cache, cache)
@@ -120,12 +140,17 @@ def measured(
     watcher = threading.Thread(target=watch)
     watcher.start()
     smi = device_memory_log(peaks, done) if "cpu" not in words else None
-    told, _ = process.communicate()
-    seconds = time.perf_counter() - began
-    done.set()
-    watcher.join()
-    if smi:
-        smi.join()
+    try:
+        told, _ = process.communicate()
+    except Cut:
+        process.kill()
+        raise Cut(peaks) from None
+    finally:
+        seconds = time.perf_counter() - began
+        done.set()
+        watcher.join()
+        if smi:
+            smi.join()
     if process.returncode:
         raise SystemExit(f"m3quant {' '.join(words)} ended with {process.returncode}")
     return seconds, json.loads(told), peaks
@@ -224,7 +249,7 @@ def combined(work: Path, asked: argparse.Namespace, hub: Started, base: str, lim
     words += ["--publish", OUTPUT_REPO, "--base-repo", base, "--drop-uploaded"]
     if asked.source == "hub" and asked.cache_disk:
         words += ["--cache-disk", asked.cache_disk]
-    seconds, facts, peaks = measured(words, environment(work, hub.url), watched, out)
+    seconds, facts, peaks = measured(words, environment(work, hub.url), watched, out, hub)
     published, facts = facts["published"], json.loads((out / "m3quant.json").read_text())
     stats = hub.stats()
     shard_bytes = sum(shard["size"] for shard in facts["shards"].values())
@@ -289,20 +314,43 @@ def main() -> None:
     base = files_beside(work / "beside", config)
     (work / "hub.json").write_text(json.dumps(config))
     layers = config.get("text_config", config)["num_hidden_layers"]
-    converting = converting_alone(work, asked, layers, "0" * 40)
-    print(f"converting alone: {converting:.1f} s", flush=True)
-    runs = []
+    signal.signal(signal.SIGTERM, cut)
+    runs: list[Run] = []
+    try:
+        converting = converting_alone(work, asked, layers, "0" * 40)
+        print(f"converting alone: {converting:.1f} s", flush=True)
+        run_all(work, asked, base, converting, runs)
+    except Cut as end:
+        print("cut by SIGTERM", flush=True)
+        keep(asked, runs, end.peaks)
+        raise SystemExit(3) from None
+    keep(asked, runs, None)
+    shutil.rmtree(work)
+
+
+def run_all(work: Path, asked: argparse.Namespace, base: str, converting: float, runs: list[Run]) -> None:
     for limit in asked.rate or ["1GB"]:
         server = ("--shard-bytes", str(int(asked.shard_bytes)))
         with started(work / "hub.json", base, limit, limit, work / "beside", *server) as hub:
             print(f"the Hub has {hub.size / 1e9:.2f} GB, hashed in {hub.hashed:.1f} s", flush=True)
             runs.append(combined(work, asked, hub, base, limit, converting))
         print_run(runs[-1], asked)
+
+
+def keep(asked: argparse.Namespace, runs: list[Run], unfinished: Peaks | None) -> None:
     if asked.json:
-        told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(asked).items()}
-        told |= {"measured": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "runs": [asdict(run) for run in runs]}
+        told = {
+            k: str(v) if isinstance(v, Path) else v
+            for k, v in vars(asked).items()
+            if k not in ("json", "work", "config")
+        }
+        told |= {
+            "model": asked.config.parent.name if asked.config else asked.shape,
+            "measured": time.strftime("%Y-%m-%d"),
+        }
+        told |= {"cores": os.cpu_count(), "runs": [asdict(run) for run in runs]}
+        told |= {"unfinished": asdict(unfinished)} if unfinished else {}
         asked.json.write_text(json.dumps(told, indent=1))
-    shutil.rmtree(work)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,6 +104,8 @@ def main() -> None:
         importlib.import_module(module)
     from m3quant.publish.remote import copies_between_repos
 
+    # As at a terminal, also where whoever started the tests has the signal ignored (`nohup`, a shell's background).
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     print(json.dumps({"copies": copies_between_repos()}), flush=True)
     for line in sys.stdin:
         pid = os.fork()

@@ -67,17 +67,23 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def running(task: str) -> list[int]:
-    """Process ids of Ray workers at this task now: Ray writes its name over their command line."""
+    """Process ids of Ray workers at this task now: Ray writes its name over their command line. Of the cluster that this process
+    started, as other tests may have theirs."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                line = (entry / "cmdline").read_bytes()
-            except OSError:
+                if (entry / "cmdline").read_bytes().startswith(task.encode()) and os.getpid() in ancestors(entry.name):
+                    found.append(int(entry.name))
+            except OSError:  # it has ended
                 continue
-            if line.startswith(task.encode()):
-                found.append(int(entry.name))
     return found
+
+
+def ancestors(pid: str) -> Iterator[int]:
+    while pid != "0":
+        pid = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        yield int(pid)
 
 
 def test_units_on_two_nodes_give_the_bytes_of_one_process(address: str, alone: dict[str, str], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from types import TracebackType
 from typing import Any, BinaryIO, Concatenate, Generic, ParamSpec, TypeVar, cast
 
@@ -40,6 +41,10 @@ class WorkerLost(ConnectionError):
     def __init__(self, code: int) -> None:
         super().__init__(f"a process ended with {code}")
         self.code = code
+
+
+class WorkFailed(Exception):
+    """An error that cannot be pickled, in words. Of no kind that means something: who reads kinds would take it for another failure."""
 
 
 class WorkersEnded(Exception):
@@ -195,11 +200,11 @@ class _Process:
 
 
 def portable(error: Exception) -> Exception:
-    """The error as another process can have it: itself, or its words."""
+    """The error as another process can have it: itself, or a WorkFailed."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        return WorkFailed(f"{type(error).__name__}: {error}")
     return error
 
 
@@ -243,4 +248,5 @@ def main(answers: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    # By its name, as the other process knows it: of `__main__` nothing could be pickled.
+    import_module(__spec__.name).main(int(sys.argv[1]))

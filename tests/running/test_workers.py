@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from m3quant.running.workers import Tell, WorkerLost, Workers, WorkersEnded, portable
+from m3quant.publish.failures import failure_of
+from m3quant.running.workers import Tell, WorkerLost, Workers, WorkersEnded, WorkFailed, portable
 from tests.support.workers import alive
 
 
@@ -86,7 +87,7 @@ def test_failures_arrive_as_they_were_raised_and_the_process_goes_on() -> None:
         pid = workers.run(ignore, "a")
         with pytest.raises(UnicodeDecodeError, match="odd"):
             workers.run(ignore, "odd")
-        with pytest.raises(RuntimeError, match="Local: here alone"):
+        with pytest.raises(WorkFailed, match="Local: here alone"):
             workers.run(ignore, "local")
         with pytest.raises(TypeError, match="pickle"):
             workers.run(ignore, "no value")
@@ -132,7 +133,9 @@ def test_an_error_that_no_other_process_could_build_arrives_as_its_words() -> No
         pass
 
     error = portable(Local("here alone"))
-    assert "Local: here alone" in str(pickle.loads(pickle.dumps(error)))
+    arrived = pickle.loads(pickle.dumps(error))
+    assert type(arrived) is WorkFailed and str(arrived) == "Local: here alone"
+    assert failure_of(arrived, "token") is None, "a defect is told as one, not as a failure of the Hub"
 
 
 def test_dead_processes_leave_no_descriptors() -> None:

@@ -128,10 +128,10 @@ class MlpQuantizer:
         return len(self.routed), self.spec.hidden_size, self.layer.weight(self.routed[0].names[0]).shape[0]
 
     def _chunks_together(self) -> list[list[list[Unit]]]:
-        """The chunks, those together that are in work at once."""
+        """The chunks, those together that are in work at once on one rank; more only once every rank has one."""
         chunks, at_once = self._chunks(), 1
         if self.layer.device.type == "cuda":
-            at_once = feedback_chunks(*self._routed_shape())
+            at_once = min(feedback_chunks(*self._routed_shape()), -(-len(chunks) // self.settings.ranks.size))
         return [chunks[start : start + at_once] for start in range(0, len(chunks), at_once)]
 
     def _chunks(self) -> list[list[Unit]]:

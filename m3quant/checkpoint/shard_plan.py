@@ -13,7 +13,9 @@ reads is still to be fetched, has a stay that covers step i, and all of those to
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -67,31 +69,36 @@ class ShardPlan:
     @cached_property
     def least_once(self) -> int:
         """The smallest budget with which no shard is fetched twice."""
-        stays = _whole_stays(self.steps)
-        without_room = max(_occupied(stays, self.sizes, len(self.steps)), default=0)
-        if plan_shards(self.steps, self.sizes, max(without_room, self.least)).fetch_bytes == sum(
-            map(self._size, stays)
-        ):
-            return without_room
-        return max(_together(stays, self.steps, self.sizes, number)[0] for number in range(len(self.steps)))
+        stays, most = _whole_stays(self.steps), 0
+        spare = AGAIN_SHARE * sum(self.sizes[stay.shard] for stay in stays)
 
-    def _size(self, stay: Stay) -> int:
-        return self.sizes[stay.shard]
+        def look(number: int, there: Collection[Stay]) -> list[Stay]:
+            nonlocal most
+            together, idle = _together(there, self.steps, self.sizes, number)
+            may_leave = any(self.sizes[stay.shard] <= spare for stay in idle)
+            most = max(most, together if may_leave else 0, _total((stay.shard for stay in there), self.sizes))
+            return []
+
+        _sweep(stays, self.steps, look)
+        return most
 
     @cached_property
     def peak(self) -> int:
         """Most bytes on the disk at a time: those of a network that is never waited for."""
         most = on_disk = begun = 0
-        for number in range(len(self.steps)):
-            while begun < len(self.stays) and self._has_room(on_disk, self.stays[begun], number):
-                on_disk += self.sizes[self.stays[begun].shard]
+        until: dict[str, int] = {}  # the last step of each shard's latest stay
+        for number, step in enumerate(self.steps):
+            while begun < len(self.stays) and self._has_room(on_disk, self.stays[begun], until, number):
+                stay = self.stays[begun]
+                until[stay.shard] = stay.last
+                on_disk += self.sizes[stay.shard]
                 begun += 1
             most = max(most, on_disk)
-            on_disk -= sum(self.sizes[stay.shard] for stay in self.stays if stay.last == number)
+            on_disk -= sum(self.sizes[shard] for shard in step.shards if until[shard] == number)
         return most
 
-    def _has_room(self, on_disk: int, stay: Stay, number: int) -> bool:
-        again = any(s.shard == stay.shard and number <= s.last < stay.first for s in self.stays)
+    def _has_room(self, on_disk: int, stay: Stay, until: Mapping[str, int], number: int) -> bool:
+        again = until.get(stay.shard, -1) >= number
         return not again and (self.budget is None or on_disk + self.sizes[stay.shard] <= self.budget)
 
     def to_json(self, network: float | None = None) -> dict[str, Any]:
@@ -118,45 +125,78 @@ def plan_shards(steps: Iterable[Step], sizes: Mapping[str, int], budget: int | N
         return plan
     if budget < plan.least:
         raise OptionError(too_small(budget, plan.least))
-    for number in range(len(ordered)):
-        occupied = _occupied(stays, sizes, len(ordered))[number]
-        while occupied > budget:
-            idle = [s for s in stays if s.first < number <= s.last and s.shard not in ordered[number].shards]
-            occupied -= sizes[_leave(stays, idle, ordered, number)]
-    _make_room(stays, ordered, sizes, budget)
+    uses = _uses(ordered)
+
+    def too_much(number: int, there: Collection[Stay]) -> Iterator[Stay]:
+        """What lies idle, as far as the rest would not fit."""
+        occupied = _total((stay.shard for stay in there), sizes)
+        idle = [stay for stay in there if stay.shard not in ordered[number].shards] if occupied > budget else []
+        for stay in _last_wanted_first(idle, uses, number):
+            if occupied <= budget:
+                return
+            occupied -= sizes[stay.shard]
+            yield stay
+
+    stays = _sweep(stays, ordered, too_much)
+    left = AGAIN_SHARE * sum(sizes[shard] for shard in uses)
+
+    def in_the_way(number: int, there: Collection[Stay]) -> Iterator[Stay]:
+        """Idle shards beside which the steps in work together do not fit."""
+        nonlocal left
+        together, idle = _together(there, ordered, sizes, number)
+        for stay in _last_wanted_first(idle, uses, number) if together > budget else ():
+            if together <= budget:
+                return
+            size = sizes[stay.shard]
+            if size <= left:
+                together, left = together - size, left - size
+                yield stay
+
+    stays = _sweep(stays, ordered, in_the_way)
     stays.sort(key=lambda s: (s.first, s.shard))
     return ShardPlan(ordered, tuple(stays), sizes, budget)
 
 
-def _make_room(stays: list[Stay], steps: Sequence[Step], sizes: Mapping[str, int], budget: int) -> None:
-    """Have idle shards leave where the steps in work together do not fit beside them."""
-    left = AGAIN_SHARE * sum(sizes[shard] for shard in {stay.shard for stay in stays})
-    for number in range(len(steps)):
-        while True:
-            together, idle = _together(stays, steps, sizes, number)
-            idle = [stay for stay in idle if sizes[stay.shard] <= left]
-            if together <= budget or not idle:
-                break
-            left -= sizes[_leave(stays, idle, steps, number)]
+# Which of the stays that cover a step leave before it, of those whose shard it does not read.
+Leaving = Callable[[int, Collection[Stay]], Iterable[Stay]]
+
+
+def _sweep(stays: Iterable[Stay], steps: Sequence[Step], leaving: Leaving) -> list[Stay]:
+    """The stays after each step in turn was asked what leaves: such a stay ends with the reader before, and begins anew with the next."""
+    uses, begins = _uses(steps), defaultdict[int, list[Stay]](list)
+    for stay in stays:
+        begins[stay.first].append(stay)
+    out: list[Stay] = []
+    there: dict[str, Stay] = {}
+    for number, step in enumerate(steps):
+        there.update((stay.shard, stay) for stay in begins.pop(number, ()))
+        for stay in list(leaving(number, there.values())):
+            used = uses[stay.shard]
+            after = bisect_left(used, number)
+            out.append(Stay(stay.shard, stay.first, used[after - 1]))
+            begins[used[after]].append(Stay(stay.shard, used[after], stay.last))
+            del there[stay.shard]
+        out += [there.pop(shard) for shard in step.shards if there[shard].last == number]
+    return out
 
 
 def _together(
-    stays: Iterable[Stay], steps: Sequence[Step], sizes: Mapping[str, int], number: int
+    there: Iterable[Stay], steps: Sequence[Step], sizes: Mapping[str, int], number: int
 ) -> tuple[int, list[Stay]]:
     """Bytes of what lies idle during this step and of all that this one and the next AHEAD read; and the idle ones."""
     reads = frozenset[str]().union(*(step.shards for step in steps[number : number + 1 + AHEAD]))
-    idle = [s for s in stays if s.first < number <= s.last and s.shard not in reads]
+    idle = [stay for stay in there if stay.shard not in reads]
     return _total(reads, sizes) + _total((stay.shard for stay in idle), sizes), idle
 
 
-def _leave(stays: list[Stay], idle: Sequence[Stay], steps: Sequence[Step], number: int) -> str:
-    """Split the stay of `idle` that is read again last: it leaves before this step. Its shard."""
-    stay = max(idle, key=lambda s: (_next_use(steps, s.shard, number), s.shard))
-    used = [n for n in range(stay.first, stay.last + 1) if stay.shard in steps[n].shards]
-    before, after = [n for n in used if n < number], [n for n in used if n > number]
-    stays.remove(stay)
-    stays += [Stay(stay.shard, stay.first, before[-1]), Stay(stay.shard, after[0], stay.last)]
-    return stay.shard
+def _last_wanted_first(idle: Iterable[Stay], uses: Mapping[str, Sequence[int]], number: int) -> list[Stay]:
+    """Those whose next reader is furthest away first."""
+
+    def next_use(stay: Stay) -> tuple[int, str]:
+        used = uses[stay.shard]
+        return used[bisect_left(used, number)], stay.shard
+
+    return sorted(idle, key=next_use, reverse=True)
 
 
 def too_small(budget: int, least: int) -> str:
@@ -167,32 +207,18 @@ def too_small(budget: int, least: int) -> str:
     )
 
 
-def _whole_stays(steps: Sequence[Step]) -> list[Stay]:
-    """Every shard from its first reader to its last."""
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
+def _uses(steps: Sequence[Step]) -> dict[str, list[int]]:
+    """Which steps read each shard, in order."""
+    uses: dict[str, list[int]] = {}
     for number, step in enumerate(steps):
         for shard in sorted(step.shards):
-            first.setdefault(shard, number)
-            last[shard] = number
-    return [Stay(shard, first[shard], last[shard]) for shard in first]
+            uses.setdefault(shard, []).append(number)
+    return uses
 
 
-def _occupied(stays: Iterable[Stay], sizes: Mapping[str, int], steps: int) -> list[int]:
-    """Bytes of the stays that cover each step."""
-    change = [0] * (steps + 1)
-    for stay in stays:
-        change[stay.first] += sizes[stay.shard]
-        change[stay.last + 1] -= sizes[stay.shard]
-    out, total = [], 0
-    for amount in change[:steps]:
-        total += amount
-        out.append(total)
-    return out
-
-
-def _next_use(steps: Sequence[Step], shard: str, number: int) -> int:
-    return next(n for n in range(number + 1, len(steps)) if shard in steps[n].shards)
+def _whole_stays(steps: Sequence[Step]) -> list[Stay]:
+    """Every shard from its first reader to its last."""
+    return [Stay(shard, used[0], used[-1]) for shard, used in _uses(steps).items()]
 
 
 def _total(shards: Iterable[str], sizes: Mapping[str, int]) -> int:

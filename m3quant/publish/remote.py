@@ -128,20 +128,18 @@ class Remote:
 
         Not over Xet, whose client is native and does not hold the interpreter.
         """
+        self._sender = None
         if uses_xet() or count < workers.WORTH_BYTES:
             yield
             return
-        with Sender(self.repo, self._token) as sender:
-            self._sender = sender
-            try:
-                yield
-            finally:
-                self._sender = None
+        # It stays when it has ended: a thread that comes late must not send in this process what nobody waits for.
+        with Sender(self.repo, self._token) as self._sender:
+            yield
 
     def preupload(self, additions: list[Any], revision: str, threads: int) -> None:
         """Send the content of large files; what the Hub has already is not sent. threads: files that are sent at once.
 
-        Raises WorkersEnded where `sending` ends meanwhile on another thread.
+        Raises WorkersEnded where `sending` has ended, meanwhile or before, on another thread.
         """
         sender = self._sender
         here, apart = additions, []

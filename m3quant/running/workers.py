@@ -18,8 +18,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from types import TracebackType
 from typing import Any, BinaryIO, Concatenate, Generic, ParamSpec, TypeVar, cast
 
@@ -40,6 +41,10 @@ class WorkerLost(ConnectionError):
     def __init__(self, code: int) -> None:
         super().__init__(f"a process ended with {code}")
         self.code = code
+
+
+class WorkFailed(Exception):
+    """An error that cannot be pickled, in words. Of no kind that means something: who reads kinds would take it for another failure."""
 
 
 class WorkersEnded(Exception):
@@ -106,11 +111,29 @@ class Workers(Generic[P, R]):
         with self._lock:
             if self._over:
                 raise WorkersEnded("the processes have ended")
-            if self._idle:
-                return self._idle.pop()
+            while self._idle:
+                process = self._idle.pop()
+                if process.lives:
+                    return process
+                process.end()  # the system took it for want of memory, say: no job is lost by that
+                self._all.discard(process)
             process = _Process(self._work)
             self._all.add(process)
             return process
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """A process that this thread starts in the block never gets the signals that stop a run.
+
+    A terminal, `timeout` and a scheduler send them to every process, and what they stop is for the first to decide: the others end with it.
+    A process has the mask of the thread that starts it from its first instant on, also while Python loads.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Process:
@@ -121,9 +144,10 @@ class _Process:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
         mine, theirs = os.pipe()  # of its own, because what Python loads at its start may print
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __spec__.name, str(theirs)], env=environment, stdin=subprocess.PIPE, stdout=STDERR, pass_fds=(theirs,)
-            )  # fmt: skip
+            with deaf():
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", __spec__.name, str(theirs)], env=environment, stdin=subprocess.PIPE, stdout=STDERR, pass_fds=(theirs,)
+                )  # fmt: skip
         except BaseException:
             os.close(mine)
             raise
@@ -176,11 +200,11 @@ class _Process:
 
 
 def portable(error: Exception) -> Exception:
-    """The error as another process can have it: itself, or its words."""
+    """The error as another process can have it: itself, or a WorkFailed."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        return WorkFailed(f"{type(error).__name__}: {error}")
     return error
 
 
@@ -218,11 +242,11 @@ def end_with_reader(answers: int) -> None:
 
 
 def main(answers: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # signals are for the process that has the terminal
     threading.Thread(target=end_with_reader, args=(answers,), daemon=True).start()
     with os.fdopen(answers, "wb") as file:
         serve(sys.stdin.buffer, file)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    # By its name, as the other process knows it: of `__main__` nothing could be pickled.
+    import_module(__spec__.name).main(int(sys.argv[1]))

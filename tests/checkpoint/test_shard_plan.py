@@ -88,5 +88,15 @@ def test_random_work_is_within_its_budget_and_fetches_no_more_than_each_step_ane
         assert [s.first for s in plan.stays] == sorted(s.first for s in plan.stays)
         assert free.fetch_bytes <= plan.fetch_bytes <= sum(sizes[s] for step in work for s in step.shards)
         assert plan.least <= plan.peak <= budget
-        if budget >= free.least_once:
-            assert plan.fetch_bytes == free.fetch_bytes
+        assert (plan.fetch_bytes == free.fetch_bytes) == (budget >= free.least_once)
+
+
+def test_the_least_budget_that_fetches_once_counts_no_shard_that_is_too_large_to_leave() -> None:
+    sizes = {f"s{number:02}": 4 for number in range(40)} | {"large": 30, "small": 2}
+    work = steps("large", "small", *(f"s{n:02} s{n + 1:02}" for n in range(38)), "s39 small", "large")
+    once = plan_shards(work, sizes, None).least_once
+    # What lies idle, and the three steps: beside the large one alone nothing would be done about it.
+    assert once == 30 + 2 + 4 * 4
+    plan = plan_shards(work, sizes, once - 1)
+    assert plan.fetch_bytes == sum(sizes.values()) + 2 and ("large", 0, len(work) - 1) in shown(plan)
+    assert plan_shards(work, sizes, once).fetch_bytes == sum(sizes.values())

@@ -6,6 +6,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
 from m3quant.cli import progress as module
 from m3quant.cli.verbosity import NORMAL, QUIET, VERBOSE, set_verbosity
@@ -174,3 +175,27 @@ def test_a_terminal_has_a_bar_for_each_stream(monkeypatch: pytest.MonkeyPatch) -
         progress.advance(500)
     last = "".join(screen.getvalue().splitlines()[-3:])
     assert "awq" in last and "fetch" in last and last.count("ETA") == 1
+
+
+def test_many_small_counts_lay_out_a_bar_ten_times_a_second(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, drawn = io.StringIO(), list[float]()
+    monkeypatch.setattr(module, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
+    redraw = module.BytesProgress._redraw
+
+    def counted(self: module.BytesProgress, bar: Progress, now: float) -> None:
+        drawn.append(now)
+        redraw(self, bar, now)
+
+    monkeypatch.setattr(module.BytesProgress, "_redraw", counted)
+    with module.BytesProgress("awq") as progress:
+        fetched = progress.beside("fetch", 4000 * 10**6)
+        progress.start(10**9, 0)
+        drawn.clear()
+        for number in range(1, 4001):
+            clock.now = number // 1000 * 0.25
+            fetched(10**6)
+        assert set(drawn) - {0.0} == {0.25, 0.5, 0.75, 1.0}
+        assert len(drawn) < 400  # the thread that draws each second may add to the four
+        bar = progress._bar
+        assert bar is not None
+    assert bar.tasks[1].completed == 4000 * 10**6, "what came last is shown at the end"

@@ -135,3 +135,26 @@ def test_shards_go_up_beside_a_conversion_by_processes(hub: Hub, client: Client,
         there = {n: data for n, data in on_main(hub, CONVERTED).items() if n.endswith(".safetensors")}
         assert there == {name: (plain / name).read_bytes() for name in shards(plain)} and shards(out) == []
         assert not left_over(client.folder)
+
+
+def test_a_thread_that_comes_when_sending_has_ended_sends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    from m3quant.publish import remote as module
+    from m3quant.running import workers
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
+    monkeypatch.setattr(module, "uses_xet", lambda: False)
+    monkeypatch.setattr(workers, "WORTH_BYTES", 1)
+    remote = module.Remote(REPO)
+    monkeypatch.setattr(remote.api, "preupload_lfs_files", lambda *_, **__: pytest.fail("sent in this process"))
+    (tmp_path / "shard").write_bytes(b"x" * 100)
+    late = [huggingface_hub.CommitOperationAdd("shard", str(tmp_path / "shard"))]
+    with remote.sending(100):
+        pass
+    with pytest.raises(workers.WorkersEnded):
+        remote.preupload(late, "main", 1)
+    with remote.sending(0):
+        assert remote._sender is None

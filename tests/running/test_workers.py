@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from m3quant.running.workers import Tell, WorkerLost, Workers, WorkersEnded, portable
+from m3quant.publish.failures import failure_of
+from m3quant.running.workers import Tell, WorkerLost, Workers, WorkersEnded, WorkFailed, portable
 from tests.support.workers import alive
 
 
@@ -35,11 +36,14 @@ def work(tell: Tell, what: str, folder: Path | None = None) -> Any:
         os._exit(3)
     if what == "talks":
         print("a library prints")
-    if what == "stands":
+    if what in ("stands", "waits"):
         assert folder is not None
         (folder / "part").write_text(str(os.getpid()))
         os.replace(folder / "part", folder / "pid")
-        time.sleep(60)
+        while what == "waits" and not (folder / "go on").exists():
+            time.sleep(0.02)
+        if what == "stands":
+            time.sleep(60)
     threads = [threading.Thread(target=lambda: [tell(3) for _ in range(100)]) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -53,7 +57,9 @@ def ignore(count: int) -> None: ...
 
 def standing(folder: Path) -> int:
     """The number of the process that does "stands", once it does."""
+    deadline = time.monotonic() + 60
     while not (folder / "pid").exists():
+        assert time.monotonic() < deadline, "no process is at it"
         time.sleep(0.02)
     return int((folder / "pid").read_text())
 
@@ -81,7 +87,7 @@ def test_failures_arrive_as_they_were_raised_and_the_process_goes_on() -> None:
         pid = workers.run(ignore, "a")
         with pytest.raises(UnicodeDecodeError, match="odd"):
             workers.run(ignore, "odd")
-        with pytest.raises(RuntimeError, match="Local: here alone"):
+        with pytest.raises(WorkFailed, match="Local: here alone"):
             workers.run(ignore, "local")
         with pytest.raises(TypeError, match="pickle"):
             workers.run(ignore, "no value")
@@ -127,7 +133,9 @@ def test_an_error_that_no_other_process_could_build_arrives_as_its_words() -> No
         pass
 
     error = portable(Local("here alone"))
-    assert "Local: here alone" in str(pickle.loads(pickle.dumps(error)))
+    arrived = pickle.loads(pickle.dumps(error))
+    assert type(arrived) is WorkFailed and str(arrived) == "Local: here alone"
+    assert failure_of(arrived, "token") is None, "a defect is told as one, not as a failure of the Hub"
 
 
 def test_dead_processes_leave_no_descriptors() -> None:
@@ -154,6 +162,31 @@ def test_the_folder_at_hand_runs_nothing_and_prints_at_the_start_do_no_harm(
     with Workers(work) as workers:
         workers.run(ignore, "a")
     assert not (hostile / "ran").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_is_for_the_first_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
+) -> None:
+    """Sent while Python loads, and while a job is under way."""
+    (tmp_path / "sitecustomize.py").write_text(f"import os\nos.kill(os.getpid(), {int(number)})\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with ThreadPoolExecutor(1) as pool, Workers(work) as workers:
+        under_way = pool.submit(workers.run, ignore, "waits", tmp_path)
+        pid = standing(tmp_path)
+        os.kill(pid, number)
+        (tmp_path / "go on").touch()
+        assert under_way.result() == pid
+    assert capfd.readouterr().err == ""
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+def test_an_idle_process_that_was_killed_is_no_lost_job() -> None:
+    with Workers(work) as workers:
+        pid = workers.run(ignore, "a")
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # all its threads have ended
+        assert workers.run(ignore, "b") != pid
 
 
 def test_work_is_told_on_stdin_alone(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ Work is a sequence of steps (a layer each, mostly), each of which reads some sha
 reads it to the last; where `budget` has no room for that, it leaves after one step and is fetched again for a later one, the
 stay whose next reader is furthest away first. Fetching follows the order of the stays, as far ahead as the budget has room.
 
-A shard that lies idle for long takes that room: the head of a model is often read at the beginning, and its shard again for the last layer.
+A shard that lies idle for long takes that room: the head of a model is often read at the beginning and again after the last layer.
 So it leaves, too, where the steps that are in work together would not fit beside it, as long as little is fetched twice by that.
 
 That cannot wait for itself: whatever lies on the disk while step i is the earliest unfinished one, and something that step i
@@ -13,6 +13,7 @@ reads is still to be fetched, has a stay that covers step i, and all of those to
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -74,7 +75,7 @@ class ShardPlan:
 
         def look(number: int, there: Collection[Stay]) -> list[Stay]:
             nonlocal most
-            together, idle = _together(there, self.steps, self.sizes, number)
+            together, idle = _together(there, self.steps, self.sizes, number, AHEAD)
             may_leave = any(self.sizes[stay.shard] <= spare for stay in idle)
             most = max(most, together if may_leave else 0, _total((stay.shard for stay in there), self.sizes))
             return []
@@ -127,32 +128,24 @@ def plan_shards(steps: Iterable[Step], sizes: Mapping[str, int], budget: int | N
         raise OptionError(too_small(budget, plan.least))
     uses = _uses(ordered)
 
-    def too_much(number: int, there: Collection[Stay]) -> Iterator[Stay]:
-        """What lies idle, as far as the rest would not fit."""
-        occupied = _total((stay.shard for stay in there), sizes)
-        idle = [stay for stay in there if stay.shard not in ordered[number].shards] if occupied > budget else []
-        for stay in _last_wanted_first(idle, uses, number):
-            if occupied <= budget:
-                return
-            occupied -= sizes[stay.shard]
-            yield stay
+    def in_the_way(ahead: int, left: float) -> Leaving:
+        """Idle shards beside which a step and the next `ahead` do not fit, as far as `left` bytes may be fetched again."""
 
-    stays = _sweep(stays, ordered, too_much)
-    left = AGAIN_SHARE * sum(sizes[shard] for shard in uses)
+        def leave(number: int, there: Collection[Stay]) -> Iterator[Stay]:
+            nonlocal left
+            together, idle = _together(there, ordered, sizes, number, ahead)
+            for stay in _last_wanted_first(idle, uses, number) if together > budget else ():
+                if together <= budget:
+                    return
+                size = sizes[stay.shard]
+                if size <= left:
+                    together, left = together - size, left - size
+                    yield stay
 
-    def in_the_way(number: int, there: Collection[Stay]) -> Iterator[Stay]:
-        """Idle shards beside which the steps in work together do not fit."""
-        nonlocal left
-        together, idle = _together(there, ordered, sizes, number)
-        for stay in _last_wanted_first(idle, uses, number) if together > budget else ():
-            if together <= budget:
-                return
-            size = sizes[stay.shard]
-            if size <= left:
-                together, left = together - size, left - size
-                yield stay
+        return leave
 
-    stays = _sweep(stays, ordered, in_the_way)
+    stays = _sweep(stays, ordered, in_the_way(0, math.inf))  # what must leave, whatever that costs
+    stays = _sweep(stays, ordered, in_the_way(AHEAD, AGAIN_SHARE * sum(sizes[shard] for shard in uses)))
     stays.sort(key=lambda s: (s.first, s.shard))
     return ShardPlan(ordered, tuple(stays), sizes, budget)
 
@@ -181,10 +174,10 @@ def _sweep(stays: Iterable[Stay], steps: Sequence[Step], leaving: Leaving) -> li
 
 
 def _together(
-    there: Iterable[Stay], steps: Sequence[Step], sizes: Mapping[str, int], number: int
+    there: Iterable[Stay], steps: Sequence[Step], sizes: Mapping[str, int], number: int, ahead: int
 ) -> tuple[int, list[Stay]]:
-    """Bytes of what lies idle during this step and of all that this one and the next AHEAD read; and the idle ones."""
-    reads = frozenset[str]().union(*(step.shards for step in steps[number : number + 1 + AHEAD]))
+    """Bytes of what lies idle during this step and of all that this one and the next `ahead` read; and the idle ones."""
+    reads = frozenset[str]().union(*(step.shards for step in steps[number : number + 1 + ahead]))
     idle = [stay for stay in there if stay.shard not in reads]
     return _total(reads, sizes) + _total((stay.shard for stay in idle), sizes), idle
 

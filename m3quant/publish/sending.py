@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 from ..running.retry import retry_after
@@ -44,19 +43,11 @@ class _Send:
         return vars(addition), failed
 
 
-class Sender:
-    """Sends files of one repo. Use it in a `with`: at its end every process is gone. Pauses and further tries are the caller's."""
+class Sender(Workers[[Any, str], tuple[dict[str, Any], FailedApart | None]]):
+    """Sends files of one repo. Pauses and further tries are the caller's."""
 
     def __init__(self, repo: str, token: str) -> None:
-        self._workers = Workers(_Send(repo, token))
-
-    def __enter__(self) -> Sender:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._workers.end()
+        super().__init__(_Send(repo, token))
 
     def send(self, additions: Sequence[Any], revision: str, at_once: int) -> None:
         """As HfApi.preupload_lfs_files of files on the disk; what arrived stays noted where another file fails.
@@ -69,11 +60,11 @@ class Sender:
             try:
                 list(pool.map(lambda addition: self._one(addition, revision), additions))
             except (KeyboardInterrupt, SystemExit):  # the pool would wait for the other files
-                self._workers.end()
+                self.end()
                 raise
 
     def _one(self, addition: Any, revision: str) -> None:
-        noted, failed = self._workers.run(lambda count: None, addition, revision)
+        noted, failed = self.run(lambda count: None, addition, revision)
         vars(addition).update(noted)
         if failed is not None:
             raise failed

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import TracebackType
-from typing import Any, BinaryIO, Concatenate, Generic, ParamSpec, TypeVar, cast
+from typing import Any, BinaryIO, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -65,7 +65,7 @@ class Workers(Generic[P, R]):
         self._all: set[_Process] = set()
         self._over = False
 
-    def __enter__(self) -> Workers[P, R]:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..running import workers
 from ..running.workers import WorkerLost, Workers, WorkersEnded
+from .growing import GrowingDigest
 from .remote import Download, RemoteStore, TransientError
 
 
@@ -18,8 +19,15 @@ class _Fetch:
 
     store: RemoteStore
 
-    def __call__(self, tell: Callable[[int], None], name: str, folder: Path, fresh: bool) -> None:
-        self.store.download(name, folder, tell, fresh)
+    def __call__(self, tell: Callable[[int], None], name: str, folder: Path, fresh: bool) -> str | None:
+        with GrowingDigest(folder) as growing:
+
+            def came(count: int) -> None:
+                growing.came(count)
+                tell(count)
+
+            self.store.download(name, folder, came, fresh)
+            return growing.digest(folder / name)
 
 
 @contextmanager
@@ -33,9 +41,9 @@ def downloads(store: RemoteStore, count: int) -> Iterator[Download]:
         return
     with Workers(_Fetch(store)) as processes:
 
-        def download(name: str, folder: Path, came: Callable[[int], None], fresh: bool) -> None:
+        def download(name: str, folder: Path, came: Callable[[int], None], fresh: bool) -> str | None:
             try:
-                processes.run(came, name, folder, fresh)
+                return processes.run(came, name, folder, fresh)
             except WorkerLost as lost:
                 words = f"a download ended with {lost.code}"
                 raise TransientError(f"The process that downloaded ended with {lost.code}. Try again.", words) from None

@@ -76,8 +76,9 @@ class Fetcher:
         path.unlink(missing_ok=True)
         came = _Bytes(self)
         try:
-            again(partial(self._download, name, came, fresh), passing, PAUSES_SECONDS, self._tell(name), self._sleep)
-            if (difference := self._difference(name, path)) is not None:
+            download = partial(self._download, name, came, fresh)
+            digest = again(download, passing, PAUSES_SECONDS, self._tell(name), self._sleep)
+            if (difference := self._difference(name, path, digest)) is not None:
                 raise NotTheFile(difference)
         except BaseException:
             path.unlink(missing_ok=True)
@@ -86,21 +87,21 @@ class Fetcher:
         self.advance(self.store.file_size(name) - came.count)  # a copy out of a cache is told as one
         return stamp_of(path.stat())
 
-    def _download(self, name: str, came: _Bytes, fresh: bool) -> None:
+    def _download(self, name: str, came: _Bytes, fresh: bool) -> str | None:
         came.drop()
         with self._network:
-            self._from_store(name, self.folder, came.add, fresh)
+            return self._from_store(name, self.folder, came.add, fresh)
 
-    def _difference(self, name: str, path: Path) -> str | None:
-        """In which way a file is not the one that the store lists, or None."""
+    def _difference(self, name: str, path: Path, digest: str | None = None) -> str | None:
+        """In which way a file is not the one that the store lists, or None. digest: its sha256 (hex), if known."""
         size = self.store.file_size(name)
         if (found := path.stat().st_size) != size:
             return f"it has {found:,} bytes, not {size:,}"
-        if (other := self.store.difference(name, path)) is not None:
+        if (other := self.store.difference(name, path, digest)) is not None:
             return other
         expected = self.store.expected.get(name)
-        if expected is not None and (digest := sha256_file(path)) != expected:
-            return f"its sha256 is {digest[:12]}..., not {expected[:12]}..."
+        if expected is not None and (found_digest := digest or sha256_file(path)) != expected:
+            return f"its sha256 is {found_digest[:12]}..., not {expected[:12]}..."
         if (planned := self.store.header_digests.get(name)) is not None:
             prefix, raw, _ = read_header(path)
             if hashlib.sha256(prefix + raw).hexdigest() != planned:

@@ -128,9 +128,9 @@ class HubStore(RemoteStore):
                 ) from None
             raise TransientError(f"{self.path(name)} could not be fetched ({error}). Try again.", NO_ANSWER) from error
 
-    def difference(self, name: str, path: Path) -> str | None:
+    def difference(self, name: str, path: Path, digest: str | None = None) -> str | None:
         wanted = self.sha256(name)
-        digest = sha256_file(path)
+        digest = digest or sha256_file(path)
         return f"its sha256 is {digest[:12]}..., not {wanted[:12]}..." if digest != wanted else None
 
     def _range_once(self, name: str, start: int, count: int, size: int) -> bytes:

@@ -108,15 +108,15 @@ class ObjectStore(RemoteStore):
                 os.close(descriptor)
         self._check_unchanged(name)
 
-    def difference(self, name: str, path: Path) -> str | None:
+    def difference(self, name: str, path: Path, digest: str | None = None) -> str | None:
         wanted = self._driver.md5(self.marks[name])
         if wanted is None:
             return None
-        digest = hashlib.md5(usedforsecurity=False)
+        md5 = hashlib.md5(usedforsecurity=False)
         with open(path, "rb") as file:
             while data := file.read(PIECE_BYTES):
-                digest.update(data)
-        found = digest.hexdigest()
+                md5.update(data)
+        found = md5.hexdigest()
         return f"its md5 is {found[:12]}..., not {wanted[:12]}..." if found != wanted else None
 
     def _list(self) -> None:

@@ -44,8 +44,8 @@ class TransientError(CheckpointError):
         return type(self), (str(self),), vars(self) | {"pause_seconds": retry_after(self)}
 
 
-# As `RemoteStore.download`.
-Download = Callable[[str, Path, Callable[[int], None], bool], None]
+# As `RemoteStore.download`; the sha256 (hex) of the file where it was taken while the file came, None otherwise.
+Download = Callable[[str, Path, Callable[[int], None], bool], str | None]
 
 
 class NotTheFile(Exception):
@@ -121,8 +121,8 @@ class RemoteStore(ABC):
         fresh: nothing that came before is taken. Raises NotTheFile for a file that is not as long as the store said."""
 
     @abstractmethod
-    def difference(self, name: str, path: Path) -> str | None:
-        """In which way the content of a file of the right size is not what the store says of it, or None."""
+    def difference(self, name: str, path: Path, digest: str | None = None) -> str | None:
+        """In which way the content of a file of the right size is not what the store says of it, or None. digest: its sha256 (hex), if known."""
 
     @abstractmethod
     def _small_file(self, name: str) -> Path:

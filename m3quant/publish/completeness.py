@@ -11,7 +11,7 @@ from typing import Any
 from ..artifact.journal import FOLDER
 from ..artifact.manifest import MANIFEST
 from ..artifact.output import read_config
-from ..checkpoint import INDEX_NAME, sha256_file
+from ..checkpoint import INDEX_NAME, Checkpoint, sha256_file
 from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.links import require_regular
 from ..errors import PublishError
@@ -58,12 +58,14 @@ def check_complete_for_publish(
     say: Callable[[str], None] = lambda line: None,
     allowed: Allowed | None = None,
     shards: Shards = Shards.HERE,
+    converted: Checkpoint | None = None,
 ) -> Findings:
     """Run every check on a converted folder. source: a folder or Hub id, compared file by file and tensor by tensor.
 
-    allowed: what the scan finds and the user knows to be harmless. shards: where they are, and so what is left to look at.
+    allowed: what the scan finds and the user knows to be harmless. shards: where they are, and so what is left to look at. converted: the
+    output, if it is open already.
     """
-    findings = Findings(problems=_verify(out, source, say, shards))
+    findings = Findings(problems=_verify(out, source, say, shards, converted))
     findings.problems += leftovers(out)
     check_carried(out, manifest, findings)
     check_needed(out, manifest, findings)
@@ -73,13 +75,15 @@ def check_complete_for_publish(
     return findings
 
 
-def _verify(out: Path, source: str | None, say: Callable[[str], None], shards: Shards) -> list[str]:
+def _verify(
+    out: Path, source: str | None, say: Callable[[str], None], shards: Shards, converted: Checkpoint | None
+) -> list[str]:
     if shards is Shards.PROMISED:
         return []
     from ..verify.one_shard import verify_streamed
     from ..verify.verification import verify
 
-    checks = verify_streamed(out, say) if shards is Shards.UPLOADED else verify(out, source, say)[0].checks
+    checks = verify_streamed(out, say, converted) if shards is Shards.UPLOADED else verify(out, source, say)[0].checks
     problems = [f"verify, {check.name}: {problem}" for check in checks for problem in check.problems]
     return problems[:5] + ([f"verify: {len(problems) - 5} more problems"] if len(problems) > 5 else [])
 

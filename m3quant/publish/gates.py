@@ -47,6 +47,7 @@ class Written:
 
     card_path: Path
     manifest: dict[str, Any]
+    checkpoint: Checkpoint
     base: Base | None
     licence: Licence | None
     problems: list[str]
@@ -91,7 +92,7 @@ def make_card(out: Path, asked: Asked, plan: Plan | None = None) -> Written:
     )
     path = write_card(out, facts, left_out_explained(out, manifest))
     told = obligations(licence, base) if licence and base else []
-    return Written(path, manifest, base, licence, list(unknown.values()), told)
+    return Written(path, manifest, checkpoint, base, licence, list(unknown.values()), told)
 
 
 def check(out: Path, written: Written, asked: Asked, say: Say, shards: Shards = Shards.HERE) -> Findings:
@@ -105,7 +106,9 @@ def check(out: Path, written: Written, asked: Asked, say: Say, shards: Shards = 
         say(f"comparing with {written.base.repo} on the Hub ...")
         from_hub = base_problems(out, written.manifest, written.base, written.licence, shards is not Shards.PROMISED)
         from_hub += registration_problems(read_benchmarks(out))
-    findings = check_complete_for_publish(out, written.manifest, asked.source, say, allowed, shards)
+    findings = check_complete_for_publish(
+        out, written.manifest, asked.source, say, allowed, shards, written.checkpoint
+    )
     findings.problems[:0] = [*written.problems, *from_hub]
     if not written.problems:
         findings.problems += check_metadata(read_text(written.card_path, TEXT_BYTES), out)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..artifact.output import hash_problems, read_manifest
 from ..artifact.partly import open_output, recorded_plan
 from ..artifact.uploads import read_uploads
-from ..checkpoint import TensorInfo
+from ..checkpoint import Checkpoint, TensorInfo
 from ..checkpoint.header import parse_header
 from ..checkpoint.reader import read_header, read_ranges
 from ..planning.unit import Unit
@@ -46,16 +46,16 @@ def shard_problems(output: Path, unit: Unit) -> Iterator[str]:
     yield from unit_stored_problems(unit, shard)
 
 
-def verify_streamed(output: Path, say: Report) -> list[Check]:
+def verify_streamed(output: Path, say: Report, converted: Checkpoint | None = None) -> list[Check]:
     """What `verify` looks at of an output whose shards were checked one by one and uploaded: all but their bytes.
 
-    Raises VerifyError or CheckpointError where there is nothing to check.
+    converted: the output, if it is open already; a model of many experts takes seconds to open. Raises VerifyError or CheckpointError where there is nothing to check.
     """
     manifest = read_manifest(output)
     uploads = read_uploads(output)
     uploaded = set(uploads.shards) if uploads else set()
     plan = recorded_plan(output)
-    converted = open_output(output, plan)
+    converted = converted or open_output(output, plan)
     checks = []
     for name, looked_at, problems in (
         ("structure", "headers, config.json, engine names", structure_problems(converted, plan, manifest, None)),

@@ -138,16 +138,18 @@ def _matches(text: str, own: list[str], vocabulary: bool, ends: float) -> Iterat
     for string in own:
         if (at := text.find(string)) >= 0:
             yield OWN_TEXT, at, string
+    # Most rules are out at once: none of their hints is anywhere, and a list of tensors has thousands of windows.
+    meant = [rule for rule in ISSUED if rule.vocabulary] if vocabulary else [*ISSUED, *MACHINE]
+    rules = [rule for rule in meant if rule.may_match(lowered)]
     for start in range(0, len(text), WINDOW):
         if time.monotonic() > ends:
             raise Unread(f"looking through it took more than {FILE_SECONDS:.0f} s")
         # Rules look behind a match: the window begins before the part that it answers for.
         begin, end = max(0, start - OVERLAP), start + WINDOW + OVERLAP
         window, low = text[begin:end], lowered[begin:end]
-        for rule in ISSUED if vocabulary else (*ISSUED, *MACHINE):
-            if not vocabulary or rule.vocabulary:
-                for at, found in rule.matches(window, low):
-                    yield rule.kind, begin + at, found
+        for rule in rules:
+            for at, found in rule.matches(window, low):
+                yield rule.kind, begin + at, found
         if not vocabulary:
             for at, found in assigned(window, low):
                 yield "assigned secret", begin + at, found

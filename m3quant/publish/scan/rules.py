@@ -37,9 +37,13 @@ class Rule:
     secret: bool = True
     least_entropy: float = 0.0
 
+    def may_match(self, lowered: str) -> bool:
+        """Whether a text, in lower case, has what every match has."""
+        return not self.hints or any(hint in lowered for hint in self.hints)
+
     def matches(self, text: str, lowered: str) -> Iterator[tuple[int, str]]:
         """(place, text) of each match in `text`; lowered: the same text in lower case."""
-        if self.hints and not any(hint in lowered for hint in self.hints):
+        if not self.may_match(lowered):
             return
         for match in self.pattern.finditer(text):
             value = next((group for group in match.groups() if group), match[0])

@@ -123,7 +123,8 @@ class _Layerwise:
         self.writer: LayerSink = LayerWriter(run.output, run.journal, background) if ranks.first else NoWriter()
         self.ranks = ranks
         self.shares = stage_shares(plan)
-        self.every = settings.boundary_every or boundary_interval(plan, self.stacked)
+        leaving = settings.sink is not None and settings.sink.held is not None
+        self.every = settings.boundary_every or boundary_interval(plan, self.stacked, leaving)
         scale = TORCH_DTYPES[scale_dtype(Scheme("int", 4), plan.recipe.format)]
         self._quantizer = layer_quantizer(plan.recipe, scale, settings.strict_coverage, ranks)
 

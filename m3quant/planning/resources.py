@@ -54,14 +54,20 @@ def hidden_state_bytes(plan: Plan, element_bytes: int) -> int:
     return (data.windows + data.heldout_windows) * data.window_length * plan.family.hidden_size * element_bytes
 
 
-def boundary_interval(plan: Plan, on_gpu: bool) -> int:
+def boundary_interval(plan: Plan, on_gpu: bool, leaving: bool = False) -> int:
     """Layers between two savings of both hidden-state streams, so that these cost at most BOUNDARY_SHARE of the bytes of the
-    layers between them. On a CPU every layer: searching takes far longer there than saving."""
+    layers between them. On a CPU every layer: searching takes far longer there than saving.
+
+    leaving: shards leave the disk after their upload, those since the last saving excepted, which a run that continues reads. Then these
+    take no more of the disk than what is saved does.
+    """
     if not on_gpu:
         return 1
     layers = [unit for unit in plan.units if unit.layer is not None]
-    moved = sum(unit.bytes_in + unit.bytes_out for unit in layers) / len(layers)
-    return max(1, math.ceil(2 * hidden_state_bytes(plan, 2) / (BOUNDARY_SHARE * moved)))
+    saved, written = 2 * hidden_state_bytes(plan, 2), sum(unit.bytes_out for unit in layers)
+    moved = (sum(unit.bytes_in for unit in layers) + written) / len(layers)
+    seldom = math.ceil(saved / (BOUNDARY_SHARE * moved))
+    return max(1, min(seldom, int(saved * len(layers) / written)) if leaving else seldom)
 
 
 def resources(
@@ -89,7 +95,7 @@ def resources(
     # Two boundaries exist for a moment: the next is in place before the old one goes.
     boundary = 2 * 2 * stream
     disk = (
-        _written(plan, None if held is None else held + boundary_interval(plan, on_gpu))
+        _written(plan, None if held is None else held + boundary_interval(plan, on_gpu, leaving=True))
         + boundary
         + (2 * stream if spill else 0)
         + DISK_MARGIN

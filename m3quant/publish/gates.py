@@ -106,9 +106,7 @@ def check(out: Path, written: Written, asked: Asked, say: Say, shards: Shards = 
         say(f"comparing with {written.base.repo} on the Hub ...")
         from_hub = base_problems(out, written.manifest, written.base, written.licence, shards is not Shards.PROMISED)
         from_hub += registration_problems(read_benchmarks(out))
-    findings = check_complete_for_publish(
-        out, written.manifest, asked.source, say, allowed, shards, written.checkpoint
-    )
+    findings = check_complete_for_publish(out, written.manifest, asked.source, say, allowed, shards, written.checkpoint)
     findings.problems[:0] = [*written.problems, *from_hub]
     if not written.problems:
         findings.problems += check_metadata(read_text(written.card_path, TEXT_BYTES), out)

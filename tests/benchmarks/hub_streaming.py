@@ -8,7 +8,7 @@ Of a model that the disk cannot hold, --sample-layers N and then half of them ar
 --converting SECONDS is what an earlier run printed. --work on a file system in memory takes the disk's speed out of the figures.
 Ended by SIGTERM (a machine's time limit), it keeps in --json how far the run was every few seconds, and the peaks.
 
-    tests.benchmarks.hub_streaming --config tests/data/minimax-m2.7/config.json --to fp8 --rate 1GB --cache-disk 20GB --sample-layers 4
+    tests.benchmarks.hub_streaming --config tests/data/minimax-m2.7/config.json --to fp8 --rate 1GB --cache-disk 20GB --sample-layers 8
 
 --source folder leaves fetching out. On a CPU: --shape m2 --layers 3 --experts 8 --narrower 4 --rate 20MB.
 """
@@ -41,6 +41,7 @@ OUTPUT_REPO = "someone/streamed"
 BASES = {"minimax_m2": "MiniMaxAI/MiniMax-M2", "minimax_m3_vl": "MiniMaxAI/MiniMax-M3"}
 LOOK_SECONDS = 0.05
 COURSE_SECONDS = 5.0
+LEAST_SAMPLE = 8  # a start differs by a second from the next, and a layer takes three
 CACHE = ".m3quant/source"  # where fetched shards lie in the output while they are needed
 
 
@@ -303,6 +304,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("hub-streaming"))
     parser.add_argument("--json", type=Path, default=None)
     asked = parser.parse_args()
+    if asked.sample_layers is not None and asked.sample_layers < LEAST_SAMPLE:
+        parser.error(f"--sample-layers: a line through fewer than {LEAST_SAMPLE} layers and half of them says nothing")
     asked.recipe = ["--to", asked.to]
     if asked.calibration_tokens:
         asked.recipe += ["--calibration-tokens", asked.calibration_tokens]

@@ -99,7 +99,11 @@ def test_two_files_at_once_have_none_and_no_descriptor_stays_open(tmp_path: Path
                 growing.came(3)
                 file.write(data)
         assert growing.digest(tmp_path / "part") is None
-    with pytest.raises(KeyError), GrowingDigest(tmp_path) as growing, open(tmp_path / "part", "wb", buffering=0) as file:
+    with (
+        pytest.raises(KeyError),
+        GrowingDigest(tmp_path) as growing,
+        open(tmp_path / "part", "wb", buffering=0) as file,
+    ):
         for data in (b"abc", b"def"):
             growing.came(3)
             file.write(data)

@@ -54,3 +54,16 @@ def test_the_interval_keeps_savings_below_their_share(tmp_path: Path) -> None:
     assert 2 * hidden_state_bytes(plan, 2) <= every * BOUNDARY_SHARE * moved
     assert every == 1 or 2 * hidden_state_bytes(plan, 2) > (every - 1) * BOUNDARY_SHARE * moved
     assert boundary_interval(plan, on_gpu=False) == 1
+
+
+def test_shards_that_leave_the_disk_take_no_more_of_it_than_what_is_saved(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "m2", "awq")
+    layers = [unit for unit in plan.units if unit.layer is not None]
+    for windows in (1, 20, 100, 3000):
+        plan.recipe.data.windows = windows
+        saved = 2 * hidden_state_bytes(plan, 2)
+        every = boundary_interval(plan, on_gpu=True, leaving=True)
+        assert 1 <= every <= boundary_interval(plan, on_gpu=True)
+        mean = sum(unit.bytes_out for unit in layers) / len(layers)
+        assert every == 1 or every * mean <= saved
+        assert every == boundary_interval(plan, on_gpu=True) or (every + 1) * mean > saved

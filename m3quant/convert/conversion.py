@@ -32,6 +32,7 @@ from ..running import steps
 from ..running.device import device_name, pick_device
 from ..running.progress import Progress
 from ..running.stopping import StopFlag, stop_on_signals
+from .device_memory import check_device
 from .finish import finish, write_rehearsal
 from .from_hub import check_local, check_remote, shards_budget, shards_of_hub
 from .gpu_stage import why_plain
@@ -54,6 +55,8 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
     held = settings.sink.held if settings.sink else None
     need = resources(plan, device.type == "cuda", spill=settings.spill, held=held)
     check_disk(plan, output, need)
+    if not settings.spill:
+        check_device(plan, device, need)
     budget = shards_budget(plan, output, settings, need)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
@@ -110,12 +113,15 @@ def finished(
 def what_is_there(plan: Plan, output: Path, settings: Settings, device: torch.device, progress: Progress) -> str:
     """What `convert` would find in the output folder, for a person; writes nothing.
 
-    Raises OutputError for an output that is finished or begun otherwise, StoppedError where the disk has too little room.
+    Raises OutputError for an output that is finished or begun otherwise, StoppedError where the disk or the GPU has too little room.
     """
     facts = job_facts(plan, settings, device)
     if _finished(plan, output, facts, progress) is not None:
         return "complete already, from the same source and recipe: nothing would be done"
-    check_disk(plan, output, resources(plan, device.type == "cuda", spill=settings.spill))
+    need = resources(plan, device.type == "cuda", spill=settings.spill)
+    check_disk(plan, output, need)
+    if not settings.spill:
+        check_device(plan, device, need)
     journal = Journal(output)
     if journal.check(facts, {SOURCE: identify(plan.checkpoint, plan.copied_files)}):
         return f"begun: {len(journal.records)} of {len(plan.units)} shards are finished, and the run continues"

@@ -25,6 +25,7 @@ from .decoding import Budget, Unread, View, views
 from .hosts import KINDS as OF_A_MACHINE
 from .hosts import PERSON
 from .hosts import RULES as MACHINE
+from .lists import REPEATING, without_repeats
 from .rules import ISSUED, assigned, library_matches
 
 # Vocabularies hold every fragment of text there is; a path in one says nothing of a machine.
@@ -115,7 +116,8 @@ def _views(file: PublishFile) -> Iterator[tuple[View, bool]]:
         body = _without_vocabulary(raw)
         vocabulary = body is not None
     with open_file(file.local_path) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as stream:
-        yield from ((view, vocabulary) for view in views(stream, "", Budget()))
+        text = without_repeats(stream) if file.path_in_repo in REPEATING else stream
+        yield from ((view, vocabulary) for view in views(text, "", Budget()))
     if body is not None:
         yield from ((view, False) for view in views(io.BytesIO(body), "", Budget()))
 

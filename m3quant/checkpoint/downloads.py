@@ -11,6 +11,7 @@ from ..running import workers
 from ..running.workers import WorkerLost, Workers, WorkersEnded
 from .growing import GrowingDigest
 from .remote import Download, RemoteStore, TransientError
+from .shard_cache import Abandoned
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class _Fetch:
 def downloads(store: RemoteStore, count: int) -> Iterator[Download]:
     """How `count` bytes of a store are best downloaded while the block runs.
 
-    In a process of its own a download raises what it would raise here, and TransientError if the process dies.
+    In a process of its own a download raises what it would raise here, TransientError if the process dies, and Abandoned if the block ends.
     """
     if not store.in_processes or count < workers.WORTH_BYTES:
         yield store.download
@@ -48,6 +49,6 @@ def downloads(store: RemoteStore, count: int) -> Iterator[Download]:
                 words = f"a download ended with {lost.code}"
                 raise TransientError(f"The process that downloaded ended with {lost.code}. Try again.", words) from None
             except WorkersEnded:
-                raise TransientError("Downloads have ended.", "downloads have ended") from None
+                raise Abandoned("the downloads have ended.") from None
 
         yield download

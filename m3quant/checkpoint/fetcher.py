@@ -93,15 +93,15 @@ class Fetcher:
             return self._from_store(name, self.folder, came.add, fresh)
 
     def _difference(self, name: str, path: Path, digest: str | None = None) -> str | None:
-        """In which way a file is not the one that the store lists, or None. digest: its sha256 (hex), if known."""
+        """In which way a file is not the one that the store lists, or None. digest: as `RemoteStore.difference`."""
         size = self.store.file_size(name)
         if (found := path.stat().st_size) != size:
             return f"it has {found:,} bytes, not {size:,}"
         if (other := self.store.difference(name, path, digest)) is not None:
             return other
         expected = self.store.expected.get(name)
-        if expected is not None and (found_digest := digest or sha256_file(path)) != expected:
-            return f"its sha256 is {found_digest[:12]}..., not {expected[:12]}..."
+        if expected not in (None, digest) and (of_file := sha256_file(path)) != expected:
+            return f"its sha256 is {of_file[:12]}..., not {expected[:12]}..."
         if (planned := self.store.header_digests.get(name)) is not None:
             prefix, raw, _ = read_header(path)
             if hashlib.sha256(prefix + raw).hexdigest() != planned:

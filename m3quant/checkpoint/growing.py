@@ -24,7 +24,8 @@ class GrowingDigest:
 
     A library opens the file, under a name of its own, and maybe a lock: the file is found among the open descriptors once it has bytes.
     Each byte is hashed once, where it first lies. What is written anywhere but at the end gives no digest: `came` is told less than nothing, or more
-    bytes in all than the file has.
+    bytes in all than the file has, or the file is longer than what was told (Xet's client writes parts as they come). Who finds the digest to
+    be another than it should be hashes the file: no library promises how it writes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,6 +89,7 @@ class GrowingDigest:
             if got := os.preadv(self._descriptor, [piece], self._count):
                 self._hash.update(piece[:got])
                 self._count += got
+                self._grows = self._grows and self._count <= self._told
             elif over:
                 return
             else:

@@ -130,7 +130,9 @@ class HubStore(RemoteStore):
 
     def difference(self, name: str, path: Path, digest: str | None = None) -> str | None:
         wanted = self.sha256(name)
-        digest = digest or sha256_file(path)
+        if digest == wanted:
+            return None
+        digest = sha256_file(path)
         return f"its sha256 is {digest[:12]}..., not {wanted[:12]}..." if digest != wanted else None
 
     def _range_once(self, name: str, start: int, count: int, size: int) -> bytes:

@@ -122,7 +122,9 @@ class RemoteStore(ABC):
 
     @abstractmethod
     def difference(self, name: str, path: Path, digest: str | None = None) -> str | None:
-        """In which way the content of a file of the right size is not what the store says of it, or None. digest: its sha256 (hex), if known."""
+        """In which way the content of a file of the right size is not what the store says of it, or None.
+
+        digest: its sha256 (hex) as it came; the file is read only if that is not the right one."""
 
     @abstractmethod
     def _small_file(self, name: str) -> Path:

@@ -14,9 +14,11 @@ import huggingface_hub
 import pytest
 
 from m3quant.checkpoint import fetcher as fetching
+from m3quant.checkpoint import hub
 from m3quant.checkpoint.fetcher import Fetcher
 from m3quant.checkpoint.hub import HubStore
 from m3quant.checkpoint.shard_cache import Abandoned
+from m3quant.checkpoint.writer import sha256_file
 from m3quant.errors import StoppedError
 
 NAME, DATA = "notes.bin", bytes(range(256)) * 40
@@ -89,6 +91,31 @@ def test_bytes_are_told_as_they_come_and_taken_back_when_they_are_lost(
     stamp = fetcher(store, tmp_path, monkeypatch, download, advance=told.append).fetch(NAME)
     assert stamp.size == len(DATA) == sum(told) and -1000 in told
     assert fetcher(store, tmp_path, monkeypatch, raising(AssertionError())).fetch(NAME) == stamp  # it is here already
+
+
+@pytest.mark.parametrize("digest", [None, "0" * 64, hashlib.sha256(DATA).hexdigest()])
+def test_a_digest_taken_as_the_file_came_is_believed_only_if_it_is_the_right_one(
+    store: HubStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str | None
+) -> None:
+    """Xet's client writes parts in any order: a wrong digest says nothing of the file, and a right one spares reading it."""
+    read: list[Path] = []
+    real = sha256_file
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return real(path)
+
+    for module in (hub, fetching):
+        monkeypatch.setattr(module, "sha256_file", counted)
+
+    def download(name: str, folder: Path, came: object, fresh: bool) -> str | None:
+        (folder / name).write_bytes(DATA)
+        return digest
+
+    store.expected = {NAME: hashlib.sha256(DATA).hexdigest()}
+    stamp = Fetcher(store, tmp_path, lambda count: None, lambda line: None, download=download).fetch(NAME)
+    assert stamp.size == len(DATA)
+    assert len(read) == (0 if digest == store.expected[NAME] else 2)
 
 
 def test_a_fetch_that_nobody_waits_for_ends(store: HubStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,3 +121,13 @@ def test_a_file_beside_the_folder_or_one_that_is_read_is_not_taken(tmp_path: Pat
             growing.came(3)
             file.write(data)
         assert growing.digest(beside) is None
+
+
+def test_a_file_longer_than_what_was_told_has_none(tmp_path: Path) -> None:
+    with GrowingDigest(tmp_path) as growing, open(tmp_path / "part", "wb", buffering=0) as file:
+        file.write(b"x" * 1000)  # its end came first, say
+        for told in (400, 500):
+            growing.came(told)
+        assert growing.digest(tmp_path / "part") is None  # all that is there has been read now
+        growing.came(100)
+        assert growing.digest(tmp_path / "part") is None

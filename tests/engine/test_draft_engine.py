@@ -32,16 +32,14 @@ DRAFTED, ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepte
 
 
 @pytest.fixture(scope="module")
-def awq(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("draft") / "tiny-m2-awq"
-    words = ["convert", str(M2), str(out), "--to=awq", "--device=cpu", "--calibration", str(FIXTURES / "calibration.jsonl"),
-             "--windows=8", "--window-length=512"]  # fmt: skip
-    done = CliRunner().invoke(cli, words)
+def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("draft") / "tiny-m2-int4"
+    done = CliRunner().invoke(cli, ["convert", str(M2), str(out), "--to=int4", "--device=cpu"])
     assert done.exit_code == 0, (done.output, done.exception)
     return out
 
 
-def test_greedy_answers_are_the_same_and_the_counters_are_right(awq: Path, tmp_path: Path) -> None:
+def test_greedy_answers_are_the_same_and_the_counters_are_right(int4: Path, tmp_path: Path) -> None:
     """The reference is plain PyTorch: what the draft guesses along the source's answers, in float32 as the engine here."""
     bpe = tok.load(M2 / "tokenizer.json")
     asked = [list(bpe.encode(text, add_special_tokens=False).ids) for text in prompts(REQUESTS)]
@@ -50,7 +48,7 @@ def test_greedy_answers_are_the_same_and_the_counters_are_right(awq: Path, tmp_p
         "guesses": GUESSES,
         "output": OUTPUT,
         "prompts": asked,
-        "checkpoints": [str(M2), str(awq)],
+        "checkpoints": [str(M2), str(int4)],
     }
     (tmp_path / "request.json").write_text(json.dumps(request))
     script = ROOT / "tests" / "support" / "engine" / "with_draft.py"
@@ -71,7 +69,7 @@ def test_greedy_answers_are_the_same_and_the_counters_are_right(awq: Path, tmp_p
     expected = 1 + sum(counts) / len(counts)
     print(f"reference {expected:.3f}, vLLM {lengths}")
     assert expected > 1.2 and abs(lengths[str(M2)] - expected) < 0.05 * expected
-    assert lengths[str(awq)] > 0.8 * lengths[str(M2)]
+    assert lengths[str(int4)] > 0.8 * lengths[str(M2)]
 
 
 def bench(checkpoint: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
@@ -87,7 +85,7 @@ def bench(checkpoint: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
     return found
 
 
-def test_bench_measures_acceptance_and_holds_it_against_the_source(awq: Path, tmp_path: Path) -> None:
+def test_bench_measures_acceptance_and_holds_it_against_the_source(int4: Path, tmp_path: Path) -> None:
     source = bench(M2, tmp_path)
     (row,) = source["rows"]
     assert row["acceptance_length"] > 1.1 and row["acceptance_length"] == pytest.approx(
@@ -96,7 +94,7 @@ def test_bench_measures_acceptance_and_holds_it_against_the_source(awq: Path, tm
     (tmp_path / "source.json").write_text(json.dumps(source))
     page = tmp_path / "page.html"
     ours = bench(
-        awq, tmp_path, f"--acceptance-of={tmp_path / 'source.json'}", "--least-acceptance=0.7", f"--report={page}"
+        int4, tmp_path, f"--acceptance-of={tmp_path / 'source.json'}", "--least-acceptance=0.7", f"--report={page}"
     )
     (measured,) = ours["rows"]
     assert measured["acceptance_share"] == pytest.approx(measured["acceptance_length"] / row["acceptance_length"])

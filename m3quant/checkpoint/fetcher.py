@@ -78,7 +78,11 @@ class Fetcher:
         try:
             download = partial(self._download, name, came, fresh)
             digest = again(download, passing, PAUSES_SECONDS, self._tell(name), self._sleep)
-            if (difference := self._difference(name, path, digest)) is not None:
+            difference = self._difference(name, path, digest)
+            if difference is not None and digest is not None:
+                # What lies there decides, not what was read while it came.
+                difference = self._difference(name, path)
+            if difference is not None:
                 raise NotTheFile(difference)
         except BaseException:
             path.unlink(missing_ok=True)

@@ -104,3 +104,14 @@ def test_a_fetch_that_nobody_waits_for_ends(store: HubStore, tmp_path: Path, mon
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", raising(ConnectionResetError("dead")))
     with pytest.raises(Abandoned):
         late.fetch(NAME)
+
+
+def test_a_digest_that_went_wrong_while_the_file_came_refuses_nothing(store: HubStore, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def download(name: str, folder: Path, came: Callable[[int], None], fresh: bool) -> str:
+        (folder / name).write_bytes(DATA)
+        return hashlib.sha256(b"zeros that lay there for a while").hexdigest()
+
+    fetch = Fetcher(store, tmp_path, lambda count: None, told.append, download=download)
+    assert fetch.fetch(NAME).size == len(DATA) and not told

@@ -88,6 +88,10 @@ class Prepared:
         check_config_model(self.plan.quantization)
         with progress("dry run") as shown:
             settings, device, rates = self._ready(shown)
+            if self.publish is not None:  # shards that leave the disk need less of it
+                from ..publish.streaming.shard_uploads import ShardUploads
+
+                settings.sink = ShardUploads(self.publish, shown)
             found = what_is_there(self.plan, self.output, settings, device, shown)
         return Looked(found, str(device), rates, settings.windows)
 

@@ -86,7 +86,8 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
         try:
             return _convert(Run(plan, output, reader, settings, device, journal, stop, progress, cluster), facts)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(device, error) from None
+            can_spill = plan.recipe.calibrated and settings.ranks is None and not settings.spill
+            raise out_of_memory(device, error, can_spill) from None
 
 
 def finished(

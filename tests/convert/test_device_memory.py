@@ -20,6 +20,7 @@ from m3quant.planning.headers import from_config
 from m3quant.planning.plan import Plan, make_plan
 from m3quant.planning.resources import resources
 from m3quant.recipe.recipe import build_recipe, named_recipe, with_data
+from tests.support.convert.common import make_plan_of, make_source, run_plan
 from tests.support.paths import DATA
 
 GB = 10**9
@@ -101,6 +102,22 @@ def test_ways_are_those_that_the_run_has(monkeypatch: pytest.MonkeyPatch) -> Non
     plan = plan_of("minimax-m2.7", "awq")
     with pytest.raises(StoppedError, match=r"of it: end what else runs on it\. Nothing"):
         check_device(plan, GPU, resources(plan, on_gpu=True), can_spill=False)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "spill", "told"), [("awq", False, True), ("awq", True, False), ("int4", False, False)]
+)
+def test_memory_that_runs_out_names_a_way_that_is_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recipe: str, spill: bool, told: bool
+) -> None:
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr("m3quant.convert.conversion._convert", fails)
+    plan = make_plan_of(make_source(tmp_path / "src", "m2"), recipe)
+    with pytest.raises(StoppedError, match="and run the same command again") as raised:
+        run_plan(plan, tmp_path / "out", spill=spill)
+    assert ("--spill" in str(raised.value)) is told
 
 
 @pytest.mark.parametrize(("engine", "asked"), [("local", True), ("ray", False)])

@@ -10,12 +10,8 @@ from ..errors import StoppedError
 from ..planning.calibration_text import FEWEST_TOKENS, device_room
 from ..planning.plan import Plan
 from ..planning.resources import Resources
+from ..running.device import device_memory
 from ..running.words import human_bytes
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes of a GPU, as its driver reports them. Raises StoppedError for one that cannot be used."""
-    return _free_and_total(device)[1]
 
 
 def check_device(plan: Plan, device: torch.device, need: Resources, can_spill: bool = True) -> None:
@@ -25,7 +21,7 @@ def check_device(plan: Plan, device: torch.device, need: Resources, can_spill: b
     """
     if device.type != "cuda":
         return
-    free, total = _free_and_total(device)
+    free, total = device_memory(device)
     if need.device <= free:
         return
     where = f"{torch.cuda.get_device_name(device)} ({device})"
@@ -35,18 +31,6 @@ def check_device(plan: Plan, device: torch.device, need: Resources, can_spill: b
     raise StoppedError(
         f"{where} has {found}, and the conversion takes {human_bytes(need.device)} of it: {remedy}. Nothing was changed."
     )
-
-
-def _free_and_total(device: torch.device) -> tuple[int, int]:
-    try:
-        free, total = torch.cuda.mem_get_info(device)
-    except RuntimeError as error:  # a GPU that others have filled has no room for the driver's own context
-        raise StoppedError(
-            f"{device} cannot be used ({str(error).splitlines()[0]}): end what else runs on it, or choose another with --device. "
-            "Nothing was changed."
-        ) from None
-    # What torch keeps of an earlier conversion in this process is used again.
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
 
 
 def _ways(plan: Plan, free: int, total: int, need: Resources, can_spill: bool) -> Iterator[str]:

@@ -88,6 +88,10 @@ class Prepared:
         check_config_model(self.plan.quantization)
         with progress("dry run") as shown:
             settings, device, rates = self._ready(shown)
+            if self.publish is not None:  # shards that leave the disk need less of it
+                from ..publish.streaming.shard_uploads import ShardUploads
+
+                settings.sink = ShardUploads(self.publish, shown)
             found = what_is_there(self.plan, self.output, settings, device, shown)
         return Looked(found, str(device), rates, settings.windows)
 
@@ -277,13 +281,12 @@ def prepare(
 
 def _with_enough_text(plan: Plan, device: str) -> Plan:
     """The plan with as much of the bundled text as a GPU has time and room for, where the recipe does not say how much."""
-    from ..convert.device_memory import device_memory
     from ..planning.calibration_text import token_choice
-    from ..running.device import pick_device
+    from ..running.device import device_memory, pick_device
 
     data, chosen = plan.recipe.data, pick_device(device)
     if data.windows != CalibrationOptions().windows or chosen.type != "cuda":
         return plan
-    rates = load_rates().model_copy(update={"device_memory": device_memory(chosen)})
+    rates = load_rates().model_copy(update={"device_memory": device_memory(chosen)[1]})
     windows = -(-token_choice(plan, rates).tokens // data.window_length)
     return plan if windows <= data.windows else make_plan(plan.checkpoint, with_data(plan.recipe, {"windows": windows}))

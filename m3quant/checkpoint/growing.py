@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .system import flags
+from .system import flags, read_at
 
 PIECE_BYTES = 8 * 2**20
 DESCRIPTORS = Path("/proc/self/fd")
@@ -24,8 +24,8 @@ class GrowingDigest:
 
     A library opens the file, under a name of its own, and maybe a lock: the file is found among the open descriptors once it has bytes.
     Each byte is hashed once, where it first lies. What is written anywhere but at the end gives no digest: `came` is told less than nothing, or more
-    bytes in all than the file has, or the file is longer than what was told (Xet's client writes parts as they come). Who finds the digest to
-    be another than it should be hashes the file: no library promises how it writes.
+    bytes in all than the file has, or the file is longer than what was told (Xet and whoever writes pieces in any order, or makes room first).
+    Who finds the digest to be another than it should be hashes the file: no library promises how it writes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,22 +46,28 @@ class GrowingDigest:
     ) -> None:
         self._grows = False
         self._end()
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        with self._changed:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
 
     def came(self, count: int) -> None:
-        """So many bytes have come, or are about to be written."""
-        if count < 0:
-            self._grows = False
-        if self._descriptor < 0 and self._told:
-            self._descriptor = _written_below(self._folder)
-            if self._descriptor >= 0:
-                self._thread = threading.Thread(target=self._follow, daemon=True)
-                self._thread.start()
+        """So many bytes are about to be written. From any thread."""
         with self._changed:
+            if count < 0 or self._over:
+                self._grows = False
+            elif self._grows and self._descriptor < 0 and self._told:
+                self._begin()
+            if self._descriptor >= 0 and os.fstat(self._descriptor).st_size > self._told:
+                self._grows = False
             self._told += count
             self._changed.notify()
+
+    def _begin(self) -> None:
+        self._descriptor = _written_below(self._folder)
+        if self._descriptor >= 0:
+            self._thread = threading.Thread(target=self._follow, daemon=True)
+            self._thread.start()
 
     def digest(self, path: Path) -> str | None:
         """The sha256 (hex) of the file, now whole and at `path`; None if it is not what was read as it grew."""
@@ -86,10 +92,14 @@ class GrowingDigest:
         while self._grows:
             with self._changed:
                 over, told = self._over, self._told
-            if got := os.preadv(self._descriptor, [piece], self._count):
+            try:
+                got = read_at(self._descriptor, [piece], self._count)
+            except OSError:  # whoever reads the whole file meets it again, and says so
+                self._grows = False
+                return
+            if got:
                 self._hash.update(piece[:got])
                 self._count += got
-                self._grows = self._grows and self._count <= self._told
             elif over:
                 return
             else:

@@ -25,7 +25,8 @@ from ..calibration.experts import ExpertLedger
 from ..checkpoint import ShardRecord, write_json_atomic
 from ..errors import CalibrationError, OutputError
 from ..planning.plan import Plan
-from ..planning.resources import check_disk, resources
+from ..planning.resources import Resources, check_disk, resources
+from ..planning.streaming import Progressed
 from ..planning.unit import Unit
 from ..quant.reading import SourceReader
 from ..running import steps
@@ -52,11 +53,10 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
     if (done := finished(plan, output, settings, device, progress)) is not None:
         return done
     facts = job_facts(plan, settings, device)
-    held = settings.sink.held if settings.sink else None
-    need = resources(plan, device.type == "cuda", spill=settings.spill, held=held)
-    check_disk(plan, output, need)
-    if not settings.spill:
-        check_device(plan, device, need)
+    source = {SOURCE: identify(plan.checkpoint, plan.copied_files)}
+    begun = Journal(output)
+    begun.check(facts, source)
+    need = _check_room(plan, output, settings, device, begun)
     budget = shards_budget(plan, output, settings, need)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
@@ -68,7 +68,6 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
             # Before there is a folder: a cluster that cannot be used leaves nothing behind.
             cluster = stack.enter_context(ray_cluster.cluster(settings.address, device.type, stop))
             steps.step(LOOKING)
-        source = {SOURCE: identify(plan.checkpoint, plan.copied_files)}
         journal = Journal.begin(output, facts, source)
         stack.callback(journal.release)
         if (done := _finished(plan, output, facts, progress)) is not None:  # by another process, while this one waited
@@ -87,7 +86,8 @@ def convert(plan: Plan, output: Path, settings: Settings, progress: Progress) ->
         try:
             return _convert(Run(plan, output, reader, settings, device, journal, stop, progress, cluster), facts)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(device, error) from None
+            can_spill = plan.recipe.calibrated and settings.ranks is None and not settings.spill
+            raise out_of_memory(device, error, can_spill) from None
 
 
 def finished(
@@ -118,14 +118,23 @@ def what_is_there(plan: Plan, output: Path, settings: Settings, device: torch.de
     facts = job_facts(plan, settings, device)
     if _finished(plan, output, facts, progress) is not None:
         return "complete already, from the same source and recipe: nothing would be done"
-    need = resources(plan, device.type == "cuda", spill=settings.spill)
-    check_disk(plan, output, need)
-    if not settings.spill:
-        check_device(plan, device, need)
     journal = Journal(output)
-    if journal.check(facts, {SOURCE: identify(plan.checkpoint, plan.copied_files)}):
+    begun = journal.check(facts, {SOURCE: identify(plan.checkpoint, plan.copied_files)})
+    _check_room(plan, output, settings, device, journal)
+    if begun:
         return f"begun: {len(journal.records)} of {len(plan.units)} shards are finished, and the run continues"
     return "new; there is room on its disk"
+
+
+def _check_room(plan: Plan, output: Path, settings: Settings, device: torch.device, begun: Journal) -> Resources:
+    """What the conversion takes. begun: what it goes on with. Raises StoppedError where the disk or this process's GPU has too little room."""
+    so_far = Progressed(begun.records.keys(), begun.last_boundary())
+    held = settings.sink.held if settings.sink else None
+    need = resources(plan, device.type == "cuda", spill=settings.spill, held=held, so_far=so_far)
+    check_disk(plan, output, need)
+    if settings.engine == "local" and not settings.spill:  # on Ray other GPUs do it
+        check_device(plan, device, need, can_spill=settings.ranks is None)
+    return need
 
 
 def rehearse(plan: Plan, folder: Path, settings: Settings) -> None:

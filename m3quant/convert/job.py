@@ -55,8 +55,10 @@ class Run:
     cluster: Cluster | None = None  # whose workers do it; None: this process
 
 
-def out_of_memory(device: object, error: torch.OutOfMemoryError) -> StoppedError:
+def out_of_memory(device: object, error: torch.OutOfMemoryError, can_spill: bool = False) -> StoppedError:
+    """can_spill: whether --spill is a choice of this run and was not taken."""
+    or_spill = ", or keep hidden states on the disk with --spill," if can_spill else ""
     return StoppedError(
-        f"{device} has too little free memory ({str(error).split('. ')[0]}); finished shards are kept: free memory on it, "
-        "or keep hidden states on the disk with --spill, and run the same command again."
+        f"{device} has too little free memory ({str(error).split('. ')[0]}); finished work is kept: free memory on it{or_spill} "
+        "and run the same command again."
     )

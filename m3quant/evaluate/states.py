@@ -21,6 +21,7 @@ from ..calibration.stream import HiddenStates
 from ..checkpoint import sync_folder
 from ..checkpoint.system import free_memory
 from ..errors import CalibrationError, EvaluationError, StoppedError
+from ..running.device import device_memory
 
 PLACES = ("auto", "device", "host", "disk")
 DISK_MARGIN = 64 * 2**20
@@ -155,7 +156,7 @@ def place_states(
     EvaluationError or StoppedError if they fit nowhere.
     """
     need = sum(sizes)
-    free_device = _free_device(device) - reserve if device.type == "cuda" else -1
+    free_device = device_memory(device)[0] - reserve if device.type == "cuda" else -1
     free_host = free_memory() - (0 if device.type == "cuda" else reserve)
     if wanted == "auto":
         wanted = "device" if need <= free_device else "host" if need <= free_host else "disk"
@@ -189,7 +190,3 @@ def _check_disk(folder: Path, need: int) -> None:
 
 def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
-
-
-def _free_device(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0]

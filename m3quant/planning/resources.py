@@ -15,6 +15,7 @@ from ..errors import StoppedError
 from .batches import MAX_WORKERS, pinned_bytes, working_bytes
 from .plan import Plan
 from .quantizers import facts_of
+from .streaming import Progressed
 from .unit import PlannedTensor
 
 FLOAT32 = 4
@@ -71,12 +72,17 @@ def boundary_interval(plan: Plan, on_gpu: bool, leaving: bool = False) -> int:
 
 
 def resources(
-    plan: Plan, on_gpu: bool, workers: int | None = None, spill: bool = False, held: int | None = None
+    plan: Plan,
+    on_gpu: bool,
+    workers: int | None = None,
+    spill: bool = False,
+    held: int | None = None,
+    so_far: Progressed | None = None,
 ) -> Resources:
     """Peak memory and disk of converting `plan` on a GPU (bfloat16 streams) or on the CPU (float32 streams).
 
     spill: both streams are on the disk too, in addition to the boundaries. held: finished shards that are on the disk at most, because they leave it
-    after their upload; None: they stay.
+    after their upload; None: they stay. so_far: how far a run is that goes on, which may have been begun with another interval.
     """
     workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
     process = GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES
@@ -95,7 +101,7 @@ def resources(
     # Two boundaries exist for a moment: the next is in place before the old one goes.
     boundary = 2 * 2 * stream
     disk = (
-        _written(plan, None if held is None else held + boundary_interval(plan, on_gpu, leaving=True))
+        _written(plan, None if held is None else held + _between_savings(plan, on_gpu, so_far or Progressed()))
         + boundary
         + (2 * stream if spill else 0)
         + DISK_MARGIN
@@ -112,6 +118,13 @@ def resources(
     # Measured: about three layers (tests/convert/test_memory.py), of which one is read ahead; a fourth is margin.
     streams = 4 * stream  # two streams, each with the layer's input and output
     return Resources(process + 4 * layer + streams + largest, 0, disk, boundary)
+
+
+def _between_savings(plan: Plan, on_gpu: bool, so_far: Progressed) -> int:
+    """Layers whose shards stay at most, because hidden states were last saved before them; until they are saved next, of a run that goes on."""
+    every = boundary_interval(plan, on_gpu, leaving=True)
+    todo = min((u.index for u in plan.units if u.layer is not None and u.index not in so_far.done), default=0)
+    return max(every, math.ceil(todo / every) * every + 1 - so_far.boundary)
 
 
 def _written(plan: Plan, held: int | None) -> int:

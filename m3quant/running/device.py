@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import PlanError
+from ..errors import PlanError, StoppedError
 
 
 def device_name(device: torch.device) -> str:
     """What sums may depend on: "cpu", or the GPU's model."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of a GPU that are free, and all of them. What torch keeps of earlier work in this process is free: it is used again.
+
+    Raises StoppedError for a GPU that cannot be used: one that others have filled has no room for the driver's own context.
+    """
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError as error:
+        raise StoppedError(
+            f"{device} cannot be used ({str(error).splitlines()[0]}): end what else runs on it, or choose another with --device. "
+            "Nothing was changed."
+        ) from None
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
 
 
 def pick_device(name: str) -> torch.device:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from m3quant.checkpoint import growing as growing_module
 from m3quant.checkpoint.growing import DESCRIPTORS, GrowingDigest
 
 pytestmark = pytest.mark.skipif(not DESCRIPTORS.is_dir(), reason="needs /proc")
@@ -123,11 +127,60 @@ def test_a_file_beside_the_folder_or_one_that_is_read_is_not_taken(tmp_path: Pat
         assert growing.digest(beside) is None
 
 
-def test_a_file_longer_than_what_was_told_has_none(tmp_path: Path) -> None:
-    with GrowingDigest(tmp_path) as growing, open(tmp_path / "part", "wb", buffering=0) as file:
-        file.write(b"x" * 1000)  # its end came first, say
-        for told in (400, 500):
-            growing.came(told)
-        assert growing.digest(tmp_path / "part") is None  # all that is there has been read now
-        growing.came(100)
+@pytest.mark.parametrize(
+    ("length", "order"),
+    [
+        (0, (0, 2, 1)),  # the last piece before the one before it: zeros lie between for a while
+        (30, (0, 1, 2)),  # room is made first, so that zeros lie behind what has come
+    ],
+)
+def test_pieces_that_are_not_written_at_the_end_give_none(tmp_path: Path, length: int, order: tuple[int, ...]) -> None:
+    """Told of and hashed as slowly as may be, so that what lay there for a while is read."""
+    data = [os.urandom(10) for _ in range(3)]
+    with GrowingDigest(tmp_path) as growing:
+        with open(tmp_path / "part", "wb", buffering=0) as file:
+            os.ftruncate(file.fileno(), length)
+            for piece in order:
+                growing.came(10)
+                time.sleep(0.02)
+                os.pwrite(file.fileno(), data[piece], 10 * piece)
+                growing.came(0)
+                time.sleep(0.02)
+        found = growing.digest(tmp_path / "part")
+    assert (tmp_path / "part").read_bytes() == b"".join(data)
+    assert found is None
+
+
+def test_told_of_by_many_threads_at_once_and_after_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, look = len(os.listdir(DESCRIPTORS)), growing_module._written_below
+
+    def slowly(folder: str) -> int:
+        time.sleep(0.05)
+        return look(folder)
+
+    monkeypatch.setattr(growing_module, "_written_below", slowly)
+    data = os.urandom(30_000_000)
+    with GrowingDigest(tmp_path) as growing:
+        with open(tmp_path / "part", "wb", buffering=0) as file, ThreadPoolExecutor(8) as pool:
+            growing.came(len(data) - 1)
+            file.write(data[:-1])
+            list(pool.map(growing.came, [0] * 8))
+            growing.came(1)
+            file.write(data[-1:])
+        assert growing.digest(tmp_path / "part") == hashlib.sha256(data).hexdigest()
+        with open(tmp_path / "part", "ab", buffering=0) as file:
+            growing.came(1)
+            file.write(b"x")
         assert growing.digest(tmp_path / "part") is None
+    with open(tmp_path / "late", "wb", buffering=0) as file:
+        file.write(b"x")
+        growing.came(1)
+    assert len(os.listdir(DESCRIPTORS)) == before
+
+
+def test_a_file_that_cannot_be_read_while_it_comes_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(growing_module, "read_at", fails)
+    assert digest_of(tmp_path, pieces(1))[0] is None

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from m3quant.api.calibration_text import TextChoice
+from m3quant.api.conversion import How, prepare
 from m3quant.artifact.uploads import UploadedShard, Uploads, read_uploads, refuse_dropped, write_uploads
 from m3quant.errors import CheckpointError, OutputError, StoppedError
 from m3quant.planning.plan import Plan
 from m3quant.planning.resources import resources
+from m3quant.planning.streaming import Progressed
+from m3quant.publish.gates import Asked
+from m3quant.publish.streaming.shard_uploads import HELD
+from m3quant.publish.streaming.wanted import Wanted
+from m3quant.recipe.choice import RecipeChoice
 from m3quant.running.stopping import InterruptedRun, StopFlag
 from m3quant.verify.one_shard import shard_problems
 from tests.support.convert.common import make_plan_of, make_source, run_plan, stored
@@ -116,6 +125,27 @@ def test_the_disk_holds_the_largest_shards_that_may_wait(tmp_path: Path) -> None
     all_of_it = resources(plan, on_gpu=False).disk
     assert all_of_it - resources(plan, on_gpu=False, held=2).disk == sum(sizes[3:])
     assert resources(plan, on_gpu=False, held=99).disk == all_of_it
+
+
+def test_the_disk_holds_what_a_run_with_another_interval_left(tmp_path: Path) -> None:
+    """What it left after the last saved hidden states stays until they are saved next."""
+    plan = make_plan_of(make_source(tmp_path / "src", "m2", num_hidden_layers=6), "awq")
+    size = plan.units[1].bytes_out
+    fresh = resources(plan, on_gpu=False, held=1).disk
+    for boundary, todo, more in ((1, 1, 0), (3, 3, 0), (3, 4, 1), (1, 4, 3)):
+        so_far = Progressed(range(todo), boundary)
+        assert resources(plan, on_gpu=False, held=1, so_far=so_far).disk == fresh + more * size
+
+
+def test_a_dry_run_asks_for_no_more_room_than_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = make_source(tmp_path / "src", "m2", num_hidden_layers=8), tmp_path / "out"
+    wanted = Wanted("org/name", Asked(base_repo="MiniMaxAI/MiniMax-M2", base_revision="0" * 40), drop=True)
+    dry = prepare(source, out, RecipeChoice("int4"), TextChoice(), How("cpu"), publish=wanted, dry_run=True)
+    free = resources(dry.plan, on_gpu=False, held=HELD).disk
+    monkeypatch.setattr("m3quant.planning.resources.shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+    assert dry.look().found.startswith("new")
+    with pytest.raises(StoppedError, match="or choose another folder"):
+        replace(dry, publish=None).look()
 
 
 def test_a_shard_is_checked_by_itself(tmp_path: Path) -> None:

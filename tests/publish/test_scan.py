@@ -141,3 +141,11 @@ def test_a_vocabulary_may_hold_paths_but_no_keys(tmp_path: Path) -> None:
 def test_both_fixtures_are_clean() -> None:
     files = [as_file(p, p.name) for family in ("tiny-m2", "tiny-m3") for p in sorted((FIXTURES / family).iterdir())]
     assert len(files) > 15 and scan(files) == []
+
+
+@pytest.mark.parametrize("kind", ["AWS access key", "Google API key", "private key", "JSON web token"])
+def test_a_letter_that_grows_in_lower_case_hides_no_key(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(f"\u0130stanbul\n{SECRETS[kind]}\n", encoding="utf-8")
+    found = scan([PublishFile("README.md", path, path.stat().st_size, "")])
+    assert kind in {finding.kind for finding in found}

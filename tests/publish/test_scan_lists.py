@@ -88,6 +88,29 @@ def test_addresses_and_sums_are_no_repeats() -> None:
     assert without_repeats(io.BytesIO(raw)).getvalue() == raw
 
 
+def test_text_of_this_machine_is_found_whatever_it_looks_like(tmp_path: Path) -> None:
+    lines = [f'"gpu.{number}.cluster": {{' for number in range(5)]
+    for name in sorted(REPEATING):
+        found = list(scan_file(as_file(tmp_path, name, "\n".join([*lines, ""])), ["gpu.3.cluster"]))
+        assert [finding.line for finding in found] == [4]
+
+
+def test_the_end_of_what_began_before_is_kept(tmp_path: Path) -> None:
+    """A line, or the last piece of one, that would be a repeat by itself."""
+    key = "AKIA" + "QWERTZUIOPAS" + "2345"
+    long = "x" * (LINE_BYTES - 17) + " " + key  # the last four of the key are the second piece
+    name = sorted(REPEATING)[0]
+    found = list(scan_file(as_file(tmp_path, name, f"1,\n2345\n{long}\n")))
+    assert [finding.line for finding in found] == [3]
+    wrapped = b'"' + b"QUJD" * 19 + b"\n1234\n"
+    assert without_repeats(io.BytesIO(b"1,\n1234\n" + wrapped)).getvalue() == b"1,\n1234\n" + wrapped
+
+
+def test_numbers_that_may_be_text_in_hex_are_no_repeats() -> None:
+    raw = b"1,\n" + 2 * (b"6869" * 8 + b"\n")
+    assert without_repeats(io.BytesIO(raw)).getvalue() == raw
+
+
 def test_a_line_without_end_takes_linear_time_and_is_kept() -> None:
     for text in (b"0" * 3_000_000, b'"' + b"a." * 1_500_000, b"[" * 3_000_000, b'"a.b": {' + b" " * 3_000_000):
         assert without_repeats(io.BytesIO(text)).getvalue() == text

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase
 
 from ...checkpoint import parse_header
 from ...checkpoint.bounded import TOKENIZER_BYTES, read_bounded
@@ -37,6 +38,7 @@ MOST_FINDINGS = 50  # of one file
 UNREAD = "not looked into"
 OWN_TEXT = "text of this machine"
 _SECRET_VARIABLE = re.compile(r"(?i)(?:token|secret|passw(?:or)?d|api_?key|access_?key|private_?key)$")
+_ASCII_LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
 LEAST_OWN = 6
 LEAST_OWN_SECRET = 12
 
@@ -76,7 +78,7 @@ def scan_file(file: PublishFile, own: Iterable[str] = ()) -> Iterator[Finding]:
     seen: dict[str, list[str]] = {}
     count, ends = 0, time.monotonic() + FILE_SECONDS
     try:
-        for view, vocabulary in _views(file):
+        for view, vocabulary in _views(file, own):
             for kind, at, found in _matches(view.text, own, vocabulary, ends):
                 if _seen(seen, kind, found):
                     continue
@@ -101,7 +103,7 @@ def machine_strings(*folders: Path) -> list[str]:
     return sorted({*([token] if token else []), *secrets, *named, *(str(folder.resolve()) for folder in folders)})
 
 
-def _views(file: PublishFile) -> Iterator[tuple[View, bool]]:
+def _views(file: PublishFile, own: list[str]) -> Iterator[tuple[View, bool]]:
     """Texts of a file, and whether only rules that hold in vocabularies are meant for it."""
     name = Path(file.path_in_repo).name
     if file.local_path.suffix == ".safetensors":
@@ -116,7 +118,7 @@ def _views(file: PublishFile) -> Iterator[tuple[View, bool]]:
         body = _without_vocabulary(raw)
         vocabulary = body is not None
     with open_file(file.local_path) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as stream:
-        text = without_repeats(stream) if file.path_in_repo in REPEATING else stream
+        text = without_repeats(stream, own) if file.path_in_repo in REPEATING else stream
         yield from ((view, vocabulary) for view in views(text, "", Budget()))
     if body is not None:
         yield from ((view, False) for view in views(io.BytesIO(body), "", Budget()))
@@ -135,8 +137,8 @@ def _without_vocabulary(raw: bytes) -> bytes | None:
 def _matches(text: str, own: list[str], vocabulary: bool, ends: float) -> Iterator[tuple[str, int, str]]:
     """(kind, place, text) of everything in one text."""
     lowered = text.lower()
-    if len(lowered) != len(text):  # a few letters grow; hints are ASCII
-        lowered = text
+    if len(lowered) != len(text):  # a few letters grow, and places must stay; hints are ASCII
+        lowered = text.translate(_ASCII_LOWER)
     for string in own:
         if (at := text.find(string)) >= 0:
             yield OWN_TEXT, at, string

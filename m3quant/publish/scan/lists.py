@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable
 from typing import BinaryIO
 
 from ...artifact.manifest import MANIFEST
@@ -20,7 +21,7 @@ _NUMBER = re.compile(rb"(?<=[a-z]\.)[0-9]{1,4}(?=\.[a-z])")
 _SHARD = rb'"model-[0-9]{5}-of-[0-9]{5}\.safetensors"'
 _FORM = re.compile(
     rb" *+(?:"  # possessive: or spaces could be divided in many ways
-    rb"[\[\]{},0-9][\[\]{},0-9 ]*+"
+    rb"(?=[\[\]{},0-9])(?:[0-9]{0,9}+[\[\]{}, ])*+[0-9]{0,9}"  # no number so long that it could be text in hex or base64
     rb'|"(?:dtype|kind|scale|shape)": (?:"[A-Za-z0-9_-]{1,24}"|\[)'
     rb'|"(?:[a-z_]+[0-9]{0,2}\.)(?:[0-9]{1,4}\.|[a-z_]+[0-9]{0,2}\.)*[a-z_]+[0-9]{0,2}": (?:\{|' + _SHARD + rb")"
     rb"),?\r?\n"
@@ -28,14 +29,19 @@ _FORM = re.compile(
 _OF_SHARD = re.compile(_SHARD)
 
 
-def without_repeats(stream: BinaryIO) -> io.BytesIO:
-    """Its lines, of which those are empty that repeat an earlier one with another layer, expert or shard: each stays at its number."""
-    seen = set[bytes]()
+def without_repeats(stream: BinaryIO, own: Iterable[str] = ()) -> io.BytesIO:
+    """Its lines, of which those are empty that repeat an earlier one with another layer, expert or shard: each stays at its number.
+
+    Kept is a line that has one of the texts `own`, and one behind a line of no such form, or behind a piece of a long one: what began there may end in it.
+    """
+    texts = [text.encode() for text in own]
+    seen, listed = set[bytes](), False
     out = io.BytesIO()
     while line := stream.readline(LINE_BYTES):
-        if _FORM.fullmatch(line):
+        after, listed = listed, _FORM.fullmatch(line) is not None
+        if listed:
             kind = _OF_SHARD.sub(b"", _NUMBER.sub(b"", line))
-            if kind in seen:
+            if after and kind in seen and not any(text in line for text in texts):
                 out.write(b"\n")
                 continue
             seen.add(kind)

@@ -97,15 +97,17 @@ class Prepared:
 
     def run(self, progress: ShowProgress = quietly) -> Conversion:
         """Convert, or continue an interrupted conversion; a finished one returns at once. Raises M3QuantError subclasses."""
-        from ..convert.conversion import rehearse
+        from ..convert.conversion import rehearse, what_is_there
         from ..convert.start import convert as start
 
         with progress(self.plan.recipe.name) as shown:
-            settings, _, rates = self._ready(shown)
+            settings, device, rates = self._ready(shown)
             if self.publish is not None:
                 from ..publish.streaming.rehearsal import check_beforehand
                 from ..publish.streaming.shard_uploads import ShardUploads
 
+                settings.sink = uploads = ShardUploads(self.publish, shown)
+                what_is_there(self.plan, self.output, settings, device, shown)  # no repo is made for what has no room
                 steps.step("checking what will be published")
                 check_beforehand(
                     self.plan,
@@ -114,7 +116,6 @@ class Prepared:
                     lambda folder: rehearse(self.plan, folder, settings),
                     shown.say,
                 )
-                settings.sink = uploads = ShardUploads(self.publish, shown)
             if time := estimate(self.plan, rates):
                 steps.expect(time.seconds)
             manifest = start(self.plan, self.output, settings, shown)

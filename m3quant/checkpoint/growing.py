@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .system import flags, read_at
+from .system import file_locks, flags, read_at
 
 PIECE_BYTES = 8 * 2**20
 DESCRIPTORS = Path("/proc/self/fd")
@@ -125,7 +125,6 @@ def _written_below(folder: str) -> int:
 
 
 def _is_written(descriptor: int) -> bool:
-    import fcntl  # where there is /proc there is fcntl
-
+    fcntl = file_locks()  # where there is /proc there is fcntl
     facts, how = os.fstat(descriptor), fcntl.fcntl(descriptor, fcntl.F_GETFL)
     return how & os.O_ACCMODE != os.O_RDONLY and stat.S_ISREG(facts.st_mode) and facts.st_size > 0

@@ -304,8 +304,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("hub-streaming"))
     parser.add_argument("--json", type=Path, default=None)
     asked = parser.parse_args()
-    if asked.sample_layers is not None and asked.sample_layers < LEAST_SAMPLE:
-        parser.error(f"--sample-layers: a line through fewer than {LEAST_SAMPLE} layers and half of them says nothing")
     asked.recipe = ["--to", asked.to]
     if asked.calibration_tokens:
         asked.recipe += ["--calibration-tokens", asked.calibration_tokens]
@@ -317,6 +315,8 @@ def main() -> None:
     base = files_beside(work / "beside", config)
     (work / "hub.json").write_text(json.dumps(config))
     layers = config.get("text_config", config)["num_hidden_layers"]
+    if asked.sample_layers is not None and asked.sample_layers < min(LEAST_SAMPLE, layers):
+        parser.error(f"--sample-layers: a line through fewer than {LEAST_SAMPLE} layers and half of them says nothing")
     signal.signal(signal.SIGTERM, cut)
     runs: list[Run] = []
     try:

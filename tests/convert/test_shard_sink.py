@@ -148,6 +148,17 @@ def test_a_dry_run_asks_for_no_more_room_than_the_run(tmp_path: Path, monkeypatc
         replace(dry, publish=None).look()
 
 
+def test_no_repo_is_made_for_what_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = make_source(tmp_path / "src", "m2"), tmp_path / "out"
+    wanted = Wanted("org/name", Asked(base_repo="MiniMaxAI/MiniMax-M2", base_revision="0" * 40), drop=True)
+    ready = prepare(source, out, RecipeChoice("int4"), TextChoice(), How("cpu"), publish=wanted)
+    monkeypatch.setattr("m3quant.publish.streaming.rehearsal.check_beforehand", lambda *_: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("m3quant.planning.resources.shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(StoppedError, match=r"free 0\.\d GB or choose another folder\. Nothing was changed"):
+        ready.run()
+    assert not out.exists()
+
+
 def test_a_shard_is_checked_by_itself(tmp_path: Path) -> None:
     plan = make_plan_of(make_source(tmp_path / "src", "m2"), "int4")
     run_plan(plan, tmp_path / "out")

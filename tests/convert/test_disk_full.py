@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from m3quant.convert import calibrated
 from m3quant.convert import conversion as run_module
 from m3quant.errors import StoppedError
 from m3quant.planning.plan import Plan
@@ -113,8 +114,17 @@ def test_spilled_streams_are_part_of_the_disk_that_is_needed(tmp_path: Path) -> 
     assert resources(plan, on_gpu=False, spill=True).disk == resources(plan, on_gpu=False).disk + streams > streams
 
 
-def test_a_full_gpu_is_a_resumable_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = make_plan_of(make_source(tmp_path / "src", "m2"), "int4")
+@pytest.mark.parametrize(
+    ("recipe", "does_it", "remedy"),
+    [
+        ("int4", (run_module, "convert_units"), r"free memory on it and"),  # which has no hidden states to keep elsewhere
+        ("awq", (calibrated, "convert_calibrated"), r"free memory on it, or keep hidden states on the disk with --spill, and"),
+    ],
+)  # fmt: skip
+def test_a_full_gpu_is_a_resumable_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, does_it: tuple[Any, str], remedy: str
+) -> None:
+    plan = make_plan_of(make_source(tmp_path / "src", "m2"), recipe)
 
     def exhausted(*arguments: Any) -> None:
         raise torch.OutOfMemoryError(
@@ -122,8 +132,8 @@ def test_a_full_gpu_is_a_resumable_stop(tmp_path: Path, monkeypatch: pytest.Monk
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "convert_units", exhausted)
-        with pytest.raises(StoppedError, match=r"CUDA out of memory.*--spill.*run the same command again") as stopped:
+        patch.setattr(*does_it, exhausted)
+        with pytest.raises(StoppedError, match=rf"CUDA out of memory.*{remedy} run the same command again") as stopped:
             run_plan(plan, tmp_path / "out")
     assert stopped.value.exit_code == 4
     run_plan(plan, tmp_path / "out")

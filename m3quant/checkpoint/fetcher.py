@@ -7,7 +7,6 @@ again once and then refused. What may pass (429, 5xx, a connection that drops) i
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, StoppedError
 from ..running.retry import again
+from .download_gate import DownloadGate
 from .reader import Stamp, read_header, stamp_of
 from .remote import Download, NotTheFile, RemoteStore, TransientError, passing
 from .shard_cache import Abandoned
@@ -22,8 +22,7 @@ from .writer import sha256_file
 
 # About five minutes without an answer; then the run stops, to be continued.
 PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0)
-# Xet and a fast server fill the network with one; more of them would keep the first layer waiting for shards of later ones.
-DOWNLOADS_AT_ONCE = 4
+DOWNLOADS_AT_ONCE = 4  # at most (download_gate.py)
 SLEEP_SECONDS = 2.0  # after which a pause looks whether the fetch is still wanted
 
 
@@ -31,7 +30,7 @@ class Fetcher:
     """Fetches files of one store into one folder, on any threads.
 
     advance: told the bytes that have come, less than none where they are dropped again. left: whether to give up. download: in place of the
-    store's own.
+    store's own. order: of several files that wait for the network, the one with the smallest comes first.
     """
 
     def __init__(
@@ -42,11 +41,12 @@ class Fetcher:
         say: Callable[[str], None],
         left: Callable[[], bool] = lambda: False,
         download: Download | None = None,
+        order: Callable[[str], float] = lambda name: 0.0,
     ) -> None:
         self.store, self.folder = store, folder
         self._from_store = download or store.download
-        self.advance, self.say, self.left = advance, say, left
-        self._network = threading.Semaphore(DOWNLOADS_AT_ONCE)
+        self.advance, self.say, self.left, self.order = advance, say, left, order
+        self._gate = DownloadGate(DOWNLOADS_AT_ONCE)
 
     def fetch(self, name: str) -> Stamp:
         """The stamp of `name` in the folder, whole and compared; one that lies there already is compared too.
@@ -89,8 +89,13 @@ class Fetcher:
 
     def _download(self, name: str, came: _Bytes, fresh: bool) -> str | None:
         came.drop()
-        with self._network:
-            return self._from_store(name, self.folder, came.add, fresh)
+        with self._gate.download(self.store.file_size(name), self.order(name), self.left) as count:
+
+            def told(size: int) -> None:
+                came.add(size)
+                count(size)
+
+            return self._from_store(name, self.folder, told, fresh)
 
     def _difference(self, name: str, path: Path, digest: str | None = None) -> str | None:
         """In which way a file is not the one that the store lists, or None. digest: as `RemoteStore.difference`."""

@@ -14,6 +14,7 @@ Killed at any instant, a whole shard that the next run begins with is compared a
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shutil
 import threading
@@ -104,6 +105,11 @@ class ShardCache:
     def left(self) -> bool:
         """Whether the work has ended or is to: a fetch in flight may stop."""
         return self._left or self._stop.number is not None
+
+    def order(self, name: str) -> float:
+        """The step that a shard in flight is fetched for; of another file, after all of them."""
+        stay = self._here.get(name)
+        return math.inf if stay is None else stay.first
 
     def came(self) -> None:
         """A fetch tells that bytes have come."""

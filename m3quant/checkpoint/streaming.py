@@ -53,7 +53,9 @@ def streamed(
         advance(count)
 
     with downloads(store, plan.fetch_bytes) as download:
-        fetcher = Fetcher(store, folder, came, progress.say, lambda: cache.left, download)
+        fetcher = Fetcher(
+            store, folder, came, progress.say, lambda: cache.left, download, lambda name: cache.order(name)
+        )
         cache = ShardCache(folder, plan, fetcher.fetch, stop, progress.say, keep)
         with cache:
             store.cache = cache

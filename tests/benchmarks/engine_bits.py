@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.engine_bits prepare WORK          # converts the fixtures, writes the twins and the prompts; needs m3quant
     python -m tests.benchmarks.engine_bits presets WORK          # full-size folders of the fitted recipes: config.json alone
-    PYTHONPATH=SITE python engine_bits.py score WORK/NAME WORK/prompts.json OUT.json      # needs vLLM alone
+    PYTHONPATH=SITE python engine_bits.py score WORK/NAME WORK/prompts.json OUT.json [MOE_BACKEND]      # needs vLLM alone
     PYTHONPATH=SITE python engine_bits.py load WORK/NAME OUT.json CONTEXT UTILIZATION     # dummy weights: memory and speed
     python -m tests.benchmarks.engine_bits compare SCORES        # the table, from SCORES/*.json
 
@@ -121,7 +121,7 @@ def engine(path: Path, **more: Any) -> Any:
     return LLM(model=str(path), **settings)
 
 
-def score(path: Path, prompts: Path, out: Path) -> None:
+def score(path: Path, prompts: Path, out: Path, moe_backend: str = "auto") -> None:
     started = time.perf_counter()
     llm = engine(
         path,
@@ -130,6 +130,7 @@ def score(path: Path, prompts: Path, out: Path) -> None:
         kv_cache_memory_bytes=2 << 30,
         gpu_memory_utilization=0.1,
         max_num_batched_tokens=4096,
+        moe_backend=moe_backend,
     )
     import vllm
     from vllm import SamplingParams
@@ -152,7 +153,7 @@ def score(path: Path, prompts: Path, out: Path) -> None:
 
     given = json.loads(prompts.read_text())
     answer = {
-        "name": path.name, "vllm": vllm.__version__, "load_seconds": loaded, "long": run([given["long"]])[0],
+        "name": path.name, "vllm": vllm.__version__, "moe_backend": moe_backend, "load_seconds": loaded, "long": run([given["long"]])[0],
         "batch": run(given["short"]), "single": [run([text])[0] for text in given["short"]],
     }  # fmt: skip
     out.write_text(json.dumps(answer))
@@ -245,7 +246,7 @@ def main() -> None:
     elif options.what == "presets":
         presets(paths[0])
     elif options.what == "score":
-        score(*paths)
+        score(paths[0], paths[1], paths[2], *options.given[3:])
     elif options.what == "load":
         load(paths[0], paths[1], int(options.given[2]), float(options.given[3]))
     else:

@@ -1,7 +1,7 @@
 """Every kind of output of the three fixtures in a real vLLM on a GPU, beside m3quant's own log-probs of the same files.
 
     python -m tests.benchmarks.engine_outputs prepare WORK [NAME ...]     # converts, writes prompts and our log-probs; needs m3quant
-    PYTHONPATH=SITE python engine_bits.py score WORK/NAME WORK/prompts.json WORK/scores/NAME.json      # needs vLLM alone
+    PYTHONPATH=SITE python engine_bits.py score WORK/NAME WORK/prompts.json WORK/scores/NAME.json [MOE_BACKEND]      # needs vLLM alone
     python -m tests.benchmarks.engine_outputs compare WORK [FIGURE.json]  # the table
 
 Ours: float32, activations rounded as an engine rounds them for each scheme. An engine computes in BF16, which the rows of the
@@ -11,6 +11,7 @@ unquantized checkpoints show: an output is read right where its row is like thei
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -52,10 +53,16 @@ def outputs(model: str) -> list[str]:
     return [f"{model}_{name}" for name in names]
 
 
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def command_of(source: Path, output: Path, recipe: str) -> list[str]:
     from tests.support.paths import FIXTURES
 
-    command = [sys.executable, "-m", "m3quant", "convert", str(source), str(output), "--device", "cuda"]
+    command = [sys.executable, "-m", "m3quant", "convert", str(source), str(output), "--device", device()]
     if recipe.startswith("awq"):
         command += ["--windows", str(WINDOWS), "--calibration", str(FIXTURES / "calibration.jsonl")]
     if recipe.endswith("-ct"):
@@ -88,7 +95,7 @@ def prepare(work: Path, wanted: list[str]) -> None:
         ours(folder, ids[:LONG])
 
     names = wanted or [name for model in MODELS for name in outputs(model)]
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(min(6, os.cpu_count() or 1)) as pool:
         list(pool.map(one, names))
 
 
@@ -103,7 +110,7 @@ def ours(folder: Path, ids: list[int]) -> None:
     model = open_model(folder)
     if isinstance(model.reader, ConvertedReader):
         model.reader.dtype = torch.float32
-    found = -nll(model.reader, torch.tensor([ids]), "cuda", torch.float32, micro_batch=1, schemes=model.schemes)
+    found = -nll(model.reader, torch.tensor([ids]), device(), torch.float32, micro_batch=1, schemes=model.schemes)
     folder.with_name(f"{folder.name}.ours.json").write_text(json.dumps(found[0].tolist()))
 
 

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 
 from .shard_cache import Abandoned
 
-WINDOW_SECONDS = 2.0  # over which a rate is measured
-SETTLE_SECONDS = 0.5  # of a new download, before that: its connection is not at full speed yet
-GAIN = 1.08  # times the rate, which one more must bring to stay
+# A rate is measured over so many seconds and pieces at least: bytes are told in pieces of up to 10 MB.
+WINDOW_SECONDS = 1.0
+WINDOW_PIECES = 50
+SETTLE_SECONDS = 0.25  # of a new download, before that: its connection is not at full speed yet
+GAIN = 1.04  # times the rate, which one more must bring to stay
 FALLEN = 0.7  # times the rate, below which the network is not what it was
 AGAIN_SECONDS = 60.0  # after which one more is tried again
 # A download that needs less than this does not count: the next one connects meanwhile, and it may be comparing what came.
@@ -43,7 +45,7 @@ class DownloadGate:
         self._running: list[_Running] = []
         self._waiting: list[tuple[float, int]] = []
         self._tickets = 0
-        self._measuring, self._since, self._bytes = False, 0.0, 0  # the window
+        self._measuring, self._since, self._bytes, self._pieces = False, 0.0, 0, 0  # the window
         self._changed = threading.Condition()
 
     @contextmanager
@@ -84,7 +86,7 @@ class DownloadGate:
         return sum(running.left > self._rate * ENDING_SECONDS for running in self._running)
 
     def _measure_anew(self, now: float) -> None:
-        self._measuring, self._since, self._bytes = True, now + SETTLE_SECONDS, 0
+        self._measuring, self._since, self._bytes, self._pieces = True, now + SETTLE_SECONDS, 0, 0
 
     def _came(self, running: _Running, count: int) -> None:
         with self._changed:
@@ -99,8 +101,8 @@ class DownloadGate:
             elif not self._measuring:
                 self._measure_anew(now)
             elif now >= self._since:
-                self._bytes += count
-                if now - self._since >= WINDOW_SECONDS:
+                self._bytes, self._pieces = self._bytes + count, self._pieces + 1
+                if now - self._since >= WINDOW_SECONDS and self._pieces >= WINDOW_PIECES:
                     self._judge(self._bytes / (now - self._since), now)
                     self._measure_anew(now)
 

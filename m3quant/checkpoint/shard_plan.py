@@ -24,7 +24,7 @@ from typing import Any
 from ..errors import OptionError
 from ..running.words import human_bytes
 
-# While a layer is written, the next is quantized and the one after it is read.
+# Steps in work at a time after the earliest: while a layer is written, the next is quantized and the one after it is read.
 AHEAD = 2
 # Of all bytes, those that may be fetched again to make room for steps in work together. They cost the network's time once; without the room
 # each layer waits for its shards.
@@ -50,12 +50,13 @@ class Stay:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What is fetched in which order, and what it takes. stays: in the order of fetching; sizes: shard -> bytes."""
+    """What is fetched in which order, and what it takes. stays: in the order of fetching; sizes: shard -> bytes; ahead: as AHEAD."""
 
     steps: tuple[Step, ...]
     stays: tuple[Stay, ...]
     sizes: Mapping[str, int]
     budget: int | None
+    ahead: int = AHEAD
 
     @cached_property
     def fetch_bytes(self) -> int:
@@ -75,7 +76,7 @@ class ShardPlan:
 
         def look(number: int, there: Collection[Stay]) -> list[Stay]:
             nonlocal most
-            together, idle = _together(there, self.steps, self.sizes, number, AHEAD)
+            together, idle = _together(there, self.steps, self.sizes, number, self.ahead)
             may_leave = any(self.sizes[stay.shard] <= spare for stay in idle)
             most = max(most, together if may_leave else 0, _total((stay.shard for stay in there), self.sizes))
             return []
@@ -117,23 +118,24 @@ class ShardPlan:
         }
 
 
-def plan_shards(steps: Iterable[Step], sizes: Mapping[str, int], budget: int | None) -> ShardPlan:
-    """The stays for these steps within `budget` bytes (None: no bound). Raises OptionError where no order fits, with the least."""
+def plan_shards(steps: Iterable[Step], sizes: Mapping[str, int], budget: int | None, ahead: int = AHEAD) -> ShardPlan:
+    """The stays for these steps within `budget` bytes (None: no bound). ahead: as AHEAD. Raises OptionError where no order fits, with the
+    least."""
     ordered = tuple(steps)
     stays = _whole_stays(ordered)
-    plan = ShardPlan(ordered, tuple(stays), sizes, budget)
+    plan = ShardPlan(ordered, tuple(stays), sizes, budget, ahead)
     if budget is None:
         return plan
     if budget < plan.least:
         raise OptionError(too_small(budget, plan.least))
     uses = _uses(ordered)
 
-    def in_the_way(ahead: int, left: float) -> Leaving:
-        """Idle shards beside which a step and the next `ahead` do not fit, as far as `left` bytes may be fetched again."""
+    def in_the_way(following: int, left: float) -> Leaving:
+        """Idle shards beside which a step and the `following` next do not fit, as far as `left` bytes may be fetched again."""
 
         def leave(number: int, there: Collection[Stay]) -> Iterator[Stay]:
             nonlocal left
-            together, idle = _together(there, ordered, sizes, number, ahead)
+            together, idle = _together(there, ordered, sizes, number, following)
             for stay in _last_wanted_first(idle, uses, number) if together > budget else ():
                 if together <= budget:
                     return
@@ -145,9 +147,9 @@ def plan_shards(steps: Iterable[Step], sizes: Mapping[str, int], budget: int | N
         return leave
 
     stays = _sweep(stays, ordered, in_the_way(0, math.inf))  # what must leave, whatever that costs
-    stays = _sweep(stays, ordered, in_the_way(AHEAD, AGAIN_SHARE * sum(sizes[shard] for shard in uses)))
+    stays = _sweep(stays, ordered, in_the_way(ahead, AGAIN_SHARE * sum(sizes[shard] for shard in uses)))
     stays.sort(key=lambda s: (s.first, s.shard))
-    return ShardPlan(ordered, tuple(stays), sizes, budget)
+    return ShardPlan(ordered, tuple(stays), sizes, budget, ahead)
 
 
 # Which of the stays that cover a step leave before it, of those whose shard it does not read.

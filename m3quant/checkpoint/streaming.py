@@ -14,7 +14,7 @@ from ..running.words import human_bytes
 from .downloads import downloads
 from .fetcher import Fetcher
 from .shard_cache import ShardCache
-from .shard_plan import Step, plan_shards, too_small
+from .shard_plan import AHEAD, Step, plan_shards, too_small
 
 if TYPE_CHECKING:
     from ..running.progress import Progress
@@ -34,18 +34,20 @@ def streamed(
     progress: Progress,
     keep: bool = False,
     label: str = "fetch",
+    ahead: int = AHEAD,
 ) -> Iterator[None]:
     """Read tensors of a checkpoint elsewhere, step by step, while the block runs; of a folder nothing changes.
 
     steps: all that is read, in order; whoever is done with one tells `checkpoint.finish_step`. folder: for shards, of at most
     `budget` bytes at a time. keep: whether whole shards stay after an error, for the run that continues.
+    ahead: as `shard_plan.AHEAD`.
     Raises OptionError for too small a budget.
     """
     store = checkpoint.remote
     if store is None:
         yield
         return
-    plan = plan_shards(steps, checkpoint.shard_sizes, budget)
+    plan = plan_shards(steps, checkpoint.shard_sizes, budget, ahead)
     advance = progress.beside(label, plan.fetch_bytes)
 
     def came(count: int) -> None:

@@ -11,7 +11,7 @@ from ..checkpoint.streaming import cache_budget, no_shards, streamed
 from ..errors import OptionError, PlanError
 from ..planning.plan import Plan
 from ..planning.resources import Resources, written_bytes
-from ..planning.streaming import Progressed, conversion_shards, conversion_steps
+from ..planning.streaming import Progressed, ahead_of, conversion_shards, conversion_steps
 from ..running.progress import Progress
 from ..running.stopping import StopFlag
 from .job import Settings
@@ -81,4 +81,5 @@ def shards_of_hub(
     so_far = Progressed(journal.records.keys(), journal.last_boundary())
     steps = conversion_steps(plan, so_far) if plan.checkpoint.remote is not None else []
     journal.finished = lambda unit: plan.checkpoint.finish_step(("unit", unit))
-    return streamed(plan.checkpoint, steps, journal.folder / CACHE, budget, stop, progress, keep=True)
+    folder, ahead = journal.folder / CACHE, ahead_of(plan)
+    return streamed(plan.checkpoint, steps, folder, budget, stop, progress, keep=True, ahead=ahead)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from ..checkpoint.shard_plan import ShardPlan, Step, plan_shards
+from ..checkpoint.shard_plan import AHEAD, ShardPlan, Step, plan_shards
 from ..families import Family
 from ..running.words import duration, human_bytes
 from .plan import Plan
@@ -70,9 +70,14 @@ def _of_unit(kind: str, unit: Unit) -> Step:
     return Step((kind, unit.index), shards_of(tensor.source for tensor in unit.tensors))
 
 
+def ahead_of(plan: Plan) -> int:
+    """Layers that are in work at a time after the first. Searching a layer takes so long that the one before is written at its beginning."""
+    return 1 if plan.recipe.calibrated else AHEAD
+
+
 def conversion_shards(plan: Plan, budget: int | None, so_far: Progressed | None = None) -> ShardPlan:
     """What a conversion fetches. Raises OptionError for a budget that is too small."""
-    return plan_shards(conversion_steps(plan, so_far), plan.checkpoint.shard_sizes, budget)
+    return plan_shards(conversion_steps(plan, so_far), plan.checkpoint.shard_sizes, budget, ahead_of(plan))
 
 
 def streaming_lines(shards: ShardPlan, kind: str, network: float | None) -> list[str]:

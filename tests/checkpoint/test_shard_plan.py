@@ -56,6 +56,16 @@ def test_a_shard_that_lies_idle_leaves_room_for_the_layers_in_work() -> None:
     assert plan.least_once == 400 and plan_shards(work, sizes, 400).fetch_bytes == sum(sizes.values())
 
 
+@pytest.mark.parametrize(("ahead", "room"), [(2, 400), (1, 300)])
+def test_a_shard_that_lies_idle_stays_beside_the_layers_in_work(ahead: int, room: int) -> None:
+    work = steps("head", *[f"s{layer:03}" for layer in range(64)], "head")
+    sizes = {shard: 100 for step in work for shard in step.shards}
+    plan = plan_shards(work, sizes, room, ahead)
+    assert ("head", 0, 65) in shown(plan) and plan.fetch_bytes == sum(sizes.values())
+    assert plan.least_once == plan.peak == room
+    assert plan_shards(work, sizes, room - 1, ahead).fetch_bytes == sum(sizes.values()) + 100
+
+
 def test_of_a_small_model_no_large_part_is_fetched_twice_for_room() -> None:
     work, sizes = model(32)  # a shard is more than 3 % of it
     plan = plan_shards(work, sizes, 350)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from m3quant.checkpoint import Checkpoint
-from m3quant.checkpoint.shard_plan import Step, plan_shards
+from m3quant.checkpoint.shard_plan import AHEAD, Step, plan_shards
 from m3quant.planning.plan import Plan, make_plan
-from m3quant.planning.streaming import conversion_steps, head_names, layer_steps
+from m3quant.planning.streaming import ahead_of, conversion_steps, head_names, layer_steps
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.running.words import size_of
 from tests.support.publish.synthetic import SHARD_BYTES, SyntheticModel
@@ -36,7 +36,7 @@ def layout(config: Path, to: str, shard_bytes: int) -> dict[str, Any]:
             "config": str(config),
             "model_bytes": checkpoint.nbytes,
             "shards": len(checkpoint.shards),
-            "convert": _against(conversion_steps(plan), checkpoint, checkpoint.tensors),
+            "convert": _against(conversion_steps(plan), checkpoint, checkpoint.tensors, ahead_of(plan)),
             "a pass of the language model": _against(layer_steps(plan, 0), checkpoint, _of_language_model(plan)),
         }
 
@@ -57,10 +57,10 @@ def _of_language_model(plan: Plan) -> set[str]:
     return {part.name for source in sources for part in source.stored}
 
 
-def _against(steps: Sequence[Step], checkpoint: Checkpoint, read: Iterable[str]) -> dict[str, Any]:
+def _against(steps: Sequence[Step], checkpoint: Checkpoint, read: Iterable[str], ahead: int = AHEAD) -> dict[str, Any]:
     needed, sizes = sum(checkpoint.tensors[name].nbytes for name in read), checkpoint.shard_sizes
-    free = plan_shards(steps, sizes, None)
-    tight = plan_shards(steps, sizes, free.least)
+    free = plan_shards(steps, sizes, None, ahead)
+    tight = plan_shards(steps, sizes, free.least, ahead)
     return {
         "bytes_needed": needed,
         "once": {"disk": free.least_once, "bytes": free.fetch_bytes, "over": free.fetch_bytes / needed - 1},

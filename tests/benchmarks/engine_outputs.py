@@ -128,16 +128,16 @@ def compare(work: Path) -> list[dict[str, Any]]:
         ]
         rows.append(
             {
-                "output": path.stem, "vllm": engine["vllm"], "mean": statistics.mean(sizes), "p99": sorted(sizes)[int(0.99 * len(sizes))],
+                "output": path.stem, "vllm": engine["vllm"], "moe_backend": engine["moe_backend"], "mean": statistics.mean(sizes), "p99": sorted(sizes)[int(0.99 * len(sizes))],
                 "after": statistics.mean(sizes[SPLIT:]), "loss": -statistics.mean(gaps),
                 "loss_error": statistics.stdev(gaps) / len(gaps) ** 0.5, "batch": statistics.mean(batch),
             }
         )  # fmt: skip
-    print(f"| output | mean | p99 | past {SPLIT} | loss less ours | 16 at once against one by one |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print(f"| output | experts by | mean | p99 | past {SPLIT} | loss less ours | 16 at once against one by one |")
+    print("|---|---|---:|---:|---:|---:|---:|")
     for row in rows:
         print(
-            f"| {row['output'].replace('_', ', ')} | {row['mean']:.4f} | {row['p99']:.3f} | {row['after']:.4f} "
+            f"| {row['output'].replace('_', ', ')} | {row['moe_backend']} | {row['mean']:.4f} | {row['p99']:.3f} | {row['after']:.4f} "
             f"| {row['loss']:+.4f} ± {row['loss_error']:.4f} | {row['batch']:.4f} |"
         )
     return rows

@@ -205,7 +205,11 @@ def _offload_problem(model: ServedModel, ask: Ask, prediction: Prediction) -> st
     need = host_bytes(setup.kv_offload, [rank.moved for rank in prediction.ranks], setup.split)
     have = node.count * node.gpu.host_bytes
     if have and need > have:
-        return f"{need / GIB:.0f} GiB of host memory are needed (torch rounds pinned tensors up), {node.name} has about {have / GIB:.0f}"
+        rounded = " (torch rounds pinned tensors up)" if setup.weight_offload else ""
+        options = " or ".join(
+            o for o, n in (("--kv-offload", setup.kv_offload), ("--weight-offload", setup.weight_offload)) if n
+        )
+        return f"{need / GIB:.0f} GiB of host memory are needed{rounded}, {node.name} has about {have / GIB:.0f}: give less to {options}"
     return ""
 
 
@@ -219,6 +223,8 @@ def _why_not(model: ServedModel, ask: Ask, setup: Setup, prediction: Prediction,
         )
     if ask.context and model.max_positions and ask.context > model.max_positions:
         return f"config.json allows {model.max_positions:,} tokens (max_position_embeddings), {ask.context:,} were asked for"
+    if batch := engine_named(ask.engine).batch_refusal(setup.max_num_seqs, setup.max_num_batched_tokens):
+        return batch
     if setup.max_num_seqs < ask.concurrency:
         return f"--max-num-seqs {setup.max_num_seqs} is less than the {ask.concurrency} requests asked for"
     wanted = ask.context or min(MIN_CONTEXT, model.max_positions or MIN_CONTEXT)

@@ -206,6 +206,10 @@ class Engine(ABC):
         """Why the engine does not run this draft before this target, and what to do; '' where it does. release: as above."""
         return f"{self.title} is not given a draft here: leave --draft out"
 
+    def batch_refusal(self, sequences: int, tokens: int) -> str:
+        """Why it does not start with so many sequences at once and tokens in a step, and what to do; '' where it does."""
+        return ""
+
     def offload_refusal(self, offload: Offload) -> str:
         """Why the engine cannot keep this in host memory, and what to do; '' where it can."""
         return f"{self.title} is not given host memory here: leave --kv-offload and --weight-offload out"

@@ -77,6 +77,12 @@ class Vllm(Engine):
     def draft_refusal(self, draft: Draft, family: Family, gpu: Gpu, pp: int, release: str | None) -> str:
         return drafts.refusal(draft, family, gpu, pp, release)
 
+    def batch_refusal(self, sequences: int, tokens: int) -> str:
+        """config/scheduler.py: verify_max_model_len."""
+        if tokens >= sequences:
+            return ""
+        return f"vLLM refuses more requests at once ({sequences:,}) than a step has tokens ({tokens:,}): give --max-num-batched-tokens {sequences} or more, or fewer requests"
+
     def offload_refusal(self, offload: Offload) -> str:
         return refuse_offload(offload)
 

@@ -398,6 +398,6 @@ def test_more_requests_than_a_step_has_tokens_are_refused_as_the_engine_does(
     """vLLM says so only when it starts, on the machine that is paid for."""
     fit = assess(by_label(M2)["awq"], parse_node("8xH200"), Ask(kv_dtype="fp8", **changes))
     assert fit.fits == fits
-    assert (
-        fits or ("vLLM refuses more requests at once" in fit.why_not and "give --max-num-batched-tokens" in fit.why_not)
+    assert fits or (
+        "vLLM refuses more requests at once" in fit.why_not and "give --max-num-batched-tokens" in fit.why_not
     )

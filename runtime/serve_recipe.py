@@ -94,6 +94,11 @@ class ServeRecipe(BaseModel):
         )  # fmt: skip
 
 
+def serving_recipe_names() -> list[str]:
+    """Those that ship."""
+    return sorted(file.stem for file in recipe_folder().glob("serve-*.yaml"))
+
+
 def load_serve_recipe(path: str | Path | None, overrides: dict[str, Any]) -> ServeRecipe:
     """The recipe in `path` (a file, or the name of one that ships, such as serve-1xh200) with `overrides` applied.
 
@@ -103,7 +108,7 @@ def load_serve_recipe(path: str | Path | None, overrides: dict[str, Any]) -> Ser
     if path is not None:
         shipped = recipe_folder() / f"{path}.yaml"
         if not Path(path).exists() and not shipped.exists():
-            names = ", ".join(sorted(file.stem for file in recipe_folder().glob("serve-*.yaml")))
+            names = ", ".join(serving_recipe_names())
             raise RecipeError(f"serving recipe {path} does not exist: give a YAML file, or one of {names}.")
         document = read_recipe_file(path if Path(path).exists() else shipped)
     try:

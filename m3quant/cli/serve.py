@@ -20,7 +20,7 @@ from ..publish.licence_line import LicenceLine, licence_line
 from ..runtime.compose import compose_file
 from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Ready, full_check, prepare, serve
-from ..runtime.serve_recipe import load_serve_recipe
+from ..runtime.serve_recipe import load_serve_recipe, serving_recipe_names
 from ..runtime.units import systemd_unit
 from .offload_output import offload_json, offload_lines
 from .options import ASK_OPTIONS, OFFLOAD_OPTIONS, ask_options, draft_options, offload_options
@@ -50,7 +50,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
     "recipe_file",
     default=None,
     metavar="FILE",
-    help="Choices as YAML, or the name of one that ships: serve-1xh200, serve-2xh100.",
+    help=f"Choices as YAML, or the name of one that ships: {', '.join(serving_recipe_names())}.",
 )
 @click.option(
     "--on", "node", default=None, metavar="NODE", help="1xH200, 2xH100, ..., cpu, cpu:4GiB. [what this machine has]"

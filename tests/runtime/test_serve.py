@@ -228,19 +228,21 @@ def test_a_config_without_weights_cannot_be_served() -> None:
 
 def test_shipped_serving_recipes_are_valid_and_no_conversion_recipes() -> None:
     files = sorted(path.stem for path in recipe_folder().glob("serve-*.yaml"))
-    assert files == ["serve-1xh200", "serve-2xh100"] and not set(files) & set(recipe_names())
+    drafts = {"serve-m2.7-eagle3-1xh200": "MiniMax-M2.7-", "serve-m3-eagle3-2xh200": "MiniMax-M3-"}
+    assert files == ["serve-1xh200", "serve-2xh100", *drafts] and not set(files) & set(recipe_names())
     for name in files:
         recipe = load_serve_recipe(name, {"port": 1234})
         assert (
             recipe.name == name
             and recipe.node
-            and parse_node(recipe.node).name.lower() == name.removeprefix("serve-")
+            and parse_node(recipe.node).name.lower() == name.rpartition("-")[2]
             and recipe.port == 1234
         )
     m2 = open_subject(str(TESTS / "data" / "minimax-m2.7"))
     awq = next(model for model in m2.precisions()[0] if model.label == "awq")
     for name in files:
         recipe = load_serve_recipe(name, {})
+        assert drafts.get(name, "") in (recipe.draft or "") and bool(recipe.draft) == (name in drafts)
         assert recipe.node and assess(awq, parse_node(recipe.node), recipe.ask()).fits
 
 
@@ -294,7 +296,8 @@ def test_secrets_among_more_arguments_are_refused_and_not_repeated(extra: list[s
 
 def test_a_serving_recipe_that_does_not_exist_names_those_that_ship() -> None:
     with pytest.raises(
-        RecipeError, match="nope does not exist: give a YAML file, or one of serve-1xh200, serve-2xh100"
+        RecipeError,
+        match=r"nope does not exist: give a YAML file, or one of serve-1xh200, serve-2xh100, serve-m2.7-eagle3-1xh200, ",
     ):
         load_serve_recipe("nope", {})
 

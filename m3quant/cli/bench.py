@@ -233,6 +233,7 @@ def bench_json(
         "engine": {"name": fit.engine.name, "version": _version(server)},
         "setup": {"kv_dtype": fit.setup.kv_dtype, "index_dtype": fit.setup.index_dtype, "max_num_seqs": fit.setup.max_num_seqs},
         "command": server.launch.command,
+        "environment": server.launch.public_env(),
         "texts": str(load.texts) if load.texts else None,
         "measured_with": measured_with(fit.setup.draft, load),
         "acceptance_of": source,
@@ -289,7 +290,7 @@ def bench_page(
         ("engine", f"{fit.engine.title} {_version(server)}"),
         ("KV cache", f"{fit.setup.kv_dtype}, {fit.pool.tokens:,} tokens planned"),
         ("prompts", f"{prompts}, temperature {load.temperature:g}"),
-        ("command", shlex.join(server.launch.command)),
+        ("command", server.launch.shown(shlex.quote, None)),
     ]
     if draft := fit.setup.draft:
         facts.insert(4, ("draft", f"{draft.where}, {draft.title}, {draft.tokens} tokens a step"))

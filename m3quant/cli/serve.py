@@ -14,6 +14,7 @@ import click
 
 from ..engines import DEFAULT, ENGINES, NAMES
 from ..engines.device import CPU
+from ..engines.drafts import Draft
 from ..engines.installed import ENGINE_PYTHON
 from ..errors import OptionError
 from ..publish.licence_line import LicenceLine, licence_line
@@ -209,7 +210,7 @@ def _show(prepared: Prepared, licence: LicenceLine, as_json: bool, api_key_env: 
         decision = {
             "event": "decided", "command": launch.command, "env": launch.public_env(), "node": fit.node.name, "context": fit.context, "pool_tokens": fit.pool.tokens,
             "concurrency": fit.concurrency, "kv_dtype": fit.setup.kv_dtype, "engine": engine, "kv_cache_memory_bytes": prepared.pin,
-            "offload": offload_json(fit), "licence": licence.to_json(),
+            "draft": fit.setup.draft and draft_json(fit.setup.draft), "offload": offload_json(fit), "licence": licence.to_json(),
         }  # fmt: skip
         click.echo(json.dumps(decision))
         return
@@ -221,6 +222,17 @@ def _show(prepared: Prepared, licence: LicenceLine, as_json: bool, api_key_env: 
     for line in offload_lines(fit):
         click.echo(line)
     click.echo(launch.shown(shlex.quote, api_key_env))
+
+
+def draft_json(draft: Draft) -> dict[str, Any]:
+    """revision: None for a folder; licence: '' where its card states none."""
+    return {
+        "where": draft.where,
+        "revision": draft.revision,
+        "method": draft.method,
+        "tokens": draft.tokens,
+        "licence": draft.licence,
+    }
 
 
 def _ready(prepared: Prepared, ready: Ready, as_json: bool) -> None:

@@ -310,6 +310,9 @@ def test_a_recipe_names_a_draft_and_the_context_leaves_its_slots(eagle3: Path, d
 
 def test_plan_and_serve_take_a_draft(eagle3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("M3QUANT_ENGINE_PYTHON", raising=False)
+    words = ["serve", str(M2), "--on", "1xH200", "--draft", str(eagle3), "--dry-run", "--json"]
+    decided = json.loads(CliRunner().invoke(cli, words, env={"M3QUANT_ENGINE_PYTHON": ""}).stdout)
+    assert decided["draft"] == {"where": str(eagle3), "revision": None, "method": "eagle3", "tokens": 3, "licence": ""}
     done = CliRunner().invoke(cli, ["plan", str(M2), "--on", "1xH200", "--draft", str(eagle3), "--json"])
     shown = json.loads(done.stdout)
     assert shown["setup"]["draft"]["method"] == "eagle3" and "draft" in shown["ranks"][0]["weights"]

@@ -149,6 +149,9 @@ def assess(model: ServedModel, node: Node, ask: Ask) -> Fit:
     longest = min(in_memory, model.max_positions or in_memory)
     engine = engine_named(ask.engine)
     refusal = model.problem or engine.checkpoint_refusal(model.config, ask.release)
+    refusal = refusal or engine.release_refusal(model.family, model.schemes, ask.release)
+    if setup.index_dtype != "bfloat16" and model.family.kv_geometry.index_layers and not refusal:
+        problem = problem or engine.index_refusal(node.gpu, ask.release)
     if ask.draft is not None and not refusal:
         problem = problem or engine.draft_refusal(ask.draft, model.family, node.gpu, split.pp, ask.release)
     if (ask.kv_offload or ask.weight_offload) and not refusal:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
+from ..engines import DEFAULT
 from ..families import QUANTIZABLE
 from ..planning.layout import FORMATS
 from ..recipe.choice import RecipeChoice
@@ -277,6 +278,7 @@ def serving_options(function: F) -> F:
         click.option("--on", default=None, metavar="NODE", help="A node: 1xH200, 2xH100, ..., or 2x95.5GiB for another card."),
         click.option("--all", "everything", is_flag=True, default=None, help="Every precision on every standard node, with prices."),
         click.option("--check-log", type=click.Path(path_type=Path), default=None, help="Compare the prediction with a vLLM start-up log."),
+        click.option("--engine-release", default=None, metavar="VERSION", help=f"Release of {DEFAULT.title} to plan for, for instance 0.26.0. [the newest that was read]"),
         click.option("--prices", type=click.Path(path_type=Path), default=None, help="Price file (YAML) instead of the one in the package."),
     )):  # fmt: skip
         function = option(function)

@@ -37,12 +37,13 @@ from m3quant.errors import (
 )
 from m3quant.recipe.recipe import recipe_folder, recipe_names
 from m3quant.runtime.compose import compose_file
+from m3quant.runtime.engine_notes import weight_notes
 from m3quant.runtime.fit import Ask, Fit, assess
 from m3quant.runtime.hardware import GIB, parse_node
 from m3quant.runtime.launch import EngineProcess, check_port
 from m3quant.runtime.model import open_subject
 from m3quant.runtime.pins import pin_key, pinned_bytes, read_pin, write_pin
-from m3quant.runtime.serve import compare, importable, prepare, quick_check, start_options, weight_notes
+from m3quant.runtime.serve import compare, importable, prepare, quick_check, start_options
 from m3quant.runtime.serve_recipe import ServeRecipe, load_serve_recipe
 from m3quant.runtime.this_machine import detect_node, gpu_called
 from m3quant.runtime.units import systemd_unit

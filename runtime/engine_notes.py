@@ -11,6 +11,8 @@ from .fit import Fit
 def weight_notes(fit: Fit) -> list[str]:
     """What is known of engines that read weights stored so."""
     found = list[str]()
+    if fit.ask.vision and not fit.model.has_vision:
+        found.append(f"{fit.model.where} has no vision tower: --vision changes nothing")
     dtypes = {group.dtype for group in fit.model.groups if group.role == "routed_experts"}
     if "F8_E4M3" in dtypes:
         found += fit.engine.activation_notes(fit.model.family, [Scheme("fp8", bits=8)], fit.model.method)

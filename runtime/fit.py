@@ -286,6 +286,8 @@ def _cache_flags(ask: Ask, small: Ask) -> str:
 
 def _flag_changes(fit: Fit, small: Ask) -> Iterator[Change]:
     model, node, ask = fit.model, fit.node, fit.ask
+    if ask.draft is not None and fit.setup.split.pp > 1:
+        yield f"--tp {node.count} --pp 1", model, node, replace(ask, tp=node.count, pp=1)
     if ask.draft is not None:
         yield "no --draft", model, node, replace(ask, draft=None)
     if ask.kv_offload or ask.weight_offload:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,7 +138,23 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
     key = pin_key(fit, version, [*engine.arguments(fit.serving), *recipe.extra])
     pin = read_pin(key) if pinning and engine.takes_pin and node.gpu.name != CPU else None
     launch = engine.launch(fit.serving, start_options(src, recipe, api_key, api_key_env, pin), installed)
+    check_extra(launch, recipe.extra)
     return Prepared(subject, fit, recipe, installed, launch, key, pin)
+
+
+def check_extra(launch: Launch, extra: Sequence[str]) -> None:
+    """Raise RecipeError for an argument of the recipe's `extra` that the plan gives already: engines take the last, and the plan's sizes would be of the first."""
+    planned = set(map(_flag, launch.arguments[: len(launch.arguments) - len(extra)]))
+    repeated = [flag for flag in map(_flag, extra) if flag and flag in planned]
+    if repeated:
+        raise RecipeError(
+            f"the recipe's 'extra' has {', '.join(repeated)}, which the plan gives: leave it out there, and set it by an option or a key of its own."
+        )
+
+
+def _flag(argument: str) -> str:
+    """The name of a flag as engines' parsers take it; '' for a value."""
+    return argument.partition("=")[0].replace("_", "-") if argument.startswith("--") else ""
 
 
 def start_options(

@@ -83,6 +83,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "graphs-16": {"extra": ["--cudagraph-capture-sizes", "1", "2", "4", "8", "16"]},
     "eager": {"extra": ["--enforce-eager"]},
     "marlin": {"extra": ["--moe-backend", "marlin"]},
+    "expert-parallel": {"extra": ["--enable-expert-parallel"]},  # of several GPUs
 }
 THROUGH: dict[str, dict[str, Any]] = {"guard": {"guard": True}, "engine": {"guard": False}}
 PLUGIN = """

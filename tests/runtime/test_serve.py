@@ -255,6 +255,10 @@ def test_shipped_serving_recipes_are_valid_and_no_conversion_recipes() -> None:
         ("utilization: 2", "'utilization'"),
         ("- a", "no mapping"),
         ("engine: x", "'engine'"),
+        ("kv_offload: true", "'kv_offload' must be a whole number"),
+        ("concurrency: yes", "'concurrency' must be a whole number"),
+        ("draft: ''", "'draft' must not be empty"),
+        ("host: a b", "'host': must be one word, without white space"),
     ],
 )
 def test_bad_serving_recipes_are_one_sentence(text: str, message: str, tmp_path: Path) -> None:
@@ -293,6 +297,25 @@ def test_secrets_among_more_arguments_are_refused_and_not_repeated(extra: list[s
         load_serve_recipe(None, {"extra": extra})
     assert "sk-1" not in str(refused.value)
     assert load_serve_recipe(None, {"extra": ["--api-server-count", "1", "--host"]}).extra
+
+
+@pytest.mark.parametrize(
+    "extra", [["--max-num-seqs", "5"], ["--seed", "7", "--max_num_seqs=5"], ["--watermark", "0.1"]]
+)
+def test_what_the_plan_gives_is_given_once(extra: list[str]) -> None:
+    """An engine takes the last of two, and memory and guard would be planned for the first."""
+    with pytest.raises(RecipeError, match="which the plan gives: leave it out there"):
+        decide(M2, node="1xH200", extra=extra)
+    assert decide(M2, node="1xH200", extra=["--seed", "7"]).launch.arguments[-2:] == ["--seed", "7"]
+
+
+def test_a_draft_in_a_folder_with_a_space_and_a_tower_that_is_not_there(tmp_path: Path) -> None:
+    folder = tmp_path / "a draft"
+    shutil.copytree(TESTS / "fixtures" / "tiny-m2-eagle3", folder)
+    said = list[str]()
+    made = prepare(str(M2), load_serve_recipe(None, {"node": "1xH200", "draft": str(folder), "vision": True}), None, None, None, True, False, said.append)  # fmt: skip
+    assert json.loads(made.launch.arguments[made.launch.arguments.index("--speculative-config") + 1])["model"] == str(folder)  # fmt: skip
+    assert any("has no vision tower: --vision changes nothing" in line for line in said)
 
 
 def test_a_serving_recipe_that_does_not_exist_names_those_that_ship() -> None:

@@ -118,34 +118,33 @@ def _cache_read(fit: Fit, layers: range, context: int) -> float:
 @dataclass(frozen=True)
 class Speed:
     """Decoded tokens per second for `requests` of `context` tokens. bound: what bandwidth allows, 0.0 if unknown; near: None where nothing
-    near was measured, else low and high are the range by it. host: the share of the bound's time that reading from the host takes, which
-    the measured shares of the GPU's bandwidth leave as it is."""
+    near was measured, else low and high are the range by it."""
 
     context: int
     requests: int
     bound: float
     near: Near | None
-    host: float = 0.0
 
     @property
     def low(self) -> float:
-        return self._by(self.near.low) if self.near else 0.0
+        return self.bound * self.near.low if self.near else 0.0
 
     @property
     def high(self) -> float:
-        return self._by(self.near.high) if self.near else 0.0
-
-    def _by(self, share: float) -> float:
-        return self.bound * share / (1 - self.host + self.host * share)
+        return self.bound * self.near.high if self.near else 0.0
 
 
 def decode_speed(fit: Fit, context: int, requests: int) -> Speed:
-    """The bound and the measured range; neither for a plan that does not fit."""
+    """The bound and the measured range; neither for a plan that does not fit.
+
+    No range with weights in host memory: all figures are of weights on the GPU, and what the link adds to a step was measured as 1.3 to 4
+    times the bound's share of it (docs/serving.md, Host memory).
+    """
     step = decode_step(fit, context, requests) if fit.fits else None
     if step is None:
         return Speed(context, requests, 0.0, None)
     bound = requests * fit.setup.rows / (step.gpu + step.host)
-    return Speed(context, requests, bound, near(fit, context, requests), step.host / (step.gpu + step.host))
+    return Speed(context, requests, bound, None if step.host else near(fit, context, requests))
 
 
 def price_per_million(per_hour: float, tokens_per_second: float) -> float:

@@ -147,7 +147,7 @@ def _check_sizes(top: ConfigPart, body: ConfigPart, family: Family, checkpoint: 
     draft_vocabulary = part.count("draft_vocab_size", MAX_VOCABULARY) if part else vocabulary
     if draft_vocabulary > vocabulary:
         raise CheckpointError(
-            f"{top.where}: draft_vocab_size {draft_vocabulary:,} is more than the target's {vocabulary:,}."
+            f"{top.where}: draft_vocab_size {draft_vocabulary:,} is more than the target's {vocabulary:,}: take a draft that was trained for this model."
         )
     check_tables(checkpoint, draft_vocabulary, vocabulary)
     for name, rows in (("lm_head", draft_vocabulary), ("embed_tokens", vocabulary)):

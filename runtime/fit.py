@@ -149,6 +149,9 @@ def assess(model: ServedModel, node: Node, ask: Ask) -> Fit:
     longest = min(in_memory, model.max_positions or in_memory)
     engine = engine_named(ask.engine)
     refusal = model.problem or engine.checkpoint_refusal(model.config, ask.release)
+    refusal = refusal or engine.release_refusal(model.family, model.schemes, ask.release)
+    if setup.index_dtype != "bfloat16" and model.family.kv_geometry.index_layers and not refusal:
+        problem = problem or engine.index_refusal(node.gpu, ask.release)
     if ask.draft is not None and not refusal:
         problem = problem or engine.draft_refusal(ask.draft, model.family, node.gpu, split.pp, ask.release)
     if (ask.kv_offload or ask.weight_offload) and not refusal:
@@ -205,7 +208,11 @@ def _offload_problem(model: ServedModel, ask: Ask, prediction: Prediction) -> st
     need = host_bytes(setup.kv_offload, [rank.moved for rank in prediction.ranks], setup.split)
     have = node.count * node.gpu.host_bytes
     if have and need > have:
-        return f"{need / GIB:.0f} GiB of host memory are needed (torch rounds pinned tensors up), {node.name} has about {have / GIB:.0f}"
+        rounded = " (torch rounds pinned tensors up)" if setup.weight_offload else ""
+        options = " or ".join(
+            o for o, n in (("--kv-offload", setup.kv_offload), ("--weight-offload", setup.weight_offload)) if n
+        )
+        return f"{need / GIB:.0f} GiB of host memory are needed{rounded}, {node.name} has about {have / GIB:.0f}: give less to {options}"
     return ""
 
 
@@ -219,6 +226,8 @@ def _why_not(model: ServedModel, ask: Ask, setup: Setup, prediction: Prediction,
         )
     if ask.context and model.max_positions and ask.context > model.max_positions:
         return f"config.json allows {model.max_positions:,} tokens (max_position_embeddings), {ask.context:,} were asked for"
+    if batch := engine_named(ask.engine).batch_refusal(setup.max_num_seqs, setup.max_num_batched_tokens):
+        return batch
     if setup.max_num_seqs < ask.concurrency:
         return f"--max-num-seqs {setup.max_num_seqs} is less than the {ask.concurrency} requests asked for"
     wanted = ask.context or min(MIN_CONTEXT, model.max_positions or MIN_CONTEXT)
@@ -277,6 +286,8 @@ def _cache_flags(ask: Ask, small: Ask) -> str:
 
 def _flag_changes(fit: Fit, small: Ask) -> Iterator[Change]:
     model, node, ask = fit.model, fit.node, fit.ask
+    if ask.draft is not None and fit.setup.split.pp > 1:
+        yield f"--tp {node.count} --pp 1", model, node, replace(ask, tp=node.count, pp=1)
     if ask.draft is not None:
         yield "no --draft", model, node, replace(ask, draft=None)
     if ask.kv_offload or ask.weight_offload:

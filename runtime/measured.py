@@ -7,9 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..checkpoint.bounded import read_yaml
+from ..errors import NodeError
 from .fit import Fit
 
 FIGURES = Path(__file__).with_name("measured.yaml")
@@ -17,6 +18,7 @@ FIGURES = Path(__file__).with_name("measured.yaml")
 REQUESTS, CONTEXT, SHORT, BYTES = 2.0, 3.0, 8192, 1.5
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class MeasuredSet(BaseModel):
@@ -27,11 +29,11 @@ class MeasuredSet(BaseModel):
     model_type: str
     recipe: str
     weights: Literal["int", "float"]
-    stored_bytes: int
+    stored_bytes: Count
     gpu: str
-    gpus: int
+    gpus: Count
     source: str
-    figures: list[tuple[int, int, Positive, Positive]]
+    figures: list[tuple[Count, Count, Positive, Positive]] = Field(min_length=1)
 
 
 class _File(BaseModel):
@@ -53,7 +55,19 @@ class Near:
 @cache
 def measured_sets() -> tuple[MeasuredSet, ...]:
     """The figures that ship with m3quant."""
-    return tuple(_File.model_validate(read_yaml(FIGURES, "figures")).sets)
+    return read_measured(FIGURES)
+
+
+def read_measured(path: Path) -> tuple[MeasuredSet, ...]:
+    """Raises NodeError with the key that is wrong: sets are added by hand, from what a benchmark writes."""
+    try:
+        return tuple(_File.model_validate(read_yaml(path, "measured speeds", error=NodeError)).sets)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise NodeError(
+            f"measured speeds {path}, key '{where}': {first['msg']}: write a set as `python -m tests.benchmarks.bench_gpu_table --yaml` does."
+        ) from None
 
 
 def near(fit: Fit, context: int, requests: int) -> Near | None:

@@ -11,7 +11,7 @@ from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
 from ..checkpoint.strict_json import parse_object
 from ..engines.rules import check_family_format
-from ..engines.stated import config_schemes
+from ..engines.stated import config_schemes, quantization_of
 from ..errors import CheckpointError, PlanError
 from ..families import Family, family_of
 from ..planning.engine_config import check_format
@@ -37,7 +37,8 @@ from .weights import Group, bf16_release, checkpoint_groups, converted_groups, g
 @dataclass(frozen=True)
 class ServedModel:
     """A model as an engine would read it. where: what `vllm serve` is given; label: its precision (as stored, or a recipe's name).
-    schemes: the integer and FP8 schemes of its weights, as its config.json or the recipe states them. problem: why no engine loads it, or ''."""
+    schemes: the integer and FP8 schemes of its weights, as its config.json or the recipe states them. problem: why no engine loads it, or ''.
+    made: the format of a recipe's output, whose config.json is not written yet."""
 
     where: str
     label: str
@@ -46,6 +47,12 @@ class ServedModel:
     groups: Sequence[Group] = field(repr=False)
     schemes: frozenset[Scheme] = frozenset()
     problem: str = ""
+    made: str = ""
+
+    @property
+    def method(self) -> str:
+        """The format of its weights, as quantization_config names it; '' where nothing is quantized."""
+        return self.made or str(quantization_of(self.config).get("quant_method", ""))
 
     @property
     def max_positions(self) -> int:
@@ -90,7 +97,9 @@ class Subject:
         groups = converted_groups(self.source_groups, recipe)
         schemes = frozenset(s for role in self.family.targets for s in recipe.schemes_of(role) if s.quantizes)
         where = f"OUTPUT-OF-{recipe.name}"
-        return ServedModel(where, recipe.name, self.family, unquantized(self.config), groups, schemes)
+        return ServedModel(
+            where, recipe.name, self.family, unquantized(self.config), groups, schemes, made=recipe.format
+        )
 
     def precisions(self, requantize: bool = False) -> tuple[list[ServedModel], dict[str, str]]:
         """The checkpoint itself and every shipped recipe's output, largest first; and why the other recipes are refused, by name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..errors import NodeError
+from ..errors import NodeError, OptionError
 from .cost import Prices, Step, decode_step
 from .fit import Ask, Fit, assess
 from .hardware import Node
@@ -100,7 +100,12 @@ def _without(fit: Fit, context: int) -> Fit | None:
 
 
 def judged(fit: Fit, prices: Prices) -> Fit:
-    """The verdict, or its refusal where weights in host memory are dearer than more GPUs, or nobody can say; --slow-offload takes it all the same."""
+    """The verdict, or its refusal where weights in host memory are dearer than more GPUs, or nobody can say; --slow-offload takes it all the same.
+
+    Raises OptionError for --slow-offload without weights to move.
+    """
+    if fit.ask.slow_offload and not fit.ask.weight_offload:
+        raise OptionError("--slow-offload is of weights in host memory: say how many bytes with --weight-offload.")
     if not (fit.fits and fit.setup.weight_offload) or fit.ask.slow_offload:
         return fit
     if not fit.node.gpu.link:

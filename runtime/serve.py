@@ -9,7 +9,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +23,7 @@ from ..artifact.uploads import refuse_dropped
 from ..engines import Engine, Installed, Launch, StartOptions, engine_named
 from ..engines.device import CPU
 from ..engines.installed import SAFE_PATH
-from ..engines.integers import is_narrow
-from ..engines.rules import check_schemes, integer_notes, zero_point_notes
+from ..engines.rules import check_schemes
 from ..errors import (
     CheckpointError,
     DamagedOutput,
@@ -35,10 +34,10 @@ from ..errors import (
     ServeError,
     VerifyError,
 )
-from ..schemes import Scheme
 from .checklog import TOLERATED, LogCheck, check_log, log_reader
 from .cost import load_prices
 from .draft import draft_notes, with_draft
+from .engine_notes import weight_notes
 from .fit import Fit, assess, remedies
 from .guard.settings import PREFIX, read_settings
 from .hardware import STANDARD_NODES, Node, parse_node
@@ -124,12 +123,12 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
         say(f"note: {note}")
     ask = replace(ask, release=installed.version if installed else None)
     fit = judged(assess(replace(subject.stored, where=where), node, ask), load_prices())
+    if installed is not None:
+        engine.check_index(installed, fit.serving)
     if not fit.fits:
         tried = [] if fit.dear else [f"{r.change} (context up to {r.fit.longest_context:,})" for r in remedies(fit)]
         helps = f" It would with {', or '.join(tried)}." if tried else ""
         raise DoesNotFit(f"{src} {fit.verdict} on {node.name}: {fit.why_not}.{helps}")
-    if installed is not None:
-        engine.check_index(installed, fit.serving)
     if installed is not None and not dry:
         check_host(fit)
     for note in weight_notes(fit):
@@ -139,7 +138,23 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
     key = pin_key(fit, version, [*engine.arguments(fit.serving), *recipe.extra])
     pin = read_pin(key) if pinning and engine.takes_pin and node.gpu.name != CPU else None
     launch = engine.launch(fit.serving, start_options(src, recipe, api_key, api_key_env, pin), installed)
+    check_extra(launch, recipe.extra)
     return Prepared(subject, fit, recipe, installed, launch, key, pin)
+
+
+def check_extra(launch: Launch, extra: Sequence[str]) -> None:
+    """Raise RecipeError for an argument of the recipe's `extra` that the plan gives already: engines take the last, and the plan's sizes would be of the first."""
+    planned = set(map(_flag, launch.arguments[: len(launch.arguments) - len(extra)]))
+    repeated = [flag for flag in map(_flag, extra) if flag and flag in planned]
+    if repeated:
+        raise RecipeError(
+            f"the recipe's 'extra' has {', '.join(repeated)}, which the plan gives: leave it out there, and set it by an option or a key of its own."
+        )
+
+
+def _flag(argument: str) -> str:
+    """The name of a flag as engines' parsers take it; '' for a value."""
+    return argument.partition("=")[0].replace("_", "-") if argument.startswith("--") else ""
 
 
 def start_options(
@@ -172,19 +187,6 @@ def guard_environment(recipe: ServeRecipe) -> dict[str, str]:
     env.setdefault(f"{PREFIX}WATERMARK", f"{recipe.watermark:g}")
     env[f"{PREFIX}RESERVE"] = read_settings({**os.environ, **env}).reserve
     return env
-
-
-def weight_notes(fit: Fit) -> list[str]:
-    """What is known of engines that read weights stored so."""
-    found = list[str]()
-    dtypes = {group.dtype for group in fit.model.groups if group.role == "routed_experts"}
-    if "F8_E4M3" in dtypes:
-        method = str((fit.model.config.get("quantization_config") or {}).get("quant_method", ""))
-        found += fit.engine.activation_notes(fit.model.family, [Scheme("fp8", bits=8)], method)
-    # Of a checkpoint's config only all schemes together are known; whether the experts have zero points, the tensors say.
-    if any(group.role == "routed_experts" and group.leaf == "weight_zero_point" for group in fit.model.groups):
-        found += zero_point_notes(fit.model.schemes, "compressed-tensors", [fit.engine])
-    return [*found, *integer_notes([s for s in fit.model.schemes if is_narrow(s)])]
 
 
 def _installed(engine: Engine, python: str | None, dry: bool) -> Installed | None:

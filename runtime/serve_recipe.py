@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from ..engines import DEFAULT, NAMES
@@ -19,15 +19,27 @@ from .draft import MAX_TOKENS
 from .fit import Ask
 from .hardware import MAX_COUNT, MAX_GIB
 
-Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-Word = Annotated[str, Field(pattern=r"^\S+$")]  # what an engine's argument may be: not empty, no white space
+
+def _number(value: Any) -> Any:
+    """YAML's yes and true are no numbers, though Python takes them for 1. Raises ValueError."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("int_type", "a number")
+    return value
+
+
+def _word(value: str) -> str:
+    if not value or any(map(str.isspace, value)):
+        raise PydanticCustomError("word", "must be one word, without white space")
+    return value
 
 
 def _size(value: Any) -> Any:
     """'100GiB' as bytes. Raises ValueError."""
-    return parse_size(value) if isinstance(value, str) else value
+    return parse_size(value) if isinstance(value, str) else _number(value)
 
 
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=MAX_COUNT)]
+Word = Annotated[str, AfterValidator(_word)]  # what an engine's argument may be
 Size = Annotated[int, BeforeValidator(_size), Field(ge=0, le=MAX_GIB * GIB)]
 SECRET_FLAGS = {
     "--api-key": "name the key's variable with --api-key-env",
@@ -53,7 +65,7 @@ class ServeRecipe(BaseModel):
     max_num_batched_tokens: Count = DEFAULT.memory.batched_tokens
     utilization: float = Field(default=DEFAULT.memory.utilization, gt=0, le=1)
     vision: bool = False
-    draft: Word | None = None  # a folder or Hub repo
+    draft: Annotated[str, Field(min_length=1)] | None = None  # a folder or Hub repo
     kv_offload: Size | None = None
     weight_offload: Size | None = None
     slow_offload: bool = False
@@ -94,6 +106,11 @@ class ServeRecipe(BaseModel):
         )  # fmt: skip
 
 
+def serving_recipe_names() -> list[str]:
+    """Those that ship."""
+    return sorted(file.stem for file in recipe_folder().glob("serve-*.yaml"))
+
+
 def load_serve_recipe(path: str | Path | None, overrides: dict[str, Any]) -> ServeRecipe:
     """The recipe in `path` (a file, or the name of one that ships, such as serve-1xh200) with `overrides` applied.
 
@@ -103,7 +120,7 @@ def load_serve_recipe(path: str | Path | None, overrides: dict[str, Any]) -> Ser
     if path is not None:
         shipped = recipe_folder() / f"{path}.yaml"
         if not Path(path).exists() and not shipped.exists():
-            names = ", ".join(sorted(file.stem for file in recipe_folder().glob("serve-*.yaml")))
+            names = ", ".join(serving_recipe_names())
             raise RecipeError(f"serving recipe {path} does not exist: give a YAML file, or one of {names}.")
         document = read_recipe_file(path if Path(path).exists() else shipped)
     try:

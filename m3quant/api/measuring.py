@@ -30,11 +30,13 @@ def measure_file(
 
     cache_disk: bytes that shards of one on the Hub or in an object store may take beside `path` at a time.
     Raises PlanError or OutputError, before anything is read, where the one has no weights or the other cannot be
-    written, and PackageMissing without torch.
+    written, StoppedError where the GPU has too little room, and PackageMissing without torch.
     """
     need("convert", "m3quant fit --measure")
     from ..calibration.mixture import mixture_sha256, parse_mixture
+    from ..convert.device_memory import check_measuring
     from ..convert.measure import MeasureSettings, measure
+    from ..running.device import pick_device
 
     if not checkpoint.local and checkpoint.remote is None:
         raise PlanError(
@@ -44,6 +46,7 @@ def measure_file(
         raise OutputError(f"{path} cannot be written: give --sensitivity a file in a folder that exists.")
     data = {"windows": windows or WINDOWS, "heldout_windows": heldout or HELDOUT}
     fitting = Fitting(checkpoint, data)
+    check_measuring(fitting, pick_device(device))
     parts = parse_mixture(corpus)
     partial = path.with_name(f"{path.name}.partial")
     how = MeasureSettings(device=device, shards=path.with_name(f"{path.name}.shards"), cache_disk=cache_disk)

@@ -20,7 +20,17 @@ from ..runtime.bench_texts import read_texts, shares
 from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Stopping, check_start, prepare
 from ..runtime.serve_recipe import load_serve_recipe
-from .options import ASK_OPTIONS, OFFLOAD_OPTIONS, TokenCount, ask_options, draft_options, offload_options, print_table
+from .options import (
+    ASK_OPTIONS,
+    OFFLOAD_OPTIONS,
+    Length,
+    RequestCount,
+    TokenCount,
+    ask_options,
+    draft_options,
+    offload_options,
+    print_table,
+)
 from .output_file import check_file, write_file
 
 SERVER_OPTIONS = (
@@ -30,14 +40,17 @@ MAX_POINTS = 64  # of a run: more is likelier a typing error than days that some
 
 
 class Counts(click.ParamType[tuple[int, ...]]):
-    """Numbers with commas between: 1,4,16 or 1k,8k."""
+    """Numbers with commas between: 1,4,16 or 1k,8k. each: what one of them is."""
 
     name = "numbers"
+
+    def __init__(self, each: TokenCount) -> None:
+        self.each = each
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
-        return tuple(TokenCount().convert(part, param, ctx) for part in str(value).split(","))
+        return tuple(self.each.convert(part, param, ctx) for part in str(value).split(","))
 
 
 def _server_options(function: Any) -> Any:
@@ -51,10 +64,14 @@ def _server_options(function: Any) -> Any:
 @click.command("bench")
 @click.argument("checkpoint")
 @click.option(
-    "--concurrency", type=Counts(), default="1,4,16", show_default=True, help="Requests at once, each a measurement."
+    "--concurrency",
+    type=Counts(RequestCount()),
+    default="1,4,16",
+    show_default=True,
+    help="Requests at once, each a measurement.",
 )
 @click.option(
-    "--context", "contexts", type=Counts(), default="1k", show_default=True, help="Tokens of a request, prompt and answer, each a measurement."
+    "--context", "contexts", type=Counts(Length()), default="1k", show_default=True, help="Tokens of a request, prompt and answer, each a measurement; k is 1,024."
 )  # fmt: skip
 @click.option("--output", type=click.IntRange(2, MAX_COUNT), default=128, help="Generated tokens of a request. [128]")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=2, help="Requests of each concurrent stream. [2]")
@@ -66,7 +83,7 @@ def _server_options(function: Any) -> Any:
 @click.option(
     "--least-acceptance",
     type=click.FloatRange(0, 1, min_open=True),
-    default=LEAST_SHARE,
+    default=None,
     help=f"That part. [{LEAST_SHARE:g}]",
 )
 @click.option("--guard", "through", flag_value="guard", default=None, help="Through the KV cache guard. [default]")
@@ -100,11 +117,15 @@ def _server_options(function: Any) -> Any:
 @click.option("--quiet", is_flag=True, help="Keep the engine's output in the log only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(checkpoint: str, concurrency: tuple[int, ...], contexts: tuple[int, ...], output: int, rounds: int, texts: Path | None, temperature: float,
-            source: Path | None, least_acceptance: float, through: str | None, recipe_file: str | None, engine_python: str | None, pin: bool, point_timeout: int, log: Path, report: Path | None, dry_run: bool,
+            source: Path | None, least_acceptance: float | None, through: str | None, recipe_file: str | None, engine_python: str | None, pin: bool, point_timeout: int, log: Path, report: Path | None, dry_run: bool,
             quiet: bool, as_json: bool, **options: Any) -> None:  # fmt: skip
     """Measure CHECKPOINT on this machine: start its server, send random prompts, print tokens per second and latencies, stop it."""
     load = Load(concurrency, contexts, output, rounds, texts, temperature)
     load.check()
+    if least_acceptance is not None and source is None:
+        raise OptionError(
+            "--least-acceptance is a part of what the source's draft gives: name that measurement with --acceptance-of."
+        )
     if len(load.points()) > MAX_POINTS:
         raise OptionError(f"{len(load.points())} measurements were asked for: at most {MAX_POINTS} in a run.")
     if report:
@@ -126,7 +147,9 @@ def command(checkpoint: str, concurrency: tuple[int, ...], contexts: tuple[int, 
         _say(f"not measured: {_words(point)}: the pool of {servers[0].fit.pool.tokens:,} tokens does not hold them")
     prompts = shares(texts, read_texts(texts), [point.requests for point in points]) if texts else None
     check_sampling(server, temperature)
-    baseline = read_baseline(source, server.fit.setup.draft, load, points, least_acceptance) if source else None
+    baseline = (
+        read_baseline(source, server.fit.setup.draft, load, points, least_acceptance or LEAST_SHARE) if source else None
+    )
     if dry_run:
         _show_plan(servers, points, left, as_json)
         return
@@ -174,7 +197,12 @@ def _measure(servers: Sequence[Prepared], points: Sequence[Point], texts: Sequen
     rows: list[Row] = []
     for server in servers:
         check_start(server)
-    client_log(log).unlink(missing_ok=True)
+    try:
+        client_log(log).unlink(missing_ok=True)
+    except OSError as error:
+        raise OptionError(
+            f"the log {client_log(log)} cannot be written: {error.strerror}; name another with --log."
+        ) from None
 
     def on_row(row: Row) -> None:
         rows.append(row)
@@ -205,6 +233,7 @@ def bench_json(
         "engine": {"name": fit.engine.name, "version": _version(server)},
         "setup": {"kv_dtype": fit.setup.kv_dtype, "index_dtype": fit.setup.index_dtype, "max_num_seqs": fit.setup.max_num_seqs},
         "command": server.launch.command,
+        "environment": server.launch.public_env(),
         "texts": str(load.texts) if load.texts else None,
         "measured_with": measured_with(fit.setup.draft, load),
         "acceptance_of": source,
@@ -261,7 +290,7 @@ def bench_page(
         ("engine", f"{fit.engine.title} {_version(server)}"),
         ("KV cache", f"{fit.setup.kv_dtype}, {fit.pool.tokens:,} tokens planned"),
         ("prompts", f"{prompts}, temperature {load.temperature:g}"),
-        ("command", shlex.join(server.launch.command)),
+        ("command", server.launch.shown(shlex.quote, None)),
     ]
     if draft := fit.setup.draft:
         facts.insert(4, ("draft", f"{draft.where}, {draft.title}, {draft.tokens} tokens a step"))

@@ -19,6 +19,7 @@ from ..running.words import human_bytes
 from ..runtime.checklog import LogCheck, check_log, log_reader
 from ..runtime.cost import Prices, Speed, decode_speed, load_prices, price_per_million
 from ..runtime.draft import draft_notes, with_draft
+from ..runtime.engine_notes import release_notes, weight_notes
 from ..runtime.fit import Ask, Fit, Remedy, assess, remedies
 from ..runtime.hardware import STANDARD_NODES, Node, parse_node
 from ..runtime.model import ServedModel, Subject, open_subject
@@ -73,6 +74,8 @@ def run_fit(
     else:
         for note in draft_notes(ask.draft, fit.engine, node.gpu) if ask.draft else ():
             click.echo(note)
+        for note in (*release_notes(fit), *weight_notes(fit)):
+            click.echo(f"note: {note}")
         print_fit(fit, changes, prices)
     return 0 if fit.fits else NO_FIT
 
@@ -210,6 +213,11 @@ def _table_mode(
             "" if per_hour is None else _price_cell(per_hour, speed), fit.verdict,
         ])  # fmt: skip
     print_table(rows)
+    for note in release_notes(fits[0]):
+        click.echo(f"note: {note}")
+    for label, notes in {fit.model.label: weight_notes(fit) for fit in fits if fit.loads}.items():
+        for note in notes:
+            click.echo(f"note: {label}: {note}")
     for label, reason in {fit.model.label: fit.why_not for fit in fits if not fit.loads}.items():
         click.echo(f"is not loaded: {label}: {reason}")
     for name, reason in refused.items():
@@ -292,6 +300,7 @@ def fit_json(fit: Fit, changes: list[Remedy], prices: Prices) -> dict[str, Any]:
                   "measured": _measured_json(per_hour, speed)},
         "offload": offload_json(fit, prices),
         "command": shlex.join(fit.command()) if fit.fits else None,
+        "notes": [*release_notes(fit), *weight_notes(fit)],
         "changes": [{"change": r.change, "longest_context": r.fit.longest_context, "pool_tokens": r.fit.pool.tokens} for r in changes],
     }  # fmt: skip
 

@@ -54,15 +54,19 @@ def offload_lines(fit: Fit, prices: Prices | None = None) -> list[str]:
         )
     if setup.weight_offload:
         moved = max(rank.moved.weights for rank in fit.prediction.ranks)
+        short = (
+            f"; there are no more than that, {setup.weight_offload / GIB:.1f} GiB were asked for"
+            if moved < setup.weight_offload
+            else ""
+        )
         out.append(
-            f"weights in host memory: {moved / GIB:.1f} GiB of routed experts per GPU, read across the link in every step"
+            f"weights in host memory: {moved / GIB:.1f} GiB of routed experts per GPU, read across the link in every step{short}"
         )
         if found := _compared(fit, prices):
             out.append(
                 f"{found.sentence}; a step takes {found.slow_down:.1f} times as long as with all weights on such GPUs"
             )
     if out:
-        out.append(
-            f"host memory: {_host(fit) / GIB:.1f} GiB in all, where torch rounds each pinned tensor up to a power of two"
-        )
+        rounded = ", where torch rounds each pinned tensor up to a power of two" if setup.weight_offload else ""
+        out.append(f"host memory: {_host(fit) / GIB:.1f} GiB in all{rounded}")
     return out

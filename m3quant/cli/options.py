@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
+from ..engines import DEFAULT
 from ..families import QUANTIZABLE
 from ..planning.layout import FORMATS
 from ..recipe.choice import RecipeChoice
@@ -29,6 +31,7 @@ class TokenCount(click.ParamType[int]):
     """A number of tokens: 786432, 786,432, 800k or 0.8M (thousands and millions)."""
 
     name = "tokens"
+    what: ClassVar[str] = "tokens"
     units: ClassVar[dict[str, int]] = {"": 1, "k": 1_000, "m": 1_000_000}
     example: ClassVar[str] = "write for instance 786432, 800k or 0.8M"
 
@@ -39,12 +42,24 @@ class TokenCount(click.ParamType[int]):
         if isinstance(value, int):
             return value
         found = re.fullmatch(r"([\d,]{1,15}(?:\.\d{1,6})?)([kKmM]?)", str(value).strip())
-        if found is None or not found[1].strip(","):
-            self.fail(f"{value!r} is no number of tokens: {self.example}.", param, ctx)
-        count = round(float(found[1].replace(",", "")) * self.units[found[2].lower()])
+        unit = self.units.get(found[2].lower()) if found else None
+        if found is None or unit is None or not found[1].strip(","):
+            self.fail(f"{value!r} is no number of {self.what}: {self.example}.", param, ctx)
+        exact = Decimal(found[1].replace(",", "")) * unit
+        if exact != (count := int(exact)):
+            self.fail(f"{value!r} is no whole number of {self.what}: {self.example}.", param, ctx)
         if not self.least <= count <= MAX_COUNT:
-            self.fail(f"{value!r} is not between {self.least:,} and {MAX_COUNT:,} tokens.", param, ctx)
+            self.fail(f"{value!r} is not between {self.least:,} and {MAX_COUNT:,} {self.what}.", param, ctx)
         return count
+
+
+class RequestCount(TokenCount):
+    """A number of requests: 16."""
+
+    name = "requests"
+    what: ClassVar[str] = "requests"
+    units: ClassVar[dict[str, int]] = {"": 1}
+    example: ClassVar[str] = "write for instance 16"
 
 
 class Length(TokenCount):
@@ -263,6 +278,7 @@ def serving_options(function: F) -> F:
         click.option("--on", default=None, metavar="NODE", help="A node: 1xH200, 2xH100, ..., or 2x95.5GiB for another card."),
         click.option("--all", "everything", is_flag=True, default=None, help="Every precision on every standard node, with prices."),
         click.option("--check-log", type=click.Path(path_type=Path), default=None, help="Compare the prediction with a vLLM start-up log."),
+        click.option("--engine-release", default=None, metavar="VERSION", help=f"Release of {DEFAULT.title} to plan for, for instance 0.26.0. [the newest that was read]"),
         click.option("--prices", type=click.Path(path_type=Path), default=None, help="Price file (YAML) instead of the one in the package."),
     )):  # fmt: skip
         function = option(function)

@@ -23,4 +23,6 @@ def write_file(path: Path, text: str) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoppedError(f"{path} cannot be written: {error.strerror}. Free space and run it again.") from None
-        raise OutputError(f"{path} cannot be written: {error.strerror}.") from None
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror}): name a file in a folder that exists and is yours to write in."
+        ) from None

@@ -14,13 +14,14 @@ import click
 
 from ..engines import DEFAULT, ENGINES, NAMES
 from ..engines.device import CPU
+from ..engines.drafts import Draft
 from ..engines.installed import ENGINE_PYTHON
 from ..errors import OptionError
 from ..publish.licence_line import LicenceLine, licence_line
 from ..runtime.compose import compose_file
 from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Ready, full_check, prepare, serve
-from ..runtime.serve_recipe import load_serve_recipe
+from ..runtime.serve_recipe import load_serve_recipe, serving_recipe_names
 from ..runtime.units import systemd_unit
 from .offload_output import offload_json, offload_lines
 from .options import ASK_OPTIONS, OFFLOAD_OPTIONS, ask_options, draft_options, offload_options
@@ -50,7 +51,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
     "recipe_file",
     default=None,
     metavar="FILE",
-    help="Choices as YAML, or the name of one that ships: serve-1xh200, serve-2xh100.",
+    help=f"Choices as YAML, or the name of one that ships: {', '.join(serving_recipe_names())}.",
 )
 @click.option(
     "--on", "node", default=None, metavar="NODE", help="1xH200, 2xH100, ..., cpu, cpu:4GiB. [what this machine has]"
@@ -209,7 +210,7 @@ def _show(prepared: Prepared, licence: LicenceLine, as_json: bool, api_key_env: 
         decision = {
             "event": "decided", "command": launch.command, "env": launch.public_env(), "node": fit.node.name, "context": fit.context, "pool_tokens": fit.pool.tokens,
             "concurrency": fit.concurrency, "kv_dtype": fit.setup.kv_dtype, "engine": engine, "kv_cache_memory_bytes": prepared.pin,
-            "offload": offload_json(fit), "licence": licence.to_json(),
+            "draft": fit.setup.draft and draft_json(fit.setup.draft), "offload": offload_json(fit), "licence": licence.to_json(),
         }  # fmt: skip
         click.echo(json.dumps(decision))
         return
@@ -221,6 +222,17 @@ def _show(prepared: Prepared, licence: LicenceLine, as_json: bool, api_key_env: 
     for line in offload_lines(fit):
         click.echo(line)
     click.echo(launch.shown(shlex.quote, api_key_env))
+
+
+def draft_json(draft: Draft) -> dict[str, Any]:
+    """revision: None for a folder; licence: '' where its card states none."""
+    return {
+        "where": draft.where,
+        "revision": draft.revision,
+        "method": draft.method,
+        "tokens": draft.tokens,
+        "licence": draft.licence,
+    }
 
 
 def _ready(prepared: Prepared, ready: Ready, as_json: bool) -> None:

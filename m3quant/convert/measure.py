@@ -63,19 +63,9 @@ from ..running.stopping import StopFlag, stop_on_signals
 from ..schemes import Scheme, parse_scheme
 from .device_layers import DeviceLoader
 from .job import out_of_memory
+from .measure_plan import pilot_recipes, probe_windows, probes_of
 from .measure_state import MeasureState, PilotState, ProbeState, SavedState
 from .words import layer_words
-
-# Errors that are carried to the end: a large and a small one for the role that most bytes and most of the loss are in,
-# one for the others. Where a role's candidates have none of them, the one of fewest bits.
-BULK_PROBES = ("int2-g128-asym", "int4-g128")
-OTHER_PROBES = ("int4-g128",)
-# Whole recipes: routed experts, and what every token passes through.
-PILOTS = (("int2-g128-asym", "int8-g128"), ("int3-g128-asym", "int8-g128"), ("int4-g128", "int8-g128"))
-# One more pilot, like the last of those but for what every token passes through: its error is compensated in part by the
-# experts that are rounded after it, and this says how much of it is left.
-OTHERS_PILOT = ("int4-g128", "int4-g128")
-PROBE_BYTES = 16 * 10**9
 
 
 @dataclass
@@ -151,10 +141,11 @@ class Measuring:
                 self._embedded(self.tokens[self.calibration :], torch.float32),
                 [
                     PilotState(own, self._embedded(self.tokens, self.dtype), others)
-                    for own, others in self.pilot_recipes()
+                    for own, others in pilot_recipes(self.fitting)
                 ],
             )
-            self.probe_windows = self._probe_windows()
+            exact = self.state.exact
+            self.probe_windows = probe_windows(self.fitting, len(exact), exact.nbytes // len(exact))
             checkpoint.finish_step(EMBEDDINGS)
             found = self._run(text_sha256, saved)
         if saved:
@@ -196,21 +187,12 @@ class Measuring:
             "candidates": [
                 {role: list(names) for role, names in own.items()} for own in self.fitting.choices.candidates
             ],
-            "pilots": [layers for layers, _ in self.pilot_recipes()],
+            "pilots": [layers for layers, _ in pilot_recipes(self.fitting)],
             "settings": [self.settings.micro_batch_tokens, self.settings.strict_coverage],
         }
 
     def _embedded(self, tokens: torch.Tensor, dtype: torch.dtype) -> HiddenStates:
         return embed_source(self.reader, tokens, dtype, self.device, None)
-
-    def _probe_windows(self) -> int:
-        """Held-out windows that each probe carries: all of them, if PROBE_BYTES hold that for all probes, but two at least."""
-        probes = sum(
-            len(self._probes(role, names)) for own in self.fitting.choices.candidates for role, names in own.items()
-        )
-        exact = self.state.exact
-        window = exact.nbytes // len(exact)
-        return min(len(exact), max(2, PROBE_BYTES // (window * probes)))
 
     def _layers(self, stack: contextlib.ExitStack, units: Sequence[Unit]) -> Iterator[dict[str, torch.Tensor]]:
         load: Callable[[Unit], dict[str, torch.Tensor]]
@@ -220,23 +202,6 @@ class Measuring:
         else:
             load = lambda unit: read_layer(self.reader, cast("int", unit.layer))  # noqa: E731
         return stack.enter_context(Prefetcher(load, units))
-
-    def _probes(self, role: str, names: Sequence[str]) -> list[str]:
-        wanted = BULK_PROBES if role == self.fitting.bulk else OTHER_PROBES
-        return [name for name in names if name in wanted] or [min(names, key=lambda name: parse_scheme(name).bits)]
-
-    def pilot_recipes(self) -> list[tuple[list[dict[str, str]], bool | None]]:
-        """(layers, whether it is OTHERS_PILOT) of the pilots whose schemes are candidates wherever a role exists; the first
-        candidates if no pilot is possible."""
-        candidates = self.fitting.choices.candidates
-        found: list[tuple[list[dict[str, str]], bool | None]] = []
-        for schemes in (*PILOTS, OTHERS_PILOT):
-            layers = [{role: schemes[role != self.fitting.bulk] for role in own} for own in candidates]
-            if all(
-                own[role] in names for own, has in zip(layers, candidates, strict=True) for role, names in has.items()
-            ):
-                found.append((layers, schemes == OTHERS_PILOT))
-        return found or [([{role: names[0] for role, names in own.items()} for own in candidates], False)]
 
     def _measure_layer(self, unit: Unit, tensors: dict[str, torch.Tensor]) -> None:
         assert unit.layer is not None
@@ -251,7 +216,7 @@ class Measuring:
         arrived = len(state.probes)
         view = WindowView(state.source, 0, self.calibration)
         for role, names in candidates.items():
-            probes = self._probes(role, names)
+            probes = probes_of(self.fitting, role, names)
             for name in names:
                 self.stop.check()
                 steps.step(layer_words(self.plan, unit, f"{role} as {name}"))
@@ -304,14 +269,26 @@ class Measuring:
         self, spec: LayerSpec, tensors: Mapping[str, torch.Tensor], quantized: QuantizedLayer, dtype: torch.dtype
     ) -> Layer:
         """A layer of what an engine computes with; the tensors given stay as they are, and are shared where they can be."""
-        changed = {name: weight.dequantized().to(torch.bfloat16) for name, weight in quantized.weights.items()}
+        stacked = (
+            {name for which in tensors.stacks for name in tensors.names(which)}
+            if isinstance(tensors, LayerTensors)
+            else set()
+        )
+        changed = {
+            name: weight.dequantized().to(torch.bfloat16)
+            for name, weight in quantized.weights.items()
+            if name not in stacked
+        }
         changed |= quantized.other
         if not isinstance(tensors, LayerTensors):
             return Layer(spec, {**tensors, **changed}, self.device, dtype)
         stacks = {}
         for which, stack in tensors.stacks.items():
             names = tensors.names(which)
-            stacks[which] = torch.stack([changed[n] for n in names]) if names[0] in changed else stack
+            stacks[which] = torch.empty_like(stack) if names[0] in quantized.weights else stack
+            if stacks[which] is not stack:  # one expert after the other: all of them besides would be a layer more
+                for number, name in enumerate(names):
+                    stacks[which][number] = quantized.weights[name].dequantized()
         return Layer(spec, LayerTensors({**tensors, **changed}, stacks, tensors.moe), self.device, dtype)
 
     def _through(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:

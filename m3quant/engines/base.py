@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from ..checkpoint.strict_json import shown
 from ..errors import EngineMissing
@@ -175,22 +175,39 @@ class Engine(ABC):
         """Warnings about this release. Raises EngineMissing where it is too old for the family."""
         if self.can.read is None:
             return []
-        release = installed.release
-        if release is None:
-            return [
-                f"{self.title} calls itself '{installed.version}': its version was not checked against the checkpoint"
-            ]
+        if installed.release is None:
+            return self.unread(installed.version)
         needed = family.in_engine(self.name).first_release
         if needed and is_older(installed, needed):
             raise EngineMissing(
                 f"{self.title} {installed.version} does not have {family.model_type}: install {needed} or newer."
             )
+        return self.unread(installed.version)
+
+    def unread(self, release: str) -> list[str]:
+        """A warning where this was not written for the release."""
+        if self.can.read is None:
+            return []
         first, beyond = self.can.read
-        if not Version(first) <= release < Version(beyond):
-            return [
-                f"{self.title} {installed.version} is outside the releases this was written for ({first} to before {beyond}): check what it measures"
-            ]
-        return []
+        try:
+            if Version(first) <= Version(release) < Version(beyond):
+                return []
+        except InvalidVersion:
+            return [f"{self.title} calls itself '{release}': its version was not checked against the checkpoint"]
+        return [
+            f"{self.title} {release} is outside the releases this was written for ({first} to before {beyond}): check what it measures"
+        ]
+
+    def release_refusal(self, family: Family, schemes: Collection[Scheme], release: str | None) -> str:
+        """Why a release does not load a checkpoint of the family with these schemes, and what to do; '' where nothing is known against it."""
+        first = self.first_release(family, schemes)
+        if not first or not precedes(release, first):
+            return ""
+        return f"{self.title} {release} does not read it, {first} is the first that does: install that or a newer one"
+
+    def index_refusal(self, gpu: Gpu, release: str | None) -> str:
+        """The same of FP8 index keys on this device."""
+        return ""
 
     def first_release(self, family: Family, schemes: Collection[Scheme]) -> str:
         """The oldest release that reads such a checkpoint of the family; '' where every known one does."""
@@ -205,6 +222,10 @@ class Engine(ABC):
     def draft_refusal(self, draft: Draft, family: Family, gpu: Gpu, pp: int, release: str | None) -> str:
         """Why the engine does not run this draft before this target, and what to do; '' where it does. release: as above."""
         return f"{self.title} is not given a draft here: leave --draft out"
+
+    def batch_refusal(self, sequences: int, tokens: int) -> str:
+        """Why it does not start with so many sequences at once and tokens in a step, and what to do; '' where it does."""
+        return ""
 
     def offload_refusal(self, offload: Offload) -> str:
         """Why the engine cannot keep this in host memory, and what to do; '' where it can."""
@@ -291,6 +312,14 @@ class Engine(ABC):
 
     def __repr__(self) -> str:
         return f"<engine {self.name}>"
+
+
+def precedes(release: str | None, first: str) -> bool:
+    """Whether a release is known to come before `first`: not None, and no build that numbers itself in its own way."""
+    try:
+        return release is not None and Version(release) < Version(first)
+    except InvalidVersion:
+        return False
 
 
 def is_older(installed: Installed, release: str) -> bool:

@@ -18,7 +18,11 @@ class Growth:
     tally: Tally = field(default_factory=Tally)
     began: float = 0.0  # by the referee's steps: when its first token was written
     likely: int = 0
-    look: float = 0.0  # looked up again when the answer is this long
+    look: float = 0.0  # looked up again when the answer is this long,
+    lore: tuple[int, float] = (
+        0,
+        0.0,
+    )  # or, while it waits, when more is known than this: answers of its class, and the share of them
 
     def written(self, steps: float) -> float:
         """Tokens written, by what has passed here or by the engine's steps, whichever is more: streams may come in lumps, plain answers at the end."""

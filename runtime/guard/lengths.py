@@ -36,6 +36,7 @@ class Lengths:
         self.ended = array("f", bytes(4 * len(EDGES)))
         self.cut = array("f", bytes(4 * len(EDGES)))
         self.total = 0.0
+        self.learned = 0  # answers in all
         self._at_risk: list[float] | None = None  # answers at least as long as each bin
 
     def learn(self, tokens: int, ended: bool) -> None:
@@ -43,6 +44,7 @@ class Lengths:
         at = min(bisect_left(EDGES, tokens), len(EDGES) - 1)
         (self.ended if ended else self.cut)[at] += 1
         self.total += 1
+        self.learned += 1
         self._at_risk = None
         if self.total > REMEMBERED:
             for counts in (self.ended, self.cut):

@@ -60,6 +60,7 @@ class Outlook:
         self.running[ticket] = None
         self._forecast = None
         if (growth := ticket.growth) is not None:
+            growth.likely = 0  # looked up when it is asked for, however long ago it began to wait
             growth.began = self.referee.steps + math.ceil(growth.prompt / PREFILL_STEP)
 
     def first_token(self, ticket: Ticket) -> None:
@@ -88,9 +89,12 @@ class Outlook:
         growth = ticket.growth
         if growth is None:
             return Course(ticket.tokens - self.block_size * hits, None)
-        written = growth.written(self.referee.steps) if ticket in self.running else 0.0
-        if written >= growth.look or not growth.likely:
-            known = self.table.of(growth.name)
+        running = ticket in self.running
+        written = growth.written(self.referee.steps) if running else 0.0
+        known = self.table.of(growth.name)
+        lore = (known.learned if known else 0, self.referee.share)
+        if written >= growth.look or not growth.likely or (not running and lore != growth.lore):
+            growth.lore = lore
             growth.likely = (
                 growth.most if known is None else known.likely(int(written), growth.most, self.referee.share)
             )

@@ -68,6 +68,8 @@ PRESETS = {
     "m2.7-fit-1xh200": Preset(DATA / "minimax-m2.7", "fit-m2.7-1xh200", GPU),
     "m2.7-fit-1xh100": Preset(DATA / "minimax-m2.7", "fit-m2.7-1xh100", GPU),
     "m3-fit-1xh200": Preset(DATA / "minimax-m3", "fit-m3-1xh200", {**GPU, "start_timeout": MIXED_START_S}),
+    "m3-fit-2xh100": Preset(DATA / "minimax-m3", "fit-m3-2xh100", {**GPU, "start_timeout": MIXED_START_S}),
+    "m3-awq": Preset(DATA / "minimax-m3", "awq", GPU),  # two H200s
     "tiny-m2": Preset(FIXTURES / "tiny-m2", "awq", TINY),
     "tiny-m3": Preset(FIXTURES / "tiny-m3", "awq", TINY),
 }
@@ -81,6 +83,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "graphs-16": {"extra": ["--cudagraph-capture-sizes", "1", "2", "4", "8", "16"]},
     "eager": {"extra": ["--enforce-eager"]},
     "marlin": {"extra": ["--moe-backend", "marlin"]},
+    "expert-parallel": {"extra": ["--enable-expert-parallel"]},  # of several GPUs
 }
 THROUGH: dict[str, dict[str, Any]] = {"guard": {"guard": True}, "engine": {"guard": False}}
 PLUGIN = """
@@ -208,6 +211,7 @@ def run_starts(preset: Preset, starts: Mapping[str, Mapping[str, Any]], cells: S
         try:
             prepared = prepare(str(folder), recipe_of(preset, changes), None, None, None, False, False, print)
         except M3QuantError as error:  # a flag with which the model does not fit
+            print(f"{name}: refused: {error}", flush=True)
             figures.document.setdefault("refused", {})[name] = str(error)
             figures.write()
             good = False
@@ -237,18 +241,39 @@ def environment(norm: str, folder: Path) -> dict[str, str]:
     return env
 
 
+def seconds(text: str) -> float:
+    """Raises ValueError for what is no time."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+def file_to_write(text: str) -> Path:
+    """Raises ArgumentTypeError for a folder: known only after minutes otherwise."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder: name a file in it")
+    return path
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="JSON; the engine's logs go beside it")
-    parser.add_argument("--seconds", type=float, default=380.0, help="of everything [380]")
-    parser.add_argument("--through", default="guard", help="guard, engine or both with a comma: a start each [guard]")
-    parser.add_argument("--flags", default="", help=f"a start each, at 1 and 16 requests alone: {', '.join(FLAGS)}")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON; the engine's logs go beside it")
+    parser.add_argument("--seconds", type=seconds, default=380.0, help="of everything [380]")
+    parser.add_argument("--through", help="guard, engine or both with a comma: a start each [guard]")
+    parser.add_argument(
+        "--flags", help=f"a start each, through the guard, at 1, 4 and 16 requests of 1,024 tokens: {', '.join(FLAGS)}"
+    )
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    names, known = (arguments.flags, FLAGS) if arguments.flags else (arguments.through, THROUGH)
+    if arguments.flags is not None and arguments.through is not None:
+        parser.error("--flags are measured through the guard alone: give them without --through")
+    flags = arguments.flags is not None
+    names, known = (arguments.flags, FLAGS) if flags else (arguments.through or "guard", THROUGH)
     if unknown := set(names.split(",")) - set(known):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        parser.error(f"unknown: {', '.join(sorted(map(repr, unknown)))}; there are {', '.join(known)}")
     starts = {name: known[name] for name in names.split(",")}
     preset = PRESETS[arguments.preset]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -260,7 +285,7 @@ def main() -> int:
             "preset": arguments.preset, "recipe": preset.recipe, "arguments": sys.argv[1:], "measured": time.strftime("%Y-%m-%d"), "machine": {},
         }  # fmt: skip
         figures = Figures(arguments.out, head)
-        cells = ((1, 1), (16, 1), (4, 1)) if arguments.flags else CELLS
+        cells = ((1, 1), (16, 1), (4, 1)) if flags else CELLS
         good = run_starts(preset, starts, cells, figures, folder, deadline)
     print(json.dumps(figures.document["starts"], indent=1))
     return 0 if good else 1

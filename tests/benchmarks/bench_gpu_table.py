@@ -50,21 +50,25 @@ def shipped_table() -> list[str]:
 
 
 def grid_table(document: dict[str, Any]) -> list[str]:
-    """Every point through the guard, with what the engine gave without it."""
+    """Every point through the guard, with what the engine gave without it; latencies are of the guard's start where it has the point."""
     starts = {start["name"]: start for start in document["starts"]}
-    alone = {(row["concurrency"], row["context"]): row for row in good_rows(starts.get("engine", {"rows": []}))}
+    guarded, alone = (
+        {(row["context"], row["concurrency"]): row for row in good_rows(starts.get(name, {"rows": []}))}
+        for name in ("guard", "engine")
+    )
     lines = [
         _caption(document, starts.get("guard") or starts["engine"]),
         "",
         "| at once | context | tokens/s | of bound | without the guard | TTFT p50, ms | ITL p50 | ITL p99 |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in good_rows(starts.get("guard", {"rows": []})):
-        other = alone.get((row["concurrency"], row["context"]))
+    for point in sorted({*guarded, *alone}):
+        own, other = guarded.get(point), alone.get(point)
+        row = own or alone[point]
         bound = row["bound_tokens_per_s"]
         cells = [
-            f"{row['concurrency']}", f"{row['context']:,}", f"{row['steady_tokens_per_s']:,.0f}",
-            f"{row['steady_tokens_per_s'] / bound:.0%}" if bound else "", f"{other['steady_tokens_per_s']:,.0f}" if other else "",
+            f"{row['concurrency']}", f"{row['context']:,}", f"{own['steady_tokens_per_s']:,.0f}" if own else "",
+            f"{own['steady_tokens_per_s'] / bound:.0%}" if own and bound else "", f"{other['steady_tokens_per_s']:,.0f}" if other else "",
             f"{row['ttft_ms']['50']:,.0f}", f"{row['itl_ms']['50']:.1f}", f"{row['itl_ms']['99']:.1f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -122,9 +126,16 @@ def with_tables(page: str, text: str) -> str:
 
 
 def measured_set(document: dict[str, Any]) -> dict[str, Any]:
-    """A set of runtime/measured.yaml, from the start through the guard. The bound is that of the prompt, before the answer."""
+    """A set of runtime/measured.yaml, from the start through the guard. The bound is that of the prompt, before the answer.
+
+    Raises ValueError where there is no such start, or no point of it is a figure.
+    """
     preset = PRESETS[document["preset"]]
-    start = next(start for start in document["starts"] if start["name"] == "guard")
+    start = next((start for start in document["starts"] if start["name"] == "guard" and good_rows(start)), None)
+    if start is None:
+        raise ValueError(
+            f"{document['preset']} of {document['measured']} has no figure through the guard: measure it with --through guard"
+        )
     model = open_subject(str(preset.source / "config.json")).converted(build_recipe(named_recipe(preset.recipe)))
     node = parse_node(document["machine"]["node"])
     fit = assess(model, node, Ask(kv_dtype=start["kv_dtype"]))
@@ -151,9 +162,20 @@ def main() -> None:
     parser.add_argument("--yaml", action="store_true")
     arguments = parser.parse_args()
     paths = arguments.figures or sorted(FIGURES.glob("h200_bench_*.json"))
-    documents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    documents = []
+    for path in paths:
+        try:
+            documents.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            parser.error(f"{path} cannot be read ({error}): give what bench_gpu wrote with --out")
+        if not isinstance(documents[-1], dict) or not {"preset", "starts", "machine"} <= documents[-1].keys():
+            parser.error(f"{path} is no result of bench_gpu: give what it wrote with --out")
     if arguments.yaml:
-        print(yaml.safe_dump([measured_set(d) for d in documents], sort_keys=False, default_flow_style=None, width=140))
+        try:
+            sets = [measured_set(document) for document in documents]
+        except ValueError as error:
+            parser.error(str(error))
+        print(yaml.safe_dump(sets, sort_keys=False, default_flow_style=None, width=140))
     elif arguments.into:
         page = arguments.into.read_text(encoding="utf-8")
         arguments.into.write_text(with_tables(page, tables(documents)), encoding="utf-8")

@@ -74,7 +74,9 @@ def test_a_failure_is_in_the_result_and_the_next_start_is_made(tmp_path: Path) -
         assert "the client is broken" in start["error"] and start["rows"] == [] and len(start["not_measured"]) == 4
 
 
-def test_a_start_that_is_refused_does_not_keep_the_others_from_theirs(tmp_path: Path) -> None:
+def test_a_start_that_is_refused_does_not_keep_the_others_from_theirs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     starts: dict[str, dict[str, Any]] = {"too long": {"context": 10**6}, "unknown dtype": {"kv_dtype": "int1"}}
     figures = bench_gpu.Figures(tmp_path / "out.json", {"machine": {}})
     preset = PRESETS["tiny-m2"]
@@ -82,6 +84,8 @@ def test_a_start_that_is_refused_does_not_keep_the_others_from_theirs(tmp_path: 
     assert not bench_gpu.run_starts(preset, starts, CELLS, figures, folder, time.monotonic() + 60)
     written = json.loads((tmp_path / "out.json").read_text())
     assert set(written["refused"]) == set(starts) and written["starts"] == []
+    said = capsys.readouterr().out
+    assert all(f"{name}: refused: " in said for name in starts)
 
 
 def test_the_time_that_is_given_is_kept(tmp_path: Path) -> None:
@@ -92,6 +96,18 @@ def test_the_time_that_is_given_is_kept(tmp_path: Path) -> None:
 def test_an_unknown_flag_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     code, result, said = run(tmp_path, "--flags=bse")
     assert code == 2 and not result and "bse" in said and "batched-16384" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--flags=base", "--through=engine"), "give them without --through"), (("--flags=",), "unknown: ''"), (("--through=guard,",), "unknown: ''"),
+        (("--seconds=-5",), "--seconds"), (("--seconds=nan",), "--seconds"), (("--out=.",), "is a folder"),
+    ],
+)  # fmt: skip
+def test_arguments_that_say_nothing_are_refused(tmp_path: Path, options: tuple[str, ...], told: str) -> None:
+    code, result, said = run(tmp_path, *options)
+    assert code == 2 and not result and told in said
 
 
 @pytest.mark.parametrize("name", ["m2.7-awq", "m3-fit-1xh200"])
@@ -159,6 +175,35 @@ def test_a_set_for_the_plan_has_neither_rehearsals_nor_points_that_waited() -> N
     assert found.stored_bytes == 121_279_934_336 and all(speed < bound for _, _, speed, bound in found.figures)
     text = "\n".join(grid_table(document(rows)))
     assert "118,528 KV tokens" in text and "| 1 | 1,024 | 150 | 25% |" in text and "90" not in text.split("|---")[0]
+
+
+def test_what_was_measured_without_the_guard_alone_is_in_the_table_and_in_no_set() -> None:
+    alone = document([row(1, 1024, 150.0)])
+    alone["starts"][0]["name"] = "engine"
+    assert "| 1 | 1,024 |  |  | 150 | 7 | 6.7 | 40.0 |" in grid_table(alone)
+    both = document([row(1, 1024, 120.0)])
+    both["starts"].append(alone["starts"][0] | {"rows": [row(1, 1024, 150.0), row(4, 1024, 400.0)]})
+    assert [line.split(" | ")[:5] for line in grid_table(both)[-2:]] == [
+        ["| 1", "1,024", "120", "20%", "150"],
+        ["| 4", "1,024", "", "", "400"],
+    ]
+    for empty in (alone, document([]), document([row(1, 1024, 90.0, rehearsal=True)])):
+        with pytest.raises(ValueError, match="has no figure through the guard: measure it with --through guard"):
+            measured_set(empty)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", None])
+def test_a_file_that_is_no_result_is_one_sentence(text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    if text is not None:
+        path.write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.bench_gpu_table", "--yaml", str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "give what" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_page_has_the_tables_of_the_figures() -> None:

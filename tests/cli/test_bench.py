@@ -80,7 +80,10 @@ def test_every_point_is_measured_and_the_server_ends(bench: Bench, port: int, tm
     assert rows[0]["ttft_ms"] == {"50": 50.0, "90": 90.0, "99": 99.0} and rows[0]["acceptance_length"] is None
     assert done.json["engine"] == {"name": VLLM.name, "version": "0.33.0+cpu"} and done.json["not_measured"] == []
     assert "point 1 of 2: 3 requests of 232 + 8 tokens, 1 at once" in done.err
-    assert "200.0" in (tmp_path / "page.html").read_text()
+    assert (
+        done.json["environment"]["M3QUANT_GUARD_RESERVE"] == "learned"
+    )  # without which a figure through the guard says little
+    assert all(part in (tmp_path / "page.html").read_text() for part in ("200.0", "M3QUANT_GUARD_RESERVE=learned"))
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
@@ -124,7 +127,12 @@ def test_a_signal_ends_it_with_what_was_measured(bench: Bench, tmp_path: Path) -
         (("--context=8k,16k",), 3, "config.json allows 8,192 tokens"),
         (("--context=100", "--output=90"), 2, "has no room for --output 90"),
         (("--concurrency=1,64", "--max-num-seqs=32"), 2, "--max-num-seqs 32 is less than --concurrency 64"),
-        (("--concurrency=1,x",), 2, "'x' is no number of tokens"),
+        (("--concurrency=1,x",), 2, "'x' is no number of requests"),
+        (("--concurrency=1k",), 2, "'1k' is no number of requests"),
+        (("--concurrency=0,4",), 2, "'0' is not between 1 and 2,147,483,648 requests"),
+        (("--context=1k,",), 2, "'' is no number of tokens"),
+        (("--least-acceptance=0.5",), 2, "name that measurement with --acceptance-of"),
+        (("--slow-offload",), 2, "say how many bytes with --weight-offload"),
         (("--engine=sglang", "--on=1xH200"), 2, "SGLang has another"),
         (("--report=/nowhere/page.html",), 2, "/nowhere/page.html cannot be written"),
         ((f"--concurrency={','.join(map(str, range(1, 66)))}",), 2, "65 measurements were asked for: at most 64"),
@@ -136,6 +144,12 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(
     done = bench("", *options)
     assert done.code == code and message in done.err, done.err
     assert not (tmp_path / "log").exists()
+
+
+def test_a_log_that_cannot_be_written_is_told_with_its_option(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = bench("", f"--log={tmp_path / 'file' / 'log'}")
+    assert done.code == 2 and "cannot be written: Not a directory; name another with --log" in done.err
 
 
 def test_a_taken_port_is_met_before_the_start(bench: Bench, port: int, tmp_path: Path) -> None:
@@ -150,12 +164,12 @@ def test_a_dry_run_shows_the_points_and_needs_no_engine(shell: Shell, monkeypatc
     monkeypatch.delenv(ENGINE_PYTHON, raising=False)
     done = shell("bench", M2, "--on=1xH200", "--concurrency=4,1", "--context=1k,500", "--dry-run", "--json")
     assert done.code == 0 and [(p["context"], p["concurrency"]) for p in done.json["points"]] == [
-        (500, 1), (500, 4), (1000, 1), (1000, 4),
+        (500, 1), (500, 4), (1024, 1), (1024, 4),
     ]  # fmt: skip
     (command,), (environment,) = done.json["commands"], done.json["environments"]
     words = shell("bench", M2, "--on=1xH200", "--concurrency=4,1", "--context=1k,500", "--dry-run").out
     assert environment and all(f"{name}=" in words.splitlines()[-1] for name in environment)
-    assert command[command.index("--max-model-len") + 1] == "1000" and command[command.index("--max-num-seqs") + 1] == "4"  # fmt: skip
+    assert command[command.index("--max-model-len") + 1] == "1024" and command[command.index("--max-num-seqs") + 1] == "4"  # fmt: skip
 
 
 def test_points_beyond_the_pool_are_left_out_and_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
 
 from m3quant.cli.options import Length, TokenCount
@@ -71,6 +72,13 @@ def test_names_of_other_tools_are_ours(shell: Shell) -> None:
 def test_k_is_1024_of_a_length_and_1000_of_text() -> None:
     assert Length().convert("128k", None, None) == Length().convert("131,072", None, None) == 131072
     assert TokenCount().convert("800k", None, None) == 800_000
+    assert (Length().convert("1.5k", None, None), TokenCount().convert("1.1M", None, None)) == (1536, 1_100_000)
+
+
+@pytest.mark.parametrize("text", ["1.1k", "0.5", "1000.4"])
+def test_a_part_of_a_token_is_refused_and_not_rounded(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is no whole number of tokens"):
+        Length().convert(text, None, None)
 
 
 def test_a_message_names_the_option_as_it_is_written(shell: Shell) -> None:

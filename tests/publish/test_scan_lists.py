@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from m3quant.publish.files import PublishFile
-from m3quant.publish.scan import scan_file
+from m3quant.publish.scan import Allowed, scan, scan_file
+from m3quant.publish.scan.allow import Entry
 from m3quant.publish.scan.lists import LINE_BYTES, REPEATING, without_repeats
 from tests.support.paths import FIXTURES
 
@@ -63,6 +64,17 @@ def test_what_is_planted_among_them_is_found_at_its_line(entry: dict[str, str], 
     for name in sorted(REPEATING):
         found = list(scan_file(as_file(tmp_path, name, text)))
         assert [finding.line for finding in found] == [line], found
+
+
+def test_what_is_found_in_a_line_is_found_in_those_that_differ_in_a_number(tmp_path: Path) -> None:
+    """Else an entry that allows one host by its exact text would let the others of its shape pass."""
+    hosts = [f"node.{number}.internal" for number in (7, 8, 31)]
+    text = json.dumps(index(dict.fromkeys(hosts, "model-00001-of-00108.safetensors")), indent=2)
+    for name in sorted(REPEATING):
+        file = as_file(tmp_path, name, text)
+        assert [finding.found for finding in scan_file(file)] == hosts
+        entry = Entry(text=re.escape(hosts[0]), reason="a host of the documentation")
+        assert [finding.found for finding in scan([file], allowed=Allowed((entry,)))] == hosts[1:]
 
 
 def test_the_same_is_found_as_without_it(tmp_path: Path) -> None:

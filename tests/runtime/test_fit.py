@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -385,3 +386,18 @@ def test_no_torch_no_vllm_no_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("changes", "fits"), [
+    ({"max_num_seqs": 9000}, False), ({"concurrency": 9000, "context": 128}, False), ({"max_num_seqs": 64, "max_num_batched_tokens": 63}, False),
+    ({"max_num_seqs": 64, "max_num_batched_tokens": 64}, True), ({"max_num_seqs": 9000, "engine": "sglang"}, True),
+])  # fmt: skip
+def test_more_requests_than_a_step_has_tokens_are_refused_as_the_engine_does(
+    changes: dict[str, Any], fits: bool
+) -> None:
+    """vLLM says so only when it starts, on the machine that is paid for."""
+    fit = assess(by_label(M2)["awq"], parse_node("8xH200"), Ask(kv_dtype="fp8", **changes))
+    assert fit.fits == fits
+    assert fits or (
+        "vLLM refuses more requests at once" in fit.why_not and "give --max-num-batched-tokens" in fit.why_not
+    )

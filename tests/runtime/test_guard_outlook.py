@@ -94,6 +94,41 @@ def test_after_a_restart_nothing_is_known_and_all_is_reserved() -> None:
     assert not fresh.open  # and without gauges no forecast counts
 
 
+def test_a_request_that_waits_is_judged_by_what_is_learned_meanwhile() -> None:
+    outlook = Outlook(lambda: {})
+    outlook.resize(CAPACITY, BLOCK)
+    waiting, other = (Ticket("key", 448, growth=Growth(100, 320, name)) for name in ("class", "other class"))
+    assert outlook.course(waiting, 0).left == outlook.course(other, 0).left == 320
+    for _ in range(40):
+        outlook.learn(answer(10), finished=True)
+    assert outlook.course(waiting, 0).left == 10 and outlook.course(other, 0).left == 320
+    for _ in range(400):  # the longer ones come to be the rule
+        outlook.learn(answer(60), finished=True)
+    assert outlook.course(waiting, 0).left > 50
+
+
+def test_a_request_that_starts_is_judged_anew_however_it_was_judged_before() -> None:
+    """One that starts because all it may use fits is not asked for its course when it starts."""
+    outlook = Outlook(lambda: {})
+    outlook.resize(CAPACITY, BLOCK)
+    ticket = Ticket("key", 448, growth=Growth(100, 320, "class"))
+    assert outlook.course(ticket, 0).left == 320
+    for _ in range(40):
+        outlook.learn(answer(10), finished=True)
+    outlook.begin(ticket)
+    assert outlook.course(ticket, 0).left == 10
+    for _ in range(400):
+        outlook.learn(answer(60), finished=True)
+    assert outlook.course(ticket, 0).left == 10  # while it runs, at its own lengths alone
+
+
+def answer(tokens: int) -> Growth:
+    """One that ended by itself, of which the engine said its tokens."""
+    growth = Growth(100, 320, "class")
+    growth.tally.usage = tokens
+    return growth
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**32),

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from m3quant.cli import cli
+from m3quant.errors import NodeError
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.cost import decode_bound, decode_speed
 from m3quant.runtime.fit import Ask, Fit, assess
 from m3quant.runtime.hardware import parse_node
-from m3quant.runtime.measured import MeasuredSet, measured_sets, near
+from m3quant.runtime.measured import MeasuredSet, measured_sets, near, read_measured
 from m3quant.runtime.model import Subject, open_subject
 from tests.support.paths import TESTS
 
@@ -69,6 +73,33 @@ def test_what_was_not_measured_has_no_range(subjects: dict[str, Subject]) -> Non
     ):
         assert near(other, 1000, 1) is None
         assert decode_speed(other, 1000, 1).low == 0.0
+
+
+GOOD = {
+    "model_type": "minimax_m2", "recipe": "awq", "weights": "int", "stored_bytes": 1, "gpu": "H200", "gpus": 1, "source": "vLLM", "figures": [[1, 1, 1.0, 2.0]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("document", "key"),
+    [
+        ({"sets": [GOOD], "version": 2}, "version"),
+        ({"sets": [{**GOOD, "version": "0.34"}]}, "sets.0.version"),
+        ({"sets": [{**GOOD, "figures": [[0, 1, 1.0, 2.0]]}]}, "sets.0.figures.0.0"),
+        ({"sets": [{**GOOD, "figures": [[1, 1, 1.0]]}]}, "sets.0.figures.0.3"),
+        ({"sets": [{**GOOD, "figures": []}]}, "sets.0.figures"),
+        ({"sets": [{**GOOD, "stored_bytes": 0}]}, "sets.0.stored_bytes"),
+        ({}, "sets"),
+        ([], "the whole"),
+    ],
+)
+def test_a_file_that_is_wrong_is_told_by_its_key(document: Any, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "measured.yaml"
+    path.write_text(json.dumps({"sets": [GOOD]}))
+    assert len(read_measured(path)) == 1
+    path.write_text(json.dumps(document))
+    with pytest.raises(NodeError, match=f"measured speeds .*, key '{re.escape(key)}': .*bench_gpu_table --yaml"):
+        read_measured(path)
 
 
 def test_plan_says_what_was_measured_and_what_was_not() -> None:

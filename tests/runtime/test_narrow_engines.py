@@ -19,10 +19,11 @@ from m3quant.engines.stated import config_schemes
 from m3quant.errors import EngineMissing, PlanError
 from m3quant.families import family_of
 from m3quant.recipe.recipe import build_recipe, named_recipe
+from m3quant.runtime.engine_notes import weight_notes
 from m3quant.runtime.fit import Ask, assess
 from m3quant.runtime.hardware import parse_node
 from m3quant.runtime.model import ServedModel, open_subject
-from m3quant.runtime.serve import prepare, weight_notes
+from m3quant.runtime.serve import prepare
 from m3quant.runtime.serve_recipe import ServeRecipe
 from m3quant.runtime.weights import Split, rank_weights, split_problem, stored_bytes
 from m3quant.schemes import INT_BITS, Scheme, parse_scheme

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from m3quant.cli import cli
 from m3quant.engines import engine_named
 from m3quant.engines.vllm.memory import CONSTANTS, memory_models, memory_of
+from m3quant.errors import OptionError
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.fit import Ask, Fit, assess
 from m3quant.runtime.hardware import GIB, parse_node
@@ -94,3 +98,41 @@ def test_every_range_says_what_it_rests_on_and_rises() -> None:
             assert 0 <= estimate.low <= estimate.expected <= estimate.high and math.isfinite(estimate.high)
         low, expected, high = model.activation_range
         assert 0 < low <= expected <= high
+
+
+def plan(*options: str) -> tuple[int, dict[str, Any]]:
+    """(exit code, JSON) of a plan of M3."""
+    words = ["plan", str(DATA / M3 / "config.json"), "--kv-dtype", "fp8", "--json", *options]
+    done = CliRunner().invoke(cli, words, standalone_mode=False)
+    if done.exception:
+        raise done.exception
+    return done.return_value, json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "why"),
+    [
+        ("fit-m3-1xh200", (), "vLLM 0.26.0 does not read it, 0.29.0 is the first that does"),
+        ("awq", ("--index-dtype=fp8",), "vLLM 0.26.0 keeps M3's index keys in BF16 on this device: leave --index-dtype out, or install 0.32.0"),
+        ("awq", ("--weight-offload=1GiB", "--slow-offload"), "vLLM 0.26.0 was not read for --weight-offload"),
+        ("awq", (), ""),
+    ],
+)  # fmt: skip
+def test_a_plan_is_for_the_release_that_is_named(recipe: str, options: tuple[str, ...], why: str) -> None:
+    words = ("--to", recipe, "--on", "2xH200", *options)
+    code, found = plan(*words, "--engine-release", "0.26.0")
+    assert (code, why in found["why_not"], bool(found["why_not"])) == ((3, True, True) if why else (0, True, False))
+    assert found["setup"]["release"] == "0.26.0"
+    assert found["ranks"][0]["non_torch"]["source"] == memory_of("0.26.0").non_torch_many.source
+    newest, here = plan(*words)
+    assert newest == 0 and here["setup"]["release"] is None
+
+
+def test_what_a_release_gets_wrong_is_said_of_a_plan_too() -> None:
+    _, found = plan("--to", "fp8", "--on", "4xH200", "--engine-release", "0.26.0")
+    assert any("0.26 does not and answers with wrong numbers" in note for note in found["notes"])
+    _, found = plan("--to", "awq", "--on", "2xH200", "--engine-release", "0.99")
+    assert any("vLLM 0.99 is outside the releases this was written for" in note for note in found["notes"])
+    assert plan("--to", "awq", "--on", "2xH200")[1]["notes"] == []
+    with pytest.raises(OptionError, match="--engine-release 'newest' is no version: write for instance"):
+        plan("--to", "awq", "--on", "2xH200", "--engine-release", "newest")

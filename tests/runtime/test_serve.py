@@ -37,12 +37,13 @@ from m3quant.errors import (
 )
 from m3quant.recipe.recipe import recipe_folder, recipe_names
 from m3quant.runtime.compose import compose_file
+from m3quant.runtime.engine_notes import weight_notes
 from m3quant.runtime.fit import Ask, Fit, assess
 from m3quant.runtime.hardware import GIB, parse_node
 from m3quant.runtime.launch import EngineProcess, check_port
 from m3quant.runtime.model import open_subject
 from m3quant.runtime.pins import pin_key, pinned_bytes, read_pin, write_pin
-from m3quant.runtime.serve import compare, importable, prepare, quick_check, start_options, weight_notes
+from m3quant.runtime.serve import compare, importable, prepare, quick_check, start_options
 from m3quant.runtime.serve_recipe import ServeRecipe, load_serve_recipe
 from m3quant.runtime.this_machine import detect_node, gpu_called
 from m3quant.runtime.units import systemd_unit
@@ -228,19 +229,21 @@ def test_a_config_without_weights_cannot_be_served() -> None:
 
 def test_shipped_serving_recipes_are_valid_and_no_conversion_recipes() -> None:
     files = sorted(path.stem for path in recipe_folder().glob("serve-*.yaml"))
-    assert files == ["serve-1xh200", "serve-2xh100"] and not set(files) & set(recipe_names())
+    drafts = {"serve-m2.7-eagle3-1xh200": "MiniMax-M2.7-", "serve-m3-eagle3-2xh200": "MiniMax-M3-"}
+    assert files == ["serve-1xh200", "serve-2xh100", *drafts] and not set(files) & set(recipe_names())
     for name in files:
         recipe = load_serve_recipe(name, {"port": 1234})
         assert (
             recipe.name == name
             and recipe.node
-            and parse_node(recipe.node).name.lower() == name.removeprefix("serve-")
+            and parse_node(recipe.node).name.lower() == name.rpartition("-")[2]
             and recipe.port == 1234
         )
     m2 = open_subject(str(TESTS / "data" / "minimax-m2.7"))
     awq = next(model for model in m2.precisions()[0] if model.label == "awq")
     for name in files:
         recipe = load_serve_recipe(name, {})
+        assert drafts.get(name, "") in (recipe.draft or "") and bool(recipe.draft) == (name in drafts)
         assert recipe.node and assess(awq, parse_node(recipe.node), recipe.ask()).fits
 
 
@@ -252,6 +255,10 @@ def test_shipped_serving_recipes_are_valid_and_no_conversion_recipes() -> None:
         ("utilization: 2", "'utilization'"),
         ("- a", "no mapping"),
         ("engine: x", "'engine'"),
+        ("kv_offload: true", "'kv_offload' must be a whole number"),
+        ("concurrency: yes", "'concurrency' must be a whole number"),
+        ("draft: ''", "'draft' must not be empty"),
+        ("host: a b", "'host': must be one word, without white space"),
     ],
 )
 def test_bad_serving_recipes_are_one_sentence(text: str, message: str, tmp_path: Path) -> None:
@@ -292,9 +299,29 @@ def test_secrets_among_more_arguments_are_refused_and_not_repeated(extra: list[s
     assert load_serve_recipe(None, {"extra": ["--api-server-count", "1", "--host"]}).extra
 
 
+@pytest.mark.parametrize(
+    "extra", [["--max-num-seqs", "5"], ["--seed", "7", "--max_num_seqs=5"], ["--watermark", "0.1"]]
+)
+def test_what_the_plan_gives_is_given_once(extra: list[str]) -> None:
+    """An engine takes the last of two, and memory and guard would be planned for the first."""
+    with pytest.raises(RecipeError, match="which the plan gives: leave it out there"):
+        decide(M2, node="1xH200", extra=extra)
+    assert decide(M2, node="1xH200", extra=["--seed", "7"]).launch.arguments[-2:] == ["--seed", "7"]
+
+
+def test_a_draft_in_a_folder_with_a_space_and_a_tower_that_is_not_there(tmp_path: Path) -> None:
+    folder = tmp_path / "a draft"
+    shutil.copytree(TESTS / "fixtures" / "tiny-m2-eagle3", folder)
+    said = list[str]()
+    made = prepare(str(M2), load_serve_recipe(None, {"node": "1xH200", "draft": str(folder), "vision": True}), None, None, None, True, False, said.append)  # fmt: skip
+    assert json.loads(made.launch.arguments[made.launch.arguments.index("--speculative-config") + 1])["model"] == str(folder)  # fmt: skip
+    assert any("has no vision tower: --vision changes nothing" in line for line in said)
+
+
 def test_a_serving_recipe_that_does_not_exist_names_those_that_ship() -> None:
     with pytest.raises(
-        RecipeError, match="nope does not exist: give a YAML file, or one of serve-1xh200, serve-2xh100"
+        RecipeError,
+        match=r"nope does not exist: give a YAML file, or one of serve-1xh200, serve-2xh100, serve-m2.7-eagle3-1xh200, ",
     ):
         load_serve_recipe("nope", {})
 

@@ -11,9 +11,9 @@ from ...errors import EngineMissing
 from ...families import Family
 from ...families.spec import SWIGLUOAI
 from ...schemes import Scheme
-from ..base import Capabilities, Engine, Launch, LoadingProbe, Serving, StartOptions, is_older
+from ..base import Capabilities, Engine, Launch, LoadingProbe, Serving, StartOptions, precedes
 from ..bench import BenchRun, Measured
-from ..device import Gpu
+from ..device import CPU, Gpu
 from ..drafts import Draft
 from ..installed import Installed
 from ..integers import is_narrow, names
@@ -77,6 +77,12 @@ class Vllm(Engine):
     def draft_refusal(self, draft: Draft, family: Family, gpu: Gpu, pp: int, release: str | None) -> str:
         return drafts.refusal(draft, family, gpu, pp, release)
 
+    def batch_refusal(self, sequences: int, tokens: int) -> str:
+        """config/scheduler.py: verify_max_model_len."""
+        if tokens >= sequences:
+            return ""
+        return f"vLLM refuses more requests at once ({sequences:,}) than a step has tokens ({tokens:,}): give --max-num-batched-tokens {sequences} or more, or fewer requests"
+
     def offload_refusal(self, offload: Offload) -> str:
         return refuse_offload(offload)
 
@@ -122,15 +128,18 @@ class Vllm(Engine):
         return lookup_problems(family, quantization, modules)
 
     def check_index(self, installed: Installed, serving: Serving) -> None:
-        """0.26's models/minimax_m3/common/indexer.py refuses FP8 index keys off SM100, 0.32's takes them wherever CUDA has FP8."""
         asked = serving.family.kv_geometry.index_layers > 0 and serving.index_dtype != "bfloat16"
+        if asked and (why := self.index_refusal(serving.gpu, installed.version)):
+            raise EngineMissing(f"{why}.")
+
+    def index_refusal(self, gpu: Gpu, release: str | None) -> str:
+        """0.26's models/minimax_m3/common/indexer.py refuses FP8 index keys off SM100, 0.32's takes them wherever CUDA has FP8."""
         first = self.can.fp8_index
-        if not asked or first is None or serving.gpu.generation == "blackwell":
-            return
-        if installed.is_cpu or is_older(installed, first):
-            raise EngineMissing(
-                f"vLLM {installed.version} keeps M3's index keys in BF16 on this device: leave --index-dtype out, or install {first} or newer on a GPU."
-            )
+        if first is None or gpu.generation == "blackwell" or (gpu.name != CPU and not precedes(release, first)):
+            return ""
+        return f"vLLM {release or ''}".rstrip() + (
+            f" keeps M3's index keys in BF16 on this device: leave --index-dtype out, or install {first} or newer on a GPU"
+        )
 
     def plain_command(self, where: str) -> list[str]:
         return [*command.PROGRAM, where]

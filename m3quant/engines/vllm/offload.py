@@ -16,8 +16,7 @@ So experts are run by Triton. The prefetch backend copies all experts of a layer
 
 from __future__ import annotations
 
-from packaging.version import InvalidVersion, Version
-
+from ..base import precedes
 from ..device import GIB
 from ..offload import Offload
 
@@ -36,7 +35,7 @@ def refusal(offload: Offload) -> str:
         (offload.cache, "--kv-offload", FIRST_CACHE),
         (offload.weights, "--weight-offload", FIRST_WEIGHTS),
     ):
-        if asked and _older(offload.release, first):
+        if asked and precedes(offload.release, first):
             return f"vLLM {offload.release} was not read for {option}, {first} and newer were: install one, or leave {option} out"
     if not offload.weights:
         return ""
@@ -53,13 +52,6 @@ def refusal(offload: Offload) -> str:
         kinds = ", ".join(sorted(f"{leaf} ({dtype})" for leaf, dtype in offload.stored))
         return f"experts stored as {kinds} were not checked in host memory: leave --weight-offload out"
     return ""
-
-
-def _older(release: str | None, first: str) -> bool:
-    try:
-        return release is not None and Version(release) < Version(first)
-    except InvalidVersion:
-        return False  # a build of its own: another message says that it was not checked
 
 
 def flags(cache: int, weights: int) -> list[str]:

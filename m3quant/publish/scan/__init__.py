@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import socket
@@ -118,7 +119,7 @@ def _views(file: PublishFile, own: list[str]) -> Iterator[tuple[View, bool]]:
         body = _without_vocabulary(raw)
         vocabulary = body is not None
     with open_file(file.local_path) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as stream:
-        text = without_repeats(stream, own) if file.path_in_repo in REPEATING else stream
+        text = without_repeats(stream, own, _tells) if file.path_in_repo in REPEATING else stream
         yield from ((view, vocabulary) for view in views(text, "", Budget()))
     if body is not None:
         yield from ((view, False) for view in views(io.BytesIO(body), "", Budget()))
@@ -159,6 +160,11 @@ def _matches(text: str, own: list[str], vocabulary: bool, ends: float) -> Iterat
                 yield "assigned secret", begin + at, found
         for kind, at, found in library_matches(window, low):
             yield kind, begin + at, found
+
+
+def _tells(line: str) -> bool:
+    """Whether anything is found in a line by itself."""
+    return next(_matches(line, [], False, math.inf), None) is not None
 
 
 def _seen(seen: dict[str, list[str]], kind: str, found: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import BinaryIO
 
 from ...artifact.manifest import MANIFEST
@@ -29,22 +29,27 @@ _FORM = re.compile(
 _OF_SHARD = re.compile(_SHARD)
 
 
-def without_repeats(stream: BinaryIO, own: Iterable[str] = ()) -> io.BytesIO:
+def without_repeats(
+    stream: BinaryIO, own: Iterable[str] = (), tells: Callable[[str], bool] = lambda line: False
+) -> io.BytesIO:
     """Its lines, of which those are empty that repeat an earlier one with another layer, expert or shard: each stays at its number.
 
     Kept is a line that has one of the texts `own`, and one behind a line of no such form, or behind a piece of a long one: what began there may end in it.
+    tells: whether something is found in a line. Where it is in the first of its kind, all of them are kept: node.8.internal is another host than
+    node.7.internal, which alone may be allowed.
     """
     texts = [text.encode() for text in own]
-    seen, listed = set[bytes](), False
+    kinds, listed = dict[bytes, bool](), False  # whether something is found in a kind's first line
     out = io.BytesIO()
     while line := stream.readline(LINE_BYTES):
         after, listed = listed, _FORM.fullmatch(line) is not None
         if listed:
             kind = _OF_SHARD.sub(b"", _NUMBER.sub(b"", line))
-            if after and kind in seen and not any(text in line for text in texts):
+            if kind not in kinds:
+                kinds[kind] = tells(line.decode("ascii"))
+            elif after and not kinds[kind] and not any(text in line for text in texts):
                 out.write(b"\n")
                 continue
-            seen.add(kind)
         out.write(line)
     out.seek(0)
     return out

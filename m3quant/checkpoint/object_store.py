@@ -76,16 +76,15 @@ class ObjectStore(RemoteStore):
         return None
 
     def digest(self, name: str) -> str:
-        digest = hashlib.sha256()
-        for start in range(0, self.file_size(name), BLOCK_BYTES):
-            count = min(BLOCK_BYTES, self.file_size(name) - start)
-            digest.update(self._range(name, start, count, self.file_size(name)))
+        digest, size = hashlib.sha256(), self.known_size(name)
+        for start in range(0, size, BLOCK_BYTES):
+            digest.update(self._range(name, start, min(BLOCK_BYTES, size - start), size))
         self._check_unchanged(name)
         return digest.hexdigest()
 
     def download(self, name: str, folder: Path, came: Callable[[int], None], fresh: bool) -> None:
+        size, path = self.known_size(name), folder / name
         self._check_unchanged(name)
-        size, path = self.file_size(name), folder / name
 
         def block(start: int) -> int:
             data = self._range_once(name, start, min(BLOCK_BYTES, size - start), size)

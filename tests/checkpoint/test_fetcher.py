@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,21 +20,27 @@ from m3quant.checkpoint import fetcher as fetching
 from m3quant.checkpoint import hub
 from m3quant.checkpoint.fetcher import Fetcher
 from m3quant.checkpoint.hub import HubStore
-from m3quant.checkpoint.shard_cache import Abandoned
+from m3quant.checkpoint.remote import TransientError
+from m3quant.checkpoint.shard_cache import Abandoned, ShardCache
+from m3quant.checkpoint.shard_plan import Step
+from m3quant.checkpoint.streaming import streamed
 from m3quant.checkpoint.writer import sha256_file
-from m3quant.errors import StoppedError
+from m3quant.errors import CheckpointError, StoppedError
+from m3quant.running.progress import Silent
+from m3quant.running.stopping import StopFlag
 
 NAME, DATA = "notes.bin", bytes(range(256)) * 40
+PATIENCE = 20.0
 Download = Callable[..., str]
 
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> HubStore:
-    """A repo of one large file; no request leaves the machine."""
+    """A repo of large files, all alike; no request leaves the machine."""
     lfs = SimpleNamespace(sha256=hashlib.sha256(DATA).hexdigest())
-    info = SimpleNamespace(
-        sha="0" * 40, siblings=[SimpleNamespace(rfilename=NAME, size=len(DATA), lfs=lfs, blob_id="1")]
-    )
+    names = (NAME, "a", "b", "c")
+    siblings = [SimpleNamespace(rfilename=name, size=len(DATA), lfs=lfs, blob_id="1") for name in names]
+    info = SimpleNamespace(sha="0" * 40, siblings=siblings)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
     return HubStore("org/model")
 
@@ -131,3 +140,107 @@ def test_a_fetch_that_nobody_waits_for_ends(store: HubStore, tmp_path: Path, mon
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", raising(ConnectionResetError("dead")))
     with pytest.raises(Abandoned):
         late.fetch(NAME)
+
+
+def test_who_pauses_before_another_try_keeps_no_place(
+    store: HubStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "DOWNLOADS_AT_ONCE", 1)
+    busy, other, asked = threading.Event(), threading.Event(), list[str]()
+
+    def download(name: str, folder: Path, came: Callable[[int], None], fresh: bool) -> None:
+        asked.append(name)
+        if asked == ["a"]:
+            raise TransientError("busy", "the Hub answered 429", 100.0)
+        (folder / name).write_bytes(DATA)
+
+    def pause(seconds: float) -> None:
+        busy.set()
+        assert seconds == 100.0 and other.wait(PATIENCE)
+
+    one = Fetcher(store, tmp_path, lambda count: None, lambda line: None, download=download)
+    monkeypatch.setattr(one, "_sleep", pause)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(one.fetch, "a")
+        assert busy.wait(PATIENCE)
+        one.fetch("b")
+        other.set()
+        assert first.result(PATIENCE).size == len(DATA)
+    assert asked == ["a", "b", "a"]
+
+
+def until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_what_is_read_first_comes_first_also_at_another_try(
+    store: HubStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "DOWNLOADS_AT_ONCE", 1)
+    asked = list[str]()
+
+    def download(name: str, folder: Path, came: Callable[[int], None], fresh: bool) -> None:
+        asked.append(name)
+        if len(asked) <= 2:
+            until(lambda: len(one._gate._waiting) == 2)
+        if len(asked) == 1:
+            raise TransientError("busy")
+        (folder / name).write_bytes(DATA)
+
+    order = {"c": 0.0, "b": 1.0, "a": 2.0}.__getitem__
+    one = Fetcher(store, tmp_path, lambda count: None, lambda line: None, download=download, order=order)
+    monkeypatch.setattr(one, "_sleep", lambda seconds: until(lambda: len(asked) == 2))
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(one.fetch, "c")]
+        until(lambda: len(asked) == 1)
+        running += [pool.submit(one.fetch, name) for name in ("a", "b")]
+        for done in running:
+            done.result(PATIENCE)
+    assert asked == ["c", "b", "c", "a"]
+
+
+def test_a_file_of_unknown_size_is_refused_before_it_is_asked_for(
+    store: HubStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.sizes[NAME] = None
+    with pytest.raises(CheckpointError, match=f"The Hub states no size for org/model/{NAME}"):
+        fetcher(store, tmp_path, monkeypatch, raising(AssertionError("it was asked for"))).fetch(NAME)
+
+
+def test_an_empty_file_comes(store: HubStore, tmp_path: Path) -> None:
+    store.sizes[NAME], store.marks[NAME] = 0, hashlib.sha256().hexdigest()
+
+    def download(name: str, folder: Path, came: Callable[[int], None], fresh: bool) -> None:
+        (folder / name).touch()
+
+    stamp = Fetcher(store, tmp_path, lambda count: None, lambda line: None, download=download).fetch(NAME)
+    assert stamp.size == 0
+
+
+def test_bytes_that_are_lost_again_are_no_sign_of_life(
+    store: HubStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network without an answer is said to be quiet since the last byte, not since the last try."""
+    signs: list[int] = []
+    monkeypatch.setattr(ShardCache, "came", lambda cache: signs.append(len(told)))
+    monkeypatch.setattr(fetching, "PAUSES_SECONDS", (0.0, 0.0))
+    told: list[int] = []
+
+    def download(name: str, folder: Path, came: Callable[[int], None], fresh: bool) -> None:
+        told.append(1)
+        if len(told) < 3:
+            raise TransientError("busy")
+        came(len(DATA))
+        (folder / name).write_bytes(DATA)
+
+    monkeypatch.setattr(store, "download", download)
+    checkpoint: Any = SimpleNamespace(remote=store, shard_sizes={"a": len(DATA)})
+    steps = [Step(0, frozenset("a"))]
+    with streamed(checkpoint, steps, tmp_path / "cache", len(DATA), StopFlag(), Silent()):
+        assert store.cache is not None
+        with store.cache.reading("a"):
+            pass
+    assert signs == [3]

@@ -40,3 +40,25 @@ def test_more_bytes_than_were_asked_for(monkeypatch: pytest.MonkeyPatch, read: C
     store = ObjectStore("s3://bucket/model")
     with pytest.raises(CheckpointError, match=r"s3://bucket/model/\S+ is not .* S3 lists: .* bytes came in place of"):
         read(store)
+
+
+class SizesUnknown(WholeObjects):
+    def ls(self, folder: str, detail: bool) -> list[dict[str, Any]]:
+        return [info | {"size": None} for info in super().ls(folder, detail)]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda store: store.files(["config.json"]),
+        lambda store: store.digest("model.safetensors"),
+        lambda store: store.file("config.json", 1000),
+        lambda store: store.headers(["model.safetensors"]),
+    ],
+)
+def test_an_object_of_unknown_size_is_not_taken_for_an_empty_one(
+    monkeypatch: pytest.MonkeyPatch, read: Callable[[ObjectStore], Any]
+) -> None:
+    monkeypatch.setattr(S3, "open", lambda self: SizesUnknown())
+    with pytest.raises(CheckpointError, match=r"S3 states no size for s3://bucket/model/\S+\. Download it"):
+        read(ObjectStore("s3://bucket/model"))

@@ -123,7 +123,7 @@ class ObjectStore(RemoteStore):
         folders, seen = [self._root], 0
         while folders:
             folder = folders.pop()
-            for info in again(partial(self._level, folder), passing, RETRY_PAUSES_SECONDS):
+            for info in again(partial(self._level, folder, MOST_OBJECTS - seen), passing, RETRY_PAUSES_SECONDS):
                 name = str(info["name"]).removeprefix(f"{self._root}/")
                 seen += 1
                 if info["type"] == "directory":
@@ -139,9 +139,9 @@ class ObjectStore(RemoteStore):
             if CONFIG_NAME not in self.sizes:
                 return
 
-    def _level(self, folder: str) -> list[dict[str, Any]]:
+    def _level(self, folder: str, most: int) -> list[dict[str, Any]]:
         with self._errors(_LIST):
-            found = self._files.ls(folder, detail=True)
+            found = self._driver.level(self._files, folder, most + 1)  # beside a marker of the folder itself
             return [info for info in found if str(info["name"]).rstrip("/") != folder]
 
     def _check_unchanged(self, name: str) -> None:

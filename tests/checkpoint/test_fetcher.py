@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -16,18 +17,19 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+from m3quant.checkpoint import download_gate, hub
 from m3quant.checkpoint import fetcher as fetching
-from m3quant.checkpoint import hub
 from m3quant.checkpoint.fetcher import Fetcher
 from m3quant.checkpoint.hub import HubStore
-from m3quant.checkpoint.remote import TransientError
+from m3quant.checkpoint.remote import Cache, TransientError
 from m3quant.checkpoint.shard_cache import Abandoned, ShardCache
-from m3quant.checkpoint.shard_plan import Step
+from m3quant.checkpoint.shard_plan import Step, plan_shards
 from m3quant.checkpoint.streaming import streamed
 from m3quant.checkpoint.writer import sha256_file
 from m3quant.errors import CheckpointError, StoppedError
 from m3quant.running.progress import Silent
 from m3quant.running.stopping import StopFlag
+from tests.support.convert.resharded import bytes_in
 
 NAME, DATA = "notes.bin", bytes(range(256)) * 40
 PATIENCE = 20.0
@@ -244,3 +246,66 @@ def test_bytes_that_are_lost_again_are_no_sign_of_life(
         with store.cache.reading("a"):
             pass
     assert signs == [3]
+
+
+def test_random_work_over_a_network_that_fails_ends_within_the_budget(
+    store: HubStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers ahead, two downloads at once at most, many of one size, of which some fail at once or in the middle."""
+    chance, lock = random.Random(11), threading.Lock()
+    monkeypatch.setattr(fetching, "PAUSES_SECONDS", (0.0,) * 50)
+    monkeypatch.setattr(fetching, "DOWNLOADS_AT_ONCE", 2)
+    for module, name, value in (
+        (download_gate, "SHORT_BYTES", 0),
+        (download_gate, "POLL_SECONDS", 0.005),
+        (download_gate, "WINDOW_SECONDS", 0.001),
+        (download_gate, "WINDOW_PIECES", 2),
+        (download_gate, "SETTLE_SECONDS", 0.0),
+    ):
+        monkeypatch.setattr(module, name, value)
+    most = 0
+
+    def download(name: str, folder: Path, came: Callable[[int], None], fresh: bool) -> None:
+        nonlocal most
+        data = contents[name]
+        with lock:
+            how = chance.choice(("whole", "whole", "pieces", "pieces", "fails", "nothing")) if not fresh else "pieces"
+            most = max(most, bytes_in(folder))
+        if how == "nothing":
+            raise TransientError("busy", "the Hub answered 429")
+        with open(folder / name, "wb") as file:
+            for start in range(0, len(data), 1000 if how != "whole" else len(data)):
+                piece = data[start : start + (1000 if how != "whole" else len(data))]
+                came(len(piece))
+                file.write(piece)
+                if how == "fails" and start:
+                    raise TransientError("gone")
+        with lock:
+            most = max(most, bytes_in(folder))
+
+    monkeypatch.setattr(store, "download", download)
+    for case in range(15):
+        most, folder, progress = 0, tmp_path / str(case), Silent()
+        contents = {f"s{i}": chance.randbytes(chance.choice((1000, 4000, 9000))) for i in range(8)}
+        sizes = {name: len(data) for name, data in contents.items()}
+        store.sizes = dict(sizes)
+        store.marks = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+        work = [Step(n, frozenset(chance.sample(sorted(sizes), chance.randint(1, 3)))) for n in range(10)]
+        budget = plan_shards(work, sizes, None).least + chance.choice((0, 0, 5000))
+        checkpoint: Any = SimpleNamespace(remote=store, shard_sizes=sizes)
+        with streamed(checkpoint, work, folder, budget, StopFlag(), progress), ThreadPoolExecutor(4) as pool:
+            cache = store.cache
+            assert cache is not None
+
+            def look(step: Step, cache: Cache = cache, contents: dict[str, bytes] = contents) -> None:
+                with cache.reading(step.shards):
+                    for shard in step.shards:
+                        assert (cache.folder / shard).read_bytes() == contents[shard]
+
+            reads = [(step, pool.submit(look, step)) for step in work]
+            for step, done in reads:
+                done.result(timeout=30)
+                cache.finish(step.key)
+        assert 0 < most <= budget
+        # As many bytes as were told stayed, whatever was lost: those of the plan, less where a reader was ahead of a stay.
+        assert 0 < progress.streams["fetch"] <= plan_shards(work, sizes, budget).fetch_bytes

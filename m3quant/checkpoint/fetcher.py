@@ -54,7 +54,7 @@ class Fetcher:
         Raises CheckpointError for what cannot be had or is not what the store says, StoppedError for a full disk or a store
         that does not answer, both with the store's words.
         """
-        path, size = self.folder / name, self.store.file_size(name)
+        path, size = self.folder / name, self.store.known_size(name)
         if path.is_file() and path.stat().st_size == size and self._difference(name, path) is None:
             self.advance(size)
             return stamp_of(path.stat())

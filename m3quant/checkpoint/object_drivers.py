@@ -33,6 +33,11 @@ class Driver(ABC):
         return fsspec.filesystem(self.scheme, use_listings_cache=False, skip_instance_cache=True)
 
     @abstractmethod
+    def level(self, files: Any, folder: str, most: int) -> list[dict[str, Any]]:
+        """The objects and folders right below BUCKET/PREFIX, as fsspec describes them; of more than `most` at least one more, and then no further
+        page is asked for. Raises FileNotFoundError where there are none."""
+
+    @abstractmethod
     def mark(self, info: Mapping[str, Any]) -> str:
         """What changes with the content of an object."""
 
@@ -52,6 +57,28 @@ class Driver(ABC):
 class S3(Driver):
     scheme, kind = "s3", "S3"
     access = "give credentials as for the aws command (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), or for a public bucket set FSSPEC_S3_ANON=true"
+
+    def level(self, files: Any, folder: str, most: int) -> list[dict[str, Any]]:
+        """Page by page (ListObjectsV2): `ls` asks for all of them."""
+        bucket, _, prefix = folder.partition("/")
+        asked: dict[str, Any] = {
+            "Bucket": bucket,
+            "Prefix": f"{prefix}/" if prefix else "",
+            "Delimiter": "/",
+        } | files.req_kw
+        found: list[dict[str, Any]] = []
+        while True:
+            page = files.call_s3("list_objects_v2", **asked)
+            for below in page.get("CommonPrefixes", ()):
+                found.append({"name": f"{bucket}/{below['Prefix']}", "type": "directory", "size": 0})
+            for item in page.get("Contents", ()):
+                found.append({**item, "name": f"{bucket}/{item['Key']}", "type": "file", "size": item["Size"]})
+            if len(found) > most or not page.get("IsTruncated"):
+                break
+            asked["ContinuationToken"] = page["NextContinuationToken"]
+        if not found:
+            raise FileNotFoundError(folder)
+        return found
 
     def mark(self, info: Mapping[str, Any]) -> str:
         """The ETag: no checksum of an object that was sent in parts or is encrypted, but it changes with the content."""
@@ -81,6 +108,11 @@ class GoogleStorage(Driver):
         # It logs every failure with a traceback before it raises it.
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
         return super().open()
+
+    def level(self, files: Any, folder: str, most: int) -> list[dict[str, Any]]:
+        # Releases of gcsfs before it had this list all pages all the same.
+        found: list[dict[str, Any]] = files.ls(folder, detail=True, max_results=most + 1)
+        return found
 
     def mark(self, info: Mapping[str, Any]) -> str:
         """The md5, which composed objects lack, or the crc32c, or the number that a write gives."""

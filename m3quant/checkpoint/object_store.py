@@ -76,16 +76,15 @@ class ObjectStore(RemoteStore):
         return None
 
     def digest(self, name: str) -> str:
-        digest = hashlib.sha256()
-        for start in range(0, self.file_size(name), BLOCK_BYTES):
-            count = min(BLOCK_BYTES, self.file_size(name) - start)
-            digest.update(self._range(name, start, count, self.file_size(name)))
+        digest, size = hashlib.sha256(), self.known_size(name)
+        for start in range(0, size, BLOCK_BYTES):
+            digest.update(self._range(name, start, min(BLOCK_BYTES, size - start), size))
         self._check_unchanged(name)
         return digest.hexdigest()
 
     def download(self, name: str, folder: Path, came: Callable[[int], None], fresh: bool) -> None:
+        size, path = self.known_size(name), folder / name
         self._check_unchanged(name)
-        size, path = self.file_size(name), folder / name
 
         def block(start: int) -> int:
             data = self._range_once(name, start, min(BLOCK_BYTES, size - start), size)
@@ -124,7 +123,7 @@ class ObjectStore(RemoteStore):
         folders, seen = [self._root], 0
         while folders:
             folder = folders.pop()
-            for info in again(partial(self._level, folder), passing, RETRY_PAUSES_SECONDS):
+            for info in again(partial(self._level, folder, MOST_OBJECTS - seen), passing, RETRY_PAUSES_SECONDS):
                 name = str(info["name"]).removeprefix(f"{self._root}/")
                 seen += 1
                 if info["type"] == "directory":
@@ -140,9 +139,9 @@ class ObjectStore(RemoteStore):
             if CONFIG_NAME not in self.sizes:
                 return
 
-    def _level(self, folder: str) -> list[dict[str, Any]]:
+    def _level(self, folder: str, most: int) -> list[dict[str, Any]]:
         with self._errors(_LIST):
-            found = self._files.ls(folder, detail=True)
+            found = self._driver.level(self._files, folder, most + 1)  # beside a marker of the folder itself
             return [info for info in found if str(info["name"]).rstrip("/") != folder]
 
     def _check_unchanged(self, name: str) -> None:

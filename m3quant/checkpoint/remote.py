@@ -140,13 +140,22 @@ class RemoteStore(ABC):
         return classify(self.sizes, self.where)
 
     def file_size(self, name: str) -> int:
+        """0 where the store states none."""
         return self.sizes[name] or 0
+
+    def known_size(self, name: str) -> int:
+        """Raises CheckpointError where the store states none."""
+        size = self.sizes[name]
+        if size is None:
+            raise CheckpointError(
+                f"{self.kind[0].upper()}{self.kind[1:]} states no size for {self.path(name)}. {self.remedy}"
+            )
+        return size
 
     def file(self, name: str, limit: int) -> bytes:
         """A file of at most `limit` bytes. A larger one is not downloaded."""
-        size = self.sizes[name]
-        if size is None or size > limit:
-            raise CheckpointError(self._no_size(name) if size is None else too_large(self.path(name), size, limit))
+        if (size := self.known_size(name)) > limit:
+            raise CheckpointError(too_large(self.path(name), size, limit))
         return read_bounded(self._small_file(name), limit)
 
     def files(self, names: Iterable[str]) -> Path:
@@ -219,18 +228,13 @@ class RemoteStore(ABC):
         return copied
 
     def _header(self, name: str) -> tuple[bytes, bytes, int]:
-        size = self.sizes[name]
-        if size is None:
-            raise CheckpointError(self._no_size(name))
+        size = self.known_size(name)
         first = self._range(name, 0, min(size, FIRST_BYTES), size) if size else b""
         length = header_length(first, size, self.path(name))
         raw = first[PREFIX_BYTES : PREFIX_BYTES + length]
         if len(raw) < length:
             raw += self._range(name, PREFIX_BYTES + len(raw), length - len(raw), size)
         return first[:PREFIX_BYTES], raw, size
-
-    def _no_size(self, name: str) -> str:
-        return f"{self.kind[0].upper()}{self.kind[1:]} states no size for {self.path(name)}. {self.remedy}"
 
     def _range(self, name: str, start: int, count: int, size: int) -> bytes:
         """`count` bytes of a file from `start` on; a busy server or a dropped connection is asked again."""

@@ -51,7 +51,8 @@ def streamed(
     advance = progress.beside(label, plan.fetch_bytes)
 
     def came(count: int) -> None:
-        cache.came()
+        if count > 0:  # not where they are lost again
+            cache.came()
         advance(count)
 
     with downloads(store, plan.fetch_bytes) as download:

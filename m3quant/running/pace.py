@@ -26,12 +26,13 @@ MARK_SHARE = RECENT_SHARE / 60
 @dataclass
 class _Mark:
     """Arrivals that count as one. began, at: seconds, of the first and the last of them. count: their bytes; done: of the whole stream
-    until then. quiet: the longest time without a byte before one of them."""
+    until then; moved: those and the lost ones, there and back. quiet: the longest time without a byte before one of them."""
 
     began: float
     at: float
     count: int
     done: int
+    moved: int
     quiet: float
 
 
@@ -41,6 +42,7 @@ class Pace:
 
     def __init__(self, total: int, known: float = KNOWN_SHARE) -> None:
         self.total, self.done = total, 0
+        self._moved = 0
         self._known = known
         self._marks: deque[_Mark] = deque()
 
@@ -49,12 +51,14 @@ class Pace:
         if not count:
             return
         self.done += count
+        self._moved += abs(count)
         last = self._marks[-1] if self._marks else None
         quiet = now - last.at if last else 0.0
         if last and (now - last.began < MARK_SECONDS or abs(last.count) < MARK_SHARE * self.total):
-            last.at, last.count, last.done, last.quiet = now, last.count + count, self.done, max(last.quiet, quiet)
+            last.at, last.count, last.done, last.moved = now, last.count + count, self.done, self._moved
+            last.quiet = max(last.quiet, quiet)
             return
-        self._marks.append(_Mark(now, now, count, self.done, quiet))
+        self._marks.append(_Mark(now, now, count, self.done, self._moved, quiet))
         while len(self._marks) > 2 and self._tells_enough(self._marks[1], now):
             self._marks.popleft()
 
@@ -78,7 +82,8 @@ class Pace:
         return max(0.0, (self.total - self.done) / rate - under_way)
 
     def _tells_enough(self, mark: _Mark, now: float) -> bool:
-        return now - mark.at >= RECENT_SECONDS and self.done - mark.done >= RECENT_SHARE * self.total
+        # What is lost counts too: of bytes that come again and again, the last ones tell the rate as well.
+        return now - mark.at >= RECENT_SECONDS and self._moved - mark.moved >= RECENT_SHARE * self.total
 
     def _overdue(self, now: float) -> float:
         """Seconds for which nothing has come, beyond the longest such time between two arrivals."""

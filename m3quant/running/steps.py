@@ -10,8 +10,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -25,7 +27,15 @@ class Listener(Protocol):
     def part(self, share: float) -> None: ...
 
 
+@dataclass(eq=False)  # two threads may wait for the same
+class _Wait:
+    listener: Listener
+    words: str
+
+
 _listeners: list[Listener] = []
+_waits: list[_Wait] = []
+_waits_lock = threading.Lock()
 _parts: list[Callable[[float], None]] = []
 
 
@@ -63,15 +73,24 @@ def step(words: str) -> None:
 
 @contextmanager
 def waiting(words: str) -> Iterator[None]:
-    """What finished work waits for until the block ends; any thread may wait, and the step stays what it is."""
-    listener = _listeners[-1] if _listeners else None
-    if listener is not None:
-        listener.waiting(words)
+    """What finished work waits for until the block ends; any thread may wait, and the step stays what it is.
+
+    Of several waits the one that began last is told, until it ends.
+    """
+    if not _listeners:
+        yield
+        return
+    wait = _Wait(_listeners[-1], words)
+    with _waits_lock:
+        _waits.append(wait)
+        wait.listener.waiting(words)
     try:
         yield
     finally:
-        if listener is not None:
-            listener.waiting("")
+        with _waits_lock:
+            _waits.remove(wait)
+            others = [other.words for other in _waits if other.listener is wait.listener]
+            wait.listener.waiting(others[-1] if others else "")
 
 
 def part(done: int, total: int) -> None:

@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from types import TracebackType
 from typing import Any, BinaryIO, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
@@ -215,14 +216,17 @@ def serve(jobs: BinaryIO, answers: BinaryIO) -> None:
     """Do what is asked for, until `jobs` ends."""
     work = pickle.load(jobs)
     alone = threading.Lock()  # counts may be told from any thread of a library
+    at = 0  # the number of the job
 
     def send(message: bytes) -> None:
-        with alone:
-            answers.write(message)
-            answers.flush()
+        answers.write(message)
+        answers.flush()
 
-    def tell(count: int) -> None:
-        send(pickle.dumps((TOLD, count)))
+    def tell(job: int, count: int) -> None:
+        message = pickle.dumps((TOLD, count))
+        with alone:
+            if job == at:  # what a thread tells when its job is over would count for the next
+                send(message)
 
     while True:
         try:
@@ -230,10 +234,12 @@ def serve(jobs: BinaryIO, answers: BinaryIO) -> None:
         except EOFError:
             return
         try:
-            last = pickle.dumps((RETURNED, work(tell, *args, **kwargs)))
+            last = pickle.dumps((RETURNED, work(partial(tell, at), *args, **kwargs)))
         except Exception as error:
             last = pickle.dumps((RAISED, portable(error)))
-        send(last)
+        with alone:
+            at += 1
+            send(last)
 
 
 def end_with_reader(answers: int) -> None:

@@ -114,3 +114,14 @@ def test_what_is_kept_is_bounded_however_long_it_takes() -> None:
     for second in range(40_000):
         pace.advance(TOTAL // 40_000, float(second))
     assert len(pace._marks) < 1000
+
+
+def test_what_is_kept_is_bounded_while_the_same_bytes_are_lost_and_come_again() -> None:
+    pace = Pace(TOTAL)
+    for second in range(20_000):
+        pace.advance(TOTAL // 100 if second % 2 == 0 else -(TOTAL // 100), float(second))
+    assert len(pace._marks) < 200
+    # Once they stay, the rate is theirs.
+    for second in range(20_000, 20_060):
+        pace.advance(TOTAL // 100, float(second))
+    assert pace.rate(20_060.0) == pytest.approx(TOTAL / 100, rel=0.01)

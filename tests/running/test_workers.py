@@ -52,6 +52,17 @@ def work(tell: Tell, what: str, folder: Path | None = None) -> Any:
     return os.getpid()
 
 
+earlier: list[Tell] = []
+
+
+def late(tell: Tell, count: int) -> int:
+    """A job that tells for those before it, too, as a thread of a library may."""
+    earlier.append(tell)
+    for each in earlier:
+        each(count)
+    return len(earlier)
+
+
 def ignore(count: int) -> None: ...
 
 
@@ -99,6 +110,13 @@ def test_failures_arrive_as_they_were_raised_and_the_process_goes_on() -> None:
         assert workers.run(ignore, "c") != pid
     with pytest.raises(WorkersEnded):
         workers.run(ignore, "late")
+
+
+def test_what_is_told_for_a_job_that_is_over_counts_for_no_other() -> None:
+    told: list[int] = []
+    with Workers(late) as workers:
+        assert [workers.run(told.append, count) for count in (10, 20)] == [1, 2]
+    assert told == [10, 20]
 
 
 def test_a_job_that_cannot_be_sent_is_refused_here() -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from m3quant.checkpoint import Checkpoint
+from m3quant.checkpoint import Checkpoint, object_store
+from m3quant.checkpoint.object_store import ObjectStore
 from m3quant.checkpoint.shard_plan import ShardPlan
+from m3quant.errors import CheckpointError
 from m3quant.planning.plan import make_plan
 from m3quant.planning.streaming import conversion_shards
 from m3quant.recipe.recipe import build_recipe, named_recipe
@@ -229,3 +231,16 @@ def test_what_cannot_be_read_is_said_before_the_first_weight(
     way_in = {"s3": "FSSPEC_S3_ANON=true", "gs": "FSSPEC_GS_TOKEN=anon"}[scheme]
     refused(convert(client, url, out), 2, "is not open to you", way_in)
     assert not out.exists()
+
+
+def test_a_level_is_listed_page_by_page_until_it_is_too_large(store: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, pages = 2500, list[str]()
+    url = store.add("many", {"config.json": b"{}", **{f"file-{number:04}": b"x" for number in range(count)}})
+    store.before = pages.append
+    assert len(ObjectStore(url).sizes) == count + 1
+    whole = len(pages)
+    pages.clear()
+    monkeypatch.setattr(object_store, "MOST_OBJECTS", count // 5)
+    with pytest.raises(CheckpointError, match="holds more than 500 objects"):
+        ObjectStore(url)
+    assert 1 <= len(pages) < whole

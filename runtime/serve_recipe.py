@@ -29,7 +29,7 @@ def _number(value: Any) -> Any:
 
 def _word(value: str) -> str:
     if not value or any(map(str.isspace, value)):
-        raise PydanticCustomError("word", "must be one word, without white space")
+        raise PydanticCustomError("word", "write one word, without white space")
     return value
 
 

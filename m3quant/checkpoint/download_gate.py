@@ -19,8 +19,10 @@ from dataclasses import dataclass
 
 from .shard_cache import Abandoned
 
-# A rate is measured over so many seconds and pieces at least: bytes are told in pieces of up to 10 MB.
-WINDOW_SECONDS = 1.0
+# A rate is measured over so many seconds and pieces at least: bytes are told in pieces of up to 10 MB. The first ones are short, as a server may
+# limit each connection, and all wait for that to be found; later ones are not misled by noise so easily.
+FIRST_WINDOW_SECONDS = 1.0
+WINDOW_SECONDS = 3.0
 WINDOW_PIECES = 50
 SETTLE_SECONDS = 0.25  # after a download's first bytes: its connection is not at full speed yet
 SHORT_BYTES = 64 * 10**6  # a download of fewer is mostly connecting, and tells no rate: it does not count
@@ -54,6 +56,7 @@ class DownloadGate:
         self._trial = 1  # 1: the last one that was let in has still to show that it brings something; -1: the one that was left out did not
         self._before = 0.0  # the rate before the trial, or that of `allowed` where nothing is tried
         self._tried = {1: 0.0, -1: 0.0}  # when that was last known to be of no use
+        self._first = True  # until the first trials have ended
         self._low = 0  # how many windows in succession were below FALLEN
         self._rate = 0.0
         self._running: list[_Running] = []
@@ -140,7 +143,8 @@ class DownloadGate:
                 self._seconds + now - self._last,
             )
         self._last = now
-        if self._seconds >= WINDOW_SECONDS and self._pieces >= WINDOW_PIECES:
+        enough = FIRST_WINDOW_SECONDS if self._first else WINDOW_SECONDS
+        if self._seconds >= enough and self._pieces >= WINDOW_PIECES:
             self._judge(self._bytes / self._seconds, now)
             self._forget()
 
@@ -165,6 +169,7 @@ class DownloadGate:
             self._changed.notify_all()
         else:
             self._trial = 0
+        self._first = self._first and self._trial != 0
 
     def _end_trial(self, rate: float, now: float) -> None:
         """Keep what is tried, so that the next one is tried, or go back."""

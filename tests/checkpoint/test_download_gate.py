@@ -267,7 +267,7 @@ def test_a_short_dip_changes_nothing_and_a_lasting_one_does(network: Callable[..
     simulated.run(20)
     for _ in range(8):
         simulated.total = 100 * MB
-        simulated.run(1)
+        simulated.run(0.5)
         simulated.total = 1000 * MB
         simulated.run(3)
         assert simulated.gate.allowed == 1

@@ -258,6 +258,7 @@ def test_random_work_over_a_network_that_fails_ends_within_the_budget(
     for module, name, value in (
         (download_gate, "SHORT_BYTES", 0),
         (download_gate, "POLL_SECONDS", 0.005),
+        (download_gate, "FIRST_WINDOW_SECONDS", 0.001),
         (download_gate, "WINDOW_SECONDS", 0.001),
         (download_gate, "WINDOW_PIECES", 2),
         (download_gate, "SETTLE_SECONDS", 0.0),

@@ -28,7 +28,7 @@ SETTLE_SECONDS = 0.25  # after a download's first bytes: its connection is not a
 SHORT_BYTES = 64 * 10**6  # a download of fewer is mostly connecting, and tells no rate: it does not count
 GAIN = 1.04  # times the rate, which one more must bring to stay
 FALLEN = 0.7  # times the rate, below which the network is not what it was, if it stays there for so many windows:
-FALLEN_WINDOWS = 4  # one more that is tried in a short dip of the network would seem to end it
+FALLEN_WINDOWS = 3  # one more that is tried in a short dip of the network would seem to end it
 MORE_SECONDS = 60.0  # after which one more is tried again
 LESS_SECONDS = 300.0  # and one less, which costs its share of the rate meanwhile where each connection is limited
 # Without a byte, after which a download does not count (a connection that hangs, a server that has it wait, a file that comes from the Hub's cache

@@ -272,7 +272,7 @@ def test_a_short_dip_changes_nothing_and_a_lasting_one_does(network: Callable[..
         simulated.run(3)
         assert simulated.gate.allowed == 1
     simulated.each = 100 * MB
-    simulated.run(10)
+    simulated.run(15)
     assert simulated.gate.allowed >= 2
 
 

@@ -35,12 +35,13 @@ def streamed(
     keep: bool = False,
     label: str = "fetch",
     ahead: int = AHEAD,
+    others: Iterable[str] = (),
 ) -> Iterator[None]:
     """Read tensors of a checkpoint elsewhere, step by step, while the block runs; of a folder nothing changes.
 
     steps: all that is read, in order; whoever is done with one tells `checkpoint.finish_step`. folder: for shards, of at most
     `budget` bytes at a time. keep: whether whole shards stay after an error, for the run that continues.
-    ahead: as `shard_plan.AHEAD`.
+    ahead: as `shard_plan.AHEAD`. others: files that are fetched besides and are no shards.
     Raises OptionError for too small a budget.
     """
     store = checkpoint.remote
@@ -48,14 +49,15 @@ def streamed(
         yield
         return
     plan = plan_shards(steps, checkpoint.shard_sizes, budget, ahead)
-    advance = progress.beside(label, plan.fetch_bytes)
+    total = plan.fetch_bytes + sum(map(store.known_size, others))
+    advance = progress.beside(label, total)
 
     def came(count: int) -> None:
         if count > 0:  # not where they are lost again
             cache.came()
         advance(count)
 
-    with downloads(store, plan.fetch_bytes) as download:
+    with downloads(store, total) as download:
         fetcher = Fetcher(
             store, folder, came, progress.say, lambda: cache.left, download, lambda name: cache.order(name)
         )

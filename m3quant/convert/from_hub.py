@@ -53,7 +53,7 @@ def check_remote(plan: Plan, settings: Settings) -> None:
             f"with --ray, recipe '{plan.recipe.name}' reads a source that all nodes see, and {store.where} is on {store.kind}: download it to a "
             "shared file system and convert the folder, take a recipe without calibration, or leave --ray out."
         )
-    for name in (*plan.checkpoint.shards, *(n for n in plan.copied_files if not store.is_small(n))):
+    for name in (*plan.checkpoint.shards, *_beside(plan)):
         store.sha256(name)
     if settings.cache_disk is not None:
         conversion_shards(plan, settings.cache_disk)
@@ -81,5 +81,11 @@ def shards_of_hub(
     so_far = Progressed(journal.records.keys(), journal.last_boundary())
     steps = conversion_steps(plan, so_far) if plan.checkpoint.remote is not None else []
     journal.finished = lambda unit: plan.checkpoint.finish_step(("unit", unit))
-    folder, ahead = journal.folder / CACHE, ahead_of(plan)
-    return streamed(plan.checkpoint, steps, folder, budget, stop, progress, keep=True, ahead=ahead)
+    folder, ahead, others = journal.folder / CACHE, ahead_of(plan), _beside(plan)
+    return streamed(plan.checkpoint, steps, folder, budget, stop, progress, keep=True, ahead=ahead, others=others)
+
+
+def _beside(plan: Plan) -> list[str]:
+    """Large files that are no shards and are carried over: a draft's weights."""
+    store = plan.checkpoint.remote
+    return [name for name in plan.copied_files if not store.is_small(name)] if store else []

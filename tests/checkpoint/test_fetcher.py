@@ -248,6 +248,32 @@ def test_bytes_that_are_lost_again_are_no_sign_of_life(
     assert signs == [3]
 
 
+def test_a_file_beside_the_shards_is_in_what_is_to_come(
+    store: HubStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Totals(Silent):
+        def beside(self, label: str, total_bytes: int) -> Callable[[int], None]:
+            self.total = total_bytes
+            return super().beside(label, total_bytes)
+
+    def download(name: str, folder: Path, came: Callable[[int], None], fresh: bool) -> None:
+        came(len(contents[name]))
+        (folder / name).write_bytes(contents[name])
+
+    contents, progress = {"a": DATA, "draft": DATA * 3}, Totals()
+    store.sizes = {name: len(data) for name, data in contents.items()}
+    store.marks = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    monkeypatch.setattr(store, "download", download)
+    checkpoint: Any = SimpleNamespace(remote=store, shard_sizes={"a": len(DATA)})
+    work = [Step(0, frozenset("a"))]
+    with streamed(checkpoint, work, tmp_path / "cache", len(DATA), StopFlag(), progress, others=["draft"]):
+        assert store.cache is not None
+        with store.cache.reading("a"):
+            pass
+        assert store.cache.fetch_other("draft").read_bytes() == DATA * 3
+    assert progress.streams["fetch"] == progress.total == len(DATA) * 4
+
+
 def test_random_work_over_a_network_that_fails_ends_within_the_budget(
     store: HubStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,7 +258,7 @@ def test_shipped_serving_recipes_are_valid_and_no_conversion_recipes() -> None:
         ("kv_offload: true", "'kv_offload' must be a whole number"),
         ("concurrency: yes", "'concurrency' must be a whole number"),
         ("draft: ''", "'draft' must not be empty"),
-        ("host: a b", "'host': must be one word, without white space"),
+        ("host: a b", "'host': write one word, without white space"),
     ],
 )
 def test_bad_serving_recipes_are_one_sentence(text: str, message: str, tmp_path: Path) -> None:

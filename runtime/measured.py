@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..checkpoint.bounded import read_yaml
 from ..errors import NodeError
+from ..running.complaints import complaint, given, key_of
 from .fit import Fit
 
 FIGURES = Path(__file__).with_name("measured.yaml")
@@ -64,9 +65,9 @@ def read_measured(path: Path) -> tuple[MeasuredSet, ...]:
         return tuple(_File.model_validate(read_yaml(path, "measured speeds", error=NodeError)).sets)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
+        where = key_of(first) or "the whole"
         raise NodeError(
-            f"measured speeds {path}, key '{where}': {first['msg']}: write a set as `python -m tests.benchmarks.bench_gpu_table --yaml` does."
+            f"measured speeds {path}, key '{where}': {complaint('it', first)}{given(first)}: write a set as `python -m tests.benchmarks.bench_gpu_table --yaml` does."
         ) from None
 
 

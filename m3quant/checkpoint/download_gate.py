@@ -120,7 +120,8 @@ class DownloadGate:
             steady = len(at_work) == self.allowed and all(other.begun for other in at_work)
             running.left -= count
             if count <= 0:
-                running.begun = running.begun and not count  # lost again: it connects anew
+                if count:  # lost again: it connects anew
+                    running.begun = False
                 return
             running.moved, running.begun = now, True
             if self._busy() < self.allowed:
@@ -137,19 +138,14 @@ class DownloadGate:
         if now < self._steady_from:
             return
         if self._last is not None:
-            self._bytes, self._pieces, self._seconds = (
-                self._bytes + count,
-                self._pieces + 1,
-                self._seconds + now - self._last,
-            )
+            self._bytes += count
+            self._pieces += 1
+            self._seconds += now - self._last
         self._last = now
         enough = FIRST_WINDOW_SECONDS if self._first else WINDOW_SECONDS
         if self._seconds >= enough and self._pieces >= WINDOW_PIECES:
             self._judge(self._bytes / self._seconds, now)
-            self._forget()
-
-    def _forget(self) -> None:
-        self._bytes, self._pieces, self._seconds, self._steady_from = 0, 0, 0.0, None
+            self._bytes, self._pieces, self._seconds, self._steady_from = 0, 0, 0.0, None
 
     def _judge(self, rate: float, now: float) -> None:
         """With `allowed` downloads so many bytes came per second."""

@@ -285,10 +285,12 @@ class Measuring:
         stacks = {}
         for which, stack in tensors.stacks.items():
             names = tensors.names(which)
-            stacks[which] = torch.empty_like(stack) if names[0] in quantized.weights else stack
-            if stacks[which] is not stack:  # one expert after the other: all of them besides would be a layer more
-                for number, name in enumerate(names):
-                    stacks[which][number] = quantized.weights[name].dequantized()
+            if names[0] not in quantized.weights:
+                stacks[which] = stack
+                continue
+            rounded = stacks[which] = torch.empty_like(stack)
+            for number, name in enumerate(names):  # one after the other: all of them besides would be a layer more
+                rounded[number] = quantized.weights[name].dequantized()
         return Layer(spec, LayerTensors({**tensors, **changed}, stacks, tensors.moe), self.device, dtype)
 
     def _through(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..planning.fit import Fitting
 from ..planning.plan import Plan
 from ..planning.quantizers import facts_of
-from ..planning.resources import FLOAT32, resources
+from ..planning.resources import FLOAT32, hidden_state_bytes, resources
 from ..schemes import parse_scheme
 
 # Errors that are carried to the end: a large and a small one for the role that most bytes and most of the loss are in,
@@ -65,11 +65,10 @@ def device_bytes(fitting: Fitting, plan: Plan | None = None) -> int:
     """
     plan = plan or fitting.base
     data = plan.recipe.data
-    hidden, length = plan.family.hidden_size, data.window_length
-    pilots = len(pilot_recipes(fitting)) * stream_bytes(data.windows + data.heldout_windows, length, hidden, BF16)
-    heldout = stream_bytes(data.heldout_windows, length, hidden, FLOAT32)
-    carried = probe_windows(fitting, data.heldout_windows, stream_bytes(1, length, hidden, FLOAT32))
-    probes = _probes(fitting) * stream_bytes(carried, length, hidden, FLOAT32)
+    pilots = len(pilot_recipes(fitting)) * hidden_state_bytes(plan, BF16)
+    window = data.window_length * plan.family.hidden_size * FLOAT32
+    heldout = data.heldout_windows * window
+    probes = _probes(fitting) * probe_windows(fitting, data.heldout_windows, window) * window
     bulk = max(
         sum(t.source.numel for t in unit.tensors if t.role.kind == fitting.bulk)
         for unit, _ in plan.kinds
@@ -77,8 +76,3 @@ def device_bytes(fitting: Fitting, plan: Plan | None = None) -> int:
     )
     rounded = max(0, BF16 * bulk - facts_of(plan.recipe.rounding).scratch(plan))
     return resources(plan, on_gpu=True).device + pilots + 3 * heldout + probes + rounded
-
-
-def stream_bytes(windows: int, length: int, hidden: int, element_bytes: int) -> int:
-    """Hidden states of so many windows."""
-    return windows * length * hidden * element_bytes

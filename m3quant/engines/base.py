@@ -175,10 +175,8 @@ class Engine(ABC):
         """Warnings about this release. Raises EngineMissing where it is too old for the family."""
         if self.can.read is None:
             return []
-        if installed.release is None:
-            return self.unread(installed.version)
         needed = family.in_engine(self.name).first_release
-        if needed and is_older(installed, needed):
+        if needed and precedes(installed.version, needed):
             raise EngineMissing(
                 f"{self.title} {installed.version} does not have {family.model_type}: install {needed} or newer."
             )
@@ -320,8 +318,3 @@ def precedes(release: str | None, first: str) -> bool:
         return release is not None and Version(release) < Version(first)
     except InvalidVersion:
         return False
-
-
-def is_older(installed: Installed, release: str) -> bool:
-    """Whether what is installed is known to come before `release`."""
-    return installed.release is not None and installed.release < Version(release)

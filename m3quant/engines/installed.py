@@ -14,8 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from packaging.version import InvalidVersion, Version
-
 from ..errors import EngineMissing
 
 ENGINE_PYTHON = "M3QUANT_ENGINE_PYTHON"
@@ -59,13 +57,6 @@ class Installed:
 
     def takes(self, flag: str) -> bool:
         return flag.removeprefix("--") in self.flags
-
-    @property
-    def release(self) -> Version | None:
-        try:
-            return Version(self.version)
-        except InvalidVersion:
-            return None
 
 
 def how_to_get(package: str) -> str:

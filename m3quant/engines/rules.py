@@ -9,7 +9,7 @@ from ..errors import EngineMissing, PlanError
 from ..families import Family
 from ..schemes import Scheme
 from . import DEFAULT, ENGINES
-from .base import Engine, is_older
+from .base import Engine, precedes
 from .installed import Installed
 from .integers import has_common_zero_points, is_narrow, names
 
@@ -37,7 +37,7 @@ def check_schemes(engine: Engine, installed: Installed | None, schemes: Collecti
     if not first:
         others = " or ".join(f"{e.title} {e.can.narrow_integers} or newer" for e in ENGINES if e.can.narrow_integers)
         raise EngineMissing(f"{engine.title} does not read {what}, only 4 and 8: serve this checkpoint with {others}.")
-    if installed is not None and is_older(installed, first):
+    if installed is not None and precedes(installed.version, first):
         raise EngineMissing(
             f"{engine.title} {installed.version} does not read {what}, only 4 and 8: install {first} or newer."
         )

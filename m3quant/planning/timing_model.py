@@ -26,6 +26,7 @@ from ..running.complaints import complaint, key_of
 from ..running.words import LONG_SECONDS, duration
 from .plan import Plan
 from .quantizers import active_weights, facts_of, tokens_of
+from .resources import hidden_state_bytes
 from .unit import Unit
 
 RATES_FILE, CPU_RATES_FILE = "rates.json", "rates_cpu.json"
@@ -176,8 +177,7 @@ def forward_flops(plan: Plan) -> float:
 
 def stream_bytes(plan: Plan) -> int:
     """Of both streams as they are saved after a layer, in BF16, held-out windows too."""
-    data = plan.recipe.data
-    return 2 * (data.windows + data.heldout_windows) * data.window_length * plan.family.hidden_size * 2
+    return 2 * hidden_state_bytes(plan, 2)
 
 
 def search_flops(plan: Plan) -> float:

@@ -19,10 +19,8 @@ class Growth:
     began: float = 0.0  # by the referee's steps: when its first token was written
     likely: int = 0
     look: float = 0.0  # looked up again when the answer is this long,
-    lore: tuple[int, float] = (
-        0,
-        0.0,
-    )  # or, while it waits, when more is known than this: answers of its class, and the share of them
+    # or, while it waits, when more is known than this: answers of its class, and the share of them
+    lore: tuple[int, float] = (0, 0.0)
 
     def written(self, steps: float) -> float:
         """Tokens written, by what has passed here or by the engine's steps, whichever is more: streams may come in lumps, plain answers at the end."""

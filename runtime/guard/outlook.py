@@ -91,17 +91,22 @@ class Outlook:
             return Course(ticket.tokens - self.block_size * hits, None)
         running = ticket in self.running
         written = growth.written(self.referee.steps) if running else 0.0
-        known = self.table.of(growth.name)
-        lore = (known.learned if known else 0, self.referee.share)
-        if written >= growth.look or not growth.likely or (not running and lore != growth.lore):
-            growth.lore = lore
-            growth.likely = (
-                growth.most if known is None else known.likely(int(written), growth.most, self.referee.share)
-            )
-            next_look = written + max(SOONEST_LOOK, (growth.likely - written) / 4)
-            growth.look = max(written + 1, min(growth.likely, next_look))  # at once when it passes what was expected
+        due = written >= growth.look or not growth.likely
+        if due or not running:
+            self._look_up(growth, written, due)
         held = growth.prompt - self.block_size * hits + (self.block_size - 1) / 2
         return Course(held + written, max(1.0, growth.likely - written))
+
+    def _look_up(self, growth: Growth, written: float, due: bool) -> None:
+        """What the answer will likely be in all, if that is due or more is known than when it was last looked up."""
+        known, share = self.table.of(growth.name), self.referee.share
+        lore = (known.learned if known else 0, share)
+        if not due and lore == growth.lore:
+            return
+        growth.lore = lore
+        growth.likely = growth.most if known is None else known.likely(int(written), growth.most, share)
+        next_look = written + max(SOONEST_LOOK, (growth.likely - written) / 4)
+        growth.look = max(written + 1, min(growth.likely, next_look))  # at once when it passes what was expected
 
     def forecast(self, shared: int) -> Forecast:
         """Of all that runs; `shared`: tokens of blocks that several hold."""

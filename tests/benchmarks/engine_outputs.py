@@ -53,16 +53,10 @@ def outputs(model: str) -> list[str]:
     return [f"{model}_{name}" for name in names]
 
 
-def device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def command_of(source: Path, output: Path, recipe: str) -> list[str]:
     from tests.support.paths import FIXTURES
 
-    command = [sys.executable, "-m", "m3quant", "convert", str(source), str(output), "--device", device()]
+    command = [sys.executable, "-m", "m3quant", "convert", str(source), str(output), "--device", "auto"]
     if recipe.startswith("awq"):
         command += ["--windows", str(WINDOWS), "--calibration", str(FIXTURES / "calibration.jsonl")]
     if recipe.endswith("-ct"):
@@ -106,11 +100,14 @@ def ours(folder: Path, ids: list[int]) -> None:
     from m3quant.calibration.stream import nll
     from m3quant.evaluate.models import open_model
     from m3quant.quant.reading import ConvertedReader
+    from m3quant.running.device import pick_device
 
     model = open_model(folder)
     if isinstance(model.reader, ConvertedReader):
         model.reader.dtype = torch.float32
-    found = -nll(model.reader, torch.tensor([ids]), device(), torch.float32, micro_batch=1, schemes=model.schemes)
+    found = -nll(
+        model.reader, torch.tensor([ids]), pick_device("auto"), torch.float32, micro_batch=1, schemes=model.schemes
+    )
     folder.with_name(f"{folder.name}.ours.json").write_text(json.dumps(found[0].tolist()))
 
 

@@ -115,9 +115,8 @@ def test_where_one_fills_the_network_shards_come_one_after_the_other(network: Ca
     simulated.run(24)
     (first, _), (second, _), (third, _) = simulated.finished[:3]
     assert [order for _, order in simulated.finished[:4]] == [0, 1, 2, 3]
-    assert (
-        first <= 9.0 and second <= 11.0 and third <= 16.0
-    )  # the trial of a second one takes the first half of its speed for a while
+    # The trial of a second one takes half of the first one's speed for a while.
+    assert first <= 9.0 and second <= 11.0 and third <= 16.0
     assert simulated.gate.allowed == 1
 
 
@@ -303,11 +302,8 @@ def test_as_many_as_bring_something_stay_over_hours(network: Callable[..., Netwo
         (1000 * MB, 64 * MB, 1000 * MB),
         (1000 * MB, 5000 * MB, 1000 * MB),
         (200 * MB, 64 * MB, 800 * MB),
-        (
-            200 * MB,
-            5000 * MB,
-            480 * MB,
-        ),  # of 25 s a file, while one more is let in after each 10 s in which nothing came
+        # Of 25 s a file, while one more is let in after each 10 s in which nothing came.
+        (200 * MB, 5000 * MB, 480 * MB),
     ],
 )
 def test_progress_in_leaps(network: Callable[..., Network], each: int, leap: int, expected: int) -> None:

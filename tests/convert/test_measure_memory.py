@@ -17,7 +17,7 @@ from m3quant.calibration.spec import LayerSpec
 from m3quant.checkpoint import Checkpoint
 from m3quant.convert.device_memory import check_measuring
 from m3quant.convert.measure import MeasureSettings, Measuring, measure
-from m3quant.convert.measure_plan import device_bytes, pilot_recipes, probe_windows, stream_bytes
+from m3quant.convert.measure_plan import device_bytes, pilot_recipes, probe_windows
 from m3quant.errors import StoppedError
 from m3quant.planning.fit import Fitting
 from m3quant.planning.headers import from_config
@@ -64,7 +64,7 @@ def test_streams_are_those_that_a_pass_holds(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Measuring, "_result", note)
     measure(fitting, random_windows(fitting.base), "text", MeasureSettings(), Silent())
     hidden, length = fitting.base.family.hidden_size, FEW["window_length"]
-    one = stream_bytes(1, length, hidden, 4)  # a CPU computes in float32
+    one = length * hidden * 4  # a CPU computes in float32
     assert held["exact"] == [heldout * one] and held["pilots"] == [(3 + heldout) * one] * len(pilot_recipes(fitting))
     assert set(held["probes"]) == {probe_windows(fitting, heldout, one) * one}
     more = device_bytes(fitting) - resources(fitting.base, on_gpu=True).device

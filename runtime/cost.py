@@ -3,7 +3,8 @@
 The throughput is a bound, not a forecast: decoding reads the weights it uses and each request's cache from HBM once a step, so
     tokens/s <= requests x bandwidth / (bytes of weights used + bytes of cache read)    per GPU, the slowest stage deciding.
 Engines reach a part of it (kernels, all-reduce, scheduling, prefill). Where figures near the plan were measured (runtime/measured.py), the
-least and the largest part of them give a range; elsewhere the price shown is the floor alone.
+least and the largest part of them give a range; figures of another GPU with the same chip give the range that they leave this one. Elsewhere
+the price shown is the floor alone.
 """
 
 from __future__ import annotations

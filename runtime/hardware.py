@@ -20,11 +20,14 @@ from ..errors import NodeError
 # own machines with eight GPUs (DGX A100 640 GB, H100, H200 and B200: 2 TB); what a rented machine has, its owner says, and `serve` asks the system.
 _PCIE5, _PCIE4 = 64e9, 32e9
 _DGX = 2 * 10**12 // 8
+# NVIDIA's datasheets give the SXM boards of H100 and H200 the same FLOPS in every format, 900 GB/s of NVLink and up to 700 W: memory is what differs.
+# Not so the H100's PCIe and NVL boards, with fewer SMs or lower clocks.
+_SXM5 = "GH100, 132 SMs"
 GPUS: dict[str, Gpu] = {
     gpu.name.lower(): gpu
     for gpu in (
-        Gpu("H200", int(139.8 * GIB), 4.8e12, "143,771 MiB in nvidia-smi; 139.8 GiB in torch", "hopper", _PCIE5, _DGX),
-        Gpu("H100", int(79.1 * GIB), 3.35e12, "81,559 MiB in nvidia-smi; 79.1 GiB in torch (H100 80GB HBM3)", "hopper", _PCIE5, _DGX),
+        Gpu("H200", int(139.8 * GIB), 4.8e12, "143,771 MiB in nvidia-smi; 139.8 GiB in torch", "hopper", _PCIE5, _DGX, chip=_SXM5),
+        Gpu("H100", int(79.1 * GIB), 3.35e12, "81,559 MiB in nvidia-smi; 79.1 GiB in torch (H100 80GB HBM3)", "hopper", _PCIE5, _DGX, chip=_SXM5),
         Gpu("A100", int(79.15 * GIB), 2.04e12, "81,920 MiB in nvidia-smi; 79.15 GiB in torch (A100-SXM4-80GB)", "ampere", _PCIE4, _DGX),
         Gpu("RTXPRO6000", int(94.97 * GIB), 1.79e12, "94.97 GiB in a public vLLM log", "blackwell-workstation", _PCIE5),
         Gpu("GB10", int(119.6 * GIB), 0.273e12, "DGX Spark: 128 GB shared with the host; 119.6 GiB in torch", "blackwell-workstation", shared=True),

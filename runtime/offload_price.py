@@ -8,7 +8,7 @@ from ..errors import NodeError, OptionError
 from .cost import Prices, Step, decode_step
 from .fit import Ask, Fit, assess
 from .hardware import Node
-from .measured import near
+from .measured import Near, near
 from .offload import NOTHING
 
 MOST_GPUS = 8  # of one host
@@ -18,7 +18,8 @@ USUAL_CONTEXT = 32_768  # tokens of a request where no context was asked for
 @dataclass(frozen=True)
 class Comparison:
     """Output tokens per second of `requests` of `context` tokens here and on `node`, the smallest that needs no host memory for weights, and
-    what an hour costs: in money, or in GPUs where the prices lack the GPU. slow_down: of the step, against all weights on this GPU."""
+    what an hour costs: in money, or in GPUs where the prices lack the GPU. slow_down: of the step, against all weights on this GPU. near: by
+    which both speeds were computed; None: by the whole bandwidth."""
 
     context: int
     requests: int
@@ -27,6 +28,7 @@ class Comparison:
     node: Node
     node_speed: float
     costs: tuple[float, float]
+    near: Near | None
 
     @property
     def dear(self) -> bool:
@@ -40,9 +42,11 @@ class Comparison:
             if self.costs[0] == self.costs[1]
             else f" on {self.node.name}, at {self.costs[1] / self.costs[0]:g} times the price"
         )
+        others = self.near.others if self.near else ()
+        by = f" (not measured, estimated from {' and '.join(others)}, of the same chip)" if others else ""
         return (
             f"with weights in host memory {_tokens(self.speed)} tokens/s at most for {self.requests} request(s) of {self.context:,} tokens, "
-            f"{_tokens(self.node_speed)} without{where}"
+            f"{_tokens(self.node_speed)} without{where}{by}"
         )
 
 
@@ -53,7 +57,8 @@ def _tokens(speed: float) -> str:
 def compare(fit: Fit, prices: Prices) -> Comparison | None:
     """None where a bandwidth is not known, or no node of up to eight such GPUs holds the model by itself.
 
-    Both sides reach the same share of their GPUs' bandwidth: the middle of what was measured near, else all of it.
+    Both sides reach the same share of their GPUs' bandwidth: the middle of what was measured near, or of what that leaves a GPU with
+    the same chip, else all of it.
     """
     requests, context = fit.ask.concurrency, min(fit.ask.context or USUAL_CONTEXT, fit.context)
     own = decode_step(fit, context, requests)
@@ -76,7 +81,7 @@ def compare(fit: Fit, prices: Prices) -> Comparison | None:
     )
     return Comparison(
         context, requests, tokens / _seconds(own, share), _seconds(own, share) / _seconds(whole, share) if whole else 0.0, other.node,
-        tokens / _seconds(step, share), money,
+        tokens / _seconds(step, share), money, known,
     )  # fmt: skip
 
 

@@ -18,7 +18,8 @@ SPEED_CONTEXT = 4096  # tokens of each
 
 @dataclass(frozen=True)
 class MeasuredSpeed:
-    """Decoded tokens per second in all, least and most, of `requests` at once, by figures measured near the plan; sources: of which."""
+    """Decoded tokens per second in all, least and most, of `requests` at once, by figures measured near the plan; sources: of which,
+    and whether they are of another GPU with the same chip."""
 
     requests: int
     context: int

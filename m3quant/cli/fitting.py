@@ -224,7 +224,8 @@ def _table_mode(
         click.echo(f"not in the table: {name}: {reason}")
     click.echo(
         f"prices of {prices.date}: {prices.source}; per million output tokens when the pool is full of requests of {context:,} tokens (at most "
-        "max-num-seqs): a range (~: one figure) where speeds near that were measured, no prefill; else (>=) the floor that HBM bandwidth sets"
+        "max-num-seqs): a range (~: one figure) where speeds near that were measured, on such GPUs or others of the same chip, no prefill; else (>=) "
+        "the floor that HBM bandwidth sets"
     )
     sources = dict.fromkeys(source for fit in fits if (measured := _speed(fit).near) for source in measured.sources)
     for source in sources:
@@ -252,7 +253,7 @@ def _speed(fit: Fit) -> Speed:
 
 
 def _price_cell(per_hour: float, speed: Speed) -> str:
-    if speed.near and speed.near.count == 1:
+    if speed.near and speed.low == speed.high:
         return f"~ {price_per_million(per_hour, speed.low):.2f}"
     if speed.near:
         return f"{price_per_million(per_hour, speed.high):.2f} - {price_per_million(per_hour, speed.low):.2f}"
@@ -306,7 +307,7 @@ def fit_json(fit: Fit, changes: list[Remedy], prices: Prices) -> dict[str, Any]:
 
 
 def _measured_json(per_hour: float | None, speed: Speed) -> dict[str, Any] | None:
-    """The range by measured speeds; None where nothing near was measured."""
+    """The range by measured speeds; None where nothing near was measured. other_gpus: empty where they are of this GPU."""
     if speed.near is None:
         return None
     prices = [None if per_hour is None else price_per_million(per_hour, rate) for rate in (speed.high, speed.low)]
@@ -316,6 +317,7 @@ def _measured_json(per_hour: float | None, speed: Speed) -> dict[str, Any] | Non
         "per_million_output": {"low": prices[0], "high": prices[1]},
         "figures": speed.near.count,
         "sources": list(speed.near.sources),
+        "other_gpus": list(speed.near.others),
     }
 
 
@@ -371,21 +373,27 @@ def print_fit(fit: Fit, changes: list[Remedy], prices: Prices) -> None:
             click.echo("  no change of flags, recipe or standard node makes it fit")
         return
     click.echo(f"FITS: {fit.concurrency} request(s) of {fit.context:,} tokens at once")
-    _print_speed(_speed(fit), prices.per_hour(fit.node), prices)
+    _print_speed(_speed(fit), fit.node.gpu.name, prices.per_hour(fit.node), prices)
     click.echo(shlex.join(fit.command()))
 
 
-def _print_speed(speed: Speed, per_hour: float | None, prices: Prices) -> None:
+def _print_speed(speed: Speed, gpu: str, per_hour: float | None, prices: Prices) -> None:
     if not speed.bound:
         return
     load = f"{speed.requests} requests of {speed.context:,} tokens"
     if speed.near:
-        one = speed.near.count == 1
-        rates = f"about {speed.low:,.0f}" if one else f"{speed.low:,.0f} to {speed.high:,.0f}"
-        shares = f"{speed.near.low:.0%}" if one else f"{speed.near.low:.0%} to {speed.near.high:.0%}"
-        figures = "the one figure, so without a spread," if one else f"the {speed.near.count} figures"
+        near, flat = speed.near, speed.low == speed.high
+        rates = f"about {speed.low:,.0f}" if flat else f"{speed.low:,.0f} to {speed.high:,.0f}"
+        shares = f"{near.low:.0%}" if flat else f"{near.low:.0%} to {near.high:.0%}"
+        figures = f"the {near.count} figures" if near.count > 1 else "the one figure"
+        spread = ", so without a spread," if near.count == 1 and flat else ""
+        measured = (
+            f"by {figures} measured near this on {' and '.join(near.others)}, of the same chip; none on {gpu}"
+            if near.others
+            else f"as in {figures}{spread} measured near this"
+        )
         click.echo(
-            f"speed, {load}: {rates} tokens/s decoding, {shares} of the bandwidth's {speed.bound:,.0f}, as in {figures} measured near this"
+            f"speed, {load}: {rates} tokens/s decoding, {shares} of the bandwidth's {speed.bound:,.0f}, {measured}"
         )
         for source in speed.near.sources:
             click.echo(f"  measured: {source}")

@@ -38,6 +38,7 @@ def offload_json(fit: Fit, prices: Prices | None = None) -> dict[str, Any] | Non
         "against_more_gpus": found and {
             "node": found.node.name, "context": found.context, "requests": found.requests, "tokens_per_s": found.speed,
             "slow_down": found.slow_down, "node_tokens_per_s": found.node_speed, "costs": found.costs,
+            "sources": list(found.near.sources) if found.near else [], "other_gpus": list(found.near.others) if found.near else [],
         },
     }  # fmt: skip
 

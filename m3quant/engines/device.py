@@ -15,6 +15,8 @@ class Gpu:
 
     link: bytes per second from the host's memory; host_bytes: of host memory for each GPU in the maker's own machine. 0: not known.
     shared: whether its memory is the host's, so that there is nowhere to move anything.
+    chip: GPUs of one chip differ in their memory alone (same die, SMs, clocks and NVLink), so that a speed measured on one bounds the
+    others' (runtime/measured.py); "": no other is known to be alike.
     """
 
     name: str
@@ -25,3 +27,4 @@ class Gpu:
     link: float = 0.0
     host_bytes: int = 0
     shared: bool = False
+    chip: str = ""

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3quant.cli import cli
+from m3quant.cli.offload_output import offload_json
 from m3quant.engines import DEFAULT as VLLM
 from m3quant.engines.vllm.offload import flags
 from m3quant.errors import DoesNotFit, NodeError, OptionError, RecipeError
@@ -172,6 +173,26 @@ def test_no_speed_measured_with_weights_on_the_gpu_is_promised_for_weights_on_th
     assert decode_speed(assess(model, parse_node("1xH200"), asked), 8192, 1).near is not None
     moved = decode_speed(assess(model, parse_node("1xH200"), replace(asked, weight_offload=20 * GIB)), 8192, 1)
     assert moved.near is None and moved.low == 0.0 < moved.bound
+
+
+@pytest.mark.parametrize(
+    ("node", "others", "share"),
+    [("1xH200", (), 110 / 310.9), ("1xH100", ("H200",), 110 / 310.9 * (1 + 4.8 / 3.35) / 2)],
+)
+def test_the_comparison_says_which_gpu_its_share_is_from(node: str, others: tuple[str, ...], share: float) -> None:
+    """By hand: one figure is near, 110 of 310.9 tokens/s at 60,000 tokens on an H200; for an H100, the middle of what it leaves."""
+    model = open_subject(str(DATA / "minimax-m2.7" / "config.json")).converted(build_recipe(named_recipe("awq")))
+    asked = Ask(kv_dtype="fp8", context=32_768)
+    fit = assess(model, parse_node(node), replace(asked, weight_offload=60 * GIB))
+    found, read = compare(fit, PRICES), offload_json(fit, PRICES)
+    assert found is not None and found.near is not None and found.near.count == 1 and found.near.others == others
+    assert found.node_speed == pytest.approx(
+        decode_bound(assess(model, found.node, asked), 32_768, 1) * share, rel=1e-3
+    )
+    assert ("(not measured, estimated from H200, of the same chip)" in found.sentence) == bool(others)
+    assert judged(fit, PRICES).why_not.startswith(f"{found.sentence}: a token costs less without")
+    assert read is not None and read["against_more_gpus"]["other_gpus"] == list(others)
+    assert read["against_more_gpus"]["sources"] == list(found.near.sources)
 
 
 def test_more_than_there_is_and_a_consent_to_nothing_are_said() -> None:

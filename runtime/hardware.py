@@ -14,7 +14,7 @@ from ..engines.device import CPU, GIB, Gpu
 from ..errors import NodeError
 
 # H200: 139.8 GiB in vLLM's start-up line (tests/data/serving-logs, measured). The others are not measured here: from nvidia-smi's MiB and public logs.
-# Bandwidth: NVIDIA's datasheets of the SXM boards (RTX PRO 6000 and GB10: product pages).
+# Bandwidth: NVIDIA's datasheets of the boards; without PCIe or NVL in the name it is the SXM one (RTX PRO 6000 and GB10: product pages).
 # Link: 16 lanes of PCIe in one direction, from the same datasheets (generation 5: 128 GB/s for both directions, 4: 64); an H200 gave 55.5 GB/s of its
 # 64 from pinned memory (tests/benchmarks/figures/h200_offload.json). Host memory: of NVIDIA's
 # own machines with eight GPUs (DGX A100 640 GB, H100, H200 and B200: 2 TB); what a rented machine has, its owner says, and `serve` asks the system.
@@ -28,6 +28,9 @@ GPUS: dict[str, Gpu] = {
     for gpu in (
         Gpu("H200", int(139.8 * GIB), 4.8e12, "143,771 MiB in nvidia-smi; 139.8 GiB in torch", "hopper", _PCIE5, _DGX, chip=_SXM5),
         Gpu("H100", int(79.1 * GIB), 3.35e12, "81,559 MiB in nvidia-smi; 79.1 GiB in torch (H100 80GB HBM3)", "hopper", _PCIE5, _DGX, chip=_SXM5),
+        Gpu("H200NVL", int(139.8 * GIB), 4.8e12, "143,771 MiB in nvidia-smi", "hopper", _PCIE5),
+        Gpu("H100NVL", int(93.1 * GIB), 3.9e12, "95,830 MiB in nvidia-smi", "hopper", _PCIE5),
+        Gpu("H100PCIe", int(79.1 * GIB), 2.0e12, "81,559 MiB in nvidia-smi", "hopper", _PCIE5),
         Gpu("A100", int(79.15 * GIB), 2.04e12, "81,920 MiB in nvidia-smi; 79.15 GiB in torch (A100-SXM4-80GB)", "ampere", _PCIE4, _DGX),
         Gpu("RTXPRO6000", int(94.97 * GIB), 1.79e12, "94.97 GiB in a public vLLM log", "blackwell-workstation", _PCIE5),
         Gpu("GB10", int(119.6 * GIB), 0.273e12, "DGX Spark: 128 GB shared with the host; 119.6 GiB in torch", "blackwell-workstation", shared=True),

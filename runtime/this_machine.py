@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -65,8 +66,11 @@ def gpu_called(name: str, mib: int | None) -> Gpu:
     mib is None where nvidia-smi says [N/A], as for GB10, whose memory is the host's. Raises NodeError if the name is unknown too.
     """
     flat = name.upper().replace(" ", "")
-    for gpu in GPUS.values():
-        if gpu.name in flat and (mib is None or abs(gpu.total_bytes / 2**20 / mib - 1) < 0.05):
+    # The longest name first: an "H100 PCIe" is no "H100", which is the SXM board, and a "GH200" is no "H200".
+    for gpu in sorted(GPUS.values(), key=lambda gpu: -len(gpu.name)):
+        if re.search(rf"(?<!G){gpu.name}", flat, re.IGNORECASE) and (
+            mib is None or abs(gpu.total_bytes / 2**20 / mib - 1) < 0.05
+        ):
             return gpu
     if mib is None:
         raise NodeError(

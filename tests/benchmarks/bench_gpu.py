@@ -69,7 +69,8 @@ PRESETS = {
     "m2.7-fit-1xh100": Preset(DATA / "minimax-m2.7", "fit-m2.7-1xh100", GPU),
     "m3-fit-1xh200": Preset(DATA / "minimax-m3", "fit-m3-1xh200", {**GPU, "start_timeout": MIXED_START_S}),
     "m3-fit-2xh100": Preset(DATA / "minimax-m3", "fit-m3-2xh100", {**GPU, "start_timeout": MIXED_START_S}),
-    "m3-awq": Preset(DATA / "minimax-m3", "awq", GPU),  # two H200s
+    "m2.7-fp8": Preset(DATA / "minimax-m2.7", "fp8", GPU),  # this and the next: two H200s
+    "m3-awq": Preset(DATA / "minimax-m3", "awq", GPU),
     "tiny-m2": Preset(FIXTURES / "tiny-m2", "awq", TINY),
     "tiny-m3": Preset(FIXTURES / "tiny-m3", "awq", TINY),
 }
@@ -241,6 +242,14 @@ def environment(norm: str, folder: Path) -> dict[str, str]:
     return env
 
 
+def cells_of(text: str) -> tuple[tuple[int, int], ...]:
+    """`1x8,16x1` as requests and thousands of tokens. Raises ValueError for another form."""
+    cells = tuple((int(requests), int(thousands)) for requests, thousands in (point.split("x") for point in text.split(",")))
+    if any(requests < 1 or thousands < 1 for requests, thousands in cells):
+        raise ValueError(text)
+    return cells
+
+
 def seconds(text: str) -> float:
     """Raises ValueError for what is no time."""
     value = float(text)
@@ -264,7 +273,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=seconds, default=380.0, help="of everything [380]")
     parser.add_argument("--through", help="guard, engine or both with a comma: a start each [guard]")
     parser.add_argument(
-        "--flags", help=f"a start each, through the guard, at 1, 4 and 16 requests of 1,024 tokens: {', '.join(FLAGS)}"
+        "--points", type=cells_of, help="requests x thousands of tokens, in this order, as 1x1,16x1,1x8 [all; 1x1,16x1,4x1 for --flags]"
+    )
+    parser.add_argument(
+        "--flags", help=f"a start each, through the guard: {', '.join(FLAGS)}"
     )
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
@@ -285,7 +297,7 @@ def main() -> int:
             "preset": arguments.preset, "recipe": preset.recipe, "arguments": sys.argv[1:], "measured": time.strftime("%Y-%m-%d"), "machine": {},
         }  # fmt: skip
         figures = Figures(arguments.out, head)
-        cells = ((1, 1), (16, 1), (4, 1)) if flags else CELLS
+        cells = arguments.points or (((1, 1), (16, 1), (4, 1)) if flags else CELLS)
         good = run_starts(preset, starts, cells, figures, folder, deadline)
     print(json.dumps(figures.document["starts"], indent=1))
     return 0 if good else 1

@@ -360,6 +360,20 @@ def test_gpus_by_their_nvidia_smi_names() -> None:
     assert (
         gpu_called("NVIDIA H200", 143771).name == "H200" and gpu_called("NVIDIA A100-SXM4-80GB", 81920).name == "A100"
     )
+    boards = {
+        "H100 80GB HBM3": "H100",
+        "H100 PCIe": "H100PCIe",
+        "A100 80GB PCIe": "A100",
+        "RTX PRO 6000 Blackwell Server Edition": "RTXPRO6000",
+    }
+    mib = {"RTXPRO6000": 97887}
+    assert {board: gpu_called(f"NVIDIA {board}", mib.get(name, 81559)).name for board, name in boards.items()} == boards
+    assert (
+        gpu_called("NVIDIA H100 NVL", 95830).name == "H100NVL"
+        and gpu_called("NVIDIA H200 NVL", 143771).name == "H200NVL"
+    )
+    grace = gpu_called("NVIDIA GH200 144G HBM3e", 146831)  # about an H200's memory, another board
+    assert grace.bandwidth == 0 and not grace.chip
     other = gpu_called("NVIDIA L40S", 46068)
     assert gpu_called("NVIDIA GB10", None).name == "GB10"
     with pytest.raises(NodeError, match="does not tell the memory of NVIDIA L40S"):

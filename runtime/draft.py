@@ -18,6 +18,7 @@ from ..errors import CheckpointError, OptionError
 from ..families import Family
 from ..families.config import MAX_LAYERS, MAX_SIZE, MAX_VOCABULARY, ConfigPart, check_values, heads_of
 from ..planning.source_tensors import FLOAT_DTYPES
+from .draft_format import check_stated_format
 from .draft_tables import check_tables
 from .fit import Ask
 
@@ -40,7 +41,8 @@ _TAPS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids", "targ
 def open_draft(src: str, family: Family, tokens: int | None = None) -> Draft:
     """The draft in a folder or Hub repo, for a target of that family. tokens: guessed in a step, None for the draft's own number.
 
-    Raises CheckpointError for what is no draft of a known kind, or one whose sizes are not the target's.
+    Raises CheckpointError for what is no draft of a known kind, one whose sizes are not the target's, or one whose config.json and weights
+    disagree on what is quantized.
     """
     checkpoint = Checkpoint.open(src)
     where = f"{checkpoint.root}/{CONFIG_NAME}"
@@ -49,6 +51,7 @@ def open_draft(src: str, family: Family, tokens: int | None = None) -> Draft:
     body = top.part("transformer_layer_config") or top.part("text_config") or top
     method, architecture = _kind(top, body)
     _check_sizes(top, body, family, checkpoint)
+    check_stated_format(checkpoint, body.values, family.num_layers)
     heads, kv_heads = heads_of(body, kv_needed=False)
     hidden = body.count("hidden_size", MAX_SIZE)
     split, kv, whole = _weights(checkpoint)

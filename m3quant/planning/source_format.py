@@ -115,7 +115,7 @@ def source_format(checkpoint: Checkpoint) -> SourceFormat:
     Of layouts that m3quant reads, `source_tensors` compares the headers with what is said here.
     """
     where = f"{checkpoint.root}/{CONFIG_NAME}"
-    said = config_format(checkpoint.config, where, _hf_quant_of(checkpoint))
+    said = config_format(checkpoint.config, where, hf_quant_of(checkpoint))
     found = header_format(checkpoint.tensors, bool(integers_among({said.kind} | said.stated.others)))
     if found is None or (said.refused and said.label not in _VAGUE):
         return said
@@ -131,7 +131,8 @@ def file_format(path: Path, config: Mapping[str, Any]) -> SourceFormat:
     return config_format(config, str(path), raw)
 
 
-def _hf_quant_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+def hf_quant_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """The checkpoint's hf_quant_config.json, None if it has none. Raises CheckpointError for a damaged one."""
     if HF_QUANT_CONFIG not in checkpoint.other_files:
         return None
     where = f"{checkpoint.root}/{HF_QUANT_CONFIG}"

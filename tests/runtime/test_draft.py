@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,118 @@ def test_tables_are_read_in_every_layout_and_random_ones_pass(tmp_path: Path, fa
     ]):  # fmt: skip
         with pytest.raises(CheckpointError, match=message):
             open_draft(str(hostile(tmp_path / f"wrong{number}", **{"d2t": table, "t2d": mask} | wrong)), family)
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
+LINEARS = [
+    *(f"midlayer.self_attn.{p}_proj" for p in "qkvo"),
+    *(f"midlayer.mlp.{p}_proj" for p in ("gate", "up", "down")),
+]
+
+
+def packed(*ignore: str, targets: Sequence[str] = ("Linear",)) -> dict[str, Any]:
+    group = {"targets": list(targets), "weights": WEIGHTS}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}, "ignore": list(ignore)}  # fmt: skip
+
+
+def stored_as(folder: Path, kind: str, section: Any, *modules: str, key: str = "quantization_config") -> Path:
+    """An EAGLE3 draft with these modules in FP8 or packed INT4, the rest in BF16, and that section."""
+    made = write_eagle3(folder, **{key: section})
+    tensors = load_file(made / "model.safetensors")
+    for module in modules:
+        weight = tensors.pop(f"{module}.weight")
+        rows, columns = weight.shape
+        if kind == "fp8":
+            tensors |= {
+                f"{module}.weight": weight.to(torch.float8_e4m3fn),
+                f"{module}.weight_scale": torch.ones(rows, 1),
+            }
+        else:
+            tensors |= {f"{module}.weight_packed": torch.zeros(rows, columns // 8, dtype=torch.int32),
+                        f"{module}.weight_scale": torch.ones(rows, columns // 128)}  # fmt: skip
+    return write_draft(folder, json.loads((made / "config.json").read_text()), tensors)
+
+
+@pytest.mark.parametrize(
+    ("kind", "section", "modules"),
+    [
+        ("fp8", FP8 | {"modules_to_not_convert": ["lm_head", "fc"]}, LINEARS),
+        ("fp8", FP8, ["lm_head", *LINEARS]),  # fc and head may be plain or not: engines differ
+        ("fp8", FP8 | {"modules_to_not_convert": ["midlayer.self_attn"]}, LINEARS[4:]),
+        ("fp8", FP8 | {"ignored_layers": [f"model.layers.3.mlp.{p}_proj" for p in ("gate_up", "down")]}, LINEARS[:4]),
+        ("fp8", FP8 | {"ignored_layers": LINEARS}, []),
+        ("int4", packed("lm_head", "fc"), LINEARS),
+        ("int4", packed(r"re:.*self_attn.*", r"re:.*layers\.0\.mlp\..*"), []),
+        ("int4", packed(targets=[r"re:.*mlp\.(gate|up|down)_proj"]), LINEARS[4:]),
+        ("int4", packed(targets=["model.layers.9.mlp.experts"]), []),
+        ("int4", {"quant_method": "compressed-tensors", "config_groups": {}, "format": "dense"}, []),
+        ("int4", {"quant_method": "awq", "bits": 4, "group_size": 128, "modules_to_not_convert": ["attn", "mlp"]}, []),
+        ("fp8", {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["*self_attn*", "*mlp*"]}, []),
+        ("fp8", {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"}, []),
+        ("fp8", {"quant_method": "modelopt", "quantized_layers": {m: {"quant_algo": "FP8"} for m in LINEARS[:4]}}, LINEARS[:4]),
+        ("fp8", {"quant_method": "bitsandbytes", "load_in_4bit": True}, []),  # quantizes what it loads
+        ("fp8", {"quant_method": "quark"}, LINEARS[:1]),  # whose own lists are not read
+    ],
+)  # fmt: skip
+def test_a_draft_whose_config_and_weights_agree_is_taken(
+    kind: str, section: Any, modules: list[str], tmp_path: Path, family: Family
+) -> None:
+    made = open_draft(str(stored_as(tmp_path, kind, section, *modules)), family)
+    assert made.method == "eagle3"
+
+
+@pytest.mark.parametrize(
+    ("kind", "section", "modules", "message"),
+    [
+        ("fp8", FP8, [], "'midlayer.mlp.down_proj.weight' is BF16, and 6 more like it, but .*config.json says that it is quantized .*'fp8'.* a plain draft, one without"),
+        ("fp8", FP8, LINEARS[1:], "'midlayer.self_attn.q_proj.weight' is BF16, but .* says that it is quantized"),
+        ("fp8", FP8 | {"modules_to_not_convert": ["gate", "midlayer.self_attn", "down_proj"]}, [], "'midlayer.mlp.gate_proj.weight' is BF16, and 1 more"),
+        ("int4", packed("lm_head", "fc"), [], "'midlayer.mlp.down_proj.weight' is BF16, and 6 more"),
+        ("int4", packed(targets=["model.layers.3.mlp.gate_up_proj"]), [], "'midlayer.mlp.gate_proj.weight' is BF16, and 1 more"),
+        ("fp8", {"quant_method": "gptq", "bits": 4}, [], "is BF16, and 6 more like it, .*'gptq'"),
+        ("fp8", None, ["midlayer.mlp.up_proj"], "'midlayer.mlp.up_proj.weight' is F8_E4M3, the codes .* but .*config.json has no quantization_config.* or a draft in BF16"),
+        ("int4", None, LINEARS, "_packed' is I32, the codes of a quantized weight, but .*config.json has no quantization_config"),
+        ("int4", packed("lm_head"), ["lm_head", *LINEARS], "'lm_head.weight_packed' is I32, .* says that 'lm_head' is not"),
+        ("int4", packed(r"re:.*mlp.*"), LINEARS, "says that 'midlayer.mlp.down_proj' is not"),
+        ("int4", packed(targets=["re:.*self_attn.*"]), LINEARS, "says that 'midlayer.mlp.down_proj' is not"),
+        ("fp8", {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"}, LINEARS, "says that 'midlayer.mlp.down_proj' is not"),
+        ("fp8", {"quant_method": "modelopt", "quantized_layers": {LINEARS[0]: {"quant_algo": "FP8"}}}, LINEARS[1:2], "says that 'midlayer.self_attn.k_proj' is not"),
+        ("fp8", "fp8", [], "the quantization section is no object"),
+        ("fp8", FP8 | {"ignored_layers": "lm_head"}, LINEARS, "'ignored_layers' of the quantization section is 'lm_head', no list of names"),
+        ("int4", packed("re:("), LINEARS, "is not a regular expression"),
+    ],
+)  # fmt: skip
+def test_a_draft_whose_config_and_weights_disagree_is_refused(
+    kind: str, section: Any, modules: list[str], message: str, tmp_path: Path, family: Family
+) -> None:
+    folder = stored_as(tmp_path, kind, section, *modules)
+    with pytest.raises(CheckpointError, match=message):
+        open_draft(str(folder), family)
+
+
+def test_the_section_is_read_wherever_an_engine_reads_it(tmp_path: Path, family: Family) -> None:
+    folder = stored_as(tmp_path / "a", "fp8", FP8, key="compression_config")
+    with pytest.raises(CheckpointError, match="says that it is quantized"):
+        open_draft(str(folder), family)
+    file = folder / "config.json"
+    layer = json.loads(file.read_text())
+    layer["quantization_config"] = layer.pop("compression_config")
+    file.write_text(
+        json.dumps({"speculators_model_type": "eagle3", "draft_vocab_size": 1024, "transformer_layer_config": layer})
+    )
+    with pytest.raises(CheckpointError, match="says that it is quantized"):
+        open_draft(str(folder), family)
+    folder = stored_as(tmp_path / "b", "fp8", None, *LINEARS)
+    (folder / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"quant_algo": "FP8", "exclude_modules": ["fc"]}})
+    )
+    assert open_draft(str(folder), family).method == "eagle3"
+    (folder / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"quant_algo": "FP8", "exclude_modules": [LINEARS[6]]}})
+    )
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json says that 'midlayer.mlp.down_proj' is not"):
+        open_draft(str(folder), family)
 
 
 def test_the_licence_is_said(tmp_path: Path, family: Family, draft: Draft) -> None:

@@ -1,0 +1,163 @@
+"""What a draft's config.json says of quantized weights, held against its headers.
+
+An engine makes parameters by config.json. Where the file holds others, it stops after minutes of loading, or computes with what it never
+read. Names and rules of lists: vLLM 0.33, models/llama_eagle3.py, models/utils.py (`get_draft_quant_config`, `map_draft_quant_config`),
+layers/quantization/utils/quant_utils.py (`is_layer_skipped`). Engines and releases differ in both, so that only what no reading of the
+lists allows is refused. `fc` and the output head may be plain whatever is said: not every engine builds them by the section.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ..checkpoint import CONFIG_NAME, Checkpoint, TensorInfo
+from ..checkpoint.patterns import BoundedPattern
+from ..checkpoint.strict_json import described, shown
+from ..errors import CheckpointError
+from ..planning.integer_kinds import QWEIGHT
+from ..planning.source_format import config_format, hf_quant_of
+from ..planning.source_layouts import PACKED, PLAIN
+from ..planning.source_sections import kept_entries, kept_problem
+from ..planning.source_tensors import FLOAT_DTYPES
+
+_FUSED = {
+    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
+}  # fmt: skip
+_LINEARS = (*_FUSED, "qkv_proj", "gate_up_proj", "o_proj", "down_proj")  # every engine builds these by the section
+_LISTING = ("compressed-tensors", "fp8", "mxfp8", "fbgemm_fp8", "awq")  # `kept_entries` has all they leave out
+# They quantize plain weights, or give their tensors other names.
+_WHILE_LOADING = ("bitsandbytes", "experts_int8", "torchao")
+_PLAIN_DTYPES = (*FLOAT_DTYPES, "F64")
+
+
+def check_stated_format(checkpoint: Checkpoint, body: Mapping[str, Any], layers: int) -> None:
+    """Raise CheckpointError where config.json (or hf_quant_config.json) and the draft's tensors disagree on what is quantized.
+
+    body: the object that describes the draft's layers, in which the section may stand too. layers: of the target, after which engines
+    count the draft's.
+    """
+    source = config_format({"text_config": body, **checkpoint.config}, f"{checkpoint.root}/{CONFIG_NAME}", hf_quant_of(checkpoint))  # fmt: skip
+    section = source.section
+    if source.refused and (not section or kept_problem(section)):
+        raise CheckpointError(source.refused)
+    said = _Said(section, source.kind == PLAIN, layers)
+    codes, plain = dict[str, TensorInfo](), dict[str, TensorInfo]()
+    for name, info in checkpoint.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf in (PACKED, QWEIGHT) or (leaf == "weight" and info.dtype not in _PLAIN_DTYPES):
+            codes[module] = info
+        elif leaf == "weight" and module.rpartition(".")[2] in _LINEARS:
+            plain[module] = info
+    for module, info in codes.items():
+        if section and said.may_quantize(module):
+            continue
+        states = f"says that {shown(module)} is not" if section else "has no quantization_config"
+        raise CheckpointError(
+            f"{_tensor(checkpoint, info)} is {info.dtype}, the codes of a quantized weight, but {source.file} {states}: an engine would not load "
+            "the draft, or would take the codes for values. Take the config.json that was written with these weights, or a draft in BF16."
+        )
+    wrong = [info for module, info in plain.items() if said.quantizes(module)]
+    if wrong and said.method not in _WHILE_LOADING and (said.lists_all or not codes):
+        many = f", and {len(wrong) - 1} more like it" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"{_tensor(checkpoint, wrong[0])} is {wrong[0].dtype}{many}, but {source.file} says that it is quantized (quant_method "
+            f"{described(section.get('quant_method'))}) and does not leave it out: an engine would not load the draft, or would compute with scales "
+            "that it never read. Take the config.json that was written with these weights: for a plain draft, one without quantization_config."
+        )
+
+
+def _tensor(checkpoint: Checkpoint, info: TensorInfo) -> str:
+    return f"{checkpoint.root}/{info.shard}: tensor {shown(info.name)}"
+
+
+class _Said:
+    """What a quantization section says of modules. nothing: it is about the cache alone, or there is none."""
+
+    def __init__(self, section: Mapping[str, Any], nothing: bool, layers: int) -> None:
+        self.method = str(section.get("quant_method")).lower()
+        self._nothing, self._layers = nothing, layers
+        self._kept = _List(kept_entries(section), self.method.startswith(("awq", "modelopt")))
+        listed = section.get("quantized_layers")
+        self._modules = listed if isinstance(listed, Mapping) else None
+        self._by_target = self.method == "compressed-tensors"
+        self._targets = list(_targets(section)) if self._by_target else []
+        self._targeted = _List(self._targets)
+
+    @property
+    def lists_all(self) -> bool:
+        """Whether the lists that are read here are all in which the method names modules."""
+        return self.method in _LISTING or self.method.startswith("modelopt")
+
+    def quantizes(self, module: str) -> bool:
+        """Whether a Linear layer is said to be quantized, and no list can be read as leaving it out."""
+        names = _names(module, self._layers)
+        return self._claims(names, lambda target: target == "Linear") and not any(map(self._kept.covers, names))
+
+    def may_quantize(self, module: str) -> bool:
+        """Whether a module may be quantized by what is said: it is not left out under the name that its tensors have."""
+        return self._claims(_names(module, self._layers), lambda target: target[:1].isupper()) and not self._kept.names(
+            module
+        )
+
+    def _claims(self, names: set[str], of_class: Callable[[str], bool]) -> bool:
+        """of_class: of a target, whether it is the name of a class that the module is of."""
+        if self._nothing:
+            return False
+        if self._modules is not None:
+            return not names.isdisjoint(self._modules)
+        if not self._by_target:
+            return True
+        return any(map(of_class, self._targets)) or any(map(self._targeted.names, names))
+
+
+def _targets(section: Mapping[str, Any]) -> Iterator[str]:
+    """Of the groups that quantize weights."""
+    groups = section.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        if isinstance(group, Mapping) and group.get("weights") and isinstance(group.get("targets"), list):
+            yield from (target for target in group["targets"] if isinstance(target, str))
+
+
+class _List:
+    """Entries that name modules: whole, by a run of their parts, with `*`, or by a regex after `re:`. pieces: or by any piece of a name."""
+
+    def __init__(self, entries: Sequence[str], pieces: bool = False) -> None:
+        self._exact = frozenset(entries)
+        self._globs = [entry for entry in entries if "*" in entry and not entry.startswith("re:")]
+        self._regexes = [
+            BoundedPattern(entry[3:], "the draft's quantization_config", CheckpointError)
+            for entry in entries
+            if entry.startswith("re:")
+        ]
+        self._pieces = pieces
+
+    def names(self, module: str) -> bool:
+        """Whether an entry is this very name, or a pattern for it."""
+        return (
+            module in self._exact
+            or any(fnmatchcase(module, glob) for glob in self._globs)
+            or any(regex.match(module) for regex in self._regexes)
+        )
+
+    def covers(self, module: str) -> bool:
+        """Whether an entry can be read as about this name."""
+        parts = module.split(".")
+        runs = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
+        pieces = self._exact if self._pieces else ()
+        return self.names(module) or not self._exact.isdisjoint(runs) or any(entry in module for entry in pieces)
+
+
+def _names(module: str, layers: int) -> set[str]:
+    """Names of a module: on disk, and as engines make them of it, which count `layers` of the target before the draft's."""
+    found = {module.removeprefix("model.")}
+    found |= {re.sub(r"(^|\.)midlayer\.", r"\1layers.0.", name) for name in found}
+    found |= {
+        re.sub(r"(^|\.)layers\.(\d{1,4})\.", lambda m: f"{m[1]}layers.{int(m[2]) + layers}.", name) for name in found
+    }
+    for name in tuple(found):
+        parent, dot, leaf = name.rpartition(".")
+        found |= {f"{parent}{dot}{_FUSED[leaf]}"} if leaf in _FUSED else set()
+    return found | {f"model.{name}" for name in found}

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from .bench_texts import MOST_BYTES, MOST_OUTPUT
 from .cost import decode_bound
 from .fit import Fit
 from .launch import POLL_S, EngineProcess
-from .serve import Prepared, Ready, Say, start_options, started
+from .serve import Planned, Prepared, Ready, Say, start_options, started
 from .serve_recipe import ServeRecipe
 
 SPARE = 16  # tokens of a context left free: special tokens that the server adds, and text that is split in another way than it was made
@@ -91,17 +91,17 @@ class Load:
             )
 
     def recipe(self, recipe: ServeRecipe) -> ServeRecipe:
-        """The serving recipe with the longest context, and as many requests at once as are measured. Raises OptionError."""
+        """The serving recipe with the longest context. Raises OptionError."""
         if not (engine := engine_named(recipe.engine)).has_bench:
             raise OptionError(
                 f"bench drives {DEFAULT.title}'s own load generator; {engine.title} has another: leave --engine out."
             )
-        seqs = recipe.max_num_seqs or max(self.concurrency)
-        if seqs < max(self.concurrency):
+        seqs = recipe.max_num_seqs
+        if seqs is not None and seqs < max(self.concurrency):
             raise OptionError(
                 f"--max-num-seqs {seqs} is less than --concurrency {max(self.concurrency)}: the rest would wait, and their speed would not be measured."
             )
-        return recipe.model_copy(update={"context": max(self.contexts), "concurrency": 1, "max_num_seqs": seqs})
+        return recipe.model_copy(update={"context": max(self.contexts), "concurrency": 1})
 
 
 def check_sampling(prepared: Prepared, temperature: float) -> None:
@@ -120,20 +120,73 @@ def through_guard(prepared: Prepared, src: str, guard: bool) -> Prepared:
     return replace(prepared, recipe=recipe, launch=fit.engine.launch(fit.serving, options, prepared.installed))
 
 
-def held(fit: Fit, recipe: ServeRecipe, points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
-    """Points that the pool holds at once, as planned, and those that it does not. Raises DoesNotFit where it holds none of a context."""
-    free = fit.pool.blocks - 1 - math.ceil(recipe.watermark * fit.pool.blocks)
-    run, left = list[Point](), list[Point]()
+@dataclass(frozen=True)
+class Left:
+    """A point that is not measured, and why."""
+
+    point: Point
+    why: str
+
+
+class AtOnce:
+    """Chooses max_num_seqs for a bench: the largest concurrency that was asked for of which a server for just so many holds a point.
+
+    Each request that may run takes memory for sampling and graphs, so a server for more of them has a smaller pool. The concurrencies are
+    tried from the largest down, each with the plan of its own max_num_seqs; the first that is held at some context is taken. So the number
+    of tries is that of the concurrencies, no point is measured on a server for more requests than are measured, and what a smaller server
+    would hold of fewer requests does not cost a larger concurrency its point. Where none is held it is the smallest, of which `prepare` or
+    `held` then says what is missing.
+
+    why: filled by a call, for each concurrency that was tried before, why no point of it is measured.
+    """
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        self.points = points
+        self.why: dict[int, str] = {}
+
+    def __call__(self, planned: Planned) -> int:
+        *larger, smallest = sorted({point.concurrency for point in self.points}, reverse=True)
+        for seqs in larger:
+            fit, recipe = planned(seqs)
+            if fit.fits and any(_holds(fit, recipe, point) for point in self.points if point.concurrency == seqs):
+                return seqs
+            self.why[seqs] = (
+                _too_small(fit) if fit.fits else f"a server for {seqs:,} at once {fit.verdict}: {fit.why_not}"
+            )
+        return smallest
+
+
+def held(
+    fit: Fit, recipe: ServeRecipe, points: Sequence[Point], why: Mapping[int, str] | None = None
+) -> tuple[list[Point], list[Left]]:
+    """Points that the pool holds at once, as planned, and those that it does not. why: of concurrencies that are left out already
+    (`AtOnce`). Raises DoesNotFit where it holds none of a context."""
+    run, left = list[Point](), list[Left]()
     for point in points:
-        needed = math.ceil((point.context + fit.setup.draft_slots) / fit.pool.block_size)
-        (run if point.concurrency * needed <= free else left).append(point)
-    for context in {point.context for point in left} - {point.context for point in run}:
-        least = min(point.concurrency for point in left if point.context == context)
+        if why and point.concurrency in why:
+            left.append(Left(point, why[point.concurrency]))
+        elif _holds(fit, recipe, point):
+            run.append(point)
+        else:
+            left.append(Left(point, _too_small(fit)))
+    for context in {one.point.context for one in left} - {point.context for point in run}:
+        least = min(one.point.concurrency for one in left if one.point.context == context)
         raise DoesNotFit(
             f"{least} request(s) of {context:,} tokens do not fit the {fit.pool.tokens:,} KV tokens planned on {fit.node.name}: give a smaller "
             "--context or --concurrency, or a smaller cache dtype (--kv-dtype fp8)."
         )
     return run, left
+
+
+def _holds(fit: Fit, recipe: ServeRecipe, point: Point) -> bool:
+    free = fit.pool.blocks - 1 - math.ceil(recipe.watermark * fit.pool.blocks)
+    return point.concurrency * math.ceil((point.context + fit.setup.draft_slots) / fit.pool.block_size) <= free
+
+
+def _too_small(fit: Fit) -> str:
+    return (
+        f"the pool of a server for {fit.setup.max_num_seqs:,} at once, {fit.pool.tokens:,} tokens, does not hold them"
+    )
 
 
 def measure(

@@ -49,6 +49,8 @@ from .serve_recipe import ServeRecipe
 from .this_machine import check_host, detect_node
 
 Say = Callable[[str], None]
+Planned = Callable[[int], tuple[Fit, ServeRecipe]]
+"""max_num_seqs -> the verdict, and the recipe with the watermark that goes with it."""
 TYPICAL_REQUEST = 8192  # tokens, prompt and answer
 
 
@@ -102,8 +104,9 @@ def full_check(src: str, say: Say) -> None:
 
 
 def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | None, api_key_env: str | None, dry: bool, pinning: bool,
-            say: Say) -> Prepared:  # fmt: skip
-    """All decisions. `dry`: nothing need be installed here. Raises M3QuantError where the engine would fail later."""
+            say: Say, at_once: Callable[[Planned], int] | None = None) -> Prepared:  # fmt: skip
+    """All decisions. `dry`: nothing need be installed here. at_once: chooses the max_num_seqs of a recipe that gives none, by what each
+    would give. Raises M3QuantError where the engine would fail later."""
     if sentence := unfinished(Path(src).expanduser()):  # before the reader misses its config.json
         raise CheckpointError(sentence)
     refuse_dropped(src)
@@ -122,7 +125,18 @@ def prepare(src: str, recipe: ServeRecipe, python: str | None, api_key: str | No
     for note in draft_notes(ask.draft, engine, node.gpu) if ask.draft else ():
         say(f"note: {note}")
     ask = replace(ask, release=installed.version if installed else None)
-    fit = judged(assess(replace(subject.stored, where=where), node, ask), load_prices())
+    model, prices = replace(subject.stored, where=where), load_prices()
+    if at_once is not None and recipe.max_num_seqs is None:
+        whole = recipe  # before max_num_seqs is chosen
+
+        def planned(seqs: int) -> tuple[Fit, ServeRecipe]:
+            given = whole.model_copy(update={"max_num_seqs": seqs})
+            tried = judged(assess(model, node, replace(ask, max_num_seqs=seqs)), prices)
+            return _sized(tried, given, lambda line: None) if tried.fits else (tried, given)
+
+        recipe = recipe.model_copy(update={"max_num_seqs": at_once(planned)})
+        ask = replace(ask, max_num_seqs=recipe.max_num_seqs)
+    fit = judged(assess(model, node, ask), prices)
     if installed is not None:
         engine.check_index(installed, fit.serving)
     if not fit.fits:

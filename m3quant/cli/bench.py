@@ -15,7 +15,7 @@ from ..errors import OptionError
 from ..reports.bench_html import BenchPage, page
 from ..running.stopping import InterruptedRun
 from ..runtime.acceptance import LEAST_SHARE, Baseline, measured_with, read_baseline
-from ..runtime.bench import Load, Point, Row, check_sampling, client_log, held, measure, through_guard
+from ..runtime.bench import AtOnce, Left, Load, Point, Row, check_sampling, client_log, held, measure, through_guard
 from ..runtime.bench_texts import read_texts, shares
 from ..runtime.hardware import MAX_COUNT
 from ..runtime.serve import Prepared, Stopping, check_start, prepare
@@ -134,17 +134,18 @@ def command(checkpoint: str, concurrency: tuple[int, ...], contexts: tuple[int, 
     recipe = load.recipe(recipe.model_copy(update={"host": "127.0.0.1"}))
     _say(f"{checkpoint}: reading its headers and planning the node ...")
     first, *others = _guards(through, recipe.guard)
+    at_once = AtOnce(load.points())
     server = prepare(
-        checkpoint, recipe.model_copy(update={"guard": first}), engine_python, None, None, dry_run, pin, _say
+        checkpoint, recipe.model_copy(update={"guard": first}), engine_python, None, None, dry_run, pin, _say, at_once
     )
     servers = [server, *(through_guard(server, checkpoint, guard) for guard in others)]
     for note in server.launch.notes:
         _say(f"note: {note}")
     if server.fit.setup.draft and not texts:
         _say("note: random prompts are guessed worse than text: --texts FILE measures what a draft gives")
-    points, left = held(servers[0].fit, servers[0].recipe, load.points())
-    for point in left:
-        _say(f"not measured: {_words(point)}: the pool of {servers[0].fit.pool.tokens:,} tokens does not hold them")
+    points, left = held(server.fit, server.recipe, load.points(), at_once.why)
+    for one in left:
+        _say(f"not measured: {_words(one.point)}: {one.why}")
     prompts = shares(texts, read_texts(texts), [point.requests for point in points]) if texts else None
     check_sampling(server, temperature)
     baseline = (
@@ -221,7 +222,7 @@ def _measure(servers: Sequence[Prepared], points: Sequence[Point], texts: Sequen
 
 
 def bench_json(
-    server: Prepared, load: Load, rows: Sequence[Row], left: Sequence[Point], baseline: Baseline | None = None
+    server: Prepared, load: Load, rows: Sequence[Row], left: Sequence[Left], baseline: Baseline | None = None
 ) -> dict[str, Any]:
     """Every figure, and what was measured with."""
     fit = server.fit
@@ -245,8 +246,12 @@ def bench_json(
             }
             for row in rows
         ],
-        "not_measured": [{"concurrency": point.concurrency, "context": point.context} for point in left],
+        "not_measured": list(map(_left_json, left)),
     }  # fmt: skip
+
+
+def _left_json(left: Left) -> dict[str, Any]:
+    return {"concurrency": left.point.concurrency, "context": left.point.context, "why": left.why}
 
 
 def head_of(rows: Sequence[Row], baseline: Baseline | None = None) -> list[str]:
@@ -280,7 +285,7 @@ def _drafts(rows: Sequence[Row]) -> bool:
 
 
 def bench_page(
-    server: Prepared, load: Load, rows: Sequence[Row], left: Sequence[Point], baseline: Baseline | None = None
+    server: Prepared, load: Load, rows: Sequence[Row], left: Sequence[Left], baseline: Baseline | None = None
 ) -> BenchPage:
     fit = server.fit
     prompts = f"texts of {load.texts.name}" if load.texts else "random tokens"
@@ -296,18 +301,18 @@ def bench_page(
         facts.insert(4, ("draft", f"{draft.where}, {draft.title}, {draft.tokens} tokens a step"))
     if baseline:
         facts.append(("source", f"{baseline.checkpoint}, by {baseline.path.name}; at least {baseline.least:.0%} of its acceptance is asked for"))  # fmt: skip
-    not_run = [f"{_words(point)}: the pool does not hold them" for point in left]
+    not_run = [f"{_words(one.point)}: {one.why}" for one in left]
     head, cells = head_of(rows, baseline), [*map(cells_of(rows, baseline), rows)]
     return BenchPage(
         f"{fit.model.label} on {fit.node.name}", facts, head, cells, not_run, baseline.below(rows) if baseline else ()
     )
 
 
-def _show_plan(servers: Sequence[Prepared], points: Sequence[Point], left: Sequence[Point], as_json: bool) -> None:
+def _show_plan(servers: Sequence[Prepared], points: Sequence[Point], left: Sequence[Left], as_json: bool) -> None:
     if as_json:
         document = {
             "points": [{"concurrency": point.concurrency, "context": point.context, "requests": point.requests} for point in points],
-            "not_measured": [{"concurrency": point.concurrency, "context": point.context} for point in left],
+            "not_measured": list(map(_left_json, left)),
             "commands": [server.launch.command for server in servers],
             "environments": [server.launch.public_env() for server in servers],
         }  # fmt: skip

@@ -20,16 +20,17 @@ from m3quant.engines.bench import BenchRun
 from m3quant.engines.installed import ENGINE_PYTHON
 from m3quant.errors import DoesNotFit, ServeError
 from m3quant.families import Family
+from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.acceptance import measured_with
-from m3quant.runtime.bench import SPARE, Load, held
+from m3quant.runtime.bench import SPARE, AtOnce, Load, held
 from m3quant.runtime.draft import open_draft
-from m3quant.runtime.fit import Ask, assess
+from m3quant.runtime.fit import Ask, Fit, assess
 from m3quant.runtime.hardware import parse_node
 from m3quant.runtime.model import open_subject
 from m3quant.runtime.serve_recipe import ServeRecipe
 from tests.support.cli.shell import Ran, Shell
 from tests.support.engine.fake_vllm import write_fake_vllm
-from tests.support.paths import FIXTURES
+from tests.support.paths import DATA, FIXTURES
 from tests.support.tiny_draft import write_eagle3
 
 M2 = FIXTURES / "tiny-m2"
@@ -178,11 +179,65 @@ def test_points_beyond_the_pool_are_left_out_and_named() -> None:
     most = free // 63  # blocks of 128 that 8,000 tokens take
     load = Load((1, most, most + 1), (8000,), 16, 1)
     run, left = held(fit, ServeRecipe(watermark=0), load.points())
-    assert [p.concurrency for p in run] == [1, most] and [p.concurrency for p in left] == [most + 1]
+    assert [p.concurrency for p in run] == [1, most] and [one.point.concurrency for one in left] == [most + 1]
+    assert left[0].why == f"the pool of a server for 32 at once, {fit.pool.tokens:,} tokens, does not hold them"
     assert run[0].prompt == 8000 - 16 - SPARE
     with pytest.raises(DoesNotFit, match=rf"{most + 1} request\(s\) of 8,000 tokens do not fit"):
         held(fit, ServeRecipe(watermark=0), Load((most + 1,), (8000,), 16, 1).points())
     assert held(fit, ServeRecipe(watermark=0.02), load.points())[0] == run[:1]
+
+
+def planned_m27(seqs: int) -> tuple[Fit, ServeRecipe]:
+    """M2.7's awq on an H200: 256 requests at once take 45,000 tokens of its pool."""
+    model = open_subject(str(DATA / "minimax-m2.7")).converted(build_recipe(named_recipe("awq")))
+    return assess(model, parse_node("1xH200"), Ask(1024, kv_dtype="fp8", max_num_seqs=seqs)), ServeRecipe()
+
+
+@pytest.mark.parametrize(
+    ("asked", "seqs"),
+    [
+        ((1, 64, 80, 200), 80),  # the pool of 200 holds 64 of them, that of 80 holds 80
+        ((64, 8192), 64),  # 8,192 leave no pool at all
+        ((4, 8), 8),
+        ((7,), 7),
+        ((150, 300), 150),  # of which none is held
+    ],
+)
+def test_the_server_is_for_the_most_requests_that_it_holds(asked: tuple[int, ...], seqs: int) -> None:
+    at_once, tried = AtOnce(Load(asked, (1024,), 128, 1).points()), list[int]()
+
+    def planned(number: int) -> tuple[Fit, ServeRecipe]:
+        tried.append(number)
+        return planned_m27(number)
+
+    assert at_once(planned) == seqs
+    assert tried == [n for n in sorted(asked, reverse=True) if n >= seqs and n != min(asked)]
+    assert sorted(at_once.why) == [n for n in asked if n > seqs]
+    fit, recipe = planned_m27(seqs)
+    if seqs == 150:
+        with pytest.raises(DoesNotFit, match=r"150 request\(s\) of 1,024 tokens do not fit"):
+            held(fit, recipe, at_once.points, at_once.why)
+        return
+    run, left = held(fit, recipe, at_once.points, at_once.why)
+    assert [point.concurrency for point in run] == [n for n in asked if n <= seqs]
+    assert [one.point.concurrency for one in left] == [n for n in asked if n > seqs]
+
+
+def test_a_server_is_started_for_no_more_than_is_measured(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENGINE_PYTHON, raising=False)
+    words = ("bench", M2, "--on=1x3GiB", "--context=500,1k", "--dry-run")
+    done = shell(*words, "--concurrency=1,32,256,10000", "--json")
+    assert done.code == 0, done.err
+    (command,) = done.json["commands"]
+    assert command[command.index("--max-num-seqs") + 1] == "32"
+    assert [(p["context"], p["concurrency"]) for p in done.json["points"]] == [(500, 1), (500, 32), (1024, 1), (1024, 32)]  # fmt: skip
+    left = {(one["context"], one["concurrency"]): one["why"] for one in done.json["not_measured"]}
+    assert list(left) == [(500, 256), (500, 10000), (1024, 256), (1024, 10000)]
+    assert "a server for 256 at once does not fit: weights take" in left[500, 256]
+    assert "not measured: 10000 at once of 1,024 tokens: a server for 10,000 at once does not fit" in done.err
+    given = shell(*words, "--concurrency=1,32", "--max-num-seqs=40", "--json")
+    assert given.json["commands"][0][given.json["commands"][0].index("--max-num-seqs") + 1] == "40"
+    assert shell(*words, "--concurrency=1,32", "--max-num-seqs=256").code == 3
 
 
 RUN = BenchRun("http://127.0.0.1:1", "m", "n", 2, 4, 100, 8, 1, Path("result.json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -50,7 +51,8 @@ class Ask:
 
 @dataclass(frozen=True)
 class Fit:
-    """The verdict for one model on one node. longest_context: one request's, in memory and within config.json; 0 if none."""
+    """The verdict for one model on one node. longest_context: one request's, in memory and within config.json; 0 if none. why_not: a
+    sentence, short: the same in few words, for a table; both '' where it fits."""
 
     model: ServedModel
     node: Node
@@ -62,6 +64,7 @@ class Fit:
     why_not: str
     loads: bool = True  # whether the engine reads the checkpoint at all
     dear: bool = False  # whether it would run, but more GPUs cost less per token
+    short: str = ""
 
     @property
     def pool(self) -> Pool:
@@ -150,14 +153,18 @@ def assess(model: ServedModel, node: Node, ask: Ask) -> Fit:
     engine = engine_named(ask.engine)
     refusal = model.problem or engine.checkpoint_refusal(model.config, ask.release)
     refusal = refusal or engine.release_refusal(model.family, model.schemes, ask.release)
-    if setup.index_dtype != "bfloat16" and model.family.kv_geometry.index_layers and not refusal:
-        problem = problem or engine.index_refusal(node.gpu, ask.release)
-    if ask.draft is not None and not refusal:
-        problem = problem or engine.draft_refusal(ask.draft, model.family, node.gpu, split.pp, ask.release)
-    if (ask.kv_offload or ask.weight_offload) and not refusal:
-        problem = problem or _offload_problem(model, ask, prediction)
-    why = refusal or problem or _why_not(model, ask, setup, prediction, longest)
-    return Fit(model, node, ask, setup, prediction, 0 if problem else longest, not why, why, not refusal)
+    check = "the split over GPUs"
+    if setup.index_dtype != "bfloat16" and model.family.kv_geometry.index_layers and not (refusal or problem):
+        check, problem = "--index-dtype", engine.index_refusal(node.gpu, ask.release)
+    if ask.draft is not None and not (refusal or problem):
+        check, problem = "--draft", engine.draft_refusal(ask.draft, model.family, node.gpu, split.pp, ask.release)
+    if (ask.kv_offload or ask.weight_offload) and not (refusal or problem):
+        check, problem = "weights or cache in host memory", _offload_problem(model, ask, prediction)
+    if refusal or problem:
+        short, why = ("the engine does not read it", refusal) if refusal else (check, problem)
+    else:
+        short, why = _why_not(model, ask, setup, prediction, longest)
+    return Fit(model, node, ask, setup, prediction, 0 if problem else longest, not why, why, not refusal, short=short)
 
 
 def _split(model: ServedModel, node: Node, ask: Ask) -> tuple[Split, str]:
@@ -216,27 +223,41 @@ def _offload_problem(model: ServedModel, ask: Ask, prediction: Prediction) -> st
     return ""
 
 
-def _why_not(model: ServedModel, ask: Ask, setup: Setup, prediction: Prediction, longest: int) -> str:
+def _why_not(model: ServedModel, ask: Ask, setup: Setup, prediction: Prediction, longest: int) -> tuple[str, str]:
+    """In few words, and as a sentence; ('', '') where it fits."""
     rank, pool = prediction.tightest, prediction.pool("high")
     left = rank.kv_bytes(rank.overhead.high)
     if left <= 0:
         return (
+            f"{_gib(-left)} GiB too much per GPU before any cache",
             f"weights take {rank.weight_bytes / GIB:.1f} GiB and overhead up to {rank.overhead.high / GIB:.1f} GiB of the "
-            f"{rank.requested / GIB:.1f} GiB per GPU that utilization {setup.utilization:g} allows: {-left / GIB:.1f} GiB too much, before any KV cache"
+            f"{rank.requested / GIB:.1f} GiB per GPU that utilization {setup.utilization:g} allows: {-left / GIB:.1f} GiB too much, before any KV cache",
         )
     if ask.context and model.max_positions and ask.context > model.max_positions:
-        return f"config.json allows {model.max_positions:,} tokens (max_position_embeddings), {ask.context:,} were asked for"
+        return (
+            f"config.json allows {model.max_positions:,} tokens",
+            f"config.json allows {model.max_positions:,} tokens (max_position_embeddings), {ask.context:,} were asked for",
+        )
     if batch := engine_named(ask.engine).batch_refusal(setup.max_num_seqs, setup.max_num_batched_tokens):
-        return batch
+        return "--max-num-seqs above --max-num-batched-tokens", batch
     if setup.max_num_seqs < ask.concurrency:
-        return f"--max-num-seqs {setup.max_num_seqs} is less than the {ask.concurrency} requests asked for"
+        return (
+            "--max-num-seqs below --concurrency",
+            f"--max-num-seqs {setup.max_num_seqs} is less than the {ask.concurrency} requests asked for",
+        )
     wanted = ask.context or min(MIN_CONTEXT, model.max_positions or MIN_CONTEXT)
     if pool.concurrency(wanted) < ask.concurrency:
+        blocks = 1 + ask.concurrency * math.ceil(wanted / pool.block_size) - pool.blocks  # one holds nothing
         return (
+            f"{_gib(blocks * setup.block_size * rank.bytes_per_token)} GiB of KV cache missing per GPU",
             f"{ask.concurrency} x {wanted:,} tokens need {ask.concurrency * wanted * rank.bytes_per_token / GIB:.1f} GiB of KV cache per GPU, "
-            f"{left / GIB:.1f} GiB are left: {pool.tokens:,} tokens in all, {longest:,} for each"
+            f"{left / GIB:.1f} GiB are left: {pool.tokens:,} tokens in all, {longest:,} for each",
         )
-    return ""
+    return "", ""
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.1f}" if nbytes >= GIB / 20 else "less than 0.1"
 
 
 @dataclass(frozen=True)

@@ -114,10 +114,12 @@ def judged(fit: Fit, prices: Prices) -> Fit:
     if not (fit.fits and fit.setup.weight_offload) or fit.ask.slow_offload:
         return fit
     if not fit.node.gpu.link:
+        short = "how fast the host's memory is read is not known"
         why = f"how fast {fit.node.gpu.name} reads the host's memory is not known here: --slow-offload takes what it gives"
     else:
         found = compare(fit, prices)
         if found is None or not found.dear:
             return fit
+        short = f"a token costs less on {found.node.name}, without --weight-offload"
         why = f"{found.sentence}: a token costs less without; --slow-offload takes it all the same"
-    return replace(fit, fits=False, dear=True, why_not=why)
+    return replace(fit, fits=False, dear=True, why_not=why, short=short)

@@ -210,9 +210,11 @@ def _table_mode(
             fit.model.label, human_bytes(fit.model.stored_bytes), fit.node.name, split_name(fit),
             f"{fit.pool.tokens:,} - {fit.prediction.pool('low').tokens:,}" if fit.prediction.pool("low").tokens else "0",
             f"{fit.longest_context:,}", f"{_requests(fit)}x", "" if per_hour is None else f"{per_hour:.2f}",
-            "" if per_hour is None else _price_cell(per_hour, speed), fit.verdict,
+            "" if per_hour is None else _price_cell(per_hour, speed), f"{fit.verdict}: {fit.short}" if fit.short and fit.loads else fit.verdict,
         ])  # fmt: skip
     print_table(rows)
+    if any(fit.loads and not fit.fits for fit in fits):
+        click.echo("where it does not fit: --json has the whole reasons, --on NODE --to RECIPE says what would help")
     for note in release_notes(fits[0]):
         click.echo(f"note: {note}")
     for label, notes in {fit.model.label: weight_notes(fit) for fit in fits if fit.loads}.items():
@@ -281,6 +283,7 @@ def fit_json(fit: Fit, changes: list[Remedy], prices: Prices) -> dict[str, Any]:
         "fits": fit.fits,
         "loads": fit.loads,
         "why_not": fit.why_not,
+        "why_not_short": fit.short,
         "pool_tokens": pools,
         "longest_context": fit.longest_context,
         "context": fit.context,

@@ -377,7 +377,7 @@ def test_what_an_engine_does_not_run_is_no_fit(
 ) -> None:
     asked = Ask(**ask, draft=replace(draft, **change), release=release)
     fit = assess(open_subject(str(M2)).stored, parse_node(node), asked)
-    assert fit.fits == (not message) and message in fit.why_not
+    assert fit.fits == (not message) and message in fit.why_not and fit.short == ("--draft" if message else "")
     changes = [remedy.change for remedy in remedies(fit)]
     assert fit.fits or "no --draft" in changes
     assert fit.fits or changes[0] == ("--tp 2 --pp 1" if fit.setup.split.pp > 1 else "no --draft")

@@ -1,8 +1,10 @@
 """The verdict: published tables from config.json alone, exact sizes, and what may never happen."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,38 @@ def test_splits_that_engines_refuse_go_to_whole_experts_or_stages() -> None:
 def test_a_context_beyond_the_models_positions_does_not_fit() -> None:
     fit = assess(by_label(M2)["awq"], parse_node("8xH200"), Ask(context=1_048_576, kv_dtype="fp8"))
     assert fit.pool.tokens > 1_048_576 and not fit.fits and "204,800" in fit.why_not
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "ask", "short"),
+    [
+        ("awq", 1, {"context": 65_536}, r"([\d.]+) GiB of KV cache missing per GPU"),
+        ("awq", 2, {"context": 200_000, "concurrency": 3}, r"([\d.]+) GiB of KV cache missing per GPU"),
+        ("bf16", 1, {}, r"([\d.]+) GiB too much per GPU before any cache"),
+        ("awq", 8, {"context": 1_048_576}, "config.json allows 204,800 tokens"),
+        ("awq", 5, {"tp": 5}, "the split over GPUs"),
+        ("awq", 8, {"max_num_seqs": 9000}, "--max-num-seqs above --max-num-batched-tokens"),
+        ("awq", 8, {"max_num_seqs": 2, "concurrency": 3}, "--max-num-seqs below --concurrency"),
+        ("awq", 8, {"kv_offload": 1}, "weights or cache in host memory"),
+        ("awq", 8, {}, ""),
+    ],
+)
+def test_the_reason_in_few_words(model: str, gpus: int, ask: dict[str, Any], short: str) -> None:
+    """What is said to be missing is what is missing: with so much more memory it fits, or something is left for a cache."""
+    stored, h200 = by_label(M2)[model], parse_node("1xH200").gpu
+    fit = assess(stored, Node(gpus, h200), Ask(**ask))
+    found = re.fullmatch(short, fit.short)
+    assert found and fit.fits == (not short), fit.short
+    if not found.groups():
+        return
+
+    def with_more(gib: float) -> Fit:
+        more = int((float(found[1]) + gib) * GIB / fit.setup.utilization)
+        return assess(stored, Node(gpus, replace(h200, total_bytes=h200.total_bytes + more)), Ask(**ask))
+
+    less, enough = with_more(-0.2), with_more(0.1)
+    assert found[0].partition(" ")[2] in less.short and "cache" in less.short
+    assert enough.fits or ("before any cache" in found[0] and "KV cache missing" in enough.short)
 
 
 def test_remedies_are_true() -> None:
@@ -340,6 +374,10 @@ def test_command_line_verdicts_and_exit_codes(tmp_path: Path) -> None:
     prices.write_text("date: 2031-01-02\nsource: a test\nper_gpu_hour: {H200: 10}\n")
     table = cli(str(DATA / "minimax-m2.7"), "--all", "--kv-dtype", "fp8", "--prices", str(prices))
     assert table.returncode == 0 and "80.00" in table.stdout and "prices of 2031-01-02: a test" in table.stdout
+    assert (
+        "does not fit: 301.2 GiB too much per GPU before any cache\n" in table.stdout
+        and "--json has the whole reasons" in table.stdout
+    )
     log = tmp_path / "log"
     log.write_text(
         "Available KV cache memory: 23.62 GiB\nGPU KV cache size: 399,424 tokens\nMaximum concurrency for 196,608 tokens per request: 2.03x\n"
@@ -368,6 +406,8 @@ def test_command_line_verdicts_and_exit_codes(tmp_path: Path) -> None:
     assert other.returncode == 1 and "is fp8-block of" in other.stdout and "--to" in other.stdout
     m3 = json.loads(cli(str(DATA / "minimax-m3" / "config.json"), "--all", "--json").stdout)
     assert "--format compressed-tensors" in m3["refused"]["fp8-block"]
+    assert all(bool(row["why_not_short"]) == (not row["fits"]) for row in m3["rows"])
+    assert m3["rows"][0]["why_not_short"] == "669.4 GiB too much per GPU before any cache"
     for arguments, part in (
         (("--on", "2xH900"), "did you mean"), (("--context", "5"), "--on NODE"), (("--on", "1xH200", "--prices", "nowhere.yaml"), "nowhere.yaml cannot be read"),
         (("--check-log", "nowhere"), "cannot be read"),

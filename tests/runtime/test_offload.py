@@ -117,7 +117,7 @@ def test_what_an_engine_is_given() -> None:
 )  # fmt: skip
 def test_what_is_refused(recipe: str, node: str, ask: dict[str, Any], message: str) -> None:
     fit = fit_on(node, m3(recipe), **ask)
-    assert not fit.fits and message in fit.why_not
+    assert not fit.fits and message in fit.why_not and fit.short == "weights or cache in host memory"
     cached = fit_on("2xH200", kv_offload=GIB, release="0.26.0")
     assert cached.fits, cached.why_not
 
@@ -150,6 +150,7 @@ def test_dearer_than_more_gpus_is_refused_unless_it_is_wanted() -> None:
     assert found is not None and found.node.name == "2xH200" and found.costs == (4.0, 8.0) and found.dear
     verdict = judged(fit, PRICES)
     assert not verdict.fits and verdict.dear and verdict.verdict == "costs too much"
+    assert verdict.short == "a token costs less on 2xH200, without --weight-offload"
     assert "tokens/s at most" in verdict.why_not and "--slow-offload takes it all the same" in verdict.why_not
     assert judged(replace(fit, ask=replace(fit.ask, slow_offload=True)), PRICES).fits
     free_here = PRICES.model_copy(update={"per_gpu_hour": {"H100": 3.0}})

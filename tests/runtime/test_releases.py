@@ -123,6 +123,12 @@ def test_a_plan_is_for_the_release_that_is_named(recipe: str, options: tuple[str
     code, found = plan(*words, "--engine-release", "0.26.0")
     assert (code, why in found["why_not"], bool(found["why_not"])) == ((3, True, True) if why else (0, True, False))
     assert found["setup"]["release"] == "0.26.0"
+    few = {
+        "fit-m3-1xh200": "the engine does not read it",
+        "--index-dtype=fp8": "--index-dtype",
+        "--weight-offload=1GiB": "weights or cache in host memory",
+    }
+    assert found["why_not_short"] == few.get(next(iter(options), recipe), "")
     assert found["ranks"][0]["non_torch"]["source"] == memory_of("0.26.0").non_torch_many.source
     newest, here = plan(*words)
     assert newest == 0 and here["setup"]["release"] is None

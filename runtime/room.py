@@ -10,11 +10,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..engines import engine_named
 from ..engines.device import GIB
 from ..errors import DoesNotFit, NodeError
 from ..planning.choices import Choices
 from ..planning.fit import Room
 from ..recipe.recipe import Recipe, build_recipe
+from ..schemes import parse_scheme
 from .fit import Ask, Fit, assess
 from .hardware import STANDARD_NODES, Node, parse_node
 from .model import Subject
@@ -49,6 +51,17 @@ def unsplittable(subject: Subject, least: Fit, candidates: Mapping[str, Iterable
             if problem := split_problem(groups, least.setup.split, subject.family):
                 found[role, name] = problem
     return found
+
+
+def unread(subject: Subject, ask: Ask, candidates: Mapping[str, Iterable[str]]) -> dict[tuple[str, str], str]:
+    """(role, scheme) -> why the engine's release that was asked for does not read the scheme."""
+    engine = engine_named(ask.engine)
+    refusals = {
+        (role, name): engine.release_refusal(subject.family, [parse_scheme(name)], ask.release)
+        for role, names in candidates.items()
+        for name in names
+    }
+    return {item: why for item, why in refusals.items() if why}
 
 
 def node_rooms(subject: Subject, node: Node, ask: Ask, least: Recipe, choices: Choices) -> NodeRooms:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from os import PathLike
 from typing import TypeGuard
 
+from ..engines.base import is_release
 from ..errors import OptionError
 from ..running.complaints import shown
 from ..runtime.fit import Ask
@@ -72,6 +73,8 @@ def check_serving(serving: object) -> None:
             _check("must be a whole number", _is_whole, {f"serving key '{name}'": value})
         elif kinds[name] == "str":
             check_word(**{f"serving key '{name}'": value})
+        if name == "release":
+            _check('must be a version ("0.33.0")', lambda text: is_release(str(text)), {f"serving key '{name}'": value})
 
 
 def _is_texts(value: object) -> bool:

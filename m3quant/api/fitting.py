@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
+from ..engines import engine_named
 from ..errors import DoesNotFit, OptionError, PlanError
 from ..planning.fit import Fitting, Point
 from ..planning.plan import Plan
@@ -18,7 +19,7 @@ from ..running.words import human_bytes, parse_size, size_of
 from ..runtime.fit import MIN_CONTEXT, Ask, Fit, assess
 from ..runtime.hardware import Node, parse_node
 from ..runtime.model import Subject, open_subject
-from ..runtime.room import NodeRooms, check_context, does_not_hold, nearest_node, node_rooms, unsplittable
+from ..runtime.room import NodeRooms, check_context, does_not_hold, nearest_node, node_rooms, unread, unsplittable
 from .arguments import check_count, check_file, check_place, check_serving, check_size, check_texts, check_word
 from .planning import open_source
 
@@ -70,7 +71,9 @@ class Answer:
 
 def option_of(name: str) -> str:
     """The option of the command line that is this field of runtime.fit.Ask."""
-    return {"utilization": "--gpu-memory-utilization"}.get(name, f"--{name.replace('_', '-')}")
+    return {"utilization": "--gpu-memory-utilization", "release": "--engine-release"}.get(
+        name, f"--{name.replace('_', '-')}"
+    )
 
 
 def budget_of(budget: int | str | None) -> int | None:
@@ -198,6 +201,9 @@ def check_corpus(found: Sensitivity, path: Path, checkpoint: Checkpoint, corpus:
 
 
 def _rooms(fitting: Fitting, subject: Subject, node: Node, ask: Ask) -> NodeRooms:
+    if why := engine_named(ask.engine).release_refusal(subject.family, (), ask.release):
+        raise DoesNotFit(f"{subject.where} on {node.name}: {why}.")
+    fitting.refuse(unread(subject, ask, fitting.choices.by_role))
     least = fitting.recipe(fitting.least)
     first = assess(subject.converted(least), node, ask)
     fitting.refuse(unsplittable(subject, first, fitting.choices.by_role))

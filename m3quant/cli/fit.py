@@ -11,7 +11,7 @@ import click
 from ..api import fit
 from ..errors import OptionError
 from .fit_output import fit_json, print_fit, write_chart, write_recipe
-from .options import ASK_OPTIONS, ask_options, cache_option
+from .options import ASK_OPTIONS, ask_options, cache_option, release_option
 from .progress import BytesProgress
 
 
@@ -47,6 +47,7 @@ from .progress import BytesProgress
 @click.option("--recipe-out", type=click.Path(path_type=Path), default=None, help="Write the recipe (YAML) here.")
 @click.option("--chart", type=click.Path(path_type=Path), default=None, help="Draw bytes against KL into this page.")
 @ask_options
+@release_option
 @cache_option("With --measure, if SRC is on the Hub or in an object store: disk space for its shards, e.g. 60GB.")
 @click.option("--revision", default=None, help="Revision of a Hub repo.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -78,7 +79,7 @@ def command(
         src,
         budget=budget,
         node=on,
-        serving={name: serving[name] for name in ASK_OPTIONS if serving[name] is not None},
+        serving={name: serving[name] for name in (*ASK_OPTIONS, "release") if serving[name] is not None},
         sensitivity=sensitivity_file,
         measure=measured,
         calibration=corpus,

@@ -18,6 +18,7 @@ from ..planning.plan import bits_per_weight
 from ..recipe.layer_ranges import show_layers
 from ..reports.fit_html import FitPage, page
 from ..running.words import human_bytes
+from ..runtime.engine_notes import release_notes
 from .options import print_table
 
 EVENLY = (
@@ -43,8 +44,9 @@ def fit_json(found: Answer) -> str:
             "budget": found.asked.budget,
             "bits_per_weight": bits_per_weight(found.plan),
             "recipe": found.plan.recipe.model_dump(),
-            "notes": found.plan.notes,
+            "notes": [*found.plan.notes, *(release_notes(found.verdict) if found.verdict else ())],
             "node": found.verdict.node.name if found.verdict else None,
+            "engine_release": found.verdict.ask.release if found.verdict else None,
             "longest_context": found.verdict.longest_context if found.verdict else None,
             "pool_tokens": found.verdict.pool.tokens if found.verdict else None,
         }
@@ -65,10 +67,8 @@ def print_fit(found: Answer, recipe_out: Path | None) -> None:
         )
     else:
         click.echo(f"bytes alone: {EVENLY}")
-    if found.ask:
-        click.echo(
-            f"node {found.asked.node}: {found.ask.concurrency} x {found.ask.context:,} tokens of cache, at the high end of the memory model"
-        )
+    if found.verdict:
+        click.echo(f"node {_made_for(found)}, at the high end of the memory model")
     _print_frontier(found)
     for (role, scheme), why in found.refused.items():
         click.echo(f"not tried: {role} {scheme}: {why}")
@@ -87,9 +87,17 @@ def print_fit(found: Answer, recipe_out: Path | None) -> None:
         click.echo(
             f"on {found.verdict.node.name}: longest context {found.verdict.longest_context:,}, KV pool of {found.verdict.pool.tokens:,} tokens"
         )
-    for note in found.plan.notes:
+    for note in (*found.plan.notes, *(release_notes(found.verdict) if found.verdict else ())):
         click.echo(f"note: {note}")
     click.echo(f"recipe: {recipe_out}" if recipe_out else "--recipe-out FILE writes this as a recipe")
+
+
+def _made_for(found: Answer) -> str:
+    """The node, what it is to serve, and with which release, where one was asked for."""
+    assert found.verdict is not None
+    ask, dtype = found.verdict.ask, found.verdict.setup.kv_dtype
+    release = f" in {found.verdict.engine.title} {ask.release}" if ask.release else ""
+    return f"{found.asked.node}: {ask.concurrency} x {ask.context:,} tokens of {dtype} cache{release}"
 
 
 def _print_frontier(found: Answer) -> None:
@@ -137,8 +145,9 @@ def write_recipe(path: Path, found: Answer) -> None:
     """The recipe with a heading that says where it is from. Raises OutputError or OSError where it cannot be written."""
     assert found.plan and found.chosen
     kl = f", predicted KL {found.chosen.kl:.4f} nats a token" if found.chosen.kl is not None else ", bytes alone"
+    node = f"# For {_made_for(found)}.\n" if found.verdict else ""
     heading = (
-        f"# Made by m3quant fit for {found.plan.family.model_type}: {found.chosen.nbytes:,} bytes{kl}.\n"
+        f"# Made by m3quant fit for {found.plan.family.model_type}: {found.chosen.nbytes:,} bytes{kl}.\n{node}"
         "# `schemes` holds for every layer that `layers` does not name. Convert with --recipe, or edit first.\n"
     )
     write_bytes_atomic(path, (heading + found.plan.recipe.dump()).encode())

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import click
 
 from ..engines import DEFAULT
+from ..engines.base import is_release
+from ..errors import OptionError
 from ..families import QUANTIZABLE
 from ..planning.layout import FORMATS
 from ..recipe.choice import RecipeChoice
@@ -257,6 +259,21 @@ def draft_options(function: F) -> F:
     return function
 
 
+def release_option(function: F) -> F:
+    """--engine-release, which the function gets as `release`, the field of runtime.fit.Ask. `serve` plans for the release that is installed."""
+    return click.option(
+        "--engine-release", "release", callback=_release, default=None, metavar="VERSION",
+        help=f"Release of {DEFAULT.title} to plan for, for instance 0.26.0. [the newest that was read]",
+    )(function)  # fmt: skip
+
+
+def _release(ctx: click.Context, param: click.Parameter, text: str | None) -> str | None:
+    """Raises OptionError for what is no version, of which nothing would be known."""
+    if text is not None and not is_release(text):
+        raise OptionError(f"--engine-release {text[:40]!r} is no version: write for instance 0.33.0.")
+    return text
+
+
 # Options of `plan`, `serve` and `bench` that are fields of runtime.fit.Ask too, and say nothing to `fit`.
 OFFLOAD_OPTIONS = ("kv_offload", "weight_offload", "slow_offload")
 
@@ -278,11 +295,10 @@ def serving_options(function: F) -> F:
         click.option("--on", default=None, metavar="NODE", help="A node: 1xH200, 2xH100, ..., or 2x95.5GiB for another card."),
         click.option("--all", "everything", is_flag=True, default=None, help="Every precision on every standard node, with prices."),
         click.option("--check-log", type=click.Path(path_type=Path), default=None, help="Compare the prediction with a vLLM start-up log."),
-        click.option("--engine-release", default=None, metavar="VERSION", help=f"Release of {DEFAULT.title} to plan for, for instance 0.26.0. [the newest that was read]"),
         click.option("--prices", type=click.Path(path_type=Path), default=None, help="Price file (YAML) instead of the one in the package."),
     )):  # fmt: skip
         function = option(function)
-    return ask_options(draft_options(offload_options(function)))
+    return ask_options(release_option(draft_options(offload_options(function))))
 
 
 def publish_options(function: F) -> F:

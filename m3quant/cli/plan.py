@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import click
-from packaging.version import InvalidVersion, Version
 
 from .. import api
 from ..api.planning import open_source
@@ -119,21 +118,10 @@ def _serving(src: str, revision: str | None, choice: RecipeChoice, as_json: bool
     from ..runtime.fit import Ask
     from .fitting import Where, run_fit
 
-    wanted = {name: serving[name] for name in (*ASK_OPTIONS, *OFFLOAD_OPTIONS) if serving[name] is not None}
-    if (release := serving["engine_release"]) is not None:
-        wanted["release"] = _release(release)
+    wanted = {name: serving[name] for name in (*ASK_OPTIONS, *OFFLOAD_OPTIONS, "release") if serving[name] is not None}
     where = Where(serving["on"], bool(serving["everything"]), serving["check_log"], serving["prices"])
     draft = (serving["draft"], serving["draft_tokens"])
     return run_fit(src, revision, choice, where, Ask(**wanted), draft, as_json)
-
-
-def _release(text: str) -> str:
-    """Raises OptionError for what is no version, of which nothing would be known."""
-    try:
-        Version(text)
-    except InvalidVersion:
-        raise OptionError(f"--engine-release {text[:40]!r} is no version: write for instance 0.33.0.") from None
-    return text
 
 
 Streaming = tuple[int | None, int | None]

@@ -312,6 +312,15 @@ class Engine(ABC):
         return f"<engine {self.name}>"
 
 
+def is_release(text: str) -> bool:
+    """Whether it is a version, of which something can be known."""
+    try:
+        Version(text)
+    except InvalidVersion:
+        return False
+    return True
+
+
 def precedes(release: str | None, first: str) -> bool:
     """Whether a release is known to come before `first`: not None, and no build that numbers itself in its own way."""
     try:

@@ -49,6 +49,10 @@ def test_a_place_that_is_none_is_refused_in_words(tmp_path: Path) -> None:
         ("recipe must be a file or folder, as text or Path (got 3).", {"recipe": 3}),
         ('budget must be bytes, or a size as text ("60GB") (got []).', {"budget": []}),
         ("serving has an unknown key 'x': known are context, ", {"node": "1xH200", "serving": {"x": 1}}),
+        (
+            "serving key 'release' must be a version (\"0.33.0\") (got 'newest').",
+            {"node": "1xH200", "serving": {"release": "newest"}},
+        ),
         ("serving key 'context' must be a whole number (got 'x').", {"node": "1xH200", "serving": {"context": "x"}}),
         ("serving must be a mapping of names to values (got [1]).", {"node": "1xH200", "serving": [1]}),
     ],

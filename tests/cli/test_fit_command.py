@@ -58,6 +58,35 @@ def test_a_node_from_config_json_alone(shell: Shell) -> None:
     assert "on 1xA100" not in done.err
 
 
+def test_a_node_with_a_release_of_the_engine(shell: Shell, tmp_path: Path) -> None:
+    m27, recipe = DATA / "minimax-m2.7" / "config.json", tmp_path / "r.yaml"
+    asked = ("fit", m27, "--on", "1xH200", "--kv-dtype", "fp8", "--json")
+    newest, older = shell(*asked).json, shell(*asked, "--engine-release", "0.31.0", "--recipe-out", recipe).json
+    assert (newest["chosen"]["engine_release"], older["chosen"]["engine_release"]) == (None, "0.31.0")
+    assert older["chosen"]["output_bytes"] < newest["chosen"]["output_bytes"], "0.31 keeps more memory for itself"
+    assert "# For 1xH200: 1 x 32,768 tokens of fp8 cache in vLLM 0.31.0.\n" in recipe.read_text()
+    planned = shell(
+        "plan", m27, "--recipe", recipe, *asked[2:], "--engine-release", "0.31.0", "--context", "32768"
+    ).json
+    assert planned["fits"] and planned["pool_tokens"]["low"] == older["chosen"]["pool_tokens"]
+
+
+def test_what_a_release_does_not_read_is_not_chosen(shell: Shell) -> None:
+    asked = ("fit", M3, "--on", "4xH100", "--kv-dtype", "fp8")
+    found = shell(*asked, "--engine-release", "0.26.0", "--json").json
+    experts = {own["routed_experts"] for own in found["chosen"]["layers"] if "routed_experts" in own}
+    assert experts == {"int4-g32", "int8-g128"}
+    refused = {one["scheme"]: one["why"] for one in found["refused"]}
+    assert "int2-g128-asym" in refused and "0.26.0 does not read it, 0.29.0 is the first" in refused["int6-g128"]
+    unknown = shell(*asked, "--engine-release", "0.99", "--json").json["chosen"]
+    assert any("vLLM 0.99 is outside the releases" in note for note in unknown["notes"])
+    assert "0.24.0 is the first that does" in shell.refuses(*asked, "--engine-release", "0.20.0", code=3)
+    assert "--engine-release 'newest' is no version" in shell.refuses(*asked, "--engine-release", "newest")
+    assert "--engine-release says how a node serves: add --on NODE" in shell.refuses(
+        "fit", M3, "--engine-release", "0.26.0"
+    )
+
+
 def test_what_cannot_be_asked_is_refused_with_a_sentence(shell: Shell, tmp_path: Path) -> None:
     assert "give one" in shell.refuses("fit", TINY_M3, "--budget", "8MB", "--on", "1xH200")
     assert "add --on NODE" in shell.refuses("fit", TINY_M3, "--budget", "8MB", "--context", "4096")

@@ -108,7 +108,7 @@ class Counter:
         limit = min(self.settings.tokenize_timeout_s, deadline - time.monotonic())
         if limit <= 0:
             return None
-        if len(query) < LONG and self.small.enter(key, len(query)) is None:  # soon over: not worth a task of its own
+        if len(query) < LONG and self.small.enter(key, len(query)):  # soon over: not worth a task of its own
             try:
                 return await within(self._tokenize(query, scope), limit)
             except TimeoutError:

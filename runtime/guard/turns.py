@@ -50,8 +50,8 @@ class Turns:
         Raises ClientGone when the client hangs up first, TimeoutError when the turn has not come at `deadline` (time.monotonic) or the
         work takes more than `limit_s`. Work that has begun cannot be interrupted: it keeps its place until it is done, whoever has left.
         """
-        if (turn := self.enter(key, size)) is not None:
-            await self._wait(turn, key, inbox, deadline)
+        if not self.enter(key, size):
+            await self._wait(self.queue(key, size), key, inbox, deadline)
         running = asyncio.ensure_future(work())
         self._running.add(running)
         running.add_done_callback(lambda _: self.leave(key))
@@ -83,12 +83,17 @@ class Turns:
                 turn.cancel()
             raise
 
-    def enter(self, key: str, size: int) -> asyncio.Future[None] | None:
-        """None when the place is taken at once; else what to wait for. Whoever got a place leaves it once, whoever stops waiting cancels."""
+    def enter(self, key: str, size: int) -> bool:
+        """Whether a place was free and is taken now: whoever got it leaves it once. Nothing is left behind where it was not."""
+        line = self.lines.get(key)
+        if self.inside >= self.places or (line and (line.waiting or line.inside >= self.share)):
+            return False
+        self._admit(self.lines.setdefault(key, Line(start=self.virtual)), size)
+        return True
+
+    def queue(self, key: str, size: int) -> asyncio.Future[None]:
+        """What to wait for where `enter` found no place: done once a place is taken for the asker, who cancels it to wait no more."""
         line = self.lines.setdefault(key, Line(start=self.virtual))
-        if self.inside < self.places and line.inside < self.share and not line.waiting:
-            self._admit(line, size)
-            return None
         if not line.waiting:
             line.start = max(line.start, self.virtual)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -412,6 +412,28 @@ def test_many_prompts_of_a_client_that_left_are_not_counted_on() -> None:
     run(scenario())
 
 
+def test_a_burst_of_one_key_leaves_every_place_free() -> None:
+    """More at once than a key has places: those that wait for one take it once. Seen on an H200: after 64 at once, 16 waited for 30 s."""
+
+    class Slow(FakeEngine):
+        async def answer_tokenize(self, body: bytes, send: Any) -> None:
+            await asyncio.sleep(0.01)
+            await super().answer_tokenize(body, send)
+
+    async def scenario() -> None:
+        guard = make_guard(Slow(), max_model_len=4096, pool_tokens=2**22)
+        places, counted = guard.settings.tokenize_concurrency, guard.metrics.count_of("tokenize")._value
+        before = counted.get()
+        for _ in range(3):
+            body = {"prompt": "word " * 10, "max_tokens": 5}
+            calls = await asyncio.gather(*(ask(guard, COMPLETIONS, body) for _ in range(3 * places)))
+            assert {call.status for call in calls} == {200}
+        assert guard.counter.small.inside == 0 and not guard.counter.small.lines
+        assert counted.get() - before == 9 * places
+
+    run(scenario())
+
+
 def test_nothing_is_counted_after_the_longest_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """500 prompts of a tokenizer that takes its time: the rest is bounded by its bytes, not given a second each."""
     monkeypatch.setattr("m3quant.runtime.guard.counting.LEAST_S", 0.2)
@@ -433,10 +455,10 @@ def test_nothing_is_counted_after_the_longest_wait(monkeypatch: pytest.MonkeyPat
 def test_keys_that_are_made_up_are_forgotten() -> None:
     async def scenario() -> None:
         turns = Turns(2)
-        assert turns.enter("busy", 1) is None
+        assert turns.enter("busy", 1)
         for number in range(5000):
             key = f"made-up-{number}"
-            assert turns.enter(key, 10) is None
+            assert turns.enter(key, 10)
             turns.leave(key)
         assert len(turns.lines) <= 1100
         turns.leave("busy")
@@ -462,23 +484,20 @@ def test_a_prompt_whose_turn_does_not_come_is_bounded_by_its_bytes() -> None:
 def test_turns_are_shared_by_size_and_at_most_half_go_to_one_key() -> None:
     async def scenario() -> None:
         turns = Turns(4)
-        waiting = [turns.enter("hog", 100) for _ in range(6)]
-        assert [turn is None for turn in waiting] == [True, True, False, False, False, False]
-        guests = [turns.enter("guest", 10) for _ in range(3)]
-        assert [turn is None for turn in guests] == [True, True, False] and turns.inside == 4
+        assert [turns.enter("hog", 100) for _ in range(6)] == [True, True, False, False, False, False]
+        waiting = [turns.queue("hog", 100) for _ in range(4)]
+        assert [turns.enter("guest", 10) for _ in range(3)] == [True, True, False] and turns.inside == 4
+        guest = turns.queue("guest", 10)
         turns.leave("hog")
         await settle()
-        assert waiting[2] is not None and waiting[2].done()  # its share is free again, the guest has had its own
+        assert waiting[0].done()  # its share is free again, the guest has had its own
         turns.leave("guest")
-        assert guests[2] is not None and guests[2].done()
+        assert guest.done()
+        for turn in waiting[1:]:
+            turn.cancel()
         for key in ("hog", "hog", "guest", "guest"):
             turns.leave(key)
-        for turn in waiting:
-            if turn is not None:
-                turn.cancel()
-        while turns.inside:
-            turns.leave("hog")
-        assert not turns.lines and turns.virtual == 0
+        assert not turns.inside and not turns.lines and turns.virtual == 0
 
     run(scenario())
 

@@ -244,7 +244,9 @@ def environment(norm: str, folder: Path) -> dict[str, str]:
 
 def cells_of(text: str) -> tuple[tuple[int, int], ...]:
     """`1x8,16x1` as requests and thousands of tokens. Raises ValueError for another form."""
-    cells = tuple((int(requests), int(thousands)) for requests, thousands in (point.split("x") for point in text.split(",")))
+    cells = tuple(
+        (int(requests), int(thousands)) for requests, thousands in (point.split("x") for point in text.split(","))
+    )
     if any(requests < 1 or thousands < 1 for requests, thousands in cells):
         raise ValueError(text)
     return cells
@@ -273,11 +275,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=seconds, default=380.0, help="of everything [380]")
     parser.add_argument("--through", help="guard, engine or both with a comma: a start each [guard]")
     parser.add_argument(
-        "--points", type=cells_of, help="requests x thousands of tokens, in this order, as 1x1,16x1,1x8 [all; 1x1,16x1,4x1 for --flags]"
+        "--points",
+        type=cells_of,
+        help="requests x thousands of tokens, in this order, as 1x1,16x1,1x8 [all; 1x1,16x1,4x1 for --flags]",
     )
-    parser.add_argument(
-        "--flags", help=f"a start each, through the guard: {', '.join(FLAGS)}"
-    )
+    parser.add_argument("--flags", help=f"a start each, through the guard: {', '.join(FLAGS)}")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     if arguments.flags is not None and arguments.through is not None:

@@ -1,6 +1,6 @@
 """What `bench_gpu` measured, as the tables of docs/serving.md and as sets of runtime/measured.yaml.
 
-    python -m tests.benchmarks.bench_gpu_table                       # the tables, of tests/benchmarks/figures/h200_bench_*.json
+    python -m tests.benchmarks.bench_gpu_table                       # the tables, of tests/benchmarks/figures/h200*_bench_*.json
     python -m tests.benchmarks.bench_gpu_table --into docs/serving.md        # written between the page's two marks
     python -m tests.benchmarks.bench_gpu_table --yaml FIGURES.json   # a set for runtime/measured.yaml
 
@@ -157,11 +157,11 @@ def measured_set(document: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figures", type=Path, nargs="*", help="[tests/benchmarks/figures/h200_bench_*.json]")
+    parser.add_argument("figures", type=Path, nargs="*", help="[tests/benchmarks/figures/h200*_bench_*.json]")
     parser.add_argument("--into", type=Path, help="a page that has the two marks")
     parser.add_argument("--yaml", action="store_true")
     arguments = parser.parse_args()
-    paths = arguments.figures or sorted(FIGURES.glob("h200_bench_*.json"))
+    paths = arguments.figures or sorted(FIGURES.glob("h200*_bench_*.json"))
     documents = []
     for path in paths:
         try:

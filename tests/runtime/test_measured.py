@@ -158,8 +158,8 @@ def test_as_many_gpus_of_another_name_and_no_other_number(
 
 @pytest.mark.parametrize("known", measured_sets(), ids=lambda known: known.recipe)
 def test_every_range_is_in_order_and_within_the_bound(known: MeasuredSet, subjects: dict[str, Subject]) -> None:
-    for node in ("1xH100", "1xH200"):
-        fit = fit_of(subjects, known.model_type, known.recipe, node)
+    for gpu in ("H100", "H200"):
+        fit = fit_of(subjects, known.model_type, known.recipe, f"{known.gpus}x{gpu}")
         for requests, context, speed, bound in known.figures:
             found = near(fit, context, requests)
             assert found is not None and 0 < found.low <= speed / bound <= found.high <= 1
@@ -237,7 +237,7 @@ def plan(*options: str, to: str = "awq") -> str:
 def test_plan_says_what_was_measured_and_what_was_not() -> None:
     text = plan("--on", "1xH200", "--context", "60000")
     assert "tokens/s decoding" in text and "measured: awq on 1xH200: vLLM 0.33.0" in text
-    assert "as in the 2 figures measured near this" in text and "of the same chip" not in text
+    assert "as in the 3 figures measured near this" in text and "of the same chip" not in text
     text = plan("--on", "1xH200", "--context", "32704", "--max-num-seqs", "1", to="fit-m2.7-1xh100")
     assert (
         "about 109 tokens/s decoding, 24% of the bandwidth's 463, as in the one figure, so without a spread, measured near this"

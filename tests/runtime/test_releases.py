@@ -19,6 +19,7 @@ from m3quant.runtime.hardware import GIB, parse_node
 from m3quant.runtime.memory import Setup
 from m3quant.runtime.model import open_subject
 from m3quant.runtime.weights import as_kept, converted_groups, rank_weights
+from tests.benchmarks.bench_gpu import PRESETS
 from tests.support.paths import DATA, TESTS
 
 NEAR = int(2.5 * GIB)  # per GPU: the careful end may leave so much more of the cache unused
@@ -27,6 +28,10 @@ FIGURES = {
     row["name"]: row
     for row in json.loads((TESTS / "benchmarks" / "figures" / "h200_engine_bits.json").read_text(encoding="utf-8"))["presets"]
 }  # fmt: skip
+BENCHES = [
+    json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((TESTS / "benchmarks" / "figures").glob("h200*_bench_*.json"))
+]
 # recipe, release, engine, tokens of cache, settings. The last of M2.7's awq: runtime/measured.yaml's start.
 STARTS = [
     *(
@@ -35,14 +40,20 @@ STARTS = [
         for name, row in FIGURES.items()
     ),
     ("awq", M2, "0.33.0", 118_528, {}),
-    ("awq", M2, "0.33.0", 116_736, {"max_num_seqs": 64}),  # h200_bench_m27_awq.json
+    *(
+        (document["recipe"], PRESETS[document["preset"]].source.name, document["machine"]["engine"], start["pool_tokens"], {
+            "node": document["machine"]["node"], "max_num_seqs": start["max_num_seqs"]})
+        for document in BENCHES for start in document["starts"]
+    ),
     ("awq", M2, "0.26.0", 117_376, {}),
 ]  # fmt: skip
 
 
 def verdict(recipe: str, release: str, engine: str, settings: dict) -> Fit:
+    node = settings.get("node", "1xH200")
+    settings = {name: value for name, value in settings.items() if name != "node"}
     model = open_subject(str(DATA / release)).converted(build_recipe(named_recipe(recipe)))
-    return assess(model, parse_node("1xH200"), Ask(kv_dtype="fp8", release=engine, **settings))
+    return assess(model, parse_node(node), Ask(kv_dtype="fp8", release=engine, **settings))
 
 
 @pytest.mark.parametrize(("recipe", "release", "engine", "tokens", "settings"), STARTS, ids=lambda v: str(v)[:24])

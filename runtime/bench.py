@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
-import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,19 +15,18 @@ import httpx2
 from ..checkpoint.bounded import CONFIG_BYTES, read_json
 from ..engines import DEFAULT, engine_named
 from ..engines.bench import BenchRun, Measured
-from ..engines.installed import SAFE_PATH
 from ..errors import DoesNotFit, OptionError, ServeError
 from .bench_texts import MOST_BYTES, MOST_OUTPUT
 from .cost import decode_bound
 from .fit import Fit
 from .launch import POLL_S, EngineProcess
+from .load_generator import LoadGenerator
 from .serve import Planned, Prepared, Ready, Say, start_options, started
 from .serve_recipe import ServeRecipe
 
 SPARE = 16  # tokens of a context left free: special tokens that the server adds, and text that is split in another way than it was made
 WARM_UP_TOKENS = 16
 REQUEST_S = 600.0  # of the one request before the first measurement
-TAIL_BYTES = 16_384  # of the load generator's log, for its last line
 
 
 @dataclass(frozen=True)
@@ -210,7 +205,9 @@ def measure(
     say(
         f"starting {prepared.fit.engine.title}: the weights are loaded, at most {prepared.recipe.start_timeout} s; log {log}"
     )
+    assert prepared.installed is not None
     with (
+        LoadGenerator(prepared.fit.engine.bench_command(prepared.installed), client_log(log)) as client,
         started(prepared, log, echo, stopped, pinning) as (process, ready),
         tempfile.TemporaryDirectory(prefix="m3quant-bench-") as folder,
     ):
@@ -229,7 +226,7 @@ def measure(
                 dataset.write_text(prepared.fit.engine.bench_texts(texts[number - 1]), encoding="utf-8")
             run = BenchRun(ready.url, prepared.fit.model.where, _name(prepared), point.concurrency, point.requests,
                            point.prompt, point.output, number, Path(folder) / f"{number}.json", dataset, temperature)  # fmt: skip
-            measured = _run(prepared, run, process, client_log(log), point_timeout, stopped)
+            measured = _run(prepared, run, process, client, point_timeout, stopped)
             if measured is None:
                 break
             bound = 0.0 if texts else decode_bound(prepared.fit, point.context, point.concurrency)
@@ -264,44 +261,25 @@ def _warm_up(url: str, name: str, temperature: float) -> None:
 
 
 def _run(
-    prepared: Prepared, run: BenchRun, server: EngineProcess, log: Path, timeout_s: float, stopped: threading.Event
+    prepared: Prepared,
+    run: BenchRun,
+    server: EngineProcess,
+    client: LoadGenerator,
+    timeout_s: float,
+    stopped: threading.Event,
 ) -> Measured | None:
     """One run of the load generator; None where it was stopped."""
-    assert prepared.installed is not None
-    engine = prepared.fit.engine
-    with _client(engine.bench_command(prepared.installed, run), log) as client:
-        deadline = time.monotonic() + timeout_s
-        while (code := client.poll()) is None:
-            if stopped.wait(POLL_S):
-                return None
-            if server.process.poll() is not None:
-                raise ServeError(
-                    f"the engine ended while it was measured: {engine.reason(server.text)}. Log: {server.log}"
-                )
-            if time.monotonic() > deadline:
-                raise ServeError(f"{run.concurrency} requests at once were not answered within {timeout_s:.0f} s: give a longer --point-timeout. Log: {log}")  # fmt: skip
+    engine, deadline = prepared.fit.engine, time.monotonic() + timeout_s
+    client.begin(engine.bench_arguments(run))
+    while (code := client.code(POLL_S)) is None:
+        if stopped.is_set():
+            return None
+        if server.process.poll() is not None:
+            raise ServeError(f"the engine ended while it was measured: {engine.reason(server.text)}. Log: {server.log}")
+        if time.monotonic() > deadline:
+            raise ServeError(f"{run.concurrency} requests at once were not answered within {timeout_s:.0f} s: give a longer --point-timeout. Log: {client.log}")  # fmt: skip
     if code != 0:
-        raise ServeError(f"the load generator ended with exit code {code}: {engine.reason(_tail(log))}. Log: {log}")
+        raise ServeError(
+            f"the load generator ended with exit code {code}: {engine.reason(client.tail())}. Log: {client.log}"
+        )
     return engine.read_bench(read_json(run.result, CONFIG_BYTES, "Run it again.", error=ServeError), run)
-
-
-@contextmanager
-def _client(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The load generator in a session of its own, its output added to the log; ended with all its processes."""
-    with log.open("ab") as file:
-        client = subprocess.Popen(
-            command, env={**os.environ, **SAFE_PATH}, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            yield client
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(client.pid, signal.SIGKILL)
-            client.wait()
-
-
-def _tail(log: Path) -> str:
-    with log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-        return file.read(TAIL_BYTES).decode("utf-8", "replace")

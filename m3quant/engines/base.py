@@ -289,8 +289,12 @@ class Engine(ABC):
 
     # --- its load generator ---
 
-    def bench_command(self, installed: Installed, run: BenchRun) -> list[str]:
-        """The command that makes one run and writes its result. Asked where `has_bench`."""
+    def bench_command(self, installed: Installed) -> list[str]:
+        """The command of a process that makes runs (runtime/load_generator.py). Asked where `has_bench`."""
+        raise NotImplementedError(f"{self.title} has no load generator here")
+
+    def bench_arguments(self, run: BenchRun) -> list[str]:
+        """What that process is told to make one run and write its result."""
         raise NotImplementedError(f"{self.title} has no load generator here")
 
     def bench_texts(self, texts: Sequence[str]) -> str:

@@ -84,6 +84,10 @@ def test_every_point_is_measured_and_the_server_ends(bench: Bench, port: int, tm
     assert (
         done.json["environment"]["M3QUANT_GUARD_RESERVE"] == "learned"
     )  # without which a figure through the guard says little
+    ran = [line for line in (tmp_path / "log-client").read_text().splitlines() if line.startswith("load generator")]
+    assert (
+        len(ran) == 4 and len(set(ran)) == 2
+    )  # one process for all points of a start: its imports take as long as many a point
     assert all(part in (tmp_path / "page.html").read_text() for part in ("200.0", "M3QUANT_GUARD_RESERVE=learned"))
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
@@ -93,6 +97,8 @@ def test_every_point_is_measured_and_the_server_ends(bench: Bench, port: int, tm
     ("mode", "options", "message"),
     [
         ("client fails", (), "exit code 1: its last word was: ValueError: the client is broken"),
+        ("client raises", (), "exit code 1: its last word was: ValueError: the client is broken"),
+        ("client is killed", (), "the load generator ended with exit code -9"),
         ("client hangs", ("--point-timeout=1",), "1 requests at once were not answered within 1 s"),
         ("server ends", (), "the engine ended while it was measured"),
         ("one is refused", (), "1 of 2 requests were answered at concurrency 1"),
@@ -111,7 +117,8 @@ def test_what_goes_wrong_is_one_sentence_and_the_server_ends(
 def test_a_signal_ends_it_with_what_was_measured(bench: Bench, tmp_path: Path) -> None:
     def interrupt() -> None:
         deadline = time.monotonic() + 30
-        while not (tmp_path / "log-client").exists() and time.monotonic() < deadline:
+        log = tmp_path / "log-client"
+        while not (log.exists() and "hanging" in log.read_text()) and time.monotonic() < deadline:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -150,8 +150,11 @@ class Vllm(Engine):
     def launch(self, serving: Serving, options: StartOptions, installed: Installed | None) -> Launch:
         return command.launch(serving, options, installed)
 
-    def bench_command(self, installed: Installed, run: BenchRun) -> list[str]:
-        return bench.bench_command(installed.python, run)
+    def bench_command(self, installed: Installed) -> list[str]:
+        return bench.bench_command(installed.python)
+
+    def bench_arguments(self, run: BenchRun) -> list[str]:
+        return bench.bench_arguments(run)
 
     def bench_texts(self, texts: Sequence[str]) -> str:
         return bench.bench_texts(texts)

@@ -25,10 +25,6 @@ FLAGS = [
 MAIN = """
 import http.server, json, os, signal, sys, time
 
-words = sys.argv[1:]
-after = lambda flag: words[words.index(flag) + 1]
-mode = open(os.path.join(os.path.dirname(__file__), "mode")).read()
-
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self):
@@ -37,31 +33,46 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *a): pass
 
 
-if words[0] == "serve":
-    print("CPU KV cache size: 1,398,016 tokens, Maximum concurrency for 256 tokens per request: 5461.00x", flush=True)
-    signal.signal(signal.SIGTERM, lambda *a: sys.exit(0))
-    print(os.getpid(), file=open(os.path.join(os.path.dirname(__file__), "pid"), "w"), flush=True)
-    http.server.ThreadingHTTPServer(("127.0.0.1", int(after("--port"))), Handler).serve_forever()
-requests = int(after("--num-prompts"))
-output = int(after("--sharegpt-output-len" if "--dataset-path" in words else "--random-output-len"))
-if "--dataset-path" in words:
-    used = [entry["conversations"][0]["value"] for entry in json.load(open(after("--dataset-path")))]
-    json.dump(used, open(os.path.join(os.path.dirname(__file__), "used.json"), "w"))
-if mode == "client fails":
-    print("ValueError: the client is broken"); sys.exit(1)
-if mode == "client hangs":
-    time.sleep(600)
-if mode == "server ends":
-    os.kill(int(open(os.path.join(os.path.dirname(__file__), "pid")).read()), signal.SIGKILL); time.sleep(600)
-result = {"completed": requests - (mode == "one is refused"), "total_output_tokens": requests * output - (mode == "one is short"),
-          "duration": 2.0, "output_throughput": requests * output / 2.0, "mean_tpot_ms": 20.0}
-for name in ("ttft", "itl"):
-    result |= {f"p{p}_{name}_ms": float(p) for p in (50, 90, 99)}
-if mode.startswith("accepts"):
-    result |= {"spec_decode_acceptance_length": float(mode.split()[1]), "spec_decode_per_position_acceptance_rates": [0.7, 0.5, 0.3]}
-if "--temperature" in words:
-    print("temperature", after("--temperature"))
-json.dump(result, open(os.path.join(after("--result-dir"), after("--result-filename")), "w"))
+def main():
+    words = sys.argv[1:]
+    after = lambda flag: words[words.index(flag) + 1]
+    mode = open(os.path.join(os.path.dirname(__file__), "mode")).read()
+    if "--help" in words:
+        print("usage"); sys.exit(0)
+    if words[0] == "serve":
+        print("CPU KV cache size: 1,398,016 tokens, Maximum concurrency for 256 tokens per request: 5461.00x", flush=True)
+        signal.signal(signal.SIGTERM, lambda *a: sys.exit(0))
+        print(os.getpid(), file=open(os.path.join(os.path.dirname(__file__), "pid"), "w"), flush=True)
+        http.server.ThreadingHTTPServer(("127.0.0.1", int(after("--port"))), Handler).serve_forever()
+    requests = int(after("--num-prompts"))
+    output = int(after("--sharegpt-output-len" if "--dataset-path" in words else "--random-output-len"))
+    if "--dataset-path" in words:
+        used = [entry["conversations"][0]["value"] for entry in json.load(open(after("--dataset-path")))]
+        json.dump(used, open(os.path.join(os.path.dirname(__file__), "used.json"), "w"))
+    if mode == "client fails":
+        print("ValueError: the client is broken"); sys.exit(1)
+    if mode == "client raises":
+        raise ValueError("the client is broken")
+    if mode == "client is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "client hangs":
+        print("hanging", flush=True); time.sleep(600)
+    if mode == "server ends":
+        os.kill(int(open(os.path.join(os.path.dirname(__file__), "pid")).read()), signal.SIGKILL); time.sleep(600)
+    result = {"completed": requests - (mode == "one is refused"), "total_output_tokens": requests * output - (mode == "one is short"),
+              "duration": 2.0, "output_throughput": requests * output / 2.0, "mean_tpot_ms": 20.0}
+    for name in ("ttft", "itl"):
+        result |= {f"p{p}_{name}_ms": float(p) for p in (50, 90, 99)}
+    if mode.startswith("accepts"):
+        result |= {"spec_decode_acceptance_length": float(mode.split()[1]), "spec_decode_per_position_acceptance_rates": [0.7, 0.5, 0.3]}
+    if "--temperature" in words:
+        print("temperature", after("--temperature"))
+    print("load generator", os.getpid(), flush=True)
+    json.dump(result, open(os.path.join(after("--result-dir"), after("--result-filename")), "w"))
+
+
+if __name__ == "__main__":
+    main()
 """
 
 

@@ -34,6 +34,7 @@ class ReleaseRate:
     def add(self, tokens: int, now: float, idle: bool) -> None:
         self.released.append((now, tokens))
         self.total += tokens
+        self._forget(now)
         if idle:
             self.released.clear()
             self.total = 0
@@ -41,12 +42,15 @@ class ReleaseRate:
 
     def seconds_for(self, tokens: int, now: float) -> float | None:
         """Seconds until that many tokens are released at the present rate; None while nothing has been observed."""
-        while self.released and self.released[0][0] < now - WINDOW_S:
-            self.total -= self.released.popleft()[1]
+        self._forget(now)
         if not self.total or self.busy_since is None:
             return None
         observed = min(WINDOW_S, max(now - self.busy_since, 1e-3))
         return tokens * observed / self.total
+
+    def _forget(self, now: float) -> None:
+        while self.released and self.released[0][0] < now - WINDOW_S:
+            self.total -= self.released.popleft()[1]
 
 
 class Admission:

@@ -13,6 +13,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
@@ -47,19 +49,23 @@ class Aside:
 
     def _ask(self, call: bytes) -> bytes:
         for _ in range(2):  # a process that someone ended meanwhile is replaced once
-            pipe = self._started()
+            process, pipe = self._started()
+            began = time.monotonic()
+            late = threading.Timer(self.limit_s, process.kill)  # sending waits too, and for ever where nobody reads
+            late.start()
             try:
                 pipe.send_bytes(call)
-                if not pipe.poll(self.limit_s):
-                    self.close()
-                    raise bad_request(f"The body takes more than {self.limit_s:g} seconds to read.", None)
                 return pipe.recv_bytes()
             except (OSError, EOFError):
                 self.close()
+                if time.monotonic() - began >= self.limit_s:
+                    raise bad_request(f"The body takes more than {self.limit_s:g} seconds to read.", None) from None
+            finally:
+                late.cancel()
         raise bad_request("The body needs more memory to read than there is.", None)
 
-    def _started(self) -> Connection:
-        if self._pipe is None:
+    def _started(self) -> tuple[subprocess.Popen[bytes], Connection]:
+        if self._process is None or self._pipe is None:
             self._pipe, theirs = Pipe()
             command = [sys.executable, "-c", PROGRAM.format(descriptor=theirs.fileno())]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -67,7 +73,7 @@ class Aside:
                 command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
             )
             theirs.close()
-        return self._pipe
+        return self._process, self._pipe
 
     def close(self) -> None:
         if self._pipe is not None:

@@ -105,7 +105,8 @@ class Counter:
     async def _in_turn(
         self, query: bytes, scope: dict[str, Any], key: str, inbox: Inbox, deadline: float
     ) -> tuple[Count, list[int] | IdSpan | None] | None:
-        limit = min(self.settings.tokenize_timeout_s, deadline - time.monotonic())
+        longest = self.settings.tokenize_timeout_s
+        limit = min(longest, deadline - time.monotonic())
         if limit <= 0:
             return None
         if len(query) < LONG and self.small.enter(key, len(query)):  # soon over: not worth a task of its own
@@ -117,7 +118,10 @@ class Counter:
                 self.small.leave(key)
         turns = self.large if len(query) >= LONG else self.small
         try:
-            return await turns.run(key, len(query), inbox, deadline, limit, lambda: self._tokenize(query, scope))
+            # The work has a limit of its own: an application that never answers would keep the place for good.
+            return await turns.run(
+                key, len(query), inbox, deadline, lambda: within(self._tokenize(query, scope), longest)
+            )
         except TimeoutError:
             return None
 

@@ -282,7 +282,7 @@ class Guard:
         deadline = time.monotonic() + self.settings.queue_timeout_s
         began += came - waited_for_body
         try:
-            readings = await self._read(path, key, body, inbox)
+            readings = await self._read(path, key, body, inbox, deadline)
         except Unreadable:
             self.metrics.request_of("passed").inc()
             await self.app(scope, inbox.receive, answer.send)
@@ -295,7 +295,7 @@ class Guard:
         need, chain = await self._need(readings, scope, key, inbox, deadline)
         counting = time.perf_counter() - counted_from
         if need.set_output is not None:
-            scope = await self._set_output(scope, key, body, need, inbox, answer)
+            scope = await self._set_output(scope, key, body, need, inbox, answer, deadline)
         ticket = Ticket(key, need.tokens, chain, growth=self._growth(path, key, readings[0].model, need))
         if ticket.growth is not None:
             answer.on_body = ticket.growth.tally.see
@@ -331,27 +331,32 @@ class Guard:
             if known and self.outlook is not None and ticket.growth is not None:
                 self.outlook.learn(ticket.growth, answer.outcome() == "success")
 
-    async def _read(self, path: str, key: str, body: bytes, inbox: Inbox) -> list[Reading]:
+    async def _read(self, path: str, key: str, body: bytes, inbox: Inbox, deadline: float) -> list[Reading]:
         keep_ids = self.settings.prefix_hits == "count"
         short, span = shorten(body, ID_NAMES[path == TOKEN_ROUTE])
         assert self.pool is not None
         most = min(MOST_PROMPTS, self.pool.usable // self.pool.block_size)
-        found = await self._aside(key, inbox, len(short), read_short, path, short, span, len(body), keep_ids, most)
+        size = len(body)
+        found = await self._aside(key, inbox, deadline, len(short), read_short, path, short, span, size, keep_ids, most)
         if found is None:  # the long array was no prompt
-            found = await self._aside(key, inbox, len(body), read_whole, path, body, keep_ids, most)
+            found = await self._aside(key, inbox, deadline, size, read_whole, path, body, keep_ids, most)
         readings: list[Reading] = found
         return readings
 
-    async def _aside(self, key: str, inbox: Inbox, size: int, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What the function makes of `size` bytes: here when they are few, else in its turn and in another process."""
+    async def _aside(
+        self, key: str, inbox: Inbox, deadline: float, size: int, function: Callable[..., Any], *arguments: Any
+    ) -> Any:
+        """What the function makes of `size` bytes: here when they are few, else in its turn and in another process.
+
+        Until `deadline` (time.monotonic), but for LEAST_S at least: what else a request does before may have taken its time.
+        """
         if size < ASIDE_BYTES:
             return function(*arguments)
-        wait_s = max(self.settings.queue_timeout_s, LEAST_S)
+        deadline = max(deadline, time.monotonic() + LEAST_S)
         try:
-            return await self.turns.run(
-                key, size, inbox, time.monotonic() + wait_s, wait_s, lambda: self.aside.run(function, *arguments)
-            )
+            return await self.turns.run(key, size, inbox, deadline, lambda: self.aside.run(function, *arguments))
         except TimeoutError:
+            wait_s = max(self.settings.queue_timeout_s, LEAST_S)
             raise busy(
                 f"The body could not be read within {wait_s:g} seconds. Please retry later.",
                 "queue_timeout",
@@ -375,7 +380,7 @@ class Guard:
         if self.settings.prefix_hits != "count" or not single or ids is None:
             return need, ()
         size = len(ids.raw) if isinstance(ids, IdSpan) else 0
-        return need, await self._aside(key, inbox, size, block_chain, ids, self.pool.block_size, only.salt)
+        return need, await self._aside(key, inbox, deadline, size, block_chain, ids, self.pool.block_size, only.salt)
 
     def _growth(self, path: str, key: str, model: str, need: Need) -> Growth | None:
         """For a forecast; None where each request is reserved in full, and for more than one sequence."""
@@ -384,10 +389,13 @@ class Guard:
         assert self.door is not None
         return Growth(need.prompt, need.output, (path, self.door.class_of(key), model))
 
-    async def _set_output(self, scope: Scope, key: str, body: bytes, need: Need, inbox: Inbox, answer: Answer) -> Scope:
+    async def _set_output(
+        self, scope: Scope, key: str, body: bytes, need: Need, inbox: Inbox, answer: Answer, deadline: float
+    ) -> Scope:
         assert need.set_output is not None
+        size, name = len(body), need.output_field
         try:
-            changed = await self._aside(key, inbox, len(body), with_number, body, need.output_field, need.set_output)
+            changed = await self._aside(key, inbox, deadline, size, with_number, body, name, need.set_output)
         except ValueError:
             raise bad_request("The body must be a JSON object in UTF-8.", None) from None
         inbox.replace(changed)

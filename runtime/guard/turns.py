@@ -17,6 +17,9 @@ from .ledger import IDLE_LANES
 
 T = TypeVar("T")
 
+# Of the time until the deadline. With more, those whose turn comes under load are those that have waited longest, and no work would be done in time.
+WAITING = 0.75
+
 
 @dataclass
 class Line:
@@ -42,16 +45,15 @@ class Turns:
         size: int,
         inbox: Inbox,
         deadline: float,
-        limit_s: float,
         work: Callable[[], Coroutine[Any, Any, T]],
     ) -> T:
         """The result of the work, once its turn has come.
 
-        Raises ClientGone when the client hangs up first, TimeoutError when the turn has not come at `deadline` (time.monotonic) or the
-        work takes more than `limit_s`. Work that has begun cannot be interrupted: it keeps its place until it is done, whoever has left.
+        Raises ClientGone when the client hangs up first, TimeoutError when the work is not done at `deadline` (time.monotonic), its turn
+        included. Work that has begun is not interrupted: it keeps its place until it is done, whoever has left, so it has to end by itself.
         """
         if not self.enter(key, size):
-            await self._wait(self.queue(key, size), key, inbox, deadline)
+            await self._wait(self.queue(key, size), key, inbox, WAITING * seconds_to(deadline))
         running = asyncio.ensure_future(work())
         self._running.add(running)
         running.add_done_callback(lambda _: self.leave(key))
@@ -60,18 +62,17 @@ class Turns:
             lambda task: task.cancelled() or task.exception()
         )  # seen, also if no one waits any more
         either: set[asyncio.Future[Any]] = {running, inbox.hang_up()}
-        await asyncio.wait(either, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, timeout=seconds_to(deadline), return_when=asyncio.FIRST_COMPLETED)
         if inbox.gone:
             raise ClientGone
         if not running.done():
             raise TimeoutError
         return running.result()
 
-    async def _wait(self, turn: asyncio.Future[None], key: str, inbox: Inbox, deadline: float) -> None:
+    async def _wait(self, turn: asyncio.Future[None], key: str, inbox: Inbox, most_s: float) -> None:
         try:
-            left = max(0.0, deadline - time.monotonic())
             either: set[asyncio.Future[Any]] = {turn, inbox.hang_up()}
-            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, timeout=most_s, return_when=asyncio.FIRST_COMPLETED)
             if inbox.gone:
                 raise ClientGone
             if not turn.done():
@@ -132,3 +133,7 @@ class Turns:
         line.start = self.virtual + size
         line.inside += 1
         self.inside += 1
+
+
+def seconds_to(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())

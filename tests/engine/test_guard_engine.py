@@ -9,19 +9,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.support.engine.guarded_server import ENGINE_PYTHON, Server, serving
-from tests.support.engine.overload import Load, overload
+from tests.support.engine.overload import Load, exchange, overload
 from tests.support.engine.running import NEEDS_ENGINE
 
 pytestmark = [*NEEDS_ENGINE, pytest.mark.xdist_group("guard")]
@@ -97,6 +99,39 @@ def test_the_count_is_the_engines_count(server: Server) -> None:
         status, _, answer = post(server, path, {**body, "max_tokens": CONTEXT - prompt + 1})
         assert status == 400 and f"your prompt contains {prompt} input tokens" in json.loads(answer)["error"]["message"]
     assert server.metrics()["m3quant_guard_counted_total"] >= 6
+
+
+def test_a_burst_of_one_key_is_counted_by_the_tokenizer_and_so_is_what_comes_after(server: Server) -> None:
+    """More at once than one key has places (half of 64), and as many that hang up meanwhile: a place lost is a wait of 20 s, and a bound by bytes."""
+    short = {"prompt": "Good morning, sir", "max_tokens": 2}
+    long = {"prompt": "universally acknowledged " * 2400, "max_tokens": 2}  # 60 kB, more tokens than the context: 400
+    longer = {"prompt": "universally acknowledged " * 3200, "max_tokens": 2}  # 80 kB: counted one at a time
+    bodies = [short] * 120 + [long] * 40 + [longer] * 8
+    bounded = counted_by_bytes(server)
+    assert asyncio.run(burst(server, bodies + bodies)) == {200: 240, 400: 96}
+    asyncio.run(burst(server, bodies, hang_up_s=0.2))
+    began = time.monotonic()
+    assert asyncio.run(burst(server, [short, long, longer])) == {200: 1, 400: 2}
+    assert time.monotonic() - began < 10 and counted_by_bytes(server) == bounded
+    wait_for(server, lambda m: m["m3quant_guard_requests_in_flight"] == m["m3quant_guard_queued_tokens"] == 0)
+
+
+def counted_by_bytes(server: Server) -> float:
+    found = re.search(r'm3quant_guard_counted_total\{method="bytes"\} (\S+)', server.get("/metrics")[1])
+    return float(found[1]) if found else 0.0
+
+
+async def burst(server: Server, bodies: list[dict[str, Any]], hang_up_s: float = 90) -> dict[int, int]:
+    """All at once, as one key. How many were answered with each status."""
+
+    async def one(body: dict[str, Any]) -> int:
+        try:
+            async with asyncio.timeout(hang_up_s):
+                return (await exchange(server.port, "/v1/completions", body, []))[0]
+        except TimeoutError:
+            return 0
+
+    return dict(Counter(await asyncio.gather(*map(one, bodies))))
 
 
 def test_an_overload_of_ten_times_the_pool_ends_every_request_and_preempts_none(server: Server) -> None:

@@ -208,6 +208,27 @@ def test_a_body_that_takes_too_long_to_read_is_refused() -> None:
     run(scenario())
 
 
+def test_a_process_that_is_stopped_is_replaced() -> None:
+    """Larger than what a pipe holds: sending it waits for the process, which nobody lets go on."""
+
+    async def scenario() -> None:
+        aside = Aside()
+        body = large(prompt="a", max_tokens=5)
+        await aside.run(read_body, COMPLETIONS, b"{}", False)
+        aside.limit_s = 0.5
+        assert aside._process is not None
+        os.kill(aside._process.pid, signal.SIGSTOP)
+        with pytest.raises(Refusal, match="seconds to read"):
+            await asyncio.wait_for(aside.run(read_body, COMPLETIONS, body * 20, False), 10)
+        aside.limit_s = 60
+        try:
+            assert (await aside.run(read_body, COMPLETIONS, body, False))[0].output == 5
+        finally:
+            aside.close()
+
+    run(scenario())
+
+
 def test_a_large_body_is_guarded_as_a_small_one() -> None:
     async def scenario() -> None:
         engine = FakeEngine()
@@ -514,18 +535,18 @@ def test_work_that_nobody_waits_for_keeps_its_place_until_it_is_done() -> None:
             await done.wait()
             return 5
 
-        running = asyncio.ensure_future(turns.run("a", 1, Inbox(receive, 10), 1e9, 60, work))
+        running = asyncio.ensure_future(turns.run("a", 1, Inbox(receive, 10), 1e9, work))
         await settle()
         gone.set()
         with pytest.raises(ClientGone):
             await running
         assert turns.inside == 1
         with pytest.raises(TimeoutError):
-            await turns.run("b", 1, Inbox(lambda: asyncio.Future(), 10), 0.0, 60, work)
+            await turns.run("b", 1, Inbox(lambda: asyncio.Future(), 10), 0.0, work)
         done.set()
         await settle()
         assert turns.inside == 0
-        assert await turns.run("b", 1, Inbox(lambda: asyncio.Future(), 10), 0.0, 60, work) == 5
+        assert await turns.run("b", 1, Inbox(lambda: asyncio.Future(), 10), 0.0, work) == 5
 
     run(scenario())
 

@@ -39,6 +39,7 @@ class Answer:
         self.began = time.monotonic()
         self.started = False
         self.finished = False
+        self.in_vain = False  # finished, and the client had left before: vLLM ends a plain answer so when it aborts it
         self.sending = False
         self.stalled = False
         self.status = 0
@@ -55,6 +56,8 @@ class Answer:
         elif self.on_first_token is not None and (body := message.get("body")) and not body.startswith(b":"):
             self.on_first_token()  # a comment is only vLLM keeping the stream alive during a long prefill
             self.on_first_token = None
+        last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        self.in_vain = last and self._inbox.gone  # seen before it is sent: afterwards servers say so of any client
         self.sending = True
         try:
             if self._timeout_s:
@@ -63,8 +66,7 @@ class Answer:
                 await self._send(message)
         finally:
             self.sending = False
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.finished = True
+        self.finished |= last
 
     async def _paced(self, message: Message) -> None:
         began = time.monotonic()
@@ -82,6 +84,6 @@ class Answer:
                 raise ClientStalled("the client reads slower than the floor")
 
     def outcome(self) -> str:
-        if not self.finished:
+        if not self.finished or self.in_vain:
             return "disconnected" if self._inbox.gone or self.started else "error"
         return "success" if self.status < 400 else "refused_by_server" if self.status < 500 else "error"

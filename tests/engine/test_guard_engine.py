@@ -116,6 +116,19 @@ def test_a_burst_of_one_key_is_counted_by_the_tokenizer_and_so_is_what_comes_aft
     wait_for(server, lambda m: m["m3quant_guard_requests_in_flight"] == m["m3quant_guard_queued_tokens"] == 0)
 
 
+def test_a_client_that_leaves_a_plain_answer_is_no_success(server: Server) -> None:
+    before = outcomes(server)
+    body = {"prompt": [5] * 4, "max_tokens": 1000, "ignore_eos": True}
+    assert asyncio.run(burst(server, [body], hang_up_s=0.5)) == {0: 1}
+    wait_for(server, lambda m: m["m3quant_guard_requests_in_flight"] == 0)
+    assert outcomes(server) == before + Counter(disconnected=1)
+
+
+def outcomes(server: Server) -> Counter[str]:
+    found = re.findall(r'm3quant_guard_requests_total\{outcome="(\w+)"\} (\S+)', server.get("/metrics")[1])
+    return Counter({outcome: int(float(count)) for outcome, count in found})
+
+
 def counted_by_bytes(server: Server) -> float:
     found = re.search(r'm3quant_guard_counted_total\{method="bytes"\} (\S+)', server.get("/metrics")[1])
     return float(found[1]) if found else 0.0

@@ -227,3 +227,34 @@ def test_a_server_without_the_gauges_is_told_at_its_start(
     guard._chain_signals = lambda: None  # type: ignore[method-assign]  # the signals of this process belong to pytest
     asyncio.run(guard({"type": "lifespan"}, message, message))
     assert ("RESERVE=learned needs the engine's gauges" in caplog.text) is warned
+
+
+def test_a_plain_answer_to_a_client_that_left_is_no_answer(gauges: Gauges) -> None:
+    """vLLM ends such a request with 200 and `null` (with_cancellation), which would teach that answers are as short as clients' patience."""
+
+    class Cancelling(FakeEngine):
+        async def generate(self, receive: Any, send: Any) -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"null"})
+
+    async def scenario() -> None:
+        engine = Cancelling()
+        guard = learned(engine)
+        counted = {name: metrics().request_of(name)._value for name in ("success", "disconnected")}
+        before = {name: value.get() for name, value in counted.items()}
+        for _ in range(2 * AT_RISK):
+            call = start(guard, COMPLETIONS, completion(100, 200))
+            while not engine.running:
+                await asyncio.sleep(0)
+            gauges.values["vllm:generation_tokens_total"] += 9
+            call.hang_up()
+            await call.task  # type: ignore[misc]
+        assert {name: value.get() - before[name] for name, value in counted.items()} == {
+            "success": 0,
+            "disconnected": 2 * AT_RISK,
+        }
+        assert guard.outlook is not None and not guard.outlook.table.classes
+
+    go(scenario)

@@ -124,13 +124,13 @@ class Left:
 
 
 class AtOnce:
-    """Chooses max_num_seqs for a bench: the largest concurrency that was asked for of which a server for just so many holds a point.
+    """Chooses max_num_seqs for a bench: the largest concurrency that was asked for of which a server for just so many holds a point, and a
+    point of every context.
 
     Each request that may run takes memory for sampling and graphs, so a server for more of them has a smaller pool. The concurrencies are
-    tried from the largest down, each with the plan of its own max_num_seqs; the first that is held at some context is taken. So the number
-    of tries is that of the concurrencies, no point is measured on a server for more requests than are measured, and what a smaller server
-    would hold of fewer requests does not cost a larger concurrency its point. Where none is held it is the smallest, of which `prepare` or
-    `held` then says what is missing.
+    tried from the largest down, each with the plan of its own max_num_seqs. So the number of tries is that of the concurrencies, no point is
+    measured on a server for more requests than are measured, and a larger concurrency is given up for a smaller one only where a context
+    would have no point. Where none is held it is the smallest, of which `prepare` or `held` then says what is missing.
 
     why: filled by a call, for each concurrency that was tried before, why no point of it is measured.
     """
@@ -142,13 +142,22 @@ class AtOnce:
     def __call__(self, planned: Planned) -> int:
         *larger, smallest = sorted({point.concurrency for point in self.points}, reverse=True)
         for seqs in larger:
-            fit, recipe = planned(seqs)
-            if fit.fits and any(_holds(fit, recipe, point) for point in self.points if point.concurrency == seqs):
+            why = self._why_not(seqs, *planned(seqs))
+            if not why:
                 return seqs
-            self.why[seqs] = (
-                _too_small(fit) if fit.fits else f"a server for {seqs:,} at once {fit.verdict}: {fit.why_not}"
-            )
+            self.why[seqs] = why
         return smallest
+
+    def _why_not(self, seqs: int, fit: Fit, recipe: ServeRecipe) -> str:
+        """Why a server for `seqs` at once is not taken; "" if it is."""
+        if not fit.fits:
+            return f"a server for {seqs:,} at once {fit.verdict}: {fit.why_not}"
+        run = [point for point in self.points if point.concurrency <= seqs and _holds(fit, recipe, point)]
+        if seqs not in {point.concurrency for point in run}:
+            return _too_small(fit)
+        if without := sorted({point.context for point in self.points} - {point.context for point in run}):
+            return f"{_too_small(fit, f'a point of {without[0]:,} tokens')}: measure them without that context"
+        return ""
 
 
 def held(
@@ -178,9 +187,9 @@ def _holds(fit: Fit, recipe: ServeRecipe, point: Point) -> bool:
     return point.concurrency * math.ceil((point.context + fit.setup.draft_slots) / fit.pool.block_size) <= free
 
 
-def _too_small(fit: Fit) -> str:
+def _too_small(fit: Fit, what: str = "them") -> str:
     return (
-        f"the pool of a server for {fit.setup.max_num_seqs:,} at once, {fit.pool.tokens:,} tokens, does not hold them"
+        f"the pool of a server for {fit.setup.max_num_seqs:,} at once, {fit.pool.tokens:,} tokens, does not hold {what}"
     )
 
 

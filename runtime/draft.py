@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,8 @@ from .draft_tables import check_tables
 from .fit import Ask
 
 MAX_TOKENS = 64  # guessed in a step: the largest block of a published draft is 16
+UNNAMED_TAPS = 3  # vLLM: get_eagle3_default_aux_hidden_state_layers, and llama_eagle3.py's width of fc
+_ONE_CODE_A_VALUE = ("F8_E4M3", "I8")  # a matrix of these has the shape of its values; that of packed codes is another
 DEFAULT_TOKENS = 3  # of an EAGLE3 draft, as on the cards of those for M2.7 and M3
 _SPLIT = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
 _LIKE_KV = ("k_proj", "v_proj")
@@ -64,7 +66,7 @@ def open_draft(src: str, family: Family, tokens: int | None = None) -> Draft:
         layers=body.count("num_hidden_layers", MAX_LAYERS),
         kv_heads=kv_heads,
         head_dim=body.count("head_dim", default=max(1, hidden // heads)),
-        taps=_taps(checkpoint, top, body, family),
+        taps=_taps(checkpoint, top, body, family, method),
         split_bytes=split,
         kv_bytes=kv,
         whole_bytes=whole,
@@ -161,10 +163,10 @@ def _check_sizes(top: ConfigPart, body: ConfigPart, family: Family, checkpoint: 
             )
 
 
-def _matrix(checkpoint: Checkpoint, name: str) -> TensorInfo | None:
-    """Its unquantized matrix `name`, if it has one."""
+def _matrix(checkpoint: Checkpoint, name: str, dtypes: Collection[str] = FLOAT_DTYPES) -> TensorInfo | None:
+    """Its matrix `name` of one of these dtypes, if it has one."""
     for stored, info in checkpoint.tensors.items():
-        if stored.split(".")[-2:] == [name, "weight"] and len(info.shape) == 2 and info.dtype in FLOAT_DTYPES:
+        if stored.split(".")[-2:] == [name, "weight"] and len(info.shape) == 2 and info.dtype in dtypes:
             return info
     return None
 
@@ -174,9 +176,10 @@ def _parts(top: ConfigPart, body: ConfigPart) -> list[ConfigPart]:
     return [*inner, top, body]
 
 
-def _taps(checkpoint: Checkpoint, top: ConfigPart, body: ConfigPart, family: Family) -> int:
-    """Hidden states of the target that it reads: by config.json, else by the width of its first projection. The two must agree."""
-    fc = _matrix(checkpoint, "fc")
+def _taps(checkpoint: Checkpoint, top: ConfigPart, body: ConfigPart, family: Family, method: str) -> int:
+    """Hidden states of the target that it reads: by config.json, else by the width of its first projection, else as many as engines give
+    an EAGLE3 draft that names none. The first two must agree; the width is not read of packed codes."""
+    fc = _matrix(checkpoint, "fc", (*FLOAT_DTYPES, *_ONE_CODE_A_VALUE))
     width = None if fc is None else fc.shape[1] // family.hidden_size
     stated = _stated_taps(top, body, family)
     if fc is not None and fc.shape[1] != (stated or max(1, width or 0)) * family.hidden_size:
@@ -186,8 +189,12 @@ def _taps(checkpoint: Checkpoint, top: ConfigPart, body: ConfigPart, family: Fam
         )
     if found := stated or width:
         return found
+    packed = any("fc" in name.split(".")[-2:-1] for name in checkpoint.tensors)
+    if packed and method == EAGLE3:
+        return UNNAMED_TAPS
     raise CheckpointError(
-        f"{checkpoint.root} names no layers of the target that it reads, and holds no fc.weight: download it again."
+        f"{checkpoint.root} names no layers of the target that it reads, and holds no fc.weight"
+        f"{' whose width says how many' if packed else ''}: download it again."
     )
 
 

@@ -9,28 +9,34 @@ lists allows is refused. `fc` and the output head may be plain whatever is said:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 from ..checkpoint import CONFIG_NAME, Checkpoint, TensorInfo
 from ..checkpoint.patterns import BoundedPattern
 from ..checkpoint.strict_json import described, shown
 from ..errors import CheckpointError
 from ..planning.integer_kinds import QWEIGHT
-from ..planning.source_format import config_format, hf_quant_of
+from ..planning.source_format import REMEDY, config_format, hf_quant_of
 from ..planning.source_layouts import PACKED, PLAIN
 from ..planning.source_sections import kept_entries, kept_problem
 from ..planning.source_tensors import FLOAT_DTYPES
 
+T = TypeVar("T")
 _FUSED = {
     "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
 }  # fmt: skip
+_PARTS = {fused: [part for part, into in _FUSED.items() if into == fused] for fused in _FUSED.values()}
 _LINEARS = (*_FUSED, "qkv_proj", "gate_up_proj", "o_proj", "down_proj")  # every engine builds these by the section
 _LISTING = ("compressed-tensors", "fp8", "mxfp8", "fbgemm_fp8", "awq")  # `kept_entries` has all they leave out
 # They quantize plain weights, or give their tensors other names.
 _WHILE_LOADING = ("bitsandbytes", "experts_int8", "torchao")
 _PLAIN_DTYPES = (*FLOAT_DTYPES, "F64")
+_WHERE = "the draft's quantization_config"
+LONGEST_GLOB = 1000  # characters: fnmatch takes time that grows with their square
+SECONDS = 10.0  # of comparing lists with names: those of released drafts take milliseconds
 
 
 def check_stated_format(checkpoint: Checkpoint, body: Mapping[str, Any], layers: int) -> None:
@@ -41,9 +47,10 @@ def check_stated_format(checkpoint: Checkpoint, body: Mapping[str, Any], layers:
     """
     source = config_format({"text_config": body, **checkpoint.config}, f"{checkpoint.root}/{CONFIG_NAME}", hf_quant_of(checkpoint))  # fmt: skip
     section = source.section
-    if source.refused and (not section or kept_problem(section)):
-        raise CheckpointError(source.refused)
-    said = _Said(section, source.kind == PLAIN, layers)
+    # Not refused here: a method that m3quant itself does not read. What is read and refused has another file that says otherwise.
+    if source.refused and (not section or kept_problem(section) or source.stated.kind):
+        raise CheckpointError(source.refused.removesuffix(REMEDY).rstrip())  # which is about models to convert
+    said = _Said(section, source.kind == PLAIN, layers, _Clock(source.file))
     codes, plain = dict[str, TensorInfo](), dict[str, TensorInfo]()
     for name, info in checkpoint.tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -73,18 +80,34 @@ def _tensor(checkpoint: Checkpoint, info: TensorInfo) -> str:
     return f"{checkpoint.root}/{info.shard}: tensor {shown(info.name)}"
 
 
+class _Clock:
+    """Ends comparisons after SECONDS: lists and names are anybody's, and each is held against each."""
+
+    def __init__(self, file: str) -> None:
+        self._file, self._end = file, time.monotonic() + SECONDS
+
+    def check(self) -> None:
+        """Raises CheckpointError."""
+        if time.monotonic() > self._end:
+            raise CheckpointError(
+                f"{self._file}: to compare its lists of modules with the names of the draft's tensors takes more than {SECONDS:g} s; a draft's lists "
+                "have tens of entries. Take the config.json that was written with these weights."
+            )
+
+
 class _Said:
     """What a quantization section says of modules. nothing: it is about the cache alone, or there is none."""
 
-    def __init__(self, section: Mapping[str, Any], nothing: bool, layers: int) -> None:
+    def __init__(self, section: Mapping[str, Any], nothing: bool, layers: int, clock: _Clock) -> None:
         self.method = str(section.get("quant_method")).lower()
         self._nothing, self._layers = nothing, layers
-        self._kept = _List(kept_entries(section), self.method.startswith(("awq", "modelopt")))
+        self._kept = _List(kept_entries(section), clock, self.method.startswith(("awq", "modelopt")))
         listed = section.get("quantized_layers")
         self._modules = listed if isinstance(listed, Mapping) else None
         self._by_target = self.method == "compressed-tensors"
-        self._targets = list(_targets(section)) if self._by_target else []
-        self._targeted = _List(self._targets)
+        targets = list(_targets(section)) if self._by_target else []
+        self._linears, self._classes = "Linear" in targets, any(target[:1].isupper() for target in targets)
+        self._targeted = _List(targets, clock)
 
     @property
     def lists_all(self) -> bool:
@@ -94,23 +117,21 @@ class _Said:
     def quantizes(self, module: str) -> bool:
         """Whether a Linear layer is said to be quantized, and no list can be read as leaving it out."""
         names = _names(module, self._layers)
-        return self._claims(names, lambda target: target == "Linear") and not any(map(self._kept.covers, names))
+        return self._claims(names, self._linears) and not any(map(self._kept.covers, names))
 
     def may_quantize(self, module: str) -> bool:
         """Whether a module may be quantized by what is said: it is not left out under the name that its tensors have."""
-        return self._claims(_names(module, self._layers), lambda target: target[:1].isupper()) and not self._kept.names(
-            module
-        )
+        return self._claims(_names(module, self._layers), self._classes) and not self._kept.names(module)
 
-    def _claims(self, names: set[str], of_class: Callable[[str], bool]) -> bool:
-        """of_class: of a target, whether it is the name of a class that the module is of."""
+    def _claims(self, names: set[str], of_class: bool) -> bool:
+        """of_class: whether a target is the name of a class that the module may be of."""
         if self._nothing:
             return False
         if self._modules is not None:
             return not names.isdisjoint(self._modules)
         if not self._by_target:
             return True
-        return any(map(of_class, self._targets)) or any(map(self._targeted.names, names))
+        return of_class or any(map(self._targeted.names, names))
 
 
 def _targets(section: Mapping[str, Any]) -> Iterator[str]:
@@ -124,22 +145,24 @@ def _targets(section: Mapping[str, Any]) -> Iterator[str]:
 class _List:
     """Entries that name modules: whole, by a run of their parts, with `*`, or by a regex after `re:`. pieces: or by any piece of a name."""
 
-    def __init__(self, entries: Sequence[str], pieces: bool = False) -> None:
+    def __init__(self, entries: Sequence[str], clock: _Clock, pieces: bool = False) -> None:
         self._exact = frozenset(entries)
-        self._globs = [entry for entry in entries if "*" in entry and not entry.startswith("re:")]
-        self._regexes = [
-            BoundedPattern(entry[3:], "the draft's quantization_config", CheckpointError)
-            for entry in entries
-            if entry.startswith("re:")
-        ]
-        self._pieces = pieces
+        self._clock, self._pieces = clock, pieces
+        self._globs, self._regexes = list[str](), list[BoundedPattern]()
+        for entry in self._timed(entries):
+            if entry.startswith("re:"):
+                self._regexes.append(BoundedPattern(entry[3:], _WHERE, CheckpointError))
+            elif "*" in entry:
+                if len(entry) > LONGEST_GLOB:
+                    raise CheckpointError(f"{_WHERE}: a pattern of {len(entry):,} characters; write it shorter.")
+                self._globs.append(entry)
 
     def names(self, module: str) -> bool:
         """Whether an entry is this very name, or a pattern for it."""
         return (
             module in self._exact
-            or any(fnmatchcase(module, glob) for glob in self._globs)
-            or any(regex.match(module) for regex in self._regexes)
+            or any(fnmatchcase(module, glob) for glob in self._timed(self._globs))
+            or any(regex.match(module) for regex in self._timed(self._regexes))
         )
 
     def covers(self, module: str) -> bool:
@@ -147,7 +170,16 @@ class _List:
         parts = module.split(".")
         runs = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
         pieces = self._exact if self._pieces else ()
-        return self.names(module) or not self._exact.isdisjoint(runs) or any(entry in module for entry in pieces)
+        return (
+            self.names(module)
+            or any(run in self._exact for run in self._timed(runs))
+            or any(entry in module for entry in self._timed(pieces))
+        )
+
+    def _timed(self, items: Iterable[T]) -> Iterator[T]:
+        for item in items:
+            self._clock.check()
+            yield item
 
 
 def _names(module: str, layers: int) -> set[str]:
@@ -159,5 +191,5 @@ def _names(module: str, layers: int) -> set[str]:
     }
     for name in tuple(found):
         parent, dot, leaf = name.rpartition(".")
-        found |= {f"{parent}{dot}{_FUSED[leaf]}"} if leaf in _FUSED else set()
+        found |= {f"{parent}{dot}{other}" for other in [*_PARTS.get(leaf, ()), *filter(None, [_FUSED.get(leaf)])]}
     return found | {f"model.{name}" for name in found}

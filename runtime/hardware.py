@@ -50,6 +50,7 @@ MAX_COUNT = 2**31  # tokens, requests or ranks
 
 _CPU = re.compile(r"cpu(?::([0-9]+)\s*GiB)?", re.IGNORECASE)
 _MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*GiB", re.IGNORECASE)
+_SIZED = re.compile(r"(.+?)(?:sxm\d?)?(?:(80|94|141)(?:gb)?)?")
 _NODE = re.compile(rf"(?:([0-9]+)\s*x\s*)?([A-Za-z][\w-]*|{_MEMORY.pattern})", re.IGNORECASE)
 
 
@@ -87,7 +88,7 @@ def parse_node(text: str) -> Node:
         size = _memory(match[3], shown)
         return Node(count, Gpu(f"{size:g}GiB", int(size * GIB), 0.0, "given on the command line", "unknown"))
     name = match[2].replace("-", "").replace("_", "")
-    gpu = GPUS.get(name.lower()) or GPUS.get(re.sub(r"(sxm\d?|80gb|141gb|80)$", "", name.lower()))
+    gpu = GPUS.get(name.lower()) or _of_size(name.lower())
     if gpu is None:
         near = difflib.get_close_matches(name.lower(), GPUS, n=1)
         meant = f", did you mean {GPUS[near[0]].name}?" if near else "."
@@ -96,6 +97,14 @@ def parse_node(text: str) -> Node:
             f"node '{shown}' names no known GPU{meant} Known: {known}; any other by its memory, as 2x95.5GiB."
         )
     return Node(count, gpu)
+
+
+def _of_size(name: str) -> Gpu | None:
+    """A GPU whose name goes on as H100SXM5, H100-80GB or H200-SXM-141GB: None where its memory is another than is said."""
+    words = _SIZED.fullmatch(name)
+    gpu = GPUS.get(words[1]) if words else None
+    # Of each of them the bytes that the driver gives are 1.06 times the GB of its name.
+    return gpu if gpu and words and (not words[2] or abs(gpu.total_bytes / 1e9 / int(words[2]) - 1.06) < 0.03) else None
 
 
 def _memory(digits: str, shown: str) -> float:

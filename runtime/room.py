@@ -126,13 +126,23 @@ def nearest_node(subject: Subject, ask: Ask, least: Recipe, beyond: Node | None 
     return ""
 
 
-def does_not_hold(subject: Subject, found: NodeRooms, ask: Ask, least: Recipe) -> DoesNotFit:
-    """The refusal of a node on which even the smallest recipe leaves too little."""
+def does_not_hold(
+    subject: Subject, found: NodeRooms, ask: Ask, least: Recipe, refused: Mapping[tuple[str, str], str]
+) -> DoesNotFit:
+    """The refusal of a node on which even the smallest recipe leaves too little. refused: (role, scheme) -> why it was not tried."""
     fit = found.least
     short = max(sum(min(found.costs[layer]) for layer in room.layers) - room.budget for room in found.rooms)
     near = nearest_node(subject, ask, least, fit.node)
     where = f"the nearest standard node that does is {near}" if near else "no standard node does"
     return DoesNotFit(
         f"{fit.node.name} does not hold the smallest recipe with {ask.concurrency} x {ask.context:,} tokens of cache: "
-        f"{short:,} bytes ({short / GIB:.2f} GiB) a GPU are missing; {where}."
+        f"{short:,} bytes ({short / GIB:.2f} GiB) a GPU are missing; {where}.{_not_tried(refused)}"
     )
+
+
+def _not_tried(refused: Mapping[tuple[str, str], str]) -> str:
+    """Schemes by reason: a smaller one may be among them."""
+    by_reason = dict[str, list[str]]()
+    for (role, scheme), why in refused.items():
+        by_reason.setdefault(why, []).append(f"{role} {scheme}")
+    return "".join(f" Not tried: {', '.join(schemes)}: {why}." for why, schemes in by_reason.items())

@@ -170,7 +170,7 @@ def answer(checkpoint: Checkpoint, src: str, asked: Asked) -> Answer:
     rooms = _rooms(fitting, subject, node, ask)
     chosen = fitting.within_rooms(rooms.rooms, rooms.costs)
     if chosen is None:
-        raise does_not_hold(subject, rooms, ask, fitting.recipe(fitting.least))
+        raise does_not_hold(subject, rooms, ask, fitting.recipe(fitting.least), fitting.choices.refused)
     plan = fitting.plan(chosen)
     verdict = assess(subject.converted(plan.recipe), node, ask)
     if not verdict.fits:

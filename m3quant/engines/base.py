@@ -320,7 +320,7 @@ def is_release(text: str) -> bool:
     """Whether it is a version, of which something can be known."""
     try:
         Version(text)
-    except InvalidVersion:
+    except ValueError:  # also for a number of more digits than Python reads
         return False
     return True
 

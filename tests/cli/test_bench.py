@@ -230,6 +230,20 @@ def test_the_server_is_for_the_most_requests_that_it_holds(asked: tuple[int, ...
     assert [one.point.concurrency for one in left] == [n for n in asked if n > seqs]
 
 
+def test_every_context_keeps_a_point(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server for 64 at once holds 64 short requests, and none of the long points; one for 36 holds 36 of both."""
+    monkeypatch.delenv(ENGINE_PYTHON, raising=False)
+    words = ("bench", M2, "--on=1x3GiB", "--context=500,8k", "--dry-run", "--json")
+    found = shell(*words, "--concurrency=36,64").json
+    assert [(p["context"], p["concurrency"]) for p in found["points"]] == [(500, 36), (8192, 36)]
+    (why,) = {one["why"] for one in found["not_measured"] if one["concurrency"] == 64}
+    assert why.startswith("the pool of a server for 64 at once, ")
+    assert why.endswith(" does not hold a point of 8,192 tokens: measure them without that context")
+    assert "--max-num-seqs 36 " in " ".join(found["commands"][0])
+    both = shell(*words, "--concurrency=2,36,64").json
+    assert "--max-num-seqs 64 " in " ".join(both["commands"][0]) and len(both["points"]) == 4
+
+
 def test_a_server_is_started_for_no_more_than_is_measured(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENGINE_PYTHON, raising=False)
     words = ("bench", M2, "--on=1x3GiB", "--context=500,1k", "--dry-run")

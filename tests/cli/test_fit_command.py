@@ -81,7 +81,13 @@ def test_what_a_release_does_not_read_is_not_chosen(shell: Shell) -> None:
     unknown = shell(*asked, "--engine-release", "0.99", "--json").json["chosen"]
     assert any("vLLM 0.99 is outside the releases" in note for note in unknown["notes"])
     assert "0.24.0 is the first that does" in shell.refuses(*asked, "--engine-release", "0.20.0", code=3)
-    assert "--engine-release 'newest' is no version" in shell.refuses(*asked, "--engine-release", "newest")
+    for text in ("newest", "9" * 5000):  # more digits than Python makes a number of
+        assert f"--engine-release '{text[:40]}' is no version" in shell.refuses(*asked, "--engine-release", text)
+    small = shell.refuses("fit", DATA / "minimax-m2.7" / "config.json", "--on", "1xH100", "--kv-dtype", "fp8", "--engine-release", "0.26.0", code=3)  # fmt: skip
+    assert (
+        "Not tried: routed_experts int2-g128-asym, " in small
+        and "0.26.0 does not read it, 0.29.0 is the first" in small
+    )
     assert "--engine-release says how a node serves: add --on NODE" in shell.refuses(
         "fit", M3, "--engine-release", "0.26.0"
     )

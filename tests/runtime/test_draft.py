@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -290,6 +291,7 @@ def test_a_draft_whose_config_and_weights_agree_is_taken(
         ("fp8", "fp8", [], "the quantization section is no object"),
         ("fp8", FP8 | {"ignored_layers": "lm_head"}, LINEARS, "'ignored_layers' of the quantization section is 'lm_head', no list of names"),
         ("int4", packed("re:("), LINEARS, "is not a regular expression"),
+        ("fp8", FP8 | {"ignored_layers": ["*[a" * 400]}, LINEARS, "a pattern of 1,200 characters; write it shorter"),
     ],
 )  # fmt: skip
 def test_a_draft_whose_config_and_weights_disagree_is_refused(
@@ -298,6 +300,68 @@ def test_a_draft_whose_config_and_weights_disagree_is_refused(
     folder = stored_as(tmp_path, kind, section, *modules)
     with pytest.raises(CheckpointError, match=message):
         open_draft(str(folder), family)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ids", "taps"), [("fp8", None, 3), ("int4", None, 3), ("int4", [0, 2, 3], 3), ("int4", [1, 2], 2)]
+)
+def test_a_quantized_first_projection_is_read(
+    kind: str, ids: list[int] | None, taps: int, tmp_path: Path, family: Family
+) -> None:
+    """FP8 has the shape of its values; of packed codes that is not known, and engines give a draft that names no layers three."""
+    folder = stored_as(tmp_path, kind, FP8 if kind == "fp8" else packed(), "fc", *LINEARS)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"eagle_config": {"eagle_aux_hidden_state_layer_ids": ids}} if ids else {}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_draft(str(folder), family).taps == taps
+    if kind == "fp8":
+        config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [1, 2]}
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=r"'fc\.weight' reads 768 values .* but config.json names 2 layers"):
+            open_draft(str(folder), family)
+    else:
+        other = config | {"architectures": ["DFlashDraftModel"], "block_size": 8, "eagle_config": None}
+        (folder / "config.json").write_text(json.dumps({key: value for key, value in other.items() if value}))
+        with pytest.raises(CheckpointError, match=r"holds no fc\.weight whose width says how many"):
+            open_draft(str(folder), family)
+
+
+def test_fused_projections_that_are_left_out_by_their_parts_are_left_out(tmp_path: Path, family: Family) -> None:
+    folder = write_eagle3(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    own = [tensors.pop(f"{module}.weight") for module in LINEARS[:3]]
+    tensors["midlayer.self_attn.qkv_proj.weight"] = torch.cat(own)
+    tensors |= {f"{module}.weight": tensors[f"{module}.weight"].to(torch.float8_e4m3fn) for module in LINEARS[3:]}
+    config = json.loads((folder / "config.json").read_text())
+    write_draft(folder, config | {"quantization_config": FP8 | {"ignored_layers": LINEARS[:3]}}, tensors)
+    assert open_draft(str(folder), family).method == "eagle3"
+    write_draft(folder, config | {"quantization_config": FP8 | {"ignored_layers": ["lm_head"]}}, tensors)
+    with pytest.raises(CheckpointError, match=r"qkv_proj\.weight' is BF16, but .* says that it is quantized"):
+        open_draft(str(folder), family)
+
+
+@pytest.mark.parametrize("module", ["layers.0.self_attn", ".".join(["a"] * 3000)])
+@pytest.mark.parametrize(
+    "section",
+    [
+        FP8 | {"ignored_layers": [f"*{number}*y" for number in range(50_000)]},
+        packed(*[f"re:.*x{number}" for number in range(3000)]),
+        {"quant_method": "awq", "modules_to_not_convert": [f"x{number}" for number in range(400_000)]},
+    ],
+    ids=["globs", "regexes", "pieces"],
+)
+def test_lists_and_names_of_any_length_take_no_longer_than_the_limit(
+    section: dict[str, Any], module: str, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("m3quant.runtime.draft_format.SECONDS", 0.2)
+    folder = write_eagle3(tmp_path, quantization_config=section)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{module}.q_proj.weight"] = torch.zeros(2, 2, dtype=torch.bfloat16)
+    write_draft(folder, json.loads((folder / "config.json").read_text()), tensors)
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"config\.json: to compare its lists .* takes more than 0\.2 s"):
+        open_draft(str(folder), family)
+    assert time.monotonic() - began < 5
 
 
 def test_the_section_is_read_wherever_an_engine_reads_it(tmp_path: Path, family: Family) -> None:
@@ -321,6 +385,24 @@ def test_the_section_is_read_wherever_an_engine_reads_it(tmp_path: Path, family:
         json.dumps({"quantization": {"quant_algo": "FP8", "exclude_modules": [LINEARS[6]]}})
     )
     with pytest.raises(CheckpointError, match=r"hf_quant_config\.json says that 'midlayer.mlp.down_proj' is not"):
+        open_draft(str(folder), family)
+
+
+@pytest.mark.parametrize(
+    ("section", "modules"),
+    [({"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"}, []), (FP8, LINEARS)],
+)
+def test_two_files_that_disagree_are_refused(
+    section: dict[str, Any], modules: list[str], tmp_path: Path, family: Family
+) -> None:
+    folder = stored_as(tmp_path, "fp8", section, *modules)
+    (folder / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"quant_algo": "NVFP4", "group_size": 16}})
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"hf_quant_config\.json says nvfp4 .* is of another checkpoint\. Restore both from the release\.$",
+    ):
         open_draft(str(folder), family)
 
 

@@ -286,6 +286,10 @@ def test_a_pool_never_promises_the_null_block(blocks: int, block: int, context: 
         ("2xH100", "H100", 2),
         ("h200", "H200", 1),
         ("4 x h100-sxm", "H100", 4),
+        ("8xH100-SXM5-80GB", "H100", 8),
+        ("H200-SXM-141GB", "H200", 1),
+        ("2xH100-NVL-94GB", "H100NVL", 2),
+        ("h100_pcie_80gb", "H100PCIe", 1),
         ("2x95.5GiB", "95.5GiB", 2),
     ],
 )
@@ -294,7 +298,9 @@ def test_node_names(text: str, name: str, count: int) -> None:
     assert (node.gpu.name, node.count) == (name, count)
 
 
-@pytest.mark.parametrize("text", ["", "0xH100", "2x", "2xH900", "xH200", "2x0GiB", "1xH200 "[:3]])
+@pytest.mark.parametrize(
+    "text", ["", "0xH100", "2x", "2xH900", "xH200", "2x0GiB", "1xH200 "[:3], "H100-94GB", "H200-80GB", "GH200"]
+)
 def test_bad_nodes_are_one_sentence(text: str) -> None:
     with pytest.raises(NodeError) as error:
         parse_node(text)

@@ -71,11 +71,16 @@ def test_a_node_that_is_too_small_is_refused_with_the_bytes_and_the_nearest_one(
     node, least = node_with(-12_345, fitting, name), fitting.recipe(fitting.least)
     rooms = node_rooms(subject, node, ASK, least, fitting.choices)
     assert fitting.within_rooms(rooms.rooms, rooms.costs) is None
-    error = does_not_hold(subject, rooms, ASK, least)
+    error = does_not_hold(subject, rooms, ASK, least, {})
     assert isinstance(error, DoesNotFit) and "3 x 2,048 tokens" in str(error) and "1xH200" in str(error)
     missing = int(str(error).split(": ")[1].split(" bytes")[0].replace(",", ""))
     assert abs(missing - 12_345) <= 2  # the node's bytes times its utilization are rounded
-    assert nearest_node(subject, ASK, least) == "1xH200"
+    assert nearest_node(subject, ASK, least) == "1xH200" and str(error).endswith("is 1xH200.")
+    refused = {("attention", "int4"): "too old", ("routed_experts", "int2"): "too old", ("lm_head", "int4"): "too wide"}
+    whole = str(does_not_hold(subject, rooms, ASK, least, refused))
+    assert (
+        whole == f"{error} Not tried: attention int4, routed_experts int2: too old. Not tried: lm_head int4: too wide."
+    )
 
 
 def test_a_context_beyond_config_json_is_refused() -> None:

@@ -44,6 +44,8 @@ OUTPUT = 128  # generated tokens of a request
 MOST = 64  # requests at once
 START_S = 240  # until an engine must be ready: an H200 took 155 s with M2.7 in INT4, kernels to compile included
 MIXED_START_S = 360  # with experts of several widths, each of which has its kernels to compile: 240 s for M3
+# Bytes of a GPU, by the engine's log. consumed: weights and what is outside of torch.
+MEMORY = ("requested", "weights", "consumed", "activation", "graphs", "kv_available")
 END_S = 15  # kept of the time for an engine's end
 # Requests at once and thousands of tokens, the most telling first. A context that the server cannot take is its longest.
 CELLS = (
@@ -161,7 +163,9 @@ def run_start(
     def say(line: str) -> None:
         if line.startswith("point 1 "):
             result["ready_s"] = round(time.monotonic() - begun, 1)
-            result["pool_tokens"] = parse_log(log.read_text(encoding="utf-8")).pool_tokens
+            said = parse_log(log.read_text(encoding="utf-8"))
+            result["pool_tokens"] = said.pool_tokens
+            result["memory"] = {name: getattr(said, name) for name in MEMORY}
             figures.write()
         print(f"{name}, {time.monotonic() - begun:.0f} s: {line}", flush=True)
 

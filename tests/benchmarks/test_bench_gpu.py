@@ -51,6 +51,7 @@ def test_every_point_is_measured_through_the_guard_and_without(tmp_path: Path) -
         assert (
             start["pool_tokens"] == 1_398_016 and not start["not_measured"] and not any(row["queued"] for row in rows)
         )
+        assert start["memory"].keys() == set(bench_gpu.MEMORY)
         assert "--load-format dummy" in start["command"]
         assert ("--middleware" in start["command"]) == (start["name"] == "guard")
         assert rows[0]["steady_tokens_per_s"] == 20.0  # one request, 50 ms between two tokens

@@ -67,6 +67,17 @@ def test_a_measured_start_lies_in_its_range(
         assert (tokens - low) * fit.prediction.tightest.bytes_per_token < NEAR
 
 
+@pytest.mark.parametrize("document", BENCHES, ids=lambda document: document["preset"])
+def test_all_that_is_beside_weights_and_cache_lies_in_its_range(document: dict) -> None:
+    for start in document["starts"]:
+        settings = {"node": document["machine"]["node"], "max_num_seqs": start["max_num_seqs"]}
+        rank = verdict(
+            document["recipe"], PRESETS[document["preset"]].source.name, document["machine"]["engine"], settings
+        ).prediction.tightest
+        rest = start["memory"]["requested"] - rank.weight_bytes - start["memory"]["kv_available"]
+        assert rank.overhead.low < rest < rank.overhead.high
+
+
 def test_weights_with_zero_points_of_few_bits_are_what_was_loaded() -> None:
     """Humming keeps two and three bits as four; 'Model loading took' is 0.1 to 0.3 GiB more than the tensors."""
     for name, row in FIGURES.items():

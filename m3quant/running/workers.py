@@ -219,8 +219,11 @@ def serve(jobs: BinaryIO, answers: BinaryIO) -> None:
     at = 0  # the number of the job
 
     def send(message: bytes) -> None:
-        answers.write(message)
-        answers.flush()
+        try:
+            answers.write(message)
+            answers.flush()
+        except BrokenPipeError:  # nobody wants it: what `end_with_reader` is about to see
+            os._exit(0)
 
     def tell(job: int, count: int) -> None:
         message = pickle.dumps((TOLD, count))

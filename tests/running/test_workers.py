@@ -18,6 +18,7 @@ import pytest
 
 from m3quant.publish.failures import failure_of
 from m3quant.running.workers import Tell, WorkerLost, Workers, WorkersEnded, WorkFailed, portable
+from tests.support.paths import ROOT
 from tests.support.workers import alive
 
 
@@ -232,3 +233,14 @@ def test_a_job_that_stands_still_ends_with_the_process_that_wanted_it(tmp_path: 
     with Path(tmp_path / "err").open("w") as err:
         subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60, stderr=err, check=False)
     assert gone(standing(tmp_path))
+
+
+def test_an_answer_that_nobody_waits_for_ends_the_process_without_a_word() -> None:
+    """The reader was killed while the work was done, and the answer comes before the process sees that."""
+    words = pickle.dumps(work) + pickle.dumps((("talks",), {}))
+    program = (
+        "import io, os; from m3quant.running.workers import serve; reader, writer = os.pipe(); os.close(reader); "
+        f"serve(io.BytesIO({words!r}), os.fdopen(writer, 'wb'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")

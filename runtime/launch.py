@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any
 
 import httpx2
 
@@ -35,6 +36,15 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
+def open_log(log: Path, mode: str) -> IO[Any]:
+    """The file, its folder made; text is UTF-8. Raises OptionError where it cannot be written."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return log.open(mode, encoding=None if "b" in mode else "utf-8")
+    except OSError as error:
+        raise OptionError(f"the log {log} cannot be written: {error.strerror}; name another with --log.") from None
+
+
 class EngineProcess:
     """A started engine. `text` is its log so far, of which the last KEPT_LINES at least."""
 
@@ -49,11 +59,7 @@ class EngineProcess:
         """Start. reason: what a log says of an end, as one clause. Raises ServeError where the command does not exist, OptionError where the log cannot be written."""
         self.log, self.echo, self.reason = log, echo, reason
         self._parts: list[str] = []
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            self._file = log.open("w", encoding="utf-8")
-        except OSError as error:
-            raise OptionError(f"the log {log} cannot be written: {error.strerror}; name another with --log.") from None
+        self._file = open_log(log, "w")
         try:
             self.process = subprocess.Popen(
                 command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..engines.installed import SAFE_PATH
-from ..errors import OptionError
+from .launch import open_log
 
 TAIL_BYTES = 16_384  # of the log, for its last line
 
@@ -26,11 +26,7 @@ class LoadGenerator:
 
     def __init__(self, command: list[str], log: Path) -> None:
         self.log = log
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            file = log.open("ab")
-        except OSError as error:
-            raise OptionError(f"the log {log} cannot be written: {error.strerror}; name another with --log.") from None
+        file = open_log(log, "ab")
         self._answers, theirs = os.pipe()
         with file, os.fdopen(theirs, "wb"):
             self._process = subprocess.Popen(

@@ -44,7 +44,7 @@ def fit_json(found: Answer) -> str:
             "budget": found.asked.budget,
             "bits_per_weight": bits_per_weight(found.plan),
             "recipe": found.plan.recipe.model_dump(),
-            "notes": [*found.plan.notes, *(release_notes(found.verdict) if found.verdict else ())],
+            "notes": _notes(found),
             "node": found.verdict.node.name if found.verdict else None,
             "engine_release": found.verdict.ask.release if found.verdict else None,
             "longest_context": found.verdict.longest_context if found.verdict else None,
@@ -87,9 +87,15 @@ def print_fit(found: Answer, recipe_out: Path | None) -> None:
         click.echo(
             f"on {found.verdict.node.name}: longest context {found.verdict.longest_context:,}, KV pool of {found.verdict.pool.tokens:,} tokens"
         )
-    for note in (*found.plan.notes, *(release_notes(found.verdict) if found.verdict else ())):
+    for note in _notes(found):
         click.echo(f"note: {note}")
     click.echo(f"recipe: {recipe_out}" if recipe_out else "--recipe-out FILE writes this as a recipe")
+
+
+def _notes(found: Answer) -> list[str]:
+    """Of the recipe, and of the engine's release where there is a node."""
+    assert found.plan is not None
+    return [*found.plan.notes, *(release_notes(found.verdict) if found.verdict else ())]
 
 
 def _made_for(found: Answer) -> str:

@@ -30,6 +30,11 @@ FIGURES = TESTS / "benchmarks" / "figures"
 BEGIN, END = "<!-- bench_gpu_table -->", "<!-- end of bench_gpu_table -->"
 
 
+def figure_files() -> list[Path]:
+    """What `bench_gpu` measured and is kept."""
+    return sorted(FIGURES.glob("h200*_bench_*.json"))
+
+
 def good_rows(start: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that say how fast the engine is, short contexts first."""
     rows = [row for row in start["rows"] if not row["rehearsal"] and not row["queued"]]
@@ -161,7 +166,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, help="a page that has the two marks")
     parser.add_argument("--yaml", action="store_true")
     arguments = parser.parse_args()
-    paths = arguments.figures or sorted(FIGURES.glob("h200*_bench_*.json"))
+    paths = arguments.figures or figure_files()
     documents = []
     for path in paths:
         try:

@@ -209,7 +209,7 @@ def test_a_file_that_is_no_result_is_one_sentence(text: str | None, tmp_path: Pa
 
 def test_the_page_has_the_tables_of_the_figures() -> None:
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-    documents = [json.loads(path.read_text()) for path in sorted(bench_gpu_table.FIGURES.glob("h200*_bench_*.json"))]
+    documents = [json.loads(path.read_text()) for path in bench_gpu_table.figure_files()]
     assert with_tables(page, tables(documents)) == page, (
         "python -m tests.benchmarks.bench_gpu_table --into docs/serving.md"
     )

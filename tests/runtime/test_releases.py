@@ -20,6 +20,7 @@ from m3quant.runtime.memory import Setup
 from m3quant.runtime.model import open_subject
 from m3quant.runtime.weights import as_kept, converted_groups, rank_weights
 from tests.benchmarks.bench_gpu import PRESETS
+from tests.benchmarks.bench_gpu_table import figure_files
 from tests.support.paths import DATA, TESTS
 
 NEAR = int(2.5 * GIB)  # per GPU: the careful end may leave so much more of the cache unused
@@ -28,10 +29,7 @@ FIGURES = {
     row["name"]: row
     for row in json.loads((TESTS / "benchmarks" / "figures" / "h200_engine_bits.json").read_text(encoding="utf-8"))["presets"]
 }  # fmt: skip
-BENCHES = [
-    json.loads(path.read_text(encoding="utf-8"))
-    for path in sorted((TESTS / "benchmarks" / "figures").glob("h200*_bench_*.json"))
-]
+BENCHES = [json.loads(path.read_text(encoding="utf-8")) for path in figure_files()]
 # recipe, release, engine, tokens of cache, settings. The last of M2.7's awq: runtime/measured.yaml's start.
 STARTS = [
     *(

@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.bench_gpu_table                       # the tables, of tests/benchmarks/figures/h200*_bench_*.json
     python -m tests.benchmarks.bench_gpu_table --into docs/serving.md        # written between the page's two marks
-    python -m tests.benchmarks.bench_gpu_table --yaml FIGURES.json   # a set for runtime/measured.yaml
+    python -m tests.benchmarks.bench_gpu_table --yaml                # the sets for runtime/measured.yaml
 
-A rehearsal, and a point whose requests had to wait for the cache, are in no table.
+Files of one preset make one table and one set, a later file's point in place of an earlier one's. A rehearsal, and a point whose requests had
+to wait for the cache, are in no table.
 """
 
 from __future__ import annotations
@@ -39,6 +40,40 @@ def good_rows(start: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that say how fast the engine is, short contexts first."""
     rows = [row for row in start["rows"] if not row["rehearsal"] and not row["queued"]]
     return sorted(rows, key=lambda row: (row["context"], row["concurrency"]))
+
+
+def merged(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One document a preset for the points, one for the flags, whose first line is the points' start where `base` was not measured.
+
+    Raises ValueError for files of one preset that are of different nodes, engines or sizes of the cache.
+    """
+    found = dict[tuple[str, bool], dict[str, Any]]()
+    for document in documents:
+        if not document["starts"]:
+            continue
+        whole = found.setdefault((document["preset"], is_grid(document)), {**document, "starts": []})
+        if whole["machine"] != document["machine"]:
+            raise ValueError(
+                f"{document['preset']}: measured on {whole['machine']} and on {document['machine']}: give one file of them"
+            )
+        for start in document["starts"]:
+            same = [known for known in whole["starts"] if known["name"] == start["name"]]
+            if not same:
+                whole["starts"].append({**start})
+            elif same[0].get("pool_tokens") != start.get("pool_tokens"):
+                raise ValueError(
+                    f"{document['preset']}, start {start['name']}: measured with different caches: give one file of them"
+                )
+            else:
+                whole["measured"] = max(whole["measured"], document["measured"])
+                points = {(row["concurrency"], row["context"]): row for row in [*good_rows(same[0]), *good_rows(start)]}
+                same[0]["rows"] = list(points.values())
+    for (preset, grid), document in found.items():
+        points = found.get((preset, True), {"starts": []})["starts"]
+        guarded = [{**start, "name": "base"} for start in points if start["name"] == "guard"]
+        if not grid and not any(start["name"] == "base" for start in document["starts"]):
+            document["starts"][:0] = guarded
+    return list(found.values())
 
 
 def shipped_table() -> list[str]:
@@ -83,7 +118,8 @@ def grid_table(document: dict[str, Any]) -> list[str]:
 def flags_table(document: dict[str, Any]) -> list[str]:
     """One line a start of `--flags`: its pool, and speed and time to the first token at every point."""
     starts = document["starts"]
-    points = sorted({(row["context"], row["concurrency"]) for start in starts for row in good_rows(start)})
+    changed = [start for start in starts if start["name"] != "base"] or starts
+    points = sorted({(row["context"], row["concurrency"]) for start in changed for row in good_rows(start)})
     heads = [f"tokens/s at {requests}, TTFT p50 in ms" for _, requests in points]
     lines = [
         _caption(document, starts[0]),
@@ -117,7 +153,7 @@ def is_grid(document: dict[str, Any]) -> bool:
 
 def tables(documents: Sequence[dict[str, Any]]) -> str:
     """All of the page between its marks."""
-    parts = [shipped_table(), *(grid_table(d) if is_grid(d) else flags_table(d) for d in documents if d["starts"])]
+    parts = [shipped_table(), *(grid_table(d) if is_grid(d) else flags_table(d) for d in merged(documents))]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
@@ -175,17 +211,17 @@ def main() -> None:
             parser.error(f"{path} cannot be read ({error}): give what bench_gpu wrote with --out")
         if not isinstance(documents[-1], dict) or not {"preset", "starts", "machine"} <= documents[-1].keys():
             parser.error(f"{path} is no result of bench_gpu: give what it wrote with --out")
-    if arguments.yaml:
-        try:
-            sets = [measured_set(document) for document in documents]
-        except ValueError as error:
-            parser.error(str(error))
-        print(yaml.safe_dump(sets, sort_keys=False, default_flow_style=None, width=140))
-    elif arguments.into:
-        page = arguments.into.read_text(encoding="utf-8")
-        arguments.into.write_text(with_tables(page, tables(documents)), encoding="utf-8")
-    else:
-        print(tables(documents))
+    try:
+        if arguments.yaml:
+            sets = [measured_set(document) for document in merged(documents) if is_grid(document)]
+            print(yaml.safe_dump(sets, sort_keys=False, default_flow_style=None, width=140))
+        elif arguments.into:
+            page = arguments.into.read_text(encoding="utf-8")
+            arguments.into.write_text(with_tables(page, tables(documents)), encoding="utf-8")
+        else:
+            print(tables(documents))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

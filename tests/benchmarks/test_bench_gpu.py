@@ -22,7 +22,7 @@ from m3quant.runtime.measured import MeasuredSet
 from m3quant.runtime.model import open_subject
 from tests.benchmarks import bench_gpu, bench_gpu_table
 from tests.benchmarks.bench_gpu import CELLS, PRESETS, points_of
-from tests.benchmarks.bench_gpu_table import grid_table, is_grid, measured_set, tables, with_tables
+from tests.benchmarks.bench_gpu_table import flags_table, grid_table, is_grid, measured_set, merged, tables, with_tables
 from tests.support.engine.fake_vllm import write_fake_vllm
 from tests.support.hollow import write_hollow
 from tests.support.paths import ROOT
@@ -191,6 +191,45 @@ def test_what_was_measured_without_the_guard_alone_is_in_the_table_and_in_no_set
     for empty in (alone, document([]), document([row(1, 1024, 90.0, rehearsal=True)])):
         with pytest.raises(ValueError, match="has no figure through the guard: measure it with --through guard"):
             measured_set(empty)
+
+
+def named(found: dict[str, Any], name: str) -> dict[str, Any]:
+    return {**found, "starts": [{**start, "name": name} for start in found["starts"]]}
+
+
+def test_files_of_one_preset_are_one_table_and_one_set_in_which_the_later_point_counts() -> None:
+    first = document([row(1, 1024, 90.0, rehearsal=True), row(1, 1024, 150.0), row(16, 1024, 900.0)])
+    later = document([row(1, 1024, 160.0), row(1, 8192, 140.0)]) | {"measured": "2026-11-30"}
+    (whole,) = merged([first, document([]) | {"starts": []}, later])
+    assert [figure[:3] for figure in measured_set(whole)["figures"]] == [
+        [1, 880, 160.0],
+        [16, 880, 900.0],
+        [1, 8048, 140.0],
+    ]
+    assert measured_set(whole)["source"].startswith("vLLM 0.33.0, 2026-11-30")
+    assert len(first["starts"][0]["rows"]) == 3  # what was read stays as it was
+
+
+def test_flags_are_compared_with_the_points_of_their_preset_where_none_was_unchanged() -> None:
+    points = document([row(1, 1024, 150.0), row(1, 8192, 140.0)])
+    flags = named(document([row(1, 1024, 140.0)]), "sync")
+    grid, changed = merged([points, flags])
+    assert is_grid(grid) and [start["name"] for start in changed["starts"]] == ["base", "sync"]
+    assert [line.split(" | ")[0] for line in flags_table(changed)[-2:]] == ["| base", "| sync"]
+    assert all(
+        len(line.split("|")) == 6 for line in flags_table(changed)[-2:]
+    )  # 8,192 tokens are no point of the flags
+    own = merged([points, flags, named(document([row(1, 1024, 130.0)]), "base")])[1]
+    assert [start["name"] for start in own["starts"]] == ["sync", "base"]
+
+
+def test_files_of_one_preset_that_are_of_different_servers_are_not_merged() -> None:
+    one, other = document([row(1, 1024, 150.0)]), document([row(1, 1024, 150.0)])
+    other["starts"][0]["pool_tokens"] = 1
+    with pytest.raises(ValueError, match="start guard: measured with different caches"):
+        merged([one, other])
+    with pytest.raises(ValueError, match=r"0.33.0.*0.34.0.*give one file"):
+        merged([one, {**one, "machine": {"node": "1xH200", "engine": "0.34.0"}}])
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "{", None])

@@ -2,9 +2,9 @@
 
 The throughput is a bound, not a forecast: decoding reads the weights it uses and each request's cache from HBM once a step, so
     tokens/s <= requests x bandwidth / (bytes of weights used + bytes of cache read)    per GPU, the slowest stage deciding.
-Engines reach a part of it (kernels, all-reduce, scheduling, prefill). Where figures near the plan were measured (runtime/measured.py), the
-least and the largest part of them give a range; figures of another GPU with the same chip give the range that they leave this one. Elsewhere
-the price shown is the floor alone.
+Engines reach a part of it (kernels, all-reduce, scheduling, prefill). Where steps near the plan were measured, they give a range
+(runtime/near.py); those of another GPU with the same chip give the range that they leave this one. Elsewhere the price shown is the floor
+alone.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..checkpoint.bounded import read_yaml
 from ..errors import NodeError
 from .fit import Fit
 from .hardware import Node
-from .measured import Near, near
 from .memory import DRAFT
+from .near import Near, near
 from .weights import as_kept, rank_weights, stage_of_layers
 
 PRICES = Path(__file__).with_name("prices.yaml")
@@ -145,7 +145,7 @@ def decode_speed(fit: Fit, context: int, requests: int) -> Speed:
     if step is None:
         return Speed(context, requests, 0.0, None)
     bound = requests * fit.setup.rows / (step.gpu + step.host)
-    return Speed(context, requests, bound, None if step.host else near(fit, context, requests))
+    return Speed(context, requests, bound, None if step.host else near(fit, context, requests, step.gpu))
 
 
 def price_per_million(per_hour: float, tokens_per_second: float) -> float:

@@ -1,14 +1,7 @@
-"""How much of what bandwidth allows engines reached: figures measured with full-size models, and the ones near a plan.
-
-A figure of another GPU with the same chip (`Gpu.chip`) bounds a plan from both sides. Between the two only what a step reads from memory
-changes its time, by the ratio of the bandwidths; launches, compute and all-reduce take as long. A step that is all memory reaches the same
-share of its GPU's bound, a step that is none the same speed, which is share x (bandwidth measured on / bandwidth planned for) of the bound:
-`decode_bound` depends on the GPU by its bandwidth alone, with no weights in host memory. Every other step lies between the two.
-"""
+"""Decoding speeds measured with full-size models, as m3quant ships them (measured.yaml); runtime/near.py estimates by them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,12 +12,9 @@ from ..checkpoint.bounded import read_yaml
 from ..engines.device import Gpu
 from ..errors import NodeError
 from ..running.complaints import complaint, given, key_of
-from .fit import Fit
 from .hardware import GPUS
 
 FIGURES = Path(__file__).with_name("measured.yaml")
-# How far a figure may be from what is asked. Below SHORT, the cache that a step reads is small beside the weights.
-REQUESTS, CONTEXT, SHORT, BYTES = 2.0, 3.0, 8192, 1.5
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -72,18 +62,6 @@ class _File(BaseModel):
     sets: list[MeasuredSet]
 
 
-@dataclass(frozen=True)
-class Near:
-    """Shares of the bound, least and most, by `count` figures near a plan: what they reached, or, where others names the GPUs of the same
-    chip that they are of, what they leave the plan's own. sources: where they are from, one line a set."""
-
-    low: float
-    high: float
-    count: int
-    sources: tuple[str, ...]
-    others: tuple[str, ...] = ()
-
-
 @cache
 def measured_sets() -> tuple[MeasuredSet, ...]:
     """The figures that ship with m3quant."""
@@ -100,63 +78,3 @@ def read_measured(path: Path) -> tuple[MeasuredSet, ...]:
         raise NodeError(
             f"measured speeds {path}, key '{where}': {complaint('it', first)}{given(first)}: write a set as `python -m tests.benchmarks.bench_gpu_table --yaml` does."
         ) from None
-
-
-def near(fit: Fit, context: int, requests: int) -> Near | None:
-    """Figures of the same family, kind of weights and node, of about as many bytes, requests and tokens; where there is none of that GPU,
-    those of others with its chip. None where there is none either, and with a draft, whose accepted tokens no figure has."""
-    if fit.setup.draft is not None or requests < 1:
-        return None
-    gpu = fit.node.gpu
-    found = [
-        (known, speed / bound)
-        for known in measured_sets()
-        if _same_kind(fit, known)
-        for count, tokens, speed, bound in known.figures
-        if _ratio(count, requests) <= REQUESTS and _ratio(max(tokens, SHORT), max(context, SHORT)) <= CONTEXT
-    ]
-    if not (found := [figure for figure in found if figure[0].gpu == gpu.name] or found):
-        return None
-    spans = [share_on(gpu, known.measured_on, share) for known, share in found]
-    return Near(
-        min(low for low, _ in spans),
-        max(high for _, high in spans),
-        len(found),
-        tuple(dict.fromkeys(_source(fit, known) for known, _ in found)),
-        tuple(dict.fromkeys(known.gpu for known, _ in found if known.gpu != gpu.name)),
-    )
-
-
-def share_on(gpu: Gpu, measured: Gpu, share: float) -> tuple[float, float]:
-    """The least and the most of `gpu`'s bound that a step can reach which reached `share` of the bound of `measured`, of the same chip."""
-    ends = share, share * measured.bandwidth / gpu.bandwidth
-    return min(ends), min(1.0, max(ends))
-
-
-def _source(fit: Fit, known: MeasuredSet) -> str:
-    gpu = fit.node.gpu
-    other = (
-        ""
-        if known.gpu == gpu.name
-        else f", not on {fit.node.name}, which has the same chip ({gpu.chip}) and {gpu.bandwidth / known.measured_on.bandwidth:.2f} times the "
-        "memory bandwidth"
-    )
-    return f"{known.recipe} on {known.gpus}x{known.gpu}{other}: {known.source}"
-
-
-def _same_kind(fit: Fit, known: MeasuredSet) -> bool:
-    weights = "int" if any(scheme.kind == "int" for scheme in fit.model.schemes) else "float"
-    return (
-        (known.model_type, known.weights) == (fit.model.family.model_type, weights)
-        and known.gpus == fit.node.count
-        and _same_chip(fit.node.gpu, known.measured_on)
-        and _ratio(known.stored_bytes, fit.model.stored_bytes) <= BYTES
-    )
-
-
-def _same_chip(a: Gpu, b: Gpu) -> bool:
-    return a.name == b.name or (a.chip == b.chip != "")
-
-
-def _ratio(a: float, b: float) -> float:
-    return max(a, b) / min(a, b)

@@ -8,7 +8,7 @@ from ..errors import NodeError, OptionError
 from .cost import Prices, Step, decode_step
 from .fit import Ask, Fit, assess
 from .hardware import Node
-from .measured import Near, near
+from .near import Near, near
 from .offload import NOTHING
 
 MOST_GPUS = 8  # of one host
@@ -57,8 +57,8 @@ def _tokens(speed: float) -> str:
 def compare(fit: Fit, prices: Prices) -> Comparison | None:
     """None where a bandwidth is not known, or no node of up to eight such GPUs holds the model by itself.
 
-    Both sides reach the same share of their GPUs' bandwidth: the middle of what was measured near, or of what that leaves a GPU with
-    the same chip, else all of it.
+    Both sides reach the same share of their GPUs' bandwidth: the middle of what was measured near the step with all weights on the GPU, or of
+    what that leaves a GPU with the same chip, else all of it.
     """
     requests, context = fit.ask.concurrency, min(fit.ask.context or USUAL_CONTEXT, fit.context)
     own = decode_step(fit, context, requests)
@@ -66,13 +66,15 @@ def compare(fit: Fit, prices: Prices) -> Comparison | None:
     step = decode_step(other, context, requests) if other else None
     if own is None or other is None or step is None:
         return None
-    known = near(fit, context, requests) or near(other, context, requests)
-    share = (known.low + known.high) / 2 if known else 1.0
-    tokens = requests * fit.setup.rows
     everything = replace(
         fit, prediction=replace(fit.prediction, ranks=tuple(replace(r, moved=NOTHING) for r in fit.prediction.ranks))
     )
     whole = decode_step(everything, context, requests)
+    if whole is None:
+        return None
+    known = near(fit, context, requests, whole.gpu) or near(other, context, requests, step.gpu)
+    share = (known.low + known.high) / 2 if known else 1.0
+    tokens = requests * fit.setup.rows
     costs = [prices.per_hour(node) for node in (fit.node, other.node)]
     money = (
         (float(costs[0]), float(costs[1]))
@@ -80,7 +82,7 @@ def compare(fit: Fit, prices: Prices) -> Comparison | None:
         else (float(fit.node.count), float(other.node.count))
     )
     return Comparison(
-        context, requests, tokens / _seconds(own, share), _seconds(own, share) / _seconds(whole, share) if whole else 0.0, other.node,
+        context, requests, tokens / _seconds(own, share), _seconds(own, share) / _seconds(whole, share), other.node,
         tokens / _seconds(step, share), money, known,
     )  # fmt: skip
 

@@ -226,7 +226,7 @@ def _table_mode(
         click.echo(f"not in the table: {name}: {reason}")
     click.echo(
         f"prices of {prices.date}: {prices.source}; per million output tokens when the pool is full of requests of {context:,} tokens (at most "
-        "max-num-seqs): a range (~: one figure) where speeds near that were measured, on such GPUs or others of the same chip, no prefill; else (>=) "
+        "max-num-seqs): a range where speeds near that were measured, on such GPUs or others of the same chip, no prefill; else (>=) "
         "the floor that HBM bandwidth sets"
     )
     sources = dict.fromkeys(source for fit in fits if (measured := _speed(fit).near) for source in measured.sources)
@@ -255,8 +255,6 @@ def _speed(fit: Fit) -> Speed:
 
 
 def _price_cell(per_hour: float, speed: Speed) -> str:
-    if speed.near and speed.low == speed.high:
-        return f"~ {price_per_million(per_hour, speed.low):.2f}"
     if speed.near:
         return f"{price_per_million(per_hour, speed.high):.2f} - {price_per_million(per_hour, speed.low):.2f}"
     return f">= {price_per_million(per_hour, speed.bound):.2f}" if speed.bound else ""
@@ -385,18 +383,12 @@ def _print_speed(speed: Speed, gpu: str, per_hour: float | None, prices: Prices)
         return
     load = f"{speed.requests} requests of {speed.context:,} tokens"
     if speed.near:
-        near, flat = speed.near, speed.low == speed.high
-        rates = f"about {speed.low:,.0f}" if flat else f"{speed.low:,.0f} to {speed.high:,.0f}"
-        shares = f"{near.low:.0%}" if flat else f"{near.low:.0%} to {near.high:.0%}"
-        figures = f"the {near.count} figures" if near.count > 1 else "the one figure"
-        spread = ", so without a spread," if near.count == 1 and flat else ""
-        measured = (
-            f"by {figures} measured near this on {' and '.join(near.others)}, of the same chip; none on {gpu}"
-            if near.others
-            else f"as in {figures}{spread} measured near this"
-        )
+        near = speed.near
+        figures = f"{near.count} figures" if near.count > 1 else "one figure"
+        where = f" on {' and '.join(near.others)}, of the same chip; none on {gpu}" if near.others else ""
         click.echo(
-            f"speed, {load}: {rates} tokens/s decoding, {shares} of the bandwidth's {speed.bound:,.0f}, {measured}"
+            f"speed, {load}: {speed.low:,.0f} to {speed.high:,.0f} tokens/s decoding, {near.low:.0%} to {near.high:.0%} of the bandwidth's "
+            f"{speed.bound:,.0f}, by {figures} measured near this{where}"
         )
         for source in speed.near.sources:
             click.echo(f"  measured: {source}")
@@ -405,7 +397,7 @@ def _print_speed(speed: Speed, gpu: str, per_hour: float | None, prices: Prices)
             f"speed, {load}: at most {speed.bound:,.0f} tokens/s by bandwidth; nothing near this was measured, m3quant bench measures it"
         )
     if per_hour is not None:
-        cost = _price_cell(per_hour, speed).replace(">=", "at least").replace("~", "about").replace(" - ", " to ")
+        cost = _price_cell(per_hour, speed).replace(">=", "at least").replace(" - ", " to ")
         click.echo(f"price: {per_hour:.2f} {prices.currency}/h ({prices.date}); {cost} per million output tokens")
 
 

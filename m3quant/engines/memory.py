@@ -45,7 +45,8 @@ class MemoryModel:
     unmodelled_caches: patterns of dtypes that the engine has and whose bytes are not known here.
     utilization, batched_tokens, num_seqs, block_size: the engine's settings by default.
     least_zero_point_bits: of one zero point of routed experts as the engine keeps it, where the checkpoint has fewer.
-    non_torch_*: buffers in addition to torch's tensors, on one rank, on up to four and on more.
+    non_torch_*: buffers in addition to torch's tensors, on one rank, on up to four and on more; per_token: for each token of a step above
+    batched_tokens.
     graphs_*: CUDA graphs, by captured batch sizes; captured, captured_large: the most of them, the latter from large_gpu on.
     *_copies: tensors of a step alive at once; *_range: factors on their sum. vision_tokens: of one video.
     """
@@ -63,6 +64,7 @@ class MemoryModel:
     non_torch_one: Estimate
     non_torch_many: Estimate
     non_torch_wide: Estimate
+    non_torch_per_token: int
     graphs_base: int
     graphs_per_size: int
     graphs_per_size_most: int

@@ -171,11 +171,11 @@ def test_speeds_are_shown_with_their_source_where_something_near_was_measured(ou
     assert "tokens/s" not in make_card(out, asked(out)).card_path.read_text(encoding="utf-8")
     speeds = (
         MeasuredSpeed(1, 4096, 122.4, 146.6, ("vLLM 0.33.0, one day",)),
-        MeasuredSpeed(16, 4096, 915.2, 915.2, ("vLLM 0.33.0, one day", "another day")),
+        MeasuredSpeed(16, 4096, 915.2, 1100.4, ("vLLM 0.33.0, one day", "another day")),
     )
     rows = [replace(row, speeds=speeds) if row.kv_dtype == "fp8" and row.fits else row for row in serving(out)]
     text = make_card(out, asked(out, serving=rows)).card_path.read_text(encoding="utf-8")
-    assert "| 2xH200 | fp8 | 1 | 4,096 | 122 to 147 |\n| 2xH200 | fp8 | 16 | 4,096 | about 915 |\n" in text
+    assert "| 2xH200 | fp8 | 1 | 4,096 | 122 to 147 |\n| 2xH200 | fp8 | 16 | 4,096 | 915 to 1,100 |\n" in text
     assert text.count("- vLLM 0.33.0, one day\n") == 1 and "- another day\n" in text
     assert 'where the list below says "not on", another of the same chip' in text
     assert "On the smallest of them, 2xH200" in text

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from packaging.version import InvalidVersion, Version
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from ...checkpoint.bounded import read_yaml
 from ..device import GIB, MIB
@@ -65,6 +65,13 @@ class _Range(BaseModel):
         return gib(*self.gib, self.evidence)
 
 
+class _Workspace(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    per_token_kib: Annotated[int, Field(ge=0)]
+    evidence: str
+
+
 class _Graphs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -89,6 +96,7 @@ class _Release(BaseModel):
     non_torch_one: _Range
     non_torch_many: _Range
     non_torch_wide: _Range
+    workspace: _Workspace
     graphs: _Graphs
     activation: _Activation
 
@@ -108,6 +116,7 @@ class _Release(BaseModel):
             non_torch_one=self.non_torch_one.estimate,
             non_torch_many=self.non_torch_many.estimate,
             non_torch_wide=self.non_torch_wide.estimate,
+            non_torch_per_token=self.workspace.per_token_kib * 1024,
             graphs_base=int(self.graphs.base_gib * GIB),
             graphs_per_size=int(self.graphs.per_size_mib[0] * MIB),
             graphs_per_size_most=int(self.graphs.per_size_mib[1] * MIB),

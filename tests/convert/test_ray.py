@@ -28,8 +28,6 @@ from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.running.progress import Silent
 from tests.support.paths import FIXTURES
 
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster, one worker
-
 FIXTURE = FIXTURES / "tiny-m2"
 STORE_BYTES = 80_000_000
 # Sums of several threads are rounded otherwise than those of one, which a rank has here.

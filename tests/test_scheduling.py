@@ -19,6 +19,8 @@ def test_every_pattern_is_of_a_file_or_a_group(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_the_tests_of_a_file_run_in_one_process(number: int) -> None:
+def test_the_tests_of_a_file_run_in_one_process(number: int, pytestconfig: pytest.Config) -> None:
+    if hasattr(pytestconfig, "workerinput") and not pytestconfig.getoption("loadgroup"):
+        pytest.skip("several workers and another --dist than the Makefile's")
     SEEN.append(number)
     assert list(range(number + 1)) == SEEN

@@ -5,6 +5,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 ENGINE_VENV ?= .venv-engine
 BIN := $(VENV)/bin
+# Some machines ask Python to keep no bytecode: every process that a test starts would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint docs unit engine release clean
 

@@ -26,14 +26,15 @@ from m3quant.errors import PlanError
 from m3quant.planning.plan import make_plan
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.running.progress import Silent
+from tests.support.convert.common import add_tokenizer, make_source
 from tests.support.paths import FIXTURES
-
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster, one worker
 
 FIXTURE = FIXTURES / "tiny-m2"
 STORE_BYTES = 80_000_000
 # Sums of several threads are rounded otherwise than those of one, which a rank has here.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+# Enough layers to kill a rank between two of them, and as few experts as two ranks can share.
+AWQ_MODEL = {"num_hidden_layers": 4, "num_local_experts": 8, "num_experts_per_tok": 2}
 AWQ = ("--to", "awq", "--device", "cpu", "--windows", "2", "--window-length", "64")
 
 
@@ -288,28 +289,33 @@ def test_a_node_that_sees_another_checkpoint_says_so(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def awq_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def awq_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_tokenizer(make_source(tmp_path_factory.mktemp("awq-source") / "m2", "m2", **AWQ_MODEL))
+
+
+@pytest.fixture(scope="module")
+def awq_alone(awq_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     output = tmp_path_factory.mktemp("awq-alone") / "out"
-    done = m3quant("convert", FIXTURE, output, *AWQ)
+    done = m3quant("convert", awq_source, output, *AWQ)
     assert done.returncode == 0, done.stderr
     return hashes(output)
 
 
 def test_two_ranks_calibrate_to_the_bytes_of_one_process(
-    address: str, awq_alone: dict[str, str], tmp_path: Path
+    address: str, awq_source: Path, awq_alone: dict[str, str], tmp_path: Path
 ) -> None:
-    done = m3quant("convert", FIXTURE, tmp_path / "out", *AWQ, "--ray", "--address", address)
+    done = m3quant("convert", awq_source, tmp_path / "out", *AWQ, "--ray", "--address", address)
     assert done.returncode == 0, done.stderr
     assert "2 ranks in step over 2 nodes" in done.stderr
     assert hashes(tmp_path / "out") == awq_alone
-    assert m3quant("verify", tmp_path / "out", "--source", FIXTURE).returncode == 0
+    assert m3quant("verify", tmp_path / "out", "--source", awq_source).returncode == 0
 
 
 def test_ranks_go_on_from_the_last_layer_when_one_is_killed(
-    address: str, awq_alone: dict[str, str], tmp_path: Path
+    address: str, awq_source: Path, awq_alone: dict[str, str], tmp_path: Path
 ) -> None:
     run = subprocess.Popen(
-        [sys.executable, "-m", "m3quant", "convert", FIXTURE, tmp_path / "out", *AWQ, "--ray", "--address", address],
+        [sys.executable, "-m", "m3quant", "convert", awq_source, tmp_path / "out", *AWQ, "--ray", "--address", address],
         stderr=subprocess.PIPE, text=True, env={**os.environ, **ONE_THREAD},
     )  # fmt: skip
     units = tmp_path / "out" / ".m3quant" / "units.jsonl"

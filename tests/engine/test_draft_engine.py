@@ -54,7 +54,7 @@ def test_greedy_answers_are_the_same_and_the_counters_are_right(int4: Path, tmp_
     script = ROOT / "tests" / "support" / "engine" / "with_draft.py"
     done = subprocess.run(
         [os.environ[ENGINE_PYTHON], str(script), str(tmp_path / "request.json"), str(tmp_path / "answer.json")],
-        env={**ENGINE, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}, capture_output=True, text=True, timeout=500,
+        env={**ENGINE, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "answer.json").read_text())

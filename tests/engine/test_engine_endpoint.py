@@ -23,7 +23,7 @@ from m3quant.evaluate.endpoint import GENERATED, evaluate_endpoint
 from m3quant.evaluate.haystack import Reach
 from m3quant.evaluate.models import open_model
 from m3quant.evaluate.task import Predictions
-from tests.support.engine.running import ENV, NEEDS_ENGINE
+from tests.support.engine.running import ENV, KV_BYTES, NEEDS_ENGINE
 from tests.support.paths import FIXTURES
 
 pytestmark = NEEDS_ENGINE
@@ -39,8 +39,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     command = [DEFAULT.find_python(), "-m", "vllm.entrypoints.openai.api_server", "--model", str(FIXTURE), "--host", "127.0.0.1"]  # fmt: skip
     command += ["--served-model-name", "tiny-m2", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "2048", "--max-num-seqs", "4"]
-    env = {**os.environ, **ENV, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    command += ["--max-model-len", "2048", "--max-num-seqs", "4", "--kv-cache-memory-bytes", str(KV_BYTES)]
+    env = {**os.environ, **ENV, "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=log.parent, start_new_session=True

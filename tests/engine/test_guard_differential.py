@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.support.engine.guard_differential import compare, recording, table
 from tests.support.engine.running import NEEDS_ENGINE
 
-pytestmark = [*NEEDS_ENGINE, pytest.mark.xdist_group("guard")]
+pytestmark = NEEDS_ENGINE
 
 
 def test_the_guard_reserves_at_least_what_the_engine_may_use(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from tests.support.engine.guarded_server import ENGINE_PYTHON, Server, serving
 from tests.support.engine.overload import Load, exchange, overload
 from tests.support.engine.running import NEEDS_ENGINE
 
-pytestmark = [*NEEDS_ENGINE, pytest.mark.xdist_group("guard")]
+pytestmark = NEEDS_ENGINE
 CONTEXT, POOL = 1024, 2048
 
 

@@ -13,7 +13,7 @@ from tests.support.engine.guarded_server import BLOCK, Server, serving
 from tests.support.engine.overload import Load, overload
 from tests.support.engine.running import NEEDS_ENGINE
 
-pytestmark = [*NEEDS_ENGINE, pytest.mark.xdist_group("guard")]
+pytestmark = NEEDS_ENGINE
 POOL = 2048
 RESERVED, MAXIMUM = "m3quant_guard_reserved_tokens", "m3quant_guard_maximum_tokens"
 USAGE, PREEMPTIONS, ENDED = "vllm:kv_cache_usage_perc", "vllm:num_preemptions_total", "vllm:request_success_total"

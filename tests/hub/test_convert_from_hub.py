@@ -30,10 +30,15 @@ from tests.support.workers import left_over
 
 # What every child would else import.
 IMPORTED_ONCE = (
+    "m3quant.cli.convert",
+    "m3quant.cli.plan",
+    "m3quant.cli.verify",
     "m3quant.convert.conversion",
     "m3quant.convert.calibrated",
     "m3quant.calibration.awq_quantizer",
+    "m3quant.calibration.feedback.quantizer",
     "m3quant.verify.verification",
+    "compressed_tensors.quantization",
     "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_tokenizers",
 )

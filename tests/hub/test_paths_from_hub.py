@@ -19,7 +19,16 @@ from m3quant.errors import CalibrationError, CheckpointError, StoppedError
 from m3quant.planning.plan import Plan
 from m3quant.planning.streaming import UNIT, conversion_shards
 from m3quant.running.progress import Silent
-from tests.support.convert.common import config_of, files, make_plan_of, make_source, rewrite, run_plan, stored
+from tests.support.convert.common import (
+    config_of,
+    files,
+    make_plan_of,
+    make_source,
+    quickly_calibrated,
+    rewrite,
+    run_plan,
+    stored,
+)
 from tests.support.convert.hub_in_process import REPO, serve
 from tests.support.convert.resharded import reshard, watched
 from tests.support.convert.tampering import StopsAfter
@@ -38,7 +47,7 @@ def stacked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def quick(source: Path | str) -> Plan:
-    return make_plan_of(source, "awq", rounding="awq")  # type: ignore[arg-type]
+    return make_plan_of(source, "awq", **quickly_calibrated("awq"))  # type: ignore[arg-type]
 
 
 def made(output: Path) -> dict[str, bytes]:

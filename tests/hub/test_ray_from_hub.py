@@ -28,7 +28,6 @@ from tests.support.publish.hub_state import Fault, Hub
 
 __all__ = ["address"]  # its nodes know neither the test's Hub nor its token
 
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster, one worker
 IMPORTED_ONCE = ("m3quant.convert.conversion", "m3quant.convert.ray.units")
 REPO, SHARDS = "org/tiny-m2", 7
 

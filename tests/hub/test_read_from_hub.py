@@ -22,6 +22,9 @@ from tests.support.publish.client import Client, Done
 from tests.support.publish.hub_state import Fault, Hub
 
 IMPORTED_ONCE = (
+    "m3quant.cli.eval",
+    "m3quant.cli.verify",
+    "compressed_tensors.quantization",
     "m3quant.verify.verification",
     "m3quant.evaluate.evaluation",
     "transformers.models.auto.tokenization_auto",

@@ -13,7 +13,14 @@ from tests.support.publish.client import Client
 from tests.support.publish.hub_state import ATTRIBUTES, Fault, Hub
 from tests.support.publish.outputs import COMMIT, converted, source_like
 
-IMPORTED_ONCE = ("torch", "m3quant.publish.gates", "m3quant.verify.verification", "m3quant.cli.publish")
+IMPORTED_ONCE = (
+    "torch",
+    "compressed_tensors.quantization",
+    "m3quant.publish.gates",
+    "m3quant.runtime.serving_table",
+    "m3quant.verify.verification",
+    "m3quant.cli.publish",
+)
 BASE = "MiniMaxAI/MiniMax-M3"
 REPO = "org/tiny-m3-int4"
 

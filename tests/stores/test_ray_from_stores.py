@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.hub.test_convert_from_hub import made
 from tests.hub.test_ray_from_hub import address, folder
 from tests.support.convert.common import run_convert
@@ -15,7 +13,6 @@ from tests.support.stores.objects import Objects
 
 __all__ = ["address", "folder"]
 
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster, one worker
 IMPORTED_ONCE = ("m3quant.convert.conversion", "m3quant.convert.ray.units")
 
 

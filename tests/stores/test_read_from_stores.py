@@ -25,6 +25,10 @@ from tests.support.publish.hub_state import Fault
 from tests.support.stores.objects import Objects
 
 IMPORTED_ONCE = (
+    "m3quant.cli.convert",
+    "m3quant.cli.eval",
+    "m3quant.cli.verify",
+    "compressed_tensors.quantization",
     "m3quant.convert.conversion",
     "m3quant.verify.verification",
     "m3quant.evaluate.evaluation",

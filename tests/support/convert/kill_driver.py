@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from m3quant.planning.plan import Plan
+from m3quant.reports import pages
 from tests.support.convert.common import files, make_plan_of, quickly_calibrated, run_plan, same_output
 
 WRITES = ("write", "pwritev")
@@ -83,7 +84,8 @@ def in_child(work: Callable[[], Any]) -> int:
 
 
 def import_for_children(plan: Plan, folder: Path) -> None:
-    """Import here, once, what a run would else import in every child; the run itself must not start torch's threads here."""
+    """Import here, once, what a run would else import in every child, and compile the report's template; the run itself must not start
+    torch's threads here."""
     listed = folder / "modules.json"
 
     def work() -> None:
@@ -95,6 +97,7 @@ def import_for_children(plan: Plan, folder: Path) -> None:
         if name.startswith(("m3quant", "torch", "transformers", "numpy")) and name not in sys.modules:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
+    pages._templates().get_template("page.html.jinja")
 
 
 def operations(plan: Plan, folder: Path) -> list[str]:

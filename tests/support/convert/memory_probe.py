@@ -31,7 +31,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tiny = make_source(Path(folder) / "src", "m2", num_hidden_layers=1)
         run_plan(make_plan_of(tiny, recipe, **quickly_calibrated(recipe)), Path(folder) / "out")
-    plan = make_plan_of(Path(source), recipe, **quickly_calibrated(recipe), awq={"n_grid": 1, "range_search": False})
+    plan = make_plan_of(Path(source), recipe, **quickly_calibrated(recipe))
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (proc(5))
     imported = status("VmRSS")
     run_plan(plan, Path(output))

@@ -19,6 +19,7 @@ from vllm import LLM, SamplingParams
 def answers(checkpoint: str, request: dict[str, Any], draft: bool) -> tuple[list[list[int]], dict[str, int]]:
     guesses = {"method": "eagle3", "model": request["draft"], "num_speculative_tokens": request["guesses"]}
     llm = LLM(checkpoint, dtype="float32", max_model_len=512, max_num_seqs=8, block_size=128, enforce_eager=True, disable_log_stats=False,
+              kv_cache_memory_bytes=2**27,
               speculative_config=guesses if draft else None)  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=request["output"], ignore_eos=True)
     found = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling)

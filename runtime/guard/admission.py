@@ -149,6 +149,11 @@ class Admission:
             self._waiters[ticket].set_exception(self.full(ticket.tokens))
         self._pump()
 
+    def prefilled(self, ticket: Ticket) -> None:
+        """The ticket's prompt is computed: whoever waits with the same beginning may need no more than there is."""
+        self.ledger.prefilled(ticket)
+        self._pump()
+
     def look_again(self) -> None:
         """Whether requests that wait fit by now."""
         self._pump()

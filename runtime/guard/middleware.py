@@ -300,7 +300,7 @@ class Guard:
         if ticket.growth is not None:
             answer.on_body = ticket.growth.tally.see
         if chain or ticket.growth is not None:
-            answer.on_first_token = lambda: self.admission.ledger.prefilled(ticket)
+            answer.on_first_token = lambda: self.admission.prefilled(ticket)
         try:
             del body, readings  # the application has its own copy, for as long as the request lives
             now = time.perf_counter()

@@ -583,6 +583,30 @@ def test_a_shared_beginning_fits_although_the_whole_would_not() -> None:
     run(scenario())
 
 
+def test_who_waits_starts_once_a_shared_beginning_is_computed() -> None:
+    """Its 624 tokens do not fit beside another's 624 of 1,024; once that one has its first token 32 of them are new."""
+
+    async def scenario() -> None:
+        engine = FakeEngine(stream=[b"data: token\n\n", b"data: end\n\n"])
+        engine.go.clear()
+        scope = prefix_caching_scope()
+        guard = make_guard(engine, prefix_hits="count", max_model_len=1024)
+        calls = [start(guard, COMPLETIONS, completion(600, 16), scope=scope, read_s=0.5) for _ in range(2)]
+        await settle(200)
+        assert (engine.running, guard.admission.ledger.waiting) == (1, 1)
+        engine.go.set()
+        while not calls[0].chunks:
+            await asyncio.sleep(0.001)
+        await settle(200)
+        assert (guard.admission.ledger.admitted, guard.admission.ledger.waiting) == (2, 0)
+        for call in calls:
+            call.task.cancel()
+        await asyncio.gather(*(call.task for call in calls), return_exceptions=True)
+        assert clean(guard)
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("inside", ["1 2", "1,,2", "01"])
 def test_a_long_array_that_is_no_json_is_left_to_the_server(inside: str) -> None:
     """Its ids are counted by their commas, so only reading them for the shared blocks finds out."""

@@ -111,6 +111,7 @@ class LedgerMachine(RuleBasedStateMachine):
         before = self.ledger.reserved
         self.ledger.prefilled(ticket)
         assert self.ledger.reserved == before  # nothing new is taken, it is only named
+        self.advance()  # who waits with the same beginning may fit now
 
     @rule(target=tickets, ticket=consumes(tickets))
     def end(self, ticket: Ticket) -> Ticket:

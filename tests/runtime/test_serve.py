@@ -390,6 +390,7 @@ def test_gpus_by_their_nvidia_smi_names() -> None:
         ("NVIDIA GH200 144G HBM3e", 146831),  # about an H200's memory, another board
         ("NVIDIA GH200 480GB", 97871),
         ("NVIDIA GB200", 189471),
+        ("NVIDIA H200", 97871),  # a part of one
         ("NVIDIA H100 80GB HBM2e", 81559),
         ("NVIDIA H100 CNX", 81559),
         ("NVIDIA H100-SXM-64GB", 65247),

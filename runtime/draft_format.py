@@ -9,13 +9,12 @@ lists allows is refused. `fc` and the output head may be plain whatever is said:
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ..checkpoint import CONFIG_NAME, Checkpoint, TensorInfo
-from ..checkpoint.patterns import BoundedPattern
+from ..checkpoint.name_list import NameList
+from ..checkpoint.patterns import Allowance
 from ..checkpoint.strict_json import described, shown
 from ..errors import CheckpointError
 from ..planning.integer_kinds import QWEIGHT
@@ -24,7 +23,6 @@ from ..planning.source_layouts import PACKED, PLAIN
 from ..planning.source_sections import kept_entries, kept_problem
 from ..planning.source_tensors import FLOAT_DTYPES
 
-T = TypeVar("T")
 _FUSED = {
     "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
 }  # fmt: skip
@@ -34,8 +32,7 @@ _LISTING = ("compressed-tensors", "fp8", "mxfp8", "fbgemm_fp8", "awq")  # `kept_
 # They quantize plain weights, or give their tensors other names.
 _WHILE_LOADING = ("bitsandbytes", "experts_int8", "torchao")
 _PLAIN_DTYPES = (*FLOAT_DTYPES, "F64")
-_WHERE = "the draft's quantization_config"
-LONGEST_GLOB = 1000  # characters: fnmatch takes time that grows with their square
+_REMEDY = "A draft's lists have tens of entries: take the config.json that was written with these weights."
 SECONDS = 10.0  # of comparing lists with names: those of released drafts take milliseconds
 
 
@@ -50,7 +47,7 @@ def check_stated_format(checkpoint: Checkpoint, body: Mapping[str, Any], layers:
     # Not refused here: a method that m3quant itself does not read. What is read and refused has another file that says otherwise.
     if source.refused and (not section or kept_problem(section) or source.stated.kind):
         raise CheckpointError(source.refused.removesuffix(REMEDY).rstrip())  # which is about models to convert
-    said = _Said(section, source.kind == PLAIN, layers, _Clock(source.file))
+    said = _Said(section, source.kind == PLAIN, layers, Allowance(source.file, _REMEDY, CheckpointError, SECONDS))
     codes, plain = dict[str, TensorInfo](), dict[str, TensorInfo]()
     for name, info in checkpoint.tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -80,34 +77,20 @@ def _tensor(checkpoint: Checkpoint, info: TensorInfo) -> str:
     return f"{checkpoint.root}/{info.shard}: tensor {shown(info.name)}"
 
 
-class _Clock:
-    """Ends comparisons after SECONDS: lists and names are anybody's, and each is held against each."""
-
-    def __init__(self, file: str) -> None:
-        self._file, self._end = file, time.monotonic() + SECONDS
-
-    def check(self) -> None:
-        """Raises CheckpointError."""
-        if time.monotonic() > self._end:
-            raise CheckpointError(
-                f"{self._file}: to compare its lists of modules with the names of the draft's tensors takes more than {SECONDS:g} s; a draft's lists "
-                "have tens of entries. Take the config.json that was written with these weights."
-            )
-
-
 class _Said:
     """What a quantization section says of modules. nothing: it is about the cache alone, or there is none."""
 
-    def __init__(self, section: Mapping[str, Any], nothing: bool, layers: int, clock: _Clock) -> None:
+    def __init__(self, section: Mapping[str, Any], nothing: bool, layers: int, allowance: Allowance) -> None:
         self.method = str(section.get("quant_method")).lower()
         self._nothing, self._layers = nothing, layers
-        self._kept = _List(kept_entries(section), clock, self.method.startswith(("awq", "modelopt")))
+        self._kept = NameList(kept_entries(section), allowance, globs=True, regexes=True)
+        self._pieces = self.method.startswith(("awq", "modelopt"))  # where an entry is also any piece of a name
         listed = section.get("quantized_layers")
         self._modules = listed if isinstance(listed, Mapping) else None
         self._by_target = self.method == "compressed-tensors"
         targets = list(_targets(section)) if self._by_target else []
         self._linears, self._classes = "Linear" in targets, any(target[:1].isupper() for target in targets)
-        self._targeted = _List(targets, clock)
+        self._targeted = NameList(targets, allowance, globs=True, regexes=True)
 
     @property
     def lists_all(self) -> bool:
@@ -117,11 +100,16 @@ class _Said:
     def quantizes(self, module: str) -> bool:
         """Whether a Linear layer is said to be quantized, and no list can be read as leaving it out."""
         names = _names(module, self._layers)
-        return self._claims(names, self._linears) and not any(map(self._kept.covers, names))
+        return self._claims(names, self._linears) and not any(map(self._leaves_out, names))
 
     def may_quantize(self, module: str) -> bool:
         """Whether a module may be quantized by what is said: it is not left out under the name that its tensors have."""
         return self._claims(_names(module, self._layers), self._classes) and not self._kept.names(module)
+
+    def _leaves_out(self, name: str) -> bool:
+        """Whether an entry can be read as about this name."""
+        kept = self._kept
+        return kept.names(name) or kept.has_run(name) or (self._pieces and kept.has_piece(name))
 
     def _claims(self, names: set[str], of_class: bool) -> bool:
         """of_class: whether a target is the name of a class that the module may be of."""
@@ -140,46 +128,6 @@ def _targets(section: Mapping[str, Any]) -> Iterator[str]:
     for group in groups.values() if isinstance(groups, Mapping) else ():
         if isinstance(group, Mapping) and group.get("weights") and isinstance(group.get("targets"), list):
             yield from (target for target in group["targets"] if isinstance(target, str))
-
-
-class _List:
-    """Entries that name modules: whole, by a run of their parts, with `*`, or by a regex after `re:`. pieces: or by any piece of a name."""
-
-    def __init__(self, entries: Sequence[str], clock: _Clock, pieces: bool = False) -> None:
-        self._exact = frozenset(entries)
-        self._clock, self._pieces = clock, pieces
-        self._globs, self._regexes = list[str](), list[BoundedPattern]()
-        for entry in self._timed(entries):
-            if entry.startswith("re:"):
-                self._regexes.append(BoundedPattern(entry[3:], _WHERE, CheckpointError))
-            elif "*" in entry:
-                if len(entry) > LONGEST_GLOB:
-                    raise CheckpointError(f"{_WHERE}: a pattern of {len(entry):,} characters; write it shorter.")
-                self._globs.append(entry)
-
-    def names(self, module: str) -> bool:
-        """Whether an entry is this very name, or a pattern for it."""
-        return (
-            module in self._exact
-            or any(fnmatchcase(module, glob) for glob in self._timed(self._globs))
-            or any(regex.match(module) for regex in self._timed(self._regexes))
-        )
-
-    def covers(self, module: str) -> bool:
-        """Whether an entry can be read as about this name."""
-        parts = module.split(".")
-        runs = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
-        pieces = self._exact if self._pieces else ()
-        return (
-            self.names(module)
-            or any(run in self._exact for run in self._timed(runs))
-            or any(entry in module for entry in self._timed(pieces))
-        )
-
-    def _timed(self, items: Iterable[T]) -> Iterator[T]:
-        for item in items:
-            self._clock.check()
-            yield item
 
 
 def _names(module: str, layers: int) -> set[str]:

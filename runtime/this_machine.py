@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from ..checkpoint.system import free_bytes, free_memory
 from ..engines.device import GIB, Gpu
 from ..errors import DoesNotFit, NodeError
 from .fit import Fit
-from .hardware import GPUS, Node, cpu_node
+from .hardware import Node, cpu_node, gpu_named
 from .offload import host_bytes
 
 SHARED = Path(
@@ -65,13 +64,8 @@ def gpu_called(name: str, mib: int | None) -> Gpu:
 
     mib is None where nvidia-smi says [N/A], as for GB10, whose memory is the host's. Raises NodeError if the name is unknown too.
     """
-    flat = name.upper().replace(" ", "")
-    # The longest name first: an "H100 PCIe" is no "H100", which is the SXM board, and a "GH200" is no "H200".
-    for gpu in sorted(GPUS.values(), key=lambda gpu: -len(gpu.name)):
-        if re.search(rf"(?<!G){gpu.name}", flat, re.IGNORECASE) and (
-            mib is None or abs(gpu.total_bytes / 2**20 / mib - 1) < 0.05
-        ):
-            return gpu
+    if known := gpu_named(name, mib):
+        return known
     if mib is None:
         raise NodeError(
             f"nvidia-smi does not tell the memory of {name}: plan for its GiB with --dry-run --on, as 1x95.5GiB."

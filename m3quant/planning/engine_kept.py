@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..checkpoint import TensorInfo
-from ..checkpoint.patterns import BoundedPattern
+from ..checkpoint.name_list import NameList
+from ..checkpoint.patterns import Allowance
 from ..errors import CheckpointError
 from ..families import QUANTIZABLE, Family, Role
 
@@ -98,7 +99,7 @@ def add_kept(
 class IgnoreList:
     """The modules that a quantization_config leaves alone, by the rule of its method: `name in IgnoreList(config)`.
 
-    Of any shape, and with anybody's patterns: raises CheckpointError for one that is none, or takes too long.
+    Of any shape, and with anybody's patterns: raises CheckpointError for one that is none, and beyond the bounds of `NameList`.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -106,23 +107,21 @@ class IgnoreList:
         key = "ignore" if self.method == "compressed-tensors" else "modules_to_not_convert"
         listed = config.get(key) or config.get("ignored_layers")
         entries = [entry for entry in listed if isinstance(entry, str)] if isinstance(listed, list) else []
-        patterns = [entry for entry in entries if entry.startswith("re:") and self.method == "compressed-tensors"]
-        self._exact = frozenset(entries)
-        self._patterns = [
-            BoundedPattern(pattern[3:], "quantization_config.ignore", CheckpointError) for pattern in patterns
-        ]
+        allowance = Allowance(f"quantization_config.{key}", "Convert again.", CheckpointError)
+        self._listed = NameList(entries, allowance, regexes=self.method == "compressed-tensors")
 
     def __contains__(self, name: str) -> bool:
-        if name in self._exact:
+        listed = self._listed
+        if listed.names(name):
             return True
         if self.method == "compressed-tensors":
-            return any(pattern.match(name) for pattern in self._patterns)
+            return False
         if self.method == "awq":
-            return any(entry in name for entry in self._exact)
+            return listed.has_piece(name)
         # One entry may cover the list of experts; the releases write leaves such as "gate", which transformers looks for in a
         # name and whose modules vLLM builds without a quantization config.
         parent, experts, _ = name.rpartition(".experts.")
-        return name.rpartition(".")[2] in self._exact or (bool(experts) and f"{parent}.experts" in self._exact)
+        return name.rpartition(".")[2] in listed.exact or (bool(experts) and f"{parent}.experts" in listed.exact)
 
 
 def kept_problems(config: Mapping[str, Any], family: Family, kept: Iterable[tuple[str, Role]]) -> Iterator[str]:

@@ -74,7 +74,8 @@ class ConfigSource(HeaderSource):
         self._family = family_of(config, path)
         self._stored = file_format(Path(path), config)
         self._stored.required_kind()
-        next(stored_entries(self._family, self._stored, ()))
+        self._keeps = KeptModules(self._stored.kept, self._family, self._stored.file)
+        next(stored_entries(self._family, self._stored, (), self._keeps))
         self.warnings.append(
             "planned from config.json alone: sizes are those of the weights the config promises, without other files"
         )
@@ -86,13 +87,13 @@ class ConfigSource(HeaderSource):
     def some(self, layers: Iterable[LayerSpec]) -> HeaderSource:
         """Some layers of the release, and what belongs to no layer."""
         found = HeaderSource(self.root, self.config)
-        for name, dtype, shape in stored_entries(self._family, self._stored, layers):
+        for name, dtype, shape in stored_entries(self._family, self._stored, layers, self._keeps):
             found.add(name, dtype, shape)
         return found
 
     def layer_kinds(self) -> list[int]:
         """For every layer the first one that stores the same under names of the same length."""
-        family, keeps = self._family, KeptModules(self._stored.kept, self._family)
+        family, keeps = self._family, self._keeps
         if self._stored.stated.modules or keeps.names_experts:
             return list(range(family.num_layers))
         first: dict[object, int] = {}

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import CONFIG_NAME, Checkpoint, TensorInfo
 from ..checkpoint.bounded import CONFIG_BYTES, read_bounded
-from ..checkpoint.strict_json import described, parse_object
+from ..checkpoint.name_list import NameList
+from ..checkpoint.patterns import Allowance
+from ..checkpoint.strict_json import described, parse_object, shown
 from ..errors import CheckpointError
 from ..families.base import QUANTIZABLE, Family
 from ..families.spec import Expected, LayerSpec
@@ -217,11 +218,14 @@ def header_format(tensors: Mapping[str, TensorInfo], stated: bool = False) -> tu
 
 
 def stored_entries(
-    family: Family, source: SourceFormat, layers: Iterable[LayerSpec] | None = None
+    family: Family,
+    source: SourceFormat,
+    layers: Iterable[LayerSpec] | None = None,
+    keeps: KeptModules | None = None,
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of every tensor that a release with this config.json stores: what is not kept is in the source's kinds.
 
-    layers: those that are listed, beside the tensors of no layer; all of them by default.
+    layers: those that are listed, beside the tensors of no layer; all of them by default. keeps: of the source, where it is made already.
     Raises CheckpointError where config.json alone does not tell which modules are quantized to what.
     """
     if source.stated.others:
@@ -229,7 +233,7 @@ def stored_entries(
             f"{source.file} describes weights of {' and of '.join(words(k) for k in sorted({source.kind, *source.stated.others}))}; which is "
             "which cannot be seen from it alone: give the folder with the *.safetensors files, whose headers say so."
         )
-    keeps = KeptModules(source.kept, family)
+    keeps = keeps or KeptModules(source.kept, family, source.file)
     alike = not (keeps.names_experts or source.stated.modules)  # the experts of a layer
     kinds: dict[tuple[str, str], str] = {}
     for name, expected in (family.expected_tensors if layers is None else family.expected_of(layers)).items():
@@ -253,22 +257,25 @@ def _stored_kind(family: Family, source: SourceFormat, keeps: KeptModules, name:
 
 
 class KeptModules:
-    """Tensors whose module a config leaves unquantized: `name in KeptModules(entries, family)`.
+    """Tensors whose module a config leaves unquantized: `name in KeptModules(entries, family, file)`.
 
     An entry is a module's name, a run of its parts ("self_attn", "layers.3.mlp") or a pattern with `*` (ModelOpt); a regex is refused with
-    CheckpointError, since it may take any time. All experts of a layer are taken to be like its first, unless an entry names experts by number.
+    CheckpointError, and so is a list beyond the bounds of `NameList`. All experts of a layer are taken to be like its first, unless an entry
+    names experts by number. file: with the list, for errors.
     """
 
-    def __init__(self, entries: Iterable[str], family: Family) -> None:
+    def __init__(self, entries: Iterable[str], family: Family, file: str = CONFIG_NAME) -> None:
         entries = list(entries)
         self._family = family
         if regex := next((entry for entry in entries if entry.startswith("re:")), None):
             raise CheckpointError(
-                f"config.json keeps modules by the expression '{regex}', which m3quant does not evaluate: give the folder with the "
+                f"{file} keeps modules by the expression {shown(regex)}, which m3quant does not evaluate: give the folder with the "
                 "*.safetensors files, whose headers say which they are."
             )
-        self._globs = [entry for entry in entries if "*" in entry]
-        self._parts = {entry for entry in entries if "*" not in entry}
+        remedy = "A release lists modules by name, or by a few patterns: restore the release's own file."
+        self._listed = NameList(
+            entries, Allowance(f"{file}, modules left unquantized", remedy, CheckpointError), globs=True
+        )
         self._each_expert = any(re.search(r"experts\.\\?\d", entry) for entry in entries)
         self._known: dict[str, bool] = {}
 
@@ -278,16 +285,12 @@ class KeptModules:
         return self._each_expert
 
     def __contains__(self, name: str) -> bool:
-        if not (self._globs or self._parts):
+        if not self._listed.exact:
             return False
         key = name if self._each_expert else _EXPERT.sub(".experts.0.", name)
         if key not in self._known:
             self._known[key] = any(
-                self._holds(alias) for alias in self._family.recipe_aliases(key.removesuffix(".weight"))
+                self._listed.has_run(alias) or self._listed.names(alias)
+                for alias in self._family.recipe_aliases(key.removesuffix(".weight"))
             )
         return self._known[key]
-
-    def _holds(self, module: str) -> bool:
-        words = module.split(".")
-        runs = (".".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1))
-        return any(run in self._parts for run in runs) or any(fnmatchcase(module, glob) for glob in self._globs)

@@ -92,7 +92,7 @@ class _Statement:
         self._checkpoint, self._source = checkpoint, source
         self._family = family if source.quantized else None
         plainly = [entry for entry in source.kept if not entry.startswith("re:")]
-        self._kept = KeptModules(plainly, self._family) if self._family else None
+        self._kept = KeptModules(plainly, self._family, source.file) if self._family else None
 
     def _kinds(self, module: str) -> frozenset[str]:
         assert self._family is not None

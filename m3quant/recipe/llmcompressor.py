@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.patterns import BoundedPattern
+from ..checkpoint.name_list import NameList
+from ..checkpoint.patterns import Allowance, BoundedPattern
 from ..errors import RecipeError
 from ..families.base import KEPT, QUANTIZABLE, Family
 from ..schemes import KEEP, Scheme
@@ -46,6 +47,7 @@ _INSTEAD = {
 }
 _MINMAX = ("minmax", "memoryless_minmax", "static_minmax")
 _SEARCHING = ("mse", "memoryless_mse", "imatrix_mse")
+_SHORTER = "Write fewer targets and entries of 'ignore': a regex names many modules at once."
 
 
 @dataclass(frozen=True)
@@ -229,8 +231,10 @@ def _strings(value: object, where: str) -> list[str]:
     return names
 
 
-def _pattern(name: str, where: str) -> BoundedPattern | None:
-    return BoundedPattern(name.removeprefix("re:"), where, RecipeError) if name.startswith("re:") else None
+def _pattern(name: str, where: str, allowance: Allowance | None = None) -> BoundedPattern | None:
+    if not name.startswith("re:"):
+        return None
+    return BoundedPattern(name.removeprefix("re:"), where, RecipeError, allowance)
 
 
 def _awq_options(awq: Mapping[str, Any], quantizations: list[_Quantization], where: str) -> dict[str, Any]:
@@ -283,8 +287,10 @@ def _names(family: Family, module: str, role: str) -> tuple[str, ...]:
 class _Matcher:
     """The entries of one target or ignore list, in the order in which compressed-tensors lets them win."""
 
-    def __init__(self, entries: list[str], where: str) -> None:
-        self.patterns = [(entry, pattern) for entry in sorted(entries) if (pattern := _pattern(entry, where))]
+    def __init__(self, entries: list[str], where: str, allowance: Allowance | None = None) -> None:
+        self.patterns = [
+            (entry, pattern) for entry in sorted(entries) if (pattern := _pattern(entry, where, allowance))
+        ]
         self.plain = {entry for entry in entries if not entry.startswith("re:")}
         self.unused = set(entries)
 
@@ -305,11 +311,12 @@ def _roles(
     Raises RecipeError where modules of a role differ within a layer, or a kept role would be quantized.
     """
     modules = _modules(family)
+    allowance = Allowance(where, _SHORTER, RecipeError)
     found: dict[str, Scheme] = {module.name: KEEP for module in modules}
     for quantization in quantizations:
-        targets = _Matcher(list(quantization.schemes), quantization.where)
-        ignore = _Matcher(quantization.ignore, quantization.where)
-        for module in modules:
+        targets = _Matcher(list(quantization.schemes), quantization.where, allowance)
+        ignore = _Matcher(quantization.ignore, quantization.where, allowance)
+        for module in allowance.timed(modules):
             target = targets.first(module)
             if ignore.first(module) is None and target is not None:
                 found[module.name] = quantization.schemes[target]
@@ -317,7 +324,8 @@ def _roles(
             raise RecipeError(
                 f"{quantization.where}: target '{min(targets.unused)}' matches no linear of this model; correct or remove it."
             )
-        _check_ignore(ignore.unused, [m for m in modules if found[m.name].quantizes], quantization.where)
+        quantized = [module for module in modules if found[module.name].quantizes]
+        _check_ignore(ignore.unused, quantized, quantization.where, allowance)
     by_role: dict[str, list[_Module]] = defaultdict(list)
     for module in modules:
         by_role["attention" if module.role == "indexer" else module.role].append(module)
@@ -342,17 +350,24 @@ def _roles(
     return schemes, join_layers(by_layer)
 
 
-def _check_ignore(unused: set[str], quantized: list[_Module], where: str) -> None:
+def _check_ignore(unused: set[str], quantized: list[_Module], where: str, allowance: Allowance) -> None:
     """An entry that names part of a path ignores nothing in compressed-tensors, which compares whole names."""
-    for entry in sorted(unused):
-        for module in quantized:
-            name = next((n for n in module.names if f".{entry}." in f".{n}."), None)
-            if name is not None:
-                pattern = rf"re:(.*\.)?{re.escape(entry)}" + ("$" if name.endswith(entry) else r"\..*")
-                raise RecipeError(
-                    f"{where}: ignore entry '{entry}' ignores nothing, because names are compared as a whole, and "
-                    f"{name} would be quantized; write '{pattern}' if it is to be kept."
-                )
+    parts = NameList((entry for entry in unused if not entry.startswith("re:")), allowance)
+    first: dict[str, str] = {}  # entry -> the first name that it is part of
+    if not parts.exact:
+        return
+    for module in allowance.timed(quantized):
+        for name in module.names:
+            for run in parts.runs(name):
+                if run in parts.exact:
+                    first.setdefault(run, name)
+    if first:
+        entry, name = min(first.items())
+        pattern = rf"re:(.*\.)?{re.escape(entry)}" + ("$" if name.endswith(entry) else r"\..*")
+        raise RecipeError(
+            f"{where}: ignore entry '{entry}' ignores nothing, because names are compared as a whole, and "
+            f"{name} would be quantized; write '{pattern}' if it is to be kept."
+        )
 
 
 def _check_kept(family: Family, role: str, members: list[_Module], found: Mapping[str, Scheme], where: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from m3quant.engines.rules import lookup_problems
-from m3quant.engines.vllm.lookup import resolve
+from m3quant.engines.vllm.lookup import Lookup
 from m3quant.errors import CheckpointError, PlanError
 from m3quant.planning.plan import Plan
 from m3quant.recipe.recipe import recipe_names
@@ -93,7 +93,7 @@ def test_every_name_the_engine_looks_up_resolves_to_what_is_stored(
         stored_as = plan.modules[module.members[0]]
         for probe in module.probes:
             probes += 1
-            seen = resolve(plan.quantization, probe, expert=".experts.0." in probe)
+            seen = Lookup(plan.quantization).scheme(probe, expert=".experts.0." in probe)
             if plan.recipe.format == "autoawq":  # has no word for symmetric
                 assert (seen.kind, seen.group_size) == (stored_as.kind, stored_as.group_size), probe
             else:
@@ -101,7 +101,7 @@ def test_every_name_the_engine_looks_up_resolves_to_what_is_stored(
     assert probes >= 14
     for name in ("lm_head", "model.layers.0.block_sparse_moe.gate", "language_model.lm_head", "language_model.model.layers.1.block_sparse_moe.gate"):  # fmt: skip
         if plan.recipe.format == "compressed-tensors":
-            assert resolve(plan.quantization, name) == KEEP
+            assert Lookup(plan.quantization).scheme(name) == KEEP
 
 
 def retarget(old: str, new: str) -> Callable[[dict[str, Any]], None]:

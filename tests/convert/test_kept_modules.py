@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from m3quant.checkpoint import Checkpoint
+from m3quant.checkpoint import Checkpoint, patterns
+from m3quant.errors import CheckpointError
+from m3quant.families import Role
 from m3quant.planning.engine_kept import IgnoreList, kept_linears, kept_problems
 from m3quant.planning.plan import Plan
 from tests.support.convert.common import config_of, make_plan_of, make_source, rewrite, run_plan, stored
@@ -110,6 +112,26 @@ def test_fp8_extras_are_claimed_only_where_their_scales_are_read(tmp_path: Path)
     assert any("copied with their scales" in note for note in packed.notes)
     assert block.quantization and "model.layers.2.self_attn.q_proj" not in IgnoreList(block.quantization)
     assert not any("copied with their scales" in note for note in block.notes)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "compressed-tensors", "ignore": [*(f"re:.*x{n}" for n in range(5000)), "re:adapter"]},
+        {"quant_method": "awq", "modules_to_not_convert": [*(f"x{n}" for n in range(20_000)), "adapter"]},
+    ],
+    ids=["regexes", "pieces"],
+)
+def test_a_list_of_any_length_has_one_limit_on_time(
+    config: dict[str, Any], extended: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan_of(extended["m2"], "int4")
+    kept = [(f"adapter.{n}", Role("unknown")) for n in range(10_000)]
+    monkeypatch.setattr(patterns, "LIST_SECONDS", 0.05)
+    with pytest.raises(
+        CheckpointError, match=r"^quantization_config\.\w+: to compare its lists .* takes more than 0\.05 s"
+    ):
+        list(kept_problems(config, plan.family, kept))
 
 
 def test_verify_names_a_copied_module_that_the_config_claims(extended: dict[str, Path], tmp_path: Path) -> None:

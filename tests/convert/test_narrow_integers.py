@@ -15,7 +15,7 @@ from compressed_tensors.utils.match import match_name
 
 from m3quant.cli import cli
 from m3quant.engines.rules import lookup_problems
-from m3quant.engines.vllm.lookup import resolve
+from m3quant.engines.vllm.lookup import Lookup
 from m3quant.errors import PlanError
 from m3quant.planning.plan import Plan, role_table
 from m3quant.quant.formats import round_trip
@@ -120,7 +120,7 @@ def test_every_name_the_engine_looks_up_resolves_in_every_layer(tmp_path: Path, 
     for module in plan.family.engine_modules():
         stored_as = plan.modules[module.members[0]]
         for probe in module.probes:
-            assert resolve(plan.quantization, probe, expert=".experts.0." in probe) == stored_as, probe
+            assert Lookup(plan.quantization).scheme(probe, expert=".experts.0." in probe) == stored_as, probe
     for number, group in enumerate(plan.quantization["config_groups"].values()):
         assert group["targets"], number
     schemes = [tuple(sorted(g["weights"].items(), key=str)) for g in plan.quantization["config_groups"].values()]

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 
 from m3quant.cli import cli
-from m3quant.engines.vllm.lookup import resolve
+from m3quant.engines.vllm.lookup import Lookup
 from m3quant.recipe.recipe import recipe_names
 from tests.support.calibration.tiny_family import make_tiny
 from tests.support.paths import ROOT
@@ -74,10 +74,10 @@ def test_convert_verify_and_evaluate(name: str, recipe: str, sources: dict[str, 
     assert "model.layers.1.self_attn.o_proj.weight_scale" in names
     assert ("model.layers.1.self_attn.q_proj.bias" in names) == (name == "qwen2")
     quantization = config["quantization_config"]
-    assert resolve(quantization, f"model.layers.1.{experts}").name == "int4-g128"
+    assert Lookup(quantization).scheme(f"model.layers.1.{experts}").name == "int4-g128"
     assert (
-        not resolve(quantization, "model.layers.1.mlp.gate").quantizes
-        and not resolve(quantization, "lm_head").quantizes
+        not Lookup(quantization).scheme("model.layers.1.mlp.gate").quantizes
+        and not Lookup(quantization).scheme("lm_head").quantizes
     )
     done("verify", out, "--source", source)
     suite = tmp_path / "suite.yaml"

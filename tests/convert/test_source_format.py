@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from m3quant.checkpoint import Checkpoint
+from m3quant.checkpoint import Checkpoint, patterns
 from m3quant.errors import CheckpointError, PlanError
 from m3quant.families import family_of
 from m3quant.planning.headers import from_config
@@ -184,6 +184,32 @@ def test_kept_modules_by_the_names_of_other_trees() -> None:
         assert name in KeptModules([entry], family), entry
     for entry in ("gate", "mlp.gate", "layers.30", "experts.70", "w"):
         assert name not in KeptModules([entry], family), entry
+
+
+def test_lists_of_kept_modules_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200,000 globs, or slow ones, are refused; as many names are not."""
+    for entries, words in (
+        ([f"*a{number}*b" for number in range(200_000)], r"200,000 patterns in one list of modules"),
+        (["*a" * 600 + "*b"], r"a pattern of 1,202 characters"),
+        (["re:" + "(a+)+" * 100], r"by the expression 're:\(a\+\)\+.*\.\.\.,? which m3quant does not evaluate"),
+    ):
+        section = {**BLOCKS, "modules_to_not_convert": entries}
+        path = write_config(tmp_path, "minimax-m2.7", quantization_config=section)
+        for opened in (open_subject, from_config):
+            with pytest.raises(CheckpointError, match=rf"^[^:]*/config\.json.*{words}") as caught:
+                opened(path if opened is from_config else str(path))  # type: ignore[operator]
+            assert len(str(caught.value)) < 600
+    names = [f"model.layers.{n}.mlp.experts.{e}.{p}" for n in range(62) for e in range(256) for p in ("w1", "w2", "w3")]
+    section = {**BLOCKS, "modules_to_not_convert": names}
+    path = write_config(tmp_path, "minimax-m2.7", quantization_config=section)
+    assert len(from_config(path).layer_kinds()) == 62
+    section = {**BLOCKS, "modules_to_not_convert": [f"*a{number}*b" for number in range(10_000)]}
+    path = write_config(tmp_path, "minimax-m2.7", quantization_config=section)
+    monkeypatch.setattr(patterns, "LIST_SECONDS", 0.1)
+    with pytest.raises(
+        CheckpointError, match=r"config\.json, modules left unquantized: to compare its lists .* restore the"
+    ):
+        from_config(path).layer_kinds()
 
 
 @pytest.mark.parametrize("section", [

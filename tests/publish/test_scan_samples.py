@@ -179,6 +179,20 @@ def test_an_allow_list_that_is_wrong_is_refused_with_the_key(text: str, words: s
         read_allowed(path)
 
 
+def test_a_regex_of_an_allow_list_that_would_run_for_years_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("m3quant.checkpoint.patterns.SECONDS", 0.2)
+    path = tmp_path / "allow.yaml"
+    path.write_text("- text: '(.|[a-z/])*[!?]$'\n  reason: because of this\n", encoding="utf-8")
+    file = tmp_path / "a.md"
+    file.write_bytes(b"see /data/models/" + b"abcdefgh" * 6)
+    with pytest.raises(
+        OptionError, match=r"^allow list: the regular expression .* takes more than 0\.2 s on what was found"
+    ):
+        scan([PublishFile("a.md", file, 100, "")], (), read_allowed(path))
+
+
 def test_every_shipped_entry_gives_a_reason_and_the_library_is_there() -> None:
     assert all(len(e.reason) > 10 for e in shipped().entries)
     kinds = {kind for kind, _ in library()}

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from m3quant.checkpoint import patterns
 from m3quant.errors import RecipeError
 from m3quant.families import family_of
 from m3quant.planning.engine_config import compressed_tensors_group
@@ -256,6 +257,18 @@ def test_our_own_recipes_are_not_taken_for_theirs() -> None:
 def test_targets_that_m3quant_cannot_follow_are_refused(config: dict[str, Any], ignore: list[Any], phrase: str) -> None:
     with pytest.raises(RecipeError, match=phrase):
         quantization(config, scheme="W4A16", ignore=ignore)
+
+
+def test_lists_of_any_length_have_one_limit_on_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"layers.{n}.nothing" for n in range(1000)]
+    assert quantization(M2, scheme="W4A16", ignore=[*IGNORE_M2, *names]).schemes
+    monkeypatch.setattr(patterns, "LIST_SECONDS", 0.01)
+    words = r"^/somewhere/mine.yaml: to compare its lists .* takes more than 0\.01 s\. Write fewer targets"
+    with pytest.raises(RecipeError, match=words):
+        quantization(M2, scheme="W4A16", ignore=[*IGNORE_M2, *(f"re:.*{name}" for name in names)])
+    stages = {f"s{n}_stage": {"quant_modifiers": {"QuantizationModifier": {"scheme": "W4A16"}}} for n in range(1000)}
+    with pytest.raises(RecipeError, match=words):
+        translate(stages, family_of(M2), "/somewhere/mine.yaml")
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,7 @@ def test_a_draft_whose_config_and_weights_agree_is_taken(
         ("fp8", "fp8", [], "the quantization section is no object"),
         ("fp8", FP8 | {"ignored_layers": "lm_head"}, LINEARS, "'ignored_layers' of the quantization section is 'lm_head', no list of names"),
         ("int4", packed("re:("), LINEARS, "is not a regular expression"),
-        ("fp8", FP8 | {"ignored_layers": ["*[a" * 400]}, LINEARS, "a pattern of 1,200 characters; write it shorter"),
+        ("fp8", FP8 | {"ignored_layers": ["*[a" * 400]}, LINEARS, "a pattern of 1,200 characters, .* more than 1,000"),
     ],
 )  # fmt: skip
 def test_a_draft_whose_config_and_weights_disagree_is_refused(
@@ -344,7 +344,7 @@ def test_fused_projections_that_are_left_out_by_their_parts_are_left_out(tmp_pat
 @pytest.mark.parametrize(
     "section",
     [
-        FP8 | {"ignored_layers": [f"*{number}*y" for number in range(50_000)]},
+        FP8 | {"ignored_layers": [f"*{number}*y" for number in range(9_999)]},
         packed(*[f"re:.*x{number}" for number in range(3000)]),
         {"quant_method": "awq", "modules_to_not_convert": [f"x{number}" for number in range(400_000)]},
     ],

@@ -8,12 +8,12 @@ import yaml
 from m3quant.cli import fitting
 from m3quant.engines import DEFAULT
 from m3quant.engines.start_log import EngineLog, is_empty
-from m3quant.engines.vllm.log import parse_log
+from m3quant.engines.vllm.log import VllmLog, parse_log
 from m3quant.errors import NodeError
 from m3quant.recipe.recipe import build_recipe, named_recipe
 from m3quant.runtime.checklog import check_log
 from m3quant.runtime.fit import Ask
-from m3quant.runtime.hardware import GIB, parse_node
+from m3quant.runtime.hardware import GIB, GPUS, parse_node
 from m3quant.runtime.model import ServedModel, open_subject
 from tests.support.paths import DATA
 
@@ -190,3 +190,8 @@ def test_a_log_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(fitting, "LOG_BYTES", 1999)
     with pytest.raises(NodeError, match=r"log .* has more than 1,999 bytes: cut it"):
         fitting._log_mode(None, log, None, Ask(), False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["H100", "H100PCIe", "A100", "A100PCIe", "A100SXM40GB"])
+def test_vllm_has_other_defaults_for_every_board_whose_name_has_a100(name: str) -> None:
+    assert VllmLog().server_defaults(GPUS[name.lower()]) == ((2048, 256) if "A100" in name else (8192, 1024))

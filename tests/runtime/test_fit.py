@@ -290,6 +290,16 @@ def test_a_pool_never_promises_the_null_block(blocks: int, block: int, context: 
         ("H200-SXM-141GB", "H200", 1),
         ("2xH100-NVL-94GB", "H100NVL", 2),
         ("h100_pcie_80gb", "H100PCIe", 1),
+        ("A100", "A100", 1),
+        ("8xA100-SXM4-80GB", "A100", 8),
+        ("A100-80GB", "A100", 1),
+        ("A100-40GB", "A100SXM40GB", 1),
+        ("4xA100-SXM4-40GB", "A100SXM40GB", 4),
+        ("A100-PCIe", "A100PCIe", 1),
+        ("A100-80GB-PCIe", "A100PCIe", 1),
+        ("A100-PCIE-40GB", "A100PCIe40GB", 1),
+        ("RTX-PRO-6000-Blackwell-Server-Edition", "RTXPRO6000Server", 1),
+        *((name, name, 1) for name in (gpu.name for gpu in GPUS.values())),
         ("2x95.5GiB", "95.5GiB", 2),
     ],
 )
@@ -299,7 +309,22 @@ def test_node_names(text: str, name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0xH100", "2x", "2xH900", "xH200", "2x0GiB", "1xH200 "[:3], "H100-94GB", "H200-80GB", "GH200"]
+    "text",
+    [
+        "",
+        "0xH100",
+        "2x",
+        "2xH900",
+        "xH200",
+        "2x0GiB",
+        "1xH200 "[:3],
+        "H100-94GB",
+        "H200-80GB",
+        "H100-40GB",
+        "A100-141GB",
+        "A100X",
+        "GH200",
+    ],
 )
 def test_bad_nodes_are_one_sentence(text: str) -> None:
     with pytest.raises(NodeError) as error:

@@ -135,7 +135,7 @@ def make_body(rng: random.Random) -> tuple[str, dict[str, Any]]:
 
 def virtual_guard(engine: Unreliable, **settings: Any) -> Guard:
     guard = make_guard(engine, pool_tokens=4112, max_model_len=1024, media_tokens=64, **settings)
-    guard.aside = FakeAside(engine)  # type: ignore[assignment]
+    guard.bodies.aside = FakeAside(engine)  # type: ignore[assignment]
     if guard.outlook is not None:
         clock = asyncio.get_running_loop().time
         written = iter(range(10**9))
@@ -162,7 +162,7 @@ async def misbehave(call: Call, rng: random.Random) -> float:
 
 
 def assert_nothing_is_held(guard: Guard) -> None:
-    for turns in (guard.counter.small, guard.counter.large, guard.turns):
+    for turns in (guard.counter.small, guard.counter.large, guard.bodies.turns):
         assert (turns.inside, turns.lines, turns.virtual, turns._running) == (0, {}, 0, set())
     ledger = guard.admission.ledger
     assert (ledger.reserved, ledger.queued, ledger.admitted, ledger.waiting) == (0, 0, 0, 0)

@@ -173,7 +173,7 @@ def test_a_waiting_request_starts_when_the_gauges_come_back(gauges: Gauges) -> N
         guard = learned(engine, watchdog_interval_s=0.01)
         await teach(guard)
         gauges.alive = False
-        watch = asyncio.ensure_future(guard._watch())
+        watch = asyncio.ensure_future(guard.health.watch())
         engine.go.clear()
         calls = [start(guard, COMPLETIONS, completion(100, 200)) for _ in range(6)]
         await settle(100)
@@ -196,14 +196,14 @@ def test_the_metrics_and_health_say_what_is_promised_and_what_may_be_used(gauges
         engine.go.clear()
         calls = [start(guard, COMPLETIONS, completion(100, 200)) for _ in range(8)]
         await settle(100)
-        guard._show()
+        guard.health.show()
         found = {name: getattr(metrics(), name)._value.get() for name in ("reserved", "maximum", "forecasting", "pool")}
         assert found["maximum"] == 8 * 304 > found["pool"] == 1024 > found["reserved"] >= 8 * 104
         assert found["forecasting"] == 1
         state = guard.state()
         assert state["maximum_tokens"] == 8 * 304 and state["forecasting"] is True
         gauges.alive = False
-        guard._show()
+        guard.health.show()
         assert metrics().reserved._value.get() == 8 * 304 and metrics().forecasting._value.get() == 0
         engine.go.set()
         await asyncio.gather(*(call.task for call in calls if call.task is not None))
@@ -215,7 +215,7 @@ def test_the_metrics_and_health_say_what_is_promised_and_what_may_be_used(gauges
 def test_a_server_without_the_gauges_is_told_at_its_start(
     heard: tuple[str, ...], warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("m3quant.runtime.guard.middleware.read_gauges", lambda names: dict.fromkeys(heard, 0.0))
+    monkeypatch.setattr("m3quant.runtime.guard.health.read_gauges", lambda names: dict.fromkeys(heard, 0.0))
 
     async def started(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "lifespan.startup.complete"})

@@ -297,27 +297,27 @@ def test_requests_without_an_answer_count_as_waiting_but_not_those_whose_client_
         engine = FakeEngine()
         guard = make_guard(engine, watchdog_s=5)
         now = [0.0]
-        guard.watchdog.clock = lambda: now[0]
+        guard.health.watchdog.clock = lambda: now[0]
         idle = dict.fromkeys(GAUGES, 0.0)
         engine.go.clear()
         call = start(guard, COMPLETIONS, completion(5))
         await settle()
-        guard._look(idle)
+        guard.health.look(idle)
         now[0] = 6.0
-        guard._look(idle)
-        assert guard.watchdog.hanging
+        guard.health.look(idle)
+        assert guard.health.watchdog.hanging
         health = await ask(
             guard, "/health", b"", method="GET"
         )  # meant: one request that the engine does not begin is enough
         assert (health.status, health.json["requests_unanswered"], health.json["requests_waiting"]) == (503, 1, 0)
-        guard._look({})  # no gauges, no verdict
-        assert not guard.watchdog.hanging
+        guard.health.look({})  # no gauges, no verdict
+        assert not guard.health.watchdog.hanging
         engine.go.set()
         await call.task
         slow = start(guard, COMPLETIONS, completion(5), read_s=0.05)
         await settle()
-        guard._look(idle)
-        assert guard.watchdog.since is None
+        guard.health.look(idle)
+        assert guard.health.watchdog.since is None
         await slow.task
 
     run(scenario())
@@ -327,13 +327,13 @@ def test_a_hang_fails_health_and_is_told_once(caplog: pytest.LogCaptureFixture) 
     async def scenario() -> None:
         guard = make_guard(FakeEngine(), watchdog_s=5, api_keys="topsecret")
         now = [0.0]
-        guard.watchdog.clock = lambda: now[0]
+        guard.health.watchdog.clock = lambda: now[0]
         for second in range(8):
             now[0] = float(second)
-            guard._look(STUCK)
+            guard.health.look(STUCK)
         health = await ask(guard, "/health", b"", method="GET")
         assert health.status == 503 and health.json["status"] == "hanging" and health.json["stalled_s"] == 7.0
-        guard._look(dict.fromkeys(GAUGES, 0.0))
+        guard.health.look(dict.fromkeys(GAUGES, 0.0))
         assert (await ask(guard, "/health", b"", method="GET")).status == 200
 
     with caplog.at_level("WARNING"):
@@ -360,9 +360,9 @@ def test_gauges_that_cannot_be_read_once_do_not_end_the_watch(
 
     async def scenario() -> None:
         guard = make_guard(FakeEngine(), watchdog_s=0.001, watchdog_interval_s=0.001)
-        monkeypatch.setattr("m3quant.runtime.guard.middleware.read_gauges", read)
-        watching = asyncio.create_task(guard._watch())
-        while not guard.watchdog.hanging and not watching.done():
+        monkeypatch.setattr("m3quant.runtime.guard.health.read_gauges", read)
+        watching = asyncio.create_task(guard.health.watch())
+        while not guard.health.watchdog.hanging and not watching.done():
             await asyncio.sleep(0.005)
         assert not watching.done()
         watching.cancel()
@@ -378,7 +378,7 @@ def test_sigterm_lets_what_runs_finish_and_nothing_new_in() -> None:
         engine = FakeEngine()
         guard = make_guard(engine, watchdog_interval_s=0.01)
         guard._chain_signals()
-        watch = asyncio.ensure_future(guard._watch())
+        watch = asyncio.ensure_future(guard.health.watch())
         engine.go.clear()
         running = [start(guard, COMPLETIONS, completion(200, 56)) for _ in range(4)]
         await settle()

@@ -39,7 +39,7 @@ from m3quant.recipe.recipe import recipe_folder, recipe_names
 from m3quant.runtime.compose import compose_file
 from m3quant.runtime.engine_notes import weight_notes
 from m3quant.runtime.fit import Ask, Fit, assess
-from m3quant.runtime.hardware import GIB, parse_node
+from m3quant.runtime.hardware import GIB, GPUS, parse_node
 from m3quant.runtime.launch import EngineProcess, check_port
 from m3quant.runtime.model import open_subject
 from m3quant.runtime.pins import pin_key, pinned_bytes, read_pin, write_pin
@@ -357,23 +357,54 @@ def test_no_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_gpus_by_their_nvidia_smi_names() -> None:
-    assert (
-        gpu_called("NVIDIA H200", 143771).name == "H200" and gpu_called("NVIDIA A100-SXM4-80GB", 81920).name == "A100"
-    )
     boards = {
-        "H100 80GB HBM3": "H100",
-        "H100 PCIe": "H100PCIe",
-        "A100 80GB PCIe": "A100",
-        "RTX PRO 6000 Blackwell Server Edition": "RTXPRO6000",
+        ("NVIDIA H100 80GB HBM3", 81559): "H100",
+        ("NVIDIA H100 PCIe", 81559): "H100PCIe",
+        ("NVIDIA H100 NVL", 95830): "H100NVL",
+        ("NVIDIA H200", 143771): "H200",
+        ("NVIDIA H200 NVL", 143771): "H200NVL",
+        ("NVIDIA B200", 183359): "B200",
+        ("NVIDIA A100-SXM4-80GB", 81920): "A100",
+        ("NVIDIA A100 80GB PCIe", 81920): "A100PCIe",
+        ("NVIDIA A100-SXM4-40GB", 40960): "A100SXM40GB",
+        ("A100-SXM4-40GB", 40536): "A100SXM40GB",  # drivers before 470
+        ("NVIDIA A100-PCIE-40GB", 40960): "A100PCIe40GB",
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97887): "RTXPRO6000",
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 97887): "RTXPRO6000",
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 97887): "RTXPRO6000Server",
     }
-    mib = {"RTXPRO6000": 97887}
-    assert {board: gpu_called(f"NVIDIA {board}", mib.get(name, 81559)).name for board, name in boards.items()} == boards
-    assert (
-        gpu_called("NVIDIA H100 NVL", 95830).name == "H100NVL"
-        and gpu_called("NVIDIA H200 NVL", 143771).name == "H200NVL"
+    assert {(name, mib): gpu_called(name, mib).name for name, mib in boards} == boards
+    # By NVIDIA's datasheets. Those of PCIe boards and of the Server Edition are lower than those of the boards that their names begin with.
+    bandwidths = {
+        "A100": 2039,
+        "A100PCIe": 1935,
+        "A100SXM40GB": 1555,
+        "A100PCIe40GB": 1555,
+        "RTXPRO6000Server": 1597,
+        "RTXPRO6000": 1792,
+    }
+    assert all(
+        abs(GPUS[name.lower()].bandwidth / 1e9 / gigabytes - 1) < 0.005 for name, gigabytes in bandwidths.items()
     )
-    grace = gpu_called("NVIDIA GH200 144G HBM3e", 146831)  # about an H200's memory, another board
-    assert grace.bandwidth == 0 and not grace.chip
+    for name, mib in (
+        ("NVIDIA GH200 144G HBM3e", 146831),  # about an H200's memory, another board
+        ("NVIDIA GH200 480GB", 97871),
+        ("NVIDIA GB200", 189471),
+        ("NVIDIA H200", 97871),  # a part of one
+        ("NVIDIA H100 80GB HBM2e", 81559),
+        ("NVIDIA H100 CNX", 81559),
+        ("NVIDIA H100-SXM-64GB", 65247),
+        ("NVIDIA H20", 97871),
+        ("NVIDIA H800", 81559),
+        ("NVIDIA A800-SXM4-80GB", 81920),
+        ("NVIDIA A100-SXM-64GB", 65536),
+        ("NVIDIA A100X", 81920),
+        ("NVIDIA A40", 46068),
+        ("NVIDIA L40", 46068),
+        ("NVIDIA RTX 6000 Ada Generation", 49140),
+    ):
+        other = gpu_called(name, mib)
+        assert (other.name, other.bandwidth, other.chip) == (name, 0, "")
     other = gpu_called("NVIDIA L40S", 46068)
     assert gpu_called("NVIDIA GB10", None).name == "GB10"
     with pytest.raises(NodeError, match="does not tell the memory of NVIDIA L40S"):

@@ -129,7 +129,7 @@ class VllmLog(LogReader):
             return None, None
         if gpu.total_bytes >= LARGE_GPU:
             return 16384, 1024
-        if gpu.total_bytes >= 70 * GIB and gpu.name not in ("A100", "GB10"):
+        if gpu.total_bytes >= 70 * GIB and "a100" not in gpu.name.lower() and gpu.name != "GB10":
             return DEFAULT_BATCHED_TOKENS, 1024
         return 2048, 256
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,6 +13,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ...checkpoint.bounded import parse_yaml, read_yaml
+from ...checkpoint.name_list import GLOB_CHARACTERS
+from ...checkpoint.patterns import BoundedPattern
 from ...errors import OptionError
 from ...running.complaints import complaint, key_of
 
@@ -22,10 +23,15 @@ DATA = "allowed.yaml"
 
 def _regex(text: str) -> str:
     try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"is no regular expression: {error}") from None
+        _pattern(text)
+    except OptionError as error:
+        raise ValueError(str(error)) from None
     return text
+
+
+@cache
+def _pattern(text: str) -> BoundedPattern:
+    return BoundedPattern(text, "allow list", OptionError)
 
 
 class Entry(BaseModel):
@@ -34,7 +40,7 @@ class Entry(BaseModel):
     model_config = ConfigDict(extra="forbid")
     text: Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_regex)]
     reason: Annotated[str, Field(min_length=10, max_length=1000)]
-    file: str = "*"
+    file: Annotated[str, Field(max_length=GLOB_CHARACTERS)] = "*"
     kind: str | None = None
 
 
@@ -43,9 +49,12 @@ class Allowed:
     entries: tuple[Entry, ...] = ()
 
     def allows(self, file: str, kind: str, found: str) -> bool:
-        """Whether an entry holds for a finding."""
+        """Whether an entry holds for a finding. Raises OptionError for a regex that takes too long on what was found."""
         return any(
-            fnmatchcase(file, e.file) and e.kind in (None, kind) and re.fullmatch(e.text, found) for e in self.entries
+            fnmatchcase(file, entry.file)
+            and entry.kind in (None, kind)
+            and _pattern(entry.text).fullmatch(found, "what was found")
+            for entry in self.entries
         )
 
     def __add__(self, other: Allowed) -> Allowed:

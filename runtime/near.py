@@ -5,7 +5,7 @@ Figures of one checkpoint and node lie on one curve: the time of a step against 
 interpolated, both axes logarithmic, and the range is that time, divided by a spread and times it: for the measured recipe the largest error
 with which the curve's other figures give one of them, at least LEAST_SPREAD, which is more than what two runs differ by; else SPREAD, within
 which all figures that ship are given so (tests/runtime/test_near.py). Farther apart, and beyond the first and the last figure, the range is
-all that a time can be which grows with what is read, but by no larger ratio; and the spread.
+all that a time can be which grows with what is read, but by no larger ratio, so that it narrows towards a figure; and the spread.
 
 A curve of another GPU with the same chip (`Gpu.chip`) bounds a plan from both sides (`share_on`).
 """
@@ -153,7 +153,8 @@ def _between(points: Sequence[tuple[float, float]], least: float) -> Span:
         return Span(last_time, last_time * least / last, 1, least == last)
     (below, lower), (above, upper) = next(pair for pair in pairwise(points) if pair[1][0] >= least)
     if above > GAP * below:
-        return Span(min(lower, upper), max(lower, upper), 2, False)
+        ends = max(lower, upper * least / above), min(upper, lower * least / below)
+        return Span(min(ends), max(ends), 2, False)
     part = math.log(least / below) / math.log(above / below)
     time = lower ** (1 - part) * upper**part
     return Span(time, time, 2, True)

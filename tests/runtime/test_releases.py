@@ -39,7 +39,7 @@ def asked(start: dict) -> dict:
     return {name: start[name] for name in ("max_num_seqs", "max_num_batched_tokens", "kv_dtype")}
 
 
-# recipe, release, engine, tokens of cache, settings. The last of M2.7's awq: runtime/measured.yaml's start.
+# recipe, release, engine, tokens of cache, settings. M2.7's awq of 118,528 tokens: 32 sequences, 28 November 2026 (docs/serving.md).
 STARTS = [
     *(
         (name, M3 if "-m3-" in name else M2, row["vllm"], row["blocks"] * row["block_size"], {
@@ -85,7 +85,8 @@ def test_all_that_is_beside_weights_and_cache_lies_in_its_range(document: dict) 
         rest = start["memory"]["requested"] - rank.weight_bytes - start["memory"]["kv_available"]
         assert rank.overhead.low < rest < rank.overhead.high
         assert rank.non_torch.low < start["memory"]["consumed"] - start["memory"]["weights"] < rank.non_torch.high
-        assert rank.activation.low < start["memory"]["activation"] < rank.activation.high
+        # As --check-log reads it: vLLM 0.32 and later counts the graphs into the peak.
+        assert rank.activation.low < start["memory"]["activation"] - start["memory"]["graphs"] < rank.activation.high
         if start["name"] not in NOT_PLANNED:
             assert rank.graphs.low < start["memory"]["graphs"] < rank.graphs.high
 

@@ -94,7 +94,7 @@ class Span:
 
 def near(fit: Fit, context: int, requests: int, least: float) -> Near | None:
     """By figures of the same family, kind of weights and node and of about as many bytes; where there is none of that GPU, by those of others
-    with its chip. least: seconds in which the GPU's memory gives what a step reads.
+    with its chip. Curves that interpolate come first, then those of the same recipe. least: seconds in which the GPU's memory gives what a step reads.
 
     None where nothing is near, with a draft, whose accepted tokens no figure has, and where the model is not split into tensor-parallel parts
     alone, as in all figures.
@@ -107,11 +107,12 @@ def near(fit: Fit, context: int, requests: int, least: float) -> Near | None:
     for curve in curves():
         if _same_kind(fit, curve.known):
             there = least * gpu.bandwidth / curve.known.measured_on.bandwidth
-            same = _ratio(curve.known.stored_bytes, fit.model.stored_bytes) <= SAME_BYTES
-            if span := span_of(curve, context, requests, there, curve.spread if same else SPREAD):
+            spread = curve.spread if _same_recipe(fit, curve.known) else SPREAD
+            if span := span_of(curve, context, requests, there, spread):
                 found.append((curve, span, there))
     found = [one for one in found if one[0].known.gpu == gpu.name] or found
     found = [one for one in found if one[1].close] or found
+    found = [one for one in found if _same_recipe(fit, one[0].known)] or found
     if not found:
         return None
     known = [one for curve, _, _ in found for one in curve.sets]
@@ -190,6 +191,11 @@ def _same_kind(fit: Fit, known: MeasuredSet) -> bool:
         and _same_chip(fit.node.gpu, known.measured_on)
         and _ratio(known.stored_bytes, fit.model.stored_bytes) <= BYTES
     )
+
+
+def _same_recipe(fit: Fit, known: MeasuredSet) -> bool:
+    """As far as the bytes say: an output read from its folder does not name its recipe."""
+    return _ratio(known.stored_bytes, fit.model.stored_bytes) <= SAME_BYTES
 
 
 def _same_chip(a: Gpu, b: Gpu) -> bool:

@@ -256,6 +256,26 @@ def test_a_close_curve_comes_before_one_that_ends_there(sets: list[MeasuredSet])
     assert found is not None and found.sources == ("int3 on 1xH100: short",)
 
 
+def test_the_plans_own_recipe_comes_before_another(sets: list[MeasuredSet]) -> None:
+    """Where both interpolate and where neither does; one that interpolates comes before the own that does not."""
+    fit = fit_of("minimax_m2", "fit-m2.7-1xh100", "1xH100")
+    bound = decode_bound(fit, 8192, 1)
+    bounds = {"close": (0.9 * bound, 1.1 * bound), "far": (1.1 * bound, 1.2 * bound)}
+
+    def sources(own: str, other: str) -> tuple[str, ...]:
+        both = (("own", own, 69_052_198_784), ("int3", other, 75_000_000_000))
+        sets[:] = [
+            a_set(*((1, 8192, 0.2 * at, at) for at in bounds[where]), recipe=name, source=name, stored_bytes=size)
+            for name, where, size in both
+        ]
+        found = near_to(fit, 8192, 1)
+        assert found is not None
+        return tuple(source.rpartition(" ")[2] for source in found.sources)
+
+    assert sources("close", "close") == sources("far", "far") == sources("close", "far") == ("own",)
+    assert sources("far", "close") == ("int3",)
+
+
 def test_sets_of_one_recipe_and_node_are_one_curve(sets: list[MeasuredSet]) -> None:
     sets[:] = [a_set((1, 128, 90, 500)), a_set((1, 128, 90, 500), gpus=2), a_set((4, 128, 200, 900), source="later")]
     one, two = curves()

@@ -164,10 +164,10 @@ def _lines(log: EngineLog, fit: Fit) -> Iterator[Line]:
     if log.weights is not None and rank.weight_bytes:
         yield _weights(rank.weight_bytes, log.weights, fit.setup.split.dp)
     if log.non_torch is not None:
-        yield _range("non-torch", rank.non_torch, log.non_torch, "non_torch_*")
+        yield _range("non-torch", rank.non_torch, log.non_torch, "non_torch_*, workspace")
     elif log.consumed is not None:
         both = log.consumed - (log.weights or rank.weight_bytes)
-        yield _range("consumed beyond weights (non-torch, allocator)", rank.non_torch, both, "non_torch_*")
+        yield _range("consumed beyond weights (non-torch, allocator)", rank.non_torch, both, "non_torch_*, workspace")
     if log.activation is not None:
         # The three-part line (0.32 and later) counts the estimate of the graphs into the peak, the four-part line does not.
         inside = (log.graphs_estimated or 0) if log.consumed is not None else 0

@@ -290,7 +290,8 @@ def predict(node: Node, family: Family, groups: Sequence[Group], setup: Setup) -
     split, memory = setup.split, setup.memory
     many = memory.non_torch_wide if split.expert_ranks > 4 else memory.non_torch_many
     more = memory.non_torch_per_token * max(0, setup.max_num_batched_tokens - memory.batched_tokens)
-    workspace = Estimate(0, more, more, f"{setup.max_num_batched_tokens:,} tokens a step")
+    source = f"{setup.max_num_batched_tokens:,} tokens a step: {memory.non_torch_per_token_evidence}"
+    workspace = Estimate(0, more, more, source)
     buffers = memory.non_torch_one if split.ranks == 1 else many
     non_torch = none if cpu else buffers + workspace if more else buffers
     return Prediction(

@@ -5,7 +5,7 @@ Figures of one checkpoint and node lie on one curve: the time of a step against 
 interpolated, both axes logarithmic, and the range is that time, divided by a spread and times it: for the measured recipe the largest error
 with which the curve's other figures give one of them, at least LEAST_SPREAD, which is more than what two runs differ by; else SPREAD, within
 which all figures that ship are given so (tests/runtime/test_near.py). Farther apart, and beyond the first and the last figure, the range is
-all that a time can be which grows with what is read, but by no larger ratio; and the spread.
+all that a time can be which grows with what is read, but by no larger ratio, so that it narrows towards a figure; and the spread.
 
 A curve of another GPU with the same chip (`Gpu.chip`) bounds a plan from both sides (`share_on`).
 """
@@ -94,7 +94,7 @@ class Span:
 
 def near(fit: Fit, context: int, requests: int, least: float) -> Near | None:
     """By figures of the same family, kind of weights and node and of about as many bytes; where there is none of that GPU, by those of others
-    with its chip. least: seconds in which the GPU's memory gives what a step reads.
+    with its chip. Curves that interpolate come first, then those of the same recipe. least: seconds in which the GPU's memory gives what a step reads.
 
     None where nothing is near, with a draft, whose accepted tokens no figure has, and where the model is not split into tensor-parallel parts
     alone, as in all figures.
@@ -107,11 +107,12 @@ def near(fit: Fit, context: int, requests: int, least: float) -> Near | None:
     for curve in curves():
         if _same_kind(fit, curve.known):
             there = least * gpu.bandwidth / curve.known.measured_on.bandwidth
-            same = _ratio(curve.known.stored_bytes, fit.model.stored_bytes) <= SAME_BYTES
-            if span := span_of(curve, context, requests, there, curve.spread if same else SPREAD):
+            spread = curve.spread if _same_recipe(fit, curve.known) else SPREAD
+            if span := span_of(curve, context, requests, there, spread):
                 found.append((curve, span, there))
     found = [one for one in found if one[0].known.gpu == gpu.name] or found
     found = [one for one in found if one[1].close] or found
+    found = [one for one in found if _same_recipe(fit, one[0].known)] or found
     if not found:
         return None
     known = [one for curve, _, _ in found for one in curve.sets]
@@ -153,7 +154,8 @@ def _between(points: Sequence[tuple[float, float]], least: float) -> Span:
         return Span(last_time, last_time * least / last, 1, least == last)
     (below, lower), (above, upper) = next(pair for pair in pairwise(points) if pair[1][0] >= least)
     if above > GAP * below:
-        return Span(min(lower, upper), max(lower, upper), 2, False)
+        ends = max(lower, upper * least / above), min(upper, lower * least / below)
+        return Span(min(ends), max(ends), 2, False)
     part = math.log(least / below) / math.log(above / below)
     time = lower ** (1 - part) * upper**part
     return Span(time, time, 2, True)
@@ -189,6 +191,11 @@ def _same_kind(fit: Fit, known: MeasuredSet) -> bool:
         and _same_chip(fit.node.gpu, known.measured_on)
         and _ratio(known.stored_bytes, fit.model.stored_bytes) <= BYTES
     )
+
+
+def _same_recipe(fit: Fit, known: MeasuredSet) -> bool:
+    """As far as the bytes say: an output read from its folder does not name its recipe."""
+    return _ratio(known.stored_bytes, fit.model.stored_bytes) <= SAME_BYTES
 
 
 def _same_chip(a: Gpu, b: Gpu) -> bool:

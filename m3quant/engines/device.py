@@ -16,7 +16,7 @@ class Gpu:
     link: bytes per second from the host's memory; host_bytes: of host memory for each GPU in the maker's own machine. 0: not known.
     shared: whether its memory is the host's, so that there is nowhere to move anything.
     chip: GPUs of one chip differ in their memory alone (same die, SMs, clocks and NVLink), so that a speed measured on one bounds the
-    others' (runtime/measured.py); "": no other is known to be alike.
+    others' (runtime/near.py); "": no other is known to be alike.
     """
 
     name: str

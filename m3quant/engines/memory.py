@@ -65,6 +65,7 @@ class MemoryModel:
     non_torch_many: Estimate
     non_torch_wide: Estimate
     non_torch_per_token: int
+    non_torch_per_token_evidence: str
     graphs_base: int
     graphs_per_size: int
     graphs_per_size_most: int

@@ -4,8 +4,8 @@
     python -m tests.benchmarks.bench_gpu_table --into docs/serving.md        # written between the page's two marks
     python -m tests.benchmarks.bench_gpu_table --yaml                # the sets for runtime/measured.yaml
 
-Files of one preset make one table and one set, a later file's point in place of an earlier one's. A rehearsal, and a point whose requests had
-to wait for the cache, are in no table.
+Files of one preset make one table and one set, a point measured later (on one day: of the later file) in place of an earlier one. A start that
+gave no figure, a rehearsal, and a point whose requests had to wait for the cache, are in no set.
 """
 
 from __future__ import annotations
@@ -42,32 +42,40 @@ def good_rows(start: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["context"], row["concurrency"]))
 
 
+SERVER = ("pool_tokens", "kv_dtype", "max_num_seqs", "max_num_batched_tokens")  # what starts of one name share
+
+
 def merged(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One document a preset for the points, one for the flags, whose first line is the points' start where `base` was not measured.
 
-    Raises ValueError for files of one preset that are of different nodes, engines or sizes of the cache.
+    Raises ValueError for files of one preset that are of different recipes, nodes, engines or servers.
     """
     found = dict[tuple[str, bool], dict[str, Any]]()
-    for document in documents:
+    for document in sorted(documents, key=lambda document: document["measured"]):
         if not document["starts"]:
             continue
         whole = found.setdefault((document["preset"], is_grid(document)), {**document, "starts": []})
-        if whole["machine"] != document["machine"]:
-            raise ValueError(
-                f"{document['preset']}: measured on {whole['machine']} and on {document['machine']}: give one file of them"
-            )
-        for start in document["starts"]:
-            same = [known for known in whole["starts"] if known["name"] == start["name"]]
-            if not same:
-                whole["starts"].append({**start})
-            elif same[0].get("pool_tokens") != start.get("pool_tokens"):
+        for key in ("recipe", "machine"):
+            if whole[key] != document[key]:
                 raise ValueError(
-                    f"{document['preset']}, start {start['name']}: measured with different caches: give one file of them"
+                    f"{document['preset']}: measured with {key} {whole[key]} and {document[key]}: give one file of them"
                 )
-            else:
-                whole["measured"] = max(whole["measured"], document["measured"])
-                points = {(row["concurrency"], row["context"]): row for row in [*good_rows(same[0]), *good_rows(start)]}
-                same[0]["rows"] = list(points.values())
+        whole["measured"] = document["measured"]
+        for start in document["starts"]:
+            index = next((i for i, known in enumerate(whole["starts"]) if known["name"] == start["name"]), None)
+            if index is None:
+                whole["starts"].append({**start})
+                continue
+            known = whole["starts"][index]
+            if not good_rows(known):  # it failed; what it was given was perhaps why
+                whole["starts"][index] = {**start}
+            elif good_rows(start):
+                if any(known.get(key) != start.get(key) for key in SERVER):
+                    raise ValueError(
+                        f"{document['preset']}, start {start['name']}: measured with different caches or limits: give one file of them"
+                    )
+                points = {(row["concurrency"], row["context"]): row for row in [*good_rows(known), *good_rows(start)]}
+                known["rows"] = list(points.values())
     for (preset, grid), document in found.items():
         points = found.get((preset, True), {"starts": []})["starts"]
         guarded = [{**start, "name": "base"} for start in points if start["name"] == "guard"]
@@ -209,7 +217,10 @@ def main() -> None:
             documents.append(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             parser.error(f"{path} cannot be read ({error}): give what bench_gpu wrote with --out")
-        if not isinstance(documents[-1], dict) or not {"preset", "starts", "machine"} <= documents[-1].keys():
+        if (
+            not isinstance(documents[-1], dict)
+            or not {"preset", "recipe", "measured", "starts", "machine"} <= documents[-1].keys()
+        ):
             parser.error(f"{path} is no result of bench_gpu: give what it wrote with --out")
     try:
         if arguments.yaml:

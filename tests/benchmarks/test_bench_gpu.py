@@ -210,6 +210,26 @@ def test_files_of_one_preset_are_one_table_and_one_set_in_which_the_later_point_
     assert len(first["starts"][0]["rows"]) == 3  # what was read stays as it was
 
 
+def test_the_point_measured_later_counts_whatever_the_files_are_called() -> None:
+    new = document([row(1, 1024, 160.0)]) | {"measured": "2026-12-02"}
+    old = document([row(1, 1024, 150.0), row(16, 1024, 900.0)]) | {"measured": "2026-11-30"}
+    for documents in ([new, old], [old, new]):
+        (whole,) = merged(documents)
+        assert [figure[2] for figure in measured_set(whole)["figures"]] == [160.0, 900.0]
+        assert whole["measured"] == "2026-12-02"
+
+
+def test_a_start_that_failed_stands_in_no_others_way() -> None:
+    """It has neither a cache nor a row; the first of two or the second, and alone it is a table without a line."""
+    good, bad = document([row(1, 1024, 150.0)]), document([])
+    bad["starts"] = [{name: value for name, value in bad["starts"][0].items() if name != "pool_tokens"}]
+    bad["starts"][0]["error"] = "the engine did not start"
+    for documents in ([bad, good], [good, bad], [bad, good, bad]):
+        (whole,) = merged(documents)
+        assert measured_set(whole)["figures"][0][2] == 150.0 and whole["starts"][0]["pool_tokens"]
+    assert grid_table(merged([bad])[0])[-1].startswith("|---")
+
+
 def test_flags_are_compared_with_the_points_of_their_preset_where_none_was_unchanged() -> None:
     points = document([row(1, 1024, 150.0), row(1, 8192, 140.0)])
     flags = named(document([row(1, 1024, 140.0)]), "sync")
@@ -225,9 +245,17 @@ def test_flags_are_compared_with_the_points_of_their_preset_where_none_was_uncha
 
 def test_files_of_one_preset_that_are_of_different_servers_are_not_merged() -> None:
     one, other = document([row(1, 1024, 150.0)]), document([row(1, 1024, 150.0)])
-    other["starts"][0]["pool_tokens"] = 1
-    with pytest.raises(ValueError, match="start guard: measured with different caches"):
-        merged([one, other])
+    for key, value in (
+        ("pool_tokens", 1),
+        ("kv_dtype", "bfloat16"),
+        ("max_num_seqs", 7),
+        ("max_num_batched_tokens", 7),
+    ):
+        other["starts"][0] = {**one["starts"][0], key: value}
+        with pytest.raises(ValueError, match="start guard: measured with different caches or limits"):
+            merged([one, other])
+    with pytest.raises(ValueError, match="recipe awq and int4: give one file"):
+        merged([one, {**one, "recipe": "int4"}])
     with pytest.raises(ValueError, match=r"0.33.0.*0.34.0.*give one file"):
         merged([one, {**one, "machine": {"node": "1xH200", "engine": "0.34.0"}}])
 

@@ -62,10 +62,38 @@ def test_a_time_between_two_close_figures_is_interpolated_on_logarithmic_axes() 
     assert at_one is not None and (at_one.low, at_one.high) == pytest.approx((0.018, 0.018))
 
 
-def test_a_time_between_two_far_figures_is_any_between_theirs() -> None:
-    found = span(curve_of((2, 8), (6.1, 18)), 3, spread=1.1)
-    assert found is not None and (found.count, found.close) == (2, False)
-    assert (found.low * 1000, found.high * 1000) == pytest.approx((8 / 1.1, 18 * 1.1))
+def test_a_time_between_two_far_figures_grows_by_no_larger_ratio_than_what_is_read() -> None:
+    """By hand, 10 % of spread: half as much again as by the first takes at most 12 ms, half of what the second reads at least 9 of its 18."""
+    curve = curve_of((2, 8), (6.1, 18))
+    for least, low, high in ((3, 18 * 3 / 6.1, 12), (3.05, 9, 12.2), (2.2, 8, 8.8), (5.5, 18 * 5.5 / 6.1, 18)):
+        found = span(curve, least, spread=1.1)
+        assert found is not None and (found.count, found.close) == (2, False)
+        assert (found.low * 1000, found.high * 1000) == pytest.approx((low / 1.1, high * 1.1))
+
+
+def test_a_range_in_a_gap_meets_the_figures_at_its_ends() -> None:
+    """One token more must not make a range another: 0.1 % beyond a figure or before it, the range is its time within 0.1 %. Also of figures
+    that a curve of such times cannot give: a shorter time for more, and one that grows by more than what is read."""
+    for first, last in ((8, 18), (8, 7), (8, 40)):
+        curve = curve_of((2, first), (7, last))
+        near_first, near_last = span(curve, 2.002), span(curve, 6.993)
+        assert near_first is not None and near_last is not None
+        if (first, last) == (8, 18):
+            assert (near_first.low * 1000, near_first.high * 1000) == pytest.approx((8, 8), rel=1.1e-3)
+            assert (near_last.low * 1000, near_last.high * 1000) == pytest.approx((18, 18), rel=1.1e-3)
+        assert near_first.low <= near_first.high and near_last.low <= near_last.high
+
+
+@pytest.mark.parametrize("curve", curves(), ids=lambda curve: curve.known.recipe)
+def test_figures_that_are_left_out_lie_in_the_ranges_of_far_ones(curve: Curve) -> None:
+    """The evidence for what is said of wide gaps: all pairs of a curve's figures that are far apart, and all figures between."""
+    points = curve.points
+    for below in points:
+        for above in (point for point in points if point[0] > GAP * below[0]):
+            pair = curve_of(*((least * 1000, time * 1000) for least, time in (below, above)))
+            for least, time in (point for point in points if below[0] < point[0] < above[0]):
+                found = span(pair, least * 1000, spread=curve.spread)
+                assert found is not None and found.low <= time <= found.high
 
 
 def test_beyond_the_figures_a_time_is_between_the_same_and_as_much_as_is_read() -> None:
@@ -226,6 +254,26 @@ def test_a_close_curve_comes_before_one_that_ends_there(sets: list[MeasuredSet])
     sets[:] = sets[1:]
     found = near_to(fit, 8192, 1)
     assert found is not None and found.sources == ("int3 on 1xH100: short",)
+
+
+def test_the_plans_own_recipe_comes_before_another(sets: list[MeasuredSet]) -> None:
+    """Where both interpolate and where neither does; one that interpolates comes before the own that does not."""
+    fit = fit_of("minimax_m2", "fit-m2.7-1xh100", "1xH100")
+    bound = decode_bound(fit, 8192, 1)
+    bounds = {"close": (0.9 * bound, 1.1 * bound), "far": (1.1 * bound, 1.2 * bound)}
+
+    def sources(own: str, other: str) -> tuple[str, ...]:
+        both = (("own", own, 69_052_198_784), ("int3", other, 75_000_000_000))
+        sets[:] = [
+            a_set(*((1, 8192, 0.2 * at, at) for at in bounds[where]), recipe=name, source=name, stored_bytes=size)
+            for name, where, size in both
+        ]
+        found = near_to(fit, 8192, 1)
+        assert found is not None
+        return tuple(source.rpartition(" ")[2] for source in found.sources)
+
+    assert sources("close", "close") == sources("far", "far") == sources("close", "far") == ("own",)
+    assert sources("far", "close") == ("int3",)
 
 
 def test_sets_of_one_recipe_and_node_are_one_curve(sets: list[MeasuredSet]) -> None:

@@ -117,6 +117,7 @@ class _Release(BaseModel):
             non_torch_many=self.non_torch_many.estimate,
             non_torch_wide=self.non_torch_wide.estimate,
             non_torch_per_token=self.workspace.per_token_kib * 1024,
+            non_torch_per_token_evidence=self.workspace.evidence,
             graphs_base=int(self.graphs.base_gib * GIB),
             graphs_per_size=int(self.graphs.per_size_mib[0] * MIB),
             graphs_per_size_most=int(self.graphs.per_size_mib[1] * MIB),

@@ -20,6 +20,7 @@ from m3quant.runtime.hardware import GPUS, Node
 from m3quant.runtime.measured import MeasuredSet, measured_sets
 from m3quant.runtime.near import GAP, LEAST_SPREAD, SPREAD, Curve, Near, Span, curves, near, share_on, span_of
 from m3quant.runtime.serving_table import measured_speeds
+from tests.support.paths import ROOT
 from tests.support.runtime.speeds import CONFIGS, fit_of
 
 
@@ -158,6 +159,20 @@ def test_every_figure_is_within_its_curves_spread_of_the_others(curve: Curve) ->
     assert all(1 <= error <= SPREAD for error in curve.errors)
     assert LEAST_SPREAD <= curve.spread <= SPREAD
     assert all(error <= curve.spread for error in curve.errors)
+
+
+def test_the_page_says_the_spreads() -> None:
+    page = " ".join((ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split())
+    words = {
+        "fit-m3-1xh200": "(M3 {}",
+        "fit-m3-2xh100": "on two GPUs, {}",
+        "fp8": "M2.7's FP8 {}",
+        "awq": "and {} where they are few (M2.7's `awq`)",
+    }
+    for curve in curves():
+        recipe = curve.known.recipe
+        said = words.get(recipe, f"`{recipe}` {{}}").format(f"{(curve.spread - 1) * 100:.0f} %")
+        assert said in page, said
 
 
 def test_a_curve_of_few_figures_has_the_widest_spread() -> None:

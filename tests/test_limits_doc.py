@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 from m3quant.calibration import files, parquet, parquet_worker, template, tokenizing
-from m3quant.checkpoint import bounded, header, patterns
+from m3quant.checkpoint import bounded, header, name_list, patterns
 from m3quant.cli import fitting
 from m3quant.evaluate import openai_server
-from m3quant.runtime import draft_tables
+from m3quant.runtime import draft_format, draft_tables
 from tests.support.paths import ROOT
 
 TEXT = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
@@ -42,6 +42,8 @@ def test_the_bounds_of_programs_are_the_codes() -> None:
         f"with {parquet.MEMORY_BYTES // 2**30} GiB of memory beyond what pyarrow takes and {parquet.CPU_SECONDS} s of processor time",
         f"may be {parquet_worker.SCHEMA_DEPTH} levels deep",
         f"at most {files.MAX_COLUMNS:,} columns",
-        f"have {patterns.SECONDS:g} s for all names together",
+        f"have {patterns.SECONDS:g} s each for all names together",
+        f"at most {name_list.MOST_PATTERNS:,} (`MOST_PATTERNS`), and one with `*` at most {name_list.GLOB_CHARACTERS:,} characters",
+        f"have {patterns.LIST_SECONDS:g} s (`LIST_SECONDS`), a draft model's {draft_format.SECONDS:g} s",
     ):
         assert said in " ".join(TEXT.split()), said

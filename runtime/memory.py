@@ -173,6 +173,20 @@ def vision_peak(config: Mapping[str, Any], hidden: int, tokens: int, memory: Mem
     )
 
 
+def non_torch(setup: Setup) -> Estimate:
+    """Buffers in addition to torch's tensors on one rank, and the kernels' workspace for steps longer than the default."""
+    split, memory = setup.split, setup.memory
+    if split.ranks == 1:
+        buffers = memory.non_torch_one
+    else:
+        buffers = memory.non_torch_wide if split.expert_ranks > 4 else memory.non_torch_many
+    more = memory.non_torch_per_token * max(0, setup.max_num_batched_tokens - memory.batched_tokens)
+    if not more:
+        return buffers
+    source = f"{setup.max_num_batched_tokens:,} tokens a step: {memory.non_torch_per_token_evidence}"
+    return buffers + Estimate(0, more, more, source)
+
+
 def graphs(setup: Setup, gpu: Gpu) -> Estimate:
     """What vLLM sets aside for CUDA graphs: capture sizes up to min(2 x max_num_seqs x rows, 512), 1024 on Blackwell's large cards."""
     if setup.enforce_eager:
@@ -287,13 +301,6 @@ def predict(node: Node, family: Family, groups: Sequence[Group], setup: Setup) -
     stages = stage_of_layers(geometry.layers, setup.split.pp)
     none = Estimate(0, 0, 0, "the CPU build reserves the cache alone")
     cpu = node.gpu.name == CPU
-    split, memory = setup.split, setup.memory
-    many = memory.non_torch_wide if split.expert_ranks > 4 else memory.non_torch_many
-    more = memory.non_torch_per_token * max(0, setup.max_num_batched_tokens - memory.batched_tokens)
-    source = f"{setup.max_num_batched_tokens:,} tokens a step: {memory.non_torch_per_token_evidence}"
-    workspace = Estimate(0, more, more, source)
-    buffers = memory.non_torch_one if split.ranks == 1 else many
-    non_torch = none if cpu else buffers + workspace if more else buffers
     return Prediction(
         node,
         setup,
@@ -304,7 +311,7 @@ def predict(node: Node, family: Family, groups: Sequence[Group], setup: Setup) -
                 total=node.gpu.total_bytes,
                 requested=node.gpu.total_bytes if cpu else math.ceil(node.gpu.total_bytes * setup.utilization),
                 weights={} if cpu else weights[i],
-                non_torch=non_torch,
+                non_torch=none if cpu else non_torch(setup),
                 activation=none if cpu else activation(family, setup),
                 graphs=none if cpu else graphs(setup, node.gpu),
                 bytes_per_token=per_token[i],

@@ -61,27 +61,29 @@ def merged(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     f"{document['preset']}: measured with {key} {whole[key]} and {document[key]}: give one file of them"
                 )
         whole["measured"] = document["measured"]
+        starts = {start["name"]: start for start in whole["starts"]}
         for start in document["starts"]:
-            index = next((i for i, known in enumerate(whole["starts"]) if known["name"] == start["name"]), None)
-            if index is None:
-                whole["starts"].append({**start})
-                continue
-            known = whole["starts"][index]
-            if not good_rows(known):  # it failed; what it was given was perhaps why
-                whole["starts"][index] = {**start}
-            elif good_rows(start):
-                if any(known.get(key) != start.get(key) for key in SERVER):
-                    raise ValueError(
-                        f"{document['preset']}, start {start['name']}: measured with different caches or limits: give one file of them"
-                    )
-                points = {(row["concurrency"], row["context"]): row for row in [*good_rows(known), *good_rows(start)]}
-                known["rows"] = list(points.values())
+            starts[start["name"]] = _joined(starts.get(start["name"]), start, document["preset"])
+        whole["starts"] = list(starts.values())
     for (preset, grid), document in found.items():
-        points = found.get((preset, True), {"starts": []})["starts"]
-        guarded = [{**start, "name": "base"} for start in points if start["name"] == "guard"]
         if not grid and not any(start["name"] == "base" for start in document["starts"]):
-            document["starts"][:0] = guarded
+            points = found.get((preset, True), {"starts": []})["starts"]
+            document["starts"][:0] = [{**start, "name": "base"} for start in points if start["name"] == "guard"]
     return list(found.values())
+
+
+def _joined(known: dict[str, Any] | None, start: dict[str, Any], preset: str) -> dict[str, Any]:
+    """The points of two starts of one name, `start` the later. One without a figure failed, perhaps by what it was given: the other counts."""
+    if known is None or not good_rows(known):
+        return start
+    if not good_rows(start):
+        return known
+    if any(known.get(key) != start.get(key) for key in SERVER):
+        raise ValueError(
+            f"{preset}, start {start['name']}: measured with different caches or limits: give one file of them"
+        )
+    points = {(row["concurrency"], row["context"]): row for row in [*good_rows(known), *good_rows(start)]}
+    return {**known, "rows": list(points.values())}
 
 
 def shipped_table() -> list[str]:

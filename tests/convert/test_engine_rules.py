@@ -88,12 +88,12 @@ def test_every_name_the_engine_looks_up_resolves_to_what_is_stored(
 ) -> None:
     plan = make_plan_of(sources[family], to, settings, served_format(family, to, fmt))
     assert plan.quantization is not None and problems(plan, plan.quantization) == []
-    probes = 0
+    probes, lookup = 0, Lookup(plan.quantization)
     for module in plan.family.engine_modules():
         stored_as = plan.modules[module.members[0]]
         for probe in module.probes:
             probes += 1
-            seen = Lookup(plan.quantization).scheme(probe, expert=".experts.0." in probe)
+            seen = lookup.scheme(probe, expert=".experts.0." in probe)
             if plan.recipe.format == "autoawq":  # has no word for symmetric
                 assert (seen.kind, seen.group_size) == (stored_as.kind, stored_as.group_size), probe
             else:
@@ -101,7 +101,7 @@ def test_every_name_the_engine_looks_up_resolves_to_what_is_stored(
     assert probes >= 14
     for name in ("lm_head", "model.layers.0.block_sparse_moe.gate", "language_model.lm_head", "language_model.model.layers.1.block_sparse_moe.gate"):  # fmt: skip
         if plan.recipe.format == "compressed-tensors":
-            assert Lookup(plan.quantization).scheme(name) == KEEP
+            assert lookup.scheme(name) == KEEP
 
 
 def retarget(old: str, new: str) -> Callable[[dict[str, Any]], None]:

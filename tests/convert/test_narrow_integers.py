@@ -117,10 +117,11 @@ def test_every_name_the_engine_looks_up_resolves_in_every_layer(tmp_path: Path, 
     }
     plan = make_plan_of(source, "int4", ["dense_mlp=int2-g32-asym"] if family == "m3" else [], layers=layers)
     assert plan.quantization is not None
+    lookup = Lookup(plan.quantization)
     for module in plan.family.engine_modules():
         stored_as = plan.modules[module.members[0]]
         for probe in module.probes:
-            assert Lookup(plan.quantization).scheme(probe, expert=".experts.0." in probe) == stored_as, probe
+            assert lookup.scheme(probe, expert=".experts.0." in probe) == stored_as, probe
     for number, group in enumerate(plan.quantization["config_groups"].values()):
         assert group["targets"], number
     schemes = [tuple(sorted(g["weights"].items(), key=str)) for g in plan.quantization["config_groups"].values()]

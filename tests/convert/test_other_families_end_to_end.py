@@ -73,12 +73,9 @@ def test_convert_verify_and_evaluate(name: str, recipe: str, sources: dict[str, 
     assert f"model.layers.1.{experts}.weight_packed" in names
     assert "model.layers.1.self_attn.o_proj.weight_scale" in names
     assert ("model.layers.1.self_attn.q_proj.bias" in names) == (name == "qwen2")
-    quantization = config["quantization_config"]
-    assert Lookup(quantization).scheme(f"model.layers.1.{experts}").name == "int4-g128"
-    assert (
-        not Lookup(quantization).scheme("model.layers.1.mlp.gate").quantizes
-        and not Lookup(quantization).scheme("lm_head").quantizes
-    )
+    lookup = Lookup(config["quantization_config"])
+    assert lookup.scheme(f"model.layers.1.{experts}").name == "int4-g128"
+    assert not lookup.scheme("model.layers.1.mlp.gate").quantizes and not lookup.scheme("lm_head").quantizes
     done("verify", out, "--source", source)
     suite = tmp_path / "suite.yaml"
     task = {"task": "perplexity-gptq", "name": "main", "window": 64, "max_windows": 2}

@@ -170,7 +170,7 @@ def test_cheaper_than_more_gpus_is_taken() -> None:
 
 def test_no_speed_measured_with_weights_on_the_gpu_is_promised_for_weights_on_the_host() -> None:
     """The figures say nothing of the link, which adds up to four times what its bandwidth would."""
-    model = open_subject(str(DATA / "minimax-m2.7" / "config.json")).converted(build_recipe(named_recipe("awq")))
+    model = M2.converted(build_recipe(named_recipe("awq")))
     asked = Ask(kv_dtype="fp8", slow_offload=True)
     assert decode_speed(assess(model, parse_node("1xH200"), asked), 8192, 1).near is not None
     moved = decode_speed(assess(model, parse_node("1xH200"), replace(asked, weight_offload=20 * GIB)), 8192, 1)
@@ -185,7 +185,7 @@ def test_the_comparison_says_which_gpu_its_share_is_from(
     node: str, others: tuple[str, ...], low: float, high: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By hand: 30 % of an H200's bound at this very point, with the spread of one figure; the middle of it, or of what it leaves an H100."""
-    model = open_subject(str(DATA / "minimax-m2.7" / "config.json")).converted(build_recipe(named_recipe("awq")))
+    model = M2.converted(build_recipe(named_recipe("awq")))
     asked = Ask(kv_dtype="fp8", context=32_768)
     bound = decode_bound(assess(model, parse_node("1xH200"), asked), 32_768, 1)
     known = MeasuredSet(model_type="minimax_m2", recipe="awq", weights="int", stored_bytes=model.stored_bytes, gpu="H200", gpus=1, source="here",
